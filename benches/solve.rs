@@ -1,0 +1,3 @@
+//! Placeholder until the benches are here.
+
+fn main() {}

@@ -1,0 +1,58 @@
+//! θ̄ = Σ h (∂f/∂θ)ᵀ v: many small terms, summed in blocks.
+//!
+//! A running sum of n like terms loses up to n unit roundoffs, which at 10⁴ steps shows above the
+//! rounding of f16.  Blocks of b terms, summed on their own and then added up, lose b + n/b (Higham,
+//! "The Accuracy of Floating Point Summation", SIAM J. Sci. Comput. 14 (1993), §3).
+
+use candle_core::{DType, Tensor};
+
+use crate::error::Result;
+use crate::ops;
+
+/// Terms in a block: √n at 16 000 evaluations.
+const BLOCK: usize = 128;
+
+/// The running sums of all parameters' gradients.
+pub(crate) struct Accumulator {
+    dtype: DType,
+    total: Vec<Tensor>,
+    /// The sums of the current block, and how many terms each holds.
+    block: Vec<Option<(Tensor, usize)>>,
+}
+
+impl Accumulator {
+    /// Zero, in `dtype`, of the parameters' shapes.
+    pub(crate) fn new(parameters: &[Tensor], dtype: DType) -> Result<Self> {
+        let zeros = |p: &Tensor| Ok(Tensor::zeros(p.shape(), dtype, p.device())?);
+        Ok(Self {
+            dtype,
+            total: parameters.iter().map(zeros).collect::<Result<_>>()?,
+            block: parameters.iter().map(|_| None).collect(),
+        })
+    }
+
+    /// `θ̄_i += c · grad`.
+    pub(crate) fn add(&mut self, i: usize, c: f64, grad: &Tensor) -> Result<()> {
+        let (mut sum, terms) = match self.block[i].take() {
+            Some(block) => block,
+            None => (Tensor::zeros(grad.shape(), self.dtype, grad.device())?, 0),
+        };
+        ops::accumulate(&mut sum, c, grad)?;
+        if terms + 1 < BLOCK {
+            self.block[i] = Some((sum, terms + 1));
+        } else {
+            ops::accumulate(&mut self.total[i], 1.0, &sum)?;
+        }
+        Ok(())
+    }
+
+    /// θ̄.
+    pub(crate) fn finish(mut self) -> Result<Vec<Tensor>> {
+        for (total, block) in self.total.iter_mut().zip(self.block) {
+            if let Some((sum, _)) = block {
+                ops::accumulate(total, 1.0, &sum)?;
+            }
+        }
+        Ok(self.total)
+    }
+}

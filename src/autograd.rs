@@ -1,0 +1,102 @@
+//! The default pull-back: candle's reverse mode over one evaluation of the field.
+//!
+//! No tape ever spans more than one stage, so neither stack nor graph grows with the number of
+//! steps.
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Tensor, Var};
+
+use crate::error::Error;
+use crate::field::{Cotangents, Pullback, VectorField};
+use crate::state::State;
+use crate::time::Time;
+
+/// A scalar whose gradient with respect to its argument is a given cotangent.
+///
+/// candle seeds `backward` with ones; this feeds any seed exactly, where ⟨k, v⟩ would take a
+/// product and a sum in low precision.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn cuda_fwd(&self, k: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let shape = Shape::from(());
+        Ok((k.device().zeros_impl(&shape, DType::F32)?, shape))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+/// Σ seeds, whose backward pass is vᵀ∂k.
+fn seeded(k: &[Tensor], v: &[Tensor]) -> candle_core::Result<Option<Tensor>> {
+    let mut sum = None;
+    for (k, v) in k.iter().zip(v).filter(|(k, _)| k.track_op()) {
+        let seed = k.apply_op1(Seed(v.detach()))?;
+        sum = Some(match sum {
+            None => seed,
+            Some(sum) => (sum + seed)?,
+        });
+    }
+    Ok(sum)
+}
+
+/// f(t, y) and its pull-back, on leaves of our own.
+pub(crate) fn vjp<'f, S: State, F: VectorField<S> + ?Sized>(
+    field: &F,
+    t: &Time,
+    y: &S,
+) -> candle_core::Result<(S, Pullback<'f, S>)> {
+    let leaf = |y: &Tensor| Ok(Var::from_tensor(&y.detach())?.into_inner());
+    let y = y.leaves();
+    let leaves = y
+        .iter()
+        .map(leaf)
+        .collect::<candle_core::Result<Vec<_>>>()?;
+    let k = field
+        .velocity(t, &S::from_leaves(leaves.clone())?)?
+        .leaves();
+    if !k.iter().any(Tensor::track_op) {
+        return Err(Error::UntrackedVelocity { t: t.value() }.into());
+    }
+    let velocity = S::from_leaves(k.iter().map(Tensor::detach).collect())?;
+    let time = t.leaf().cloned();
+    let pull = move |v: &S| {
+        let mut grads = match seeded(&k, &v.leaves())? {
+            Some(root) => {
+                let mut grads = root.backward()?;
+                grads.remove(&root);
+                grads
+            }
+            None => Default::default(),
+        };
+        // Detach: gradients that candle returns keep their history, and fed into the next
+        // pull-back they would be differentiated again (ȳ0 right, θ̄ silently wrong).
+        let y = leaves.iter().map(|leaf| match grads.remove(leaf) {
+            Some(w) => Ok(w.detach()),
+            None => leaf.detach().zeros_like(),
+        });
+        let y = S::from_leaves(y.collect::<candle_core::Result<_>>()?)?;
+        let t = time.as_ref().and_then(|t| grads.remove(t));
+        Ok(Cotangents {
+            y,
+            t: t.map(|t| t.detach()),
+            params: grads,
+        })
+    };
+    Ok((velocity, Box::new(pull)))
+}
+
+/// The variables that a result depends on.
+pub(crate) fn variables(results: &[Tensor]) -> Vec<Tensor> {
+    let nodes = results.iter().flat_map(Tensor::sorted_nodes);
+    nodes.filter(|n| n.is_variable()).cloned().collect()
+}

@@ -1,0 +1,362 @@
+//! What can go wrong, one variant each, carrying the numbers that say where.
+
+use candle_core::{DType, DeviceLocation, Shape};
+
+use crate::tableau::TableauDefect;
+
+/// Result of everything in this crate that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Every failure of a solve or of its backward pass.
+///
+/// Inside `loss.backward()` the error travels through candle; [`Error::from_candle`] finds it
+/// again, and `?` in a function that returns [`Result`] restores it by itself.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The time grid has no point.
+    #[error("the time grid is empty")]
+    EmptyGrid,
+    /// A grid tensor is not one-dimensional.
+    #[error("the time grid must be a 1-D tensor, got shape {shape:?}")]
+    GridShape {
+        /// Shape that was given.
+        shape: Shape,
+    },
+    /// A grid tensor holds no floating-point numbers.
+    #[error("the time grid must be f32 or f64, got {dtype:?}")]
+    GridDtype {
+        /// Dtype that was given.
+        dtype: DType,
+    },
+    /// Times repeat, or change direction.
+    #[error("times must be strictly monotone: t[{index}] = {t0} is followed by {t1}")]
+    GridNotMonotone {
+        /// Index of `t0`.
+        index: usize,
+        /// Time before.
+        t0: f64,
+        /// Time after.
+        t1: f64,
+    },
+    /// A time is NaN or infinite.
+    #[error("time t[{index}] = {t} is not finite")]
+    NonFiniteTime {
+        /// Index in the grid.
+        index: usize,
+        /// The value.
+        t: f64,
+    },
+    /// `steps_per_interval` is zero.
+    #[error("an interval needs at least one step")]
+    NoSteps,
+    /// A step size is not a positive finite number.
+    #[error("step size {step_size} is not a positive finite number")]
+    InvalidStepSize {
+        /// The value.
+        step_size: f64,
+    },
+    /// A step so small that the time does not change in f64.
+    #[error("step {step} at t = {t} is below the resolution of f64")]
+    StepUnderflow {
+        /// Index of the step.
+        step: usize,
+        /// Time at its start.
+        t: f64,
+    },
+    /// The state has no tensor.
+    #[error("the state has no tensor")]
+    EmptyState,
+    /// A state tensor has no element.
+    #[error("state tensor {leaf} has no element (shape {shape:?})")]
+    EmptyLeaf {
+        /// Index of the tensor in the state.
+        leaf: usize,
+        /// Its shape.
+        shape: Shape,
+    },
+    /// A state tensor is not of a floating-point dtype that can be integrated.
+    #[error("state tensor {leaf} is {dtype:?}; f16, bf16, f32 and f64 can be integrated")]
+    UnsupportedState {
+        /// Index of the tensor in the state.
+        leaf: usize,
+        /// Its dtype.
+        dtype: DType,
+    },
+    /// y0 holds NaN or infinity.
+    #[error("initial state: tensor {leaf} holds NaN or infinity")]
+    NonFiniteState {
+        /// Index of the tensor in the state.
+        leaf: usize,
+    },
+    /// These dtypes cannot play these roles together.
+    #[error("unsupported precision: state {state:?}, compute {compute:?}, store {store:?} (state is f32 or f64, and neither compute nor store is wider)")]
+    UnsupportedPrecision {
+        /// Dtype of sums.
+        state: DType,
+        /// Dtype in which the velocity is evaluated.
+        compute: DType,
+        /// Dtype of the kept trajectory.
+        store: DType,
+    },
+    /// Per-tensor precisions do not fit the state.
+    #[error("{given} precisions were given for a state of {leaves} tensors")]
+    PrecisionCount {
+        /// Tensors in the state.
+        leaves: usize,
+        /// Precisions in the options.
+        given: usize,
+    },
+    /// The state dtype differs between tensors of one state.
+    #[error(
+        "all tensors of a state are summed in one dtype: {first:?} and {other:?} were asked for"
+    )]
+    MixedState {
+        /// State dtype of the solve.
+        first: DType,
+        /// State dtype asked for one tensor.
+        other: DType,
+    },
+    /// A tensor lies on another device than y0.
+    #[error("{what} is on {got:?}, the state on {expected:?}")]
+    DeviceMismatch {
+        /// The tensor: a parameter's name, or a part of the state.
+        what: String,
+        /// Device of y0.
+        expected: DeviceLocation,
+        /// Device found.
+        got: DeviceLocation,
+    },
+    /// The velocity has another number of tensors than the state.
+    #[error("the velocity has {got} tensors, the state {expected}")]
+    LeafCount {
+        /// Tensors in the state.
+        expected: usize,
+        /// Tensors in the velocity.
+        got: usize,
+    },
+    /// The velocity's shape is not the state's.
+    #[error("velocity tensor {leaf} has shape {got:?}, the state {expected:?}")]
+    ShapeChanged {
+        /// Index of the tensor in the state.
+        leaf: usize,
+        /// Shape of the state.
+        expected: Shape,
+        /// Shape of the velocity.
+        got: Shape,
+    },
+    /// The velocity's dtype is not that of the state it was given.
+    #[error("velocity tensor {leaf} is {got:?}, but the field was given {expected:?}")]
+    DtypeChanged {
+        /// Index of the tensor in the state.
+        leaf: usize,
+        /// Dtype that the field was given.
+        expected: DType,
+        /// Dtype that it returned.
+        got: DType,
+    },
+    /// The velocity holds NaN or infinity.
+    #[error("the velocity is not finite at step {step}, stage {stage}, t = {t}")]
+    NonFiniteVelocity {
+        /// Index of the step.
+        step: usize,
+        /// Index of the stage.
+        stage: usize,
+        /// Time of the stage.
+        t: f64,
+    },
+    /// The state overflowed although the velocities were finite.
+    #[error("the state is not finite after step {step}, t = {t}")]
+    NonFiniteSolution {
+        /// Index of the step.
+        step: usize,
+        /// Time at its end.
+        t: f64,
+    },
+    /// candle sees no path from the velocity to the state or to a parameter.
+    #[error("the velocity at t = {t} is not connected to its state or to any parameter in candle's graph (was backward() called inside the field?): implement VectorField::vjp, or declare it with constant(..)")]
+    UntrackedVelocity {
+        /// Time of the evaluation.
+        t: f64,
+    },
+    /// A parameter is not of a floating-point dtype.
+    #[error("parameter {name} is {dtype:?}; only floating-point parameters can be trained")]
+    ParameterDtype {
+        /// Name, or position when it has none.
+        name: String,
+        /// Its dtype.
+        dtype: DType,
+    },
+    /// Parameters have different dtypes.
+    #[error("parameter {name} is {got:?}, others are {expected:?}: one dtype for all")]
+    MixedParameters {
+        /// Name, or position when it has none.
+        name: String,
+        /// Dtype of the first parameter.
+        expected: DType,
+        /// Dtype of this one.
+        got: DType,
+    },
+    /// A parameter that a closure reads was changed between forward and backward.
+    #[error("a parameter was written between the solve and its backward pass: call backward before the optimiser's step")]
+    ParametersChanged,
+    /// The factory's field reads a variable that the factory did not ask for.
+    #[error("the velocity at t = {t} reads a variable that its factory did not ask the VarBuilder for: it would get no gradient")]
+    ForeignParameter {
+        /// Time of the evaluation.
+        t: f64,
+    },
+    /// Gradients were asked of a solution that kept nothing.
+    #[error("the solve kept nothing for a backward pass (Checkpoint::Nothing)")]
+    NothingKept,
+    /// The cotangent carries a graph: second derivatives are not supported.
+    #[error("the cotangent is tracked by candle: second derivatives are not supported, detach it")]
+    TrackedCotangent,
+    /// The cotangent has not the shape of the solution.
+    #[error("the cotangent has shape {got:?}, the solution {expected:?}")]
+    CotangentShape {
+        /// Shape of the solution.
+        expected: Shape,
+        /// Shape of the cotangent.
+        got: Shape,
+    },
+    /// The cotangent that arrives from the loss holds NaN or infinity.
+    #[error("the gradient that arrives from the loss holds NaN or infinity")]
+    NonFiniteCotangent,
+    /// The adjoint or a parameter gradient overflowed (no scaler at work).
+    #[error("gradients became non-finite in the backward pass at step {step}, t = {t}")]
+    NonFiniteGradient {
+        /// Index of the step.
+        step: usize,
+        /// Time at its start.
+        t: f64,
+    },
+    /// Lowering the adjoint scale did not cure an overflow.
+    #[error("the adjoint overflows at step {step}, t = {t}, even scaled by {scale:e} ({attempts} attempts)")]
+    ScaleExhausted {
+        /// Index of the step.
+        step: usize,
+        /// Time at its start.
+        t: f64,
+        /// Last scale tried.
+        scale: f64,
+        /// Number of attempts.
+        attempts: usize,
+    },
+    /// A scaling option is out of range.
+    #[error("{what} = {value} is out of range")]
+    InvalidScaling {
+        /// The option.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// A checkpoint plan keeps nothing.
+    #[error("a checkpoint plan must keep at least one state ({needed} bytes)")]
+    InvalidCheckpoint {
+        /// Bytes of one state.
+        needed: usize,
+    },
+    /// A tableau is not an explicit Runge-Kutta method of its stated order.
+    #[error("tableau {name}: {defect}")]
+    InvalidTableau {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        defect: TableauDefect,
+    },
+    /// An error of candle's.
+    #[error(transparent)]
+    Candle(candle_core::Error),
+}
+
+/// Our error on its way through candle; candle prints wrapped errors by `Debug`.
+struct Carried(Error);
+
+impl std::fmt::Debug for Carried {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl std::fmt::Display for Carried {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl std::error::Error for Carried {}
+
+impl Error {
+    /// Whether gradients overflowed, which [`OnOverflow`](crate::OnOverflow) decides about.
+    pub(crate) fn is_overflow(&self) -> bool {
+        matches!(
+            self,
+            Self::NonFiniteCotangent | Self::NonFiniteGradient { .. } | Self::ScaleExhausted { .. }
+        )
+    }
+
+    /// Finds an error of this crate behind one of candle's, through its contexts and backtraces.
+    ///
+    /// ```
+    /// use candle_diffeq::Error;
+    /// let through_candle: candle_core::Error = Error::EmptyGrid.into();
+    /// assert!(matches!(Error::from_candle(&through_candle), Some(Error::EmptyGrid)));
+    /// ```
+    pub fn from_candle(error: &candle_core::Error) -> Option<&Error> {
+        use candle_core::Error as E;
+        match error {
+            E::WrappedContext { wrapped, .. } => {
+                if let Some(Carried(error)) = wrapped.downcast_ref::<Carried>() {
+                    return Some(error);
+                }
+                wrapped
+                    .downcast_ref::<candle_core::Error>()
+                    .and_then(Self::from_candle)
+            }
+            E::WithBacktrace { inner, .. }
+            | E::Context { inner, .. }
+            | E::WithPath { inner, .. } => Self::from_candle(inner),
+            _ => None,
+        }
+    }
+}
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            error => candle_core::Error::WrappedContext {
+                wrapped: Box::new(Carried(error)),
+                context: "candle-diffeq".into(),
+            },
+        }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        if Error::from_candle(&error).is_none() {
+            return Error::Candle(error);
+        }
+        recover(error)
+    }
+}
+
+/// Takes our error out of candle's wrappings.
+fn recover(error: candle_core::Error) -> Error {
+    use candle_core::Error as E;
+    match error {
+        E::WrappedContext { wrapped, context } => match wrapped.downcast::<Carried>() {
+            Ok(carried) => carried.0,
+            Err(wrapped) => match wrapped.downcast::<candle_core::Error>() {
+                Ok(inner) => recover(*inner),
+                Err(wrapped) => Error::Candle(E::WrappedContext { wrapped, context }),
+            },
+        },
+        E::WithBacktrace { inner, .. } | E::Context { inner, .. } | E::WithPath { inner, .. } => {
+            recover(*inner)
+        }
+        other => Error::Candle(other),
+    }
+}

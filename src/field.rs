@@ -1,0 +1,213 @@
+//! The vector field f of y' = f(t, y), and its pull-back.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Module, Tensor};
+
+use crate::autograd;
+use crate::state::State;
+use crate::time::Time;
+
+/// The right-hand side f(t, y) of the differential equation.
+///
+/// Every closure `Fn(&Time, &S) -> candle_core::Result<S>` is one; candle modules enter by
+/// [`autonomous`].  y arrives in compute dtype; the velocity must have its shapes, dtypes and
+/// device.  f must be deterministic: the backward pass evaluates it again.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_diffeq::{Cotangents, Pullback, Time, VectorField};
+///
+/// /// y' = −y with its pull-back written by hand.
+/// struct Decay;
+/// impl VectorField for Decay {
+///     fn velocity(&self, _: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
+///         y.neg()
+///     }
+///     fn vjp(&self, t: &Time, y: &Tensor) -> candle_core::Result<(Tensor, Pullback<'_, Tensor>)> {
+///         let pull = |v: &Tensor| Ok(Cotangents::of_state(v.neg()?));
+///         Ok((self.velocity(t, y)?, Box::new(pull)))
+///     }
+///     fn parameters(&self) -> Option<Vec<Tensor>> {
+///         Some(vec![])
+///     }
+/// }
+/// ```
+pub trait VectorField<S: State = Tensor> {
+    /// f(t, y).
+    ///
+    /// # Errors
+    /// Whatever the model's operations return.
+    fn velocity(&self, t: &Time, y: &S) -> candle_core::Result<S>;
+
+    /// f(t, y) together with v ↦ vᵀ∂f, as `jax.vjp`.  The velocity carries no history.  The
+    /// pull-back may be called several times.
+    ///
+    /// By default candle's autograd over this one evaluation.
+    ///
+    /// # Errors
+    /// As [`velocity`](Self::velocity), and
+    /// [`UntrackedVelocity`](crate::Error::UntrackedVelocity) when candle sees no path from the
+    /// velocity to y or to a variable.
+    fn vjp<'f>(&'f self, t: &Time, y: &S) -> candle_core::Result<(S, Pullback<'f, S>)> {
+        autograd::vjp(self, t, y)
+    }
+
+    /// The parameters that [`vjp`](Self::vjp) returns gradients of, for fields that bring their
+    /// own; `None` (the default) lets the solver find the variables in candle's graph, over all
+    /// evaluations.
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        None
+    }
+}
+
+/// v ↦ vᵀ∂f at one evaluation; v and the cotangent of y in the dtypes of y.
+pub type Pullback<'f, S> = Box<dyn Fn(&S) -> candle_core::Result<Cotangents<S>> + 'f>;
+
+/// What a pull-back returns: vᵀ∂f/∂y, vᵀ∂f/∂t and vᵀ∂f/∂θ.
+#[derive(Debug)]
+pub struct Cotangents<S> {
+    /// vᵀ∂f/∂y, of y's shapes; a tensor that f does not read is zero.
+    pub y: S,
+    /// vᵀ∂f/∂t, 0-d, or `None` where f does not read [`Time::tensor`].
+    pub t: Option<Tensor>,
+    /// vᵀ∂f/∂θ by parameter, of its shape; parameters that f did not read may be missing.
+    pub params: GradStore,
+}
+
+impl<S> Cotangents<S> {
+    /// Of a field without parameters and without time.
+    pub fn of_state(y: S) -> Self {
+        Self {
+            y,
+            t: None,
+            params: GradStore::default(),
+        }
+    }
+}
+
+impl<S, F> VectorField<S> for F
+where
+    S: State,
+    F: Fn(&Time, &S) -> candle_core::Result<S>,
+{
+    fn velocity(&self, t: &Time, y: &S) -> candle_core::Result<S> {
+        self(t, y)
+    }
+}
+
+/// A candle module as a field without time; see [`autonomous`].
+#[derive(Clone, Debug)]
+pub struct Autonomous<M>(M);
+
+/// The field f(t, y) = m(y) of a candle module.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::{autonomous, odeint, OdeOptions};
+/// let vars = candle_nn::VarMap::new();
+/// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let y0 = Tensor::ones((3, 2), DType::F32, &Device::Cpu)?;
+/// let ys = odeint(autonomous(candle_nn::linear(2, 2, vb)?), &y0, &[0.0, 1.0], &OdeOptions::default())?;
+/// assert_eq!(ys.dims(), [2, 3, 2]);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+pub fn autonomous<M: Module>(module: M) -> Autonomous<M> {
+    Autonomous(module)
+}
+
+impl<M: Module> VectorField<Tensor> for Autonomous<M> {
+    fn velocity(&self, _: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
+        self.0.forward(y)
+    }
+}
+
+/// A field that is declared to depend on nothing but time; see [`constant`].
+#[derive(Clone, Debug)]
+pub struct Constant<F>(F);
+
+/// Declares that f depends on no state and no parameter, so that its derivatives are zero:
+/// without this, a velocity that candle cannot trace back is an error.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_diffeq::{constant, odeint, OdeOptions, Time};
+/// let y0 = Tensor::new(&[1f64], &Device::Cpu)?;
+/// let f = constant(|t: &Time, y: &Tensor| y.ones_like()? * (2.0 * t.value()));
+/// let y = odeint(f, &y0, &[0.0, 3.0], &OdeOptions::default())?;      // y = 1 + t²
+/// assert!((y.get(1)?.to_vec1::<f64>()?[0] - 10.0).abs() < 1e-14);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+pub fn constant<F>(f: F) -> Constant<F> {
+    Constant(f)
+}
+
+impl<S, F> VectorField<S> for Constant<F>
+where
+    S: State,
+    F: Fn(&Time, &S) -> candle_core::Result<S>,
+{
+    fn velocity(&self, t: &Time, y: &S) -> candle_core::Result<S> {
+        (self.0)(t, y)
+    }
+
+    fn vjp<'f>(&'f self, t: &Time, y: &S) -> candle_core::Result<(S, Pullback<'f, S>)> {
+        let pull = |v: &S| {
+            let v = v.leaves();
+            let zeros = v.iter().map(Tensor::zeros_like);
+            let zeros = zeros.collect::<candle_core::Result<Vec<_>>>()?;
+            Ok(Cotangents::of_state(S::from_leaves(zeros)?))
+        };
+        Ok((self.velocity(t, y)?, Box::new(pull)))
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        Some(vec![])
+    }
+}
+
+/// A field over any state, owned or borrowed, seen by the solver as a field over its leaves.
+pub(crate) struct Leaves<P, S> {
+    field: P,
+    state: std::marker::PhantomData<fn() -> S>,
+}
+
+impl<P, S> Leaves<P, S> {
+    pub(crate) fn new(field: P) -> Self {
+        Self {
+            field,
+            state: std::marker::PhantomData,
+        }
+    }
+}
+
+impl<S, P> VectorField<Vec<Tensor>> for Leaves<P, S>
+where
+    S: State,
+    P: std::ops::Deref<Target: VectorField<S>>,
+{
+    fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+        let y = S::from_leaves(y.clone())?;
+        Ok(self.field.velocity(t, &y)?.leaves())
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &Vec<Tensor>,
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        let (k, pull) = self.field.vjp(t, &S::from_leaves(y.clone())?)?;
+        let pull = move |v: &Vec<Tensor>| {
+            let Cotangents { y, t, params } = pull(&S::from_leaves(v.clone())?)?;
+            Ok(Cotangents {
+                y: y.leaves(),
+                t,
+                params,
+            })
+        };
+        Ok((k.leaves(), Box::new(pull)))
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        self.field.parameters()
+    }
+}

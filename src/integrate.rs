@@ -1,0 +1,58 @@
+//! The forward loop: steps taken one after the other, outputs collected, the trajectory kept.
+
+use candle_core::Tensor;
+
+use crate::error::{Error, Result};
+use crate::problem::{Output, Problem};
+use crate::state::Packing;
+use crate::stats::Stats;
+use crate::step::Field;
+use crate::trajectory::Trajectory;
+use crate::watch::Watch;
+
+/// What the forward pass hands on.
+pub(crate) struct Forward {
+    /// The returned states in state precision, packed: `(outputs, elements)`.
+    pub(crate) packed: Tensor,
+    /// What was kept for the backward pass.
+    pub(crate) trajectory: Trajectory,
+}
+
+/// Integrates from y0 (leaves in state precision, our own) over the whole plan.
+pub(crate) fn integrate(
+    problem: &Problem,
+    field: &Field<'_>,
+    y0: Vec<Tensor>,
+    stats: &mut Stats,
+) -> Result<Forward> {
+    let Problem { scheme, plan, .. } = problem;
+    let mut watch = Watch::default();
+    for (leaf, y) in y0.iter().enumerate() {
+        watch.see(std::slice::from_ref(y), || Error::NonFiniteState { leaf })?;
+    }
+    let mut trajectory = Trajectory::new(problem.checkpoint, plan.len(), &scheme.roles, &y0)?;
+    let mut outputs = vec![];
+    let mut y = y0;
+    if problem.output == Output::All {
+        outputs.push(Packing::pack(&y, problem.state())?);
+    }
+    for n in 0..plan.len() {
+        let step = plan.step(n);
+        trajectory.offer(n, &y)?;
+        y = scheme.advance(field, step, &y, &mut watch)?;
+        if problem.output == Output::All && step.ends_interval() {
+            outputs.push(Packing::pack(&y, problem.state())?);
+        }
+    }
+    if problem.output == Output::Final {
+        outputs.push(Packing::pack(&y, problem.state())?);
+    }
+    watch.finish()?;
+    stats.steps += plan.len();
+    stats.evaluations += plan.len() * scheme.evaluations();
+    trajectory.record(stats);
+    Ok(Forward {
+        packed: Tensor::stack(&outputs, 0)?,
+        trajectory,
+    })
+}

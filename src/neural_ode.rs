@@ -1,0 +1,300 @@
+//! A candle model as a vector field, in any precision, with f32 master weights.
+//!
+//! The model's constructor is called on a `VarBuilder` of ours: once to record which names it asks
+//! for, and at every solve to build it over private copies of these variables, rounded to compute
+//! precision.  The user's variables are read once a solve and never written.
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Module, Shape, Tensor, TensorId, Var};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder, VarMap};
+
+use crate::error::Result;
+use crate::field::{autonomous, Leaves, VectorField};
+use crate::integrate::Forward;
+use crate::odeint::{node, run, SharedField, Solution};
+use crate::parameters::{self, Observed, Theta};
+use crate::precision::Precision;
+use crate::problem::{OdeOptions, Problem};
+use crate::state::{Packing, State};
+use crate::tableau::Tableau;
+use crate::time::Times;
+
+type Factory = dyn Fn(VarBuilder<'_>) -> candle_core::Result<SharedField> + Send + Sync;
+
+/// A neural ODE y' = f_θ(t, y): a model constructor, its variables, and how to solve.
+///
+/// θ is exactly the names that the constructor asks for under its prefix.  Several of them, and
+/// any other layers, may share one `VarMap`.
+///
+/// ```
+/// use candle_core::{Device, IndexOp, Tensor};
+/// use candle_diffeq::{NeuralOde, Precision, RK4};
+/// use candle_nn::{linear, Activation, AdamW, Module, Optimizer, ParamsAdamW, Sequential, VarMap};
+///
+/// let (vars, device) = (VarMap::new(), Device::Cpu);
+/// let ode = NeuralOde::new(&vars, "ode", &device, |vb| {
+///     let (l1, l2) = (linear(2, 16, vb.pp("l1"))?, linear(16, 2, vb.pp("l2"))?);
+///     Ok(candle_nn::func(move |y| l2.forward(&l1.forward(y)?.tanh()?)))
+/// })?
+/// .method(RK4)
+/// .precision(Precision::bf16());                        // f32 master weights stay in `vars`
+///
+/// let mut optimiser = AdamW::new(vars.all_vars(), ParamsAdamW::default())?;
+/// let y0 = Tensor::randn(0f32, 1.0, (32, 2), &device)?;
+/// let ys = ode.solve(&y0, &[0.0, 0.5, 1.0])?;           // (3, 32, 2), f32
+/// let loss = ys.i(2)?.sqr()?.mean_all()?;
+/// optimiser.backward_step(&loss)?;
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+pub struct NeuralOde<S = Tensor> {
+    vars: VarMap,
+    names: Vec<String>,
+    device: Device,
+    factory: Box<Factory>,
+    options: OdeOptions,
+    state: PhantomData<fn() -> S>,
+}
+
+impl NeuralOde<Tensor> {
+    /// A model without time, any candle `Module`.  Variables that `vars` does not hold yet are
+    /// created in it, in f32.
+    ///
+    /// # Errors
+    /// Of the constructor.
+    pub fn new<M, B>(vars: &VarMap, prefix: &str, device: &Device, build: B) -> Result<Self>
+    where
+        M: Module + Send + Sync + 'static,
+        B: Fn(VarBuilder<'_>) -> candle_core::Result<M> + Send + Sync + 'static,
+    {
+        Self::from_field(vars, prefix, DType::F32, device, move |vb| {
+            build(vb).map(autonomous)
+        })
+    }
+}
+
+impl<S: State + 'static> NeuralOde<S> {
+    /// A model of time and state: the constructor returns a closure `|t: &Time, y: &S| …` or any
+    /// other [`VectorField`].  Variables are created in `dtype` (f64 for studies).
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Module, Tensor};
+    /// use candle_diffeq::{NeuralOde, Time};
+    /// let vars = candle_nn::VarMap::new();
+    /// let ode = NeuralOde::from_field(&vars, "ode", DType::F32, &Device::Cpu, |vb| {
+    ///     let l = candle_nn::linear(3, 2, vb)?;
+    ///     Ok(move |t: &Time, y: &Tensor| {
+    ///         let t = t.tensor()?.to_dtype(y.dtype())?.broadcast_as((y.dim(0)?, 1))?;
+    ///         l.forward(&Tensor::cat(&[y, &t], 1)?)
+    ///     })
+    /// })?;
+    /// let ys = ode.solve(&Tensor::ones((4, 2), DType::F32, &Device::Cpu)?, &[0.0, 1.0])?;
+    /// assert_eq!(ys.dims(), [2, 4, 2]);
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Of the constructor.
+    pub fn from_field<F, B>(
+        vars: &VarMap,
+        prefix: &str,
+        dtype: DType,
+        device: &Device,
+        build: B,
+    ) -> Result<Self>
+    where
+        F: VectorField<S> + Send + Sync + 'static,
+        B: Fn(VarBuilder<'_>) -> candle_core::Result<F> + Send + Sync + 'static,
+    {
+        let prefix = prefix.to_owned();
+        let factory = move |vb: VarBuilder<'_>| {
+            let vb = if prefix.is_empty() {
+                vb
+            } else {
+                vb.pp(&prefix)
+            };
+            let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(build(vb)?)));
+            Ok(field)
+        };
+        let names = Arc::new(Mutex::new(vec![]));
+        let recording = Recording {
+            vars: vars.clone(),
+            names: names.clone(),
+        };
+        factory(VarBuilder::from_backend(
+            Box::new(recording),
+            dtype,
+            device.clone(),
+        ))?;
+        let names = std::mem::take(&mut *names.lock().unwrap_or_else(PoisonError::into_inner));
+        Ok(Self {
+            vars: vars.clone(),
+            names,
+            device: device.clone(),
+            factory: Box::new(factory),
+            options: OdeOptions::default(),
+            state: PhantomData,
+        })
+    }
+
+    /// Another method.
+    pub fn method(mut self, method: Tableau) -> Self {
+        self.options.method = method;
+        self
+    }
+
+    /// Other dtype roles.
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.options.precision = Some(precision);
+        self
+    }
+
+    /// All options at once.
+    pub fn options(mut self, options: OdeOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Names of the parameters in the `VarMap`, in the order in which the constructor asks.
+    pub fn parameters(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The states at `times`, differentiable in y0, every parameter and, if a tracked tensor,
+    /// `times`; arguments, result and errors as [`odeint`](crate::odeint).
+    ///
+    /// # Errors
+    /// As `odeint`, and those of parameters: dtype, device, or read without the constructor having
+    /// asked for them.
+    pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
+        let (problem, field, theta, forward, y0) = self.run(y0, times)?;
+        node(problem, field, theta, forward, &y0)
+    }
+
+    /// The same without a graph; gradients by [`Solution::vjp`].
+    ///
+    /// # Errors
+    /// As [`solve`](Self::solve).
+    pub fn solution<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<Solution<'static, S>> {
+        let (problem, field, theta, forward, _) = self.run(y0, times)?;
+        let field = Leaves::<SharedField, Vec<Tensor>>::new(field);
+        Solution::new(problem, Box::new(field), theta, forward)
+    }
+
+    fn run<T: Times + ?Sized>(
+        &self,
+        y0: &S,
+        times: &T,
+    ) -> Result<(Problem, SharedField, Theta, Forward, Tensor)> {
+        let y0 = y0.leaves();
+        let problem = Problem::new(&y0, times.to_grid()?, &self.options)?;
+        let masters = self.masters()?;
+        let named = masters
+            .iter()
+            .map(|(name, var)| (name.clone(), var.as_tensor()));
+        parameters::check(named, problem.device())?;
+        let mut variables = HashMap::new();
+        let mut origin = HashMap::<TensorId, Tensor>::new();
+        for (name, master) in &masters {
+            let leaf = Var::from_tensor(&problem.theta.round(master)?)?.into_inner();
+            origin.insert(leaf.id(), master.as_tensor().clone());
+            variables.insert(name.clone(), leaf);
+        }
+        let constants = variables
+            .iter()
+            .map(|(name, leaf)| (name.clone(), leaf.detach()))
+            .collect();
+        let dtype = problem.theta.held;
+        let build =
+            |tensors| (self.factory)(VarBuilder::from_tensors(tensors, dtype, &self.device));
+        let field = build(variables)?;
+        let plain = build(constants)?;
+        let packed = Packing::pack(&y0, problem.state())?;
+        let observed = Observed::twins(&*field, &*plain, origin.keys().copied().collect());
+        let forward = run(&problem, &observed, &packed)?;
+        let of = |leaf: Tensor| Some((origin.get(&leaf.id())?.clone(), leaf));
+        let (masters, leaves) = observed
+            .into_parameters()
+            .into_iter()
+            .filter_map(of)
+            .unzip();
+        Ok((
+            problem,
+            field,
+            Theta::copied(leaves, masters),
+            forward,
+            packed,
+        ))
+    }
+
+    /// The user's variables, by name.
+    fn masters(&self) -> Result<Vec<(String, Var)>> {
+        let data = self
+            .vars
+            .data()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let of = |name: &String| match data.get(name) {
+            Some(var) => Ok((name.clone(), var.clone())),
+            None => Err(candle_core::Error::CannotFindTensor { path: name.clone() }.into()),
+        };
+        self.names.iter().map(of).collect()
+    }
+}
+
+impl<S> std::fmt::Debug for NeuralOde<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NeuralOde")
+            .field("parameters", &self.names)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A `VarMap` that notes the names it is asked for.
+struct Recording {
+    vars: VarMap,
+    names: Arc<Mutex<Vec<String>>>,
+}
+
+impl Recording {
+    fn note(&self, name: &str) {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if !names.iter().any(|n| n == name) {
+            names.push(name.to_owned());
+        }
+    }
+}
+
+impl SimpleBackend for Recording {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let tensor = SimpleBackend::get(&self.vars, shape, name, init, dtype, device)?;
+        self.note(name);
+        Ok(tensor)
+    }
+
+    fn get_unchecked(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let tensor = SimpleBackend::get_unchecked(&self.vars, name, dtype, device)?;
+        self.note(name);
+        Ok(tensor)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.vars.contains_tensor(name)
+    }
+}

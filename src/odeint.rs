@@ -1,0 +1,414 @@
+//! The public entries: a solve that is one node of candle's graph, and a solve without a graph.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::backend::BackendStorage;
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor};
+
+use crate::adjoint::{Adjoint, Sweep};
+use crate::error::{Error, Result};
+use crate::field::{Leaves, VectorField};
+use crate::integrate::{integrate, Forward};
+use crate::parameters::{Observed, Theta};
+use crate::problem::{OdeOptions, Output, Problem};
+use crate::scaler::OnOverflow;
+use crate::state::{Packing, State};
+use crate::step::Field;
+use crate::time::Times;
+use crate::trajectory::Trajectory;
+use crate::watch::Watch;
+
+/// A field that may outlive the call and cross threads, as candle's graph asks.
+pub(crate) type SharedField = Arc<dyn VectorField<Vec<Tensor>> + Send + Sync>;
+
+/// Solves y' = f(t, y) from y0 and returns the states at `times`, differentiable with
+/// `loss.backward()`.
+///
+/// * `field`: a closure `|t: &Time, y: &S| …`, [`autonomous`](crate::autonomous)`(module)`, or any
+///   [`VectorField`].  Variables that it captures receive gradients; they keep their own dtype, so
+///   for a low compute precision use [`NeuralOde`](crate::NeuralOde), which casts them once a solve.
+/// * `y0`: leaves of any shapes.  It receives a gradient if candle tracks it.
+/// * `times`: t_0 … t_N, strictly monotone, y(t_0) = y0.  A tracked 1-D tensor receives gradients.
+///
+/// Returns leaves of shape `(times, …)`, or `(…)` with [`Output::Final`], in **state** dtype, which
+/// is that of y0 unless the options say otherwise (f32 for f16 and bf16).
+///
+/// The gradients are exact for the steps that were run (see [the theory](crate)).  They carry no
+/// history: second derivatives are not supported.
+///
+/// # Errors
+/// Before any step: of the grid, the state, the options.  During the solve: a velocity that is
+/// non-finite, untracked, or not of the state's shape, dtype or device.  See [`Error`].
+///
+/// ```
+/// use candle_core::{Device, IndexOp, Var};
+/// use candle_diffeq::{odeint, OdeOptions, Time};
+/// let y0 = Var::new(&[1f64, 2.0], &Device::Cpu)?;
+/// let decay = |_: &Time, y: &candle_core::Tensor| y.neg();
+/// let ys = odeint(decay, y0.as_tensor(), &[0.0, 0.5, 1.0], &OdeOptions::default())?;
+/// let grads = ys.i(2)?.sum_all()?.backward()?;
+/// let one_step = 1.0 - 0.5 + 0.125 - 0.125 / 6.0 + 0.0625 / 24.0;      // exp(−½) to order four
+/// let grad = grads.get(&y0).unwrap().to_vec1::<f64>()?;
+/// assert!((grad[0] - one_step * one_step).abs() < 1e-15);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+pub fn odeint<S, F, T>(field: F, y0: &S, times: &T, options: &OdeOptions) -> Result<S>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+    T: Times + ?Sized,
+{
+    let y0 = y0.leaves();
+    let problem = Problem::new(&y0, times.to_grid()?, options)?;
+    let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));
+    let packed = Packing::pack(&y0, problem.state())?;
+    let observed = Observed::closure(&*field, true);
+    let forward = run(&problem, &observed, &packed)?;
+    let theta = observed.into_parameters();
+    let theta = Theta::captured(theta, problem.state(), problem.device())?;
+    node(problem, field, theta, forward, &packed)
+}
+
+/// Solves without candle's graph: the field may be borrowed and need not cross threads, and
+/// gradients are asked for explicitly.
+///
+/// Arguments and errors as [`odeint`].
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_diffeq::{solve, OdeOptions, Time};
+/// let rate = Tensor::new(0.5f64, &Device::Cpu)?;
+/// let field = |_: &Time, y: &Tensor| y.broadcast_mul(&rate);           // borrows `rate`
+/// let y0 = Tensor::new(&[1f64], &Device::Cpu)?;
+/// let solution = solve(&field, &y0, &[0.0, 1.0], &OdeOptions::default())?;
+/// let cotangent = Tensor::new(&[[0f64], [1.0]], &Device::Cpu)?;        // L = y(1)
+/// let growth = solution.vjp(&cotangent)?.y0.to_vec1::<f64>()?[0];
+/// assert!((growth - 0.5f64.exp()).abs() < 3e-4);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+pub fn solve<'f, S, F, T>(
+    field: &'f F,
+    y0: &S,
+    times: &T,
+    options: &OdeOptions,
+) -> Result<Solution<'f, S>>
+where
+    S: State + 'f,
+    F: VectorField<S> + 'f,
+    T: Times + ?Sized,
+{
+    let y0 = y0.leaves();
+    let problem = Problem::new(&y0, times.to_grid()?, options)?;
+    let field: Box<Field<'f>> = Box::new(Leaves::<&'f F, S>::new(field));
+    let packed = Packing::pack(&y0, problem.state())?;
+    let observed = Observed::closure(&*field, false);
+    let forward = run(&problem, &observed, &packed)?;
+    let theta = observed.into_parameters();
+    let theta = Theta::captured(theta, problem.state(), problem.device())?;
+    Solution::new(problem, field, theta, forward)
+}
+
+/// The forward pass from a packed y0, on a copy: the user's own may be written before backward.
+pub(crate) fn run(problem: &Problem, field: &Field<'_>, packed: &Tensor) -> Result<Forward> {
+    let y0 = problem.packing.unpack(&packed.detach().copy()?)?;
+    problem
+        .recorder
+        .record(|stats| integrate(problem, field, y0, stats))
+}
+
+/// `(outputs, elements)` to the leaves that the user gets.
+fn returned<S: State>(problem: &Problem, packed: &Tensor) -> Result<S> {
+    let packed = match problem.output {
+        Output::All => packed.clone(),
+        Output::Final => packed.squeeze(0)?,
+    };
+    S::from_leaves(problem.packing.unpack(&packed)?)
+}
+
+/// The backward pass of a solve.  `cotangent`: `(outputs, elements)`.
+fn adjoint(
+    problem: &Problem,
+    field: &Field<'_>,
+    theta: &Theta,
+    trajectory: &Trajectory,
+    cotangent: &Tensor,
+    differentiate_time: bool,
+) -> Result<Adjoint> {
+    if cotangent.track_op() {
+        return Err(Error::TrackedCotangent);
+    }
+    if !trajectory.can_rewind() {
+        return Err(Error::NothingKept);
+    }
+    theta.check_unchanged(problem.state())?;
+    let sweep = Sweep {
+        scheme: &problem.scheme,
+        plan: &problem.plan,
+        trajectory,
+        field,
+        theta: &theta.leaves,
+        scaler: problem.scaler,
+        differentiate_time,
+    };
+    let mut watch = Watch::default();
+    watch.see(std::slice::from_ref(cotangent), || {
+        Error::NonFiniteCotangent
+    })?;
+    let row = |i| problem.packing.unpack(&cotangent.get(i)?);
+    let earlier = |i| match problem.output {
+        Output::All => row(i).map(Some),
+        Output::Final => Ok(None),
+    };
+    let last = row(problem.outputs() - 1)?;
+    problem
+        .recorder
+        .record(|stats| sweep.run(last, earlier, watch, stats))
+}
+
+/// Makes the solve one node of candle's graph, or a plain tensor where nothing is tracked.
+pub(crate) fn node<S: State>(
+    problem: Problem,
+    field: SharedField,
+    theta: Theta,
+    forward: Forward,
+    y0: &Tensor,
+) -> Result<S> {
+    let Forward { packed, trajectory } = forward;
+    let tracked = y0.track_op() || problem.grid.is_tracked() || !theta.masters.is_empty();
+    if !tracked || !trajectory.can_rewind() {
+        return returned(&problem, &packed);
+    }
+    let nothing = || Tensor::zeros(1, problem.state(), problem.device());
+    let parameters = match theta.pack(problem.state())? {
+        Some(parameters) => parameters,
+        None => nothing()?,
+    };
+    let times = match problem.grid.tensor() {
+        Some(times) if times.track_op() => times.clone(),
+        _ => nothing()?,
+    };
+    let node = Node {
+        problem: problem.clone(),
+        field,
+        theta,
+        trajectory,
+        packed: Mutex::new(Some(packed)),
+    };
+    returned(&problem, &y0.apply_op3(&parameters, &times, node)?)
+}
+
+/// The solve as a custom op of (y0, θ, t), each one vector.
+struct Node {
+    problem: Problem,
+    field: SharedField,
+    theta: Theta,
+    trajectory: Trajectory,
+    /// The result, computed before the op is applied, until candle has taken it.
+    packed: Mutex<Option<Tensor>>,
+}
+
+impl Node {
+    fn result(&self) -> candle_core::Result<Tensor> {
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        match packed.take() {
+            Some(packed) => packed.contiguous(),
+            None => candle_core::bail!("the result of a solve was taken twice"),
+        }
+    }
+
+    /// Gradients of y0, θ and t as vectors.
+    fn gradients(
+        &self,
+        cotangent: &Tensor,
+        times: bool,
+    ) -> Result<(Tensor, Option<Tensor>, Vec<f64>)> {
+        let Self { problem, theta, .. } = self;
+        let adjoint = adjoint(
+            problem,
+            &*self.field,
+            theta,
+            &self.trajectory,
+            cotangent,
+            times,
+        );
+        match adjoint {
+            Ok(adjoint) => {
+                let y0 = Packing::pack(&adjoint.y0, problem.state())?;
+                let theta = match adjoint.theta.as_slice() {
+                    [] => None,
+                    grads => Some(Theta::pack_gradients(grads)?),
+                };
+                Ok((y0, theta, adjoint.times))
+            }
+            Err(error) if error.is_overflow() && problem.on_overflow == OnOverflow::SkipUpdate => {
+                let nan = |n: usize| nan(&Shape::from(n), problem.state(), cotangent);
+                let parameters = theta.leaves.iter().map(Tensor::elem_count).sum();
+                let times = problem.grid.points().iter().map(|_| f64::NAN).collect();
+                Ok((nan(problem.packing.len())?, Some(nan(parameters)?), times))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// NaN on purpose: gradients of a solve whose backward pass overflowed.
+fn nan(shape: &Shape, dtype: DType, like: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::full(f32::NAN, shape, like.device())?.to_dtype(dtype)?)
+}
+
+impl CustomOp3 for Node {
+    fn name(&self) -> &'static str {
+        "odeint"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let packed = self.result()?;
+        let (storage, layout) = packed.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, packed.shape().clone())),
+            _ => candle_core::bail!("the result of a solve changed device"),
+        }
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let packed = self.result()?;
+        let (storage, layout) = packed.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, packed.shape().clone())),
+            _ => candle_core::bail!("the result of a solve changed device"),
+        }
+    }
+
+    fn bwd(
+        &self,
+        y0: &Tensor,
+        theta: &Tensor,
+        times: &Tensor,
+        _: &Tensor,
+        cotangent: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (y0_grad, theta_grad, time_grad) = self.gradients(cotangent, times.track_op())?;
+        // candle expects a gradient for what it tracks, and stores one for whatever it is given.
+        let y0_grad = y0.track_op().then_some(y0_grad);
+        let theta_grad = theta_grad.filter(|_| theta.track_op());
+        let time_grad = match times.track_op() {
+            true => {
+                let n = time_grad.len();
+                let grad = Tensor::from_vec(time_grad, n, times.device())?;
+                Some(grad.to_dtype(times.dtype())?)
+            }
+            false => None,
+        };
+        Ok((y0_grad, theta_grad, time_grad))
+    }
+}
+
+/// A solve without a graph: the states, and what its backward pass needs.
+pub struct Solution<'f, S> {
+    problem: Problem,
+    field: Box<Field<'f>>,
+    theta: Theta,
+    trajectory: Trajectory,
+    states: S,
+}
+
+impl<'f, S: State> Solution<'f, S> {
+    pub(crate) fn new(
+        problem: Problem,
+        field: Box<Field<'f>>,
+        theta: Theta,
+        forward: Forward,
+    ) -> Result<Self> {
+        Ok(Self {
+            states: returned(&problem, &forward.packed)?,
+            problem,
+            field,
+            theta,
+            trajectory: forward.trajectory,
+        })
+    }
+
+    /// The states at the output times, `(times, …)` or `(…)`, in state dtype, without history.
+    pub fn states(&self) -> &S {
+        &self.states
+    }
+
+    /// Gradients of L where `cotangent` = ∂L/∂[`states`](Self::states), of their shapes.
+    ///
+    /// # Errors
+    /// [`Error::TrackedCotangent`], [`Error::CotangentShape`], [`Error::NothingKept`], those of the
+    /// field, and those of an overflow: here the policy is the caller's, so they are always
+    /// returned.
+    pub fn vjp(&self, cotangent: &S) -> Result<Gradients<S>> {
+        let Self { problem, theta, .. } = self;
+        let (leaves, states) = (cotangent.leaves(), self.states.leaves());
+        if leaves.len() != states.len() {
+            return Err(Error::LeafCount {
+                expected: states.len(),
+                got: leaves.len(),
+            });
+        }
+        for (v, y) in leaves.iter().zip(&states) {
+            if v.shape() != y.shape() {
+                return Err(Error::CotangentShape {
+                    expected: y.shape().clone(),
+                    got: v.shape().clone(),
+                });
+            }
+        }
+        let rows = leaves.iter().map(|v| {
+            v.reshape((problem.outputs(), ()))?
+                .to_dtype(problem.state())
+        });
+        let packed = Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 1)?;
+        let adjoint = adjoint(
+            problem,
+            &*self.field,
+            theta,
+            &self.trajectory,
+            &packed,
+            problem.grid.tensor().is_some(),
+        )?;
+        let mut params = GradStore::default();
+        for (master, grad) in theta.masters.iter().zip(adjoint.theta) {
+            params.insert(master, grad);
+        }
+        let times = match problem.grid.tensor() {
+            Some(t) => Some(Tensor::new(adjoint.times, t.device())?.to_dtype(t.dtype())?),
+            None => None,
+        };
+        Ok(Gradients {
+            y0: S::from_leaves(adjoint.y0)?,
+            params,
+            times,
+        })
+    }
+}
+
+/// Gradients of a loss through a solve, without history.
+#[derive(Debug)]
+pub struct Gradients<S> {
+    /// ∂L/∂y0, in state dtype.
+    pub y0: S,
+    /// ∂L/∂θ in state dtype, by the user's variable; those that no evaluation read have none.
+    pub params: GradStore,
+    /// ∂L/∂t_i in the grid's dtype, for grids that were given as a tensor.
+    pub times: Option<Tensor>,
+}

@@ -1,0 +1,53 @@
+//! The operations as chains of candle's own: they run wherever candle runs, and are the reference
+//! for the fused ones.
+
+use candle_core::{DType, Tensor};
+
+use crate::error::Result;
+use crate::precision::Rounding;
+
+pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
+    let wide = terms.iter().any(|(_, x)| x.dtype() == DType::F64);
+    let dtype = if wide { DType::F64 } else { DType::F32 };
+    let mut sum = None;
+    for &(c, x) in terms {
+        let term = x.detach().to_dtype(dtype)?;
+        let term = if c == 1.0 { term } else { (term * c)? };
+        sum = Some(match sum {
+            None => term,
+            Some(sum) => (sum + term)?,
+        });
+    }
+    let sum = sum.unwrap_or(Tensor::zeros(0, dtype, &candle_core::Device::Cpu)?);
+    let sum = if scale == 1.0 { sum } else { (sum * scale)? };
+    let sum = if out.to == out.held {
+        sum
+    } else {
+        sum.to_dtype(out.to)?
+    };
+    // `to_dtype` to the dtype at hand returns the same tensor: copy, the result is the caller's.
+    let result = sum.to_dtype(out.held)?.contiguous()?;
+    Ok(if terms.len() == 1 {
+        result.copy()?
+    } else {
+        result
+    })
+}
+
+pub(super) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
+    let x = x.detach().to_dtype(acc.dtype())?;
+    *acc = (&*acc + (x * c)?)?;
+    Ok(())
+}
+
+pub(super) fn magnitude(x: &Tensor) -> Result<f64> {
+    let x = x.detach().flatten_all()?.to_dtype(DType::F64)?;
+    // A maximum may skip NaN; x·0 does not.
+    let both = Tensor::stack(&[x.abs()?.max(0)?, (x * 0.0)?.sum(0)?], 0)?.to_vec1::<f64>()?;
+    Ok(if both[1] == 0.0 { both[0] } else { f64::NAN })
+}
+
+pub(super) fn dot(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let y = y.detach().to_dtype(x.dtype())?;
+    Ok((x.detach() * y)?.sum_all()?)
+}

@@ -1,0 +1,205 @@
+//! The few tensor operations that a solver needs, one contract and two machines: `cpu` fused
+//! loops, and `chain`, the same in candle's own operations, for every other device.
+//!
+//! Operands may have any float dtype and layout; results are contiguous and carry no history.
+//! Sums are formed in f64 if an operand is f64, otherwise in f32, in the order of the terms.
+
+mod chain;
+mod cpu;
+
+use candle_core::{DType, Tensor};
+
+use crate::error::Result;
+use crate::precision::Rounding;
+
+/// `round(scale · Σ c_j x_j)`: stage sums, state updates, seeds and adjoint updates.  All x_j have
+/// one shape; there is at least one.
+pub(crate) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
+    let x = terms[0].1;
+    if x.device().is_cpu() {
+        cpu::combine(terms, scale, out)
+    } else {
+        chain::combine(terms, scale, out)
+    }
+}
+
+/// `acc += c · x` in place; `acc` is contiguous, f32 or f64, and nobody else's.
+pub(crate) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
+    if x.device().is_cpu() {
+        cpu::accumulate(acc, c, x)
+    } else {
+        chain::accumulate(acc, c, x)
+    }
+}
+
+/// `max |x|` on the host; NaN or infinite exactly if an element is.
+pub(crate) fn magnitude(x: &Tensor) -> Result<f64> {
+    if x.device().is_cpu() {
+        cpu::magnitude(x)
+    } else {
+        chain::magnitude(x)
+    }
+}
+
+/// `Σ x_i y_i`, a 0-d tensor of x's dtype.
+pub(crate) fn dot(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        cpu::dot(x, y)
+    } else {
+        chain::dot(x, y)
+    }
+}
+
+/// A 0-d f32 tensor that is zero if x is finite and NaN otherwise, left on the device.
+pub(crate) fn poison(x: &Tensor) -> Result<Tensor> {
+    Ok((x.detach().to_dtype(DType::F32)? * 0.0)?.sum_all()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Shape};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
+
+    /// Unit roundoff of a dtype.
+    fn roundoff(dtype: DType) -> f64 {
+        match dtype {
+            DType::F16 => 2f64.powi(-11),
+            DType::BF16 => 2f64.powi(-8),
+            DType::F32 => 2f64.powi(-24),
+            _ => 2f64.powi(-53),
+        }
+    }
+
+    fn values(x: &Tensor) -> Vec<f64> {
+        let x = x.to_dtype(DType::F64).and_then(|x| x.flatten_all());
+        x.and_then(|x| x.to_vec1()).unwrap()
+    }
+
+    prop_compose! {
+        /// Terms c_j x_j of one odd length, x_j of any dtype, every other one with strides.
+        fn terms()(n in 1usize..2500, count in 1usize..14)(
+            data in prop::collection::vec(prop::collection::vec(-4f64..4.0, n), count),
+            c in prop::collection::vec(-2f64..2.0, count),
+            dtypes in prop::collection::vec(0usize..4, count),
+        ) -> Vec<(f64, Tensor)> {
+            let tensor = |(i, data): (usize, Vec<f64>)| {
+                let n = data.len();
+                let x = Tensor::from_vec(data, n, &Device::Cpu)?.to_dtype(FLOATS[dtypes[i]])?;
+                if i % 2 == 0 {
+                    return Ok(x);
+                }
+                // The same values as a strided view.
+                Tensor::stack(&[&x, &x], 1)?.narrow(1, 1, 1)?.squeeze(1)
+            };
+            let tensors = data.into_iter().enumerate().map(tensor);
+            let tensors: candle_core::Result<Vec<_>> = tensors.collect();
+            c.into_iter().zip(tensors.unwrap()).collect()
+        }
+    }
+
+    fn borrowed(terms: &[(f64, Tensor)]) -> Vec<(f64, &Tensor)> {
+        terms.iter().map(|(c, x)| (*c, x)).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn combine_is_a_sum_in_f64_rounded_once(terms in terms(), scale in -4i32..4, to in 0usize..4, held in 0usize..2) {
+            let to = FLOATS[to];
+            let low = matches!(to, DType::F16 | DType::BF16);
+            let out = Rounding { to, held: if low && held == 0 { DType::F32 } else { to } };
+            let scale = 2f64.powi(scale);
+            let x: Vec<_> = terms.iter().map(|(_, x)| values(x)).collect();
+            let wide = terms.iter().any(|(_, x)| x.dtype() == DType::F64);
+            let sum = if wide { DType::F64 } else { DType::F32 };
+            let terms = borrowed(&terms);
+            for result in [cpu::combine(&terms, scale, out).unwrap(), chain::combine(&terms, scale, out).unwrap()] {
+                prop_assert_eq!(result.dtype(), out.held);
+                prop_assert_eq!(result.shape(), &Shape::from(x[0].len()));
+                for (i, got) in values(&result).into_iter().enumerate() {
+                    let exact: f64 = terms.iter().zip(&x).map(|((c, _), x)| scale * c * x[i]).sum();
+                    let size: f64 = terms.iter().zip(&x).map(|((c, _), x)| (scale * c * x[i]).abs()).sum();
+                    // n + 1 roundings of the sum, one of the coefficient, one of the result; below
+                    // the normal range of f16 half its spacing.
+                    let bound = (terms.len() + 2) as f64 * roundoff(sum) * size
+                        + roundoff(to) * exact.abs() * 1.01 + 2f64.powi(-25);
+                    prop_assert!((got - exact).abs() <= bound, "{} for {} at {}", got, exact, i);
+                }
+            }
+        }
+
+        #[test]
+        fn accumulate_adds_in_place(terms in terms(), c in -3f64..3.0, double in any::<bool>()) {
+            let dtype = if double { DType::F64 } else { DType::F32 };
+            for (_, x) in terms {
+                let start = (Tensor::ones(x.shape(), dtype, &Device::Cpu).unwrap() * 0.5).unwrap();
+                let (mut fused, mut chained) = (start.copy().unwrap(), start);
+                cpu::accumulate(&mut fused, c, &x).unwrap();
+                chain::accumulate(&mut chained, c, &x).unwrap();
+                for (i, x) in values(&x).into_iter().enumerate() {
+                    let exact = 0.5 + c * x;
+                    let bound = 4.0 * roundoff(dtype) * (0.5 + (c * x).abs());
+                    prop_assert!((values(&fused)[i] - exact).abs() <= bound);
+                    prop_assert!((values(&chained)[i] - exact).abs() <= bound);
+                    if i == 3 { break; }
+                }
+            }
+        }
+
+        #[test]
+        fn magnitude_and_dot_agree_with_f64(terms in terms()) {
+            let x = &terms[0].1;
+            let max = values(x).into_iter().fold(0f64, |m, x| m.max(x.abs()));
+            prop_assert_eq!(cpu::magnitude(x).unwrap(), max);
+            prop_assert_eq!(chain::magnitude(x).unwrap(), max);
+            let x = x.to_dtype(DType::F32).unwrap();
+            let y = &terms[terms.len() - 1].1;
+            let products: Vec<_> = values(&x).into_iter().zip(values(y)).map(|(x, y)| x * y).collect();
+            let (exact, size): (f64, f64) = (products.iter().sum(), products.iter().map(|p| p.abs()).sum());
+            let fused = values(&cpu::dot(&x, y).unwrap().reshape(1).unwrap())[0];
+            let chained = values(&chain::dot(&x, y).unwrap().reshape(1).unwrap())[0];
+            prop_assert!((fused - exact).abs() <= 2.0 * roundoff(DType::F32) * size);
+            prop_assert!((chained - exact).abs() <= (products.len() + 2) as f64 * roundoff(DType::F32) * size);
+        }
+    }
+
+    #[test]
+    fn one_bad_element_is_seen_wherever_it_is() {
+        for dtype in FLOATS {
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                for at in [0, 1023, 1024, 1499] {
+                    let mut data = vec![1f64; 1500];
+                    data[at] = bad;
+                    let x = Tensor::from_vec(data, 1500, &Device::Cpu)
+                        .unwrap()
+                        .to_dtype(dtype)
+                        .unwrap();
+                    assert!(!cpu::magnitude(&x).unwrap().is_finite());
+                    assert!(!chain::magnitude(&x).unwrap().is_finite());
+                    assert!(poison(&x).unwrap().to_scalar::<f32>().unwrap().is_nan());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn results_share_no_storage_with_their_operands() {
+        let x = candle_core::Var::new(&[1f32, 2.0], &Device::Cpu).unwrap();
+        for result in [
+            cpu::combine(&[(1.0, x.as_tensor())], 1.0, Rounding::cast(DType::F32)).unwrap(),
+            chain::combine(&[(1.0, x.as_tensor())], 1.0, Rounding::cast(DType::F32)).unwrap(),
+        ] {
+            x.set(&Tensor::new(&[5f32, 6.0], &Device::Cpu).unwrap())
+                .unwrap();
+            assert_eq!(values(&result), [1.0, 2.0]);
+            assert!(!result.track_op());
+            x.set(&Tensor::new(&[1f32, 2.0], &Device::Cpu).unwrap())
+                .unwrap();
+        }
+    }
+}

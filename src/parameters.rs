@@ -1,0 +1,249 @@
+//! θ: the parameters that the evaluations of one solve read.
+//!
+//! One evaluation is not enough to find them: a parameter may be read at other times only.  So the
+//! forward pass is observed, and θ is the union over all its evaluations; a parameter that none of
+//! them read gets no gradient, and no optimiser touches it.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+
+use candle_core::{DType, Device, Tensor, TensorId, Var};
+
+use crate::autograd;
+use crate::error::{Error, Result};
+use crate::field::{Pullback, VectorField};
+use crate::step::Field;
+use crate::time::Time;
+
+/// A field under observation: detaches velocities and notes the variables that they depend on.
+pub(crate) struct Observed<'f> {
+    /// The field over variables.
+    tracked: &'f Field<'f>,
+    /// The same field over constants, cheaper to evaluate, once everything has been seen.
+    plain: Option<&'f Field<'f>>,
+    /// All there are to see, if that is known.
+    known: Option<HashSet<TensorId>>,
+    /// Whether a velocity that candle cannot trace is an error.
+    must_track: bool,
+    seen: RefCell<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    evaluations: usize,
+    ids: HashSet<TensorId>,
+    variables: Vec<Tensor>,
+}
+
+impl<'f> Observed<'f> {
+    /// A field that reads whatever variables it has captured.
+    pub(crate) fn closure(field: &'f Field<'f>, must_track: bool) -> Self {
+        Self {
+            tracked: field,
+            plain: None,
+            known: None,
+            must_track,
+            seen: RefCell::default(),
+        }
+    }
+
+    /// A field built twice over the same `known` parameters: as variables, and as constants.
+    pub(crate) fn twins(
+        tracked: &'f Field<'f>,
+        plain: &'f Field<'f>,
+        known: HashSet<TensorId>,
+    ) -> Self {
+        Self {
+            plain: Some(plain),
+            known: Some(known),
+            ..Self::closure(tracked, true)
+        }
+    }
+
+    /// The parameters, in the order in which they were met.
+    pub(crate) fn into_parameters(self) -> Vec<Tensor> {
+        self.tracked
+            .parameters()
+            .unwrap_or_else(|| self.seen.into_inner().variables)
+    }
+
+    fn first(&self, t: &Time, y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
+        let leaf = |y: &Tensor| Ok(Var::from_tensor(y)?.into_inner());
+        let leaves = y
+            .iter()
+            .map(leaf)
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
+        let k = self.tracked.velocity(t, &leaves)?;
+        if !k.iter().any(Tensor::track_op) {
+            return Err(Error::UntrackedVelocity { t: t.value() }.into());
+        }
+        self.note(t, &k, &own)?;
+        Ok(k)
+    }
+
+    /// Notes the variables behind k, but for the leaves of our `own`.
+    fn note(&self, t: &Time, k: &[Tensor], own: &HashSet<TensorId>) -> Result<()> {
+        let mut seen = self.seen.borrow_mut();
+        seen.evaluations += 1;
+        for variable in autograd::variables(k) {
+            if own.contains(&variable.id()) {
+                continue;
+            }
+            if self
+                .known
+                .as_ref()
+                .is_some_and(|known| !known.contains(&variable.id()))
+            {
+                return Err(Error::ForeignParameter { t: t.value() });
+            }
+            if seen.ids.insert(variable.id()) {
+                seen.variables.push(variable);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether further evaluations can tell nothing new.
+    fn is_complete(&self) -> bool {
+        let seen = self.seen.borrow();
+        let all = |known: &HashSet<_>| seen.evaluations > 0 && known.len() == seen.variables.len();
+        self.tracked.parameters().is_some() || self.known.as_ref().is_some_and(all)
+    }
+}
+
+impl VectorField<Vec<Tensor>> for Observed<'_> {
+    fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+        if self.is_complete() {
+            let k = self.plain.unwrap_or(self.tracked).velocity(t, y)?;
+            if self.plain.is_some() && k.iter().any(Tensor::track_op) {
+                return Err(Error::ForeignParameter { t: t.value() }.into());
+            }
+            return Ok(k);
+        }
+        if self.must_track && self.seen.borrow().evaluations == 0 {
+            return self.first(t, y);
+        }
+        let k = self.tracked.velocity(t, y)?;
+        self.note(t, &k, &HashSet::new())?;
+        Ok(k)
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &Vec<Tensor>,
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        self.tracked.vjp(t, y)
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        self.tracked.parameters()
+    }
+}
+
+/// θ of one solve: what the field read, and the user's variables behind it, one to one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Theta {
+    /// The tensors that the field reads.
+    pub(crate) leaves: Vec<Tensor>,
+    /// The user's; the same tensors where a closure captured them.
+    pub(crate) masters: Vec<Tensor>,
+    /// All masters in one vector, as they were at the solve; only for captured ones, which could
+    /// be written before the backward pass.
+    snapshot: Option<Tensor>,
+}
+
+impl Theta {
+    /// Parameters that a closure captured.
+    pub(crate) fn captured(variables: Vec<Tensor>, state: DType, device: &Device) -> Result<Self> {
+        let named = variables.iter().enumerate();
+        check(
+            named.map(|(i, p)| (format!("{i} of the closure"), p)),
+            device,
+        )?;
+        let mut theta = Self {
+            leaves: variables.clone(),
+            masters: variables,
+            snapshot: None,
+        };
+        theta.snapshot = theta.pack(state)?.map(|p| p.detach().copy()).transpose()?;
+        Ok(theta)
+    }
+
+    /// Private leaves, with the masters that they are copies of.
+    pub(crate) fn copied(leaves: Vec<Tensor>, masters: Vec<Tensor>) -> Self {
+        Self {
+            leaves,
+            masters,
+            snapshot: None,
+        }
+    }
+
+    /// All masters as one vector in `dtype`, in candle's graph; `None` without parameters.
+    pub(crate) fn pack(&self, dtype: DType) -> Result<Option<Tensor>> {
+        if self.masters.is_empty() {
+            return Ok(None);
+        }
+        let flat = self
+            .masters
+            .iter()
+            .map(|p| p.flatten_all()?.to_dtype(dtype));
+        let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Some(Tensor::cat(&flat, 0)?))
+    }
+
+    /// Gradients as one vector, in the order of [`pack`](Self::pack).
+    pub(crate) fn pack_gradients(grads: &[Tensor]) -> Result<Tensor> {
+        let flat = grads.iter().map(Tensor::flatten_all);
+        let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&flat, 0)?)
+    }
+
+    /// Makes sure that captured parameters still are what the solve read.
+    pub(crate) fn check_unchanged(&self, state: DType) -> Result<()> {
+        let (Some(then), Some(now)) = (&self.snapshot, self.pack(state)?) else {
+            return Ok(());
+        };
+        let changed = then.ne(&now.detach())?.to_dtype(DType::F32)?.sum_all()?;
+        if changed.to_scalar::<f32>()? > 0.0 {
+            return Err(Error::ParametersChanged);
+        }
+        Ok(())
+    }
+}
+
+/// Parameters are floating-point, of one dtype, on the state's device.
+pub(crate) fn check<'p>(
+    parameters: impl Iterator<Item = (String, &'p Tensor)>,
+    device: &Device,
+) -> Result<()> {
+    let mut expected = None;
+    for (name, p) in parameters {
+        if !matches!(
+            p.dtype(),
+            DType::F16 | DType::BF16 | DType::F32 | DType::F64
+        ) {
+            return Err(Error::ParameterDtype {
+                name,
+                dtype: p.dtype(),
+            });
+        }
+        let expected = *expected.get_or_insert(p.dtype());
+        if p.dtype() != expected {
+            return Err(Error::MixedParameters {
+                name,
+                expected,
+                got: p.dtype(),
+            });
+        }
+        if !p.device().same_device(device) {
+            return Err(Error::DeviceMismatch {
+                what: format!("parameter {name}"),
+                expected: device.location(),
+                got: p.device().location(),
+            });
+        }
+    }
+    Ok(())
+}

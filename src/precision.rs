@@ -1,0 +1,193 @@
+//! Which dtype plays which role, and the border at which numbers change dtype.
+//!
+//! | role | quantities |
+//! |---|---|
+//! | **state** | y, λ, gradients, all sums over stages, the returned states |
+//! | **compute** | y and θ as the field sees them, k, the cotangents fed to the vjp |
+//! | **store** | the kept trajectory |
+//!
+//! After "Mixed Precision Training of Neural ODEs", arXiv 2510.23498, with the
+//! sums over stages and the product with h moved from compute to state precision.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+use crate::ops;
+
+/// How a low compute precision is realised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// Rounded on the CPU, native elsewhere.
+    #[default]
+    Auto,
+    /// The field is given tensors of the compute dtype and runs in it.
+    Native,
+    /// Values are rounded to the compute dtype but held in f32, in which the field runs: the
+    /// rounding of inputs, velocities and cotangents at the speed of f32.  θ gradients are summed
+    /// in f32.
+    Rounded,
+}
+
+/// The dtype of each role; see the [module](self).
+///
+/// `state` is f32 or f64; `compute` and `store` are f16, bf16, f32 or f64, neither wider than
+/// `state`.
+///
+/// ```
+/// use candle_core::DType;
+/// use candle_diffeq::Precision;
+/// let p = Precision::bf16().store(DType::BF16);
+/// assert_eq!((p.state, p.compute, p.store), (DType::F32, DType::BF16, DType::BF16));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precision {
+    /// Dtype of y, λ, gradients and every sum.
+    pub state: DType,
+    /// Dtype in which the velocity is evaluated and pulled back.
+    pub compute: DType,
+    /// Dtype of the kept trajectory.
+    pub store: DType,
+    /// How `compute` is realised when it is f16 or bf16.
+    pub arithmetic: Arithmetic,
+}
+
+impl Precision {
+    /// One dtype for state, and one for compute; the trajectory is stored in state precision.
+    pub const fn new(state: DType, compute: DType) -> Self {
+        Self {
+            state,
+            compute,
+            store: state,
+            arithmetic: Arithmetic::Auto,
+        }
+    }
+
+    /// Everything in f32.
+    pub const fn f32() -> Self {
+        Self::new(DType::F32, DType::F32)
+    }
+
+    /// Everything in f64.
+    pub const fn f64() -> Self {
+        Self::new(DType::F64, DType::F64)
+    }
+
+    /// Velocities in bf16, sums in f32.
+    pub const fn bf16() -> Self {
+        Self::new(DType::F32, DType::BF16)
+    }
+
+    /// Velocities in f16, sums in f32, adjoint scaled (see [`Scaling`](crate::Scaling)).
+    pub const fn f16() -> Self {
+        Self::new(DType::F32, DType::F16)
+    }
+
+    /// Another dtype for the kept trajectory: `store(BF16)` halves it, at the price of an error of
+    /// one rounding in the point at which the adjoint linearises.
+    pub const fn store(mut self, store: DType) -> Self {
+        self.store = store;
+        self
+    }
+
+    /// Another [`Arithmetic`].
+    pub const fn arithmetic(mut self, arithmetic: Arithmetic) -> Self {
+        self.arithmetic = arithmetic;
+        self
+    }
+
+    /// The precision of a state that comes in `dtype`: its own, with sums in f32 at least.
+    pub(crate) fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::F64 => Self::f64(),
+            DType::BF16 => Self::bf16(),
+            DType::F16 => Self::f16(),
+            _ => Self::f32(),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let narrower = |d: DType| {
+            matches!(d, DType::F16 | DType::BF16)
+                || d == DType::F32
+                || (d == DType::F64 && self.state == DType::F64)
+        };
+        let state = matches!(self.state, DType::F32 | DType::F64);
+        if state && narrower(self.compute) && narrower(self.store) {
+            return Ok(());
+        }
+        Err(Error::UnsupportedPrecision {
+            state: self.state,
+            compute: self.compute,
+            store: self.store,
+        })
+    }
+
+    /// The roles on one device.
+    pub(crate) fn roles(&self, device: &Device) -> Result<Roles> {
+        self.check()?;
+        let low = matches!(self.compute, DType::F16 | DType::BF16);
+        let rounded = match self.arithmetic {
+            Arithmetic::Auto => device.is_cpu(),
+            Arithmetic::Native => false,
+            Arithmetic::Rounded => true,
+        };
+        let compute = if low && rounded {
+            Rounding {
+                to: self.compute,
+                held: DType::F32,
+            }
+        } else {
+            Rounding::cast(self.compute)
+        };
+        Ok(Roles {
+            state: self.state,
+            compute,
+            store: Rounding::cast(self.store),
+        })
+    }
+}
+
+/// A rounding to `to` whose result is held in `held`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rounding {
+    pub(crate) to: DType,
+    pub(crate) held: DType,
+}
+
+impl Rounding {
+    /// Round by changing dtype.
+    pub(crate) const fn cast(dtype: DType) -> Self {
+        Self {
+            to: dtype,
+            held: dtype,
+        }
+    }
+
+    /// Rounds x; the result carries no history.
+    pub(crate) fn round(&self, x: &Tensor) -> Result<Tensor> {
+        if self.to == self.held && x.dtype() == self.held {
+            return Ok(x.detach());
+        }
+        ops::combine(&[(1.0, x)], 1.0, *self)
+    }
+}
+
+/// The roles of one state tensor on one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Roles {
+    pub(crate) state: DType,
+    pub(crate) compute: Rounding,
+    pub(crate) store: Rounding,
+}
+
+impl Roles {
+    /// y in state precision, as the field sees it or as it is summed.
+    pub(crate) fn state(&self) -> Rounding {
+        Rounding::cast(self.state)
+    }
+
+    /// Whether a cotangent can underflow or overflow in compute precision.
+    pub(crate) fn needs_scaling(&self) -> bool {
+        self.compute.to == DType::F16
+    }
+}

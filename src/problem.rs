@@ -1,0 +1,206 @@
+//! The initial value problem, validated: everything that both passes need to know, and no field.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+use crate::precision::{Precision, Roles, Rounding};
+use crate::scaler::{OnOverflow, Scaler, Scaling};
+use crate::state::Packing;
+use crate::stats::Recorder;
+use crate::step::Scheme;
+use crate::tableau::{Tableau, RK4};
+use crate::time::{StepPlan, Steps, TimeGrid};
+use crate::trajectory::Checkpoint;
+
+/// Which states a solve returns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Output {
+    /// One for every time of the grid: leaves of shape `(times, …)`.
+    #[default]
+    All,
+    /// The one at the last time: leaves of shape `(…)`.
+    Final,
+}
+
+/// Options of a solve.
+///
+/// ```
+/// use candle_diffeq::{Checkpoint, OdeOptions, Precision, Steps, DOPRI5};
+/// let options = OdeOptions {
+///     method: DOPRI5,
+///     precision: Some(Precision::bf16()),
+///     steps: Steps::Size(0.05),
+///     checkpoint: Checkpoint::States(20),
+///     ..Default::default()
+/// };
+/// # let _ = options;
+/// ```
+#[derive(Clone, Debug)]
+pub struct OdeOptions {
+    /// The method.  Default [`RK4`], the classic one (torchdiffeq's `rk4` is
+    /// [`RK4_38`](crate::RK4_38)).
+    pub method: Tableau,
+    /// Dtype roles.  Default: all in the dtype of y0, with sums in f32 at least.
+    pub precision: Option<Precision>,
+    /// Dtype roles by tensor of the state, where they are not all the same; empty or one for each.
+    /// The state dtype must be the same for all.  Parameters follow `precision`.
+    pub leaf_precision: Vec<Precision>,
+    /// How output intervals are cut into steps.  Default: one step each.
+    pub steps: Steps,
+    /// Which states are returned.  Default: all.
+    pub output: Output,
+    /// What is kept for the backward pass.  Default: every state.
+    pub checkpoint: Checkpoint,
+    /// Scaling of the adjoint.  Default: dynamic in f16, otherwise none.
+    pub scaling: Scaling,
+    /// What happens when gradients overflow.  Default: an error.
+    pub on_overflow: OnOverflow,
+    /// Where statistics go.  Default: nowhere.
+    pub recorder: Option<Recorder>,
+}
+
+impl Default for OdeOptions {
+    fn default() -> Self {
+        Self {
+            method: RK4,
+            precision: None,
+            leaf_precision: vec![],
+            steps: Steps::default(),
+            output: Output::default(),
+            checkpoint: Checkpoint::default(),
+            scaling: Scaling::default(),
+            on_overflow: OnOverflow::default(),
+            recorder: None,
+        }
+    }
+}
+
+/// An initial value problem without its field.
+#[derive(Clone, Debug)]
+pub(crate) struct Problem {
+    pub(crate) scheme: Scheme,
+    pub(crate) plan: StepPlan,
+    pub(crate) grid: TimeGrid,
+    pub(crate) packing: Packing,
+    pub(crate) output: Output,
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) scaler: Scaler,
+    pub(crate) on_overflow: OnOverflow,
+    pub(crate) recorder: Recorder,
+    /// Rounding of parameters to compute precision.
+    pub(crate) theta: Rounding,
+}
+
+impl Problem {
+    /// Validates everything that does not need an evaluation of the field.
+    pub(crate) fn new(y0: &[Tensor], grid: TimeGrid, options: &OdeOptions) -> Result<Self> {
+        let Some(first) = y0.first() else {
+            return Err(Error::EmptyState);
+        };
+        let device = first.device().clone();
+        for (leaf, y) in y0.iter().enumerate() {
+            check_leaf(leaf, y, &device)?;
+        }
+
+        let plan = StepPlan::new(&grid, options.steps)?;
+        let common = options.precision.unwrap_or_else(|| {
+            y0.iter()
+                .map(Tensor::dtype)
+                .fold(Precision::of(first.dtype()), widest)
+        });
+        let theta = common.roles(&device)?.compute;
+        let roles = match options.leaf_precision.as_slice() {
+            [] => y0
+                .iter()
+                .map(|_| common.roles(&device))
+                .collect::<Result<Vec<_>>>()?,
+            each if each.len() == y0.len() => each
+                .iter()
+                .map(|p| p.roles(&device))
+                .collect::<Result<Vec<_>>>()?,
+            each => {
+                return Err(Error::PrecisionCount {
+                    leaves: y0.len(),
+                    given: each.len(),
+                })
+            }
+        };
+        if let Some(other) = roles.iter().find(|r| r.state != common.state) {
+            return Err(Error::MixedState {
+                first: common.state,
+                other: other.state,
+            });
+        }
+        Ok(Self {
+            scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
+            scheme: Scheme {
+                active: options.method.active(),
+                tableau: options.method.clone(),
+                roles,
+                device,
+            },
+            plan,
+            grid,
+            packing: Packing::new(y0),
+            output: options.output,
+            checkpoint: options.checkpoint,
+            on_overflow: options.on_overflow,
+            recorder: options.recorder.clone().unwrap_or_default(),
+            theta,
+        })
+    }
+
+    /// Dtype of every sum.
+    pub(crate) fn state(&self) -> DType {
+        self.scheme.roles[0].state
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.scheme.device
+    }
+
+    /// Number of states returned.
+    pub(crate) fn outputs(&self) -> usize {
+        match self.output {
+            Output::All => self.grid.points().len(),
+            Output::Final => 1,
+        }
+    }
+}
+
+/// The precision for a state of leaves of several dtypes: the widest.
+fn widest(so_far: Precision, dtype: DType) -> Precision {
+    let next = Precision::of(dtype);
+    let bytes = |p: &Precision| (p.state.size_in_bytes(), p.compute.size_in_bytes());
+    if bytes(&next) > bytes(&so_far) {
+        next
+    } else {
+        so_far
+    }
+}
+
+fn check_leaf(leaf: usize, y: &Tensor, device: &Device) -> Result<()> {
+    if !matches!(
+        y.dtype(),
+        DType::F16 | DType::BF16 | DType::F32 | DType::F64
+    ) {
+        return Err(Error::UnsupportedState {
+            leaf,
+            dtype: y.dtype(),
+        });
+    }
+    if y.elem_count() == 0 {
+        return Err(Error::EmptyLeaf {
+            leaf,
+            shape: y.shape().clone(),
+        });
+    }
+    if !y.device().same_device(device) {
+        return Err(Error::DeviceMismatch {
+            what: format!("state tensor {leaf}"),
+            expected: device.location(),
+            got: y.device().location(),
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,315 @@
+//! Scales against underflow and overflow: the adjoint scaler inside a solve, the loss scaler for
+//! the layers around it.
+//!
+//! The pull-back of a stage is fed Q(S·v) and its results are divided by S in state precision.  S
+//! is a power of two, so scaling itself rounds nothing.  It is aimed so that S·max|λ| lies a fixed
+//! headroom below the overflow of f16.  After "Mixed Precision Training of Neural ODEs", arXiv
+//! 2510.23498, §4, with the growth test on S·λ instead of λ.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
+use candle_nn::Optimizer;
+
+use crate::error::{Error, Result};
+use crate::ops;
+
+/// Whether and how cotangents are scaled before they enter compute precision.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Scaling {
+    /// Dynamic where compute is f16, off otherwise.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// By a constant, rounded to a power of two.
+    Fixed(f64),
+    /// By a power of two that follows the adjoint.
+    Dynamic(DynamicScaling),
+}
+
+/// Options of the adjoint scaler.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DynamicScaling {
+    /// S·max|λ| is kept this factor below the overflow of f16: room for the growth of the
+    /// cotangents inside the field.
+    pub headroom: f64,
+    /// Clean steps after which S may grow.
+    pub growth_interval: usize,
+    /// Clean steps after which room that an overflow of the adjoint took is tried again.
+    pub recovery_interval: usize,
+    /// Pull-backs of one stage before the scaler gives up.
+    pub max_attempts: usize,
+}
+
+impl Default for DynamicScaling {
+    fn default() -> Self {
+        Self {
+            headroom: 64.0,
+            growth_interval: 2,
+            recovery_interval: 64,
+            max_attempts: 48,
+        }
+    }
+}
+
+/// What to do when gradients overflow for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnOverflow {
+    /// Return the error.
+    #[default]
+    Error,
+    /// Return gradients that are NaN on purpose, so that a loss scaler skips the optimiser's step.
+    SkipUpdate,
+}
+
+/// What a pull-back came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Clean,
+    /// The cotangent of the state overflowed.
+    StateOverflow,
+    /// A parameter gradient overflowed, the state's did not.
+    ParameterOverflow,
+}
+
+/// The adjoint scaler: S = 2^exponent.  It sees numbers only.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Scaler {
+    rule: Option<DynamicScaling>,
+    exponent: Option<i32>,
+    /// ⌈log2 max|λ|⌉ of the step.
+    level: i32,
+    /// S·max|λ| is aimed at 2^aim.
+    aim: i32,
+    /// `aim` does not rise above this.
+    ceiling: i32,
+    clean: usize,
+}
+
+/// S stays within 2^±100, where S·λ and h/S·w are safe in f32.
+const LIMIT: i32 = 100;
+
+impl Scaler {
+    pub(crate) fn new(scaling: Scaling, compute_is_f16: bool) -> Result<Self> {
+        let fixed = |exponent| Self {
+            rule: None,
+            exponent: Some(exponent),
+            level: 0,
+            aim: 0,
+            ceiling: 0,
+            clean: 0,
+        };
+        let rule = match scaling {
+            Scaling::Off => return Ok(fixed(0)),
+            Scaling::Auto if !compute_is_f16 => return Ok(fixed(0)),
+            Scaling::Auto => DynamicScaling::default(),
+            Scaling::Dynamic(rule) => rule,
+            Scaling::Fixed(scale) => {
+                let exponent = scale.log2().round();
+                if !exponent.is_finite() || exponent.abs() > LIMIT.into() {
+                    return Err(Error::InvalidScaling {
+                        what: "scale",
+                        value: scale,
+                    });
+                }
+                return Ok(fixed(exponent as i32));
+            }
+        };
+        // 65504 < 2^16; one binade more of headroom than asked is lost to rounding it up.
+        let aim = 15.0 - rule.headroom.log2().ceil();
+        if !(rule.headroom >= 1.0 && aim >= -24.0) {
+            return Err(Error::InvalidScaling {
+                what: "headroom",
+                value: rule.headroom,
+            });
+        }
+        if rule.max_attempts == 0 {
+            return Err(Error::InvalidScaling {
+                what: "max_attempts",
+                value: 0.0,
+            });
+        }
+        Ok(Self {
+            rule: Some(rule),
+            exponent: None,
+            level: 0,
+            aim: aim as i32,
+            ceiling: aim as i32,
+            clean: 0,
+        })
+    }
+
+    /// Whether S follows the adjoint, and overflow is cured by lowering it.
+    pub(crate) fn is_dynamic(&self) -> bool {
+        self.rule.is_some()
+    }
+
+    /// S.
+    pub(crate) fn scale(&self) -> f64 {
+        2f64.powi(self.exponent.unwrap_or(0))
+    }
+
+    /// Aims S at a step whose adjoint has this max|λ|.
+    pub(crate) fn aimed(mut self, magnitude: f64) -> Self {
+        let Some(rule) = self.rule else { return self };
+        if magnitude == 0.0 || !magnitude.is_finite() {
+            return self;
+        }
+        self.level = magnitude.log2().ceil() as i32;
+        if self.aim < self.ceiling && self.clean >= rule.recovery_interval {
+            self.aim += 1;
+            self.clean = 0;
+        }
+        let wanted = (self.aim - self.level).clamp(-LIMIT, LIMIT);
+        self.exponent = Some(match self.exponent {
+            // λ grew, a new cotangent came in: S would overflow.
+            Some(exponent) if exponent > wanted => wanted,
+            // S lags behind by a factor of two at least, and nothing overflowed for a while.
+            Some(exponent) if exponent < wanted && self.clean >= rule.growth_interval => wanted,
+            Some(exponent) => exponent,
+            None => wanted,
+        });
+        self
+    }
+
+    /// The scaler after a pull-back of this outcome.
+    pub(crate) fn after(mut self, outcome: Outcome) -> Self {
+        if outcome == Outcome::Clean {
+            return self;
+        }
+        let exponent = self.exponent.unwrap_or(0) - 1;
+        self.exponent = Some(exponent);
+        self.aim = self.aim.min(exponent + self.level);
+        if outcome == Outcome::ParameterOverflow {
+            // θ̄ grows with the batch and the width, not with λ: this room does not come back.
+            self.ceiling = self.aim;
+        }
+        self.clean = 0;
+        self
+    }
+
+    /// The scaler after a whole step without overflow.
+    pub(crate) fn after_step(mut self) -> Self {
+        self.clean += 1;
+        self
+    }
+
+    /// Whether a smaller S can help: some of S·λ must be left in f16, and attempts too.
+    pub(crate) fn is_exhausted(&self, attempts: usize) -> bool {
+        const SMALLEST_F16: i32 = -24;
+        self.rule.is_none_or(|rule| attempts >= rule.max_attempts)
+            || self.exponent.unwrap_or(0) + self.level < SMALLEST_F16
+            || self.exponent.unwrap_or(0) <= -LIMIT
+    }
+}
+
+/// What became of a training step; see [`LossScaler::backward_step`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stepped {
+    /// Gradients were finite and the optimiser took its step.
+    Taken,
+    /// Gradients overflowed: nothing was updated, the scale fell.
+    Skipped,
+}
+
+/// Scales the loss, for the f16 layers before and after a solve.
+///
+/// The solve's own adjoint is rescaled inside, so both compose: what reaches the solve is S times
+/// larger, and so is what it returns.  With [`OnOverflow::SkipUpdate`] an overflow inside the solve
+/// makes this scaler skip the step.  The rule is that of Micikevicius et al., "Mixed Precision
+/// Training", arXiv 1710.03740.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_diffeq::{LossScaler, Stepped};
+/// use candle_nn::{Optimizer, SGD};
+/// let w = Var::new(&[2f32, 3.0], &Device::Cpu)?;
+/// let mut sgd = SGD::new(vec![w.clone()], 0.5)?;
+/// let mut scaler = LossScaler::default();
+/// let loss = w.as_tensor().sqr()?.sum_all()?;
+/// assert_eq!(scaler.backward_step(&loss, &[w.clone()], &mut sgd)?, Stepped::Taken);
+/// assert_eq!(w.as_tensor().to_vec1::<f32>()?, [0.0, 0.0]);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct LossScaler {
+    /// The factor on the loss.
+    pub scale: f64,
+    /// Steps without overflow after which the scale doubles.
+    pub growth_interval: usize,
+    clean: usize,
+}
+
+impl Default for LossScaler {
+    fn default() -> Self {
+        Self {
+            scale: 65536.0,
+            growth_interval: 2000,
+            clean: 0,
+        }
+    }
+}
+
+impl LossScaler {
+    /// scale · loss, to call `backward` on.
+    ///
+    /// # Errors
+    /// Of candle's product.
+    pub fn scaled(&self, loss: &Tensor) -> Result<Tensor> {
+        Ok((loss * self.scale)?)
+    }
+
+    /// Divides the gradients of `vars` by the scale, in f32 at least, and tells whether all are
+    /// finite.
+    ///
+    /// # Errors
+    /// Of candle's operations.
+    pub fn unscale(&self, grads: &mut GradStore, vars: &[Var]) -> Result<bool> {
+        let mut finite = true;
+        for var in vars {
+            let Some(grad) = grads.remove(var) else {
+                continue;
+            };
+            let grad = (grad.detach() / self.scale)?;
+            finite &= ops::magnitude(&grad)?.is_finite();
+            grads.insert(var, grad);
+        }
+        Ok(finite)
+    }
+
+    /// Adapts the scale to the outcome of a step: halved after an overflow, doubled after
+    /// `growth_interval` finite steps.
+    pub fn update(&mut self, finite: bool) {
+        if !finite {
+            self.scale = (self.scale * 0.5).max(f64::from(f32::MIN_POSITIVE));
+            self.clean = 0;
+            return;
+        }
+        self.clean += 1;
+        if self.clean >= self.growth_interval {
+            self.scale = (self.scale * 2.0).min(2f64.powi(LIMIT));
+            self.clean = 0;
+        }
+    }
+
+    /// The whole step: backward through the scaled loss, unscale, and let the optimiser step
+    /// unless a gradient of `vars` (those that it trains) overflowed.
+    ///
+    /// # Errors
+    /// Of the backward pass and of the optimiser.
+    pub fn backward_step(
+        &mut self,
+        loss: &Tensor,
+        vars: &[Var],
+        optimiser: &mut impl Optimizer,
+    ) -> Result<Stepped> {
+        let mut grads = self.scaled(loss)?.backward()?;
+        let finite = self.unscale(&mut grads, vars)?;
+        self.update(finite);
+        if !finite {
+            return Ok(Stepped::Skipped);
+        }
+        optimiser.step(&grads)?;
+        Ok(Stepped::Taken)
+    }
+}

@@ -1,0 +1,121 @@
+//! The state y: one tensor or several, of any shapes.
+
+use candle_core::{DType, Shape, Tensor};
+
+use crate::error::{Error, Result};
+
+/// What can be integrated: `Tensor`, `Vec<Tensor>`, `[Tensor; N]`, and tuples of two or three.
+///
+/// The tensors ("leaves") may have different shapes and dtypes; they share a device.
+pub trait State: Clone {
+    /// The tensors, in order; clones share storage.
+    fn leaves(&self) -> Vec<Tensor>;
+
+    /// The state made of these tensors.
+    ///
+    /// # Errors
+    /// [`Error::LeafCount`] if their number is not that of the type.
+    fn from_leaves(leaves: Vec<Tensor>) -> Result<Self>;
+}
+
+impl State for Tensor {
+    fn leaves(&self) -> Vec<Tensor> {
+        vec![self.clone()]
+    }
+
+    fn from_leaves(leaves: Vec<Tensor>) -> Result<Self> {
+        let [leaf] = <[Tensor; 1]>::from_leaves(leaves)?;
+        Ok(leaf)
+    }
+}
+
+impl State for Vec<Tensor> {
+    fn leaves(&self) -> Vec<Tensor> {
+        self.clone()
+    }
+
+    fn from_leaves(leaves: Vec<Tensor>) -> Result<Self> {
+        Ok(leaves)
+    }
+}
+
+impl<const N: usize> State for [Tensor; N] {
+    fn leaves(&self) -> Vec<Tensor> {
+        self.to_vec()
+    }
+
+    fn from_leaves(leaves: Vec<Tensor>) -> Result<Self> {
+        leaves
+            .try_into()
+            .map_err(|leaves: Vec<Tensor>| Error::LeafCount {
+                expected: N,
+                got: leaves.len(),
+            })
+    }
+}
+
+impl State for (Tensor, Tensor) {
+    fn leaves(&self) -> Vec<Tensor> {
+        vec![self.0.clone(), self.1.clone()]
+    }
+
+    fn from_leaves(leaves: Vec<Tensor>) -> Result<Self> {
+        <[Tensor; 2]>::from_leaves(leaves).map(Into::into)
+    }
+}
+
+impl State for (Tensor, Tensor, Tensor) {
+    fn leaves(&self) -> Vec<Tensor> {
+        vec![self.0.clone(), self.1.clone(), self.2.clone()]
+    }
+
+    fn from_leaves(leaves: Vec<Tensor>) -> Result<Self> {
+        <[Tensor; 3]>::from_leaves(leaves).map(Into::into)
+    }
+}
+
+/// Where each leaf lies in the packed state, a vector of all elements.
+#[derive(Clone, Debug)]
+pub(crate) struct Packing {
+    shapes: Vec<Shape>,
+}
+
+impl Packing {
+    pub(crate) fn new(leaves: &[Tensor]) -> Self {
+        Self {
+            shapes: leaves.iter().map(|y| y.shape().clone()).collect(),
+        }
+    }
+
+    /// Elements of the whole state.
+    pub(crate) fn len(&self) -> usize {
+        self.shapes.iter().map(Shape::elem_count).sum()
+    }
+
+    /// Leaves to one vector in `dtype`; differentiable.
+    pub(crate) fn pack(leaves: &[Tensor], dtype: DType) -> Result<Tensor> {
+        let flat = leaves
+            .iter()
+            .map(|y| y.flatten_all()?.to_dtype(dtype))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(match flat.as_slice() {
+            [one] => one.clone(),
+            _ => Tensor::cat(&flat, 0)?,
+        })
+    }
+
+    /// `(…, len)` to leaves `(…, shape)`; differentiable.
+    pub(crate) fn unpack(&self, packed: &Tensor) -> Result<Vec<Tensor>> {
+        let lead = &packed.dims()[..packed.rank() - 1];
+        let mut at = 0;
+        self.shapes
+            .iter()
+            .map(|shape| {
+                let n = shape.elem_count();
+                let part = packed.narrow(packed.rank() - 1, at, n)?;
+                at += n;
+                Ok(part.reshape([lead, shape.dims()].concat())?)
+            })
+            .collect()
+    }
+}

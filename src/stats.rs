@@ -1,0 +1,76 @@
+//! What a solve and its backward pass did: counts, scales, bytes.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Counts since the [`Recorder`] was last taken.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// Steps of the forward pass.
+    pub steps: usize,
+    /// Velocities evaluated by the forward pass.
+    pub evaluations: usize,
+    /// Velocities evaluated again by the backward pass, to linearise steps and to replay segments
+    /// between checkpoints.
+    pub recomputed: usize,
+    /// Pull-backs, repeated ones included.
+    pub vjps: usize,
+    /// Pull-backs repeated with a smaller adjoint scale.
+    pub retries: usize,
+    /// Smallest and largest adjoint scale that a pull-back used; `None` where no scaling took
+    /// place.
+    pub scale_range: Option<(f64, f64)>,
+    /// Largest number of states kept at once, by the forward pass for the backward pass and by the
+    /// backward pass itself.
+    pub states_kept: usize,
+    /// Bytes of those states.
+    pub bytes_kept: usize,
+}
+
+impl Stats {
+    /// Notes a scale that was used.
+    pub(crate) fn used_scale(&mut self, scale: f64) {
+        let (min, max) = self.scale_range.unwrap_or((scale, scale));
+        self.scale_range = Some((min.min(scale), max.max(scale)));
+    }
+
+    /// Notes how much is kept at this moment.
+    pub(crate) fn kept(&mut self, states: usize, bytes: usize) {
+        self.states_kept = self.states_kept.max(states);
+        self.bytes_kept = self.bytes_kept.max(bytes);
+    }
+}
+
+/// Collects [`Stats`] from every solve whose options hold a clone of it.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_diffeq::{odeint, OdeOptions, Recorder, Time};
+/// let recorder = Recorder::default();
+/// let options = OdeOptions { recorder: Some(recorder.clone()), ..Default::default() };
+/// let y0 = Tensor::new(&[1f32], &Device::Cpu)?;
+/// odeint(|_: &Time, y: &Tensor| y.neg(), &y0, &[0.0, 0.5, 1.0], &options)?;
+/// assert_eq!(recorder.take().evaluations, 8);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Recorder(Arc<Mutex<Stats>>);
+
+impl Recorder {
+    /// The counts so far.
+    pub fn stats(&self) -> Stats {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// The counts so far, which start anew.
+    pub fn take(&self) -> Stats {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Lets a part of the solver write.
+    pub(crate) fn record<T>(&self, write: impl FnOnce(&mut Stats) -> T) -> T {
+        write(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}

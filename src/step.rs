@@ -1,0 +1,202 @@
+//! One step of an explicit Runge-Kutta method, and its linearisation.
+//!
+//! With tableau (a, b, c), s stages, step h, and Q rounding to compute precision:
+//!
+//! Y_i = Q(y_n + h Σ_{j<i} a_ij k_j),  k_i = f(t_n + c_i h, Y_i),  y_{n+1} = y_n + h Σ b_i k_i.
+//!
+//! Every sum is formed in state precision from the state-precision y_n, so nothing piles up.
+
+use candle_core::{Device, Tensor};
+
+use crate::error::{Error, Result};
+use crate::field::{Pullback, VectorField};
+use crate::ops;
+use crate::precision::Roles;
+use crate::tableau::Tableau;
+use crate::time::{Step, Time};
+use crate::watch::Watch;
+
+/// A field over the leaves of a state.
+pub(crate) type Field<'f> = dyn VectorField<Vec<Tensor>> + 'f;
+
+/// A method at a precision: what turns y_n into y_{n+1}.
+#[derive(Clone, Debug)]
+pub(crate) struct Scheme {
+    pub(crate) tableau: Tableau,
+    /// Stages that the solution depends on.
+    pub(crate) active: Vec<bool>,
+    /// Roles of each leaf.
+    pub(crate) roles: Vec<Roles>,
+    pub(crate) device: Device,
+}
+
+/// A stage linearised: its velocity and its pull-back.
+pub(crate) struct Linear<'f> {
+    pub(crate) k: Vec<Tensor>,
+    pub(crate) pull: Pullback<'f, Vec<Tensor>>,
+}
+
+impl Scheme {
+    /// Number of stages that are evaluated.
+    pub(crate) fn evaluations(&self) -> usize {
+        self.active.iter().filter(|&&active| active).count()
+    }
+
+    /// y_{n+1}.  Non-finite velocities and states are left to `watch`.
+    pub(crate) fn advance(
+        &self,
+        field: &Field<'_>,
+        step: Step,
+        y: &[Tensor],
+        watch: &mut Watch,
+    ) -> Result<Vec<Tensor>> {
+        let stages = self.tableau.stages();
+        let mut ks: Vec<Option<Vec<Tensor>>> = Vec::with_capacity(stages);
+        for i in 0..stages {
+            if !self.active[i] {
+                ks.push(None);
+                continue;
+            }
+            let at = step.at(self.tableau.c()[i]);
+            let stage = self.stage(i, step.h, y, &ks)?;
+            let time = Time::new(at, self.roles[0].state, &self.device);
+            let k = field
+                .velocity(&time, &stage)
+                .map_err(|e| evaluation(e, step, i, at))?;
+            self.check(&stage, &k)?;
+            let k: Vec<_> = k.iter().map(Tensor::detach).collect();
+            watch.see(&k, || Error::NonFiniteVelocity {
+                step: step.index,
+                stage: i,
+                t: at,
+            })?;
+            ks.push(Some(k));
+        }
+        let next = self.update(step.h, y, &ks)?;
+        watch.see(&next, || Error::NonFiniteSolution {
+            step: step.index,
+            t: step.t + step.h,
+        })?;
+        Ok(next)
+    }
+
+    /// The stages of the step from y, each with its pull-back; `None` where a stage is not needed.
+    pub(crate) fn linearize<'f>(
+        &self,
+        field: &'f Field<'_>,
+        step: Step,
+        y: &[Tensor],
+        differentiate_time: bool,
+    ) -> Result<Vec<Option<Linear<'f>>>> {
+        let stages = self.tableau.stages();
+        let mut linear: Vec<Option<Linear<'f>>> = Vec::with_capacity(stages);
+        let mut ks: Vec<Option<Vec<Tensor>>> = Vec::with_capacity(stages);
+        for i in 0..stages {
+            if !self.active[i] {
+                linear.push(None);
+                ks.push(None);
+                continue;
+            }
+            let at = step.at(self.tableau.c()[i]);
+            let stage = self.stage(i, step.h, y, &ks)?;
+            let dtype = self.roles[0].state;
+            let t = if differentiate_time {
+                Time::differentiable(at, dtype, &self.device)
+            } else {
+                Time::new(at, dtype, &self.device)
+            };
+            let (k, pull) = field
+                .vjp(&t, &stage)
+                .map_err(|e| evaluation(e, step, i, at))?;
+            self.check(&stage, &k)?;
+            ks.push(Some(k.clone()));
+            linear.push(Some(Linear { k, pull }));
+        }
+        Ok(linear)
+    }
+
+    /// Y_i = Q(y + h Σ_{j<i} a_ij k_j).
+    fn stage(
+        &self,
+        i: usize,
+        h: f64,
+        y: &[Tensor],
+        ks: &[Option<Vec<Tensor>>],
+    ) -> Result<Vec<Tensor>> {
+        let of_leaf = |(leaf, roles): (usize, &Roles)| {
+            let terms = terms(leaf, h, y, self.tableau.a(i), ks);
+            match terms.as_slice() {
+                [(_, y)] => roles.compute.round(y),
+                terms => ops::combine(terms, 1.0, roles.compute),
+            }
+        };
+        self.roles.iter().enumerate().map(of_leaf).collect()
+    }
+
+    /// y + h Σ b_j k_j in state precision.
+    fn update(&self, h: f64, y: &[Tensor], ks: &[Option<Vec<Tensor>>]) -> Result<Vec<Tensor>> {
+        let of_leaf = |(leaf, roles): (usize, &Roles)| {
+            ops::combine(&terms(leaf, h, y, self.tableau.b(), ks), 1.0, roles.state())
+        };
+        self.roles.iter().enumerate().map(of_leaf).collect()
+    }
+
+    /// A velocity must be what the field was given: as many tensors, shapes, dtypes, device.
+    fn check(&self, y: &[Tensor], k: &[Tensor]) -> Result<()> {
+        if y.len() != k.len() {
+            return Err(Error::LeafCount {
+                expected: y.len(),
+                got: k.len(),
+            });
+        }
+        for (leaf, (y, k)) in y.iter().zip(k).enumerate() {
+            if y.shape() != k.shape() {
+                return Err(Error::ShapeChanged {
+                    leaf,
+                    expected: y.shape().clone(),
+                    got: k.shape().clone(),
+                });
+            }
+            if y.dtype() != k.dtype() {
+                return Err(Error::DtypeChanged {
+                    leaf,
+                    expected: y.dtype(),
+                    got: k.dtype(),
+                });
+            }
+            if !y.device().same_device(k.device()) {
+                return Err(Error::DeviceMismatch {
+                    what: format!("velocity tensor {leaf}"),
+                    expected: y.device().location(),
+                    got: k.device().location(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// y and h·c_j k_j of one leaf, zero coefficients left out.
+fn terms<'a>(
+    leaf: usize,
+    h: f64,
+    y: &'a [Tensor],
+    c: &[f64],
+    ks: &'a [Option<Vec<Tensor>>],
+) -> Vec<(f64, &'a Tensor)> {
+    let stages = c.iter().zip(ks).filter(|(c, _)| **c != 0.0);
+    let stages = stages.filter_map(|(c, k)| Some((h * c, &k.as_ref()?[leaf])));
+    std::iter::once((1.0, &y[leaf])).chain(stages).collect()
+}
+
+/// Says where the field failed; an error of our own passes as it is.
+fn evaluation(error: candle_core::Error, step: Step, stage: usize, t: f64) -> Error {
+    if Error::from_candle(&error).is_some() {
+        return error.into();
+    }
+    let context = format!(
+        "the field failed at step {}, stage {stage}, t = {t}",
+        step.index
+    );
+    Error::Candle(error.context(context))
+}

@@ -1,0 +1,330 @@
+//! Time: the points at which the solution is wanted, the steps between them, and the time that a
+//! field sees.
+//!
+//! The grid t_0 … t_N is kept in f64 on the host.  Each output interval [t_i, t_{i+1}] is cut into
+//! m equal steps (m = 1 unless asked otherwise, torchdiffeq's rule for fixed grids), so that every
+//! output time ends a step and nothing is interpolated.
+
+use std::cell::OnceCell;
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::error::{Error, Result};
+
+/// The time at which a field is evaluated.
+#[derive(Debug)]
+pub struct Time {
+    value: f64,
+    dtype: DType,
+    device: Device,
+    differentiable: bool,
+    tensor: OnceCell<Tensor>,
+}
+
+impl Time {
+    /// Time t for fields whose state is summed in `dtype` on `device`.
+    pub fn new(t: f64, dtype: DType, device: &Device) -> Self {
+        Self {
+            value: t,
+            dtype,
+            device: device.clone(),
+            differentiable: false,
+            tensor: OnceCell::new(),
+        }
+    }
+
+    /// The same, with [`tensor`](Self::tensor) tracked by candle.
+    pub(crate) fn differentiable(t: f64, dtype: DType, device: &Device) -> Self {
+        Self {
+            differentiable: true,
+            ..Self::new(t, dtype, device)
+        }
+    }
+
+    /// t as f64: for tables, schedules and coefficients formed on the host.  Gradients with
+    /// respect to time do not see what was computed from it; use [`tensor`](Self::tensor) for
+    /// that.
+    pub fn value(&self) -> f64 {
+        self.value
+    }
+
+    /// t as a 0-d tensor in **state** dtype, tracked when time gradients are wanted.  In low
+    /// precision form coefficients from it first and cast the product, not t.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_diffeq::Time;
+    /// // f(t, y) = cos(2t)·y, the coefficient formed in state precision, then cast.
+    /// let f = |t: &Time, y: &Tensor| y.broadcast_mul(&(t.tensor()? * 2.0)?.cos()?.to_dtype(y.dtype())?);
+    /// let y = Tensor::ones((3, 2), DType::BF16, &Device::Cpu)?;
+    /// let k = f(&Time::new(0.5, DType::F32, &Device::Cpu), &y)?;
+    /// assert_eq!((k.dims(), k.dtype()), (&[3, 2][..], DType::BF16));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn tensor(&self) -> candle_core::Result<Tensor> {
+        if let Some(tensor) = self.tensor.get() {
+            return Ok(tensor.clone());
+        }
+        let tensor = Tensor::new(self.value, &self.device)?.to_dtype(self.dtype)?;
+        let tensor = if self.differentiable {
+            Var::from_tensor(&tensor)?.into_inner()
+        } else {
+            tensor
+        };
+        Ok(self.tensor.get_or_init(|| tensor).clone())
+    }
+
+    /// The tracked tensor, if time gradients are wanted and the field asked for it.
+    pub(crate) fn leaf(&self) -> Option<&Tensor> {
+        self.tensor.get().filter(|_| self.differentiable)
+    }
+}
+
+/// The times at which the solution is wanted: strictly increasing or strictly decreasing.
+#[derive(Clone, Debug)]
+pub struct TimeGrid {
+    points: Vec<f64>,
+    tensor: Option<Tensor>,
+}
+
+impl TimeGrid {
+    /// A grid of host times.
+    ///
+    /// # Errors
+    /// [`Error::EmptyGrid`], [`Error::NonFiniteTime`], [`Error::GridNotMonotone`].
+    pub fn new(points: Vec<f64>) -> Result<Self> {
+        let Some((&first, &last)) = points.first().zip(points.last()) else {
+            return Err(Error::EmptyGrid);
+        };
+        if let Some((index, &t)) = points.iter().enumerate().find(|(_, t)| !t.is_finite()) {
+            return Err(Error::NonFiniteTime { index, t });
+        }
+        let forward = last > first;
+        let bad = points
+            .windows(2)
+            .position(|w| w[0] == w[1] || (w[1] > w[0]) != forward);
+        if let Some(index) = bad {
+            return Err(Error::GridNotMonotone {
+                index,
+                t0: points[index],
+                t1: points[index + 1],
+            });
+        }
+        Ok(Self {
+            points,
+            tensor: None,
+        })
+    }
+
+    /// A grid from a 1-D f32 or f64 tensor, read once; tracked, it receives time gradients.
+    ///
+    /// # Errors
+    /// As [`TimeGrid::new`], and [`Error::GridShape`], [`Error::GridDtype`].
+    pub fn from_tensor(times: &Tensor) -> Result<Self> {
+        if times.rank() != 1 {
+            return Err(Error::GridShape {
+                shape: times.shape().clone(),
+            });
+        }
+        if !matches!(times.dtype(), DType::F32 | DType::F64) {
+            return Err(Error::GridDtype {
+                dtype: times.dtype(),
+            });
+        }
+        let points = times.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        Ok(Self {
+            tensor: Some(times.clone()),
+            ..Self::new(points)?
+        })
+    }
+
+    /// N points from `start` to `end`, both included.
+    ///
+    /// # Errors
+    /// As [`TimeGrid::new`].
+    pub fn linspace(start: f64, end: f64, n: usize) -> Result<Self> {
+        let last = n.saturating_sub(1).max(1) as f64;
+        let at = |i: usize| {
+            let s = i as f64 / last;
+            start * (1.0 - s) + end * s
+        };
+        Self::new((0..n).map(at).collect())
+    }
+
+    /// The output times.
+    pub fn points(&self) -> &[f64] {
+        &self.points
+    }
+
+    /// The tensor that the grid was read from.
+    pub(crate) fn tensor(&self) -> Option<&Tensor> {
+        self.tensor.as_ref()
+    }
+
+    /// Whether the grid is part of candle's graph.
+    pub(crate) fn is_tracked(&self) -> bool {
+        self.tensor.as_ref().is_some_and(Tensor::track_op)
+    }
+}
+
+/// What can be given as output times: `&[f64]`, arrays, `Vec<f64>`, a 1-D tensor, a [`TimeGrid`].
+pub trait Times {
+    /// Validates the times.
+    ///
+    /// # Errors
+    /// As [`TimeGrid::new`] and [`TimeGrid::from_tensor`].
+    fn to_grid(&self) -> Result<TimeGrid>;
+}
+
+impl Times for [f64] {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        TimeGrid::new(self.to_vec())
+    }
+}
+
+impl<const N: usize> Times for [f64; N] {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        TimeGrid::new(self.to_vec())
+    }
+}
+
+impl Times for Vec<f64> {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        TimeGrid::new(self.clone())
+    }
+}
+
+impl Times for Tensor {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        TimeGrid::from_tensor(self)
+    }
+}
+
+impl Times for Var {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        TimeGrid::from_tensor(self.as_tensor())
+    }
+}
+
+impl Times for TimeGrid {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        Ok(self.clone())
+    }
+}
+
+/// How each output interval is cut into steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Steps {
+    /// m equal steps in every interval.
+    PerInterval(usize),
+    /// ⌈|t_{i+1} − t_i| / size⌉ equal steps, so none is longer than `size`.
+    Size(f64),
+}
+
+impl Default for Steps {
+    fn default() -> Self {
+        Self::PerInterval(1)
+    }
+}
+
+/// One step [t, t + h], the j-th of the m equal parts of an output interval.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Step {
+    /// Number of the step in the solve.
+    pub(crate) index: usize,
+    /// Time at its start.
+    pub(crate) t: f64,
+    /// Signed length.
+    pub(crate) h: f64,
+    /// Output interval that it lies in.
+    pub(crate) interval: usize,
+    /// Its start and end as fractions of that interval.
+    pub(crate) span: (f64, f64),
+}
+
+impl Step {
+    /// Time of a stage at abscissa c.
+    pub(crate) fn at(&self, c: f64) -> f64 {
+        self.t + c * self.h
+    }
+
+    /// Whether an output time ends the step.
+    pub(crate) fn ends_interval(&self) -> bool {
+        self.span.1 == 1.0
+    }
+}
+
+/// Every step of a solve, counted but not listed: step n is computed when asked for.
+#[derive(Clone, Debug)]
+pub(crate) struct StepPlan {
+    points: Vec<f64>,
+    /// Steps before each interval, and in all.
+    first: Vec<usize>,
+}
+
+impl StepPlan {
+    pub(crate) fn new(grid: &TimeGrid, steps: Steps) -> Result<Self> {
+        match steps {
+            Steps::PerInterval(0) => return Err(Error::NoSteps),
+            Steps::Size(size) if !(size > 0.0 && size.is_finite()) => {
+                return Err(Error::InvalidStepSize { step_size: size })
+            }
+            _ => {}
+        }
+        let parts = |w: &[f64]| match steps {
+            Steps::PerInterval(m) => m,
+            // An interval of exactly m sizes is cut in m, although the quotient may round above it.
+            Steps::Size(size) => (((w[1] - w[0]).abs() / size) * (1.0 - 4.0 * f64::EPSILON))
+                .ceil()
+                .max(1.0) as usize,
+        };
+        let mut first = vec![0];
+        let mut total = 0usize;
+        for w in grid.points.windows(2) {
+            total = total.checked_add(parts(w)).ok_or(Error::StepUnderflow {
+                step: total,
+                t: w[0],
+            })?;
+            first.push(total);
+        }
+        let plan = Self {
+            points: grid.points.clone(),
+            first,
+        };
+        // Steps of one interval are equal, so its first and last tell whether any vanishes.
+        for i in 0..plan.points.len() - 1 {
+            for n in [plan.first[i], plan.first[i + 1] - 1] {
+                let step = plan.step(n);
+                if step.t + step.h == step.t {
+                    return Err(Error::StepUnderflow { step: n, t: step.t });
+                }
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Number of steps.
+    pub(crate) fn len(&self) -> usize {
+        self.first.last().copied().unwrap_or(0)
+    }
+
+    /// Number of output times.
+    pub(crate) fn outputs(&self) -> usize {
+        self.points.len()
+    }
+
+    /// Step n < len.
+    pub(crate) fn step(&self, n: usize) -> Step {
+        let interval = self.first.partition_point(|&f| f <= n) - 1;
+        let (t0, t1) = (self.points[interval], self.points[interval + 1]);
+        let parts = (self.first[interval + 1] - self.first[interval]) as f64;
+        let j = (n - self.first[interval]) as f64;
+        Step {
+            index: n,
+            t: t0 + (t1 - t0) * (j / parts),
+            h: (t1 - t0) / parts,
+            interval,
+            span: (j / parts, (j + 1.0) / parts),
+        }
+    }
+}

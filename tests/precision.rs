@@ -1,0 +1,215 @@
+//! Mixed precision: errors of the order of the unit roundoff of compute precision, flat in the
+//! number of steps.
+
+use std::sync::{Arc, Mutex};
+
+use candle_core::{DType, Device, Tensor};
+use candle_diffeq::{
+    odeint, solve, Arithmetic, OdeOptions, Output, Precision, Steps, Time, DOPRI5, EULER, RK4,
+};
+
+#[path = "../examples/precision/studies.rs"]
+#[allow(dead_code)]
+mod studies;
+
+/// Unit roundoff of f16 and bf16.
+const U_F16: f64 = 1.0 / 2048.0;
+const U_BF16: f64 = 1.0 / 256.0;
+
+fn model_equation_is_flat(precision: Precision, bound: f64) {
+    let (mut few, mut many) = (0f64, 0f64);
+    for steps in [32, 64, 128, 256, 512, 1024, 2048, 8192] {
+        let e = studies::model_equation(precision, steps).unwrap();
+        let worst = e.state.max(e.y0).max(e.theta);
+        assert!(worst <= bound, "N = {steps}: {e:?}");
+        if steps >= 1024 {
+            many = many.max(worst);
+        } else {
+            few = few.max(worst);
+        }
+    }
+    assert!(
+        many <= 2.0 * few,
+        "errors grow with N: {few:e}, then {many:e}"
+    );
+}
+
+#[test]
+fn f16_model_equation_error_does_not_grow_with_the_number_of_steps() {
+    model_equation_is_flat(Precision::f16(), 0.6 * U_F16);
+}
+
+#[test]
+fn bf16_model_equation_error_does_not_grow_with_the_number_of_steps() {
+    model_equation_is_flat(Precision::bf16(), 0.6 * U_BF16);
+}
+
+#[test]
+fn storing_in_compute_precision_costs_no_more_than_one_rounding() {
+    for (precision, unit) in [
+        (Precision::f16().store(DType::F16), U_F16),
+        (Precision::bf16().store(DType::BF16), U_BF16),
+    ] {
+        for steps in [32, 512] {
+            let e = studies::model_equation(precision, steps).unwrap();
+            assert!(e.theta <= unit, "N = {steps}: {e:?}");
+        }
+    }
+}
+
+#[test]
+fn short_steps_do_not_stagnate_where_a_low_precision_tape_does() {
+    let (e, _) = studies::stagnation(Precision::bf16(), 2000).unwrap();
+    assert!(e.state <= 3e-4 && e.y0 <= 3e-4 && e.theta <= 1e-3, "{e:?}");
+    let tape = studies::naive(DType::BF16, 200).unwrap();
+    assert!(
+        tape.state > 100.0 * e.state && tape.theta > 100.0 * e.theta,
+        "{tape:?}"
+    );
+}
+
+#[test]
+fn scaling_saves_the_f16_gradients_of_the_polynomial_problem() {
+    for error in studies::polynomial(Precision::f16()).unwrap() {
+        assert!(error <= 2e-3, "{error:e}");
+    }
+}
+
+#[test]
+fn the_scaler_wastes_no_pull_back_on_a_smooth_field() {
+    let (per_stage, stats) = studies::scaler_waste().unwrap();
+    assert!(per_stage <= 1.02, "{stats:?}");
+    assert_eq!(stats.evaluations, 4 * 128);
+    assert_eq!(stats.recomputed, 4 * 128);
+}
+
+/// Evaluations of a field, as (time, bits of the velocity).
+type Log = Arc<Mutex<Vec<(u64, Vec<u64>)>>>;
+
+fn logged(log: Log) -> impl Fn(&Time, &Tensor) -> candle_core::Result<Tensor> + Send + Sync {
+    let w = candle_core::Var::new(&[[0.3f32, -1.7], [1.1, 0.2]], &Device::Cpu).unwrap();
+    move |t: &Time, y: &Tensor| {
+        let w = w.as_tensor().to_dtype(y.dtype())?;
+        let rate = (t.tensor()?.cos()? + 1.5)?.to_dtype(y.dtype())?;
+        let k = y.matmul(&w)?.tanh()?.broadcast_mul(&rate)?;
+        let bits = studies::values(&k)?.into_iter().map(f64::to_bits).collect();
+        log.lock().unwrap().push((t.value().to_bits(), bits));
+        Ok(k)
+    }
+}
+
+#[test]
+fn recomputed_velocities_are_the_forward_ones_bit_for_bit() {
+    let native = |p: Precision| p.arithmetic(Arithmetic::Native);
+    for precision in [
+        Precision::f32(),
+        Precision::f16(),
+        Precision::bf16(),
+        native(Precision::f16()),
+        native(Precision::bf16()),
+        Precision::new(DType::F64, DType::F32),
+    ] {
+        for method in [RK4, DOPRI5] {
+            let log = Log::default();
+            let y0 = candle_core::Var::new(&[[0.4f32, -0.3], [1.3, 0.7]], &Device::Cpu).unwrap();
+            let options = OdeOptions {
+                method,
+                precision: Some(precision),
+                steps: Steps::PerInterval(7),
+                output: Output::Final,
+                ..Default::default()
+            };
+            let y = odeint(logged(log.clone()), y0.as_tensor(), &[0.0, 0.9], &options).unwrap();
+            let forward = std::mem::take(&mut *log.lock().unwrap());
+            y.sum_all().unwrap().backward().unwrap();
+            let backward = std::mem::take(&mut *log.lock().unwrap());
+            // The backward pass takes the steps from last to first, the stages of each in order.
+            let stages = forward.len() / 7;
+            let again: Vec<_> = backward.chunks(stages).rev().flatten().cloned().collect();
+            assert_eq!(forward, again, "{precision:?}");
+        }
+    }
+}
+
+#[test]
+fn states_come_back_in_state_precision() {
+    let y0 = Tensor::new(&[1.2345678f32], &Device::Cpu).unwrap();
+    for precision in [Precision::f16(), Precision::bf16()] {
+        let options = OdeOptions {
+            precision: Some(precision),
+            ..Default::default()
+        };
+        let ys = odeint(|_: &Time, y: &Tensor| y.neg(), &y0, &[0.0, 1e-3], &options).unwrap();
+        assert_eq!(ys.dtype(), DType::F32);
+        let ys = ys.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(ys[0], 1.2345678);
+        // A step far below the spacing of f16 at y still moves y.
+        let exact = 1.2345678 * (-1e-3f64).exp();
+        assert!((f64::from(ys[1]) - exact).abs() < 1e-3 * U_BF16 * exact);
+    }
+}
+
+#[test]
+fn the_dtype_of_y0_decides_when_nothing_is_said() {
+    for (dtype, state, seen) in [
+        (DType::F64, DType::F64, DType::F64),
+        (DType::F32, DType::F32, DType::F32),
+        (DType::BF16, DType::F32, DType::F32),
+        (DType::F16, DType::F32, DType::F32),
+    ] {
+        let y0 = Tensor::ones(3, dtype, &Device::Cpu).unwrap();
+        let field = move |_: &Time, y: &Tensor| {
+            assert_eq!(y.dtype(), seen);
+            y.neg()
+        };
+        let y = odeint(field, &y0, &[0.0, 1.0], &OdeOptions::default()).unwrap();
+        assert_eq!(y.dtype(), state);
+    }
+}
+
+#[test]
+fn native_arithmetic_gives_the_field_its_compute_dtype_and_agrees_with_rounding() {
+    let y0 = Tensor::new(&[[0.4f32, -0.3], [1.3, 0.7]], &Device::Cpu).unwrap();
+    for (precision, dtype, unit) in [
+        (Precision::f16(), DType::F16, U_F16),
+        (Precision::bf16(), DType::BF16, U_BF16),
+    ] {
+        let run = |precision: Precision, seen: DType| {
+            let field = move |_: &Time, y: &Tensor| {
+                assert_eq!(y.dtype(), seen);
+                y.tanh()?.neg()
+            };
+            let options = OdeOptions {
+                precision: Some(precision),
+                steps: Steps::PerInterval(10),
+                output: Output::Final,
+                ..Default::default()
+            };
+            let y = solve(&field, &y0, &[0.0, 1.0], &options).unwrap();
+            studies::values(y.states()).unwrap()
+        };
+        let native = run(precision.arithmetic(Arithmetic::Native), dtype);
+        let rounded = run(precision, DType::F32);
+        assert!(studies::relative(&native, &rounded) <= unit);
+    }
+}
+
+#[test]
+fn a_leaf_may_have_a_precision_of_its_own() {
+    let z = Tensor::ones((3, 2), DType::F32, &Device::Cpu).unwrap();
+    let logp = Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
+    let native = Precision::bf16().arithmetic(Arithmetic::Native);
+    let options = OdeOptions {
+        method: EULER,
+        precision: Some(native),
+        leaf_precision: vec![native, Precision::f32()],
+        ..Default::default()
+    };
+    let field = |_: &Time, (z, logp): &(Tensor, Tensor)| {
+        assert_eq!((z.dtype(), logp.dtype()), (DType::BF16, DType::F32));
+        Ok((z.neg()?, z.to_dtype(DType::F32)?.sum(1)?))
+    };
+    let (zs, logps) = odeint(field, &(z, logp), &[0.0, 1.0], &options).unwrap();
+    assert_eq!((zs.dims(), logps.dims()), (&[2, 3, 2][..], &[2, 3][..]));
+    assert_eq!((zs.dtype(), logps.dtype()), (DType::F32, DType::F32));
+}
