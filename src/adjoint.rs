@@ -17,7 +17,7 @@ use candle_core::{DType, Tensor};
 use crate::accumulator::Accumulator;
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::precision::Rounding;
+use crate::precision::{Roles, Rounding};
 use crate::scaler::{Outcome, Scaler};
 use crate::stats::Stats;
 use crate::step::{Field, Linear, Scheme};
@@ -120,15 +120,15 @@ impl Sweep<'_> {
         self.scheme.advance(self.field, self.plan.step(m), y, watch)
     }
 
-    /// max|λ| over the leaves whose cotangents can overflow.
+    /// max|λ| over the leaves whose cotangents can overflow, or over all if none can.
     fn magnitude(&self, adj: &[Tensor]) -> Result<f64> {
-        let mut max = 0f64;
-        for (adj, roles) in adj.iter().zip(&self.scheme.roles) {
-            if roles.needs_scaling() {
-                max = max.max(ops::magnitude(adj)?);
-            }
-        }
-        Ok(max)
+        let roles = &self.scheme.roles;
+        let any = roles.iter().any(Roles::needs_scaling);
+        let looked_at = adj.iter().zip(roles);
+        let looked_at = looked_at.filter(|(_, roles)| !any || roles.needs_scaling());
+        looked_at
+            .map(|(adj, _)| ops::magnitude(adj))
+            .try_fold(0.0, |max, m| Ok(f64::max(max, m?)))
     }
 
     /// w_i of every stage, θ̄ and time terms added on the way.
@@ -225,7 +225,7 @@ impl Sweep<'_> {
     /// One pull-back; the cotangent of the state is rounded as the seed was.
     fn pull(&self, stage: &Linear<'_>, v: Vec<Tensor>) -> Result<Grads> {
         let mut pulled = (stage.pull)(&v)?;
-        let round = |(w, roles): (&Tensor, &crate::precision::Roles)| roles.compute.round(w);
+        let round = |(w, roles): (&Tensor, &Roles)| roles.compute.round(w);
         let y = pulled.y.iter().zip(&self.scheme.roles).map(round);
         let params = self.theta.iter().map(|p| pulled.params.remove(p));
         let params = params.map(|g| g.map(|g| g.detach())).collect();

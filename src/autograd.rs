@@ -49,28 +49,63 @@ fn seeded(k: &[Tensor], v: &[Tensor]) -> candle_core::Result<Option<Tensor>> {
     Ok(sum)
 }
 
-/// f(t, y) and its pull-back, on leaves of our own.
+/// f(t, y) and its pull-back; that candle can trace neither y nor a variable is an error.
 pub(crate) fn vjp<'f, S: State, F: VectorField<S> + ?Sized>(
     field: &F,
     t: &Time,
     y: &S,
 ) -> candle_core::Result<(S, Pullback<'f, S>)> {
+    let traced = trace(field, t, y)?;
+    if !traced.k.iter().any(Tensor::track_op) {
+        return Err(Error::UntrackedVelocity { t: t.value() }.into());
+    }
+    traced.pullback()
+}
+
+/// The same for a field that is declared constant: what cannot be traced has no derivative.
+pub(crate) fn vjp_of_constant<'f, S: State, F: VectorField<S> + ?Sized>(
+    field: &F,
+    t: &Time,
+    y: &S,
+) -> candle_core::Result<(S, Pullback<'f, S>)> {
+    trace(field, t, y)?.pullback()
+}
+
+/// One evaluation on leaves of our own.
+struct Traced {
+    leaves: Vec<Tensor>,
+    time: Option<Tensor>,
+    k: Vec<Tensor>,
+}
+
+fn trace<S: State, F: VectorField<S> + ?Sized>(
+    field: &F,
+    t: &Time,
+    y: &S,
+) -> candle_core::Result<Traced> {
     let leaf = |y: &Tensor| Ok(Var::from_tensor(&y.detach())?.into_inner());
     let y = y.leaves();
     let leaves = y
         .iter()
         .map(leaf)
         .collect::<candle_core::Result<Vec<_>>>()?;
-    let k = field
-        .velocity(t, &S::from_leaves(leaves.clone())?)?
-        .leaves();
-    if !k.iter().any(Tensor::track_op) {
-        return Err(Error::UntrackedVelocity { t: t.value() }.into());
+    let k = field.velocity(t, &S::from_leaves(leaves.clone())?)?;
+    Ok(Traced {
+        leaves,
+        time: t.leaf().cloned(),
+        k: k.leaves(),
+    })
+}
+
+impl Traced {
+    fn pullback<'f, S: State>(self) -> candle_core::Result<(S, Pullback<'f, S>)> {
+        let velocity = S::from_leaves(self.k.iter().map(Tensor::detach).collect())?;
+        Ok((velocity, Box::new(move |v: &S| self.pull(v))))
     }
-    let velocity = S::from_leaves(k.iter().map(Tensor::detach).collect())?;
-    let time = t.leaf().cloned();
-    let pull = move |v: &S| {
-        let mut grads = match seeded(&k, &v.leaves())? {
+
+    /// vᵀ∂f.
+    fn pull<S: State>(&self, v: &S) -> candle_core::Result<Cotangents<S>> {
+        let mut grads = match seeded(&self.k, &v.leaves())? {
             Some(root) => {
                 let mut grads = root.backward()?;
                 grads.remove(&root);
@@ -80,19 +115,18 @@ pub(crate) fn vjp<'f, S: State, F: VectorField<S> + ?Sized>(
         };
         // Detach: gradients that candle returns keep their history, and fed into the next
         // pull-back they would be differentiated again (ȳ0 right, θ̄ silently wrong).
-        let y = leaves.iter().map(|leaf| match grads.remove(leaf) {
+        let y = self.leaves.iter().map(|leaf| match grads.remove(leaf) {
             Some(w) => Ok(w.detach()),
             None => leaf.detach().zeros_like(),
         });
         let y = S::from_leaves(y.collect::<candle_core::Result<_>>()?)?;
-        let t = time.as_ref().and_then(|t| grads.remove(t));
+        let t = self.time.as_ref().and_then(|t| grads.remove(t));
         Ok(Cotangents {
             y,
             t: t.map(|t| t.detach()),
             params: grads,
         })
-    };
-    Ok((velocity, Box::new(pull)))
+    }
 }
 
 /// The variables that a result depends on.

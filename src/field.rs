@@ -125,8 +125,9 @@ impl<M: Module> VectorField<Tensor> for Autonomous<M> {
 #[derive(Clone, Debug)]
 pub struct Constant<F>(F);
 
-/// Declares that f depends on no state and no parameter, so that its derivatives are zero:
-/// without this, a velocity that candle cannot trace back is an error.
+/// Declares that f depends on no state and no parameter, so that these derivatives are zero:
+/// without this, a velocity that candle cannot trace back is an error.  Time gradients see what is
+/// computed from [`Time::tensor`], as always.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -151,13 +152,7 @@ where
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &S) -> candle_core::Result<(S, Pullback<'f, S>)> {
-        let pull = |v: &S| {
-            let v = v.leaves();
-            let zeros = v.iter().map(Tensor::zeros_like);
-            let zeros = zeros.collect::<candle_core::Result<Vec<_>>>()?;
-            Ok(Cotangents::of_state(S::from_leaves(zeros)?))
-        };
-        Ok((self.velocity(t, y)?, Box::new(pull)))
+        autograd::vjp_of_constant(self, t, y)
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -1,7 +1,45 @@
 //! Neural differential equations in mixed precision on [candle](candle_core).
 //!
-//! Evaluate the velocity in bf16 or f16; keep state, adjoint and gradients in f32; differentiate
-//! the steps that were run, exactly.
+//! A neural ODE y' = f_θ(t, y) calls one network thousands of times.  Here the network runs in
+//! bf16 or f16, and everything that is summed over its calls is f32: the state, the adjoint, the
+//! gradients.  Gradients are exact for the steps that were run, take no tape over steps, and reach
+//! the user's variables through candle's own `loss.backward()`.
+//!
+//! * [`odeint`]: a closure, solved; [`solve`]: the same without a graph.
+//! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
+//! * [`OdeOptions`]: method ([`Tableau`]), steps, checkpoints, scaling, statistics.
+//!
+//! # Theory
+//!
+//! With an explicit tableau (a, b, c), step h, and Q rounding to compute precision, forward is
+//!
+//! Y_i = Q(y_n + h Σ_j a_ij k_j),  k_i = f(t_n + c_i h, Y_i),  y_{n+1} = y_n + h Σ_i b_i k_i,
+//!
+//! every sum in state precision.  Backward is the exact discrete adjoint of these steps, rounding
+//! treated as the identity; for n = N−1 … 0, the stages recomputed from the kept ŷ_n,
+//!
+//! v_i = b_i λ + h Σ_{j>i} a_ji w_j,  w_i = (∂f/∂y)ᵀ v_i,  θ̄ += h (∂f/∂θ)ᵀ v_i,
+//! λ ← λ + h Σ_i w_i + ȳ_n.
+//!
+//! Only f and its pull-back run in compute precision, so a rounding u of f moves solution and
+//! gradients by O(u), however many steps there are.  In f16 the pull-back is fed S·v_i with a power
+//! of two S that follows max|λ|, and its results are divided by S in state precision.
+//!
+//! # Layout
+//!
+//! Data flows one way, and a module uses only those before it in this list.  `error`; `ops` (fused
+//! tensor operations), `precision` (dtype roles, the only place that rounds), `tableau`, `time`,
+//! `state`, `field` and `autograd` (f and its default pull-back), `stats`, `watch` (for NaN);
+//! `step` (one step and its linearisation), `trajectory` (what is kept), `scaler`, `problem` (what
+//! both passes know), `integrate` (the forward loop), `accumulator` and `adjoint` (the backward
+//! sweep), `parameters` (θ), `odeint` and `neural_ode` (public entries; the node in candle's graph).
+//!
+//! # Limits
+//!
+//! Fixed steps.  Second derivatives are not supported: gradients come back without history, and a
+//! cotangent that carries one is an error.  A field must be deterministic; a module with dropout or
+//! batch statistics would be linearised at another point than it was evaluated.  Gradients with
+//! respect to time see what a field computes from [`Time::tensor`], not from [`Time::value`].
 #![deny(missing_docs)]
 
 mod accumulator;
@@ -40,3 +78,8 @@ pub use tableau::{
 };
 pub use time::{Steps, Time, TimeGrid, Times};
 pub use trajectory::Checkpoint;
+
+/// The README's example, run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -9,29 +9,28 @@ use crate::precision::Rounding;
 pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
     let wide = terms.iter().any(|(_, x)| x.dtype() == DType::F64);
     let dtype = if wide { DType::F64 } else { DType::F32 };
-    let mut sum = None;
-    for &(c, x) in terms {
-        let term = x.detach().to_dtype(dtype)?;
-        let term = if c == 1.0 { term } else { (term * c)? };
-        sum = Some(match sum {
-            None => term,
-            Some(sum) => (sum + term)?,
-        });
-    }
-    let sum = sum.unwrap_or(Tensor::zeros(0, dtype, &candle_core::Device::Cpu)?);
+    let alone = terms.len() == 1;
+    let mut terms = terms.iter().map(|&(c, x)| {
+        let x = x.detach().to_dtype(dtype)?;
+        if c == 1.0 {
+            Ok(x)
+        } else {
+            x * c
+        }
+    });
+    let Some(first) = terms.next() else {
+        return Err(candle_core::Error::Msg("a sum of no terms".into()).into());
+    };
+    let sum = terms.try_fold(first?, |sum, term| sum + term?)?;
     let sum = if scale == 1.0 { sum } else { (sum * scale)? };
     let sum = if out.to == out.held {
         sum
     } else {
         sum.to_dtype(out.to)?
     };
-    // `to_dtype` to the dtype at hand returns the same tensor: copy, the result is the caller's.
     let result = sum.to_dtype(out.held)?.contiguous()?;
-    Ok(if terms.len() == 1 {
-        result.copy()?
-    } else {
-        result
-    })
+    // A lone term may have come through untouched; the result is the caller's own.
+    Ok(if alone { result.copy()? } else { result })
 }
 
 pub(super) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
