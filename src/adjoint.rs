@@ -20,7 +20,7 @@ use crate::ops;
 use crate::precision::{Roles, Rounding};
 use crate::scaler::{Outcome, Scaler};
 use crate::stats::Stats;
-use crate::step::{Field, Linear, Scheme};
+use crate::step::{located, Field, Linear, Scheme};
 use crate::time::{Step, StepPlan};
 use crate::trajectory::Trajectory;
 use crate::watch::Watch;
@@ -151,10 +151,13 @@ impl Sweep<'_> {
                 let v = self.cotangents(step, i, adj, &ws, scaler.scale(), |l| {
                     self.scheme.roles[l].compute
                 })?;
+                let scale = scaler.scale();
                 stats.vjps += 1;
-                stats.used_scale(scaler.scale());
+                stats.used_scale(scale);
                 attempts += 1;
-                let grads = self.pull(stage, v)?;
+                let grads = self
+                    .pull(stage, &v)
+                    .map_err(|e| located(e, step, i, stage.t))?;
                 let outcome = match scaler.is_dynamic() {
                     true => grads.outcome()?,
                     false => Outcome::Clean,
@@ -168,7 +171,7 @@ impl Sweep<'_> {
                     return Err(Error::ScaleExhausted {
                         step: step.index,
                         t: step.t,
-                        scale: scaler.scale(),
+                        scale,
                         attempts,
                     });
                 }
@@ -223,8 +226,9 @@ impl Sweep<'_> {
     }
 
     /// One pull-back; the cotangent of the state is rounded as the seed was.
-    fn pull(&self, stage: &Linear<'_>, v: Vec<Tensor>) -> Result<Grads> {
-        let mut pulled = (stage.pull)(&v)?;
+    fn pull(&self, stage: &Linear<'_>, v: &Vec<Tensor>) -> Result<Grads> {
+        let mut pulled = (stage.pull)(v)?;
+        self.scheme.check(v, &pulled.y)?;
         let round = |(w, roles): (&Tensor, &Roles)| roles.compute.round(w);
         let y = pulled.y.iter().zip(&self.scheme.roles).map(round);
         let params = self.theta.iter().map(|p| pulled.params.remove(p));

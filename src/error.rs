@@ -127,16 +127,17 @@ pub enum Error {
         /// Device found.
         got: DeviceLocation,
     },
-    /// The velocity has another number of tensors than the state.
-    #[error("the velocity has {got} tensors, the state {expected}")]
+    /// The field returned another number of tensors than the state has.
+    #[error("the field returned {got} tensors, the state has {expected}")]
     LeafCount {
         /// Tensors in the state.
         expected: usize,
         /// Tensors in the velocity.
         got: usize,
     },
-    /// The velocity's shape is not the state's.
-    #[error("velocity tensor {leaf} has shape {got:?}, the state {expected:?}")]
+    /// The velocity, or the cotangent that a field's own pull-back returned, has not the state's
+    /// shape.
+    #[error("the field returned shape {got:?} for state tensor {leaf} of shape {expected:?}")]
     ShapeChanged {
         /// Index of the tensor in the state.
         leaf: usize,
@@ -145,8 +146,9 @@ pub enum Error {
         /// Shape of the velocity.
         got: Shape,
     },
-    /// The velocity's dtype is not that of the state it was given.
-    #[error("velocity tensor {leaf} is {got:?}, but the field was given {expected:?}")]
+    /// The velocity, or the cotangent that a field's own pull-back returned, has not the dtype that
+    /// the field was given.
+    #[error("the field returned {got:?} for state tensor {leaf}, but was given {expected:?}")]
     DtypeChanged {
         /// Index of the tensor in the state.
         leaf: usize,
@@ -173,8 +175,9 @@ pub enum Error {
         /// Time at its end.
         t: f64,
     },
-    /// candle sees no path from the velocity to the state or to a parameter.
-    #[error("the velocity at t = {t} is not connected to its state or to any parameter in candle's graph (was backward() called inside the field?): implement VectorField::vjp, or declare it with constant(..)")]
+    /// candle sees no path from the velocity to the state or to a parameter, or none from a velocity
+    /// tensor to the state although it changes with it.
+    #[error("the velocity at t = {t} is not connected to what it depends on in candle's graph (detach(), or backward() inside the field?): implement VectorField::vjp, or declare it with constant(..)")]
     UntrackedVelocity {
         /// Time of the evaluation.
         t: f64,
@@ -310,9 +313,14 @@ impl Error {
                 if let Some(Carried(error)) = wrapped.downcast_ref::<Carried>() {
                     return Some(error);
                 }
-                wrapped
-                    .downcast_ref::<candle_core::Error>()
-                    .and_then(Self::from_candle)
+                // candle's `Context` boxes whatever error it is given, ours as it is.
+                match wrapped.downcast_ref::<Error>() {
+                    Some(Error::Candle(inner)) => Self::from_candle(inner),
+                    Some(error) => Some(error),
+                    None => wrapped
+                        .downcast_ref::<candle_core::Error>()
+                        .and_then(Self::from_candle),
+                }
             }
             E::WithBacktrace { inner, .. }
             | E::Context { inner, .. }
@@ -349,9 +357,15 @@ fn recover(error: candle_core::Error) -> Error {
     match error {
         E::WrappedContext { wrapped, context } => match wrapped.downcast::<Carried>() {
             Ok(carried) => carried.0,
-            Err(wrapped) => match wrapped.downcast::<candle_core::Error>() {
-                Ok(inner) => recover(*inner),
-                Err(wrapped) => Error::Candle(E::WrappedContext { wrapped, context }),
+            Err(wrapped) => match wrapped.downcast::<Error>() {
+                Ok(error) => match *error {
+                    Error::Candle(inner) => recover(inner),
+                    error => error,
+                },
+                Err(wrapped) => match wrapped.downcast::<candle_core::Error>() {
+                    Ok(inner) => recover(*inner),
+                    Err(wrapped) => Error::Candle(E::WrappedContext { wrapped, context }),
+                },
             },
         },
         E::WithBacktrace { inner, .. } | E::Context { inner, .. } | E::WithPath { inner, .. } => {

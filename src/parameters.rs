@@ -67,19 +67,41 @@ impl<'f> Observed<'f> {
             .unwrap_or_else(|| self.seen.into_inner().variables)
     }
 
+    /// The first evaluation, on leaves of our own, which tells whether candle can trace the field.
     fn first(&self, t: &Time, y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
-        let leaf = |y: &Tensor| Ok(Var::from_tensor(y)?.into_inner());
-        let leaves = y
-            .iter()
-            .map(leaf)
-            .collect::<candle_core::Result<Vec<_>>>()?;
+        let leaves = leaves(y.iter().map(Ok))?;
         let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
         let k = self.tracked.velocity(t, &leaves)?;
-        if !k.iter().any(Tensor::track_op) {
+        if !k.iter().any(Tensor::track_op) || self.hides_its_state(t, &leaves, &k, &own)? {
             return Err(Error::UntrackedVelocity { t: t.value() }.into());
         }
         self.note(t, &k, &own)?;
         Ok(k)
+    }
+
+    /// Whether a velocity tensor changes with the state although candle sees no path between them:
+    /// after a `detach`, or a `backward` inside the field.  Gradients would be silently wrong.
+    /// Costs an evaluation only where the path is missing.
+    fn hides_its_state(
+        &self,
+        t: &Time,
+        y: &[Tensor],
+        k: &[Tensor],
+        own: &HashSet<TensorId>,
+    ) -> candle_core::Result<bool> {
+        let reads = |k: &Tensor| k.sorted_nodes().iter().any(|n| own.contains(&n.id()));
+        if k.iter().all(reads) {
+            return Ok(false);
+        }
+        let elsewhere = leaves(y.iter().map(|y| y.detach().affine(1.25, 0.25)))?;
+        let moved = self.tracked.velocity(t, &elsewhere)?;
+        for (k, moved) in k.iter().zip(&moved).filter(|(k, _)| !reads(k)) {
+            let changed = k.detach().ne(&moved.detach())?.to_dtype(DType::F32)?;
+            if changed.sum_all()?.to_scalar::<f32>()? > 0.0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Notes the variables behind k, but for the leaves of our `own`.
@@ -140,6 +162,14 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.tracked.parameters()
     }
+}
+
+/// Variables of our own with these values.
+fn leaves<T: std::borrow::Borrow<Tensor>>(
+    y: impl Iterator<Item = candle_core::Result<T>>,
+) -> candle_core::Result<Vec<Tensor>> {
+    y.map(|y| Ok(Var::from_tensor(y?.borrow())?.into_inner()))
+        .collect()
 }
 
 /// θ of one solve: what the field read, and the user's variables behind it, one to one.

@@ -32,6 +32,8 @@ pub(crate) struct Scheme {
 
 /// A stage linearised: its velocity and its pull-back.
 pub(crate) struct Linear<'f> {
+    /// Time of the stage.
+    pub(crate) t: f64,
     pub(crate) k: Vec<Tensor>,
     pub(crate) pull: Pullback<'f, Vec<Tensor>>,
 }
@@ -62,7 +64,7 @@ impl Scheme {
             let time = Time::new(at, self.roles[0].state, &self.device);
             let k = field
                 .velocity(&time, &stage)
-                .map_err(|e| evaluation(e, step, i, at))?;
+                .map_err(|e| located(e.into(), step, i, at))?;
             self.check(&stage, &k)?;
             let k: Vec<_> = k.iter().map(Tensor::detach).collect();
             watch.see(&k, || Error::NonFiniteVelocity {
@@ -107,10 +109,10 @@ impl Scheme {
             };
             let (k, pull) = field
                 .vjp(&t, &stage)
-                .map_err(|e| evaluation(e, step, i, at))?;
+                .map_err(|e| located(e.into(), step, i, at))?;
             self.check(&stage, &k)?;
             ks.push(Some(k.clone()));
-            linear.push(Some(Linear { k, pull }));
+            linear.push(Some(Linear { t: at, k, pull }));
         }
         Ok(linear)
     }
@@ -141,8 +143,8 @@ impl Scheme {
         self.roles.iter().enumerate().map(of_leaf).collect()
     }
 
-    /// A velocity must be what the field was given: as many tensors, shapes, dtypes, device.
-    fn check(&self, y: &[Tensor], k: &[Tensor]) -> Result<()> {
+    /// What a field returns must be like what it was given: as many tensors, shapes, dtypes, device.
+    pub(crate) fn check(&self, y: &[Tensor], k: &[Tensor]) -> Result<()> {
         if y.len() != k.len() {
             return Err(Error::LeafCount {
                 expected: y.len(),
@@ -166,7 +168,7 @@ impl Scheme {
             }
             if !y.device().same_device(k.device()) {
                 return Err(Error::DeviceMismatch {
-                    what: format!("velocity tensor {leaf}"),
+                    what: format!("what the field returned for state tensor {leaf}"),
                     expected: y.device().location(),
                     got: k.device().location(),
                 });
@@ -190,13 +192,12 @@ fn terms<'a>(
 }
 
 /// Says where the field failed; an error of our own passes as it is.
-fn evaluation(error: candle_core::Error, step: Step, stage: usize, t: f64) -> Error {
-    if Error::from_candle(&error).is_some() {
-        return error.into();
-    }
-    let context = format!(
-        "the field failed at step {}, stage {stage}, t = {t}",
-        step.index
-    );
-    Error::Candle(error.context(context))
+pub(crate) fn located(error: Error, step: Step, stage: usize, t: f64) -> Error {
+    let Error::Candle(error) = error else {
+        return error;
+    };
+    let step = step.index;
+    Error::Candle(error.context(format!(
+        "the field failed at step {step}, stage {stage}, t = {t}"
+    )))
 }

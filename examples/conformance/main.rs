@@ -1,0 +1,241 @@
+//! Holds our solutions and gradients against those of independent implementations, from files.
+//!
+//! * `cargo run --release --example conformance -- DIR`: every problem in DIR under five methods in
+//!   f64; the last line is `worst <figure>`.  Seconds.
+//! * `… -- DIR --compute bf16` (or `f16`): the same problems with f in low precision, held against
+//!   f64 and against what two PyTorch recipes reach.  Seconds.
+//! * `… -- --demo DIR`: adjoints that underflow in f16, with and without scaling; the last line is
+//!   `worst scaled <figure>`.  Seconds.
+//!
+//! Exits with 1 when an error exceeds its bound, or when a file cannot be used.
+
+mod demo;
+mod discrete;
+mod fields;
+mod low_precision;
+mod oracle;
+mod outcome;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use candle_diffeq::{Precision, Scaling};
+use clap::{Parser, ValueEnum};
+
+use crate::discrete::METHODS;
+use crate::low_precision::Recipe;
+use crate::oracle::{Oracle, Result};
+use crate::outcome::{worse, QUANTITIES};
+
+/// Compares solutions and gradients with oracle files.
+#[derive(Parser)]
+struct Args {
+    /// Directory of .safetensors files.
+    #[arg(required_unless_present = "demo")]
+    dir: Option<PathBuf>,
+    /// Largest relative error in f64.
+    #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo"])]
+    tol: f64,
+    /// Evaluate the fields in low precision.
+    #[arg(long, conflicts_with = "demo")]
+    compute: Option<Compute>,
+    /// Directory of f16 demonstrations, which are run instead.
+    #[arg(long, value_name = "DIR", conflicts_with = "dir")]
+    demo: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Compute {
+    Bf16,
+    F16,
+}
+
+impl Compute {
+    fn recipe(self) -> Recipe {
+        match self {
+            Self::Bf16 => low_precision::BF16,
+            Self::F16 => low_precision::F16,
+        }
+    }
+}
+
+/// Whether all bounds are met.
+#[derive(Clone, Copy, PartialEq)]
+enum Verdict {
+    Pass,
+    Fail,
+}
+
+impl Verdict {
+    /// NaN fails.
+    fn of(error: f64, bound: f64) -> Self {
+        if error <= bound {
+            Self::Pass
+        } else {
+            Self::Fail
+        }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Pass => "PASS",
+            Self::Fail => "FAIL",
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let verdict = match Args::parse() {
+        Args {
+            demo: Some(dir), ..
+        } => demos(&dir),
+        Args {
+            dir: Some(dir),
+            compute: Some(compute),
+            ..
+        } => low(&dir, &compute.recipe()),
+        Args {
+            dir: Some(dir),
+            tol,
+            ..
+        } => double(&dir, tol),
+        _ => Err("no directory given".into()),
+    };
+    match verdict {
+        Ok(Verdict::Pass) => ExitCode::SUCCESS,
+        Ok(Verdict::Fail) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The files to check; says which are left out.
+fn oracles(dir: &Path) -> Result<Vec<Oracle>> {
+    let (oracles, skipped) = discrete::usable(Oracle::read_all(dir)?)?;
+    for file in skipped {
+        println!("skipped {file}");
+    }
+    Ok(oracles)
+}
+
+/// A row of figures under the heads of [`QUANTITIES`].
+fn row(figures: [f64; 6]) -> String {
+    figures.map(|e| format!("{e:>9.1e}")).concat()
+}
+
+fn head(first: &str, second: &str) -> String {
+    format!(
+        "{first:<36}{second:<9}{}",
+        QUANTITIES.map(|name| format!("{name:>9}")).concat()
+    )
+}
+
+fn double(dir: &Path, tol: f64) -> Result<Verdict> {
+    let oracles = oracles(dir)?;
+    println!(
+        "relative errors, the worst tensor of each quantity\n{}",
+        head("file", "method")
+    );
+    let mut worst = 0.0;
+    for oracle in &oracles {
+        for method in METHODS.iter().filter(|m| oracle.knows(m.name())) {
+            let solved =
+                discrete::solved(oracle, method, Precision::f64()).map_err(|e| oracle.failed(e))?;
+            let errors = solved.worst_parts(&discrete::exact(oracle, method)?);
+            let figures = errors.each_ref().map(|(e, _)| *e);
+            let weight = &errors[4].1;
+            println!(
+                "{:<36}{:<9}{}  worst weight {weight}",
+                oracle.file,
+                method.name(),
+                row(figures)
+            );
+            worst = figures.into_iter().fold(worst, worse);
+        }
+    }
+    println!("worst {worst:.3e}");
+    Ok(Verdict::of(worst, tol))
+}
+
+fn low(dir: &Path, recipe: &Recipe) -> Result<Verdict> {
+    let oracles = oracles(dir)?;
+    println!(
+        "relative errors of whole quantities\n{}",
+        head("file", "method")
+    );
+    let mut rows = vec![];
+    for oracle in &oracles {
+        let errors = low_precision::errors(oracle, recipe)?;
+        println!(
+            "{:<36}{:<9}{}",
+            oracle.file,
+            low_precision::METHOD.name(),
+            row(errors)
+        );
+        rows.push(errors);
+    }
+    let (means, bars) = (low_precision::geometric_mean(&rows), recipe.bars());
+    let verdicts: [Verdict; 6] = std::array::from_fn(|i| Verdict::of(means[i], bars[i]));
+    let summary = [
+        ("geometric mean", means),
+        ("max", low_precision::largest(&rows)),
+        ("f32acc in PyTorch, geometric mean", recipe.f32acc),
+        ("rampde, geometric mean", recipe.rampde),
+        ("bar: min(2 f32acc, rampde)", bars),
+    ];
+    for (name, figures) in summary {
+        println!("{name:<45}{}", row(figures));
+    }
+    println!(
+        "{:<45}{}",
+        "",
+        verdicts.map(|v| format!("{:>9}", v.word())).concat()
+    );
+    let passed = verdicts.iter().all(|v| *v == Verdict::Pass);
+    Ok(if passed { Verdict::Pass } else { Verdict::Fail })
+}
+
+fn demos(dir: &Path) -> Result<Verdict> {
+    println!(
+        "{:<36}{:<9}{:>9}{:>9}{:>12}{:>9}  scales",
+        "file", "scaling", "grad_y0", "grad_w", "VJPs/stage", "retries"
+    );
+    let (mut worst, mut verdict) = (0.0, Verdict::Pass);
+    for oracle in Oracle::read_all(dir)? {
+        let bar = demo::bar(&oracle);
+        let scaled = demo::run(&oracle, Scaling::Auto).map_err(|e| oracle.failed(e))?;
+        let unscaled = demo::run(&oracle, Scaling::Off).map_err(|e| oracle.failed(e))?;
+        let met = Verdict::of(scaled.worst(), bar.scaled);
+        print_demo(
+            &oracle,
+            "dynamic",
+            &scaled,
+            &format!("{} (<= {:.1e})", met.word(), bar.scaled),
+        );
+        let lost = match (bar.underflows, unscaled.worst() > demo::LOST) {
+            (true, true) => "lost, as expected",
+            (true, false) => "not lost, which is unexpected",
+            (false, _) => "",
+        };
+        print_demo(&oracle, "off", &unscaled, lost);
+        worst = worse(worst, scaled.worst());
+        if met == Verdict::Fail {
+            verdict = Verdict::Fail;
+        }
+    }
+    println!("worst scaled {worst:.3e}");
+    Ok(verdict)
+}
+
+fn print_demo(oracle: &Oracle, scaling: &str, run: &demo::Run, remark: &str) {
+    let scales = match run.stats.scale_range {
+        Some((least, largest)) => format!("2^{}..2^{}", least.log2(), largest.log2()),
+        None => "1".to_owned(),
+    };
+    println!(
+        "{:<36}{scaling:<9}{:>9.1e}{:>9.1e}{:>12.3}{:>9}  {scales:<12} {remark}",
+        oracle.file, run.y0, run.weights, run.vjps_per_stage, run.stats.retries
+    );
+}
