@@ -1,13 +1,4 @@
 //! Which dtype plays which role, and the border at which numbers change dtype.
-//!
-//! | role | quantities |
-//! |---|---|
-//! | **state** | y, λ, gradients, all sums over stages, the returned states |
-//! | **compute** | y and θ as the field sees them, k, the cotangents fed to the vjp |
-//! | **store** | the kept trajectory |
-//!
-//! After "Mixed Precision Training of Neural ODEs", arXiv 2510.23498, with the
-//! sums over stages and the product with h moved from compute to state precision.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -28,7 +19,16 @@ pub enum Arithmetic {
     Rounded,
 }
 
-/// The dtype of each role; see the [module](self).
+/// Which dtype plays which role.
+///
+/// | role | quantities |
+/// |---|---|
+/// | **state** | y, λ, gradients, all sums over stages, the returned states |
+/// | **compute** | y and θ as the field sees them, k, the cotangents fed to the vjp |
+/// | **store** | the kept trajectory |
+///
+/// After "Mixed Precision Training of Neural ODEs", arXiv 2510.23498, with the sums over stages and
+/// the product with h moved from compute to state precision.
 ///
 /// `state` is f32 or f64; `compute` and `store` are f16, bf16, f32 or f64, neither wider than
 /// `state`.

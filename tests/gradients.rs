@@ -58,7 +58,7 @@ fn single(x: &Tensor) -> Tensor {
 fn tape(tableau: &Tableau, y0: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Tensor {
     let field = |_: &Tensor, y: &[Tensor]| Ok(vec![f(&y[0])?]);
     let times = Tensor::new(&TIMES, &Device::Cpu).unwrap();
-    unrolled(tableau, 1, field, &[y0.clone()], &times).unwrap()[0].clone()
+    unrolled(tableau, 1, field, std::slice::from_ref(y0), &times).unwrap()[0].clone()
 }
 
 /// A network under "ode" with time, y0 and the grid as variables, in f64.

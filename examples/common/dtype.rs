@@ -1,0 +1,41 @@
+//! Precisions by the name of their compute dtype.
+
+use candle_core::DType;
+use candle_diffeq::Precision;
+use clap::ValueEnum;
+
+/// A compute dtype; sums and master weights are f32, or f64 for f64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dtype {
+    F64,
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Dtype {
+    /// The dtype roles.
+    pub(crate) fn precision(self) -> Precision {
+        match self {
+            Self::F64 => Precision::f64(),
+            Self::F32 => Precision::f32(),
+            Self::Bf16 => Precision::bf16(),
+            Self::F16 => Precision::f16(),
+        }
+    }
+
+    /// The dtype of states and of the user's variables.
+    pub(crate) fn state(self) -> DType {
+        self.precision().state
+    }
+
+    /// As on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F64 => "f64",
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Times one workload file, forward and forward + backward through candle's graph, and compares
+//! its loss and gradients with the file's reference.
+//!
+//! `cargo run --release --example workloads -- FILE [--precision bf16] [--checkpoint every:10]`
+//! (seconds) prints one line of JSON.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod fields;
+mod workload;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use candle_core::{DType, Tensor};
+use candle_diffeq::{Checkpoint, OdeOptions, Output, Recorder, Stats};
+use candle_nn::VarMap;
+use clap::Parser;
+use serde_json::json;
+
+use crate::common::dtype::Dtype;
+use crate::common::{median, memory, use_every_core, Result};
+use crate::workload::Workload;
+
+/// Times a workload and checks its gradients.
+#[derive(Parser)]
+struct Args {
+    /// A .safetensors file: weights, y0, times, target, reference loss and gradients.
+    file: PathBuf,
+    /// Compute precision.
+    #[arg(long, default_value = "f32")]
+    precision: Dtype,
+    /// What the forward pass keeps: all, every:K, states:B or bytes:N.
+    #[arg(long, default_value = "all", value_parser = checkpoint)]
+    checkpoint: Checkpoint,
+    /// Timed repetitions after one that is not.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    repeats: u32,
+}
+
+fn main() -> ExitCode {
+    use_every_core();
+    match run(&Args::parse()) {
+        Ok(line) => {
+            println!("{line}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn checkpoint(text: &str) -> std::result::Result<Checkpoint, String> {
+    let (plan, count) = match text.split_once(':') {
+        Some((plan, count)) => (plan, count.parse().ok()),
+        None => (text, None),
+    };
+    match (plan, count) {
+        ("all", None) => Ok(Checkpoint::All),
+        ("every", Some(k)) => Ok(Checkpoint::Every(k)),
+        ("states", Some(b)) => Ok(Checkpoint::States(b)),
+        ("bytes", Some(n)) => Ok(Checkpoint::Bytes(n)),
+        _ => Err("expected all, every:K, states:B or bytes:N".to_owned()),
+    }
+}
+
+/// The JSON line.
+fn run(args: &Args) -> Result<serde_json::Value> {
+    let workload = Workload::read(&args.file)?;
+    let vars = VarMap::new();
+    let state = args.precision.state();
+    workload.fill(&vars, state)?;
+    let recorder = Recorder::default();
+    let options = OdeOptions {
+        method: workload.method.clone(),
+        precision: Some(args.precision.precision()),
+        checkpoint: args.checkpoint,
+        output: Output::Final,
+        recorder: Some(recorder.clone()),
+        ..Default::default()
+    };
+    let ode = workload.ode(&vars, state)?.options(options);
+    let y0 = workload.y0(state)?;
+    let target = workload.target(state)?;
+    let solve = || -> Result<Tensor> {
+        let y = ode.solve(&y0.leaves, workload.times.as_slice())?;
+        Ok(workload.loss(&y, target.as_ref())?)
+    };
+
+    let before = memory::resident();
+    let grads = solve()?.backward()?;
+    let stats = recorder.take();
+    let errors = workload.errors(&solve()?, &vars, &y0.var, &grads)?;
+    let (mut forward, mut both) = (vec![], vec![]);
+    for _ in 0..args.repeats {
+        let clock = Instant::now();
+        solve()?.detach().to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        forward.push(milliseconds(clock));
+        let clock = Instant::now();
+        solve()?.backward()?;
+        both.push(milliseconds(clock));
+    }
+    let growth = memory::peak()
+        .zip(before)
+        .map(|(peak, before)| (peak.saturating_sub(before)) as f64 / f64::from(1 << 20));
+    Ok(line(
+        args,
+        &workload,
+        &stats,
+        &[median(forward), median(both)],
+        growth,
+        errors,
+    ))
+}
+
+fn milliseconds(clock: Instant) -> f64 {
+    clock.elapsed().as_secs_f64() * 1e3
+}
+
+fn line(
+    args: &Args,
+    workload: &Workload,
+    stats: &Stats,
+    [forward, both]: &[f64; 2],
+    growth: Option<f64>,
+    [loss, weights, y0]: [f64; 3],
+) -> serde_json::Value {
+    json!({
+        "workload": workload.name,
+        "precision": args.precision.name(),
+        "checkpoint": format!("{:?}", args.checkpoint),
+        "threads": std::env::var("RAYON_NUM_THREADS").ok(),
+        "fwd_ms": forward,
+        "fwdbwd_ms": both,
+        "rss_mb": growth,
+        "states_kept": stats.states_kept,
+        "bytes_kept": stats.bytes_kept,
+        "nfe_fwd": stats.evaluations,
+        "nfe_bwd": stats.recomputed,
+        "vjps": stats.vjps,
+        "retries": stats.retries,
+        "err_loss": loss,
+        "err_grad_w": weights,
+        "err_grad_y0": y0,
+    })
+}
