@@ -12,8 +12,8 @@ pub(crate) type Area<'a> = DrawingArea<BitMapBackend<'a>, plotters::coord::Shift
 
 const FONT: &str = "sans-serif";
 
-/// Of what is known to be true.
-pub(crate) const TRUTH: RGBColor = RGBColor(60, 60, 60);
+/// Of what is known to be true: light, for the curves that are to lie on it.
+pub(crate) const TRUTH: RGBColor = RGBColor(175, 175, 175);
 
 /// Of one series after the other (Okabe & Ito, distinct for the colour-blind).
 pub(crate) const COLOURS: [RGBColor; 4] = [
@@ -63,6 +63,7 @@ pub(crate) fn panel(
     builder
         .caption(labels.title, (FONT, 20))
         .margin(12)
+        .margin_right(28)
         .x_label_area_size(40)
         .y_label_area_size(62);
     // The two kinds of axes are two types.

@@ -45,7 +45,7 @@ pub(crate) fn draw(path: &Path, data: &Trajectory, outcomes: &[Outcome]) -> Resu
         } else {
             String::new()
         },
-        width: 3,
+        width: 4,
     };
 
     let mut curves = vec![];
@@ -66,8 +66,8 @@ pub(crate) fn draw(path: &Path, data: &Trajectory, outcomes: &[Outcome]) -> Resu
     };
     panel(&top, &labels, Scale::Linear, &curves)?;
 
-    let mut curves = vec![true_curve(plane(&truth), true)];
-    curves.extend((0..outcomes.len()).map(|i| named(plane(&outcomes[i].states), i, true)));
+    let mut curves = vec![true_curve(plane(&truth), false)];
+    curves.extend((0..outcomes.len()).map(|i| named(plane(&outcomes[i].states), i, false)));
     let labels = Labels {
         title: "phase portrait",
         x: "y₁",

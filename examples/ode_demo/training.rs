@@ -17,6 +17,8 @@ use crate::spiral::{velocity, Trajectory};
 const HIDDEN: usize = 50;
 const WINDOWS: usize = 20;
 const LENGTH: usize = 10;
+/// Held for three quarters of the iterations, then falling linearly to zero: with a constant rate
+/// the last losses are the noise of the windows.
 const LEARNING_RATE: f64 = 1e-3;
 /// Over how many iterations the first and the last loss are averaged.
 const FIRST: usize = 10;
