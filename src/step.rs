@@ -2,7 +2,7 @@
 //!
 //! With tableau (a, b, c), s stages, step h, and Q rounding to compute precision:
 //!
-//! Y_i = Q(y_n + h Σ_{j<i} a_ij k_j),  k_i = f(t_n + c_i h, Y_i),  y_{n+1} = y_n + h Σ b_i k_i.
+//! Y_i = Q(y_n + h Σ_{j<i} a_ij k_j),  k_i = Q(f(t_n + c_i h, Y_i)),  y_{n+1} = y_n + h Σ b_i k_i.
 //!
 //! Every sum is formed in state precision from the state-precision y_n, so nothing piles up.
 
@@ -66,7 +66,7 @@ impl Scheme {
                 .velocity(&time, &stage)
                 .map_err(|e| located(e.into(), step, i, at))?;
             self.check(&stage, &k)?;
-            let k: Vec<_> = k.iter().map(Tensor::detach).collect();
+            let k = self.rounded(&k)?;
             watch.see(&k, || Error::NonFiniteVelocity {
                 step: step.index,
                 stage: i,
@@ -111,6 +111,7 @@ impl Scheme {
                 .vjp(&t, &stage)
                 .map_err(|e| located(e.into(), step, i, at))?;
             self.check(&stage, &k)?;
+            let k = self.rounded(&k)?;
             ks.push(Some(k.clone()));
             linear.push(Some(Linear { t: at, k, pull }));
         }
@@ -133,6 +134,12 @@ impl Scheme {
             }
         };
         self.roles.iter().enumerate().map(of_leaf).collect()
+    }
+
+    /// Q(x): a velocity as a field that runs in compute precision would have returned it.
+    fn rounded(&self, x: &[Tensor]) -> Result<Vec<Tensor>> {
+        let round = |(x, roles): (&Tensor, &Roles)| roles.compute.round(x);
+        x.iter().zip(&self.roles).map(round).collect()
     }
 
     /// y + h Σ b_j k_j in state precision.
