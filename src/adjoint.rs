@@ -68,7 +68,7 @@ impl Sweep<'_> {
         let mut adj = last;
         for n in (0..steps).rev() {
             let step = self.plan.step(n);
-            let replay = |m, y: &[Tensor]| self.replay(m, y, &mut watch, stats);
+            let replay = |m, y: &Vec<Tensor>| self.replay(m, y, &mut watch, stats);
             let mut kept = Stats::default();
             let y = rewind.state(n, replay, &mut kept)?;
             stats.kept(kept.states_kept, kept.bytes_kept);

@@ -4,6 +4,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Module, Tensor};
 
 use crate::autograd;
+use crate::rows::Rows;
 use crate::state::State;
 use crate::time::Time;
 
@@ -56,6 +57,12 @@ pub trait VectorField<S: State = Tensor> {
     /// own; `None` (the default) lets the solver find the variables in candle's graph, over all
     /// evaluations.
     fn parameters(&self) -> Option<Vec<Tensor>> {
+        None
+    }
+
+    /// The field as one whose rows are independent; for the fields of [`nn`](crate::nn).
+    #[doc(hidden)]
+    fn rows(&self) -> Option<Rows<'_>> {
         None
     }
 }
@@ -204,5 +211,9 @@ where
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.field.parameters()
+    }
+
+    fn rows(&self) -> Option<Rows<'_>> {
+        self.field.rows()
     }
 }

@@ -1,9 +1,12 @@
 //! The forward loop: steps taken one after the other, outputs collected, the trajectory kept.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::problem::{Output, Problem};
+use crate::rows::Reversible;
 use crate::state::Packing;
 use crate::stats::Stats;
 use crate::step::Field;
@@ -15,7 +18,26 @@ pub(crate) struct Forward {
     /// The returned states in state precision, packed: `(outputs, elements)`.
     pub(crate) packed: Tensor,
     /// What was kept for the backward pass.
-    pub(crate) trajectory: Trajectory,
+    pub(crate) kept: Kept,
+}
+
+/// What a forward pass keeps, by the way that it took.
+#[derive(Clone)]
+pub(crate) enum Kept {
+    /// Step by step over the whole batch.
+    Steps(Trajectory),
+    /// Tile by tile over all steps.
+    Rows(Arc<dyn Reversible>),
+}
+
+impl Kept {
+    /// Whether a backward pass is possible.
+    pub(crate) fn can_rewind(&self) -> bool {
+        match self {
+            Self::Steps(trajectory) => trajectory.can_rewind(),
+            Self::Rows(trajectory) => trajectory.can_rewind(),
+        }
+    }
 }
 
 /// Integrates from y0 (leaves in state precision, our own) over the whole plan.
@@ -30,7 +52,8 @@ pub(crate) fn integrate(
     for (leaf, y) in y0.iter().enumerate() {
         watch.see(std::slice::from_ref(y), || Error::NonFiniteState { leaf })?;
     }
-    let mut trajectory = Trajectory::new(problem.checkpoint, plan.len(), &scheme.roles, &y0)?;
+    let mut trajectory =
+        Trajectory::new(problem.checkpoint, plan.len(), scheme.roles.clone(), &y0)?;
     let mut outputs = vec![];
     let mut y = y0;
     if problem.output == Output::All {
@@ -53,6 +76,6 @@ pub(crate) fn integrate(
     trajectory.record(stats);
     Ok(Forward {
         packed: Tensor::stack(&outputs, 0)?,
-        trajectory,
+        kept: Kept::Steps(trajectory),
     })
 }

@@ -9,14 +9,14 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Stor
 use crate::adjoint::{Adjoint, Sweep};
 use crate::error::{Error, Result};
 use crate::field::{Leaves, VectorField};
-use crate::integrate::{integrate, Forward};
+use crate::integrate::{integrate, Forward, Kept};
 use crate::parameters::{Observed, Theta};
 use crate::problem::{OdeOptions, Output, Problem};
+use crate::rows::Solved;
 use crate::scaler::OnOverflow;
 use crate::state::{Packing, State};
 use crate::step::Field;
 use crate::time::Times;
-use crate::trajectory::Trajectory;
 use crate::watch::Watch;
 
 /// A field that may outlive the call and cross threads, as candle's graph asks.
@@ -111,10 +111,17 @@ where
 
 /// The forward pass from a packed y0, on a copy: the user's own may be written before backward.
 pub(crate) fn run(problem: &Problem, field: &Field<'_>, packed: &Tensor) -> Result<Forward> {
-    let y0 = problem.packing.unpack(&packed.detach().copy()?)?;
-    problem
-        .recorder
-        .record(|stats| integrate(problem, field, y0, stats))
+    problem.recorder.record(|stats| {
+        if let Some(rows) = field.rows() {
+            if let Some(solved) = rows.solve(problem, &packed.detach(), stats)? {
+                let Solved { packed, trajectory } = solved;
+                let kept = Kept::Rows(trajectory);
+                return Ok(Forward { packed, kept });
+            }
+        }
+        let y0 = problem.packing.unpack(&packed.detach().copy()?)?;
+        integrate(problem, field, y0, stats)
+    })
 }
 
 /// `(outputs, elements)` to the leaves that the user gets.
@@ -131,17 +138,29 @@ fn adjoint(
     problem: &Problem,
     field: &Field<'_>,
     theta: &Theta,
-    trajectory: &Trajectory,
+    kept: &Kept,
     cotangent: &Tensor,
     differentiate_time: bool,
 ) -> Result<Adjoint> {
     if cotangent.track_op() {
         return Err(Error::TrackedCotangent);
     }
-    if !trajectory.can_rewind() {
+    if !kept.can_rewind() {
         return Err(Error::NothingKept);
     }
     theta.check_unchanged(problem.state())?;
+    let mut watch = Watch::default();
+    watch.see(std::slice::from_ref(cotangent), || {
+        Error::NonFiniteCotangent
+    })?;
+    let trajectory = match kept {
+        Kept::Steps(trajectory) => trajectory,
+        Kept::Rows(trajectory) => {
+            let pull =
+                |stats: &mut _| trajectory.backward(problem, cotangent, &theta.leaves, stats);
+            return problem.recorder.record(pull);
+        }
+    };
     let sweep = Sweep {
         scheme: &problem.scheme,
         plan: &problem.plan,
@@ -151,10 +170,6 @@ fn adjoint(
         scaler: problem.scaler,
         differentiate_time,
     };
-    let mut watch = Watch::default();
-    watch.see(std::slice::from_ref(cotangent), || {
-        Error::NonFiniteCotangent
-    })?;
     let row = |i| problem.packing.unpack(&cotangent.get(i)?);
     let earlier = |i| match problem.output {
         Output::All => row(i).map(Some),
@@ -174,9 +189,9 @@ pub(crate) fn node<S: State>(
     forward: Forward,
     y0: &Tensor,
 ) -> Result<S> {
-    let Forward { packed, trajectory } = forward;
+    let Forward { packed, kept } = forward;
     let tracked = y0.track_op() || problem.grid.is_tracked() || !theta.masters.is_empty();
-    if !tracked || !trajectory.can_rewind() {
+    if !tracked || !kept.can_rewind() {
         return returned(&problem, &packed);
     }
     let nothing = || Tensor::zeros(1, problem.state(), problem.device());
@@ -192,7 +207,7 @@ pub(crate) fn node<S: State>(
         problem: problem.clone(),
         field,
         theta,
-        trajectory,
+        kept,
         packed: Mutex::new(Some(packed)),
     };
     returned(&problem, &y0.apply_op3(&parameters, &times, node)?)
@@ -203,7 +218,7 @@ struct Node {
     problem: Problem,
     field: SharedField,
     theta: Theta,
-    trajectory: Trajectory,
+    kept: Kept,
     /// The result, computed before the op is applied, until candle has taken it.
     packed: Mutex<Option<Tensor>>,
 }
@@ -224,14 +239,7 @@ impl Node {
         times: bool,
     ) -> Result<(Tensor, Option<Tensor>, Vec<f64>)> {
         let Self { problem, theta, .. } = self;
-        let adjoint = adjoint(
-            problem,
-            &*self.field,
-            theta,
-            &self.trajectory,
-            cotangent,
-            times,
-        );
+        let adjoint = adjoint(problem, &*self.field, theta, &self.kept, cotangent, times);
         match adjoint {
             Ok(adjoint) => {
                 let y0 = Packing::pack(&adjoint.y0, problem.state())?;
@@ -325,7 +333,7 @@ pub struct Solution<'f, S> {
     problem: Problem,
     field: Box<Field<'f>>,
     theta: Theta,
-    trajectory: Trajectory,
+    kept: Kept,
     states: S,
 }
 
@@ -341,7 +349,7 @@ impl<'f, S: State> Solution<'f, S> {
             problem,
             field,
             theta,
-            trajectory: forward.trajectory,
+            kept: forward.kept,
         })
     }
 
@@ -382,7 +390,7 @@ impl<'f, S: State> Solution<'f, S> {
             problem,
             &*self.field,
             theta,
-            &self.trajectory,
+            &self.kept,
             &packed,
             problem.grid.tensor().is_some(),
         )?;

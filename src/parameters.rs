@@ -12,6 +12,7 @@ use candle_core::{DType, Device, Tensor, TensorId, Var};
 use crate::autograd;
 use crate::error::{Error, Result};
 use crate::field::{Pullback, VectorField};
+use crate::rows::Rows;
 use crate::step::Field;
 use crate::time::Time;
 
@@ -161,6 +162,10 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.tracked.parameters()
+    }
+
+    fn rows(&self) -> Option<Rows<'_>> {
+        self.tracked.rows()
     }
 }
 

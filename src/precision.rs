@@ -163,12 +163,40 @@ impl Rounding {
         }
     }
 
+    /// The low dtype that values are rounded to while they are held in a wider one.
+    pub(crate) fn low(&self) -> Low {
+        match self.to {
+            DType::BF16 if self.held != self.to => Low::Bf16,
+            DType::F16 if self.held != self.to => Low::F16,
+            _ => Low::None,
+        }
+    }
+
     /// Rounds x; the result carries no history.
     pub(crate) fn round(&self, x: &Tensor) -> Result<Tensor> {
         if self.to == self.held && x.dtype() == self.held {
             return Ok(x.detach());
         }
         ops::combine(&[(1.0, x)], 1.0, *self)
+    }
+}
+
+/// What values that are held in a wide dtype are rounded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Low {
+    None,
+    Bf16,
+    F16,
+}
+
+impl Low {
+    /// One value, rounded to nearest even.
+    pub(crate) fn round(self, x: f32) -> f32 {
+        match self {
+            Self::None => x,
+            Self::Bf16 => half::bf16::from_f32(x).to_f32(),
+            Self::F16 => half::f16::from_f32(x).to_f32(),
+        }
     }
 }
 

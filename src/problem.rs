@@ -51,6 +51,9 @@ pub struct OdeOptions {
     pub output: Output,
     /// What is kept for the backward pass.  Default: every state.
     pub checkpoint: Checkpoint,
+    /// Whether fields whose rows are independent, such as [`nn::Mlp`](crate::nn::Mlp), are
+    /// integrated tile by tile on the CPU.  Default: yes.  Results agree to rounding.
+    pub fusion: bool,
     /// Scaling of the adjoint.  Default: dynamic in f16, otherwise none.
     pub scaling: Scaling,
     /// What happens when gradients overflow.  Default: an error.
@@ -68,6 +71,7 @@ impl Default for OdeOptions {
             steps: Steps::default(),
             output: Output::default(),
             checkpoint: Checkpoint::default(),
+            fusion: true,
             scaling: Scaling::default(),
             on_overflow: OnOverflow::default(),
             recorder: None,
@@ -84,6 +88,7 @@ pub(crate) struct Problem {
     pub(crate) packing: Packing,
     pub(crate) output: Output,
     pub(crate) checkpoint: Checkpoint,
+    pub(crate) fusion: bool,
     pub(crate) scaler: Scaler,
     pub(crate) on_overflow: OnOverflow,
     pub(crate) recorder: Recorder,
@@ -144,6 +149,7 @@ impl Problem {
             packing: Packing::new(y0),
             output: options.output,
             checkpoint: options.checkpoint,
+            fusion: options.fusion,
             on_overflow: options.on_overflow,
             recorder: options.recorder.clone().unwrap_or_default(),
             theta,

@@ -87,6 +87,11 @@ impl Packing {
         }
     }
 
+    /// Shapes of the leaves.
+    pub(crate) fn shapes(&self) -> &[Shape] {
+        &self.shapes
+    }
+
     /// Elements of the whole state.
     pub(crate) fn len(&self) -> usize {
         self.shapes.iter().map(Shape::elem_count).sum()

@@ -33,6 +33,30 @@ impl Stats {
         self.scale_range = Some((min.min(scale), max.max(scale)));
     }
 
+    /// Joins the counts of another part of the same batch, which went through the same steps.
+    pub(crate) fn join(&mut self, part: &Self) {
+        self.recomputed = self.recomputed.max(part.recomputed);
+        self.vjps = self.vjps.max(part.vjps);
+        self.retries = self.retries.max(part.retries);
+        self.see(part);
+    }
+
+    /// Adds the counts of a backward pass.
+    pub(crate) fn add(&mut self, pass: &Self) {
+        self.recomputed += pass.recomputed;
+        self.vjps += pass.vjps;
+        self.retries += pass.retries;
+        self.see(pass);
+    }
+
+    /// Takes over what is an extreme.
+    fn see(&mut self, other: &Self) {
+        for scale in other.scale_range.into_iter().flat_map(|(a, b)| [a, b]) {
+            self.used_scale(scale);
+        }
+        self.kept(other.states_kept, other.bytes_kept);
+    }
+
     /// Notes how much is kept at this moment.
     pub(crate) fn kept(&mut self, states: usize, bytes: usize) {
         self.states_kept = self.states_kept.max(states);

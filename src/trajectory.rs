@@ -42,33 +42,41 @@ enum Plan {
     Nothing,
 }
 
-/// One state in state precision.
-type Leaves = Vec<Tensor>;
+/// How states of type Y are kept.
+pub(crate) trait Store<Y> {
+    /// ŷ = Q_store(y).
+    fn stored(&self, y: &Y) -> Result<Y>;
+
+    /// Size of a state.
+    fn bytes(&self, y: &Y) -> usize;
+}
+
+impl Store<Vec<Tensor>> for Vec<Roles> {
+    fn stored(&self, y: &Vec<Tensor>) -> Result<Vec<Tensor>> {
+        let round = |(y, roles): (&Tensor, &Roles)| roles.store.round(y);
+        y.iter().zip(self).map(round).collect()
+    }
+
+    fn bytes(&self, y: &Vec<Tensor>) -> usize {
+        let of = |y: &Tensor| y.elem_count() * y.dtype().size_in_bytes();
+        y.iter().map(of).sum()
+    }
+}
 
 /// The states that were kept, by step.
 #[derive(Clone)]
-pub(crate) struct Trajectory {
+pub(crate) struct Trajectory<Y = Vec<Tensor>, K = Vec<Roles>> {
     plan: Plan,
-    roles: Vec<Roles>,
-    kept: Vec<(usize, Leaves)>,
+    store: K,
+    kept: Vec<(usize, Y)>,
     /// Steps whose start the budget plan keeps from the forward pass, ascending.
     marks: Vec<usize>,
 }
 
-fn bytes(leaves: &[Tensor]) -> usize {
-    let of = |y: &Tensor| y.elem_count() * y.dtype().size_in_bytes();
-    leaves.iter().map(of).sum()
-}
-
-impl Trajectory {
+impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
     /// An empty trajectory for N steps from y0, which is in state precision.
-    pub(crate) fn new(
-        checkpoint: Checkpoint,
-        steps: usize,
-        roles: &[Roles],
-        y0: &[Tensor],
-    ) -> Result<Self> {
-        let needed = bytes(y0);
+    pub(crate) fn new(checkpoint: Checkpoint, steps: usize, store: K, y0: &Y) -> Result<Self> {
+        let needed = store.bytes(y0);
         let plan = match checkpoint {
             Checkpoint::All => Plan::All,
             Checkpoint::Nothing => Plan::Nothing,
@@ -83,7 +91,7 @@ impl Trajectory {
         };
         Ok(Self {
             plan,
-            roles: roles.to_vec(),
+            store,
             kept: vec![],
             marks,
         })
@@ -94,33 +102,36 @@ impl Trajectory {
         !matches!(self.plan, Plan::Nothing)
     }
 
-    /// Offers y_n at the start of step n; n ascends from 0.
-    pub(crate) fn offer(&mut self, n: usize, y: &[Tensor]) -> Result<()> {
+    /// Whether y_n is to be kept; n ascends from 0.
+    pub(crate) fn wants(&self, n: usize) -> bool {
         match self.plan {
-            Plan::All => self.kept.push((n, self.stored(y)?)),
-            Plan::Every(k) if n % k == 0 => self.kept.push((n, y.to_vec())),
-            Plan::States(_) if self.marks.get(self.kept.len()) == Some(&n) => {
-                self.kept.push((n, y.to_vec()));
-            }
-            _ => {}
+            Plan::All => true,
+            Plan::Every(k) => n.is_multiple_of(k),
+            Plan::States(_) => self.marks.get(self.kept.len()) == Some(&n),
+            Plan::Nothing => false,
+        }
+    }
+
+    /// Offers y_n at the start of step n; n ascends from 0.
+    pub(crate) fn offer(&mut self, n: usize, y: &Y) -> Result<()> {
+        if self.wants(n) {
+            let y = match self.plan {
+                Plan::All => self.store.stored(y)?,
+                _ => y.clone(),
+            };
+            self.kept.push((n, y));
         }
         Ok(())
     }
 
     /// Notes what is kept.
     pub(crate) fn record(&self, stats: &mut Stats) {
-        let of = |(_, y): &(usize, Leaves)| bytes(y);
+        let of = |(_, y): &(usize, Y)| self.store.bytes(y);
         stats.kept(self.kept.len(), self.kept.iter().map(of).sum());
     }
 
-    /// ŷ = Q_store(y).
-    fn stored(&self, y: &[Tensor]) -> Result<Leaves> {
-        let round = |(y, roles): (&Tensor, &Roles)| roles.store.round(y);
-        y.iter().zip(&self.roles).map(round).collect()
-    }
-
     /// Starts a backward pass; the trajectory stays as it is, for further ones.
-    pub(crate) fn rewind(&self) -> Rewind<'_> {
+    pub(crate) fn rewind(&self) -> Rewind<'_, Y, K> {
         Rewind {
             trajectory: self,
             kept: self.kept.clone(),
@@ -130,22 +141,23 @@ impl Trajectory {
 }
 
 /// A backward pass over a trajectory: hands out ŷ_{N−1}, …, ŷ_0.
-pub(crate) struct Rewind<'t> {
-    trajectory: &'t Trajectory,
+pub(crate) struct Rewind<'t, Y, K> {
+    trajectory: &'t Trajectory<Y, K>,
     /// Restart states still needed.
-    kept: Vec<(usize, Leaves)>,
+    kept: Vec<(usize, Y)>,
     /// ŷ of the segment being reversed (plan `Every`), last step last.
-    segment: Vec<Leaves>,
+    segment: Vec<Y>,
 }
 
-impl Rewind<'_> {
+impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
     /// ŷ_n; n descends from N − 1.  `advance(n, y_n)` is y_{n+1}.
     pub(crate) fn state(
         &mut self,
         n: usize,
-        mut advance: impl FnMut(usize, &[Tensor]) -> Result<Leaves>,
+        mut advance: impl FnMut(usize, &Y) -> Result<Y>,
         stats: &mut Stats,
-    ) -> Result<Leaves> {
+    ) -> Result<Y> {
+        let store = &self.trajectory.store;
         match self.trajectory.plan {
             Plan::All | Plan::Nothing => match self.kept.pop() {
                 Some((at, y)) if at == n => Ok(y),
@@ -155,10 +167,10 @@ impl Rewind<'_> {
                 if self.segment.is_empty() {
                     let (at, mut y) = self.pop()?;
                     for m in at..n {
-                        self.segment.push(self.trajectory.stored(&y)?);
+                        self.segment.push(store.stored(&y)?);
                         y = advance(m, &y)?;
                     }
-                    self.segment.push(self.trajectory.stored(&y)?);
+                    self.segment.push(store.stored(&y)?);
                     self.record(stats);
                 }
                 self.segment
@@ -179,20 +191,21 @@ impl Rewind<'_> {
                     at = next;
                     self.record(stats);
                 }
-                self.trajectory.stored(&y)
+                store.stored(&y)
             }
         }
     }
 
-    fn pop(&mut self) -> Result<(usize, Leaves)> {
+    fn pop(&mut self) -> Result<(usize, Y)> {
         self.kept
             .pop()
             .ok_or(Error::InvalidCheckpoint { needed: 1 })
     }
 
     fn record(&self, stats: &mut Stats) {
-        let kept: usize = self.kept.iter().map(|(_, y)| bytes(y)).sum();
-        let segment: usize = self.segment.iter().map(|y| bytes(y)).sum();
+        let store = &self.trajectory.store;
+        let kept: usize = self.kept.iter().map(|(_, y)| store.bytes(y)).sum();
+        let segment: usize = self.segment.iter().map(|y| store.bytes(y)).sum();
         stats.kept(self.kept.len() + self.segment.len(), kept + segment);
     }
 }

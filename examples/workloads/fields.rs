@@ -1,23 +1,101 @@
-//! The fields of the workloads, by kind, in ordinary candle operations over weights p0, p1, ….
+//! The fields of the workloads, by kind, over weights p0, p1, …: ours, and in ordinary candle
+//! operations.
 
-use candle_core::{Result, Tensor, D};
-use candle_diffeq::Time;
+use candle_core::{DType, Device, Result, Tensor, D};
+use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::{NeuralOde, OdeOptions, Time};
+use candle_nn::{Linear, VarBuilder, VarMap};
 
-/// A field over the parts of the state.
-pub(crate) type Field = Box<dyn Fn(&Time, &Vec<Tensor>) -> Result<Vec<Tensor>> + Send + Sync>;
-
-/// Makes a field of its weights: matrix or kernel, bias, matrix or kernel, bias, ….
-pub(crate) type Build = fn(Vec<(Tensor, Tensor)>) -> Result<Field>;
+/// A kind of field.
+pub(crate) struct Kind {
+    pub(crate) name: &'static str,
+    /// In candle's operations.
+    pub(crate) plain: Plain,
+    /// In the library's own.
+    pub(crate) ours: Option<Ours>,
+}
 
 /// Every kind.
-pub(crate) const KINDS: [(&str, Build); 3] = [("mlp", mlp), ("conv", conv), ("cnf", cnf)];
+pub(crate) const KINDS: [Kind; 3] = [
+    Kind {
+        name: "mlp",
+        plain: mlp,
+        ours: Some(our_mlp),
+    },
+    Kind {
+        name: "conv",
+        plain: conv,
+        ours: None,
+    },
+    Kind {
+        name: "cnf",
+        plain: cnf,
+        ours: None,
+    },
+];
+
+/// Weights: matrix or kernel, bias, matrix or kernel, bias, ….
+type Layers = Vec<(Tensor, Tensor)>;
+
+/// Asks a builder for them.
+pub(crate) type Ask = Box<dyn Fn(VarBuilder<'_>) -> Result<Layers> + Send + Sync>;
+
+/// A field over the parts of the state.
+type Field = Box<dyn Fn(&Time, &Vec<Tensor>) -> Result<Vec<Tensor>> + Send + Sync>;
+
+type Plain = fn(Layers) -> Result<Field>;
+
+type Ours = fn(&VarMap, DType, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
+
+/// A neural ODE whose state has one part, or several.
+pub(crate) enum Ode {
+    One(NeuralOde),
+    Several(NeuralOde<Vec<Tensor>>),
+}
+
+impl Ode {
+    /// The states that the options ask for, by part.
+    pub(crate) fn solve(&self, y0: &[Tensor], times: &[f64]) -> candle_diffeq::Result<Vec<Tensor>> {
+        match self {
+            Self::One(ode) => Ok(vec![ode.solve(&y0[0], times)?]),
+            Self::Several(ode) => ode.solve(&y0.to_vec(), times),
+        }
+    }
+}
+
+/// A neural ODE of a plain field.
+pub(crate) fn plain(
+    build: Plain,
+    vars: &VarMap,
+    dtype: DType,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let field = move |vb: VarBuilder<'_>| build(ask(vb)?);
+    let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
+    Ok(Ode::Several(ode.options(options)))
+}
+
+fn our_mlp(
+    vars: &VarMap,
+    dtype: DType,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let field = move |vb: VarBuilder<'_>| {
+        let layers = ask(vb)?.into_iter().map(|(w, b)| Linear::new(w, Some(b)));
+        Mlp::from_layers(&layers.collect::<Vec<_>>(), Activation::Tanh, false)
+    };
+    let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
+    Ok(Ode::One(ode.options(options)))
+}
 
 fn affine(x: &Tensor, (weight, bias): &(Tensor, Tensor)) -> Result<Tensor> {
     x.matmul(&weight.t()?)?.broadcast_add(bias)
 }
 
 /// Layers with tanh between them.
-fn mlp(layers: Vec<(Tensor, Tensor)>) -> Result<Field> {
+fn mlp(layers: Layers) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let mut x = y[0].clone();
         for (i, layer) in layers.iter().enumerate() {
@@ -28,7 +106,7 @@ fn mlp(layers: Vec<(Tensor, Tensor)>) -> Result<Field> {
 }
 
 /// Convolutions that keep the size of the image, with relu between them.
-fn conv(layers: Vec<(Tensor, Tensor)>) -> Result<Field> {
+fn conv(layers: Layers) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let mut x = y[0].clone();
         for (i, (kernel, bias)) in layers.iter().enumerate() {
@@ -42,7 +120,7 @@ fn conv(layers: Vec<(Tensor, Tensor)>) -> Result<Field> {
 }
 
 /// z' = `mlp`(z), (log p)' = −tr ∂z'/∂z, by one forward tangent for each coordinate of z.
-fn cnf(layers: Vec<(Tensor, Tensor)>) -> Result<Field> {
+fn cnf(layers: Layers) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let (mut x, mut slopes) = (y[0].clone(), vec![]);
         for (i, layer) in layers.iter().enumerate() {

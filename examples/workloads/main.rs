@@ -34,6 +34,9 @@ struct Args {
     /// What the forward pass keeps: all, every:K, states:B or bytes:N.
     #[arg(long, default_value = "all", value_parser = checkpoint)]
     checkpoint: Checkpoint,
+    /// The field in candle's own layers, although the library has one of the kind.
+    #[arg(long)]
+    plain: bool,
     /// Timed repetitions after one that is not.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
@@ -82,11 +85,11 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         recorder: Some(recorder.clone()),
         ..Default::default()
     };
-    let ode = workload.ode(&vars, state)?.options(options);
+    let ode = workload.ode(&vars, state, args.plain, options)?;
     let y0 = workload.y0(state)?;
     let target = workload.target(state)?;
     let solve = || -> Result<Tensor> {
-        let y = ode.solve(&y0.leaves, workload.times.as_slice())?;
+        let y = ode.solve(&y0.leaves, &workload.times)?;
         Ok(workload.loss(&y, target.as_ref())?)
     };
 
@@ -130,6 +133,7 @@ fn line(
 ) -> serde_json::Value {
     json!({
         "workload": workload.name,
+        "plain": args.plain,
         "precision": args.precision.name(),
         "checkpoint": format!("{:?}", args.checkpoint),
         "threads": std::env::var("RAYON_NUM_THREADS").ok(),

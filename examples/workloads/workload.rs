@@ -6,20 +6,19 @@ use std::path::Path;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::{NeuralOde, Tableau};
-use candle_nn::VarMap;
+use candle_diffeq::{OdeOptions, Tableau};
+use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 
 use crate::common::Result;
-use crate::fields::{Build, Field, KINDS};
+use crate::fields::{self, Kind, Ode, KINDS};
 
 /// What a file says.
 pub(crate) struct Workload {
     pub(crate) name: String,
     pub(crate) times: Vec<f64>,
     pub(crate) method: Tableau,
-    build: Build,
-    kind: String,
+    kind: &'static Kind,
     /// Weights p0, p1, … in this order.
     weights: usize,
     tensors: HashMap<String, Tensor>,
@@ -45,8 +44,8 @@ impl Workload {
             serde_json::from_str::<String>(json).map_err(|e| failed(&format!("`{key}`: {e}")))
         };
         let (kind, method) = (text("kind")?, text("method")?);
-        let build = KINDS.iter().find(|(name, _)| *name == kind);
-        let (_, build) = build.ok_or_else(|| failed(&format!("unknown kind `{kind}`")))?;
+        let known = KINDS.iter().find(|known| known.name == kind);
+        let kind = known.ok_or_else(|| failed(&format!("unknown kind `{kind}`")))?;
         let tableau = Tableau::ALL.into_iter().find(|t| t.name() == method);
         let tableau = tableau.ok_or_else(|| failed(&format!("unknown method `{method}`")))?;
         let tensors =
@@ -65,7 +64,6 @@ impl Workload {
                 .into_owned(),
             times: vec![],
             method: tableau,
-            build: *build,
             kind,
             weights,
             tensors,
@@ -97,28 +95,27 @@ impl Workload {
         Ok(())
     }
 
-    /// The field over variables that are there.
-    pub(crate) fn ode(&self, vars: &VarMap, dtype: DType) -> Result<NeuralOde<Vec<Tensor>>> {
+    /// The field over variables that are there: ours where there is one, or of plain layers.
+    pub(crate) fn ode(
+        &self,
+        vars: &VarMap,
+        dtype: DType,
+        plain: bool,
+        options: OdeOptions,
+    ) -> Result<Ode> {
         let shapes: Vec<_> = (0..self.weights)
             .map(|i| Ok(self.tensor(&format!("p{i}"), dtype)?.shape().clone()))
             .collect::<Result<_>>()?;
-        let build = self.build;
-        let layers = move |vb: candle_nn::VarBuilder<'_>| -> candle_core::Result<Field> {
+        let layers = move |vb: VarBuilder<'_>| -> candle_core::Result<Vec<_>> {
             let get = |i: usize| vb.get(shapes[i].clone(), &format!("p{i}"));
             let pairs = (0..shapes.len()).step_by(2);
-            build(
-                pairs
-                    .map(|i| Ok((get(i)?, get(i + 1)?)))
-                    .collect::<candle_core::Result<_>>()?,
-            )
+            pairs.map(|i| Ok((get(i)?, get(i + 1)?))).collect()
         };
-        Ok(NeuralOde::from_field(
-            vars,
-            "",
-            dtype,
-            &Device::Cpu,
-            layers,
-        )?)
+        let ours = if plain { None } else { self.kind.ours };
+        Ok(match ours {
+            Some(build) => build(vars, dtype, Box::new(layers), options)?,
+            None => fields::plain(self.kind.plain, vars, dtype, Box::new(layers), options)?,
+        })
     }
 
     /// y0, tracked; for a density its logarithm starts at zero.
@@ -132,7 +129,7 @@ impl Workload {
     }
 
     fn is_density(&self) -> bool {
-        self.kind == "cnf"
+        self.kind.name == "cnf"
     }
 
     /// What the final state should be, where the loss asks for it.

@@ -1,0 +1,66 @@
+"""Fields, classic steps and losses, written once for torch and JAX.
+
+`ops` holds what the two call by different names: linear, conv, tanh, relu, zeros_like.
+"""
+
+from typing import Any, Callable, NamedTuple
+
+
+class Cell(NamedTuple):
+    """A library on a workload, ready to be timed."""
+
+    forward: Callable[[], Any]
+    both: Callable[[], Any]
+    numbers: Callable[[Any], tuple[float, list]]  # loss, gradients of weights and y0 by `both`
+    buffers_mb: Callable[[], float | None] = lambda: None  # compiled scratch memory
+
+
+def velocity(kind: str, ops, weights: list, y):
+    """dy/dt; of a `cnf`, whose state is (z, log p), with the exact trace by forward tangents."""
+    *hidden, last = zip(weights[::2], weights[1::2])
+    if kind == "conv":
+        return ops.conv(ops.relu(ops.conv(y, *hidden[0])), *last)
+    h, slopes = y[0] if kind == "cnf" else y, []
+    for layer in hidden:
+        h = ops.tanh(ops.linear(h, *layer))
+        if kind == "cnf":
+            slopes.append(1 - h * h)
+    out = ops.linear(h, *last)
+    if kind == "mlp":
+        return out
+    trace = 0
+    for i in range(out.shape[-1]):
+        tangent = slopes[0] * weights[0][:, i]
+        for (weight, _), slope in zip(hidden[1:], slopes[1:]):
+            tangent = ops.linear(tangent, weight, None) * slope
+        trace = trace + (tangent * last[0][i]).sum(axis=-1, keepdims=True)
+    return out, -trace
+
+
+def initial(kind: str, ops, y0):
+    """The state at the start."""
+    return (y0, ops.zeros_like(y0[:, :1])) if kind == "cnf" else y0
+
+
+def loss(kind: str, y, target):
+    """Mean square distance, or mean negative log-likelihood up to a constant."""
+    if kind == "cnf":
+        return (0.5 * (y[0] ** 2).sum(axis=-1, keepdims=True) + y[1]).mean()
+    return ((y - target) ** 2).mean()
+
+
+def step(method: str, f: Callable, y, h):
+    """One step of Euler or of classic RK4."""
+    move = lambda k, h: each(lambda y, k: y + k * h, y, k)
+    k1 = f(y)
+    if method == "euler":
+        return move(k1, h)
+    k2 = f(move(k1, h / 2))
+    k3 = f(move(k2, h / 2))
+    k4 = f(move(k3, h))
+    return move(each(lambda a, b, c, d: a + 2 * (b + c) + d, k1, k2, k3, k4), h / 6)
+
+
+def each(function: Callable, *states):
+    """Applies a function part by part to states that are tuples, or to single tensors."""
+    return tuple(map(function, *states)) if isinstance(states[0], tuple) else function(*states)

@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Times candle-diffeq and its peers in turn on workload files and writes a Markdown report.
+
+peers.py make DIR                                   # W0 … W5 with their f64 reference
+peers.py run --workloads DIR --markdown README.md   # between <!-- peers --> and <!-- /peers -->
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata, util
+from pathlib import Path
+from statistics import median
+
+import report
+import workload
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Peers and the packages they are from.
+PEERS = {"torch": "torch", "rampde": "rampde", "torchdiffeq": "torchdiffeq", "torchdiffeq adjoint": "torchdiffeq",
+         "torchdyn": "torchdyn", "torchdyn adjoint": "torchdyn", "diffrax": "diffrax", "jax scan": "jax"}
+#: Repetitions in one process, alike for all: about half a second of the best peer.
+REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every cell once a round, each time in a process of its own; then the report."""
+    cpus = sorted(os.sched_getaffinity(0))[: args.threads]
+    os.sched_setaffinity(0, cpus)  # inherited, and what every library counts its threads by
+    os.environ.pop("RAYON_NUM_THREADS", None)
+    variants = {"ours": ""} | {f"ours {text.split('=')[0]}": text.partition("=")[2] for text in args.variant}
+    peers = [name for name in args.peers if util.find_spec(PEERS[name])]
+    commands = {}
+    for name in args.only:
+        for precision in args.precisions:
+            tail = [str(args.workloads / f"{name}.safetensors"), "--precision", precision,
+                    "--repeats", str(REPEATS.get(name, 5))]
+            for label, extra in variants.items():
+                commands[name, label, precision] = [str(args.binary), *tail, *shlex.split(extra)]
+            for peer in peers:
+                if peer == "torch" or precision == "f32":
+                    commands[name, peer, precision] = [sys.executable, "-Wignore", __file__, "one", peer, *tail]
+    results = {}
+    try:
+        for i in range(args.rounds):
+            for key, command in commands.items():
+                lines = results.setdefault(key, [])
+                if not lines or "error" not in lines[-1]:
+                    lines.append(ask(command, args.timeout))
+                    print(f"round {i + 1}:", *key, lines[-1].get("fwdbwd_ms", "failed"), file=sys.stderr)
+    except KeyboardInterrupt:
+        results = {key: lines for key, lines in results.items() if lines}
+    ours = re.search('version = "(.*)"', (ROOT / "Cargo.toml").read_text())[1]
+    versions = {"candle-diffeq": ours} | {PEERS[name]: version(PEERS[name]) for name in peers}
+    text = report.render(results, versions, len(cpus))
+    report.insert(args.markdown, text) if args.markdown else print(text)
+
+
+def ask(command: list[str], timeout: float) -> dict:
+    """The last line of a process, which is JSON, or why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done in {timeout:g} s"}
+    except (IndexError, ValueError):
+        return {"error": (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]}
+
+
+def one(args: argparse.Namespace) -> None:
+    """Times one peer on one file and prints what the `workloads` example prints of ours."""
+    if PEERS[args.peer] in ("diffrax", "jax"):
+        from jax_peers import build
+    else:
+        from torch_peers import build
+    work = workload.read(args.file)
+    cell = build(args.peer, args.precision, work)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of start-up
+    before = memory("VmRSS:")
+    line = workload.errors(work, *cell.numbers(cell.both()))
+    cell.forward()
+    pairs = [(clock(cell.forward), clock(cell.both)) for _ in range(args.repeats)]
+    line["fwd_ms"], line["fwdbwd_ms"] = map(median, zip(*pairs))
+    line |= {"rss_mb": memory("VmHWM:") - before, "buffers_mb": cell.buffers_mb()}
+    print(json.dumps(line))
+
+
+def clock(call) -> float:
+    """Milliseconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def memory(key: str) -> float:
+    """Megabytes of this process: VmRSS now, VmHWM at the peak (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def version(package: str) -> str:
+    """Of an installed package, or of a checkout on PYTHONPATH."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return getattr(__import__(package), "__version__", "unknown")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, text: str, call):
+        sub = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(call=call)
+        return sub.add_argument
+
+    add = command("make", "write workload files", lambda args: workload.make(args.directory))
+    add("directory", type=Path)
+
+    add = command("run", "time everything in turn", run)
+    add("--workloads", type=Path, required=True, metavar="DIR", help="where W0.safetensors … are")
+    add("--only", nargs="+", default=list(workload.SPECS), metavar="W", help="workloads")
+    add("--peers", nargs="*", default=list(PEERS), choices=PEERS, metavar="PEER", help="those not installed are left out")
+    add("--precisions", nargs="+", default=["f32", "bf16", "f16"], metavar="P", help="of ours and of torch")
+    add("--binary", type=Path, default=ROOT / "target/release/examples/workloads", help="ours")
+    add("--variant", action="append", default=[], metavar="NAME=ARGS", help="ours once more, with these arguments")
+    add("--rounds", type=int, default=5, help="times that every cell has its turn")
+    add("--timeout", type=float, default=120.0, help="seconds for one process")
+    add("--threads", type=int, help="all that this process may use, unless given")
+    add("--markdown", type=Path, metavar="FILE", help="standard output if not given")
+
+    add = command("one", "time one peer on one file, as a line of JSON", one)
+    add("peer", choices=PEERS)
+    add("file", type=Path)
+    add("--precision", default="f32", help="bf16 and f16 by autocast (torch only)")
+    add("--repeats", type=int, default=5, help="timed repetitions")
+    args = parser.parse_args()
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The Markdown report of a run."""
+
+from pathlib import Path
+from statistics import median
+from typing import Callable
+
+#: Ours over the best peer in f32, forward and backward.
+TIME_BARS = {"W0": 0.5, "W1": 0.25, "W2": 0.92, "W3": 0.8, "W4": 0.35, "W5": 0.15}
+MEMORY_BARS = ["W1", "W2", "W3", "W5"]
+LOW_BARS = [("W1", "bf16"), ("W1", "f16"), ("W2", "bf16"), ("W2", "f16")]
+ERROR_BARS = {"err_loss": ("loss", 1e-6), "err_grad_w": ("∂θ", 1e-6), "err_grad_y0": ("∂y0", 1e-5)}
+
+
+def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: int) -> str:
+    """All tables; keys are (workload, library, precision), values the lines of its rounds."""
+    failed = {key: lines[-1]["error"] for key, lines in results.items() if "error" in lines[-1]}
+    good = {key: lines for key, lines in results.items() if key not in failed}
+
+    def table(title: str, cell: Callable[[list[dict]], str]) -> str:
+        names, rows = (list(dict.fromkeys(map(part, results))) for part in (lambda k: k[0], lambda k: k[1:]))
+        lines = [f"**{title}**\n", f"| | | {' | '.join(names)} |", "|---|---|" + "--:|" * len(names)]
+        for row in rows:
+            keys = [(name, *row) for name in names]
+            cells = [cell(good[key]) if key in good else "failed" if key in failed else "" for key in keys]
+            lines.append(f"| {' | '.join([*row, *cells])} |")
+        return "\n".join(lines)
+
+    def spread(part: str) -> Callable[[list[dict]], str]:
+        def cell(lines: list[dict]) -> str:
+            times = [line[part] for line in lines]
+            return "{} ({}–{})".format(*map(figure, (median(times), min(times), max(times))))
+        return cell
+
+    def memory(lines: list[dict]) -> str:
+        buffers = lines[-1].get("buffers_mb")
+        return f"{lines[-1]['rss_mb']:.0f}" + (f" ({figure(buffers)})" if buffers is not None else "")
+
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    rounds = max(map(len, results.values()))
+    return "\n\n".join([
+        f"{cpu()}; threads: {threads}; {packages}; rounds in turn: {rounds}.",
+        bars(good),
+        table("Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
+        table("Forward alone, ms", spread("fwd_ms")),
+        table("Peak RSS less RSS before the first call, MB (buffers of XLA); W0 is the fixed part", memory),
+        table("Relative errors of loss, ∂θ, ∂y0 against the f64 reference",
+              lambda lines: ", ".join(f"{lines[-1][part]:.0e}" for part in ERROR_BARS)),
+        *(f"{' '.join(key)} failed: {error}" for key, error in failed.items()),
+    ])
+
+
+def bars(good: dict[tuple, list[dict]]) -> str:
+    """What is held against what, where both were measured."""
+    lines = ["| | measured | bar | |", "|---|--:|--:|---|"]
+
+    def bar(what: str, value: float, bound: float) -> None:
+        lines.append(f"| {what} | {value:.2g} | {bound:.3g} | {'holds' if value <= bound else '**missed**'} |")
+
+    both = {key: median(line["fwdbwd_ms"] for line in found) for key, found in good.items()}
+    ours = [key for key in good if key[1].startswith("ours") and key[2] == "f32"]
+    for key in ours:
+        rivals = [k for k in good if k[0] == key[0] and k[2] == "f32" and not k[1].startswith("ours")]
+        if rivals and key[0] in TIME_BARS:
+            best = min(rivals, key=both.get)
+            bar(f"{key[0]}, {key[1]} / {best[1]}", both[key] / both[best],
+                0.75 if key[:2] == ("W2", "ours cached") else TIME_BARS[key[0]])
+    for name in MEMORY_BARS:
+        cells = [(w, library, "f32") for library in ("ours", "rampde") for w in (name, "W0")]
+        if all(key in good for key in cells):
+            mine, fixed, theirs, their_fixed = (good[key][-1]["rss_mb"] for key in cells)
+            bar(f"{name}, RSS less that of W0, MB, ours / rampde", mine - fixed, theirs - their_fixed)
+    for name, precision in LOW_BARS:
+        low, full = both.get((name, "ours", precision)), both.get((name, "ours", "f32"))
+        if low and full:
+            bar(f"{name}, ours {precision} / f32", low / full, 1.15)
+    for part, (what, bound) in ERROR_BARS.items():
+        if ours:
+            bar(f"largest error of {what}, ours f32", max(good[key][-1][part] for key in ours), bound)
+    return "\n".join(lines) if len(lines) > 2 else "No bar was measured."
+
+
+def insert(file: Path, text: str) -> None:
+    """Puts the report between the markers of a file."""
+    before, start, rest = file.read_text().partition("<!-- peers -->")
+    _, end, after = rest.partition("<!-- /peers -->")
+    if not (start and end):
+        raise SystemExit(f"{file}: no <!-- peers --> … <!-- /peers -->")
+    file.write_text(f"{before}{start}\n{text}\n{end}{after}")
+
+
+def figure(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cpu() -> str:
+    """The processor's name (Linux)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown CPU")

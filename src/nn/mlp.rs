@@ -1,0 +1,604 @@
+//! A perceptron of any depth as a vector field.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Module, Result, Shape, Tensor, D};
+use candle_nn::{Linear, VarBuilder};
+use pulp::Simd;
+
+use super::activation::{Apply, Pull};
+use super::Activation;
+use crate::error::Error;
+use crate::field::{Cotangents, Pullback, VectorField};
+use crate::rows::{Layout, RowField, Rows, Slot, TileField};
+use crate::simd::product::{add_rows, padded, Dot, Layer, Outer, Packed, Pair};
+use crate::simd::{enter, scalars, scalars_mut, Element};
+use crate::time::Time;
+
+/// f(t, y) = W_L σ(… σ(W_1 [y, t] + b_1) …) + b_L, with `[out, in]` weights.
+///
+/// y: `(…, features)`; every row is mapped on its own.  On the CPU in f32 (also where bf16 or f16
+/// is rounding around it) and f64, the solver integrates it tile by tile; anywhere else it is a
+/// chain of candle's operations with a pull-back written by hand.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::nn::{Activation, Mlp};
+/// use candle_diffeq::NeuralOde;
+/// let vars = candle_nn::VarMap::new();
+/// let ode = NeuralOde::new(&vars, "f", &Device::Cpu, |vb| {
+///     Mlp::new(&[2, 64, 64, 2], Activation::Tanh, vb)          // f.0.weight, f.0.bias, …
+/// })?;
+/// let ys = ode.solve(&Tensor::ones((8, 2), DType::F32, &Device::Cpu)?, &[0.0, 0.5, 1.0])?;
+/// assert_eq!(ys.dims(), [3, 8, 2]);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Mlp {
+    layers: Vec<Affine>,
+    activation: Activation,
+    time: bool,
+    residual: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Affine {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Affine {
+    fn inputs(&self) -> usize {
+        self.weight.dims()[1]
+    }
+
+    fn outputs(&self) -> usize {
+        self.weight.dims()[0]
+    }
+}
+
+impl Mlp {
+    /// Layers of these widths, first features to last, named `0`, `1`, … with `weight` and `bias`,
+    /// and initialised, as [`candle_nn::linear`] does.
+    ///
+    /// # Errors
+    /// Of the builder; fewer than two widths.
+    pub fn new(widths: &[usize], activation: Activation, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::build(widths, activation, false, vb)
+    }
+
+    /// The same with time as one more input of the first layer, after the features: its weight is
+    /// `(widths[1], widths[0] + 1)`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_time(widths: &[usize], activation: Activation, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::build(widths, activation, true, vb)
+    }
+
+    /// Layers that exist; whether the first reads time as its last input.
+    ///
+    /// # Errors
+    /// If the layers do not follow on each other, or have no bias.
+    pub fn from_layers(layers: &[Linear], activation: Activation, time: bool) -> Result<Self> {
+        let affine = |layer: &Linear| match layer.bias() {
+            Some(bias) => Ok(Affine {
+                weight: layer.weight().clone(),
+                bias: bias.clone(),
+            }),
+            None => candle_core::bail!("a layer of an Mlp needs a bias"),
+        };
+        let layers = layers.iter().map(affine).collect::<Result<Vec<_>>>()?;
+        let follows = |pair: &[Affine]| pair[0].outputs() == pair[1].inputs();
+        let (Some(first), Some(last)) = (layers.first(), layers.last()) else {
+            candle_core::bail!("an Mlp needs a layer")
+        };
+        if !layers.windows(2).all(follows) || first.inputs() != last.outputs() + usize::from(time) {
+            let widths: Vec<_> = layers.iter().map(|l| (l.inputs(), l.outputs())).collect();
+            candle_core::bail!(
+                "layers of widths (in, out) {widths:?} do not map a state to its velocity"
+            )
+        }
+        Ok(Self {
+            layers,
+            activation,
+            time,
+            residual: false,
+        })
+    }
+
+    fn build(
+        widths: &[usize],
+        activation: Activation,
+        time: bool,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let layer = |(i, w): (usize, &[usize])| {
+            let inputs = w[0] + usize::from(time && i == 0);
+            candle_nn::linear(inputs, w[1], vb.pp(i))
+        };
+        let layers = widths.windows(2).enumerate().map(layer);
+        Self::from_layers(&layers.collect::<Result<Vec<_>>>()?, activation, time)
+    }
+
+    /// Adds its input to what every hidden layer that keeps the width puts out: h ↦ h + σ(W h + b).
+    pub fn residual(mut self) -> Self {
+        self.residual = true;
+        self
+    }
+
+    /// Features of the state.
+    pub fn features(&self) -> usize {
+        self.layers.last().map_or(0, Affine::outputs)
+    }
+
+    /// Whether hidden layer l is skipped by its input.
+    fn skips(&self, l: usize) -> bool {
+        let Affine { weight, .. } = &self.layers[l];
+        let reads_time = self.time && l == 0;
+        self.residual && !reads_time && weight.dims()[0] == weight.dims()[1]
+    }
+
+    /// The input of the first layer.
+    fn input(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
+        if !self.time {
+            return Ok(y.clone());
+        }
+        let mut shape = y.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = 1;
+        }
+        let t = t.tensor()?.to_dtype(y.dtype())?.broadcast_as(shape)?;
+        Tensor::cat(&[y, &t], D::Minus1)
+    }
+
+    /// The velocity, what every layer read, and z of every hidden one.
+    fn run(&self, input: Tensor) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
+        let (mut x, mut inputs, mut hidden) = (input, vec![], vec![]);
+        for (l, layer) in self.layers.iter().enumerate() {
+            let rows = x.dims()[..x.rank() - 1].to_vec();
+            let flat = x.reshape(((), layer.inputs()))?;
+            let z = flat
+                .matmul(&layer.weight.t()?)?
+                .broadcast_add(&layer.bias)?;
+            inputs.push(flat);
+            x = z.reshape([&rows[..], &[layer.outputs()]].concat())?;
+            if l + 1 < self.layers.len() {
+                let value = self.activation.forward(&x)?;
+                hidden.push(z);
+                x = if self.skips(l) {
+                    (value + inputs[l].reshape(x.shape())?)?
+                } else {
+                    value
+                };
+            }
+        }
+        Ok((x, inputs, hidden))
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flat_map(|l| [&l.weight, &l.bias])
+    }
+}
+
+impl Module for Mlp {
+    fn forward(&self, y: &Tensor) -> Result<Tensor> {
+        if self.time {
+            candle_core::bail!(
+                "an Mlp with time is a vector field, not a module of the state alone"
+            )
+        }
+        Ok(self.run(y.clone())?.0)
+    }
+}
+
+impl VectorField<Tensor> for Mlp {
+    fn velocity(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
+        Ok(self.run(self.input(t, y)?)?.0)
+    }
+
+    fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
+        let plain = Self {
+            layers: self
+                .layers
+                .iter()
+                .map(|l| Affine {
+                    weight: l.weight.detach(),
+                    bias: l.bias.detach(),
+                })
+                .collect(),
+            ..*self
+        };
+        let (k, inputs, hidden) = plain.run(plain.input(t, y)?.detach())?;
+        let shape = y.shape().clone();
+        let pull = move |v: &Tensor| {
+            let mut params = GradStore::default();
+            let mut g = v.reshape(((), self.features()))?;
+            for (l, layer) in plain.layers.iter().enumerate().rev() {
+                let mut skipped = None;
+                if let Some(z) = hidden.get(l) {
+                    skipped = plain.skips(l).then(|| g.clone());
+                    let value = plain.activation.forward(z)?;
+                    g = (g * plain.activation.slope(z, &value)?)?;
+                }
+                params.insert(&self.layers[l].weight, g.t()?.matmul(&inputs[l])?);
+                params.insert(&self.layers[l].bias, g.sum(0)?);
+                g = g.matmul(&layer.weight)?;
+                if let Some(skipped) = skipped {
+                    g = (g + skipped)?;
+                }
+            }
+            let dim = self.features();
+            let t = match plain.time {
+                true => Some(g.narrow(1, dim, 1)?.sum_all()?),
+                false => None,
+            };
+            Ok(Cotangents {
+                y: g.narrow(1, 0, dim)?.contiguous()?.reshape(&shape)?,
+                t,
+                params,
+            })
+        };
+        Ok((k, Box::new(pull)))
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        let tracked = self.tensors().filter(|p| p.track_op());
+        Some(tracked.cloned().collect())
+    }
+
+    fn rows(&self) -> Option<Rows<'_>> {
+        Some(Rows::new(self))
+    }
+}
+
+impl RowField for Mlp {
+    type Tiles<T: Element> = MlpTiles<T>;
+
+    fn weights(&self) -> Vec<Tensor> {
+        self.tensors().cloned().collect()
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
+        let [shape] = shapes else { return None };
+        let (last, rows) = shape.dims().split_last()?;
+        (*last == self.features()).then(|| Layout {
+            rows: rows.iter().product(),
+            features: vec![*last],
+        })
+    }
+
+    fn tiles<T: Element, S: Simd>(&self) -> std::result::Result<MlpTiles<T>, Error> {
+        let mut layers = Vec::with_capacity(self.layers.len());
+        let numbers = |x: &Tensor| -> Result<Vec<T>> {
+            x.detach().to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()
+        };
+        // Of the first layer, Wᵀ leaves out what belongs to time.
+        let mut dim = self.features();
+        for (l, layer) in self.layers.iter().enumerate() {
+            let (inputs, outputs) = (layer.inputs(), layer.outputs());
+            let weight = numbers(&layer.weight)?;
+            layers.push(TileLayer {
+                inputs,
+                outputs,
+                forward: Packed::new::<S>(outputs, inputs, |o, i| weight[o * inputs + i]),
+                adjoint: Packed::new::<S>(dim, outputs, |i, o| weight[o * inputs + i]),
+                bias: numbers(&layer.bias)?,
+                skips: l + 1 < self.layers.len() && self.skips(l),
+            });
+            dim = outputs;
+        }
+        Ok(MlpTiles {
+            layers,
+            activation: self.activation,
+            time: self.time,
+        })
+    }
+}
+
+/// An [`Mlp`] over tiles.
+///
+/// A slot keeps `[y, t | h_1 | h_2 | …]`, what the layers read, and after that the slopes where they
+/// do not follow from h; cotangents are `[g_L | … | g_1]`, of the layers' z, and behind them the
+/// cotangent that a skipped layer's output passes to its input.
+pub(crate) struct MlpTiles<T> {
+    layers: Vec<TileLayer<T>>,
+    activation: Activation,
+    time: bool,
+}
+
+struct TileLayer<T> {
+    inputs: usize,
+    outputs: usize,
+    /// W.
+    forward: Packed<T>,
+    /// Wᵀ.
+    adjoint: Packed<T>,
+    bias: Vec<T>,
+    skips: bool,
+}
+
+impl<T: Element> TileLayer<T> {
+    /// Whether dW is formed with outputs in the lanes.
+    fn is_wide<S: Simd>(&self) -> bool {
+        self.inputs.min(self.outputs) >= T::lanes::<S>()
+    }
+
+    /// Vectors of the sums of dW.
+    fn sums<S: Simd>(&self) -> usize {
+        let numbers = if self.is_wide::<S>() {
+            self.inputs * padded::<T, S>(self.outputs)
+        } else {
+            (self.inputs * self.outputs).next_multiple_of(T::lanes::<S>())
+        };
+        numbers / T::lanes::<S>()
+    }
+}
+
+impl<T: Element> MlpTiles<T> {
+    /// Features of all that layers read.
+    fn inputs(&self) -> usize {
+        self.layers.iter().map(|l| l.inputs).sum()
+    }
+
+    /// Whether hidden layers keep their slopes.
+    fn keeps_slopes(&self) -> bool {
+        self.activation.keeps_slope() || self.layers.iter().any(|l| l.skips)
+    }
+
+    /// g becomes σ' g, the slope kept or from the value.
+    #[inline(always)]
+    fn pull<S: Simd>(
+        &self,
+        s: S,
+        value: &[T::Vector<S>],
+        slope: &[T::Vector<S>],
+        g: &mut [T::Vector<S>],
+    ) {
+        if self.keeps_slopes() {
+            for (g, d) in g.iter_mut().zip(slope) {
+                *g = T::times(s, *g, *d);
+            }
+        } else {
+            enter(
+                s,
+                Pull::<T, S> {
+                    activation: self.activation,
+                    value,
+                    g,
+                },
+            );
+        }
+    }
+
+    /// Features of the widest layer that is skipped.
+    fn skipped(&self) -> usize {
+        let skipped = self.layers.iter().filter(|l| l.skips);
+        skipped.map(|l| l.outputs).max().unwrap_or(0)
+    }
+
+    /// Features of all layers' z.
+    fn outputs(&self) -> usize {
+        self.layers.iter().map(|l| l.outputs).sum()
+    }
+
+    /// Features of all hidden layers.
+    fn hidden(&self) -> usize {
+        self.layers[1..].iter().map(|l| l.inputs).sum()
+    }
+}
+
+impl<T: Element> TileField<T> for MlpTiles<T> {
+    fn kept(&self) -> usize {
+        self.inputs()
+            + if self.keeps_slopes() {
+                self.hidden()
+            } else {
+                0
+            }
+    }
+
+    fn cotangents<S: Simd>(&self) -> usize {
+        // The transposition reads whole vectors of features.
+        self.outputs() + self.skipped() + T::lanes::<S>()
+    }
+
+    fn sums<S: Simd>(&self) -> usize {
+        let of = |l: &TileLayer<T>| l.sums::<S>() + l.outputs;
+        self.layers.iter().map(of).sum()
+    }
+
+    fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
+        let wide = self.layers.iter().filter(|l| l.is_wide::<S>());
+        wide.map(|l| pairs * V * padded::<T, S>(l.outputs))
+            .max()
+            .unwrap_or(0)
+    }
+
+    fn parameters(&self) -> usize {
+        let of = |l: &TileLayer<T>| (l.inputs + 1) * l.outputs;
+        self.layers.iter().map(of).sum()
+    }
+
+    #[inline(always)]
+    fn velocity<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        t: f64,
+        kept: &mut [T::Vector<S>],
+        k: Option<&mut [T::Vector<S>]>,
+    ) {
+        let (read, mut slopes) = kept.split_at_mut(self.inputs() * V);
+        let (mut x, mut rest) = read.split_at_mut(self.layers[0].inputs * V);
+        if self.time {
+            let at = x.len() - V;
+            x[at..].fill(T::splat(s, T::of(t)));
+        }
+        let (last, hidden) = match self.layers.split_last() {
+            Some(split) => split,
+            None => return,
+        };
+        for layer in hidden {
+            let size = layer.outputs * V;
+            let (out, after) = rest.split_at_mut(size);
+            enter(
+                s,
+                Layer::<T, S, V> {
+                    weights: &layer.forward,
+                    start: &layer.bias,
+                    x,
+                    out,
+                },
+            );
+            let kept = if self.keeps_slopes() { size } else { 0 };
+            let (slope, more) = slopes.split_at_mut(kept);
+            slopes = more;
+            enter(
+                s,
+                Apply::<T, S> {
+                    activation: self.activation,
+                    z: out,
+                    slope,
+                },
+            );
+            if self.keeps_slopes() && !self.activation.keeps_slope() {
+                slope.fill(T::splat(s, T::of(1.0)));
+                enter(
+                    s,
+                    Pull::<T, S> {
+                        activation: self.activation,
+                        value: out,
+                        g: slope,
+                    },
+                );
+            }
+            if layer.skips {
+                for (h, x) in out.iter_mut().zip(&*x) {
+                    *h = T::plus(s, *h, *x);
+                }
+            }
+            (x, rest) = (out, after);
+        }
+        if let Some(out) = k {
+            enter(
+                s,
+                Layer::<T, S, V> {
+                    weights: &last.forward,
+                    start: &last.bias,
+                    x,
+                    out,
+                },
+            );
+        }
+    }
+
+    #[inline(always)]
+    fn vjp<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        kept: &[T::Vector<S>],
+        cotangents: &mut [T::Vector<S>],
+        w: &mut [T::Vector<S>],
+    ) {
+        let (mut read, mut slopes) = kept.split_at(self.inputs() * V);
+        let (cotangents, carried) = cotangents.split_at_mut(self.outputs() * V);
+        let (mut g, mut rest) = cotangents.split_at_mut(w.len());
+        for (l, layer) in self.layers.iter().enumerate().rev() {
+            let value;
+            (read, value) = read.split_at(read.len() - layer.inputs * V);
+            let (below, after) = rest.split_at_mut(if l == 0 { 0 } else { layer.inputs * V });
+            let out = if l == 0 { &mut *w } else { &mut *below };
+            enter(
+                s,
+                Layer::<T, S, V> {
+                    weights: &layer.adjoint,
+                    start: &[],
+                    x: g,
+                    out,
+                },
+            );
+            if layer.skips {
+                for (out, c) in out.iter_mut().zip(&*carried) {
+                    *out = T::plus(s, *out, *c);
+                }
+            }
+            if l > 0 {
+                if self.layers[l - 1].skips {
+                    carried[..out.len()].copy_from_slice(out);
+                }
+                let kept = if self.keeps_slopes() { out.len() } else { 0 };
+                let slope;
+                (slopes, slope) = slopes.split_at(slopes.len() - kept);
+                self.pull(s, value, slope, out);
+            }
+            (g, rest) = (below, after);
+        }
+    }
+
+    #[inline(always)]
+    fn accumulate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        window: &[Slot<'_, T::Vector<S>>],
+        room: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    ) {
+        let (mut read, mut left, mut rest) = (0, self.outputs(), sums);
+        let mut pairs = Vec::with_capacity(window.len());
+        for layer in &self.layers {
+            left -= layer.outputs;
+            pairs.clear();
+            pairs.extend(window.iter().map(|slot| Pair {
+                x: &slot.kept[read * V..][..layer.inputs * V],
+                g: &slot.cotangents[left * V..],
+            }));
+            let (weights, after) = rest.split_at_mut(layer.sums::<S>());
+            if layer.is_wide::<S>() {
+                enter(
+                    s,
+                    Outer::<T, S, V> {
+                        inputs: layer.inputs,
+                        outputs: padded::<T, S>(layer.outputs),
+                        window: &pairs,
+                        turned: room,
+                        sums: weights,
+                    },
+                );
+            } else {
+                enter(
+                    s,
+                    Dot::<T, S, V> {
+                        inputs: layer.inputs,
+                        outputs: layer.outputs,
+                        window: &pairs,
+                        sums: scalars_mut::<T, S>(weights),
+                    },
+                );
+            }
+            let (biases, after) = after.split_at_mut(layer.outputs);
+            add_rows::<T, S, V>(s, &pairs, biases);
+            rest = after;
+            read += layer.inputs;
+        }
+    }
+
+    fn gradients<S: Simd>(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
+        let mut gradients = Vec::with_capacity(self.parameters());
+        let mut rest = sums;
+        for layer in &self.layers {
+            let (weights, biases);
+            (weights, rest) = rest.split_at(layer.sums::<S>());
+            (biases, rest) = rest.split_at(layer.outputs);
+            let weights = scalars::<T, S>(weights);
+            let (across, down) = if layer.is_wide::<S>() {
+                (1, padded::<T, S>(layer.outputs))
+            } else {
+                (layer.inputs, 1)
+            };
+            for o in 0..layer.outputs {
+                gradients.extend((0..layer.inputs).map(|i| weights[o * across + i * down]));
+            }
+            gradients.extend(biases.iter().map(|b| T::total(s, *b)));
+        }
+        gradients
+    }
+}

@@ -1,0 +1,545 @@
+//! The backward pass, tile by tile.
+//!
+//! With w' = h w the sweep of a step is, for descending stages,
+//!
+//! v_i = b_i λ + Σ_{j>i} a_ji w'_j,  w'_i = (∂f/∂y)ᵀ (h v_i),  θ̄ += (∂f/∂θ)ᵀ (h v_i),
+//! λ ← λ + Σ_i w'_i + ȳ_n,
+//!
+//! so that what one step leaves for θ̄ needs no further factor and a window may span steps.
+
+use candle_core::{Shape, Tensor, TensorId};
+use pulp::{Simd, WithSimd};
+
+use super::forward::{each_leaf, Tile};
+use super::stepper::{add, is_finite, Stepper};
+use super::tile::{Slot, TileField};
+use super::{dispatch, numbers, on_all_threads, positions, Failure, Layout, Plan, Reversible};
+use crate::adjoint::Adjoint;
+use crate::error::{Error, Result};
+use crate::precision::Low;
+use crate::problem::{Output, Problem};
+use crate::scaler::{Outcome, Scaler};
+use crate::simd::product::{load, store};
+use crate::simd::{enter, Element, Kernel};
+use crate::stats::Stats;
+use crate::time::Step;
+
+/// Evaluations in a window, at least.
+const WINDOW: usize = 8;
+
+/// Windows in a partial sum, before it is added to the total; see [`crate::accumulator`].
+const BLOCK: usize = 64;
+
+/// What a forward pass over tiles leaves for the way back.
+pub(super) struct Trajectories<T, F> {
+    pub(super) field: F,
+    pub(super) weights: Vec<TensorId>,
+    pub(super) shapes: Vec<Shape>,
+    pub(super) layout: Layout,
+    pub(super) groups: Vec<Vec<Tile<T>>>,
+}
+
+impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
+    fn can_rewind(&self) -> bool {
+        let mut tiles = self.groups.iter().flatten();
+        tiles.all(|(_, trajectory)| trajectory.can_rewind())
+    }
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        cotangent: &Tensor,
+        theta: &[Tensor],
+        stats: &mut Stats,
+    ) -> Result<Adjoint> {
+        let plan = Plan::new(problem, &self.layout);
+        let cotangent = numbers::<T>(cotangent)?;
+        let mut y0 = vec![T::default(); problem.packing.len()];
+        let mut gradients = vec![T::default(); self.shapes.iter().map(Shape::elem_count).sum()];
+        let mut counted = Stats::default();
+        let fold = |g: usize, group: Group<T>| {
+            let mut rows_of = group.y0.as_slice();
+            for (rows, _) in &self.groups[g] {
+                for (leaf, &features) in self.layout.features.iter().enumerate() {
+                    let part;
+                    (part, rows_of) = rows_of.split_at(rows.len() * features);
+                    let at = self.layout.offset(leaf, rows.start);
+                    y0[at..at + part.len()].copy_from_slice(part);
+                }
+            }
+            for (sum, part) in gradients.iter_mut().zip(&group.gradients) {
+                *sum += *part;
+            }
+            counted.join(&group.stats);
+        };
+        let pass = Pass {
+            of: self,
+            plan: &plan,
+            cotangent: &cotangent,
+            differentiate: !theta.is_empty(),
+        };
+        dispatch(Job { pass: &pass, fold })?;
+        stats.add(&counted);
+        if gradients.iter().any(|g| !g.to_f64().is_finite()) {
+            return Err(not_finite(problem.plan.step(0)));
+        }
+
+        let mut by_weight = vec![];
+        let mut rest = gradients.as_slice();
+        for shape in &self.shapes {
+            let part;
+            (part, rest) = rest.split_at(shape.elem_count());
+            by_weight.push(part);
+        }
+        let tensor = |(position, p): (Option<usize>, &Tensor)| match position {
+            Some(i) => Ok(Tensor::from_slice(by_weight[i], p.shape(), p.device())?),
+            None => Ok(Tensor::zeros(p.shape(), T::DTYPE, p.device())?),
+        };
+        let positions = positions(&self.weights, theta);
+        let y0 = Tensor::from_vec(y0, problem.packing.len(), problem.device())?;
+        Ok(Adjoint {
+            y0: problem.packing.unpack(&y0)?,
+            theta: positions
+                .into_iter()
+                .zip(theta)
+                .map(tensor)
+                .collect::<Result<_>>()?,
+            times: vec![],
+        })
+    }
+}
+
+fn not_finite(step: Step) -> Error {
+    Error::NonFiniteGradient {
+        step: step.index,
+        t: step.t,
+    }
+}
+
+/// What the backward pass of one group leaves.
+struct Group<T> {
+    /// λ_0, `[tile][leaf][row]`.
+    y0: Vec<T>,
+    /// θ̄ of its rows, parameter after parameter.
+    gradients: Vec<T>,
+    stats: Stats,
+}
+
+/// The backward pass of all tiles.
+struct Job<'a, T, F, O> {
+    pass: &'a Pass<'a, T, F>,
+    fold: O,
+}
+
+/// What every tile's backward pass reads.
+struct Pass<'a, T, F> {
+    of: &'a Trajectories<T, F>,
+    plan: &'a Plan<'a>,
+    cotangent: &'a [T],
+    differentiate: bool,
+}
+
+impl<T: Element, F: TileField<T>, O: FnMut(usize, Group<T>) + Send> WithSimd for Job<'_, T, F, O> {
+    type Output = Result<()>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        let pass = self.pass;
+        if pass.plan.is_wide::<T, S>() {
+            sweep::<T, S, F, 2>(s, pass, self.fold)
+        } else {
+            sweep::<T, S, F, 1>(s, pass, self.fold)
+        }
+    }
+}
+
+fn sweep<T: Element, S: Simd, F: TileField<T>, const V: usize>(
+    s: S,
+    pass: &Pass<'_, T, F>,
+    fold: impl FnMut(usize, Group<T>) + Send,
+) -> Result<()> {
+    let stages = pass.plan.problem.scheme.evaluations();
+    let window = || Window::<T, S, V>::new(&pass.of.field, stages, pass.differentiate);
+    let each = |window: &mut Window<T, S, V>, tiles: &Vec<Tile<T>>| {
+        let sweep = Sweep {
+            pass,
+            tiles,
+            window,
+        };
+        enter(s, sweep)
+    };
+    on_all_threads(&pass.of.groups, window, each, fold)
+}
+
+/// The backward pass of one group of tiles of V vectors.
+struct Sweep<'a, T: Element, S: Simd, F, const V: usize> {
+    pass: &'a Pass<'a, T, F>,
+    tiles: &'a [Tile<T>],
+    window: &'a mut Window<T, S, V>,
+}
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'_, T, S, F, V> {
+    type Output = std::result::Result<Group<T>, Failure>;
+
+    #[inline(always)]
+    fn run(self, s: S) -> Self::Output {
+        let Pass {
+            of,
+            plan,
+            cotangent,
+            ..
+        } = *self.pass;
+        let (problem, layout, field) = (plan.problem, plan.layout, &of.field);
+        let mut stepper = Stepper::<T, S, F, V>::new(s, field, plan);
+        let (size, batch) = (stepper.size, V * T::lanes::<S>());
+        let steps = problem.plan.len();
+        let elements = problem.packing.len();
+        let mut slot = stepper.slot();
+        let window = self.window;
+        window.clear();
+        let mut state = vec![T::zeros::<S>(); size];
+        let mut adj = vec![T::zeros::<S>(); size];
+        let mut incoming = vec![T::zeros::<S>(); size];
+        let mut pull = Pull::<T, S>::new(&stepper);
+        let mut y0 = vec![];
+        let mut stats = Stats::default();
+
+        for (rows, trajectory) in self.tiles {
+            let seed = |output: usize, to: &mut [T::Vector<S>]| {
+                each_leaf(layout, V, |leaf, features, range| {
+                    let from = output * elements + layout.offset(leaf, rows.start);
+                    let numbers = &cotangent[from..from + rows.len() * features];
+                    load::<T, S>(numbers, features, batch, &mut to[range]);
+                });
+            };
+            seed(problem.outputs() - 1, &mut adj);
+            let mut scaler = problem.scaler;
+            let mut rewind = trajectory.rewind();
+            let mut counted = Stats::default();
+            for n in (0..steps).rev() {
+                let step = problem.plan.step(n);
+                let failed = |error| Failure {
+                    at: (steps - n, 0),
+                    error,
+                };
+                let mut replayed = 0;
+                let mut kept = Stats::default();
+                let y = {
+                    let replay = |m, y: &_| {
+                        replayed += 1;
+                        stepper.replay(m, y, &mut slot).map_err(|f| f.error)
+                    };
+                    rewind.state(n, replay, &mut kept).map_err(failed)?
+                };
+                counted.kept(kept.states_kept, kept.bytes_kept);
+                counted.recomputed += (replayed + 1) * stepper.stages.len();
+                y.load::<S>(&mut state);
+                window.begin_step::<F>(s, field);
+                stepper.linearize(step, &state, window.next_kept());
+
+                if scaler.is_dynamic() {
+                    scaler = scaler.aimed(magnitude::<T, S, V>(s, plan, &adj));
+                }
+                for at in (0..stepper.stages.len()).rev() {
+                    let i = stepper.stages[at];
+                    scaler = pull
+                        .stage::<F, V>(&stepper, step, i, at, &adj, window, scaler, &mut counted)
+                        .map_err(failed)?;
+                }
+                scaler = scaler.after_step();
+                add::<T, S>(s, &mut adj, 1.0, &pull.all, &pull.ws);
+                if step.span.0 == 0.0 && problem.output == Output::All {
+                    seed(step.interval, &mut incoming);
+                    add::<T, S>(s, &mut adj, 1.0, &[(1.0, 0)], &incoming);
+                }
+                if !is_finite::<T, S>(s, &adj) {
+                    return Err(failed(not_finite(step)));
+                }
+                window.end_step::<F>(s, field);
+            }
+            window.flush::<F>(s, field);
+            each_leaf(layout, V, |_, features, range| {
+                let at = y0.len();
+                y0.resize(at + rows.len() * features, T::default());
+                store::<T, S>(&adj[range], features, batch, &mut y0[at..]);
+            });
+            stats.join(&counted);
+        }
+        Ok(Group {
+            y0,
+            gradients: window.finish::<F>(s, field),
+            stats,
+        })
+    }
+}
+
+/// max|λ| over the leaves whose cotangents can overflow, or over all if none can.
+#[inline(always)]
+fn magnitude<T: Element, S: Simd, const V: usize>(
+    s: S,
+    plan: &Plan<'_>,
+    adj: &[T::Vector<S>],
+) -> f64 {
+    let any = plan.low.contains(&Low::F16);
+    let mut max = T::zeros::<S>();
+    each_leaf(plan.layout, V, |leaf, _, range| {
+        if !any || plan.low[leaf] == Low::F16 {
+            for x in &adj[range] {
+                max = T::larger(s, max, T::abs(s, *x));
+            }
+        }
+    });
+    T::largest(s, max).to_f64()
+}
+
+/// The pull-backs of a step.
+struct Pull<T: Element, S: Simd> {
+    /// w'_i by stage.
+    ws: Vec<T::Vector<S>>,
+    /// a_ji by stage i, for the j > i.
+    a: Vec<Vec<(f64, usize)>>,
+    /// Every active stage, with coefficient 1.
+    all: Vec<(f64, usize)>,
+}
+
+impl<T: Element, S: Simd> Pull<T, S> {
+    fn new<F: TileField<T>, const V: usize>(stepper: &Stepper<'_, T, S, F, V>) -> Self {
+        let tableau = &stepper.plan.problem.scheme.tableau;
+        let column = |i: usize| {
+            let later = stepper.stages.iter().filter(|&&j| j > i);
+            let terms = later.map(|&j| (tableau.a(j)[i], j));
+            terms.filter(|(a, _)| *a != 0.0).collect()
+        };
+        Self {
+            ws: vec![T::zeros::<S>(); tableau.stages() * stepper.size],
+            a: (0..tableau.stages()).map(column).collect(),
+            all: stepper.stages.iter().map(|&j| (1.0, j)).collect(),
+        }
+    }
+
+    /// w'_i, with the cotangents left in the window; the scaler after it.
+    #[allow(clippy::too_many_arguments)]
+    #[inline(always)]
+    fn stage<F: TileField<T>, const V: usize>(
+        &mut self,
+        stepper: &Stepper<'_, T, S, F, V>,
+        step: Step,
+        i: usize,
+        at: usize,
+        adj: &[T::Vector<S>],
+        window: &mut Window<T, S, V>,
+        mut scaler: Scaler,
+        stats: &mut Stats,
+    ) -> Result<Scaler> {
+        let (s, size) = (stepper.s, stepper.size);
+        let b = stepper.plan.problem.scheme.tableau.b()[i];
+        let rounds = stepper.plan.low.iter().any(|low| *low != Low::None);
+        let mut attempts = 0;
+        loop {
+            let scale = scaler.scale();
+            stats.vjps += 1;
+            stats.used_scale(scale);
+            attempts += 1;
+            window.scaled_by::<F>(s, stepper.field, scale);
+            let OpenSlot { kept, cotangents } = window.slot(at);
+            let v = &mut cotangents[..size];
+            // S h v_i, or h Q(S v_i) where compute precision is low.
+            let factor = if rounds { scale } else { scale * step.h };
+            v.fill(T::zeros::<S>());
+            add::<T, S>(s, v, factor * b, &[(1.0, 0)], adj);
+            add::<T, S>(s, v, factor, &self.a[i], &self.ws);
+            if rounds {
+                stepper.round(v);
+                scale_by::<T, S>(s, v, step.h);
+            }
+            let w = &mut self.ws[i * size..][..size];
+            stepper.field.vjp::<S, V>(s, kept, cotangents, w);
+            if rounds {
+                scale_by::<T, S>(s, w, 1.0 / step.h);
+                stepper.round(w);
+            }
+            let outcome = match scaler.is_dynamic() && !is_finite::<T, S>(s, w) {
+                true => Outcome::StateOverflow,
+                false => Outcome::Clean,
+            };
+            if outcome == Outcome::Clean {
+                let unscale = if rounds { step.h / scale } else { 1.0 / scale };
+                if unscale != 1.0 {
+                    scale_by::<T, S>(s, w, unscale);
+                }
+                window.push(at);
+                return Ok(scaler);
+            }
+            scaler = scaler.after(outcome);
+            stats.retries += 1;
+            if scaler.is_exhausted(attempts) {
+                return Err(Error::ScaleExhausted {
+                    step: step.index,
+                    t: step.t,
+                    scale,
+                    attempts,
+                });
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn scale_by<T: Element, S: Simd>(s: S, x: &mut [T::Vector<S>], c: f64) {
+    let c = T::splat(s, T::of(c));
+    for x in x {
+        *x = T::times(s, *x, c);
+    }
+}
+
+/// What was kept of an evaluation, and room for its cotangents.
+struct OpenSlot<'a, X> {
+    kept: &'a [X],
+    cotangents: &'a mut [X],
+}
+
+/// Evaluations with their cotangents, from which parameter gradients are collected.
+struct Window<T: Element, S: Simd, const V: usize> {
+    /// Whether gradients of parameters are wanted at all.
+    differentiate: bool,
+    /// Vectors of a slot.
+    kept_size: usize,
+    cotangent_size: usize,
+    kept: Vec<T::Vector<S>>,
+    cotangents: Vec<T::Vector<S>>,
+    /// Slots of this step, and how many there are in all.
+    stages: usize,
+    capacity: usize,
+    /// First slot of the step at hand.
+    base: usize,
+    /// Slots that are full and not yet collected.
+    pending: Vec<usize>,
+    room: Vec<T::Vector<S>>,
+    /// S times the gradients of the block of windows at hand.
+    part: Vec<T::Vector<S>>,
+    windows: usize,
+    scale: f64,
+    total: Vec<T::Vector<S>>,
+}
+
+impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
+    fn new<F: TileField<T>>(field: &F, stages: usize, differentiate: bool) -> Self {
+        let capacity = WINDOW.next_multiple_of(stages.max(1));
+        let (kept, cotangents) = (field.kept() * V, field.cotangents::<S>() * V);
+        let vectors = |n: usize| vec![T::zeros::<S>(); n];
+        let sums = if differentiate { field.sums::<S>() } else { 0 };
+        Self {
+            differentiate,
+            kept_size: kept,
+            cotangent_size: cotangents,
+            kept: vectors(capacity * kept),
+            cotangents: vectors(capacity * cotangents),
+            stages,
+            capacity,
+            base: 0,
+            pending: Vec::with_capacity(capacity),
+            room: vectors(if differentiate {
+                field.room::<S, V>(capacity)
+            } else {
+                0
+            }),
+            part: vectors(sums),
+            windows: 0,
+            scale: 1.0,
+            total: vectors(sums),
+        }
+    }
+
+    /// Forgets everything: another group begins.
+    fn clear(&mut self) {
+        self.pending.clear();
+        self.part.fill(T::zeros::<S>());
+        self.total.fill(T::zeros::<S>());
+        (self.base, self.windows, self.scale) = (0, 0, 1.0);
+    }
+
+    /// Makes room for the slots of a step.
+    #[inline(always)]
+    fn begin_step<F: TileField<T>>(&mut self, s: S, field: &F) {
+        if self.base + self.stages > self.capacity {
+            self.flush(s, field);
+            self.base = 0;
+        }
+    }
+
+    fn next_kept(&mut self) -> &mut [T::Vector<S>] {
+        &mut self.kept[self.base * self.kept_size..][..self.stages * self.kept_size]
+    }
+
+    /// What was kept of the step's stage, and room for its cotangents.
+    fn slot(&mut self, at: usize) -> OpenSlot<'_, T::Vector<S>> {
+        let slot = self.base + at;
+        OpenSlot {
+            kept: &self.kept[slot * self.kept_size..][..self.kept_size],
+            cotangents: &mut self.cotangents[slot * self.cotangent_size..][..self.cotangent_size],
+        }
+    }
+
+    fn push(&mut self, at: usize) {
+        self.pending.push(self.base + at);
+    }
+
+    #[inline(always)]
+    fn end_step<F: TileField<T>>(&mut self, s: S, field: &F) {
+        self.base += self.stages;
+        if self.base + self.stages > self.capacity {
+            self.flush(s, field);
+            self.base = 0;
+        }
+    }
+
+    /// From now on, cotangents carry this scale.
+    #[inline(always)]
+    fn scaled_by<F: TileField<T>>(&mut self, s: S, field: &F, scale: f64) {
+        if self.scale != scale {
+            self.flush(s, field);
+            self.promote(s);
+            self.scale = scale;
+        }
+    }
+
+    /// Collects the gradients of what is pending.
+    #[inline(always)]
+    fn flush<F: TileField<T>>(&mut self, s: S, field: &F) {
+        if self.differentiate && !self.pending.is_empty() {
+            let slot = |&slot: &usize| Slot {
+                kept: &self.kept[slot * self.kept_size..][..self.kept_size],
+                cotangents: &self.cotangents[slot * self.cotangent_size..][..self.cotangent_size],
+            };
+            let slots: Vec<_> = self.pending.iter().map(slot).collect();
+            field.accumulate::<S, V>(s, &slots, &mut self.room, &mut self.part);
+            self.windows += 1;
+        }
+        self.pending.clear();
+        if self.windows >= BLOCK {
+            self.promote(s);
+        }
+    }
+
+    /// Adds the partial sums to the total.
+    #[inline(always)]
+    fn promote(&mut self, s: S) {
+        let unscale = T::splat(s, T::of(1.0 / self.scale));
+        for (total, part) in self.total.iter_mut().zip(&mut self.part) {
+            *total = T::mul_add(s, unscale, *part, *total);
+            *part = T::zeros::<S>();
+        }
+        self.windows = 0;
+    }
+
+    #[inline(always)]
+    fn finish<F: TileField<T>>(&mut self, s: S, field: &F) -> Vec<T> {
+        self.flush(s, field);
+        self.promote(s);
+        if self.differentiate {
+            field.gradients(s, &self.total)
+        } else {
+            vec![]
+        }
+    }
+}

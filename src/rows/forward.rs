@@ -1,0 +1,211 @@
+//! The forward pass, tile by tile.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use pulp::{Simd, WithSimd};
+
+use super::backward::Trajectories;
+use super::stepper::Stepper;
+use super::tile::{Snapshot, TileField, TileStore};
+use super::{dispatch, numbers, on_all_threads, Failure, Layout, Plan, RowField, Solved};
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::problem::{Output, Problem};
+use crate::simd::product::{load, store};
+use crate::simd::Element;
+use crate::stats::Stats;
+use crate::trajectory::Trajectory;
+
+/// What is kept of one tile.
+pub(super) type TileTrajectory<T> = Trajectory<Snapshot<T>, TileStore>;
+
+/// A tile's rows, and its trajectory.
+pub(super) type Tile<T> = (Range<usize>, TileTrajectory<T>);
+
+/// One group's tiles, and their returned states, `[tile][output][leaf][row]`.
+struct Group<T> {
+    tiles: Vec<Tile<T>>,
+    states: Vec<T>,
+}
+
+pub(super) fn run<T: Element, F: RowField>(
+    spec: &F,
+    layout: Layout,
+    problem: &Problem,
+    y0: &Tensor,
+    stats: &mut Stats,
+) -> Result<Solved> {
+    for (leaf, y) in problem.packing.unpack(y0)?.iter().enumerate() {
+        if !ops::magnitude(y)?.is_finite() {
+            return Err(Error::NonFiniteState { leaf });
+        }
+    }
+    let plan = Plan::new(problem, &layout);
+    let y0 = numbers::<T>(y0)?;
+    let (field, groups) = dispatch(Job::<T, F> {
+        spec,
+        plan: &plan,
+        y0: &y0,
+    })?;
+    let packed = assemble(&plan, &groups);
+    let shape = (problem.outputs(), problem.packing.len());
+    let groups: Vec<_> = groups.into_iter().map(|g| g.tiles).collect();
+    stats.steps += problem.plan.len();
+    stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
+    if let Some((_, trajectory)) = groups.iter().flatten().next() {
+        trajectory.record(stats);
+    }
+    Ok(Solved {
+        packed: Tensor::from_vec(packed, shape, problem.device())?,
+        trajectory: Arc::new(Trajectories {
+            field,
+            weights: spec.weights().iter().map(Tensor::id).collect(),
+            shapes: spec.weights().iter().map(|w| w.shape().clone()).collect(),
+            layout,
+            groups,
+        }),
+    })
+}
+
+/// The forward pass of all tiles.
+struct Job<'a, T, F> {
+    spec: &'a F,
+    plan: &'a Plan<'a>,
+    y0: &'a [T],
+}
+
+impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
+    type Output = Result<(F::Tiles<T>, Vec<Group<T>>)>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        let field = self.spec.tiles::<T, S>()?;
+        let groups = self.plan.groups::<T, S>(field.parameters());
+        let each = |(): &mut (), group: &Vec<usize>| {
+            if self.plan.is_wide::<T, S>() {
+                s.vectorize(Integrate::<T, _, 2> {
+                    field: &field,
+                    plan: self.plan,
+                    y0: self.y0,
+                    tiles: group,
+                })
+            } else {
+                s.vectorize(Integrate::<T, _, 1> {
+                    field: &field,
+                    plan: self.plan,
+                    y0: self.y0,
+                    tiles: group,
+                })
+            }
+        };
+        let mut done = Vec::with_capacity(groups.len());
+        on_all_threads(&groups, || (), each, |_, group| done.push(group))?;
+        Ok((field, done))
+    }
+}
+
+/// The forward pass of one group of tiles of V vectors.
+struct Integrate<'a, T, F, const V: usize> {
+    field: &'a F,
+    plan: &'a Plan<'a>,
+    y0: &'a [T],
+    /// First rows.
+    tiles: &'a [usize],
+}
+
+impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, F, V> {
+    type Output = std::result::Result<Group<T>, Failure>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        let Plan {
+            problem, layout, ..
+        } = self.plan;
+        let mut stepper = Stepper::<T, S, F, V>::new(s, self.field, self.plan);
+        let mut slot = stepper.slot();
+        let mut y = vec![T::zeros::<S>(); stepper.size];
+        let batch = V * T::lanes::<S>();
+        let elements = problem.packing.len();
+        let mut group = Group {
+            tiles: Vec::with_capacity(self.tiles.len()),
+            states: vec![],
+        };
+        let anywhere = |error| Failure { at: (0, 0), error };
+        for &first in self.tiles {
+            let rows = self.plan.rows(first, batch);
+            each_leaf(layout, V, |leaf, features, range| {
+                let from = layout.offset(leaf, first);
+                let numbers = &self.y0[from..from + rows.len() * features];
+                load::<T, S>(numbers, features, batch, &mut y[range]);
+            });
+            let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
+            let now = Snapshot::of::<S>(&y);
+            let steps = problem.plan.len();
+            let mut trajectory =
+                TileTrajectory::new(problem.checkpoint, steps, store, &now).map_err(anywhere)?;
+            let keep = |y: &[T::Vector<S>], states: &mut Vec<T>| {
+                each_leaf(layout, V, |_, features, range| {
+                    let at = states.len();
+                    states.resize(at + rows.len() * features, T::default());
+                    self::store::<T, S>(&y[range], features, batch, &mut states[at..]);
+                });
+            };
+            if problem.output == Output::All {
+                keep(&y, &mut group.states);
+            }
+            for n in 0..steps {
+                let step = problem.plan.step(n);
+                if trajectory.wants(n) {
+                    let now = Snapshot::of::<S>(&y);
+                    trajectory.offer(n, &now).map_err(anywhere)?;
+                }
+                stepper.advance(step, &mut y, &mut slot)?;
+                if problem.output == Output::All && step.ends_interval() {
+                    keep(&y, &mut group.states);
+                }
+            }
+            if problem.output == Output::Final {
+                keep(&y, &mut group.states);
+            }
+            group.tiles.push((rows, trajectory));
+        }
+        Ok(group)
+    }
+}
+
+/// Leaf, its features and its vectors in a tile of V vectors.
+#[inline(always)]
+pub(super) fn each_leaf(
+    layout: &Layout,
+    vectors: usize,
+    mut see: impl FnMut(usize, usize, std::ops::Range<usize>),
+) {
+    let mut at = 0;
+    for (leaf, &features) in layout.features.iter().enumerate() {
+        see(leaf, features, at..at + features * vectors);
+        at += features * vectors;
+    }
+}
+
+/// Brings the states of all tiles into the order of the packed state, output by output.
+fn assemble<T: Element>(plan: &Plan<'_>, groups: &[Group<T>]) -> Vec<T> {
+    let (problem, layout) = (plan.problem, plan.layout);
+    let elements = problem.packing.len();
+    let mut packed = vec![T::default(); problem.outputs() * elements];
+    for group in groups {
+        let mut states = group.states.as_slice();
+        for (rows, _) in &group.tiles {
+            for output in 0..problem.outputs() {
+                for (leaf, &features) in layout.features.iter().enumerate() {
+                    let part;
+                    (part, states) = states.split_at(rows.len() * features);
+                    let at = output * elements + layout.offset(leaf, rows.start);
+                    packed[at..at + part.len()].copy_from_slice(part);
+                }
+            }
+        }
+    }
+    packed
+}

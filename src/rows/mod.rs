@@ -1,0 +1,279 @@
+//! Whole solves of fields whose batch rows do not see each other.
+//!
+//! Such a field can be integrated tile by tile: a tile of rows, one row to a lane, goes through the
+//! whole interval in the cache of one core, forward and backward, and the cores meet twice a solve.
+//! What comes out is what the general path computes, to rounding.
+//!
+//! Which rows share a tile and which tiles share a partial sum of gradients depends on the problem
+//! alone, so results do not depend on the number of threads.
+
+mod backward;
+mod forward;
+mod stepper;
+mod tile;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use candle_core::{DType, Shape, Tensor, TensorId};
+use pulp::{Arch, Simd, WithSimd};
+
+use crate::adjoint::Adjoint;
+use crate::error::{Error, Result};
+use crate::precision::Low;
+use crate::problem::Problem;
+use crate::simd::Element;
+use crate::stats::Stats;
+pub(crate) use tile::{Slot, TileField};
+
+/// A field that the solver may integrate tile by tile.
+pub(crate) trait RowField: Clone + Send + Sync + 'static {
+    /// The field over tiles of T.
+    type Tiles<T: Element>: TileField<T>;
+
+    /// The parameters, in the order in which [`TileField::gradients`] returns their gradients.
+    fn weights(&self) -> Vec<Tensor>;
+
+    /// Rows and features of each leaf of a state of these shapes; `None` if they are not the
+    /// field's.
+    fn layout(&self, shapes: &[Shape]) -> Option<Layout>;
+
+    /// Packs the weights for a vector unit.
+    fn tiles<T: Element, S: Simd>(&self) -> Result<Self::Tiles<T>>;
+}
+
+/// Rows of a state, and the features of a row by leaf.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub(crate) rows: usize,
+    pub(crate) features: Vec<usize>,
+}
+
+impl Layout {
+    /// Features of a row, all leaves together.
+    pub(crate) fn dim(&self) -> usize {
+        self.features.iter().sum()
+    }
+
+    /// Where a leaf of the rows from `first` on begins in a packed state.
+    fn offset(&self, leaf: usize, first: usize) -> usize {
+        let before: usize = self.features[..leaf].iter().sum();
+        before * self.rows + first * self.features[leaf]
+    }
+}
+
+/// A [`RowField`] of any kind, as a vector field hands it to the solver.
+pub struct Rows<'f>(Box<dyn Solve + 'f>);
+
+impl<'f> Rows<'f> {
+    pub(crate) fn new<F: RowField>(field: &'f F) -> Self {
+        Self(Box::new(field))
+    }
+
+    /// Solves the problem tile by tile, or leaves it to the general path.
+    pub(crate) fn solve(
+        &self,
+        problem: &Problem,
+        y0: &Tensor,
+        stats: &mut Stats,
+    ) -> Result<Option<Solved>> {
+        self.0.solve(problem, y0, stats)
+    }
+}
+
+/// Returned states, packed `(outputs, elements)`, and the way back.
+pub(crate) struct Solved {
+    pub(crate) packed: Tensor,
+    pub(crate) trajectory: Arc<dyn Reversible>,
+}
+
+/// A solve that can be taken back.
+pub(crate) trait Reversible: Send + Sync {
+    /// Whether the trajectory was kept.
+    fn can_rewind(&self) -> bool;
+
+    /// Pulls the cotangent of the returned states, packed, back to y0 and to `theta`.
+    fn backward(
+        &self,
+        problem: &Problem,
+        cotangent: &Tensor,
+        theta: &[Tensor],
+        stats: &mut Stats,
+    ) -> Result<Adjoint>;
+}
+
+/// [`RowField`] without its type.
+trait Solve {
+    fn solve(&self, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result<Option<Solved>>;
+}
+
+impl<F: RowField> Solve for &F {
+    fn solve(&self, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result<Option<Solved>> {
+        let Some(layout) = self.layout(problem.packing.shapes()) else {
+            return Ok(None);
+        };
+        if !problem.fusion || !problem.device().is_cpu() || problem.grid.tensor().is_some() {
+            return Ok(None);
+        }
+        let roles = &problem.scheme.roles;
+        let held = |dtype| {
+            roles
+                .iter()
+                .all(|r| r.state == dtype && r.compute.held == dtype)
+        };
+        let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
+        if held(DType::F32) && stores(roles[0].store.to) {
+            forward::run::<f32, F>(self, layout, problem, y0, stats).map(Some)
+        } else if held(DType::F64) && stores(DType::F64) {
+            forward::run::<f64, F>(self, layout, problem, y0, stats).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+}
+
+/// The solve as both passes see it.
+struct Plan<'p> {
+    problem: &'p Problem,
+    layout: &'p Layout,
+    /// What the compute precision of each leaf rounds to.
+    low: Vec<Low>,
+}
+
+impl<'p> Plan<'p> {
+    fn new(problem: &'p Problem, layout: &'p Layout) -> Self {
+        let low = problem.scheme.roles.iter().map(|r| r.compute.low());
+        Self {
+            low: low.collect(),
+            problem,
+            layout,
+        }
+    }
+
+    /// Rows of every tile but the last.
+    fn batch<T: Element, S: Simd>(&self) -> usize {
+        T::lanes::<S>() * if self.is_wide::<T, S>() { 2 } else { 1 }
+    }
+
+    /// Whether there are rows enough for tiles of two vectors.
+    fn is_wide<T: Element, S: Simd>(&self) -> bool {
+        self.layout.rows >= 4 * T::lanes::<S>()
+    }
+
+    /// First rows of the tiles, group by group; the tiles of a group share a partial sum.
+    fn groups<T: Element, S: Simd>(&self, parameters: usize) -> Vec<Vec<usize>> {
+        let batch = self.batch::<T, S>();
+        let tiles: Vec<usize> = (0..self.layout.rows).step_by(batch).collect();
+        // As many as many cores can use, but no more than a few million numbers of partial sums.
+        let most = (MOST_NUMBERS / parameters.max(1)).clamp(4, MOST_GROUPS);
+        let groups = tiles.len().min(most);
+        let cut = |g: usize| g * tiles.len() / groups;
+        (0..groups)
+            .map(|g| tiles[cut(g)..cut(g + 1)].to_vec())
+            .collect()
+    }
+
+    /// Rows of the tile that begins at `first`.
+    fn rows(&self, first: usize, batch: usize) -> std::ops::Range<usize> {
+        first..self.layout.rows.min(first + batch)
+    }
+}
+
+const MOST_GROUPS: usize = 32;
+const MOST_NUMBERS: usize = 1 << 22;
+
+/// An error in a tile, and when it happened: the first in the order of the sweep is the solve's.
+struct Failure {
+    at: (usize, usize),
+    error: Error,
+}
+
+/// Runs every group, on all threads, each with room of its own, and folds the results in the order of the groups; a result
+/// waits only for those before it.
+fn on_all_threads<G: Sync, W, R: Send>(
+    groups: &[G],
+    room: impl Fn() -> W + Sync,
+    run: impl Fn(&mut W, &G) -> std::result::Result<R, Failure> + Sync,
+    fold: impl FnMut(usize, R) + Send,
+) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let folded = Mutex::new(Folded {
+        fold,
+        done: 0,
+        waiting: groups.iter().map(|_| None).collect(),
+        failure: None,
+    });
+    let work = || {
+        let mut room = room();
+        while let Some((g, group)) = {
+            let g = next.fetch_add(1, Ordering::Relaxed);
+            groups.get(g).map(|group| (g, group))
+        } {
+            let result = run(&mut room, group);
+            let mut folded = folded.lock().unwrap_or_else(PoisonError::into_inner);
+            folded.take(g, result);
+        }
+    };
+    match groups.len().min(rayon::current_num_threads()) {
+        0 | 1 => work(),
+        threads => rayon::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|_| work());
+            }
+        }),
+    }
+    let folded = folded.into_inner().unwrap_or_else(PoisonError::into_inner);
+    match folded.failure {
+        Some(failure) => Err(failure.error),
+        None => Ok(()),
+    }
+}
+
+/// Results of groups, folded in order.
+struct Folded<R, F> {
+    fold: F,
+    /// Groups folded so far.
+    done: usize,
+    waiting: Vec<Option<R>>,
+    failure: Option<Failure>,
+}
+
+impl<R, F: FnMut(usize, R)> Folded<R, F> {
+    fn take(&mut self, group: usize, result: std::result::Result<R, Failure>) {
+        match result {
+            Ok(result) => self.waiting[group] = Some(result),
+            Err(failure) => {
+                if self
+                    .failure
+                    .as_ref()
+                    .is_none_or(|first| failure.at < first.at)
+                {
+                    self.failure = Some(failure);
+                }
+            }
+        }
+        while let Some(result) = self.waiting.get_mut(self.done).and_then(Option::take) {
+            (self.fold)(self.done, result);
+            self.done += 1;
+        }
+    }
+}
+
+/// Runs on the best vector unit of the machine.
+fn dispatch<J: WithSimd>(job: J) -> J::Output {
+    static ARCH: OnceLock<Arch> = OnceLock::new();
+    ARCH.get_or_init(Arch::new).dispatch(job)
+}
+
+/// The numbers of a packed tensor of T.
+fn numbers<T: Element>(packed: &Tensor) -> Result<Vec<T>> {
+    Ok(packed.flatten_all()?.to_vec1::<T>()?)
+}
+
+/// Where each weight stands among the parameters that gradients are wanted of.
+fn positions(weights: &[TensorId], theta: &[Tensor]) -> Vec<Option<usize>> {
+    theta
+        .iter()
+        .map(|p| weights.iter().position(|w| *w == p.id()))
+        .collect()
+}

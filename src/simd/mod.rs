@@ -1,0 +1,321 @@
+//! f32 and f64 in the lanes of whatever vector unit the machine has.
+//!
+//! [`pulp`] chooses AVX-512, AVX2, NEON or scalar code at run time; the bodies here are safe and
+//! the same for all.  What runs inside a `Simd` must be inlined into a function that was entered
+//! through [`Simd::vectorize`], so hot loops are [`WithSimd`](pulp::WithSimd) structs.
+
+pub(crate) mod elementary;
+pub(crate) mod product;
+mod transpose;
+
+use bytemuck::Pod;
+use pulp::Simd;
+
+use crate::precision::Low;
+
+/// A number that fills vectors.
+pub(crate) trait Element:
+    Pod
+    + Default
+    + PartialOrd
+    + std::fmt::Debug
+    + Send
+    + Sync
+    + candle_core::WithDType
+    + std::ops::AddAssign
+    + std::ops::Mul<Output = Self>
+{
+    /// The vector of this number on S.
+    type Vector<S: Simd>: Pod + std::fmt::Debug + Send + Sync;
+
+    /// A coefficient, rounded once.
+    fn of(x: f64) -> Self;
+
+    fn splat<S: Simd>(s: S, x: Self) -> Self::Vector<S>;
+    fn plus<S: Simd>(s: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn minus<S: Simd>(s: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn times<S: Simd>(s: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn larger<S: Simd>(s: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn abs<S: Simd>(s: S, a: Self::Vector<S>) -> Self::Vector<S>;
+    /// a·b + c, fused where the machine can.
+    fn mul_add<S: Simd>(
+        s: S,
+        a: Self::Vector<S>,
+        b: Self::Vector<S>,
+        c: Self::Vector<S>,
+    ) -> Self::Vector<S>;
+    /// Sum of the lanes.
+    fn total<S: Simd>(s: S, a: Self::Vector<S>) -> Self;
+    /// Largest of the lanes, which are no NaN.
+    fn largest<S: Simd>(s: S, a: Self::Vector<S>) -> Self;
+
+    /// tanh x.
+    fn tanh<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
+    /// 1 / (1 + exp(−x)).
+    fn sigmoid<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
+    /// ln(1 + exp x) and its derivative.
+    fn softplus<S: Simd>(s: S, x: Self::Vector<S>) -> [Self::Vector<S>; 2];
+    /// Φ(x), the normal distribution function, and its derivative.
+    fn normal<S: Simd>(s: S, x: Self::Vector<S>) -> [Self::Vector<S>; 2];
+    /// sin x and cos x.
+    fn sin_cos<S: Simd>(s: S, x: Self::Vector<S>) -> [Self::Vector<S>; 2];
+    /// x where the condition's lanes are positive, otherwise 0.
+    fn where_positive<S: Simd>(
+        s: S,
+        condition: Self::Vector<S>,
+        x: Self::Vector<S>,
+    ) -> Self::Vector<S>;
+
+    /// Rounded to `low`, held in this number.
+    fn round<S: Simd>(s: S, low: Low, x: Self::Vector<S>) -> Self::Vector<S>;
+
+    /// `to[c][r] = from[r][c]` for a square of as many rows as a vector has lanes, vectors at
+    /// strides in vectors.
+    fn transpose<S: Simd>(
+        s: S,
+        from: &[Self::Vector<S>],
+        from_stride: usize,
+        to: &mut [Self::Vector<S>],
+        to_stride: usize,
+    );
+
+    /// Lanes of a vector.
+    fn lanes<S: Simd>() -> usize {
+        size_of::<Self::Vector<S>>() / size_of::<Self>()
+    }
+
+    /// 0 in all lanes.
+    fn zeros<S: Simd>() -> Self::Vector<S> {
+        bytemuck::Zeroable::zeroed()
+    }
+
+    /// f of every lane, one after the other.
+    #[inline(always)]
+    fn map<S: Simd>(mut x: Self::Vector<S>, f: impl Fn(Self) -> Self) -> Self::Vector<S> {
+        for x in bytemuck::cast_slice_mut::<_, Self>(std::slice::from_mut(&mut x)) {
+            *x = f(*x);
+        }
+        x
+    }
+}
+
+/// A loop that runs on vectors of S, as a function of its own.
+pub(crate) trait Kernel<S: Simd> {
+    type Output;
+
+    /// Runs it; always inlined, into code for the vector unit.
+    fn run(self, s: S) -> Self::Output;
+}
+
+/// A kernel with the vector unit that it runs on.
+struct Entered<K, S> {
+    kernel: K,
+    simd: S,
+}
+
+impl<S: Simd, K: Kernel<S>> pulp::NullaryFnOnce for Entered<K, S> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn call(self) -> K::Output {
+        self.kernel.run(self.simd)
+    }
+}
+
+/// Runs a kernel.
+#[inline(always)]
+pub(crate) fn enter<S: Simd, K: Kernel<S>>(simd: S, kernel: K) -> K::Output {
+    simd.vectorize(Entered { kernel, simd })
+}
+
+/// The numbers in a slice of vectors.
+#[inline(always)]
+pub(crate) fn scalars<T: Element, S: Simd>(vectors: &[T::Vector<S>]) -> &[T] {
+    bytemuck::cast_slice(vectors)
+}
+
+/// The numbers in a slice of vectors, to write.
+#[inline(always)]
+pub(crate) fn scalars_mut<T: Element, S: Simd>(vectors: &mut [T::Vector<S>]) -> &mut [T] {
+    bytemuck::cast_slice_mut(vectors)
+}
+
+macro_rules! arithmetic {
+    ($($name:ident($($arg:ident),*) = $pulp:ident;)*) => {
+        $(#[inline(always)]
+        fn $name<S: Simd>(s: S, $($arg: Self::Vector<S>),*) -> Self::Vector<S> {
+            s.$pulp($($arg),*)
+        })*
+    };
+}
+
+impl Element for f32 {
+    type Vector<S: Simd> = S::f32s;
+
+    fn of(x: f64) -> Self {
+        x as f32
+    }
+
+    #[inline(always)]
+    fn splat<S: Simd>(s: S, x: f32) -> S::f32s {
+        s.splat_f32s(x)
+    }
+
+    arithmetic! {
+        plus(a, b) = add_f32s;
+        minus(a, b) = sub_f32s;
+        times(a, b) = mul_f32s;
+        larger(a, b) = max_f32s;
+        abs(a) = abs_f32s;
+        mul_add(a, b, c) = mul_add_e_f32s;
+    }
+
+    #[inline(always)]
+    fn total<S: Simd>(s: S, a: S::f32s) -> f32 {
+        s.reduce_sum_f32s(a)
+    }
+
+    #[inline(always)]
+    fn largest<S: Simd>(s: S, a: S::f32s) -> f32 {
+        s.reduce_max_f32s(a)
+    }
+
+    #[inline(always)]
+    fn tanh<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+        elementary::tanh(s, x)
+    }
+
+    #[inline(always)]
+    fn sigmoid<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+        elementary::sigmoid(s, x)
+    }
+
+    #[inline(always)]
+    fn softplus<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
+        elementary::softplus(s, x)
+    }
+
+    #[inline(always)]
+    fn normal<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
+        elementary::normal(s, x)
+    }
+
+    #[inline(always)]
+    fn sin_cos<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
+        elementary::sin_cos(s, x)
+    }
+
+    #[inline(always)]
+    fn where_positive<S: Simd>(s: S, condition: S::f32s, x: S::f32s) -> S::f32s {
+        let zero = s.splat_f32s(0.0);
+        s.select_f32s(s.greater_than_f32s(condition, zero), x, zero)
+    }
+
+    #[inline(always)]
+    fn round<S: Simd>(s: S, low: Low, x: S::f32s) -> S::f32s {
+        match low {
+            Low::None => x,
+            Low::Bf16 => elementary::round_bf16(s, x),
+            Low::F16 => elementary::round_f16(s, x),
+        }
+    }
+
+    #[inline(always)]
+    fn transpose<S: Simd>(
+        s: S,
+        from: &[S::f32s],
+        from_stride: usize,
+        to: &mut [S::f32s],
+        to_stride: usize,
+    ) {
+        transpose::transpose_f32(s, from, from_stride, to, to_stride);
+    }
+}
+
+impl Element for f64 {
+    type Vector<S: Simd> = S::f64s;
+
+    fn of(x: f64) -> Self {
+        x
+    }
+
+    #[inline(always)]
+    fn splat<S: Simd>(s: S, x: f64) -> S::f64s {
+        s.splat_f64s(x)
+    }
+
+    arithmetic! {
+        plus(a, b) = add_f64s;
+        minus(a, b) = sub_f64s;
+        times(a, b) = mul_f64s;
+        larger(a, b) = max_f64s;
+        abs(a) = abs_f64s;
+        mul_add(a, b, c) = mul_add_e_f64s;
+    }
+
+    #[inline(always)]
+    fn total<S: Simd>(s: S, a: S::f64s) -> f64 {
+        s.reduce_sum_f64s(a)
+    }
+
+    #[inline(always)]
+    fn largest<S: Simd>(s: S, a: S::f64s) -> f64 {
+        s.reduce_max_f64s(a)
+    }
+
+    // f64 is for studies: the elementary functions are those of the standard library, by lane.
+
+    #[inline(always)]
+    fn tanh<S: Simd>(_: S, x: S::f64s) -> S::f64s {
+        Self::map::<S>(x, f64::tanh)
+    }
+
+    #[inline(always)]
+    fn sigmoid<S: Simd>(_: S, x: S::f64s) -> S::f64s {
+        Self::map::<S>(x, elementary::sigmoid_f64)
+    }
+
+    #[inline(always)]
+    fn softplus<S: Simd>(_: S, x: S::f64s) -> [S::f64s; 2] {
+        let value = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
+        [
+            Self::map::<S>(x, value),
+            Self::map::<S>(x, elementary::sigmoid_f64),
+        ]
+    }
+
+    #[inline(always)]
+    fn normal<S: Simd>(_: S, x: S::f64s) -> [S::f64s; 2] {
+        [
+            Self::map::<S>(x, elementary::normal_f64),
+            Self::map::<S>(x, elementary::normal_density_f64),
+        ]
+    }
+
+    #[inline(always)]
+    fn sin_cos<S: Simd>(_: S, x: S::f64s) -> [S::f64s; 2] {
+        [Self::map::<S>(x, f64::sin), Self::map::<S>(x, f64::cos)]
+    }
+
+    #[inline(always)]
+    fn where_positive<S: Simd>(s: S, condition: S::f64s, x: S::f64s) -> S::f64s {
+        let zero = s.splat_f64s(0.0);
+        s.select_f64s(s.greater_than_f64s(condition, zero), x, zero)
+    }
+
+    #[inline(always)]
+    fn round<S: Simd>(_: S, low: Low, x: S::f64s) -> S::f64s {
+        Self::map::<S>(x, |x| low.round(x as f32).into())
+    }
+
+    #[inline(always)]
+    fn transpose<S: Simd>(
+        s: S,
+        from: &[S::f64s],
+        from_stride: usize,
+        to: &mut [S::f64s],
+        to_stride: usize,
+    ) {
+        transpose::transpose_f64(s, from, from_stride, to, to_stride);
+    }
+}

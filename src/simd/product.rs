@@ -1,0 +1,381 @@
+//! Products of weights with tiles.
+//!
+//! A tile holds B batch rows of some features: `[feature][B]`, the B rows in the lanes of V vectors.
+//! A layer x ↦ W x + b is then a small product whose every operand is read in order: W is packed
+//! once in blocks of rows, `[block][input][row]`, and each row of a block is an accumulator of V
+//! vectors.  Its adjoint is the same with Wᵀ.  Gradients dW = Σ g xᵀ are collected over a window of
+//! evaluations, so that they cost one pass over dW for many.
+
+use pulp::Simd;
+
+use super::{scalars, scalars_mut, Element, Kernel};
+
+/// A matrix packed for [`Layer`].
+#[derive(Debug, Clone)]
+pub(crate) struct Packed<T> {
+    rows: usize,
+    columns: usize,
+    data: Vec<T>,
+}
+
+/// Rows that a block has where `left` are left: 8, 4, 2 or 1.
+fn block(left: usize, most: usize) -> usize {
+    [8, 4, 2]
+        .into_iter()
+        .find(|&b| b <= most && b <= left)
+        .unwrap_or(1)
+}
+
+/// Rows of the largest block: two vectors of accumulators for each must leave registers free.
+pub(crate) fn largest_block<S: Simd>() -> usize {
+    if S::REGISTER_COUNT >= 32 {
+        8
+    } else {
+        4
+    }
+}
+
+impl<T: Element> Packed<T> {
+    /// Packs the `rows` × `columns` matrix of elements `at(row, column)`.
+    pub(crate) fn new<S: Simd>(
+        rows: usize,
+        columns: usize,
+        at: impl Fn(usize, usize) -> T,
+    ) -> Self {
+        let mut data = Vec::with_capacity(rows * columns);
+        let mut first = 0;
+        while first < rows {
+            let height = block(rows - first, largest_block::<S>());
+            for column in 0..columns {
+                data.extend((first..first + height).map(|row| at(row, column)));
+            }
+            first += height;
+        }
+        Self {
+            rows,
+            columns,
+            data,
+        }
+    }
+}
+
+/// `out = W x + start`, start by row (a bias) or zero.
+pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize> {
+    pub(crate) weights: &'a Packed<T>,
+    /// One for each row, or none.
+    pub(crate) start: &'a [T],
+    pub(crate) x: &'a [T::Vector<S>],
+    pub(crate) out: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
+    /// The blocks of R rows from `first` on, `weights` theirs; each sum in U parts, so that the
+    /// products of a small block need not wait for each other.
+    #[inline(always)]
+    fn blocks<const R: usize, const U: usize>(&mut self, s: S, first: usize, weights: &[T]) {
+        let inputs = self.x.as_chunks::<V>().0;
+        let starts = self.start.get(first..).unwrap_or(&[]).as_chunks::<R>().0;
+        let outs = self.out[first * V..].as_chunks_mut::<V>().0;
+        let outs = outs.as_chunks_mut::<R>().0;
+        let blocks = weights.chunks_exact(R * inputs.len());
+        for (b, (weights, out)) in blocks.zip(outs).enumerate() {
+            let mut sums = [[[T::zeros::<S>(); V]; R]; U];
+            if let Some(starts) = starts.get(b) {
+                for r in 0..R {
+                    sums[0][r] = [T::splat(s, starts[r]); V];
+                }
+            }
+            let weights = weights.as_chunks::<R>().0;
+            let ((weights, last_weights), (inputs, last_inputs)) =
+                (weights.as_chunks::<U>(), inputs.as_chunks::<U>());
+            for (weights, inputs) in weights.iter().zip(inputs) {
+                for u in 0..U {
+                    add_product(s, &weights[u], &inputs[u], &mut sums[u]);
+                }
+            }
+            for (weights, x) in last_weights.iter().zip(last_inputs) {
+                add_product(s, weights, x, &mut sums[0]);
+            }
+            let [mut sum, rest @ ..] = sums.as_slice() else {
+                continue;
+            };
+            for part in rest {
+                for r in 0..R {
+                    for v in 0..V {
+                        sum[r][v] = T::plus(s, sum[r][v], part[r][v]);
+                    }
+                }
+            }
+            *out = sum;
+        }
+    }
+}
+
+/// `sums += w x`, of R rows and one input.
+#[inline(always)]
+fn add_product<T: Element, S: Simd, const R: usize, const V: usize>(
+    s: S,
+    weights: &[T; R],
+    x: &[T::Vector<S>; V],
+    sums: &mut [[T::Vector<S>; V]; R],
+) {
+    for r in 0..R {
+        let w = T::splat(s, weights[r]);
+        for v in 0..V {
+            sums[r][v] = T::mul_add(s, w, x[v], sums[r][v]);
+        }
+    }
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for Layer<'_, T, S, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self, s: S) {
+        let Packed {
+            rows,
+            columns,
+            data,
+        } = self.weights;
+        self.x = &self.x[..columns * V];
+        let (mut first, mut at) = (0, 0);
+        while first < *rows {
+            let height = block(rows - first, largest_block::<S>());
+            let rows = (rows - first) / height * height;
+            let weights = &data[at..at + rows * columns];
+            match height {
+                8 => self.blocks::<8, 1>(s, first, weights),
+                4 => self.blocks::<4, 1>(s, first, weights),
+                2 => self.blocks::<2, 2>(s, first, weights),
+                _ => self.blocks::<1, 4>(s, first, weights),
+            }
+            first += rows;
+            at += rows * columns;
+        }
+    }
+}
+
+/// The x and g of one evaluation in a window: tiles `[feature][B]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Pair<'a, X> {
+    pub(crate) x: &'a [X],
+    pub(crate) g: &'a [X],
+}
+
+/// Vectors that hold n features.
+pub(crate) fn padded<T: Element, S: Simd>(features: usize) -> usize {
+    features.next_multiple_of(T::lanes::<S>())
+}
+
+/// `dWᵀ[input][output] += Σ x[input] g[output]`, the outputs in the lanes, from transposed g.
+pub(crate) struct Outer<'a, T: Element, S: Simd, const V: usize> {
+    pub(crate) inputs: usize,
+    /// A multiple of the lanes.  g has so many features, those beyond the layer's anything finite.
+    pub(crate) outputs: usize,
+    pub(crate) window: &'a [Pair<'a, T::Vector<S>>],
+    /// Room for the transposed g: `[evaluation][B][output]`.
+    pub(crate) turned: &'a mut [T::Vector<S>],
+    /// `[input][output]`.
+    pub(crate) sums: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for Outer<'_, T, S, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self, s: S) {
+        let lanes = T::lanes::<S>();
+        let (across, rows) = (self.outputs / lanes, V * lanes);
+        let size = rows * across;
+        for (pair, turned) in self.window.iter().zip(self.turned.chunks_exact_mut(size)) {
+            for block in 0..across {
+                for v in 0..V {
+                    let from = &pair.g[block * lanes * V + v..];
+                    T::transpose(
+                        s,
+                        from,
+                        V,
+                        &mut turned[v * lanes * across + block..],
+                        across,
+                    );
+                }
+            }
+        }
+        let mut output = 0;
+        while output < across {
+            let wide = across - output >= 2;
+            let mut input = 0;
+            while input < self.inputs {
+                let height = block(self.inputs - input, largest_block::<S>());
+                match (height, wide) {
+                    (8, true) => self.block::<8, 2>(s, input, output),
+                    (4, true) => self.block::<4, 2>(s, input, output),
+                    (2, true) => self.block::<2, 2>(s, input, output),
+                    (_, true) => self.block::<1, 2>(s, input, output),
+                    (8, false) => self.block::<8, 1>(s, input, output),
+                    (4, false) => self.block::<4, 1>(s, input, output),
+                    (2, false) => self.block::<2, 1>(s, input, output),
+                    (_, false) => self.block::<1, 1>(s, input, output),
+                }
+                input += height;
+            }
+            output += if wide { 2 } else { 1 };
+        }
+    }
+}
+
+impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
+    /// R inputs by W vectors of outputs.
+    #[inline(always)]
+    fn block<const R: usize, const W: usize>(&mut self, s: S, input: usize, output: usize) {
+        let lanes = T::lanes::<S>();
+        let (across, rows) = (self.outputs / lanes, V * lanes);
+        let mut sums = [[T::zeros::<S>(); W]; R];
+        for (pair, turned) in self
+            .window
+            .iter()
+            .zip(self.turned.chunks_exact(rows * across))
+        {
+            let x = scalars::<T, S>(&pair.x[input * V..(input + R) * V]);
+            let mut each: [&[T]; R] = [&x[..rows]; R];
+            for r in 1..R {
+                each[r] = &x[r * rows..][..rows];
+            }
+            for (b, g) in turned.chunks_exact(across).enumerate().take(rows) {
+                let Some(g) = g[output..].first_chunk::<W>() else {
+                    continue;
+                };
+                for r in 0..R {
+                    let x = T::splat(s, each[r][b]);
+                    for w in 0..W {
+                        sums[r][w] = T::mul_add(s, x, g[w], sums[r][w]);
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            let out = &mut self.sums[(input + r) * across + output..][..W];
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = T::plus(s, *out, *sum);
+            }
+        }
+    }
+}
+
+/// `dW[output][input] += Σ g[output] x[input]`, the batch in the lanes: for layers that are too
+/// thin for [`Outer`].
+pub(crate) struct Dot<'a, T: Element, S: Simd, const V: usize> {
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    pub(crate) window: &'a [Pair<'a, T::Vector<S>>],
+    /// `[output][input]`.
+    pub(crate) sums: &'a mut [T],
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for Dot<'_, T, S, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self, s: S) {
+        let mut output = 0;
+        while output < self.outputs {
+            let height = block(self.outputs - output, 8);
+            let mut input = 0;
+            while input < self.inputs {
+                // Sixteen accumulators at most: eight by two, or two by eight.
+                let width = block(self.inputs - input, if height > 2 { 2 } else { 8 });
+                match (height, width) {
+                    (8, 2) => self.block::<8, 2>(s, output, input),
+                    (8, _) => self.block::<8, 1>(s, output, input),
+                    (4, 2) => self.block::<4, 2>(s, output, input),
+                    (4, _) => self.block::<4, 1>(s, output, input),
+                    (2, 8) => self.block::<2, 8>(s, output, input),
+                    (2, 4) => self.block::<2, 4>(s, output, input),
+                    (2, 2) => self.block::<2, 2>(s, output, input),
+                    (2, _) => self.block::<2, 1>(s, output, input),
+                    (_, 8) => self.block::<1, 8>(s, output, input),
+                    (_, 4) => self.block::<1, 4>(s, output, input),
+                    (_, 2) => self.block::<1, 2>(s, output, input),
+                    _ => self.block::<1, 1>(s, output, input),
+                }
+                input += width;
+            }
+            output += height;
+        }
+    }
+}
+
+impl<T: Element, S: Simd, const V: usize> Dot<'_, T, S, V> {
+    /// R outputs by C inputs.
+    #[inline(always)]
+    fn block<const R: usize, const C: usize>(&mut self, s: S, output: usize, input: usize) {
+        let mut sums = [[T::zeros::<S>(); C]; R];
+        for pair in self.window {
+            let x = &pair.x[input * V..][..C * V];
+            let g = &pair.g[output * V..][..R * V];
+            for v in 0..V {
+                for r in 0..R {
+                    for c in 0..C {
+                        let product = (g[r * V + v], x[c * V + v]);
+                        sums[r][c] = T::mul_add(s, product.0, product.1, sums[r][c]);
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            let out = &mut self.sums[(output + r) * self.inputs + input..][..C];
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out += T::total(s, *sum);
+            }
+        }
+    }
+}
+
+/// `sums[output] += Σ g[output]`, by lane.
+#[inline(always)]
+pub(crate) fn add_rows<T: Element, S: Simd, const V: usize>(
+    s: S,
+    window: &[Pair<'_, T::Vector<S>>],
+    sums: &mut [T::Vector<S>],
+) {
+    for (i, sum) in sums.iter_mut().enumerate() {
+        let mut part = T::zeros::<S>();
+        for pair in window {
+            for g in &pair.g[i * V..(i + 1) * V] {
+                part = T::plus(s, part, *g);
+            }
+        }
+        *sum = T::plus(s, *sum, part);
+    }
+}
+
+/// Rows `[row][feature]` of a batch into a tile `[feature][B]`; lanes beyond the rows become zero.
+pub(crate) fn load<T: Element, S: Simd>(
+    rows: &[T],
+    features: usize,
+    batch: usize,
+    tile: &mut [T::Vector<S>],
+) {
+    let tile = scalars_mut::<T, S>(tile);
+    tile.fill(T::default());
+    for (b, row) in rows.chunks_exact(features).enumerate() {
+        for (i, &x) in row.iter().enumerate() {
+            tile[i * batch + b] = x;
+        }
+    }
+}
+
+/// The inverse of [`load`].
+pub(crate) fn store<T: Element, S: Simd>(
+    tile: &[T::Vector<S>],
+    features: usize,
+    batch: usize,
+    rows: &mut [T],
+) {
+    let tile = scalars::<T, S>(tile);
+    for (b, row) in rows.chunks_exact_mut(features).enumerate() {
+        for (i, x) in row.iter_mut().enumerate() {
+            *x = tile[i * batch + b];
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Squares of numbers turned over their diagonal, the one kernel that must know the vector unit.
+
+use pulp::Simd;
+
+use super::{scalars, scalars_mut, Element};
+
+/// Number by number; for units without a kernel of their own.
+#[inline(always)]
+fn one_by_one<T: Element, S: Simd>(
+    from: &[T::Vector<S>],
+    from_stride: usize,
+    to: &mut [T::Vector<S>],
+    to_stride: usize,
+) {
+    let lanes = T::lanes::<S>();
+    for row in 0..lanes {
+        for column in 0..lanes {
+            scalars_mut::<T, S>(std::slice::from_mut(&mut to[column * to_stride]))[row] =
+                scalars::<T, S>(std::slice::from_ref(&from[row * from_stride]))[column];
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn transpose_f64<S: Simd>(
+    _: S,
+    from: &[S::f64s],
+    from_stride: usize,
+    to: &mut [S::f64s],
+    to_stride: usize,
+) {
+    one_by_one::<f64, S>(from, from_stride, to, to_stride);
+}
+
+#[inline(always)]
+pub(super) fn transpose_f32<S: Simd>(
+    s: S,
+    from: &[S::f32s],
+    from_stride: usize,
+    to: &mut [S::f32s],
+    to_stride: usize,
+) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::any::Any;
+        if let Some(s) = (&s as &dyn Any).downcast_ref::<pulp::x86::V4>() {
+            let (from, to) = (bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+            return x86::sixteen(*s, from, from_stride, to, to_stride);
+        }
+        if let Some(s) = (&s as &dyn Any).downcast_ref::<pulp::x86::V3>() {
+            let (from, to) = (bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+            return x86::eight(*s, from, from_stride, to, to_stride);
+        }
+    }
+    let _ = s;
+    one_by_one::<f32, S>(from, from_stride, to, to_stride);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use pulp::bytemuck::cast;
+    use pulp::x86::{V3, V4};
+    use pulp::{f32x16, f32x8};
+    use std::arch::x86_64::{__m256, __m512};
+
+    /// 16 × 16: pairs of rows are interleaved in ones, in twos, in fours, in eights.
+    #[inline(always)]
+    pub(super) fn sixteen(
+        s: V4,
+        from: &[f32x16],
+        from_stride: usize,
+        to: &mut [f32x16],
+        to_stride: usize,
+    ) {
+        let f = s.avx512f;
+        let mut r: [__m512; 16] = [cast(from[0]); 16];
+        for i in 1..16 {
+            r[i] = cast(from[i * from_stride]);
+        }
+        let mut t = r;
+        for i in 0..8 {
+            t[2 * i] = f._mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = f._mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..4 {
+            let (a, b) = (
+                f._mm512_castps_pd(t[4 * i]),
+                f._mm512_castps_pd(t[4 * i + 2]),
+            );
+            let (c, d) = (
+                f._mm512_castps_pd(t[4 * i + 1]),
+                f._mm512_castps_pd(t[4 * i + 3]),
+            );
+            r[4 * i] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(a, b));
+            r[4 * i + 1] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(a, b));
+            r[4 * i + 2] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(c, d));
+            r[4 * i + 3] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(c, d));
+        }
+        for j in 0..4 {
+            for half in 0..2 {
+                let (a, b) = (r[8 * half + j], r[8 * half + j + 4]);
+                t[8 * half + j] = f._mm512_shuffle_f32x4::<0x88>(a, b);
+                t[8 * half + j + 4] = f._mm512_shuffle_f32x4::<0xdd>(a, b);
+            }
+        }
+        for j in 0..8 {
+            // Columns j and j + 8 are in the even and the odd quarters of two registers.
+            let (a, b) = (t[j], t[j + 8]);
+            to[j * to_stride] = cast(f._mm512_shuffle_f32x4::<0x88>(a, b));
+            to[(j + 8) * to_stride] = cast(f._mm512_shuffle_f32x4::<0xdd>(a, b));
+        }
+    }
+
+    /// 8 × 8, likewise.
+    #[inline(always)]
+    pub(super) fn eight(
+        s: V3,
+        from: &[f32x8],
+        from_stride: usize,
+        to: &mut [f32x8],
+        to_stride: usize,
+    ) {
+        let f = s.avx;
+        let mut r: [__m256; 8] = [cast(from[0]); 8];
+        for i in 1..8 {
+            r[i] = cast(from[i * from_stride]);
+        }
+        let mut t = r;
+        for i in 0..4 {
+            t[2 * i] = f._mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = f._mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..2 {
+            let (a, b) = (
+                f._mm256_castps_pd(t[4 * i]),
+                f._mm256_castps_pd(t[4 * i + 2]),
+            );
+            let (c, d) = (
+                f._mm256_castps_pd(t[4 * i + 1]),
+                f._mm256_castps_pd(t[4 * i + 3]),
+            );
+            r[4 * i] = f._mm256_castpd_ps(f._mm256_unpacklo_pd(a, b));
+            r[4 * i + 1] = f._mm256_castpd_ps(f._mm256_unpackhi_pd(a, b));
+            r[4 * i + 2] = f._mm256_castpd_ps(f._mm256_unpacklo_pd(c, d));
+            r[4 * i + 3] = f._mm256_castpd_ps(f._mm256_unpackhi_pd(c, d));
+        }
+        for j in 0..4 {
+            to[j * to_stride] = cast(f._mm256_permute2f128_ps::<0x20>(r[j], r[j + 4]));
+            to[(j + 4) * to_stride] = cast(f._mm256_permute2f128_ps::<0x31>(r[j], r[j + 4]));
+        }
+    }
+}
