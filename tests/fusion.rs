@@ -1,0 +1,434 @@
+//! Solves tile by tile are the solves of the general path.
+
+use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
+use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::{
+    odeint, Checkpoint, DynamicScaling, Error, OdeOptions, Output, Precision, Recorder, Scaling,
+    Stats, Steps, Tableau, Time, VectorField, BOSH3, DOPRI5, EULER, RK4,
+};
+use candle_nn::{Linear, VarBuilder, VarMap};
+use proptest::prelude::*;
+
+/// Numbers of a tensor.
+fn values(x: &Tensor) -> Vec<f64> {
+    let x = x.detach().to_dtype(DType::F64).unwrap();
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// ‖x − y‖ / ‖y‖.
+fn distance(x: &Tensor, y: &Tensor) -> f64 {
+    assert_eq!(x.shape(), y.shape());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let (x, y) = (values(x), values(y));
+    norm(&mut x.iter().zip(&y).map(|(x, y)| x - y)) / norm(&mut y.iter().copied()).max(1e-300)
+}
+
+/// A perceptron whose variables the map holds.
+fn mlp(vars: &VarMap, widths: &[usize], activation: Activation, time: bool, dtype: DType) -> Mlp {
+    let vb = VarBuilder::from_varmap(vars, dtype, &Device::Cpu);
+    match time {
+        true => Mlp::with_time(widths, activation, vb).unwrap(),
+        false => Mlp::new(widths, activation, vb).unwrap(),
+    }
+}
+
+/// States and the gradients of y0 and all parameters, for a loss that looks at every state.
+struct Outcome {
+    states: Tensor,
+    y0: Tensor,
+    params: Vec<Tensor>,
+    stats: Stats,
+}
+
+fn outcome(
+    field: &Mlp,
+    vars: &VarMap,
+    y0: &Tensor,
+    times: &[f64],
+    options: &OdeOptions,
+) -> candle_diffeq::Result<Outcome> {
+    let recorder = Recorder::default();
+    let options = OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options.clone()
+    };
+    let y0 = Var::from_tensor(y0)?;
+    let states = odeint(field.clone(), y0.as_tensor(), times, &options)?;
+    let weights = (states.ones_like()?.flatten_all()?.cumsum(0)? * 0.01)?
+        .sin()?
+        .reshape(states.shape())?;
+    let grads = (&states * weights)?.sum_all()?.backward()?;
+    let mut named: Vec<_> = vars.data().lock().unwrap().clone().into_iter().collect();
+    named.sort_by(|a, b| a.0.cmp(&b.0));
+    let grad = |var: &Var| grads.get(var).expect("a gradient").clone();
+    Ok(Outcome {
+        states: states.detach(),
+        y0: grad(&y0),
+        params: named.iter().map(|(_, var)| grad(var)).collect(),
+        stats: recorder.take(),
+    })
+}
+
+/// Both paths, compared; the fused one is returned.
+fn agree(
+    field: &Mlp,
+    vars: &VarMap,
+    y0: &Tensor,
+    times: &[f64],
+    options: &OdeOptions,
+    bound: f64,
+) -> (Outcome, Outcome) {
+    let on = |fusion| {
+        let options = OdeOptions {
+            fusion,
+            ..options.clone()
+        };
+        outcome(field, vars, y0, times, &options).unwrap()
+    };
+    let (fused, general) = (on(true), on(false));
+    assert!(distance(&fused.states, &general.states) <= bound);
+    let error = distance(&fused.y0, &general.y0);
+    assert!(error <= bound, "y0: {error:e}");
+    for (i, (f, g)) in fused.params.iter().zip(&general.params).enumerate() {
+        // Against the size of all gradients: a bias may cancel to nothing.
+        let error = distance(f, g) * norm(g) / norm(&general.params[0]).max(norm(g));
+        assert!(error <= bound, "parameter {i}: {error:e}");
+    }
+    (fused, general)
+}
+
+fn norm(x: &Tensor) -> f64 {
+    values(x).iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+prop_compose! {
+    /// Widths of one to four layers, the last like the first.
+    fn widths()(features in 1usize..40, hidden in prop::collection::vec(1usize..130, 0..4)) -> Vec<usize> {
+        let mut widths = vec![features];
+        widths.extend(hidden);
+        widths.push(features);
+        widths
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_perceptron_and_its_vjp_are_those_of_candle(
+        widths in widths(), batch in 1usize..70, which in 0usize..7, time in any::<bool>(), residual in any::<bool>(),
+    ) {
+        let vars = VarMap::new();
+        let mut field = mlp(&vars, &widths, Activation::ALL[which], time, DType::F64);
+        if residual {
+            field = field.residual();
+        }
+        let y = Var::randn(0f64, 1.0, (batch, widths[0]), &Device::Cpu).unwrap();
+        let t = Time::differentiable(0.3, DType::F64, &Device::Cpu);
+        let k = field.velocity(&t, y.as_tensor()).unwrap();
+        let v = Tensor::randn(0f64, 1.0, k.shape(), &Device::Cpu).unwrap();
+        let expected = (&k * &v).unwrap().sum_all().unwrap().backward().unwrap();
+        let (velocity, pull) = field.vjp(&t, y.as_tensor()).unwrap();
+        let got = pull(&v).unwrap();
+        prop_assert!(distance(&velocity, &k) <= 1e-13);
+        prop_assert!(distance(&got.y, expected.get(&y).unwrap()) <= 1e-12);
+        for var in vars.all_vars() {
+            let error = distance(got.params.get(&var).unwrap(), expected.get(&var).unwrap());
+            prop_assert!(error <= 1e-12, "{:e}", error);
+        }
+        prop_assert_eq!(got.t.is_some(), time);
+        if let Some(got) = got.t {
+            let expected = expected.get(t.tensor().unwrap()).unwrap();
+            prop_assert!((values(&got)[0] - values(expected)[0]).abs() <= 1e-12 * (1.0 + norm(&v) * norm(&k)));
+        }
+    }
+
+    #[test]
+    fn a_fused_solve_is_the_general_one(
+        widths in widths(), batch in 1usize..140, which in 0usize..7, time in any::<bool>(), residual in any::<bool>(),
+        method in 0usize..4, steps in 1usize..4, last in any::<bool>(), backwards in any::<bool>(),
+    ) {
+        let vars = VarMap::new();
+        let mut field = mlp(&vars, &widths, Activation::ALL[which], time, DType::F64);
+        if residual {
+            field = field.residual();
+        }
+        let y0 = Tensor::randn(0f64, 1.0, (batch, widths[0]), &Device::Cpu).unwrap();
+        let mut times = [0.0, 0.1, 0.25, 0.3];
+        if backwards {
+            times.reverse();
+        }
+        let options = OdeOptions {
+            method: [EULER, BOSH3, RK4, DOPRI5][method].clone(),
+            steps: Steps::PerInterval(steps),
+            output: if last { Output::Final } else { Output::All },
+            ..Default::default()
+        };
+        let (fused, general) = agree(&field, &vars, &y0, &times, &options, 1e-11);
+        prop_assert_eq!(fused.stats, general.stats);
+    }
+}
+
+/// A field on which both paths can be compared in f32, whose batch is no multiple of the lanes.
+fn spiral(dtype: DType) -> (VarMap, Mlp, Tensor) {
+    let device = Device::Cpu;
+    device.set_seed(1).ok();
+    let vars = VarMap::new();
+    let field = mlp(&vars, &[3, 40, 33, 3], Activation::Tanh, false, dtype);
+    let y0 = Tensor::randn(0f64, 1.0, (77, 3), &device).unwrap();
+    (vars, field, y0.to_dtype(dtype).unwrap())
+}
+
+const TIMES: [f64; 4] = [0.0, 0.3, 0.5, 1.0];
+
+#[test]
+fn every_memory_plan_gives_the_same_bits() {
+    let (vars, field, y0) = spiral(DType::F32);
+    let with = |checkpoint| {
+        let options = OdeOptions {
+            checkpoint,
+            steps: Steps::PerInterval(7),
+            ..Default::default()
+        };
+        agree(&field, &vars, &y0, &TIMES, &options, 2e-6)
+    };
+    let (all, _) = with(Checkpoint::All);
+    for plan in [
+        Checkpoint::Every(4),
+        Checkpoint::States(3),
+        Checkpoint::Bytes(5 * 77 * 3 * 4),
+    ] {
+        let (fused, general) = with(plan);
+        assert_eq!(fused.stats, general.stats, "{plan:?}");
+        assert_eq!(values(&fused.y0), values(&all.y0), "{plan:?}");
+        for (p, q) in fused.params.iter().zip(&all.params) {
+            assert_eq!(values(p), values(q), "{plan:?}");
+        }
+    }
+}
+
+#[test]
+fn low_precision_rounds_as_the_general_path_does() {
+    let (vars, field, y0) = spiral(DType::F32);
+    for (precision, unit) in [(Precision::bf16(), 8), (Precision::f16(), 11)] {
+        for store in [DType::F32, precision.compute] {
+            let options = OdeOptions {
+                precision: Some(precision.store(store)),
+                steps: Steps::PerInterval(5),
+                ..Default::default()
+            };
+            // A rounding may fall to the other side where the sums differ in their last bit.
+            let bound = 2f64.powi(-unit);
+            let (fused, general) = agree(&field, &vars, &y0, &TIMES, &options, bound);
+            assert_eq!(fused.stats.bytes_kept, general.stats.bytes_kept);
+            let exact = OdeOptions {
+                steps: Steps::PerInterval(5),
+                ..Default::default()
+            };
+            let exact = outcome(&field, &vars, &y0, &TIMES, &exact).unwrap();
+            let error = distance(&fused.states, &exact.states);
+            assert!(error > 0.02 * bound, "nothing was rounded: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn a_tiny_cotangent_survives_f16_with_the_scaler_and_is_lost_without() {
+    let (vars, field, y0) = spiral(DType::F32);
+    let gradient = |precision, scaling, factor: f64| {
+        let options = OdeOptions {
+            precision: Some(precision),
+            scaling,
+            ..Default::default()
+        };
+        let y0 = Var::from_tensor(&y0).unwrap();
+        let states = odeint(field.clone(), y0.as_tensor(), &TIMES, &options).unwrap();
+        let loss = (states.i(3).unwrap().sum_all().unwrap() * factor).unwrap();
+        let grads = loss.backward().unwrap();
+        (grads.get(&y0).unwrap() * factor.recip()).unwrap()
+    };
+    let factor = 2f64.powi(-40);
+    let exact = gradient(Precision::f32(), Scaling::Off, factor);
+    let scaled = gradient(Precision::f16(), Scaling::Auto, factor);
+    assert!(distance(&scaled, &exact) <= 4.0 * 2f64.powi(-11));
+    let unscaled = gradient(Precision::f16(), Scaling::Off, factor);
+    assert!(distance(&unscaled, &exact) > 0.5);
+    let _ = vars;
+}
+
+#[test]
+fn an_overflowing_pull_back_is_repeated_with_a_smaller_scale() {
+    let (vars, field, y0) = spiral(DType::F32);
+    let options = OdeOptions {
+        precision: Some(Precision::f16()),
+        scaling: Scaling::Dynamic(DynamicScaling {
+            headroom: 1.0,
+            ..Default::default()
+        }),
+        steps: Steps::PerInterval(4),
+        ..Default::default()
+    };
+    // Weights so large that cotangents grow inside the field.
+    for var in vars.all_vars() {
+        var.set(&(var.as_tensor() * 4.0).unwrap()).unwrap();
+    }
+    let outcome = outcome(&field, &vars, &y0, &[0.0, 0.05, 0.1], &options).unwrap();
+    assert!(outcome.stats.retries > 0);
+    assert!(values(&outcome.y0).iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let (vars, field, _) = spiral(DType::F32);
+    let y0 = Tensor::randn(0f32, 1.0, (1000, 3), &Device::Cpu).unwrap();
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap()
+            .install(|| outcome(&field, &vars, &y0, &TIMES, &OdeOptions::default()).unwrap())
+    };
+    let one = on(1);
+    for threads in [2, 3, 5] {
+        let many = on(threads);
+        assert_eq!(values(&many.states), values(&one.states));
+        assert_eq!(values(&many.y0), values(&one.y0));
+        for (p, q) in many.params.iter().zip(&one.params) {
+            assert_eq!(values(p), values(q));
+        }
+    }
+}
+
+#[test]
+fn the_first_bad_velocity_is_named_wherever_its_row_is() {
+    // y' = 30 y in every row: the larger a row starts, the earlier it overflows.
+    let weight = Var::new(&[[30f32]], &Device::Cpu).unwrap();
+    let bias = Var::new(&[0f32], &Device::Cpu).unwrap();
+    let layer = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()));
+    let field = Mlp::from_layers(&[layer], Activation::Tanh, false).unwrap();
+    let mut rows = vec![1e20f32; 300];
+    rows[250] = 1e30;
+    let y0 = Tensor::from_vec(rows, (300, 1), &Device::Cpu).unwrap();
+    let error = |fusion| {
+        let options = OdeOptions {
+            fusion,
+            steps: Steps::Size(0.1),
+            ..Default::default()
+        };
+        odeint(field.clone(), &y0, &[0.0, 10.0], &options)
+            .err()
+            .map(|e| e.to_string())
+    };
+    assert!(error(true).is_some());
+    assert_eq!(error(true), error(false));
+}
+
+#[test]
+fn a_non_finite_start_is_an_error() {
+    let (_, field, y0) = spiral(DType::F32);
+    let bad = (y0.narrow(0, 0, 1).unwrap() * f64::NAN).unwrap();
+    let error = odeint(field, &bad, &TIMES, &OdeOptions::default());
+    assert!(matches!(error, Err(Error::NonFiniteState { leaf: 0 })));
+}
+
+#[test]
+fn a_state_of_other_features_is_an_error_as_it_is_without_fusion() {
+    let (_, field, _) = spiral(DType::F32);
+    let y0 = Tensor::ones((5, 4), DType::F32, &Device::Cpu).unwrap();
+    assert!(odeint(field, &y0, &TIMES, &OdeOptions::default()).is_err());
+}
+
+#[test]
+fn frozen_weights_get_no_gradient_and_the_others_theirs() {
+    let (vars, field, y0) = spiral(DType::F64);
+    let all = outcome(&field, &vars, &y0, &TIMES, &OdeOptions::default()).unwrap();
+    let mut named: Vec<_> = vars.data().lock().unwrap().clone().into_iter().collect();
+    named.sort_by(|a, b| a.0.cmp(&b.0));
+    // Layers 0 and 2 frozen.
+    let layer = |l: usize| {
+        let (bias, weight) = (&named[2 * l].1, &named[2 * l + 1].1);
+        match l {
+            1 => Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone())),
+            _ => Linear::new(weight.as_detached_tensor(), Some(bias.as_detached_tensor())),
+        }
+    };
+    let frozen = Mlp::from_layers(&[layer(0), layer(1), layer(2)], Activation::Tanh, false);
+    let y0 = Var::from_tensor(&y0).unwrap();
+    let states = odeint(frozen.unwrap(), y0.as_tensor(), &TIMES, &OdeOptions::default()).unwrap();
+    let weights = (states.ones_like().unwrap().flatten_all().unwrap().cumsum(0).unwrap() * 0.01)
+        .unwrap()
+        .sin()
+        .unwrap()
+        .reshape(states.shape())
+        .unwrap();
+    let grads = (&states * weights).unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(distance(grads.get(&y0).unwrap(), &all.y0) <= 1e-14);
+    for (i, (_, var)) in named.iter().enumerate() {
+        match i {
+            2 | 3 => assert!(distance(grads.get(var).unwrap(), &all.params[i]) <= 1e-14),
+            _ => assert!(grads.get(var).is_none()),
+        }
+    }
+}
+
+#[test]
+fn many_tiny_terms_do_not_drift() {
+    // 20 000 steps: sums of gradients in blocks stay at the roundoff of f32.
+    let device = Device::Cpu;
+    let vars = VarMap::new();
+    let field = mlp(&vars, &[2, 16, 2], Activation::Tanh, false, DType::F64);
+    let y0 = Tensor::randn(0f64, 1.0, (16, 2), &device).unwrap();
+    let options = OdeOptions {
+        method: EULER,
+        steps: Steps::PerInterval(20_000),
+        output: Output::Final,
+        ..Default::default()
+    };
+    let exact = outcome(&field, &vars, &y0, &[0.0, 1.0], &options).unwrap();
+    let single = VarMap::new();
+    let low = mlp(&single, &[2, 16, 2], Activation::Tanh, false, DType::F32);
+    for (name, var) in vars.data().lock().unwrap().iter() {
+        let twin = single.data().lock().unwrap()[name].clone();
+        twin.set(&var.to_dtype(DType::F32).unwrap()).unwrap();
+    }
+    let y0 = y0.to_dtype(DType::F32).unwrap();
+    let single = outcome(&low, &single, &y0, &[0.0, 1.0], &options).unwrap();
+    for (p, q) in single.params.iter().zip(&exact.params) {
+        let p = p.to_dtype(DType::F64).unwrap();
+        let error = distance(&p, q);
+        assert!(error <= 2e-5, "{error:e}");
+    }
+}
+
+#[test]
+fn a_module_is_what_its_layers_are() -> Result<()> {
+    let (vars, field, y0) = spiral(DType::F64);
+    let data = vars.data().lock().unwrap();
+    let affine = |x: &Tensor, l: usize| {
+        x.matmul(&data[&format!("{l}.weight")].t()?)?
+            .broadcast_add(&data[&format!("{l}.bias")])
+    };
+    let h = affine(&affine(&affine(&y0, 0)?.tanh()?, 1)?.tanh()?, 2)?;
+    assert!(distance(&field.forward(&y0)?, &h) <= 1e-15);
+    Ok(())
+}
+
+#[test]
+fn layers_that_do_not_fit_are_an_error() {
+    let layer = |rows: usize, columns: usize| {
+        let weight = Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap();
+        let bias = Tensor::zeros(rows, DType::F32, &Device::Cpu).unwrap();
+        Linear::new(weight, Some(bias))
+    };
+    let of = |layers: &[Linear], time| {
+        Mlp::from_layers(layers, Activation::Tanh, time)
+            .map(|_| ())
+            .map_err(|e| e.to_string())
+    };
+    assert!(of(&[layer(4, 2), layer(2, 4)], false).is_ok());
+    assert!(of(&[layer(4, 3), layer(2, 4)], true).is_ok());
+    assert!(of(&[layer(4, 2), layer(2, 5)], false).is_err());
+    assert!(of(&[layer(4, 2), layer(3, 4)], false).is_err());
+    assert!(of(&[], false).is_err());
+    let bare = Linear::new(Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap(), None);
+    assert!(of(&[bare], false).is_err());
+    let _: Option<Tableau> = None;
+}
