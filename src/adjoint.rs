@@ -18,6 +18,7 @@ use crate::accumulator::Accumulator;
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::precision::{Roles, Rounding};
+use crate::pullback;
 use crate::scaler::{Outcome, Scaler};
 use crate::stats::Stats;
 use crate::step::{located, Field, Linear, Scheme};
@@ -63,7 +64,7 @@ impl Sweep<'_> {
         let steps = self.plan.len();
         let mut scaler = self.scaler;
         let mut theta = Accumulator::new(self.theta, self.scheme.roles[0].state)?;
-        let mut time_terms = vec![];
+        let mut times = TimeGradients::new(self.differentiate_time, self.plan.outputs());
         let mut rewind = self.trajectory.rewind();
         let mut adj = last;
         for n in (0..steps).rev() {
@@ -80,15 +81,8 @@ impl Sweep<'_> {
                 scaler = scaler.aimed(self.magnitude(&adj)?);
             }
             let ws;
-            (ws, scaler) = self.pull_back(
-                step,
-                &adj,
-                &linear,
-                scaler,
-                &mut theta,
-                &mut time_terms,
-                stats,
-            )?;
+            (ws, scaler) =
+                self.pull_back(step, &adj, &linear, scaler, &mut theta, &mut times, stats)?;
             let incoming = match step.span.0 {
                 0.0 => earlier(step.interval)?,
                 _ => None,
@@ -97,14 +91,17 @@ impl Sweep<'_> {
             watch.see(&adj, || gradient(step))?;
         }
         let theta = theta.finish()?;
-        if steps > 0 {
-            watch.see(&theta, || gradient(self.plan.step(0)))?;
-        }
+        watch.see(&theta, || Error::NonFiniteParameterGradient)?;
         watch.finish()?;
+        if steps == 0 {
+            // λ_0 is what was given; the gradient is to be the caller's own.
+            let own = adj.iter().map(Tensor::copy);
+            adj = own.collect::<candle_core::Result<_>>()?;
+        }
         Ok(Adjoint {
             y0: adj,
             theta,
-            times: self.times(&time_terms)?,
+            times: times.finish()?,
         })
     }
 
@@ -120,15 +117,20 @@ impl Sweep<'_> {
         self.scheme.advance(self.field, self.plan.step(m), y, watch)
     }
 
-    /// max|λ| over the leaves whose cotangents can overflow, or over all if none can.
+    /// max|λ| over the leaves whose cotangents can overflow.  Over all if none can, or while it is
+    /// zero: a leaf whose λ starts at zero gets it from the others', through the field.
     fn magnitude(&self, adj: &[Tensor]) -> Result<f64> {
-        let roles = &self.scheme.roles;
-        let any = roles.iter().any(Roles::needs_scaling);
-        let looked_at = adj.iter().zip(roles);
-        let looked_at = looked_at.filter(|(_, roles)| !any || roles.needs_scaling());
-        looked_at
-            .map(|(adj, _)| ops::magnitude(adj))
-            .try_fold(0.0, |max, m| Ok(f64::max(max, m?)))
+        let max_over = |looked_at: fn(&Roles) -> bool| {
+            let leaves = adj.iter().zip(&self.scheme.roles);
+            let leaves = leaves.filter(|(_, roles)| looked_at(roles));
+            leaves
+                .map(|(adj, _)| ops::magnitude(adj))
+                .try_fold(0.0, |max, m| Ok::<_, Error>(f64::max(max, m?)))
+        };
+        match max_over(Roles::needs_scaling)? {
+            0.0 => max_over(|_| true),
+            max => Ok(max),
+        }
     }
 
     /// w_i of every stage, θ̄ and time terms added on the way.
@@ -140,7 +142,7 @@ impl Sweep<'_> {
         linear: &[Option<Linear<'_>>],
         mut scaler: Scaler,
         theta: &mut Accumulator,
-        time_terms: &mut Vec<TimeTerm>,
+        times: &mut TimeGradients,
         stats: &mut Stats,
     ) -> Result<(Vec<Option<Pulled>>, Scaler)> {
         let mut ws: Vec<Option<Pulled>> = linear.iter().map(|_| None).collect();
@@ -153,11 +155,11 @@ impl Sweep<'_> {
                 })?;
                 let scale = scaler.scale();
                 stats.vjps += 1;
-                stats.used_scale(scale);
+                if scaler.is_on() {
+                    stats.used_scale(scale);
+                }
                 attempts += 1;
-                let grads = self
-                    .pull(stage, &v)
-                    .map_err(|e| located(e, step, i, stage.t))?;
+                let grads = self.pull(step, i, stage, &v)?;
                 let outcome = match scaler.is_dynamic() {
                     true => grads.outcome()?,
                     false => Outcome::Clean,
@@ -192,7 +194,7 @@ impl Sweep<'_> {
                     &stage.k,
                     grads.t,
                     unscale,
-                    time_terms,
+                    times,
                 )?;
             }
             ws[i] = Some((grads.y, unscale));
@@ -226,13 +228,20 @@ impl Sweep<'_> {
     }
 
     /// One pull-back; the cotangent of the state is rounded as the seed was.
-    fn pull(&self, stage: &Linear<'_>, v: &Vec<Tensor>) -> Result<Grads> {
-        let mut pulled = (stage.pull)(v)?;
-        self.scheme.check(v, &pulled.y)?;
+    fn pull(&self, step: Step, i: usize, stage: &Linear<'_>, v: &Vec<Tensor>) -> Result<Grads> {
+        let mut pulled = (stage.pull)(v).map_err(|e| located(e.into(), step, i, stage.t))?;
+        let invalid = |defect| Error::InvalidPullback {
+            step: step.index,
+            stage: i,
+            t: stage.t,
+            defect,
+        };
+        pullback::check(v, self.theta, &pulled).map_err(invalid)?;
         let round = |(w, roles): (&Tensor, &Roles)| roles.compute.round(w);
         let y = pulled.y.iter().zip(&self.scheme.roles).map(round);
         let params = self.theta.iter().map(|p| pulled.params.remove(p));
         let params = params.map(|g| g.map(|g| g.detach())).collect();
+        pullback::check_rest(self.field, &pulled.params).map_err(invalid)?;
         Ok(Grads {
             y: y.collect::<Result<_>>()?,
             theta: params,
@@ -271,34 +280,16 @@ impl Sweep<'_> {
         k: &[Tensor],
         through_f: Option<Tensor>,
         unscale: f64,
-        terms: &mut Vec<TimeTerm>,
+        times: &mut TimeGradients,
     ) -> Result<()> {
         for (v, k) in v.iter().zip(k) {
-            terms.push(TimeTerm::new(step, ops::dot(v, k)?, -1.0, 1.0)?);
+            times.add(TimeTerm::new(step, ops::dot(v, k)?, -1.0, 1.0)?)?;
         }
         if let Some(dt) = through_f {
             let h = step.h * unscale;
-            terms.push(TimeTerm::new(step, dt, (1.0 - c) * h, c * h)?);
+            times.add(TimeTerm::new(step, dt, (1.0 - c) * h, c * h)?)?;
         }
         Ok(())
-    }
-
-    /// Reads all time terms in one transfer and adds them up by output time.
-    fn times(&self, terms: &[TimeTerm]) -> Result<Vec<f64>> {
-        if !self.differentiate_time {
-            return Ok(vec![]);
-        }
-        let mut times = vec![0.0; self.plan.outputs()];
-        if terms.is_empty() {
-            return Ok(times);
-        }
-        let values: Vec<_> = terms.iter().map(|t| &t.value).collect();
-        let values = Tensor::stack(&values, 0)?.to_vec1::<f64>()?;
-        for (term, value) in terms.iter().zip(values) {
-            times[term.interval] += term.start * value;
-            times[term.interval + 1] += term.end * value;
-        }
-        Ok(times)
     }
 }
 
@@ -309,10 +300,69 @@ fn gradient(step: Step) -> Error {
     }
 }
 
+/// Time terms on a device that are kept before they are read.
+const BLOCK: usize = 1024;
+
+/// t̄, added up on the host: at once where reading a scalar costs nothing, otherwise in blocks.
+struct TimeGradients {
+    times: Vec<f64>,
+    pending: Vec<TimeTerm>,
+}
+
+impl TimeGradients {
+    /// Zero at every output time, or nothing at all.
+    fn new(wanted: bool, outputs: usize) -> Self {
+        Self {
+            times: vec![0.0; if wanted { outputs } else { 0 }],
+            pending: vec![],
+        }
+    }
+
+    fn add(&mut self, term: TimeTerm) -> Result<()> {
+        if term.value.device().is_cpu() {
+            let value = term.value.to_scalar()?;
+            return self.sum(&term, value);
+        }
+        self.pending.push(term);
+        match self.pending.len() {
+            BLOCK.. => self.flush(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads what is pending, in one transfer.
+    fn flush(&mut self) -> Result<()> {
+        let terms = std::mem::take(&mut self.pending);
+        if terms.is_empty() {
+            return Ok(());
+        }
+        let values: Vec<_> = terms.iter().map(|t| &t.value).collect();
+        let values = Tensor::stack(&values, 0)?.to_vec1()?;
+        let mut terms = terms.iter().zip(values);
+        terms.try_for_each(|(term, value)| self.sum(term, value))
+    }
+
+    fn sum(&mut self, term: &TimeTerm, value: f64) -> Result<()> {
+        let interval = term.step.interval;
+        for (i, weight) in [(interval, term.start), (interval + 1, term.end)] {
+            self.times[i] += weight * value;
+            if !self.times[i].is_finite() {
+                return Err(gradient(term.step));
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Vec<f64>> {
+        self.flush()?;
+        Ok(self.times)
+    }
+}
+
 /// A scalar on the device that belongs, with weights, to the two output times around a step.
 struct TimeTerm {
     value: Tensor,
-    interval: usize,
+    step: Step,
     start: f64,
     end: f64,
 }
@@ -323,8 +373,8 @@ impl TimeTerm {
     fn new(step: Step, value: Tensor, at_start: f64, at_end: f64) -> Result<Self> {
         let (s0, s1) = step.span;
         Ok(Self {
-            value: value.to_dtype(DType::F64)?,
-            interval: step.interval,
+            value: value.reshape(())?.to_dtype(DType::F64)?,
+            step,
             start: at_start * (1.0 - s0) + at_end * (1.0 - s1),
             end: at_start * s0 + at_end * s1,
         })
@@ -352,5 +402,38 @@ impl Grads {
             }
         }
         Ok(Outcome::Clean)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn time_terms_that_wait_are_summed_in_blocks_to_the_same_numbers() {
+        let step = |interval| Step {
+            index: interval,
+            t: 0.0,
+            h: 1.0,
+            interval,
+            span: (0.0, 1.0),
+        };
+        let (mut at_once, mut waiting) = (TimeGradients::new(true, 3), TimeGradients::new(true, 3));
+        for n in 0..2 * BLOCK + 3 {
+            let term = || {
+                let value = Tensor::new(n as f64, &Device::Cpu).unwrap();
+                TimeTerm::new(step(n % 2), value, -1.0, 0.5).unwrap()
+            };
+            at_once.add(term()).unwrap();
+            waiting.pending.push(term());
+            if waiting.pending.len() == BLOCK {
+                waiting.flush().unwrap();
+            }
+        }
+        assert!(at_once.pending.is_empty() && waiting.pending.len() == 3);
+        assert_eq!(at_once.finish().unwrap(), waiting.finish().unwrap());
+        assert!(TimeGradients::new(false, 3).finish().unwrap().is_empty());
     }
 }

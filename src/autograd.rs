@@ -4,6 +4,7 @@
 //! steps.
 
 use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Tensor, Var};
 
 use crate::error::Error;
@@ -59,7 +60,7 @@ pub(crate) fn vjp<'f, S: State, F: VectorField<S> + ?Sized>(
     if !traced.k.iter().any(Tensor::track_op) {
         return Err(Error::UntrackedVelocity { t: t.value() }.into());
     }
-    traced.pullback()
+    traced.pullback(field.parameters())
 }
 
 /// The same for a field that is declared constant: what cannot be traced has no derivative.
@@ -68,7 +69,7 @@ pub(crate) fn vjp_of_constant<'f, S: State, F: VectorField<S> + ?Sized>(
     t: &Time,
     y: &S,
 ) -> candle_core::Result<(S, Pullback<'f, S>)> {
-    trace(field, t, y)?.pullback()
+    trace(field, t, y)?.pullback(field.parameters())
 }
 
 /// One evaluation on leaves of our own.
@@ -98,9 +99,27 @@ fn trace<S: State, F: VectorField<S> + ?Sized>(
 }
 
 impl Traced {
-    fn pullback<'f, S: State>(self) -> candle_core::Result<(S, Pullback<'f, S>)> {
+    /// `listed`: the parameters that the field says it has; candle also stores gradients of constants
+    /// that it met.
+    fn pullback<'f, S: State>(
+        self,
+        listed: Option<Vec<Tensor>>,
+    ) -> candle_core::Result<(S, Pullback<'f, S>)> {
         let velocity = S::from_leaves(self.k.iter().map(Tensor::detach).collect())?;
-        Ok((velocity, Box::new(move |v: &S| self.pull(v))))
+        let pull = move |v: &S| {
+            let mut pulled = self.pull(v)?;
+            if let Some(listed) = &listed {
+                let mut params = GradStore::default();
+                for p in listed {
+                    if let Some(grad) = pulled.params.remove(p) {
+                        params.insert(p, grad);
+                    }
+                }
+                pulled.params = params;
+            }
+            Ok(pulled)
+        };
+        Ok((velocity, Box::new(pull)))
     }
 
     /// vᵀ∂f.

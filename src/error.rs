@@ -2,7 +2,9 @@
 
 use candle_core::{DType, DeviceLocation, Shape};
 
+use crate::pullback::PullbackDefect;
 use crate::tableau::TableauDefect;
+use crate::time::Steps;
 
 /// Result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -23,8 +25,8 @@ pub enum Error {
         /// Shape that was given.
         shape: Shape,
     },
-    /// A grid tensor holds no floating-point numbers.
-    #[error("the time grid must be f32 or f64, got {dtype:?}")]
+    /// A grid tensor is neither f32 nor f64; lower precisions do not tell neighbouring times apart.
+    #[error("the time grid must be an f32 or f64 tensor, got {dtype:?}")]
     GridDtype {
         /// Dtype that was given.
         dtype: DType,
@@ -47,9 +49,29 @@ pub enum Error {
         /// The value.
         t: f64,
     },
-    /// `steps_per_interval` is zero.
-    #[error("an interval needs at least one step")]
+    /// [`Steps::PerInterval`]`(0)`.
+    #[error("Steps::PerInterval(0): an interval between two times needs at least one step")]
     NoSteps,
+    /// Two neighbouring times whose difference overflows.
+    #[error("the interval from t[{index}] = {t0:e} to {t1:e} is longer than f64 can hold")]
+    IntervalOverflow {
+        /// Index of `t0`.
+        index: usize,
+        /// Time before.
+        t0: f64,
+        /// Time after.
+        t1: f64,
+    },
+    /// More steps than can be counted, 2^53.
+    #[error("Steps::{steps:?} asks for {count:e} steps up to the end of interval {interval}; fewer than 2^53 can be counted")]
+    TooManySteps {
+        /// The option.
+        steps: Steps,
+        /// Interval in which the count passes the limit.
+        interval: usize,
+        /// Steps of this interval and those before it.
+        count: f64,
+    },
     /// A step size is not a positive finite number.
     #[error("step size {step_size} is not a positive finite number")]
     InvalidStepSize {
@@ -135,8 +157,7 @@ pub enum Error {
         /// Tensors in the velocity.
         got: usize,
     },
-    /// The velocity, or the cotangent that a field's own pull-back returned, has not the state's
-    /// shape.
+    /// The velocity has not the state's shape.
     #[error("the field returned shape {got:?} for state tensor {leaf} of shape {expected:?}")]
     ShapeChanged {
         /// Index of the tensor in the state.
@@ -146,8 +167,7 @@ pub enum Error {
         /// Shape of the velocity.
         got: Shape,
     },
-    /// The velocity, or the cotangent that a field's own pull-back returned, has not the dtype that
-    /// the field was given.
+    /// The velocity has not the dtype that the field was given.
     #[error("the field returned {got:?} for state tensor {leaf}, but was given {expected:?}")]
     DtypeChanged {
         /// Index of the tensor in the state.
@@ -156,6 +176,18 @@ pub enum Error {
         expected: DType,
         /// Dtype that it returned.
         got: DType,
+    },
+    /// What a field's own pull-back returned does not fit the state, time or the parameters.
+    #[error("the pull-back (not the velocity) at step {step}, stage {stage}, t = {t}: {defect}")]
+    InvalidPullback {
+        /// Index of the step.
+        step: usize,
+        /// Index of the stage.
+        stage: usize,
+        /// Time of the stage.
+        t: f64,
+        /// What is wrong with it.
+        defect: PullbackDefect,
     },
     /// The velocity holds NaN or infinity.
     #[error("the velocity is not finite at step {step}, stage {stage}, t = {t}")]
@@ -177,7 +209,7 @@ pub enum Error {
     },
     /// candle sees no path from the velocity to the state or to a parameter, or none from a velocity
     /// tensor to the state although it changes with it.
-    #[error("the velocity at t = {t} is not connected to what it depends on in candle's graph (detach(), or backward() inside the field?): implement VectorField::vjp, or declare it with constant(..)")]
+    #[error("the velocity at t = {t} is not connected to what it depends on in candle's graph (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
     UntrackedVelocity {
         /// Time of the evaluation.
         t: f64,
@@ -209,6 +241,13 @@ pub enum Error {
         /// Time of the evaluation.
         t: f64,
     },
+    /// A field's own list of parameters holds a tensor that its factory did not get from the
+    /// `VarBuilder`: its gradient would reach no variable.
+    #[error("parameter {index} of VectorField::parameters is no tensor that the factory got from the VarBuilder: list these tensors themselves, not what was computed from them")]
+    UnknownParameter {
+        /// Position in the list.
+        index: usize,
+    },
     /// Gradients were asked of a solution that kept nothing.
     #[error("the solve kept nothing for a backward pass (Checkpoint::Nothing)")]
     NothingKept,
@@ -226,7 +265,7 @@ pub enum Error {
     /// The cotangent that arrives from the loss holds NaN or infinity.
     #[error("the gradient that arrives from the loss holds NaN or infinity")]
     NonFiniteCotangent,
-    /// The adjoint or a parameter gradient overflowed (no scaler at work).
+    /// The adjoint or a time gradient overflowed (no scaler at work).
     #[error("gradients became non-finite in the backward pass at step {step}, t = {t}")]
     NonFiniteGradient {
         /// Index of the step.
@@ -234,6 +273,10 @@ pub enum Error {
         /// Time at its start.
         t: f64,
     },
+    /// A parameter gradient overflowed.  It is a sum over all steps that is looked at once, after
+    /// the sweep, so no step is named.
+    #[error("the gradient of a parameter became non-finite in the backward pass")]
+    NonFiniteParameterGradient,
     /// Lowering the adjoint scale did not cure an overflow.
     #[error("the adjoint overflows at step {step}, t = {t}, even scaled by {scale:e} ({attempts} attempts)")]
     ScaleExhausted {
@@ -254,10 +297,14 @@ pub enum Error {
         /// Its value.
         value: f64,
     },
-    /// A checkpoint plan keeps nothing.
-    #[error("a checkpoint plan must keep at least one state ({needed} bytes)")]
+    /// A checkpoint plan that could not keep one state.
+    #[error("Checkpoint::{option}({given}) cannot keep one state: at least {needed} is needed")]
     InvalidCheckpoint {
-        /// Bytes of one state.
+        /// The plan: `Every`, `States` or `Bytes`.
+        option: &'static str,
+        /// Its number.
+        given: usize,
+        /// The least number that will do: 1, or the bytes of one state.
         needed: usize,
     },
     /// A tableau is not an explicit Runge-Kutta method of its stated order.
@@ -295,7 +342,10 @@ impl Error {
     pub(crate) fn is_overflow(&self) -> bool {
         matches!(
             self,
-            Self::NonFiniteCotangent | Self::NonFiniteGradient { .. } | Self::ScaleExhausted { .. }
+            Self::NonFiniteCotangent
+                | Self::NonFiniteGradient { .. }
+                | Self::NonFiniteParameterGradient
+                | Self::ScaleExhausted { .. }
         )
     }
 

@@ -12,26 +12,50 @@ use crate::time::Time;
 ///
 /// Every closure `Fn(&Time, &S) -> candle_core::Result<S>` is one; candle modules enter by
 /// [`autonomous`].  y arrives in compute dtype; the velocity must have its shapes, dtypes and
-/// device.  f must be deterministic: the backward pass evaluates it again.
+/// device.  f must be deterministic: the backward pass evaluates it again.  `Result` is candle's
+/// throughout, so that model code needs no conversion; this crate's errors pass through it.
+///
+/// A field that brings its own pull-back implements [`vjp`](Self::vjp) **and**
+/// [`parameters`](Self::parameters): what the one inserts gradients of, the other lists.
 ///
 /// ```
-/// use candle_core::{Device, Tensor};
-/// use candle_diffeq::{Cotangents, Pullback, Time, VectorField};
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_diffeq::{odeint, Cotangents, OdeOptions, Pullback, Time, VectorField};
 ///
-/// /// y' = −y with its pull-back written by hand.
-/// struct Decay;
-/// impl VectorField for Decay {
+/// /// y' = w y with its pull-back written by hand.
+/// struct Growth {
+///     w: Tensor,
+/// }
+/// impl VectorField for Growth {
 ///     fn velocity(&self, _: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
-///         y.neg()
+///         y.broadcast_mul(&self.w.detach().to_dtype(y.dtype())?)
 ///     }
 ///     fn vjp(&self, t: &Time, y: &Tensor) -> candle_core::Result<(Tensor, Pullback<'_, Tensor>)> {
-///         let pull = |v: &Tensor| Ok(Cotangents::of_state(v.neg()?));
-///         Ok((self.velocity(t, y)?, Box::new(pull)))
+///         let (k, y) = (self.velocity(t, y)?, y.clone());
+///         let pull = move |v: &Tensor| {
+///             // vᵀ∂f/∂y = w v, in the dtype of v.
+///             let w = self.w.detach().to_dtype(v.dtype())?;
+///             let mut cotangents = Cotangents::of_state(v.broadcast_mul(&w)?);
+///             // vᵀ∂f/∂w = Σ v y, of w's shape, under the tensor that `parameters` lists.
+///             let product = (v.to_dtype(DType::F32)? * y.to_dtype(DType::F32)?)?;
+///             cotangents.params.insert(&self.w, product.sum_all()?);
+///             Ok(cotangents)
+///         };
+///         Ok((k, Box::new(pull)))
 ///     }
 ///     fn parameters(&self) -> Option<Vec<Tensor>> {
-///         Some(vec![])
+///         Some(vec![self.w.clone()])
 ///     }
 /// }
+///
+/// let w = Var::new(0.5f32, &Device::Cpu)?;
+/// let y0 = Tensor::ones(3, DType::F32, &Device::Cpu)?;
+/// let field = Growth { w: w.as_tensor().clone() };
+/// let ys = odeint(field, &y0, &[0.0, 1.0], &OdeOptions::default())?;
+/// let grads = ys.get(1)?.sum_all()?.backward()?;
+/// let grad = grads.get(&w).unwrap().to_scalar::<f32>()?;        // 3 e^w to order four
+/// assert!((grad - 3.0 * 0.5f32.exp()).abs() < 0.02);
+/// # Ok::<(), candle_diffeq::Error>(())
 /// ```
 pub trait VectorField<S: State = Tensor> {
     /// f(t, y).
@@ -55,7 +79,8 @@ pub trait VectorField<S: State = Tensor> {
 
     /// The parameters that [`vjp`](Self::vjp) returns gradients of, for fields that bring their
     /// own; `None` (the default) lets the solver find the variables in candle's graph, over all
-    /// evaluations.
+    /// evaluations.  To be implemented together with `vjp`: without it a velocity that candle cannot
+    /// trace is an error, and a gradient of a tensor that is not listed is one too.
     fn parameters(&self) -> Option<Vec<Tensor>> {
         None
     }
@@ -73,11 +98,13 @@ pub type Pullback<'f, S> = Box<dyn Fn(&S) -> candle_core::Result<Cotangents<S>> 
 /// What a pull-back returns: vᵀ∂f/∂y, vᵀ∂f/∂t and vᵀ∂f/∂θ.
 #[derive(Debug)]
 pub struct Cotangents<S> {
-    /// vᵀ∂f/∂y, of y's shapes; a tensor that f does not read is zero.
+    /// vᵀ∂f/∂y, of y's shapes and dtypes; a tensor that f does not read is zero.
     pub y: S,
-    /// vᵀ∂f/∂t, 0-d, or `None` where f does not read [`Time::tensor`].
+    /// vᵀ∂f/∂t, 0-d, of any float dtype, or `None` where f does not read [`Time::tensor`].
     pub t: Option<Tensor>,
-    /// vᵀ∂f/∂θ by parameter, of its shape; parameters that f did not read may be missing.
+    /// vᵀ∂f/∂θ by parameter, of its shape and on its device, in f16, bf16, f32 or f64, whichever
+    /// the parameter has: it is summed in state dtype.  Parameters that f did not read may be
+    /// missing.
     pub params: GradStore,
 }
 

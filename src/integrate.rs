@@ -22,7 +22,6 @@ pub(crate) struct Forward {
 }
 
 /// What a forward pass keeps, by the way that it took.
-#[derive(Clone)]
 pub(crate) enum Kept {
     /// Step by step over the whole batch.
     Steps(Trajectory),
@@ -63,6 +62,8 @@ pub(crate) fn integrate(
         let step = plan.step(n);
         trajectory.offer(n, &y)?;
         y = scheme.advance(field, step, &y, &mut watch)?;
+        stats.steps += 1;
+        stats.evaluations += scheme.evaluations();
         if problem.output == Output::All && step.ends_interval() {
             outputs.push(Packing::pack(&y, problem.state())?);
         }
@@ -71,8 +72,6 @@ pub(crate) fn integrate(
         outputs.push(Packing::pack(&y, problem.state())?);
     }
     watch.finish()?;
-    stats.steps += plan.len();
-    stats.evaluations += plan.len() * scheme.evaluations();
     trajectory.record(stats);
     Ok(Forward {
         packed: Tensor::stack(&outputs, 0)?,

@@ -30,16 +30,18 @@
 //! Data flows one way, and a module uses only those before it in this list.  `error`; `ops` (fused
 //! tensor operations), `precision` (dtype roles, the only place that rounds), `tableau`, `time`,
 //! `state`, `field` and `autograd` (f and its default pull-back), `stats`, `watch` (for NaN);
-//! `step` (one step and its linearisation), `trajectory` (what is kept), `scaler`, `problem` (what
-//! both passes know), `integrate` (the forward loop), `accumulator` and `adjoint` (the backward
-//! sweep), `parameters` (θ), `odeint` and `neural_ode` (public entries; the node in candle's graph).
+//! `step` (one step and its linearisation), `pullback` (checks of what one returns), `trajectory`
+//! (what is kept), `scaler`, `problem` (what both passes know), `integrate` (the forward loop),
+//! `accumulator` and `adjoint` (the backward sweep), `parameters` (θ), `odeint` and `neural_ode`
+//! (public entries; the node in candle's graph).
 //!
 //! # Limits
 //!
-//! Fixed steps.  Second derivatives are not supported: gradients come back without history, and a
-//! cotangent that carries one is an error.  A field must be deterministic; a module with dropout or
-//! batch statistics would be linearised at another point than it was evaluated.  Gradients with
-//! respect to time see what a field computes from [`Time::tensor`], not from [`Time::value`].
+//! Fixed steps.  Second derivatives are not supported: gradients come back without history, so that a
+//! `backward()` on what was computed from them finds nothing, and only a cotangent that is itself
+//! tracked is an error.  A field must be deterministic; a module with dropout or batch statistics
+//! would be linearised at another point than it was evaluated.  Gradients with respect to time see
+//! what a field computes from [`Time::tensor`], not from [`Time::value`].
 #![deny(missing_docs)]
 
 mod accumulator;
@@ -55,6 +57,7 @@ mod ops;
 mod parameters;
 mod precision;
 mod problem;
+mod pullback;
 mod rows;
 mod scaler;
 mod simd;
@@ -72,6 +75,7 @@ pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, solve, Gradients, Solution};
 pub use precision::{Arithmetic, Precision};
 pub use problem::{OdeOptions, Output};
+pub use pullback::{Argument, PullbackDefect};
 pub use scaler::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
 pub use state::State;
 pub use stats::{Recorder, Stats};

@@ -12,16 +12,19 @@ use candle_core::{DType, Device, Module, Shape, Tensor, TensorId, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
 
-use crate::error::Result;
-use crate::field::{autonomous, Leaves, VectorField};
+use crate::autograd;
+use crate::error::{Error, Result};
+use crate::field::{Leaves, Pullback, VectorField};
 use crate::integrate::Forward;
+use crate::nn;
 use crate::odeint::{node, run, SharedField, Solution};
 use crate::parameters::{self, Observed, Theta};
 use crate::precision::Precision;
 use crate::problem::{OdeOptions, Problem};
+use crate::rows::Rows;
 use crate::state::{Packing, State};
 use crate::tableau::Tableau;
-use crate::time::Times;
+use crate::time::{Time, Times};
 
 type Factory = dyn Fn(VarBuilder<'_>) -> candle_core::Result<SharedField> + Send + Sync;
 
@@ -29,6 +32,10 @@ type Factory = dyn Fn(VarBuilder<'_>) -> candle_core::Result<SharedField> + Send
 ///
 /// θ is exactly the names that the constructor asks for under its prefix.  Several of them, and
 /// any other layers, may share one `VarMap`.
+///
+/// The constructor is called several times: here once, which creates the variables, and twice at
+/// every solve.  It must build the same model each time, from nothing but the `VarBuilder`.  Build
+/// the optimiser after the `NeuralOde`: before, `vars` does not hold its variables yet.
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Tensor};
@@ -64,14 +71,14 @@ impl NeuralOde<Tensor> {
     /// created in it, in f32.
     ///
     /// # Errors
-    /// Of the constructor.
+    /// Of the constructor; the variables that it had created are removed again.
     pub fn new<M, B>(vars: &VarMap, prefix: &str, device: &Device, build: B) -> Result<Self>
     where
         M: Module + Send + Sync + 'static,
         B: Fn(VarBuilder<'_>) -> candle_core::Result<M> + Send + Sync + 'static,
     {
         Self::from_field(vars, prefix, DType::F32, device, move |vb| {
-            build(vb).map(autonomous)
+            build(vb).map(OfModule)
         })
     }
 }
@@ -97,7 +104,7 @@ impl<S: State + 'static> NeuralOde<S> {
     /// ```
     ///
     /// # Errors
-    /// Of the constructor.
+    /// Of the constructor; the variables that it had created are removed again.
     pub fn from_field<F, B>(
         vars: &VarMap,
         prefix: &str,
@@ -110,7 +117,7 @@ impl<S: State + 'static> NeuralOde<S> {
         B: Fn(VarBuilder<'_>) -> candle_core::Result<F> + Send + Sync + 'static,
     {
         let prefix = prefix.to_owned();
-        let factory = move |vb: VarBuilder<'_>| {
+        let factory = move |vb: VarBuilder<'_>| -> candle_core::Result<SharedField> {
             let vb = if prefix.is_empty() {
                 vb
             } else {
@@ -119,17 +126,23 @@ impl<S: State + 'static> NeuralOde<S> {
             let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(build(vb)?)));
             Ok(field)
         };
-        let names = Arc::new(Mutex::new(vec![]));
+        let asked = Arc::new(Mutex::new(Asked::default()));
         let recording = Recording {
             vars: vars.clone(),
-            names: names.clone(),
+            asked: asked.clone(),
         };
-        factory(VarBuilder::from_backend(
+        let built = factory(VarBuilder::from_backend(
             Box::new(recording),
             dtype,
             device.clone(),
-        ))?;
-        let names = std::mem::take(&mut *names.lock().unwrap_or_else(PoisonError::into_inner));
+        ));
+        let asked = std::mem::take(&mut *asked.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Err(error) = built {
+            let mut data = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+            data.retain(|name, _| !asked.created.contains(name));
+            return Err(error.into());
+        }
+        let names = asked.names;
         Ok(Self {
             vars: vars.clone(),
             names,
@@ -152,7 +165,7 @@ impl<S: State + 'static> NeuralOde<S> {
         self
     }
 
-    /// All options at once.
+    /// All options at once; they replace a method and a precision set before.
     pub fn options(mut self, options: OdeOptions) -> Self {
         self.options = options;
         self
@@ -214,13 +227,11 @@ impl<S: State + 'static> NeuralOde<S> {
         let plain = build(constants)?;
         let packed = Packing::pack(&y0, problem.state())?;
         let observed = Observed::twins(&*field, &*plain, origin.keys().copied().collect());
+        if let Some(listed) = observed.parameters() {
+            with_masters(listed, &origin)?;
+        }
         let forward = run(&problem, &observed, &packed)?;
-        let of = |leaf: Tensor| Some((origin.get(&leaf.id())?.clone(), leaf));
-        let (masters, leaves) = observed
-            .into_parameters()
-            .into_iter()
-            .filter_map(of)
-            .unzip();
+        let (leaves, masters) = with_masters(observed.into_parameters(), &origin)?;
         Ok((
             problem,
             field,
@@ -245,6 +256,19 @@ impl<S: State + 'static> NeuralOde<S> {
     }
 }
 
+/// The tensors that the field reads, and the user's variables behind them.
+fn with_masters(
+    leaves: Vec<Tensor>,
+    origin: &HashMap<TensorId, Tensor>,
+) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+    let of = |(index, leaf): (usize, &Tensor)| match origin.get(&leaf.id()) {
+        Some(master) => Ok(master.clone()),
+        None => Err(Error::UnknownParameter { index }),
+    };
+    let masters = leaves.iter().enumerate().map(of).collect::<Result<_>>()?;
+    Ok((leaves, masters))
+}
+
 impl<S> std::fmt::Debug for NeuralOde<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("NeuralOde")
@@ -254,17 +278,67 @@ impl<S> std::fmt::Debug for NeuralOde<S> {
     }
 }
 
+/// A module as a field: as [`Autonomous`](crate::Autonomous), but for our own, which bring their
+/// pull-backs.
+struct OfModule<M>(M);
+
+impl<M: Module + 'static> OfModule<M> {
+    fn ours(&self) -> Option<&dyn VectorField<Tensor>> {
+        nn::field_of(&self.0)
+    }
+}
+
+impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
+    fn velocity(&self, t: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
+        match self.ours() {
+            Some(field) => field.velocity(t, y),
+            None => self.0.forward(y),
+        }
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &Tensor,
+    ) -> candle_core::Result<(Tensor, Pullback<'f, Tensor>)> {
+        match self.ours() {
+            Some(field) => field.vjp(t, y),
+            None => autograd::vjp(self, t, y),
+        }
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        self.ours()?.parameters()
+    }
+
+    fn rows(&self) -> Option<Rows<'_>> {
+        self.ours()?.rows()
+    }
+}
+
 /// A `VarMap` that notes the names it is asked for.
 struct Recording {
     vars: VarMap,
-    names: Arc<Mutex<Vec<String>>>,
+    asked: Arc<Mutex<Asked>>,
+}
+
+/// What a constructor asked for.
+#[derive(Default)]
+struct Asked {
+    /// Every name once, in order.
+    names: Vec<String>,
+    /// Those that were not there before.
+    created: Vec<String>,
 }
 
 impl Recording {
-    fn note(&self, name: &str) {
-        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        if !names.iter().any(|n| n == name) {
-            names.push(name.to_owned());
+    fn note(&self, name: &str, created: bool) {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if !asked.names.iter().any(|n| n == name) {
+            asked.names.push(name.to_owned());
+        }
+        if created {
+            asked.created.push(name.to_owned());
         }
     }
 }
@@ -278,8 +352,9 @@ impl SimpleBackend for Recording {
         dtype: DType,
         device: &Device,
     ) -> candle_core::Result<Tensor> {
+        let created = !self.vars.contains_tensor(name);
         let tensor = SimpleBackend::get(&self.vars, shape, name, init, dtype, device)?;
-        self.note(name);
+        self.note(name, created);
         Ok(tensor)
     }
 
@@ -290,7 +365,7 @@ impl SimpleBackend for Recording {
         device: &Device,
     ) -> candle_core::Result<Tensor> {
         let tensor = SimpleBackend::get_unchecked(&self.vars, name, dtype, device)?;
-        self.note(name);
+        self.note(name, false);
         Ok(tensor)
     }
 

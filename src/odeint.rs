@@ -15,6 +15,7 @@ use crate::problem::{OdeOptions, Output, Problem};
 use crate::rows::Solved;
 use crate::scaler::OnOverflow;
 use crate::state::{Packing, State};
+use crate::stats::Stats;
 use crate::step::Field;
 use crate::time::Times;
 use crate::watch::Watch;
@@ -32,10 +33,11 @@ pub(crate) type SharedField = Arc<dyn VectorField<Vec<Tensor>> + Send + Sync>;
 /// * `times`: t_0 … t_N, strictly monotone, y(t_0) = y0.  A tracked 1-D tensor receives gradients.
 ///
 /// Returns leaves of shape `(times, …)`, or `(…)` with [`Output::Final`], in **state** dtype, which
-/// is that of y0 unless the options say otherwise (f32 for f16 and bf16).
+/// is the widest of y0's leaves unless the options say otherwise (f32 for f16 and bf16).
 ///
 /// The gradients are exact for the steps that were run (see [the theory](crate)).  They carry no
-/// history: second derivatives are not supported.
+/// history: second derivatives are not supported, and a `backward()` on what was computed from them
+/// finds no gradient.
 ///
 /// # Errors
 /// Before any step: of the grid, the state, the options.  During the solve: a velocity that is
@@ -111,17 +113,28 @@ where
 
 /// The forward pass from a packed y0, on a copy: the user's own may be written before backward.
 pub(crate) fn run(problem: &Problem, field: &Field<'_>, packed: &Tensor) -> Result<Forward> {
-    problem.recorder.record(|stats| {
-        if let Some(rows) = field.rows() {
-            if let Some(solved) = rows.solve(problem, &packed.detach(), stats)? {
-                let Solved { packed, trajectory } = solved;
-                let kept = Kept::Rows(trajectory);
-                return Ok(Forward { packed, kept });
-            }
+    let mut stats = Stats::default();
+    let forward = advance(problem, field, packed, &mut stats);
+    problem.recorder.add(&stats);
+    forward
+}
+
+/// Tile by tile where the field allows it, otherwise step by step.
+fn advance(
+    problem: &Problem,
+    field: &Field<'_>,
+    packed: &Tensor,
+    stats: &mut Stats,
+) -> Result<Forward> {
+    if let Some(rows) = field.rows() {
+        if let Some(solved) = rows.solve(problem, &packed.detach(), stats)? {
+            let Solved { packed, trajectory } = solved;
+            let kept = Kept::Rows(trajectory);
+            return Ok(Forward { packed, kept });
         }
-        let y0 = problem.packing.unpack(&packed.detach().copy()?)?;
-        integrate(problem, field, y0, stats)
-    })
+    }
+    let y0 = problem.packing.unpack(&packed.detach().copy()?)?;
+    integrate(problem, field, y0, stats)
 }
 
 /// `(outputs, elements)` to the leaves that the user gets.
@@ -156,9 +169,10 @@ fn adjoint(
     let trajectory = match kept {
         Kept::Steps(trajectory) => trajectory,
         Kept::Rows(trajectory) => {
-            let pull =
-                |stats: &mut _| trajectory.backward(problem, cotangent, &theta.leaves, stats);
-            return problem.recorder.record(pull);
+            let mut stats = Stats::default();
+            let adjoint = trajectory.backward(problem, cotangent, &theta.leaves, &mut stats);
+            problem.recorder.add(&stats);
+            return adjoint;
         }
     };
     let sweep = Sweep {
@@ -176,12 +190,14 @@ fn adjoint(
         Output::Final => Ok(None),
     };
     let last = row(problem.outputs() - 1)?;
-    problem
-        .recorder
-        .record(|stats| sweep.run(last, earlier, watch, stats))
+    let mut stats = Stats::default();
+    let adjoint = sweep.run(last, earlier, watch, &mut stats);
+    problem.recorder.add(&stats);
+    adjoint
 }
 
-/// Makes the solve one node of candle's graph, or a plain tensor where nothing is tracked.
+/// Makes the solve one node of candle's graph, or a plain tensor where nothing is tracked.  A solve
+/// that kept nothing is a node too: its backward pass is an error, not a gradient left out.
 pub(crate) fn node<S: State>(
     problem: Problem,
     field: SharedField,
@@ -191,7 +207,7 @@ pub(crate) fn node<S: State>(
 ) -> Result<S> {
     let Forward { packed, kept } = forward;
     let tracked = y0.track_op() || problem.grid.is_tracked() || !theta.masters.is_empty();
-    if !tracked || !kept.can_rewind() {
+    if !tracked {
         return returned(&problem, &packed);
     }
     let nothing = || Tensor::zeros(1, problem.state(), problem.device());
@@ -200,7 +216,8 @@ pub(crate) fn node<S: State>(
         None => nothing()?,
     };
     let times = match problem.grid.tensor() {
-        Some(times) if times.track_op() => times.clone(),
+        // A graph lives on one device; candle carries the gradient back.
+        Some(times) if times.track_op() => times.to_device(problem.device())?,
         _ => nothing()?,
     };
     let node = Node {
@@ -361,9 +378,9 @@ impl<'f, S: State> Solution<'f, S> {
     /// Gradients of L where `cotangent` = ∂L/∂[`states`](Self::states), of their shapes.
     ///
     /// # Errors
-    /// [`Error::TrackedCotangent`], [`Error::CotangentShape`], [`Error::NothingKept`], those of the
-    /// field, and those of an overflow: here the policy is the caller's, so they are always
-    /// returned.
+    /// [`Error::TrackedCotangent`], [`Error::CotangentShape`], [`Error::DeviceMismatch`],
+    /// [`Error::NothingKept`], those of the field, and those of an overflow: here the policy is the
+    /// caller's, so they are always returned.
     pub fn vjp(&self, cotangent: &S) -> Result<Gradients<S>> {
         let Self { problem, theta, .. } = self;
         let (leaves, states) = (cotangent.leaves(), self.states.leaves());
@@ -373,11 +390,18 @@ impl<'f, S: State> Solution<'f, S> {
                 got: leaves.len(),
             });
         }
-        for (v, y) in leaves.iter().zip(&states) {
+        for (leaf, (v, y)) in leaves.iter().zip(&states).enumerate() {
             if v.shape() != y.shape() {
                 return Err(Error::CotangentShape {
                     expected: y.shape().clone(),
                     got: v.shape().clone(),
+                });
+            }
+            if !v.device().same_device(y.device()) {
+                return Err(Error::DeviceMismatch {
+                    what: format!("cotangent {leaf}"),
+                    expected: y.device().location(),
+                    got: v.device().location(),
                 });
             }
         }

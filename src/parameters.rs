@@ -13,7 +13,7 @@ use crate::autograd;
 use crate::error::{Error, Result};
 use crate::field::{Pullback, VectorField};
 use crate::rows::Rows;
-use crate::step::Field;
+use crate::step::{alike, Field};
 use crate::time::Time;
 
 /// A field under observation: detaches velocities and notes the variables that they depend on.
@@ -73,7 +73,26 @@ impl<'f> Observed<'f> {
         let leaves = leaves(y.iter().map(Ok))?;
         let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
         let k = self.tracked.velocity(t, &leaves)?;
+        alike(y, &k)?;
         if !k.iter().any(Tensor::track_op) || self.hides_its_state(t, &leaves, &k, &own)? {
+            return Err(Error::UntrackedVelocity { t: t.value() }.into());
+        }
+        self.note(t, &k, &own)?;
+        Ok(k)
+    }
+
+    /// A later evaluation: what candle cannot trace would be an error of the backward pass, and is
+    /// one here.  The parameters may be constants; a velocity that reads nothing else is evaluated
+    /// again over variables.
+    fn later(&self, field: &Field<'_>, t: &Time, y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
+        let leaves = leaves(y.iter().map(Ok))?;
+        let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
+        let mut k = field.velocity(t, &leaves)?;
+        alike(y, &k)?;
+        if self.plain.is_some() && !k.iter().any(Tensor::track_op) {
+            k = self.tracked.velocity(t, &leaves)?;
+        }
+        if !k.iter().any(Tensor::track_op) {
             return Err(Error::UntrackedVelocity { t: t.value() }.into());
         }
         self.note(t, &k, &own)?;
@@ -127,25 +146,34 @@ impl<'f> Observed<'f> {
         Ok(())
     }
 
-    /// Whether further evaluations can tell nothing new.
+    /// An evaluation of a field that says itself what its parameters are, and need not be traced.
+    fn declared(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+        let k = self.plain.unwrap_or(self.tracked).velocity(t, y)?;
+        if self.plain.is_some() && k.iter().any(Tensor::track_op) {
+            return Err(Error::ForeignParameter { t: t.value() }.into());
+        }
+        Ok(k)
+    }
+
+    /// Whether all known parameters have been seen.
     fn is_complete(&self) -> bool {
         let seen = self.seen.borrow();
-        let all = |known: &HashSet<_>| seen.evaluations > 0 && known.len() == seen.variables.len();
-        self.tracked.parameters().is_some() || self.known.as_ref().is_some_and(all)
+        let all = |known: &HashSet<_>| known.len() == seen.variables.len();
+        self.known.as_ref().is_some_and(all)
     }
 }
 
 impl VectorField<Vec<Tensor>> for Observed<'_> {
     fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
-        if self.is_complete() {
-            let k = self.plain.unwrap_or(self.tracked).velocity(t, y)?;
-            if self.plain.is_some() && k.iter().any(Tensor::track_op) {
-                return Err(Error::ForeignParameter { t: t.value() }.into());
-            }
-            return Ok(k);
+        if self.tracked.parameters().is_some() {
+            return self.declared(t, y);
         }
-        if self.must_track && self.seen.borrow().evaluations == 0 {
-            return self.first(t, y);
+        if self.must_track {
+            return match self.is_complete() {
+                _ if self.seen.borrow().evaluations == 0 => self.first(t, y),
+                true => self.later(self.plain.unwrap_or(self.tracked), t, y),
+                false => self.later(self.tracked, t, y),
+            };
         }
         let k = self.tracked.velocity(t, y)?;
         self.note(t, &k, &HashSet::new())?;

@@ -8,7 +8,8 @@ use crate::ops;
 /// How a low compute precision is realised.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Arithmetic {
-    /// Rounded on the CPU, native elsewhere.
+    /// Rounded on the CPU, native elsewhere.  On the CPU a field then sees f32 tensors, and a cast
+    /// that it lacks shows on a GPU only: run it once with `Native` before you take it there.
     #[default]
     Auto,
     /// The field is given tensors of the compute dtype and runs in it.

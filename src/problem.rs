@@ -40,10 +40,35 @@ pub struct OdeOptions {
     /// The method.  Default [`RK4`], the classic one (torchdiffeq's `rk4` is
     /// [`RK4_38`](crate::RK4_38)).
     pub method: Tableau,
-    /// Dtype roles.  Default: all in the dtype of y0, with sums in f32 at least.
+    /// Dtype roles.  Default: all in the dtype of y0, the widest if its tensors differ, with sums in
+    /// f32 at least.
     pub precision: Option<Precision>,
     /// Dtype roles by tensor of the state, where they are not all the same; empty or one for each.
-    /// The state dtype must be the same for all.  Parameters follow `precision`.
+    /// The state dtype must be the same for all.  Parameters follow `precision` or, without it, the
+    /// tensor with the narrowest compute dtype, the first of several.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Module, Tensor};
+    /// use candle_diffeq::{NeuralOde, OdeOptions, Precision, Time};
+    /// // A continuous flow: z and the network in bf16, the log-density summed and read in f32.
+    /// let vars = candle_nn::VarMap::new();
+    /// let flow = NeuralOde::from_field(&vars, "flow", DType::F32, &Device::Cpu, |vb| {
+    ///     let rates = vb.get(2, "rates")?;
+    ///     Ok(move |_: &Time, (z, logp): &(Tensor, Tensor)| {
+    ///         let trace = rates.to_dtype(logp.dtype())?.sum_all()?.neg()?;
+    ///         Ok((z.broadcast_mul(&rates)?, trace.broadcast_as(logp.shape())?))
+    ///     })
+    /// })?
+    /// .options(OdeOptions {
+    ///     leaf_precision: vec![Precision::bf16(), Precision::f32()],
+    ///     ..Default::default()
+    /// });
+    /// let z = Tensor::ones((8, 2), DType::F32, &Device::Cpu)?;
+    /// let logp = Tensor::zeros(8, DType::F32, &Device::Cpu)?;
+    /// let (zs, logps) = flow.solve(&(z, logp), &[0.0, 0.5, 1.0])?;
+    /// assert_eq!((zs.dims(), logps.dims()), (&[3, 8, 2][..], &[3, 8][..]));
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
     pub leaf_precision: Vec<Precision>,
     /// How output intervals are cut into steps.  Default: one step each.
     pub steps: Steps,
@@ -108,11 +133,14 @@ impl Problem {
         }
 
         let plan = StepPlan::new(&grid, options.steps)?;
-        let common = options.precision.unwrap_or_else(|| {
-            y0.iter()
-                .map(Tensor::dtype)
-                .fold(Precision::of(first.dtype()), widest)
-        });
+        let common = options
+            .precision
+            .or_else(|| narrowest(&options.leaf_precision))
+            .unwrap_or_else(|| {
+                y0.iter()
+                    .map(Tensor::dtype)
+                    .fold(Precision::of(first.dtype()), widest)
+            });
         let theta = common.roles(&device)?.compute;
         let roles = match options.leaf_precision.as_slice() {
             [] => y0
@@ -172,6 +200,13 @@ impl Problem {
             Output::Final => 1,
         }
     }
+}
+
+/// The one whose compute dtype is the narrowest, the first of several.
+fn narrowest(each: &[Precision]) -> Option<Precision> {
+    each.iter()
+        .min_by_key(|p| p.compute.size_in_bytes())
+        .copied()
 }
 
 /// The precision for a state of leaves of several dtypes: the widest.

@@ -7,7 +7,7 @@
 //! 2510.23498, §4, with the growth test on S·λ instead of λ.
 
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use candle_nn::Optimizer;
 
 use crate::error::{Error, Result};
@@ -31,13 +31,16 @@ pub enum Scaling {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DynamicScaling {
     /// S·max|λ| is kept this factor below the overflow of f16: room for the growth of the
-    /// cotangents inside the field.
+    /// cotangents inside the field.  Default 64.
     pub headroom: f64,
-    /// Clean steps after which S may grow.
+    /// Steps backward without overflow, counted from the last one, after which S follows a falling
+    /// max|λ| up again, at once to where it is aimed and only where that is a factor of two at least;
+    /// S follows a rising max|λ| down at every step.  Default 2.
     pub growth_interval: usize,
-    /// Clean steps after which room that an overflow of the adjoint took is tried again.
+    /// Steps backward without overflow after which a factor of two of the room that an overflow of
+    /// the adjoint took is tried again.  Default 64.
     pub recovery_interval: usize,
-    /// Pull-backs of one stage before the scaler gives up.
+    /// Pull-backs of one stage before the scaler gives up.  Default 48.
     pub max_attempts: usize,
 }
 
@@ -93,15 +96,15 @@ impl Scaler {
     pub(crate) fn new(scaling: Scaling, compute_is_f16: bool) -> Result<Self> {
         let fixed = |exponent| Self {
             rule: None,
-            exponent: Some(exponent),
+            exponent,
             level: 0,
             aim: 0,
             ceiling: 0,
             clean: 0,
         };
         let rule = match scaling {
-            Scaling::Off => return Ok(fixed(0)),
-            Scaling::Auto if !compute_is_f16 => return Ok(fixed(0)),
+            Scaling::Off => return Ok(fixed(None)),
+            Scaling::Auto if !compute_is_f16 => return Ok(fixed(None)),
             Scaling::Auto => DynamicScaling::default(),
             Scaling::Dynamic(rule) => rule,
             Scaling::Fixed(scale) => {
@@ -112,7 +115,7 @@ impl Scaler {
                         value: scale,
                     });
                 }
-                return Ok(fixed(exponent as i32));
+                return Ok(fixed(Some(exponent as i32)));
             }
         };
         // 65504 < 2^16; one binade more of headroom than asked is lost to rounding it up.
@@ -142,6 +145,11 @@ impl Scaler {
     /// Whether S follows the adjoint, and overflow is cured by lowering it.
     pub(crate) fn is_dynamic(&self) -> bool {
         self.rule.is_some()
+    }
+
+    /// Whether cotangents are scaled at all.
+    pub(crate) fn is_on(&self) -> bool {
+        self.rule.is_some() || self.exponent.is_some()
     }
 
     /// S.
@@ -229,13 +237,17 @@ pub enum Stepped {
 /// let loss = w.as_tensor().sqr()?.sum_all()?;
 /// assert_eq!(scaler.backward_step(&loss, &[w.clone()], &mut sgd)?, Stepped::Taken);
 /// assert_eq!(w.as_tensor().to_vec1::<f32>()?, [0.0, 0.0]);
+///
+/// // Another start, and more patience.
+/// let scaler = LossScaler::new(1024.0)?.growth_interval(5000);
+/// assert_eq!((scaler.scale, scaler.growth_interval), (1024.0, 5000));
 /// # Ok::<(), candle_diffeq::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct LossScaler {
-    /// The factor on the loss.
+    /// The factor on the loss.  Default 65536.
     pub scale: f64,
-    /// Steps without overflow after which the scale doubles.
+    /// Steps without overflow after which the scale doubles.  Default 2000.
     pub growth_interval: usize,
     clean: usize,
 }
@@ -251,6 +263,29 @@ impl Default for LossScaler {
 }
 
 impl LossScaler {
+    /// A scaler that starts with this factor and doubles it after 2000 steps without overflow.
+    ///
+    /// # Errors
+    /// [`Error::InvalidScaling`] unless the scale is positive and finite.
+    pub fn new(scale: f64) -> Result<Self> {
+        if scale > 0.0 && scale.is_finite() {
+            return Ok(Self {
+                scale,
+                ..Self::default()
+            });
+        }
+        Err(Error::InvalidScaling {
+            what: "scale",
+            value: scale,
+        })
+    }
+
+    /// Another number of steps without overflow after which the scale doubles.
+    pub fn growth_interval(mut self, steps: usize) -> Self {
+        self.growth_interval = steps;
+        self
+    }
+
     /// scale · loss, to call `backward` on.
     ///
     /// # Errors
@@ -260,7 +295,7 @@ impl LossScaler {
     }
 
     /// Divides the gradients of `vars` by the scale, in f32 at least, and tells whether all are
-    /// finite.
+    /// finite.  They keep their dtypes, as optimisers want them.
     ///
     /// # Errors
     /// Of candle's operations.
@@ -270,7 +305,12 @@ impl LossScaler {
             let Some(grad) = grads.remove(var) else {
                 continue;
             };
-            let grad = (grad.detach() / self.scale)?;
+            let dtype = grad.dtype();
+            let grad = match dtype {
+                DType::F16 | DType::BF16 => grad.to_dtype(DType::F32)?,
+                _ => grad,
+            };
+            let grad = (grad.detach() / self.scale)?.to_dtype(dtype)?;
             finite &= ops::magnitude(&grad)?.is_finite();
             grads.insert(var, grad);
         }

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Stats {
     /// Steps of the forward pass.
     pub steps: usize,
-    /// Velocities evaluated by the forward pass.
+    /// Velocities evaluated by the forward pass.  Evaluations that only tell whether candle can trace
+    /// the field, one where a velocity does not read the whole state, are not among them.
     pub evaluations: usize,
     /// Velocities evaluated again by the backward pass, to linearise steps and to replay segments
     /// between checkpoints.
@@ -16,11 +17,10 @@ pub struct Stats {
     pub vjps: usize,
     /// Pull-backs repeated with a smaller adjoint scale.
     pub retries: usize,
-    /// Smallest and largest adjoint scale that a pull-back used; `None` where no scaling took
-    /// place.
+    /// Smallest and largest adjoint scale that a pull-back used; `None` where scaling is off.
     pub scale_range: Option<(f64, f64)>,
-    /// Largest number of states kept at once, by the forward pass for the backward pass and by the
-    /// backward pass itself.
+    /// Largest number of states kept at once by any one solve, by its forward pass for the backward
+    /// pass and by the backward pass itself.  Several solves that are alive together keep more.
     pub states_kept: usize,
     /// Bytes of those states.
     pub bytes_kept: usize,
@@ -41,8 +41,10 @@ impl Stats {
         self.see(part);
     }
 
-    /// Adds the counts of a backward pass.
+    /// Adds the counts of a pass.
     pub(crate) fn add(&mut self, pass: &Self) {
+        self.steps += pass.steps;
+        self.evaluations += pass.evaluations;
         self.recomputed += pass.recomputed;
         self.vjps += pass.vjps;
         self.retries += pass.retries;
@@ -93,8 +95,9 @@ impl Recorder {
         std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Lets a part of the solver write.
-    pub(crate) fn record<T>(&self, write: impl FnOnce(&mut Stats) -> T) -> T {
-        write(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Adds the counts of a pass, which counted on its own: fields may read the recorder.
+    pub(crate) fn add(&self, pass: &Stats) {
+        let mut stats = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.add(pass);
     }
 }

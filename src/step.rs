@@ -152,37 +152,42 @@ impl Scheme {
 
     /// What a field returns must be like what it was given: as many tensors, shapes, dtypes, device.
     pub(crate) fn check(&self, y: &[Tensor], k: &[Tensor]) -> Result<()> {
-        if y.len() != k.len() {
-            return Err(Error::LeafCount {
-                expected: y.len(),
-                got: k.len(),
+        alike(y, k)
+    }
+}
+
+/// As many tensors, of the same shapes, dtypes and device.
+pub(crate) fn alike(y: &[Tensor], k: &[Tensor]) -> Result<()> {
+    if y.len() != k.len() {
+        return Err(Error::LeafCount {
+            expected: y.len(),
+            got: k.len(),
+        });
+    }
+    for (leaf, (y, k)) in y.iter().zip(k).enumerate() {
+        if y.shape() != k.shape() {
+            return Err(Error::ShapeChanged {
+                leaf,
+                expected: y.shape().clone(),
+                got: k.shape().clone(),
             });
         }
-        for (leaf, (y, k)) in y.iter().zip(k).enumerate() {
-            if y.shape() != k.shape() {
-                return Err(Error::ShapeChanged {
-                    leaf,
-                    expected: y.shape().clone(),
-                    got: k.shape().clone(),
-                });
-            }
-            if y.dtype() != k.dtype() {
-                return Err(Error::DtypeChanged {
-                    leaf,
-                    expected: y.dtype(),
-                    got: k.dtype(),
-                });
-            }
-            if !y.device().same_device(k.device()) {
-                return Err(Error::DeviceMismatch {
-                    what: format!("what the field returned for state tensor {leaf}"),
-                    expected: y.device().location(),
-                    got: k.device().location(),
-                });
-            }
+        if y.dtype() != k.dtype() {
+            return Err(Error::DtypeChanged {
+                leaf,
+                expected: y.dtype(),
+                got: k.dtype(),
+            });
         }
-        Ok(())
+        if !y.device().same_device(k.device()) {
+            return Err(Error::DeviceMismatch {
+                what: format!("what the field returned for state tensor {leaf}"),
+                expected: y.device().location(),
+                got: k.device().location(),
+            });
+        }
     }
+    Ok(())
 }
 
 /// y and h·c_j k_j of one leaf, zero coefficients left out.

@@ -101,8 +101,12 @@ pub enum TableauDefect {
         order: usize,
     },
     /// An order condition does not hold.
-    #[error("the order condition of tree {tree} (order {order}) is missed by {residual:e}")]
+    #[error(
+        "the order condition of tree {tree} (order {order}) on {what} is missed by {residual:e}"
+    )]
     OrderCondition {
+        /// The weights: `b`, `embedded` or, of [`Tableau::check_weights`], `weights`.
+        what: &'static str,
         /// Vertices of the tree.
         order: usize,
         /// The tree, each vertex as a pair of brackets around its children.
@@ -248,8 +252,11 @@ impl Tableau {
         let checked = self
             .check_shape()
             .and_then(|()| self.check_row_sums())
-            .and_then(|()| check_order(self, &self.b, self.order))
-            .and_then(|()| self.embedded().map_or(Ok(()), |b| check_order(self, b, 1)));
+            .and_then(|()| check_order(self, "b", &self.b, self.order))
+            .and_then(|()| {
+                self.embedded()
+                    .map_or(Ok(()), |b| check_order(self, "embedded", b, 1))
+            });
         checked.map_err(|defect| self.invalid(defect))
     }
 
@@ -263,7 +270,7 @@ impl Tableau {
         if got != stages {
             return Err(self.invalid(TableauDefect::Length { what, stages, got }));
         }
-        check_order(self, b, order).map_err(|defect| self.invalid(defect))
+        check_order(self, what, b, order).map_err(|defect| self.invalid(defect))
     }
 
     fn invalid(&self, defect: TableauDefect) -> Error {
@@ -380,7 +387,7 @@ fn collect(all: &[Vec<Tree>], left: usize, chosen: &mut Vec<Tree>, forests: &mut
     }
 }
 
-fn check_order(tableau: &Tableau, b: &[f64], order: usize) -> Checked {
+fn check_order(tableau: &Tableau, what: &'static str, b: &[f64], order: usize) -> Checked {
     if !(1..=8).contains(&order) {
         return Err(TableauDefect::OrderUnsupported { order });
     }
@@ -393,6 +400,7 @@ fn check_order(tableau: &Tableau, b: &[f64], order: usize) -> Checked {
         });
         if !meets(sum, exact, size, exact) {
             return Err(TableauDefect::OrderCondition {
+                what,
                 order: tree.order,
                 tree: tree.to_string(),
                 residual: sum - exact,

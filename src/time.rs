@@ -34,7 +34,7 @@ impl Time {
     }
 
     /// The same, with [`tensor`](Self::tensor) tracked by candle.
-    pub(crate) fn differentiable(t: f64, dtype: DType, device: &Device) -> Self {
+    pub fn differentiable(t: f64, dtype: DType, device: &Device) -> Self {
         Self {
             differentiable: true,
             ..Self::new(t, dtype, device)
@@ -262,6 +262,13 @@ pub(crate) struct StepPlan {
     first: Vec<usize>,
 }
 
+/// Numbers of steps are whole numbers in f64, and fit `usize`.
+const COUNTABLE: f64 = if usize::BITS < 64 {
+    usize::MAX as f64
+} else {
+    (1u64 << f64::MANTISSA_DIGITS) as f64
+};
+
 impl StepPlan {
     pub(crate) fn new(grid: &TimeGrid, steps: Steps) -> Result<Self> {
         match steps {
@@ -272,20 +279,31 @@ impl StepPlan {
             _ => {}
         }
         let parts = |w: &[f64]| match steps {
-            Steps::PerInterval(m) => m,
+            Steps::PerInterval(m) => m as f64,
             // An interval of exactly m sizes is cut in m, although the quotient may round above it.
             Steps::Size(size) => (((w[1] - w[0]).abs() / size) * (1.0 - 4.0 * f64::EPSILON))
                 .ceil()
-                .max(1.0) as usize,
+                .max(1.0),
         };
         let mut first = vec![0];
-        let mut total = 0usize;
-        for w in grid.points.windows(2) {
-            total = total.checked_add(parts(w)).ok_or(Error::StepUnderflow {
-                step: total,
-                t: w[0],
-            })?;
-            first.push(total);
+        let mut count = 0.0;
+        for (interval, w) in grid.points.windows(2).enumerate() {
+            if !(w[1] - w[0]).is_finite() {
+                return Err(Error::IntervalOverflow {
+                    index: interval,
+                    t0: w[0],
+                    t1: w[1],
+                });
+            }
+            count += parts(w);
+            if count >= COUNTABLE {
+                return Err(Error::TooManySteps {
+                    steps,
+                    interval,
+                    count,
+                });
+            }
+            first.push(count as usize);
         }
         let plan = Self {
             points: grid.points.clone(),

@@ -9,6 +9,8 @@
 //! Trans. Math. Software 26 (2000): with s states and at most r replays of each step,
 //! β(s, r) = C(s + r, s) steps can be reversed, and no schedule does better.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
@@ -25,11 +27,12 @@ pub enum Checkpoint {
     /// holds its k states in store precision.
     Every(usize),
     /// At most this many states at any time, in state precision, placed so that the fewest steps
-    /// are replayed.
+    /// are replayed.  A first backward pass uses up what the forward pass kept, all but y_0; a
+    /// further one of the same solve replays from there, to the same bits.
     States(usize),
     /// As many states as fit into this many bytes, placed as by [`Checkpoint::States`].
     Bytes(usize),
-    /// Nothing: the solution has no gradients.
+    /// Nothing: the solution has no gradients, and its backward pass is an error.
     Nothing,
 }
 
@@ -64,11 +67,11 @@ impl Store<Vec<Tensor>> for Vec<Roles> {
 }
 
 /// The states that were kept, by step.
-#[derive(Clone)]
 pub(crate) struct Trajectory<Y = Vec<Tensor>, K = Vec<Roles>> {
     plan: Plan,
     store: K,
-    kept: Vec<(usize, Y)>,
+    /// Ascending.  A pass of the budget plan takes all but y_0, which any number of passes share.
+    kept: Mutex<Vec<(usize, Y)>>,
     /// Steps whose start the budget plan keeps from the forward pass, ascending.
     marks: Vec<usize>,
 }
@@ -76,14 +79,21 @@ pub(crate) struct Trajectory<Y = Vec<Tensor>, K = Vec<Roles>> {
 impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
     /// An empty trajectory for N steps from y0, which is in state precision.
     pub(crate) fn new(checkpoint: Checkpoint, steps: usize, store: K, y0: &Y) -> Result<Self> {
+        let invalid = |option, given, needed| Error::InvalidCheckpoint {
+            option,
+            given,
+            needed,
+        };
         let needed = store.bytes(y0);
         let plan = match checkpoint {
             Checkpoint::All => Plan::All,
             Checkpoint::Nothing => Plan::Nothing,
-            Checkpoint::Every(k) if k > 0 => Plan::Every(k),
-            Checkpoint::States(b) if b > 0 => Plan::States(b),
-            Checkpoint::Bytes(b) if b >= needed => Plan::States(b / needed),
-            _ => return Err(Error::InvalidCheckpoint { needed }),
+            Checkpoint::Every(0) => return Err(invalid("Every", 0, 1)),
+            Checkpoint::Every(k) => Plan::Every(k),
+            Checkpoint::States(0) => return Err(invalid("States", 0, 1)),
+            Checkpoint::States(b) => Plan::States(b),
+            Checkpoint::Bytes(b) if b < needed => return Err(invalid("Bytes", b, needed)),
+            Checkpoint::Bytes(b) => Plan::States(b / needed.max(1)),
         };
         let marks = match plan {
             Plan::States(budget) => marks(steps, budget),
@@ -92,7 +102,7 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
         Ok(Self {
             plan,
             store,
-            kept: vec![],
+            kept: Mutex::default(),
             marks,
         })
     }
@@ -107,7 +117,7 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
         match self.plan {
             Plan::All => true,
             Plan::Every(k) => n.is_multiple_of(k),
-            Plan::States(_) => self.marks.get(self.kept.len()) == Some(&n),
+            Plan::States(_) => self.marks.binary_search(&n).is_ok(),
             Plan::Nothing => false,
         }
     }
@@ -119,24 +129,37 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
                 Plan::All => self.store.stored(y)?,
                 _ => y.clone(),
             };
-            self.kept.push((n, y));
+            self.kept().push((n, y));
         }
         Ok(())
     }
 
     /// Notes what is kept.
     pub(crate) fn record(&self, stats: &mut Stats) {
-        let of = |(_, y): &(usize, Y)| self.store.bytes(y);
-        stats.kept(self.kept.len(), self.kept.iter().map(of).sum());
+        let (states, bytes) = size(&self.store, &self.kept());
+        stats.kept(states, bytes);
     }
 
-    /// Starts a backward pass; the trajectory stays as it is, for further ones.
+    /// Starts a backward pass.  Plans `All` and `Every` keep their states for further ones; of the
+    /// budget plan's this one takes all but y_0, so that it frees those that it has passed.
     pub(crate) fn rewind(&self) -> Rewind<'_, Y, K> {
+        let mut kept = self.kept();
+        let own = match self.plan {
+            Plan::States(_) if !kept.is_empty() => {
+                let later = kept.split_off(1);
+                kept.iter().cloned().chain(later).collect()
+            }
+            _ => kept.clone(),
+        };
         Rewind {
             trajectory: self,
-            kept: self.kept.clone(),
+            kept: own,
             segment: vec![],
         }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<(usize, Y)>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -161,7 +184,7 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
         match self.trajectory.plan {
             Plan::All | Plan::Nothing => match self.kept.pop() {
                 Some((at, y)) if at == n => Ok(y),
-                _ => Err(Error::InvalidCheckpoint { needed: 1 }),
+                _ => Err(Error::NothingKept),
             },
             Plan::Every(_) => {
                 if self.segment.is_empty() {
@@ -173,9 +196,7 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
                     self.segment.push(store.stored(&y)?);
                     self.record(stats);
                 }
-                self.segment
-                    .pop()
-                    .ok_or(Error::InvalidCheckpoint { needed: 1 })
+                self.segment.pop().ok_or(Error::NothingKept)
             }
             Plan::States(budget) => {
                 let (mut at, mut y) = self.pop()?;
@@ -197,17 +218,26 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
     }
 
     fn pop(&mut self) -> Result<(usize, Y)> {
-        self.kept
-            .pop()
-            .ok_or(Error::InvalidCheckpoint { needed: 1 })
+        self.kept.pop().ok_or(Error::NothingKept)
     }
 
+    /// Notes what is alive: this pass's own restart states under the budget plan, otherwise all of
+    /// the trajectory's, used or not, and the segment.
     fn record(&self, stats: &mut Stats) {
         let store = &self.trajectory.store;
-        let kept: usize = self.kept.iter().map(|(_, y)| store.bytes(y)).sum();
+        let (states, bytes) = match self.trajectory.plan {
+            Plan::States(_) => size(store, &self.kept),
+            _ => size(store, &self.trajectory.kept()),
+        };
         let segment: usize = self.segment.iter().map(|y| store.bytes(y)).sum();
-        stats.kept(self.kept.len() + self.segment.len(), kept + segment);
+        stats.kept(states + self.segment.len(), bytes + segment);
     }
+}
+
+/// How many states, and their bytes.
+fn size<Y, K: Store<Y>>(store: &K, kept: &[(usize, Y)]) -> (usize, usize) {
+    let bytes = kept.iter().map(|(_, y)| store.bytes(y)).sum();
+    (kept.len(), bytes)
 }
 
 /// Steps of which the forward pass keeps the start, for `budget` states and N steps.
@@ -261,7 +291,103 @@ fn split(steps: usize, states: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
     use super::*;
+
+    /// A state that is its own number, clones of which share one living thing.
+    #[derive(Clone)]
+    struct Counted {
+        n: usize,
+        _alive: Rc<Alive>,
+    }
+
+    /// Counts itself for as long as it lives.
+    struct Alive(Rc<Cell<usize>>);
+
+    impl Drop for Alive {
+        fn drop(&mut self) {
+            self.0.set(self.0.get() - 1);
+        }
+    }
+
+    fn counted(n: usize, alive: &Rc<Cell<usize>>) -> Counted {
+        alive.set(alive.get() + 1);
+        let _alive = Rc::new(Alive(alive.clone()));
+        Counted { n, _alive }
+    }
+
+    /// Stores copies.
+    struct Copies(Rc<Cell<usize>>);
+
+    impl Store<Counted> for Copies {
+        fn stored(&self, y: &Counted) -> Result<Counted> {
+            Ok(counted(y.n, &self.0))
+        }
+
+        fn bytes(&self, _: &Counted) -> usize {
+            8
+        }
+    }
+
+    /// Runs forward and twice backward; what the statistics say, and the most that was alive while
+    /// a backward pass replayed or held a state.
+    fn reversed(checkpoint: Checkpoint, steps: usize) -> (Stats, usize) {
+        let alive = Rc::new(Cell::new(0));
+        let store = Copies(alive.clone());
+        let mut y = counted(0, &alive);
+        let mut trajectory = Trajectory::new(checkpoint, steps, store, &y).unwrap();
+        for n in 0..steps {
+            trajectory.offer(n, &y).unwrap();
+            y = counted(n + 1, &alive);
+        }
+        drop(y);
+        let mut stats = Stats::default();
+        trajectory.record(&mut stats);
+        assert_eq!(
+            (stats.states_kept, stats.bytes_kept),
+            (alive.get(), 8 * alive.get())
+        );
+        let most = Cell::new(alive.get());
+        let see = || most.set(most.get().max(alive.get()));
+        for _ in 0..2 {
+            let mut rewind = trajectory.rewind();
+            for n in (0..steps).rev() {
+                let advance = |m: usize, y: &Counted| {
+                    assert_eq!(y.n, m);
+                    let next = counted(m + 1, &alive);
+                    see();
+                    Ok(next)
+                };
+                let y = rewind.state(n, advance, &mut stats).unwrap();
+                assert_eq!(y.n, n);
+                see();
+            }
+        }
+        (stats, most.get())
+    }
+
+    #[test]
+    fn no_more_states_live_than_the_statistics_say_but_for_those_at_hand() {
+        for steps in [1, 2, 7, 30, 64] {
+            let (stats, most) = reversed(Checkpoint::All, steps);
+            assert_eq!((stats.states_kept, most), (steps, steps));
+            for k in [1, 3, 8, 100] {
+                let (stats, most) = reversed(Checkpoint::Every(k), steps);
+                let kept = steps.div_ceil(k) + k.min(steps);
+                assert_eq!(stats.states_kept, kept, "every {k} of {steps}");
+                assert!(most <= kept + 1, "every {k} of {steps}: {most}");
+            }
+            for budget in [1, 2, 5, 12, 100] {
+                let (stats, most) = reversed(Checkpoint::States(budget), steps);
+                assert!(stats.states_kept <= budget, "{budget} of {steps}");
+                // A step has a state before and one after it.
+                let bound = stats.states_kept + 2;
+                assert!(most <= bound, "{budget} of {steps}: {most} > {bound}");
+            }
+        }
+    }
 
     /// Fewest steps that any schedule replays to reverse l steps with s states, by dynamic
     /// programming; the adjoint of a step starts from its state and takes no replay here.

@@ -1,10 +1,14 @@
-//! The watch for NaN and infinity: at once where reading a tensor costs nothing, otherwise once at
-//! the end of a sweep, so that no step loop waits for a device.
+//! The watch for NaN and infinity: at once where reading a tensor costs nothing, otherwise in blocks
+//! and at the end of a sweep, so that a step loop hardly ever waits for a device.
 
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::ops;
+
+/// Looks that are kept before they are read: few enough to cost nothing, many enough that waiting
+/// for them does not either.
+const BLOCK: usize = 1024;
 
 /// Tensors that were seen but not yet read, each with the error that it means.
 #[derive(Default)]
@@ -17,7 +21,7 @@ impl Watch {
     pub(crate) fn see(&mut self, xs: &[Tensor], error: impl Fn() -> Error) -> Result<()> {
         for x in xs {
             if !x.device().is_cpu() {
-                self.pending.push((ops::poison(x)?, error()));
+                self.push(ops::poison(x)?, error())?;
             } else if !ops::magnitude(x)?.is_finite() {
                 return Err(error());
             }
@@ -25,16 +29,58 @@ impl Watch {
         Ok(())
     }
 
+    /// Keeps a flag, and reads all once they fill a block.
+    fn push(&mut self, flag: Tensor, error: Error) -> Result<()> {
+        self.pending.push((flag, error));
+        match self.pending.len() {
+            BLOCK.. => self.read(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads what is pending.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        self.read()
+    }
+
     /// Reads what is pending, in one transfer.
-    pub(crate) fn finish(self) -> Result<()> {
+    fn read(&mut self) -> Result<()> {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let (flags, errors): (Vec<_>, Vec<_>) = self.pending.into_iter().unzip();
+        let (flags, errors): (Vec<_>, Vec<_>) = self.pending.drain(..).unzip();
         let flags = Tensor::stack(&flags, 0)?.to_vec1::<f32>()?;
         match flags.iter().zip(errors).find(|(flag, _)| **flag != 0.0) {
             Some((_, error)) => Err(error),
             None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn flags_are_read_in_blocks_and_the_first_bad_one_is_the_error() {
+        let flag = |bad: bool| {
+            let x = if bad { f32::NAN } else { 0.0 };
+            Tensor::new(x, &Device::Cpu).unwrap()
+        };
+        for bad in [0, 5, BLOCK - 1, BLOCK, 3 * BLOCK + 7] {
+            let mut watch = Watch::default();
+            let run = |watch: &mut Watch| {
+                for leaf in 0..3 * BLOCK + 20 {
+                    let error = Error::NonFiniteState { leaf };
+                    watch.push(flag(leaf == bad || leaf == bad + 3), error)?;
+                    assert!(watch.pending.len() < BLOCK);
+                }
+                std::mem::take(watch).finish()
+            };
+            let found = run(&mut watch).unwrap_err();
+            assert!(matches!(found, Error::NonFiniteState { leaf } if leaf == bad));
         }
     }
 }

@@ -12,9 +12,10 @@ use std::sync::Arc;
 
 use candle_core::{Context, DType, Device, IndexOp, Shape, Tensor, Var};
 use candle_diffeq::{
-    odeint, solve, Checkpoint, Cotangents, DynamicScaling, Error, LossScaler, NeuralOde,
-    OdeOptions, OnOverflow, Output, Precision, Pullback, Recorder, Result, Scaling, State, Stepped,
-    Steps, Tableau, TableauDefect, Time, TimeGrid, Times, VectorField, EULER, RK4,
+    constant, odeint, solve, Argument, Checkpoint, Cotangents, DynamicScaling, Error, LossScaler,
+    NeuralOde, OdeOptions, OnOverflow, Output, Precision, Pullback, PullbackDefect, Recorder,
+    Result, Scaling, State, Stepped, Steps, Tableau, TableauDefect, Time, TimeGrid, Times,
+    VectorField, EULER, HEUN, RK4,
 };
 use candle_nn::{Init, Optimizer, VarBuilder, VarMap, SGD};
 use common::{all, bits, method, named, var};
@@ -181,6 +182,53 @@ fn steps_that_cannot_be_taken_are_refused_before_any_evaluation() {
 }
 
 #[test]
+fn steps_that_cannot_be_counted_are_refused_before_any_evaluation() {
+    let refused = |times: &[f64], steps| {
+        let options = OdeOptions {
+            steps,
+            ..Default::default()
+        };
+        refused(&cpu(&[1f64]), times, &options)
+    };
+    let wide = [-1.7e308, 1.7e308];
+    for steps in [Steps::PerInterval(4), Steps::Size(1e307)] {
+        let (index, [t0, t1]) = (0, wide);
+        assert_is(
+            refused(&wide, steps),
+            Error::IntervalOverflow { index, t0, t1 },
+        );
+    }
+    let most = 1usize << 53;
+    let too_many = |steps, interval, count| Error::TooManySteps {
+        steps,
+        interval,
+        count,
+    };
+    for (steps, interval, count) in [
+        (Steps::Size(1e-300), 0, 1.0 / 1e-300),
+        (Steps::Size(5e-324), 0, f64::INFINITY),
+        (Steps::PerInterval(most), 0, most as f64),
+        (Steps::PerInterval(most / 2), 1, most as f64),
+        (Steps::PerInterval(usize::MAX), 0, usize::MAX as f64),
+    ] {
+        let got = refused(&[0.0, 1.0, 2.0], steps);
+        let text = got.to_string();
+        assert!(text.contains(&format!("Steps::{steps:?}")), "{text}");
+        match got {
+            Error::TooManySteps {
+                interval: at,
+                count: n,
+                ..
+            } => {
+                assert_eq!(at, interval);
+                assert!(n == count || (n / count - 1.0).abs() < 1e-14, "{n:e}");
+            }
+            other => panic!("{other} instead of {}", too_many(steps, interval, count)),
+        }
+    }
+}
+
+#[test]
 fn a_state_that_cannot_be_integrated_is_refused_before_any_evaluation() {
     let refused = |y0: Vec<Tensor>| refused(&y0, &[0.0, 1.0], &OdeOptions::default());
     let good = || cpu(&[1f32, 2.0]);
@@ -287,10 +335,10 @@ fn options_out_of_range_are_refused_before_any_evaluation() {
         );
     }
     // Two f32 are eight bytes.
-    for checkpoint in [
-        Checkpoint::Every(0),
-        Checkpoint::States(0),
-        Checkpoint::Bytes(7),
+    for (checkpoint, option, given, needed) in [
+        (Checkpoint::Every(0), "Every", 0, 1),
+        (Checkpoint::States(0), "States", 0, 1),
+        (Checkpoint::Bytes(7), "Bytes", 7, 8),
     ] {
         let options = OdeOptions {
             checkpoint,
@@ -298,7 +346,18 @@ fn options_out_of_range_are_refused_before_any_evaluation() {
         };
         assert_is(
             refused_options(options),
-            Error::InvalidCheckpoint { needed: 8 },
+            Error::InvalidCheckpoint {
+                option,
+                given,
+                needed,
+            },
+        );
+    }
+    for scale in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let (what, value) = ("scale", scale);
+        assert_is(
+            error(LossScaler::new(scale)),
+            Error::InvalidScaling { what, value },
         );
     }
 }
@@ -311,6 +370,7 @@ fn a_tableau_that_is_no_method_of_its_order_does_not_come_into_being() {
     };
     let made = Tableau::new("mine", 2, vec![vec![]], vec![1.0], vec![0.0]);
     let defect = TableauDefect::OrderCondition {
+        what: "b",
         order: 2,
         tree: "[[]]".into(),
         residual: -0.5,
@@ -387,6 +447,33 @@ fn a_velocity_that_is_not_like_its_state_is_refused_at_the_first_evaluation() {
     );
     failed(
         move |_, y, _| Ok(vec![keep(y)[0].clone(), y.1.to_dtype(DType::F32)?]),
+        || Error::DtypeChanged {
+            leaf: 1,
+            expected: DType::F64,
+            got: DType::F32,
+        },
+        1,
+    );
+    // What it is unlike is said first, also where candle cannot trace it.
+    failed(
+        move |_, y, _| Ok(vec![y.0.detach()]),
+        || Error::LeafCount {
+            expected: 2,
+            got: 1,
+        },
+        1,
+    );
+    failed(
+        move |_, y, _| Ok(vec![y.0.detach().t()?, y.1.detach()]),
+        || Error::ShapeChanged {
+            leaf: 0,
+            expected: Shape::from((2, 3)),
+            got: Shape::from((3, 2)),
+        },
+        1,
+    );
+    failed(
+        move |_, y, _| Ok(vec![y.0.detach(), y.1.detach().to_dtype(DType::F32)?]),
         || Error::DtypeChanged {
             leaf: 1,
             expected: DType::F64,
@@ -604,6 +691,50 @@ fn an_untracked_velocity_is_refused_at_the_first_evaluation() {
     assert_is(got, Error::UntrackedVelocity { t: 0.25 });
 }
 
+#[test]
+fn a_velocity_that_becomes_untracked_is_refused_in_the_forward_pass() {
+    let y0 = var(&[1, 2], 1.0, 1);
+    let (times, options) = ([0.0, 1.0, 2.0, 3.0], method(&EULER, 1));
+    let late = |t: &Time, k: Tensor| match t.value() {
+        t if t > 1.5 => k.detach(),
+        _ => k,
+    };
+    let field = move |t: &Time, y: &Tensor| Ok(late(t, y.neg()?));
+    let run = || odeint(field, y0.as_tensor(), &times, &options);
+    let got = unchanged(&[&y0], || error(run()));
+    assert_is(got, Error::UntrackedVelocity { t: 2.0 });
+
+    let vars = VarMap::new();
+    let build = move |vb: VarBuilder<'_>| {
+        let weight = vb.get((2, 2), "weight")?;
+        Ok(move |t: &Time, y: &Tensor| Ok(late(t, y.matmul(&weight)?)))
+    };
+    let ode = NeuralOde::from_field(&vars, "ode", DType::F64, &Device::Cpu, build).unwrap();
+    let ode = ode.options(options.clone());
+    let got = unchanged(&[&y0], || error(ode.solve(y0.as_tensor(), &times)));
+    assert_is(got, Error::UntrackedVelocity { t: 2.0 });
+}
+
+#[test]
+fn a_velocity_that_comes_to_read_parameters_only_is_no_error() {
+    let (y0, vars) = (var(&[1, 2], 1.0, 1), VarMap::new());
+    let build = move |vb: VarBuilder<'_>| {
+        let rate = vb.get_with_hints((1, 2), "rate", Init::Const(0.5))?;
+        Ok(move |t: &Time, y: &Tensor| match t.value() {
+            t if t > 0.5 => rate.copy(),
+            _ => y * &rate,
+        })
+    };
+    let ode = NeuralOde::from_field(&vars, "ode", DType::F64, &Device::Cpu, build).unwrap();
+    let ode = ode.options(method(&EULER, 1));
+    let ys = ode.solve(y0.as_tensor(), &[0.0, 1.0, 2.0]).unwrap();
+    let grads = ys.i(2).unwrap().sum_all().unwrap().backward().unwrap();
+    // y(2) = (1 + w) y0 + w.
+    let rate = grads.get(&named(&vars, "ode.rate")).unwrap();
+    let exact = (y0.as_tensor() + 1.0).unwrap();
+    assert!(common::relative(rate, &exact) <= 4.0 * common::U_F64);
+}
+
 /// −∇Φ by candle's `backward()` inside the field, Φ = Σ tanh²(yW): candle forgets how the
 /// gradient depends on y, and keeps a part of how it depends on W.
 fn force(y: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
@@ -724,7 +855,30 @@ fn an_adjoint_that_overflows_is_found_at_its_step() {
     assert_eq!(evaluations, 2);
     // λ stays at 1e20 and y at 1e30; their product, ∂L/∂w, is beyond f32.
     let (got, _) = Scaled::over(0.0, 1e30, &options, DType::F32).backward(1e20);
-    assert_is(got, Error::NonFiniteGradient { step: 0, t: 0.0 });
+    assert_is(got, Error::NonFiniteParameterGradient);
+}
+
+#[test]
+fn a_time_gradient_that_overflows_is_found_at_its_step() {
+    // λ = 1e20 and f = 1e20; their product, ∂L/∂t, is beyond f32, and nothing else is.
+    let y0 = Var::new(&[0f32], &Device::Cpu).unwrap();
+    let times = Var::new(&[0f64, 1.0, 2.0], &Device::Cpu).unwrap();
+    let solved = |on_overflow| {
+        let field = constant(|_: &Time, y: &Tensor| y.ones_like()? * 1e20);
+        let options = OdeOptions {
+            on_overflow,
+            ..method(&EULER, 1)
+        };
+        let ys = odeint(field, y0.as_tensor(), &times, &options).unwrap();
+        (ys.i(2).unwrap() * 1e20).unwrap().sum_all().unwrap()
+    };
+    let got = unchanged(&[&y0, &times], || {
+        solved(OnOverflow::Error).backward().unwrap_err()
+    });
+    assert_is(got.into(), Error::NonFiniteGradient { step: 1, t: 1.0 });
+    let grads = solved(OnOverflow::SkipUpdate).backward().unwrap();
+    let grad = common::values(grads.get(&times).unwrap());
+    assert!(grad.iter().all(|g| g.is_nan()));
 }
 
 #[test]
@@ -949,6 +1103,10 @@ fn a_solution_that_kept_nothing_has_no_gradients_to_give() {
     let y0 = cpu(&[[1f32, 2.0]]);
     let solution = ode.solution(&y0, &[0.0, 1.0]).unwrap();
     assert_is(error(solution.vjp(&y0)), Error::NothingKept);
+    // In candle's graph that shows in backward, and is no gradient left out in silence.
+    let y = ode.solve(&y0, &[0.0, 1.0]).unwrap();
+    let got = y.sum_all().unwrap().backward().unwrap_err();
+    assert_is(got.into(), Error::NothingKept);
 }
 
 #[test]
@@ -1016,12 +1174,15 @@ fn an_error_of_the_pull_back_keeps_its_message_and_says_where_it_happened() {
     assert!(text.contains("step 1, stage 0, t = 1"), "{text}");
 }
 
-/// y' = −y with a pull-back of the user's that returns `self.0` times the right cotangent's shape.
-struct OwnPullback(fn(&Tensor) -> candle_core::Result<Tensor>);
+/// y' = w y with a pull-back of the user's.
+struct OwnPullback {
+    w: Tensor,
+    pull: fn(&Tensor, &Tensor) -> candle_core::Result<Cotangents<Tensor>>,
+}
 
 impl VectorField for OwnPullback {
     fn velocity(&self, _: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
-        y.neg()
+        y.broadcast_mul(&self.w.detach())
     }
 
     fn vjp<'f>(
@@ -1029,35 +1190,198 @@ impl VectorField for OwnPullback {
         t: &Time,
         y: &Tensor,
     ) -> candle_core::Result<(Tensor, Pullback<'f, Tensor>)> {
-        let pull = |v: &Tensor| Ok(Cotangents::of_state((self.0)(&v.neg()?)?));
+        let pull = |v: &Tensor| (self.pull)(v, &self.w);
         Ok((self.velocity(t, y)?, Box::new(pull)))
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
-        Some(vec![])
+        Some(vec![self.w.clone()])
+    }
+}
+
+/// The right cotangents of an `OwnPullback` at y = 1, and what `change` makes of them.
+fn pulled(
+    v: &Tensor,
+    w: &Tensor,
+    change: impl Fn(&mut Cotangents<Tensor>) -> candle_core::Result<()>,
+) -> candle_core::Result<Cotangents<Tensor>> {
+    let mut cotangents = Cotangents::of_state(v.broadcast_mul(&w.detach())?);
+    cotangents.params.insert(w, v.sum(0)?);
+    change(&mut cotangents)?;
+    Ok(cotangents)
+}
+
+#[test]
+fn a_pull_back_whose_cotangents_do_not_fit_is_refused_at_its_stage() {
+    use PullbackDefect as D;
+    let w = var(&[2], 1.0, 1);
+    let y0 = Tensor::ones((1, 2), DType::F64, &Device::Cpu).unwrap();
+    let vjp = |pull: fn(&Tensor, &Tensor) -> candle_core::Result<Cotangents<Tensor>>| {
+        let field = OwnPullback {
+            w: w.as_tensor().clone(),
+            pull,
+        };
+        let solution = solve(&field, &y0, &[0.0, 1.0, 3.0], &method(&HEUN, 1)).unwrap();
+        solution.vjp(solution.states()).map(|_| ())
+    };
+    vjp(|v, w| pulled(v, w, |_| Ok(()))).unwrap();
+    // Gradients of another float dtype are summed as they are, and one element is a number.
+    vjp(|v, w| {
+        pulled(v, w, |c| {
+            c.params.insert(w, v.sum(0)?.to_dtype(DType::BF16)?);
+            c.t = Some(Tensor::zeros(1, DType::F32, v.device())?);
+            Ok(())
+        })
+    })
+    .unwrap();
+    let shape = |of, expected: &[usize], got: &[usize]| D::Shape {
+        of,
+        expected: Shape::from(expected),
+        got: Shape::from(got),
+    };
+    let dtype = |of, expected, got| D::Dtype { of, expected, got };
+    type Pull = fn(&Tensor, &Tensor) -> candle_core::Result<Cotangents<Tensor>>;
+    let cases: [(Pull, PullbackDefect); 7] = [
+        // As many elements, so that sums would go through.
+        (
+            |v, w| {
+                pulled(v, w, |c| {
+                    c.y = c.y.t()?;
+                    Ok(())
+                })
+            },
+            shape(Argument::State(0), &[1, 2], &[2, 1]),
+        ),
+        (
+            |v, w| {
+                pulled(v, w, |c| {
+                    c.params.insert(w, v.copy()?);
+                    Ok(())
+                })
+            },
+            shape(Argument::Parameter(0), &[2], &[1, 2]),
+        ),
+        (
+            |v, w| {
+                pulled(v, w, |c| {
+                    c.t = Some(v.sum(0)?);
+                    Ok(())
+                })
+            },
+            shape(Argument::Time, &[], &[2]),
+        ),
+        (
+            |v, w| {
+                pulled(v, w, |c| {
+                    c.y = c.y.to_dtype(DType::F32)?;
+                    Ok(())
+                })
+            },
+            dtype(Argument::State(0), DType::F64, DType::F32),
+        ),
+        (
+            |v, w| {
+                pulled(v, w, |c| {
+                    c.params.insert(w, v.sum(0)?.to_dtype(DType::U32)?);
+                    Ok(())
+                })
+            },
+            dtype(Argument::Parameter(0), DType::F64, DType::U32),
+        ),
+        (
+            |v, w| {
+                pulled(v, w, |c| {
+                    c.t = Some(Tensor::zeros((), DType::U32, v.device())?);
+                    Ok(())
+                })
+            },
+            dtype(Argument::Time, DType::F32, DType::U32),
+        ),
+        // A copy of the parameter is another tensor.
+        (
+            |v, w| {
+                pulled(v, w, |c| {
+                    c.params.insert(&w.copy()?, v.sum(0)?);
+                    Ok(())
+                })
+            },
+            D::Unlisted { count: 1 },
+        ),
+    ];
+    for (pull, defect) in cases {
+        let got = error(vjp(pull));
+        assert!(got.to_string().contains("pull-back (not the velocity)"));
+        assert_is(
+            got,
+            Error::InvalidPullback {
+                step: 1,
+                stage: 1,
+                t: 3.0,
+                defect,
+            },
+        );
     }
 }
 
 #[test]
-fn a_pull_back_whose_cotangent_is_not_like_the_state_is_refused() {
-    let y0 = cpu(&[[1f64, 2.0]]);
-    let cotangent = Tensor::ones((2, 1, 2), DType::F64, &Device::Cpu).unwrap();
-    let vjp = |own: fn(&Tensor) -> candle_core::Result<Tensor>| {
-        let field = OwnPullback(own);
-        let solution = solve(&field, &y0, &[0.0, 1.0], &method(&EULER, 1)).unwrap();
-        solution.vjp(&cotangent).map(|g| g.y0)
+fn a_pull_back_of_fewer_tensors_than_the_state_has_is_refused() {
+    struct Short;
+    impl VectorField<Vec<Tensor>> for Short {
+        fn velocity(&self, _: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+            Ok(y.clone())
+        }
+
+        fn vjp(
+            &self,
+            t: &Time,
+            y: &Vec<Tensor>,
+        ) -> candle_core::Result<(Vec<Tensor>, Pullback<'_, Vec<Tensor>>)> {
+            let pull = |v: &Vec<Tensor>| Ok(Cotangents::of_state(v[..1].to_vec()));
+            Ok((self.velocity(t, y)?, Box::new(pull)))
+        }
+
+        fn parameters(&self) -> Option<Vec<Tensor>> {
+            Some(vec![])
+        }
+    }
+    let y0 = vec![cpu(&[1f64]), cpu(&[2f64])];
+    let solution = solve(&Short, &y0, &[0.0, 1.0], &method(&EULER, 1)).unwrap();
+    let (step, stage, t) = (0, 0, 0.0);
+    let defect = PullbackDefect::LeafCount {
+        expected: 2,
+        got: 1,
     };
-    assert_eq!(common::values(&vjp(Tensor::copy).unwrap()), [1.0, 1.0]);
-    // As many elements, so that sums would go through.
-    let (expected, got) = (Shape::from((1, 2)), Shape::from((2, 1)));
     assert_is(
-        error(vjp(Tensor::t)),
-        Error::ShapeChanged {
-            leaf: 0,
-            expected,
-            got,
+        error(solution.vjp(solution.states())),
+        Error::InvalidPullback {
+            step,
+            stage,
+            t,
+            defect,
         },
     );
+}
+
+#[test]
+fn parameters_that_a_factory_lists_are_those_it_got() {
+    let y0 = cpu(&[[1f32, 1.0]]);
+    let ode = |of: fn(&Tensor) -> candle_core::Result<Tensor>| {
+        let vars = VarMap::new();
+        let build = move |vb: VarBuilder<'_>| {
+            let pull = |v: &Tensor, w: &Tensor| pulled(v, w, |_| Ok(()));
+            let w = of(&vb.get_with_hints(2, "w", Init::Const(0.5))?)?;
+            Ok(OwnPullback { w, pull })
+        };
+        let ode = NeuralOde::from_field(&vars, "ode", DType::F32, &Device::Cpu, build);
+        (ode.unwrap(), vars)
+    };
+    let (own, vars) = ode(|w| Ok(w.clone()));
+    let ys = own.solve(&y0, &[0.0, 1.0]).unwrap();
+    let grads = ys.sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&named(&vars, "ode.w")).is_some());
+    let (copied, _vars) = ode(Tensor::copy);
+    let got = error(copied.solve(&y0, &[0.0, 1.0]));
+    assert_is(got, Error::UnknownParameter { index: 0 });
 }
 
 /// A function of the user's, whose `?` turns candle's errors into ours.
@@ -1153,4 +1477,23 @@ fn a_variable_that_left_the_map_is_missed_before_any_evaluation() {
         "{got}"
     );
     assert_eq!(calls.count(), 0);
+}
+
+#[test]
+fn a_constructor_that_fails_leaves_no_variables_behind() {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    vb.get(2, "ode.old").unwrap();
+    vb.get(2, "other").unwrap();
+    let build = |vb: VarBuilder<'_>| {
+        let old = vb.get(2, "old")?;
+        vb.get(3, "new")?;
+        // Of another shape than it has.
+        vb.get(3, "old")?;
+        Ok(move |_: &Time, y: &Tensor| y.broadcast_mul(&old))
+    };
+    let made = NeuralOde::from_field(&vars, "ode", DType::F32, &Device::Cpu, build);
+    assert!(matches!(error(made), Error::Candle(_)));
+    let names: Vec<_> = all(&vars).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["ode.old", "other"]);
 }

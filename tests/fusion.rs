@@ -138,7 +138,7 @@ proptest! {
         }
         prop_assert_eq!(got.t.is_some(), time);
         if let Some(got) = got.t {
-            let expected = expected.get(t.tensor().unwrap()).unwrap();
+            let expected = expected.get(&t.tensor().unwrap()).unwrap();
             prop_assert!((values(&got)[0] - values(expected)[0]).abs() <= 1e-12 * (1.0 + norm(&v) * norm(&k)));
         }
     }
@@ -352,14 +352,32 @@ fn frozen_weights_get_no_gradient_and_the_others_theirs() {
     };
     let frozen = Mlp::from_layers(&[layer(0), layer(1), layer(2)], Activation::Tanh, false);
     let y0 = Var::from_tensor(&y0).unwrap();
-    let states = odeint(frozen.unwrap(), y0.as_tensor(), &TIMES, &OdeOptions::default()).unwrap();
-    let weights = (states.ones_like().unwrap().flatten_all().unwrap().cumsum(0).unwrap() * 0.01)
+    let states = odeint(
+        frozen.unwrap(),
+        y0.as_tensor(),
+        &TIMES,
+        &OdeOptions::default(),
+    )
+    .unwrap();
+    let weights = (states
+        .ones_like()
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .cumsum(0)
+        .unwrap()
+        * 0.01)
         .unwrap()
         .sin()
         .unwrap()
         .reshape(states.shape())
         .unwrap();
-    let grads = (&states * weights).unwrap().sum_all().unwrap().backward().unwrap();
+    let grads = (&states * weights)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
     assert!(distance(grads.get(&y0).unwrap(), &all.y0) <= 1e-14);
     for (i, (_, var)) in named.iter().enumerate() {
         match i {
@@ -428,7 +446,10 @@ fn layers_that_do_not_fit_are_an_error() {
     assert!(of(&[layer(4, 2), layer(2, 5)], false).is_err());
     assert!(of(&[layer(4, 2), layer(3, 4)], false).is_err());
     assert!(of(&[], false).is_err());
-    let bare = Linear::new(Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap(), None);
+    let bare = Linear::new(
+        Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap(),
+        None,
+    );
     assert!(of(&[bare], false).is_err());
     let _: Option<Tableau> = None;
 }

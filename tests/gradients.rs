@@ -625,6 +625,20 @@ fn a_grid_of_one_point_returns_y0_and_the_identity_as_gradient() {
 }
 
 #[test]
+fn the_gradient_on_a_grid_of_one_point_is_the_callers_own() {
+    for dtype in [DType::F64, DType::F32] {
+        let y0 = scattered(&[3, 2], 1.0, 1).to_dtype(dtype).unwrap();
+        let field = |_: &Time, y: &Tensor| y.neg();
+        let solution = solve(&field, &y0, &[0.5], &method(&RK4, 1)).unwrap();
+        let buffer = Var::from_tensor(&y0.unsqueeze(0).unwrap()).unwrap();
+        let grads = solution.vjp(&buffer.as_detached_tensor()).unwrap();
+        let before = bits(&grads.y0);
+        buffer.set(&buffer.zeros_like().unwrap()).unwrap();
+        assert_eq!(bits(&grads.y0), before);
+    }
+}
+
+#[test]
 fn backward_may_be_called_again_on_the_same_graph() {
     for precision in [Precision::f64(), Precision::f16()] {
         let case = Case::new(&RK4, 2, &TIMES).precision(precision);
@@ -933,7 +947,7 @@ impl Taylor {
         let far: Vec<_> = (0..12).map(|k| 0.5f64.powi(k)).collect();
         let mut above = self.remainders(along, &far, factor);
         above.retain(|(_, r)| *r > 10.0 * floor);
-        assert!(above.len() >= 4, "{along:?}: {above:?} above {floor:e}");
+        assert!(above.len() >= 3, "{along:?}: {above:?} above {floor:e}");
         slope(&above)
     }
 

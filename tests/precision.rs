@@ -3,9 +3,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::{
-    odeint, solve, Arithmetic, OdeOptions, Output, Precision, Steps, Time, DOPRI5, EULER, RK4,
+    odeint, solve, Arithmetic, LossScaler, NeuralOde, OdeOptions, Output, Precision, Recorder,
+    Scaling, Steps, Time, DOPRI5, EULER, RK4,
 };
 
 #[path = "../examples/precision/studies.rs"]
@@ -212,4 +213,117 @@ fn a_leaf_may_have_a_precision_of_its_own() {
     let (zs, logps) = odeint(field, &(z, logp), &[0.0, 1.0], &options).unwrap();
     assert_eq!((zs.dims(), logps.dims()), (&[2, 3, 2][..], &[2, 3][..]));
     assert_eq!((zs.dtype(), logps.dtype()), (DType::F32, DType::F32));
+}
+
+#[test]
+fn parameters_follow_the_narrowest_leaf_where_no_precision_is_given() {
+    let native = |p: Precision| p.arithmetic(Arithmetic::Native);
+    for (each, seen) in [
+        ([Precision::f32(), native(Precision::bf16())], DType::BF16),
+        ([native(Precision::f16()), Precision::f32()], DType::F16),
+        ([Precision::f32(), Precision::f32()], DType::F32),
+    ] {
+        let vars = candle_nn::VarMap::new();
+        let build = move |vb: candle_nn::VarBuilder<'_>| {
+            let rate = vb.get_with_hints(2, "rate", candle_nn::Init::Const(0.5))?;
+            Ok(move |_: &Time, (a, b): &(Tensor, Tensor)| {
+                // One of the two leaves is of the parameters' dtype.
+                let k = |y: &Tensor| match y.dtype() == seen {
+                    true => y.broadcast_mul(&rate),
+                    false => y.neg(),
+                };
+                Ok((k(a)?, k(b)?))
+            })
+        };
+        let ode = NeuralOde::from_field(&vars, "ode", DType::F32, &Device::Cpu, build).unwrap();
+        let ode = ode.options(OdeOptions {
+            leaf_precision: each.to_vec(),
+            ..Default::default()
+        });
+        let y0 = Tensor::ones((3, 2), DType::F32, &Device::Cpu).unwrap();
+        let (a, b) = ode.solve(&(y0.clone(), y0), &[0.0, 1.0]).unwrap();
+        let grads = (a + b).and_then(|x| x.sum_all()?.backward()).unwrap();
+        let rate = vars.all_vars().remove(0);
+        assert_eq!(grads.get(&rate).unwrap().dtype(), DType::F32);
+    }
+}
+
+#[test]
+fn a_leaf_in_f16_whose_adjoint_starts_at_zero_gets_its_gradient_from_the_others() {
+    // L = 1e-9 q(T), q' = Σ z²: far below f16 when it reaches z.
+    let gradient = |precision: [Precision; 2], dtype: DType| {
+        let z = Tensor::new(&[0.7f64, -0.4, 1.1], &Device::Cpu).unwrap();
+        let z = z.to_dtype(dtype).unwrap();
+        let q = Tensor::zeros(1, dtype, &Device::Cpu).unwrap();
+        let options = OdeOptions {
+            leaf_precision: precision.to_vec(),
+            steps: Steps::PerInterval(4),
+            output: Output::Final,
+            ..Default::default()
+        };
+        let field = |_: &Time, (z, q): &(Tensor, Tensor)| {
+            Ok((z.neg()?, z.sqr()?.sum_keepdim(0)?.to_dtype(q.dtype())?))
+        };
+        let solution = solve(&field, &(z.clone(), q.clone()), &[0.0, 1.0], &options).unwrap();
+        let seeds = (
+            z.zeros_like().unwrap(),
+            (q.ones_like().unwrap() * 1e-9).unwrap(),
+        );
+        studies::values(&solution.vjp(&seeds).unwrap().y0.0).unwrap()
+    };
+    let exact = gradient([Precision::f64(), Precision::f64()], DType::F64);
+    for arithmetic in [Arithmetic::Rounded, Arithmetic::Native] {
+        let low = Precision::f16().arithmetic(arithmetic);
+        let got = gradient([low, Precision::f32()], DType::F32);
+        assert!(studies::relative(&got, &exact) <= 2.0 * U_F16, "{got:?}");
+    }
+}
+
+#[test]
+fn a_scale_is_reported_where_cotangents_are_scaled_and_nowhere_else() {
+    let range = |precision, scaling| {
+        let recorder = Recorder::default();
+        let options = OdeOptions {
+            precision: Some(precision),
+            scaling,
+            recorder: Some(recorder.clone()),
+            ..Default::default()
+        };
+        let y0 = Var::new(&[1f32], &Device::Cpu).unwrap();
+        let field = |_: &Time, y: &Tensor| y.neg();
+        let ys = odeint(field, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+        ys.sum_all().unwrap().backward().unwrap();
+        recorder.take().scale_range
+    };
+    for precision in [Precision::f32(), Precision::bf16()] {
+        assert_eq!(range(precision, Scaling::Auto), None);
+    }
+    assert_eq!(range(Precision::f16(), Scaling::Off), None);
+    assert_eq!(
+        range(Precision::f32(), Scaling::Fixed(8.0)),
+        Some((8.0, 8.0))
+    );
+    assert_eq!(
+        range(Precision::f32(), Scaling::Fixed(1.0)),
+        Some((1.0, 1.0))
+    );
+    assert!(range(Precision::f16(), Scaling::Auto).is_some_and(|(min, _)| min > 1.0));
+}
+
+#[test]
+fn a_loss_scaler_divides_in_f32_whatever_the_gradient_is() {
+    for dtype in [DType::F16, DType::BF16, DType::F32] {
+        let w = Tensor::ones(2, dtype, &Device::Cpu).unwrap();
+        let w = Var::from_tensor(&w).unwrap();
+        let mut grads = candle_core::backprop::GradStore::default();
+        grads.insert(&w, (w.as_detached_tensor() * 1024.0).unwrap());
+        // 2^−26 is nothing in f16, 2^−16 is something.
+        let scaler = LossScaler::new(2f64.powi(26)).unwrap();
+        assert!(scaler
+            .unscale(&mut grads, std::slice::from_ref(&w))
+            .unwrap());
+        let grad = grads.get(&w).unwrap();
+        assert_eq!(grad.dtype(), dtype);
+        assert_eq!(studies::values(grad).unwrap(), [2f64.powi(-16); 2]);
+    }
 }

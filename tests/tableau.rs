@@ -119,6 +119,22 @@ fn weights_are_checked_for_length_and_nan() {
     );
 }
 
+#[test]
+fn weights_that_miss_a_condition_are_named() {
+    let what_of = |error: TableauDefect| match error {
+        TableauDefect::OrderCondition { what, .. } => what,
+        other => panic!("{other}"),
+    };
+    let two = || vec![vec![], vec![1.0]];
+    let b = euler(two(), vec![0.5, 0.6], vec![0.0, 1.0]);
+    let heun = euler(two(), vec![0.5, 0.5], vec![0.0, 1.0]).unwrap();
+    let given = heun.check_weights(&[0.5, 0.6], 1);
+    let embedded = defect(heun.with_embedded(vec![0.5, 0.6]));
+    assert!(embedded.to_string().contains("embedded"), "{embedded}");
+    let found = [defect(b), embedded, defect(given)];
+    assert_eq!(found.map(what_of), ["b", "embedded", "weights"]);
+}
+
 fn euler(a: Vec<Vec<f64>>, b: Vec<f64>, c: Vec<f64>) -> candle_diffeq::Result<Tableau> {
     Tableau::new("mine", 1, a, b, c)
 }
@@ -193,6 +209,7 @@ fn each_defect_is_named() {
         (
             euler(vec![vec![]], vec![0.75], vec![0.0]),
             D::OrderCondition {
+                what: "b",
                 order: 1,
                 tree: "[]".into(),
                 residual: -0.25,
@@ -201,6 +218,7 @@ fn each_defect_is_named() {
         (
             Tableau::new("mine", 2, vec![vec![]], vec![1.0], vec![0.0]),
             D::OrderCondition {
+                what: "b",
                 order: 2,
                 tree: "[[]]".into(),
                 residual: -0.5,
@@ -209,6 +227,7 @@ fn each_defect_is_named() {
         (
             midpoint().with_embedded(vec![0.25, 0.25]),
             D::OrderCondition {
+                what: "embedded",
                 order: 1,
                 tree: "[]".into(),
                 residual: -0.5,

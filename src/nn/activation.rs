@@ -56,7 +56,7 @@ impl Activation {
             Self::Softplus => x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?,
             Self::Relu => x.relu(),
             Self::Silu => x * sigmoid(x)?,
-            Self::Gelu => x.gelu_erf(),
+            Self::Gelu => x * normal(x)?,
             Self::Sin => x.sin(),
         }
     }
@@ -74,7 +74,7 @@ impl Activation {
                 &s * (((1.0 - &s)? * z)? + 1.0)?
             }
             Self::Gelu => {
-                let normal = (((z * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?;
+                let normal = normal(z)?;
                 let density = ((z.sqr()? * -0.5)?.exp()? / ROOT_OF_TAU)?;
                 normal + (z * density)?
             }
@@ -183,6 +183,11 @@ impl<T: Element, S: Simd> Kernel<S> for Pull<'_, T, S> {
             Activation::Softplus | Activation::Silu | Activation::Gelu | Activation::Sin => {}
         }
     }
+}
+
+/// Φ(x).  candle's `gelu_erf` is x Φ(x) too, but its gradient is right to eight digits only.
+fn normal(x: &Tensor) -> Result<Tensor> {
+    ((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5
 }
 
 fn sigmoid(x: &Tensor) -> Result<Tensor> {

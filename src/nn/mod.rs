@@ -7,3 +7,15 @@ mod mlp;
 
 pub use activation::Activation;
 pub use mlp::Mlp;
+
+use std::any::Any;
+
+use candle_core::Tensor;
+
+use crate::field::VectorField;
+
+/// The vector field that a module of ours is.
+pub(crate) fn field_of(module: &dyn Any) -> Option<&dyn VectorField<Tensor>> {
+    let mlp = module.downcast_ref::<Mlp>();
+    mlp.map(|mlp| mlp as &dyn VectorField<Tensor>)
+}

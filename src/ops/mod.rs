@@ -52,7 +52,8 @@ pub(crate) fn dot(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 
 /// A 0-d f32 tensor that is zero if x is finite and NaN otherwise, left on the device.
 pub(crate) fn poison(x: &Tensor) -> Result<Tensor> {
-    Ok((x.detach().to_dtype(DType::F32)? * 0.0)?.sum_all()?)
+    // The product first: an f64 that is finite may be infinite in f32.
+    Ok((x.detach() * 0.0)?.to_dtype(DType::F32)?.sum_all()?)
 }
 
 #[cfg(test)]
@@ -185,6 +186,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_number_beyond_f32_is_not_bad_in_f64() {
+        let x = Tensor::new(&[1e300f64, -1e300], &Device::Cpu).unwrap();
+        assert_eq!(poison(&x).unwrap().to_scalar::<f32>().unwrap(), 0.0);
     }
 
     #[test]

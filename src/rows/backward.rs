@@ -81,7 +81,7 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
         dispatch(Job { pass: &pass, fold })?;
         stats.add(&counted);
         if gradients.iter().any(|g| !g.to_f64().is_finite()) {
-            return Err(not_finite(problem.plan.step(0)));
+            return Err(Error::NonFiniteParameterGradient);
         }
 
         let mut by_weight = vec![];
@@ -273,23 +273,30 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
     }
 }
 
-/// max|λ| over the leaves whose cotangents can overflow, or over all if none can.
+/// max|λ| over the leaves whose cotangents can overflow, or over all where these are zero.
 #[inline(always)]
 fn magnitude<T: Element, S: Simd, const V: usize>(
     s: S,
     plan: &Plan<'_>,
     adj: &[T::Vector<S>],
 ) -> f64 {
-    let any = plan.low.contains(&Low::F16);
-    let mut max = T::zeros::<S>();
+    let (mut low, mut all) = (0.0, 0.0f64);
     each_leaf(plan.layout, V, |leaf, _, range| {
-        if !any || plan.low[leaf] == Low::F16 {
-            for x in &adj[range] {
-                max = T::larger(s, max, T::abs(s, *x));
-            }
+        let mut max = T::zeros::<S>();
+        for x in &adj[range] {
+            max = T::larger(s, max, T::abs(s, *x));
+        }
+        let max = T::largest(s, max).to_f64();
+        all = all.max(max);
+        if plan.low[leaf] == Low::F16 {
+            low = f64::max(low, max);
         }
     });
-    T::largest(s, max).to_f64()
+    if low > 0.0 {
+        low
+    } else {
+        all
+    }
 }
 
 /// The pull-backs of a step.
@@ -338,7 +345,9 @@ impl<T: Element, S: Simd> Pull<T, S> {
         loop {
             let scale = scaler.scale();
             stats.vjps += 1;
-            stats.used_scale(scale);
+            if scaler.is_on() {
+                stats.used_scale(scale);
+            }
             attempts += 1;
             window.scaled_by::<F>(s, stepper.field, scale);
             let OpenSlot { kept, cotangents } = window.slot(at);
