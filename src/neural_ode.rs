@@ -224,9 +224,15 @@ impl<S: State + 'static> NeuralOde<S> {
         let build =
             |tensors| (self.factory)(VarBuilder::from_tensors(tensors, dtype, &self.device));
         let field = build(variables)?;
-        let plain = build(constants)?;
         let packed = Packing::pack(&y0, problem.state())?;
-        let observed = Observed::twins(&*field, &*plain, origin.keys().copied().collect());
+        let plain;
+        let observed = if field.rows().is_some() {
+            // It lists its parameters, and is hardly ever evaluated as tensors.
+            Observed::closure(&*field, true)
+        } else {
+            plain = build(constants)?;
+            Observed::twins(&*field, &*plain, origin.keys().copied().collect())
+        };
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }

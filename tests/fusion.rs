@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
 use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::{
-    odeint, Checkpoint, DynamicScaling, Error, OdeOptions, Output, Precision, Recorder, Scaling,
-    Stats, Steps, Tableau, Time, VectorField, BOSH3, DOPRI5, EULER, RK4,
+    odeint, Checkpoint, DynamicScaling, Error, NeuralOde, OdeOptions, Output, Precision, Recorder,
+    Scaling, Stats, Steps, Time, VectorField, BOSH3, DOPRI5, EULER, RK4,
 };
 use candle_nn::{Linear, VarBuilder, VarMap};
 use proptest::prelude::*;
@@ -430,6 +430,27 @@ fn a_module_is_what_its_layers_are() -> Result<()> {
 }
 
 #[test]
+fn a_neural_ode_of_a_perceptron_is_fused_and_differentiates_times_all_the_same() {
+    let (vars, field, y0) = spiral(DType::F32);
+    let ode = NeuralOde::new(&vars, "", &Device::Cpu, |vb| {
+        Mlp::new(&[3, 40, 33, 3], Activation::Tanh, vb)
+    })
+    .unwrap();
+    let alone = odeint(field, &y0, &TIMES, &OdeOptions::default()).unwrap();
+    assert_eq!(values(&ode.solve(&y0, &TIMES).unwrap()), values(&alone));
+
+    // Times that are tracked take the general path.
+    let times = Var::new(&TIMES, &Device::Cpu).unwrap();
+    let states = ode.solve(&y0, &times).unwrap();
+    assert!(distance(&states.detach(), &alone.detach()) <= 1e-6);
+    let grads = states.i(3).unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(norm(grads.get(&times).unwrap()) > 0.0);
+    for var in vars.all_vars() {
+        assert!(norm(grads.get(&var).unwrap()) > 0.0);
+    }
+}
+
+#[test]
 fn layers_that_do_not_fit_are_an_error() {
     let layer = |rows: usize, columns: usize| {
         let weight = Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap();
@@ -451,5 +472,4 @@ fn layers_that_do_not_fit_are_an_error() {
         None,
     );
     assert!(of(&[bare], false).is_err());
-    let _: Option<Tableau> = None;
 }

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, D};
 use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::{NeuralOde, OdeOptions, Time};
+use candle_diffeq::{NeuralOde, OdeOptions, Tableau, Time};
 use candle_nn::{Linear, VarBuilder, VarMap};
 
 /// A kind of field.
@@ -51,6 +51,19 @@ type Ours = fn(&VarMap, DType, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
 pub(crate) enum Ode {
     One(NeuralOde),
     Several(NeuralOde<Vec<Tensor>>),
+    /// The same steps on candle's own tape, for comparison.
+    Tape(Field, Tableau),
+}
+
+/// Whose field is solved, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Whose {
+    /// The library's, where it has one of the kind.
+    Ours,
+    /// Of candle's layers.
+    Plain,
+    /// Of candle's layers, unrolled on candle's tape without the library.
+    Tape,
 }
 
 impl Ode {
@@ -59,8 +72,46 @@ impl Ode {
         match self {
             Self::One(ode) => Ok(vec![ode.solve(&y0[0], times)?]),
             Self::Several(ode) => ode.solve(&y0.to_vec(), times),
+            Self::Tape(field, tableau) => Ok(unrolled(field, tableau, y0, times)?),
         }
     }
+}
+
+/// The last state, every step on the tape.
+fn unrolled(field: &Field, tableau: &Tableau, y0: &[Tensor], times: &[f64]) -> Result<Vec<Tensor>> {
+    let combined = |y: &[Tensor], h: f64, c: &[f64], ks: &[Vec<Tensor>]| -> Result<Vec<Tensor>> {
+        let mut y = y.to_vec();
+        for (c, k) in c.iter().zip(ks).filter(|(c, _)| **c != 0.0) {
+            for (y, k) in y.iter_mut().zip(k) {
+                *y = (&*y + (k * (h * c))?)?;
+            }
+        }
+        Ok(y)
+    };
+    let mut y = y0.to_vec();
+    for ends in times.windows(2) {
+        let (t, h) = (ends[0], ends[1] - ends[0]);
+        let mut ks = vec![];
+        for i in 0..tableau.stages() {
+            let stage = combined(&y, h, tableau.a(i), &ks)?;
+            let time = Time::new(t + tableau.c()[i] * h, y[0].dtype(), y[0].device());
+            ks.push(field(&time, &stage)?);
+        }
+        y = combined(&y, h, tableau.b(), &ks)?;
+    }
+    Ok(y)
+}
+
+/// The plain field on a tape.
+pub(crate) fn tape(
+    build: Plain,
+    vars: &VarMap,
+    dtype: DType,
+    ask: Ask,
+    options: &OdeOptions,
+) -> Result<Ode> {
+    let layers = ask(VarBuilder::from_varmap(vars, dtype, &Device::Cpu))?;
+    Ok(Ode::Tape(build(layers)?, options.method.clone()))
 }
 
 /// A neural ODE of a plain field.

@@ -21,6 +21,7 @@ use serde_json::json;
 
 use crate::common::dtype::Dtype;
 use crate::common::{median, memory, use_every_core, Result};
+use crate::fields::Whose;
 use crate::workload::Workload;
 
 /// Times a workload and checks its gradients.
@@ -34,9 +35,9 @@ struct Args {
     /// What the forward pass keeps: all, every:K, states:B or bytes:N.
     #[arg(long, default_value = "all", value_parser = checkpoint)]
     checkpoint: Checkpoint,
-    /// The field in candle's own layers, although the library has one of the kind.
-    #[arg(long)]
-    plain: bool,
+    /// Whose field, and how.
+    #[arg(long, value_enum, default_value_t = Whose::Ours)]
+    field: Whose,
     /// Timed repetitions after one that is not.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
@@ -85,7 +86,7 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         recorder: Some(recorder.clone()),
         ..Default::default()
     };
-    let ode = workload.ode(&vars, state, args.plain, options)?;
+    let ode = workload.ode(&vars, state, args.field, options)?;
     let y0 = workload.y0(state)?;
     let target = workload.target(state)?;
     let solve = || -> Result<Tensor> {
@@ -133,7 +134,7 @@ fn line(
 ) -> serde_json::Value {
     json!({
         "workload": workload.name,
-        "plain": args.plain,
+        "field": format!("{:?}", args.field).to_lowercase(),
         "precision": args.precision.name(),
         "checkpoint": format!("{:?}", args.checkpoint),
         "threads": std::env::var("RAYON_NUM_THREADS").ok(),

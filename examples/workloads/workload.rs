@@ -11,7 +11,7 @@ use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 
 use crate::common::Result;
-use crate::fields::{self, Kind, Ode, KINDS};
+use crate::fields::{self, Kind, Ode, Whose, KINDS};
 
 /// What a file says.
 pub(crate) struct Workload {
@@ -100,7 +100,7 @@ impl Workload {
         &self,
         vars: &VarMap,
         dtype: DType,
-        plain: bool,
+        whose: Whose,
         options: OdeOptions,
     ) -> Result<Ode> {
         let shapes: Vec<_> = (0..self.weights)
@@ -111,10 +111,11 @@ impl Workload {
             let pairs = (0..shapes.len()).step_by(2);
             pairs.map(|i| Ok((get(i)?, get(i + 1)?))).collect()
         };
-        let ours = if plain { None } else { self.kind.ours };
-        Ok(match ours {
-            Some(build) => build(vars, dtype, Box::new(layers), options)?,
-            None => fields::plain(self.kind.plain, vars, dtype, Box::new(layers), options)?,
+        let (ask, plain) = (Box::new(layers), self.kind.plain);
+        Ok(match (whose, self.kind.ours) {
+            (Whose::Tape, _) => fields::tape(plain, vars, dtype, ask, &options)?,
+            (Whose::Ours, Some(build)) => build(vars, dtype, ask, options)?,
+            _ => fields::plain(plain, vars, dtype, ask, options)?,
         })
     }
 

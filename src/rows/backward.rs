@@ -158,8 +158,9 @@ fn sweep<T: Element, S: Simd, F: TileField<T>, const V: usize>(
     pass: &Pass<'_, T, F>,
     fold: impl FnMut(usize, Group<T>) + Send,
 ) -> Result<()> {
-    let stages = pass.plan.problem.scheme.evaluations();
-    let window = || Window::<T, S, V>::new(&pass.of.field, stages, pass.differentiate);
+    let problem = pass.plan.problem;
+    let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
+    let window = || Window::<T, S, V>::new(&pass.of.field, stages, steps, pass.differentiate);
     let each = |window: &mut Window<T, S, V>, tiles: &Vec<Tile<T>>| {
         let sweep = Sweep {
             pass,
@@ -432,8 +433,8 @@ struct Window<T: Element, S: Simd, const V: usize> {
 }
 
 impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
-    fn new<F: TileField<T>>(field: &F, stages: usize, differentiate: bool) -> Self {
-        let capacity = WINDOW.next_multiple_of(stages.max(1));
+    fn new<F: TileField<T>>(field: &F, stages: usize, steps: usize, differentiate: bool) -> Self {
+        let capacity = WINDOW.div_ceil(stages.max(1)).min(steps.max(1)) * stages;
         let (kept, cotangents) = (field.kept() * V, field.cotangents::<S>() * V);
         let vectors = |n: usize| vec![T::zeros::<S>(); n];
         let sums = if differentiate { field.sums::<S>() } else { 0 };

@@ -6,6 +6,8 @@
 
 pub(crate) mod elementary;
 pub(crate) mod product;
+#[cfg(test)]
+mod tests;
 mod transpose;
 
 use bytemuck::Pod;

@@ -1,0 +1,379 @@
+//! Every kernel on every vector unit that the machine has, against f64 arithmetic.
+
+use proptest::prelude::*;
+use pulp::{Scalar, Simd, WithSimd};
+
+use super::product::{add_rows, load, padded, store, Dot, Layer, Outer, Packed, Pair};
+use super::{enter, scalars, scalars_mut, Element};
+use crate::precision::Low;
+
+/// A check that runs on a vector unit.
+trait Check: Copy {
+    fn check<S: Simd>(self, s: S);
+}
+
+struct On<C>(C);
+
+impl<C: Check> WithSimd for On<C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        self.0.check(s);
+    }
+}
+
+/// Runs a check on every unit.
+fn everywhere(check: impl Check) {
+    Scalar::new().vectorize(On(check));
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(s) = pulp::x86::V3::try_new() {
+            Simd::vectorize(s, On(check));
+        }
+        if let Some(s) = pulp::x86::V4::try_new() {
+            Simd::vectorize(s, On(check));
+        }
+    }
+    pulp::Arch::new().dispatch(On(check));
+}
+
+/// Numbers as vectors, the last one filled up with zeros.
+fn vectors<T: Element, S: Simd>(x: &[T]) -> Vec<T::Vector<S>> {
+    let mut out = vec![T::zeros::<S>(); x.len().div_ceil(T::lanes::<S>())];
+    scalars_mut::<T, S>(&mut out)[..x.len()].copy_from_slice(x);
+    out
+}
+
+/// A function of f32 vectors, its exact value, and its bound in unit roundoffs of the value plus a
+/// number.
+#[derive(Clone, Copy)]
+struct Accuracy {
+    name: &'static str,
+    exact: fn(f64) -> f64,
+    units: f64,
+    absolute: f64,
+    range: f32,
+}
+
+impl Accuracy {
+    #[inline(always)]
+    fn value<S: Simd>(self, s: S, x: S::f32s) -> S::f32s {
+        match self.name {
+            "tanh" => <f32 as Element>::tanh(s, x),
+            "sigmoid" => <f32 as Element>::sigmoid(s, x),
+            "softplus" => <f32 as Element>::softplus(s, x)[0],
+            "softplus slope" => <f32 as Element>::softplus(s, x)[1],
+            "normal" => <f32 as Element>::normal(s, x)[0],
+            "density" => <f32 as Element>::normal(s, x)[1],
+            "sin" => <f32 as Element>::sin_cos(s, x)[0],
+            _ => <f32 as Element>::sin_cos(s, x)[1],
+        }
+    }
+}
+
+impl Check for Accuracy {
+    #[inline(always)]
+    fn check<S: Simd>(self, s: S) {
+        const POINTS: usize = 20_000;
+        let at = |i: usize| self.range * (2.0 * i as f32 / POINTS as f32 - 1.0);
+        let mut x: Vec<f32> = (0..=POINTS).map(at).collect();
+        x.extend([1e-30, -1e-30, 1e-5, -1e-5, 0.0]);
+        for x in &vectors::<f32, S>(&x) {
+            let y = self.value(s, *x);
+            let (x, y) = (std::slice::from_ref(x), std::slice::from_ref(&y));
+            for (&x, &y) in scalars::<f32, S>(x).iter().zip(scalars::<f32, S>(y)) {
+                let exact = (self.exact)(x.into());
+                let bound = self.units * 2f64.powi(-24) * exact.abs() + self.absolute;
+                let error = (f64::from(y) - exact).abs();
+                assert!(error <= bound, "{} {x:e}: {y:e}, {exact:e}", self.name);
+            }
+        }
+        let nan = self.value(s, s.splat_f32s(f32::NAN));
+        let nan = std::slice::from_ref(&nan);
+        assert!(
+            scalars::<f32, S>(nan).iter().all(|y| y.is_nan()),
+            "{}",
+            self.name
+        );
+    }
+}
+
+#[test]
+fn elementary_functions_are_accurate_to_a_few_roundoffs_and_pass_nan_on() {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let normal = |x: f64| 0.5 * candle_core::cpu::erf::erfc_f64(-x * 0.5f64.sqrt());
+    let tiny = 1e-37;
+    let of = |name, exact, units, absolute, range| Accuracy {
+        name,
+        exact,
+        units,
+        absolute,
+        range,
+    };
+    for accuracy in [
+        of("tanh", f64::tanh, 14.0, tiny, 20.0),
+        of("sigmoid", sigmoid, 8.0, tiny, 80.0),
+        of(
+            "softplus",
+            |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p(),
+            8.0,
+            tiny,
+            80.0,
+        ),
+        of("softplus slope", sigmoid, 8.0, tiny, 80.0),
+        // The tail loses the digits of x².
+        of("normal", normal, 8.0, 4e-8, 12.0),
+        of(
+            "density",
+            |x: f64| (-0.5 * x * x).exp() / std::f64::consts::TAU.sqrt(),
+            8.0,
+            4e-8,
+            12.0,
+        ),
+        of("sin", f64::sin, 4.0, 4.0 * 2f64.powi(-24), 2000.0),
+        of("cos", f64::cos, 4.0, 4.0 * 2f64.powi(-24), 2000.0),
+        of("sin", f64::sin, 4.0, 4.0 * 2f64.powi(-24), 1e6),
+    ] {
+        everywhere(accuracy);
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Rounding;
+
+impl Check for Rounding {
+    #[inline(always)]
+    fn check<S: Simd>(self, s: S) {
+        let extremes = [
+            0x7f80_0000,
+            0xff80_0000,
+            0x4780_0000,
+            0x477f_efff,
+            0x477f_f000,
+            0x3380_0000,
+            0x3300_0000,
+            0x3300_0001,
+            0x8000_0000,
+            0x7f7f_ffff,
+            0x0000_0001,
+        ];
+        let x = (0..=u32::MAX).step_by(0xfff * 61).chain(extremes);
+        let x: Vec<f32> = x.map(f32::from_bits).collect();
+        for x in &vectors::<f32, S>(&x) {
+            for low in [Low::None, Low::Bf16, Low::F16] {
+                let y = <f32 as Element>::round(s, low, *x);
+                let (x, y) = (std::slice::from_ref(x), std::slice::from_ref(&y));
+                for (&x, &y) in scalars::<f32, S>(x).iter().zip(scalars::<f32, S>(y)) {
+                    let exact = low.round(x);
+                    assert!(
+                        y.to_bits() == exact.to_bits() || (x.is_nan() && y.is_nan()),
+                        "{low:?} {x:e}: {y:e}, {exact:e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn vectors_round_to_the_nearest_low_number() {
+    everywhere(Rounding);
+}
+
+#[derive(Clone, Copy)]
+struct Transposes;
+
+impl Transposes {
+    #[inline(always)]
+    fn of<T: Element, S: Simd>(s: S) {
+        let lanes = T::lanes::<S>();
+        let (from_stride, to_stride) = (3, 2);
+        let numbers: Vec<T> = (0..lanes * lanes * 3).map(|i| T::of(i as f64)).collect();
+        let from = vectors::<T, S>(&numbers);
+        let mut to = vec![T::zeros::<S>(); lanes * to_stride];
+        T::transpose(s, &from, from_stride, &mut to, to_stride);
+        let (from, to) = (scalars::<T, S>(&from), scalars::<T, S>(&to));
+        for r in 0..lanes {
+            for c in 0..lanes {
+                assert_eq!(
+                    to[c * to_stride * lanes + r],
+                    from[r * from_stride * lanes + c]
+                );
+            }
+        }
+    }
+}
+
+impl Check for Transposes {
+    #[inline(always)]
+    fn check<S: Simd>(self, s: S) {
+        Self::of::<f32, S>(s);
+        Self::of::<f64, S>(s);
+    }
+}
+
+#[test]
+fn transposition_turns_rows_into_columns() {
+    everywhere(Transposes);
+}
+
+/// Products of random numbers, of these sizes.
+#[derive(Clone, Copy)]
+struct Products<'a> {
+    rows: usize,
+    columns: usize,
+    pairs: usize,
+    numbers: &'a [f64],
+}
+
+impl Products<'_> {
+    fn numbers<T: Element>(&self, from: usize, n: usize) -> Vec<T> {
+        let cycled = self.numbers.iter().cycle().skip(from);
+        cycled.take(n).map(|&x| T::of(x)).collect()
+    }
+
+    #[inline(always)]
+    fn of<T: Element, S: Simd, const V: usize>(self, s: S) {
+        let batch = V * T::lanes::<S>();
+        let unit = if size_of::<T>() == 4 {
+            2f64.powi(-24)
+        } else {
+            2f64.powi(-53)
+        };
+        let (rows, columns) = (self.rows, self.columns);
+        let weights = self.numbers::<T>(0, rows * columns);
+        let start = self.numbers::<T>(7, rows);
+        let x = vectors::<T, S>(&self.numbers::<T>(3, columns * batch));
+        let packed = Packed::new::<S>(rows, columns, |r, c| weights[r * columns + c]);
+        for start in [&start[..], &[]] {
+            let mut out = vec![T::zeros::<S>(); rows * V];
+            let layer = Layer::<T, S, V> {
+                weights: &packed,
+                start,
+                x: &x,
+                out: &mut out,
+            };
+            enter(s, layer);
+            let (x, out) = (scalars::<T, S>(&x), scalars::<T, S>(&out));
+            for r in 0..rows {
+                for b in 0..batch {
+                    let mut exact = start.get(r).map_or(0.0, |x| x.to_f64());
+                    let mut size = exact.abs();
+                    for c in 0..columns {
+                        let term = weights[r * columns + c].to_f64() * x[c * batch + b].to_f64();
+                        exact += term;
+                        size += term.abs();
+                    }
+                    let error = (out[r * batch + b].to_f64() - exact).abs();
+                    assert!(error <= (columns + 2) as f64 * unit * size, "{error:e}");
+                }
+            }
+        }
+        self.gradients::<T, S, V>(s, unit);
+    }
+
+    #[inline(always)]
+    fn gradients<T: Element, S: Simd, const V: usize>(self, s: S, unit: f64) {
+        let (outputs, inputs) = (self.rows, self.columns);
+        let batch = V * T::lanes::<S>();
+        let across = padded::<T, S>(outputs);
+        let tiles = |features: usize, from: usize| -> Vec<Vec<T::Vector<S>>> {
+            let tile = |p| vectors::<T, S>(&self.numbers::<T>(from + 11 * p, features * batch));
+            (0..self.pairs).map(tile).collect()
+        };
+        let (xs, gs) = (tiles(inputs, 1), tiles(across, 5));
+        let pairs = xs.iter().zip(&gs).map(|(x, g)| Pair { x, g });
+        let window: Vec<_> = pairs.collect();
+        let lanes = T::lanes::<S>();
+        let mut wide = vec![T::zeros::<S>(); inputs * across / lanes];
+        let outer = Outer::<T, S, V> {
+            inputs,
+            outputs: across,
+            window: &window,
+            turned: &mut vec![T::zeros::<S>(); self.pairs * V * across],
+            sums: &mut wide,
+        };
+        enter(s, outer);
+        let mut thin = vec![T::default(); inputs * outputs];
+        let dot = Dot::<T, S, V> {
+            inputs,
+            outputs,
+            window: &window,
+            sums: &mut thin,
+        };
+        enter(s, dot);
+        let mut biases = vec![T::zeros::<S>(); outputs];
+        add_rows::<T, S, V>(s, &window, &mut biases);
+        let wide = scalars::<T, S>(&wide);
+        let at = |tile: &[T::Vector<S>], i: usize, b: usize| -> f64 {
+            scalars::<T, S>(tile)[i * batch + b].to_f64()
+        };
+        let terms = (self.pairs * batch) as f64;
+        for (o, bias) in biases.iter().enumerate() {
+            let all = || (0..self.pairs).flat_map(|p| (0..batch).map(move |b| (p, b)));
+            for i in 0..inputs {
+                let terms_of = all().map(|(p, b)| at(&xs[p], i, b) * at(&gs[p], o, b));
+                let (exact, size) = terms_of.fold((0.0, 0.0), |(e, s), t| (e + t, s + t.abs()));
+                for got in [wide[i * across + o], thin[o * inputs + i]] {
+                    let error = (got.to_f64() - exact).abs();
+                    assert!(error <= terms * unit * size, "{error:e}");
+                }
+            }
+            let terms_of = all().map(|(p, b)| at(&gs[p], o, b));
+            let (exact, size) = terms_of.fold((0.0, 0.0), |(e, s), t| (e + t, s + t.abs()));
+            let error = (T::total(s, *bias).to_f64() - exact).abs();
+            assert!(error <= terms * unit * size, "{error:e}");
+        }
+    }
+}
+
+impl Check for Products<'_> {
+    #[inline(always)]
+    fn check<S: Simd>(self, s: S) {
+        self.of::<f32, S, 1>(s);
+        self.of::<f32, S, 2>(s);
+        self.of::<f64, S, 1>(s);
+        self.of::<f64, S, 2>(s);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn products_are_sums_in_f64_rounded(
+        rows in 1usize..40, columns in 1usize..40, pairs in 1usize..4,
+        numbers in prop::collection::vec(-2f64..2.0, 97),
+    ) {
+        everywhere(Products { rows, columns, pairs, numbers: &numbers });
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Tiles;
+
+impl Check for Tiles {
+    fn check<S: Simd>(self, _: S) {
+        let (features, batch) = (5, 2 * f32::lanes::<S>());
+        for count in [1, batch] {
+            let rows: Vec<f32> = (0..count * features).map(|i| i as f32 + 1.0).collect();
+            let mut tile = vec![f32::zeros::<S>(); features * 2];
+            load::<f32, S>(&rows, features, batch, &mut tile);
+            let numbers = scalars::<f32, S>(&tile);
+            assert_eq!(
+                numbers[3 * batch + count - 1],
+                rows[(count - 1) * features + 3]
+            );
+            assert!(numbers[count..batch].iter().all(|&x| x == 0.0));
+            let mut back = vec![0.0; rows.len()];
+            store::<f32, S>(&tile, features, batch, &mut back);
+            assert_eq!(back, rows);
+        }
+    }
+}
+
+#[test]
+fn a_tile_holds_rows_in_its_lanes() {
+    everywhere(Tiles);
+}
