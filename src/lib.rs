@@ -7,6 +7,7 @@
 //!
 //! * [`odeint`]: a closure, solved; [`solve`]: the same without a graph.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
+//! * [`nn`]: fields that are integrated tile by tile, an order of magnitude faster on the CPU.
 //! * [`OdeOptions`]: method ([`Tableau`]), steps, checkpoints, scaling, statistics.
 //!
 //! # Theory
@@ -34,6 +35,8 @@
 //! (what is kept), `scaler`, `problem` (what both passes know), `integrate` (the forward loop),
 //! `accumulator` and `adjoint` (the backward sweep), `parameters` (θ), `odeint` and `neural_ode`
 //! (public entries; the node in candle's graph).
+//! Beside the loops over whole batches stand `simd` (kernels), `rows` (both passes over one tile of
+//! rows after the other) and [`nn`] (fields that can be integrated so).
 //!
 //! # Limits
 //!

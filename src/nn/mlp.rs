@@ -10,7 +10,7 @@ use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, RowField, Rows, Slot, TileField};
-use crate::simd::product::{add_rows, padded, Dot, Layer, Outer, Packed, Pair};
+use crate::simd::product::{add_rows, outer_room, padded, Dot, Layer, Outer, Packed, Pair};
 use crate::simd::{enter, scalars, scalars_mut, Element};
 use crate::time::Time;
 
@@ -408,10 +408,10 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     }
 
     fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
-        let wide = self.layers.iter().filter(|l| l.is_wide::<S>());
-        wide.map(|l| pairs * V * padded::<T, S>(l.outputs))
-            .max()
-            .unwrap_or(0)
+        match self.layers.iter().any(|l| l.is_wide::<S>()) {
+            true => outer_room::<T, S, V>(pairs),
+            false => 0,
+        }
     }
 
     fn parameters(&self) -> usize {

@@ -20,7 +20,7 @@ use crate::precision::Low;
 use crate::problem::{Output, Problem};
 use crate::scaler::{Outcome, Scaler};
 use crate::simd::product::{load, store};
-use crate::simd::{enter, Element, Kernel};
+use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 use crate::stats::Stats;
 use crate::time::Step;
 
@@ -198,9 +198,9 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
         let mut slot = stepper.slot();
         let window = self.window;
         window.clear();
-        let mut state = vec![T::zeros::<S>(); size];
-        let mut adj = vec![T::zeros::<S>(); size];
-        let mut incoming = vec![T::zeros::<S>(); size];
+        let mut state = vectors::<T, S>(size);
+        let mut adj = vectors::<T, S>(size);
+        let mut incoming = vectors::<T, S>(size);
         let mut pull = Pull::<T, S>::new(&stepper);
         let mut y0 = vec![];
         let mut stats = Stats::default();
@@ -303,7 +303,7 @@ fn magnitude<T: Element, S: Simd, const V: usize>(
 /// The pull-backs of a step.
 struct Pull<T: Element, S: Simd> {
     /// w'_i by stage.
-    ws: Vec<T::Vector<S>>,
+    ws: Vectors<T, S>,
     /// a_ji by stage i, for the j > i.
     a: Vec<Vec<(f64, usize)>>,
     /// Every active stage, with coefficient 1.
@@ -319,7 +319,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
             terms.filter(|(a, _)| *a != 0.0).collect()
         };
         Self {
-            ws: vec![T::zeros::<S>(); tableau.stages() * stepper.size],
+            ws: vectors::<T, S>(tableau.stages() * stepper.size),
             a: (0..tableau.stages()).map(column).collect(),
             all: stepper.stages.iter().map(|&j| (1.0, j)).collect(),
         }
@@ -415,8 +415,8 @@ struct Window<T: Element, S: Simd, const V: usize> {
     /// Vectors of a slot.
     kept_size: usize,
     cotangent_size: usize,
-    kept: Vec<T::Vector<S>>,
-    cotangents: Vec<T::Vector<S>>,
+    kept: Vectors<T, S>,
+    cotangents: Vectors<T, S>,
     /// Slots of this step, and how many there are in all.
     stages: usize,
     capacity: usize,
@@ -424,19 +424,19 @@ struct Window<T: Element, S: Simd, const V: usize> {
     base: usize,
     /// Slots that are full and not yet collected.
     pending: Vec<usize>,
-    room: Vec<T::Vector<S>>,
+    room: Vectors<T, S>,
     /// S times the gradients of the block of windows at hand.
-    part: Vec<T::Vector<S>>,
+    part: Vectors<T, S>,
     windows: usize,
     scale: f64,
-    total: Vec<T::Vector<S>>,
+    total: Vectors<T, S>,
 }
 
 impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     fn new<F: TileField<T>>(field: &F, stages: usize, steps: usize, differentiate: bool) -> Self {
         let capacity = WINDOW.div_ceil(stages.max(1)).min(steps.max(1)) * stages;
         let (kept, cotangents) = (field.kept() * V, field.cotangents::<S>() * V);
-        let vectors = |n: usize| vec![T::zeros::<S>(); n];
+        let vectors = vectors::<T, S>;
         let sums = if differentiate { field.sums::<S>() } else { 0 };
         Self {
             differentiate,
@@ -535,7 +535,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     #[inline(always)]
     fn promote(&mut self, s: S) {
         let unscale = T::splat(s, T::of(1.0 / self.scale));
-        for (total, part) in self.total.iter_mut().zip(&mut self.part) {
+        for (total, part) in self.total.iter_mut().zip(self.part.iter_mut()) {
             *total = T::mul_add(s, unscale, *part, *total);
             *part = T::zeros::<S>();
         }

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::problem::{Output, Problem};
 use crate::simd::product::{load, store};
-use crate::simd::Element;
+use crate::simd::{vectors, Element};
 use crate::stats::Stats;
 use crate::trajectory::Trajectory;
 
@@ -125,7 +125,7 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
         } = self.plan;
         let mut stepper = Stepper::<T, S, F, V>::new(s, self.field, self.plan);
         let mut slot = stepper.slot();
-        let mut y = vec![T::zeros::<S>(); stepper.size];
+        let mut y = vectors::<T, S>(stepper.size);
         let batch = V * T::lanes::<S>();
         let elements = problem.packing.len();
         let mut group = Group {

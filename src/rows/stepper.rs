@@ -6,7 +6,7 @@ use super::tile::{Snapshot, TileField};
 use super::{Failure, Plan};
 use crate::error::Error;
 use crate::precision::Low;
-use crate::simd::Element;
+use crate::simd::{vectors, Element, Vectors};
 use crate::time::Step;
 
 /// Non-zero coefficients of a tableau's row or column, with the stages that they belong to.
@@ -26,7 +26,7 @@ pub(super) struct Stepper<'p, T: Element, S: Simd, F, const V: usize> {
     /// b_j.
     b: Terms,
     /// k_j.
-    ks: Vec<T::Vector<S>>,
+    ks: Vectors<T, S>,
 }
 
 impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S, F, V> {
@@ -49,14 +49,14 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
                 .map(|i| terms(&tableau.a(i)[..i.min(tableau.a(i).len())]))
                 .collect(),
             b: terms(tableau.b()),
-            ks: vec![T::zeros::<S>(); tableau.stages() * size],
+            ks: vectors::<T, S>(tableau.stages() * size),
             stages,
         }
     }
 
     /// Room for what one evaluation keeps.
-    pub(super) fn slot(&self) -> Vec<T::Vector<S>> {
-        vec![T::zeros::<S>(); self.field.kept() * V]
+    pub(super) fn slot(&self) -> Vectors<T, S> {
+        vectors::<T, S>(self.field.kept() * V)
     }
 
     /// y_{n+1} in place of y_n.
@@ -144,7 +144,7 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
         y: &Snapshot<T>,
         slot: &mut [T::Vector<S>],
     ) -> Result<Snapshot<T>, Failure> {
-        let mut tile = vec![T::zeros::<S>(); self.size];
+        let mut tile = vectors::<T, S>(self.size);
         y.load::<S>(&mut tile);
         self.advance(self.plan.problem.plan.step(m), &mut tile, slot)?;
         Ok(Snapshot::of::<S>(&tile))

@@ -10,6 +10,7 @@ pub(crate) mod product;
 mod tests;
 mod transpose;
 
+use aligned_vec::{AVec, ConstAlign};
 use bytemuck::Pod;
 use pulp::Simd;
 
@@ -128,6 +129,14 @@ impl<S: Simd, K: Kernel<S>> pulp::NullaryFnOnce for Entered<K, S> {
 #[inline(always)]
 pub(crate) fn enter<S: Simd, K: Kernel<S>>(simd: S, kernel: K) -> K::Output {
     simd.vectorize(Entered { kernel, simd })
+}
+
+/// Vectors that begin where cache lines do: a load that straddles two lines costs two.
+pub(crate) type Vectors<T, S> = AVec<<T as Element>::Vector<S>, ConstAlign<64>>;
+
+/// n vectors of zeros.
+pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {
+    AVec::from_iter(64, std::iter::repeat_n(T::zeros::<S>(), n))
 }
 
 /// The numbers in a slice of vectors.

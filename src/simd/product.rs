@@ -6,6 +6,8 @@
 //! vectors.  Its adjoint is the same with Wᵀ.  Gradients dW = Σ g xᵀ are collected over a window of
 //! evaluations, so that they cost one pass over dW for many.
 
+use std::ops::Range;
+
 use pulp::Simd;
 
 use super::{scalars, scalars_mut, Element, Kernel};
@@ -69,23 +71,32 @@ pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize> {
 }
 
 impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
-    /// The blocks of R rows from `first` on, `weights` theirs; each sum in U parts, so that the
-    /// products of a small block need not wait for each other.
+    /// The products with some of the columns, in the blocks of R rows from `first` on, `weights`
+    /// theirs; each sum in U parts, so that the products of a small block need not wait for each
+    /// other.
     #[inline(always)]
-    fn blocks<const R: usize, const U: usize>(&mut self, s: S, first: usize, weights: &[T]) {
-        let inputs = self.x.as_chunks::<V>().0;
+    fn blocks<const R: usize, const U: usize>(
+        &mut self,
+        s: S,
+        first: usize,
+        weights: &[T],
+        columns: Range<usize>,
+    ) {
+        let inputs = &self.x.as_chunks::<V>().0[columns.clone()];
         let starts = self.start.get(first..).unwrap_or(&[]).as_chunks::<R>().0;
         let outs = self.out[first * V..].as_chunks_mut::<V>().0;
         let outs = outs.as_chunks_mut::<R>().0;
-        let blocks = weights.chunks_exact(R * inputs.len());
+        let blocks = weights.chunks_exact(R * self.weights.columns);
         for (b, (weights, out)) in blocks.zip(outs).enumerate() {
             let mut sums = [[[T::zeros::<S>(); V]; R]; U];
-            if let Some(starts) = starts.get(b) {
+            if columns.start > 0 {
+                sums[0] = *out;
+            } else if let Some(starts) = starts.get(b) {
                 for r in 0..R {
                     sums[0][r] = [T::splat(s, starts[r]); V];
                 }
             }
-            let weights = weights.as_chunks::<R>().0;
+            let weights = &weights.as_chunks::<R>().0[columns.clone()];
             let ((weights, last_weights), (inputs, last_inputs)) =
                 (weights.as_chunks::<U>(), inputs.as_chunks::<U>());
             for (weights, inputs) in weights.iter().zip(inputs) {
@@ -109,7 +120,34 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
             *out = sum;
         }
     }
+
+    /// The products with some of the columns, in all rows.
+    #[inline(always)]
+    fn part(&mut self, s: S, columns: Range<usize>) {
+        let Packed {
+            rows,
+            columns: all,
+            data,
+        } = self.weights;
+        let (mut first, mut at) = (0, 0);
+        while first < *rows {
+            let height = block(rows - first, largest_block::<S>());
+            let rows = (rows - first) / height * height;
+            let weights = &data[at..at + rows * all];
+            match height {
+                8 => self.blocks::<8, 1>(s, first, weights, columns.clone()),
+                4 => self.blocks::<4, 1>(s, first, weights, columns.clone()),
+                2 => self.blocks::<2, 2>(s, first, weights, columns.clone()),
+                _ => self.blocks::<1, 4>(s, first, weights, columns.clone()),
+            }
+            first += rows;
+            at += rows * all;
+        }
+    }
 }
+
+/// Bytes of x that stay in the first cache while all rows pass by.
+const NEAR: usize = 32 << 10;
 
 /// `sums += w x`, of R rows and one input.
 #[inline(always)]
@@ -132,25 +170,11 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Layer<'_, T, S, V> {
 
     #[inline(always)]
     fn run(mut self, s: S) {
-        let Packed {
-            rows,
-            columns,
-            data,
-        } = self.weights;
-        self.x = &self.x[..columns * V];
-        let (mut first, mut at) = (0, 0);
-        while first < *rows {
-            let height = block(rows - first, largest_block::<S>());
-            let rows = (rows - first) / height * height;
-            let weights = &data[at..at + rows * columns];
-            match height {
-                8 => self.blocks::<8, 1>(s, first, weights),
-                4 => self.blocks::<4, 1>(s, first, weights),
-                2 => self.blocks::<2, 2>(s, first, weights),
-                _ => self.blocks::<1, 4>(s, first, weights),
-            }
-            first += rows;
-            at += rows * columns;
+        let columns = self.weights.columns;
+        let most = (NEAR / (V * size_of::<T::Vector<S>>())).max(1);
+        let most = columns.div_ceil(columns.div_ceil(most).max(1)).max(1);
+        for from in (0..columns.max(1)).step_by(most) {
+            self.part(s, from..columns.min(from + most));
         }
     }
 }
@@ -173,10 +197,15 @@ pub(crate) struct Outer<'a, T: Element, S: Simd, const V: usize> {
     /// A multiple of the lanes.  g has so many features, those beyond the layer's anything finite.
     pub(crate) outputs: usize,
     pub(crate) window: &'a [Pair<'a, T::Vector<S>>],
-    /// Room for the transposed g: `[evaluation][B][output]`.
+    /// [`outer_room`]: g of the window in two vectors of outputs, `[evaluation][B][2]`.
     pub(crate) turned: &'a mut [T::Vector<S>],
     /// `[input][output]`.
     pub(crate) sums: &'a mut [T::Vector<S>],
+}
+
+/// Vectors that [`Outer`] needs for a window of so many pairs.
+pub(crate) fn outer_room<T: Element, S: Simd, const V: usize>(pairs: usize) -> usize {
+    pairs * V * T::lanes::<S>() * 2
 }
 
 impl<T: Element, S: Simd, const V: usize> Kernel<S> for Outer<'_, T, S, V> {
@@ -184,67 +213,57 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Outer<'_, T, S, V> {
 
     #[inline(always)]
     fn run(mut self, s: S) {
-        let lanes = T::lanes::<S>();
-        let (across, rows) = (self.outputs / lanes, V * lanes);
-        let size = rows * across;
-        for (pair, turned) in self.window.iter().zip(self.turned.chunks_exact_mut(size)) {
-            for block in 0..across {
-                for v in 0..V {
-                    let from = &pair.g[block * lanes * V + v..];
-                    T::transpose(
-                        s,
-                        from,
-                        V,
-                        &mut turned[v * lanes * across + block..],
-                        across,
-                    );
-                }
+        let across = self.outputs / T::lanes::<S>();
+        for output in (0..across).step_by(2) {
+            if output + 2 <= across {
+                self.strip::<2>(s, output);
+            } else {
+                self.strip::<1>(s, output);
             }
-        }
-        let mut output = 0;
-        while output < across {
-            let wide = across - output >= 2;
-            let mut input = 0;
-            while input < self.inputs {
-                let height = block(self.inputs - input, largest_block::<S>());
-                match (height, wide) {
-                    (8, true) => self.block::<8, 2>(s, input, output),
-                    (4, true) => self.block::<4, 2>(s, input, output),
-                    (2, true) => self.block::<2, 2>(s, input, output),
-                    (_, true) => self.block::<1, 2>(s, input, output),
-                    (8, false) => self.block::<8, 1>(s, input, output),
-                    (4, false) => self.block::<4, 1>(s, input, output),
-                    (2, false) => self.block::<2, 1>(s, input, output),
-                    (_, false) => self.block::<1, 1>(s, input, output),
-                }
-                input += height;
-            }
-            output += if wide { 2 } else { 1 };
         }
     }
 }
 
 impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
+    /// All inputs by W vectors of outputs.
+    #[inline(always)]
+    fn strip<const W: usize>(&mut self, s: S, output: usize) {
+        let lanes = T::lanes::<S>();
+        let size = V * lanes * W;
+        for (pair, turned) in self.window.iter().zip(self.turned.chunks_exact_mut(size)) {
+            for w in 0..W {
+                for v in 0..V {
+                    let from = &pair.g[(output + w) * lanes * V + v..];
+                    T::transpose(s, from, V, &mut turned[v * lanes * W + w..], W);
+                }
+            }
+        }
+        let mut input = 0;
+        while input < self.inputs {
+            let height = block(self.inputs - input, largest_block::<S>());
+            match height {
+                8 => self.block::<8, W>(s, input, output),
+                4 => self.block::<4, W>(s, input, output),
+                2 => self.block::<2, W>(s, input, output),
+                _ => self.block::<1, W>(s, input, output),
+            }
+            input += height;
+        }
+    }
+
     /// R inputs by W vectors of outputs.
     #[inline(always)]
     fn block<const R: usize, const W: usize>(&mut self, s: S, input: usize, output: usize) {
-        let lanes = T::lanes::<S>();
-        let (across, rows) = (self.outputs / lanes, V * lanes);
+        let (across, rows) = (self.outputs / T::lanes::<S>(), V * T::lanes::<S>());
+        let turned = self.turned.as_chunks::<W>().0.chunks_exact(rows);
         let mut sums = [[T::zeros::<S>(); W]; R];
-        for (pair, turned) in self
-            .window
-            .iter()
-            .zip(self.turned.chunks_exact(rows * across))
-        {
+        for (pair, turned) in self.window.iter().zip(turned) {
             let x = scalars::<T, S>(&pair.x[input * V..(input + R) * V]);
             let mut each: [&[T]; R] = [&x[..rows]; R];
             for r in 1..R {
                 each[r] = &x[r * rows..][..rows];
             }
-            for (b, g) in turned.chunks_exact(across).enumerate().take(rows) {
-                let Some(g) = g[output..].first_chunk::<W>() else {
-                    continue;
-                };
+            for (b, g) in turned.iter().enumerate() {
                 for r in 0..R {
                     let x = T::splat(s, each[r][b]);
                     for w in 0..W {

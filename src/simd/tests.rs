@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use pulp::{Scalar, Simd, WithSimd};
 
-use super::product::{add_rows, load, padded, store, Dot, Layer, Outer, Packed, Pair};
+use super::product::{add_rows, load, outer_room, padded, store, Dot, Layer, Outer, Packed, Pair};
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
 
@@ -291,7 +291,7 @@ impl Products<'_> {
             inputs,
             outputs: across,
             window: &window,
-            turned: &mut vec![T::zeros::<S>(); self.pairs * V * across],
+            turned: &mut vec![T::zeros::<S>(); outer_room::<T, S, V>(self.pairs)],
             sums: &mut wide,
         };
         enter(s, outer);
