@@ -43,7 +43,10 @@ pub(crate) type Ask = Box<dyn Fn(VarBuilder<'_>) -> Result<Layers> + Send + Sync
 /// A field over the parts of the state.
 type Field = Box<dyn Fn(&Time, &Vec<Tensor>) -> Result<Vec<Tensor>> + Send + Sync>;
 
-type Plain = fn(Layers) -> Result<Field>;
+type Plain = fn(Layers, Tanh) -> Result<Field>;
+
+/// Whose tanh.
+type Tanh = fn(&Tensor) -> Result<Tensor>;
 
 type Ours = fn(&VarMap, DType, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
 
@@ -62,6 +65,8 @@ pub(crate) enum Whose {
     Ours,
     /// Of candle's layers.
     Plain,
+    /// Of candle's layers, with the library's activations.
+    DropIn,
     /// Of candle's layers, unrolled on candle's tape without the library.
     Tape,
 }
@@ -111,18 +116,22 @@ pub(crate) fn tape(
     options: &OdeOptions,
 ) -> Result<Ode> {
     let layers = ask(VarBuilder::from_varmap(vars, dtype, &Device::Cpu))?;
-    Ok(Ode::Tape(build(layers)?, options.method.clone()))
+    Ok(Ode::Tape(
+        build(layers, Tensor::tanh)?,
+        options.method.clone(),
+    ))
 }
 
 /// A neural ODE of a plain field.
 pub(crate) fn plain(
     build: Plain,
+    tanh: Tanh,
     vars: &VarMap,
     dtype: DType,
     ask: Ask,
     options: OdeOptions,
 ) -> candle_diffeq::Result<Ode> {
-    let field = move |vb: VarBuilder<'_>| build(ask(vb)?);
+    let field = move |vb: VarBuilder<'_>| build(ask(vb)?, tanh);
     let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
     Ok(Ode::Several(ode.options(options)))
 }
@@ -146,18 +155,18 @@ fn affine(x: &Tensor, (weight, bias): &(Tensor, Tensor)) -> Result<Tensor> {
 }
 
 /// Layers with tanh between them.
-fn mlp(layers: Layers) -> Result<Field> {
+fn mlp(layers: Layers, tanh: Tanh) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let mut x = y[0].clone();
         for (i, layer) in layers.iter().enumerate() {
-            x = affine(&if i > 0 { x.tanh()? } else { x }, layer)?;
+            x = affine(&if i > 0 { tanh(&x)? } else { x }, layer)?;
         }
         Ok(vec![x])
     }))
 }
 
 /// Convolutions that keep the size of the image, with relu between them.
-fn conv(layers: Layers) -> Result<Field> {
+fn conv(layers: Layers, _: Tanh) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let mut x = y[0].clone();
         for (i, (kernel, bias)) in layers.iter().enumerate() {
@@ -171,12 +180,12 @@ fn conv(layers: Layers) -> Result<Field> {
 }
 
 /// z' = `mlp`(z), (log p)' = −tr ∂z'/∂z, by one forward tangent for each coordinate of z.
-fn cnf(layers: Layers) -> Result<Field> {
+fn cnf(layers: Layers, tanh: Tanh) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let (mut x, mut slopes) = (y[0].clone(), vec![]);
         for (i, layer) in layers.iter().enumerate() {
             if i > 0 {
-                x = x.tanh()?;
+                x = tanh(&x)?;
                 slopes.push((1.0 - x.sqr()?)?);
             }
             x = affine(&x, layer)?;

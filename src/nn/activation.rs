@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 use pulp::Simd;
 
+use super::elementwise;
 use crate::simd::{Element, Kernel};
 
 /// An elementwise activation.
@@ -45,11 +46,20 @@ impl Activation {
         Self::Sin,
     ];
 
-    /// σ(x), differentiable by candle.
+    /// σ(x), differentiable by candle.  On the CPU in f32 and f64 one pass on the vector unit and
+    /// all threads, worth using in place of candle's in any model; elsewhere candle's operations.
     ///
     /// # Errors
     /// Of candle's operations.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        match elementwise::is_for(x) {
+            true => elementwise::value(self, x),
+            false => self.composed(x),
+        }
+    }
+
+    /// σ(x) in candle's operations.
+    fn composed(self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Tanh => x.tanh(),
             Self::Sigmoid => sigmoid(x),
@@ -61,8 +71,16 @@ impl Activation {
         }
     }
 
+    /// σ'(z) g.
+    pub(super) fn pull(self, z: &Tensor, g: &Tensor) -> Result<Tensor> {
+        if elementwise::is_for(z) && g.dtype() == z.dtype() {
+            return elementwise::pull(self, z, g);
+        }
+        g * self.slope(z, &self.composed(z)?)?
+    }
+
     /// σ'(z), of `value` = σ(z).
-    pub(super) fn slope(self, z: &Tensor, value: &Tensor) -> Result<Tensor> {
+    fn slope(self, z: &Tensor, value: &Tensor) -> Result<Tensor> {
         const ROOT_OF_TAU: f64 = 2.506_628_274_631_000_5;
         match self {
             Self::Tanh => 1.0 - value.sqr()?,
@@ -192,4 +210,53 @@ fn normal(x: &Tensor) -> Result<Tensor> {
 
 fn sigmoid(x: &Tensor) -> Result<Tensor> {
     (x.neg()?.exp()? + 1.0)?.recip()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+
+    use super::*;
+
+    /// max |x − y|.
+    fn distance(x: &Tensor, y: &Tensor) -> f64 {
+        let max = (x - y).and_then(|d| d.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar());
+        max.unwrap()
+    }
+
+    #[test]
+    fn fused_activations_and_their_gradients_are_those_of_candle() {
+        for n in [1, 17, 1024, 40_001] {
+            for (dtype, bound) in [(DType::F64, 1e-14), (DType::F32, 2e-6)] {
+                let x = Tensor::randn(0f64, 3.0, n, &Device::Cpu).unwrap();
+                let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
+                let g = Tensor::randn(0f64, 1.0, n, &Device::Cpu).unwrap();
+                let g = g.to_dtype(dtype).unwrap();
+                for activation in Activation::ALL {
+                    let [got, expected] = [
+                        activation.forward(x.as_tensor()).unwrap(),
+                        activation.composed(x.as_tensor()).unwrap(),
+                    ];
+                    assert!(distance(&got, &expected) <= 8.0 * bound, "{activation:?}");
+                    let gradient = |y: Tensor| {
+                        let grads = (y * &g).and_then(|y| y.sum_all()?.backward()).unwrap();
+                        grads.get(&x).unwrap().clone()
+                    };
+                    let error = distance(&gradient(got), &gradient(expected));
+                    assert!(error <= 8.0 * bound, "{activation:?} {error:e}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn strided_and_low_precision_tensors_have_activations_too() {
+        let x = Tensor::randn(0f32, 1.0, (6, 5), &Device::Cpu).unwrap();
+        let turned = x.t().unwrap();
+        let expected = turned.contiguous().unwrap().tanh().unwrap();
+        let got = Activation::Tanh.forward(&turned).unwrap();
+        assert!(distance(&got, &expected) <= 1e-6);
+        let low = Activation::Silu.forward(&x.to_dtype(DType::BF16).unwrap());
+        assert_eq!(low.unwrap().dtype(), DType::BF16);
+    }
 }

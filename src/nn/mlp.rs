@@ -217,8 +217,7 @@ impl VectorField<Tensor> for Mlp {
                 let mut skipped = None;
                 if let Some(z) = hidden.get(l) {
                     skipped = plain.skips(l).then(|| g.clone());
-                    let value = plain.activation.forward(z)?;
-                    g = (g * plain.activation.slope(z, &value)?)?;
+                    g = plain.activation.pull(z, &g)?;
                 }
                 params.insert(&self.layers[l].weight, g.t()?.matmul(&inputs[l])?);
                 params.insert(&self.layers[l].bias, g.sum(0)?);

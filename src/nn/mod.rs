@@ -3,6 +3,7 @@
 //! the CPU.
 
 mod activation;
+mod elementwise;
 mod mlp;
 
 pub use activation::Activation;

@@ -260,7 +260,7 @@ impl<R, F: FnMut(usize, R)> Folded<R, F> {
 }
 
 /// Runs on the best vector unit of the machine.
-fn dispatch<J: WithSimd>(job: J) -> J::Output {
+pub(crate) fn dispatch<J: WithSimd>(job: J) -> J::Output {
     static ARCH: OnceLock<Arch> = OnceLock::new();
     ARCH.get_or_init(Arch::new).dispatch(job)
 }
