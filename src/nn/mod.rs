@@ -3,9 +3,12 @@
 //! the CPU.
 
 mod activation;
+mod cnf;
 mod mlp;
+mod weights;
 
 pub use activation::Activation;
+pub use cnf::Cnf;
 pub use mlp::Mlp;
 
 use std::any::Any;
