@@ -8,10 +8,10 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_diffeq::nn::{Activation, Cnf, Mlp};
 use candle_diffeq::{
-    Checkpoint, NeuralOde, OdeOptions, Output, Precision, Steps, Time, VectorField, DOPRI5, HEUN,
-    RK4,
+    odeint, Checkpoint, NeuralOde, OdeOptions, Output, Precision, Steps, Time, VectorField, DOPRI5,
+    HEUN, RK4,
 };
-use candle_nn::{VarBuilder, VarMap};
+use candle_nn::{Linear, VarBuilder, VarMap};
 use common::{all, error_of, relative, scattered, values, var, worst, U_BF16};
 use proptest::prelude::*;
 
@@ -314,6 +314,28 @@ fn one_and_two_hidden_layers_are_fused() {
         assert_eq!(cnf.rows().is_some(), fused, "{hidden}");
         let sides = [false, true].map(|on| (DType::F64, fusion(on, &OdeOptions::default())));
         assert!(worst(errors(&shape, 9, sides, &[0.0, 1.0])) <= EXACT);
+    }
+}
+
+#[test]
+fn frozen_layers_have_no_gradient() {
+    for on in [false, true] {
+        let layer = |dims: [usize; 2], seed| {
+            let weight = var(&dims, 0.5, seed);
+            (
+                weight.clone(),
+                Linear::new(weight.into_inner(), Some(scattered(&dims[..1], 0.5, 3))),
+            )
+        };
+        let ((_, first), (last, second)) = (layer([6, 2], 1), layer([2, 6], 2));
+        let bias = first.bias().cloned();
+        let frozen = Linear::new(first.weight().detach(), bias);
+        let mlp = Mlp::from_layers(&[frozen, second], Activation::Sin, false).unwrap();
+        let y0 = (scattered(&[5, 2], 1.0, 1), zeros(5));
+        let options = fusion(on, &OdeOptions::default());
+        let (z, _) = odeint(Cnf::new(mlp).unwrap(), &y0, &[0.0, 1.0], &options).unwrap();
+        let grads = z.sum_all().and_then(|z| z.backward()).unwrap();
+        assert!(grads.get(&last).is_some() && grads.get(first.weight()).is_none());
     }
 }
 

@@ -72,9 +72,7 @@ impl Activation {
                 let s = sigmoid(z)?;
                 &s * (((1.0 - &s)? * z)? + 1.0)?
             }
-            Self::Gelu => {
-                normal(z)? + (z * normal_density(z)?)?
-            }
+            Self::Gelu => normal(z)? + (z * normal_density(z)?)?,
             Self::Sin => z.cos(),
         }
     }

@@ -7,6 +7,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor};
 use pulp::Simd;
 
+use super::mlp::Affine;
 use super::Mlp;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
@@ -147,11 +148,15 @@ impl Evaluation {
                 let curvature = self.mlp.activation.curvature(z, value, slope)?;
                 g = ((g * slope)? + (curvature * &bent.slopes[l])?)?;
             }
-            let missing = layer.inputs() - bent.weights[l].dim(1)?;
-            let through_trace = bent.weights[l].pad_with_zeros(1, 0, missing)?;
-            let weight = (g.t()?.matmul(&self.inputs[l])? + through_trace)?;
-            params.insert(&layers.layers[l].weight, weight);
-            params.insert(&layers.layers[l].bias, g.sum(0)?);
+            let Affine { weight, bias } = &layers.layers[l];
+            if weight.track_op() {
+                let trace = &bent.weights[l];
+                let trace = trace.pad_with_zeros(1, 0, layer.inputs() - trace.dim(1)?)?;
+                params.insert(weight, (g.t()?.matmul(&self.inputs[l])? + trace)?);
+            }
+            if bias.track_op() {
+                params.insert(bias, g.sum(0)?);
+            }
             g = g.matmul(&layer.weight)?;
         }
         Ok((g, params))

@@ -223,8 +223,13 @@ impl VectorField<Tensor> for Mlp {
                     let value = plain.activation.forward(z)?;
                     g = (g * plain.activation.slope(z, &value)?)?;
                 }
-                params.insert(&self.layers[l].weight, g.t()?.matmul(&inputs[l])?);
-                params.insert(&self.layers[l].bias, g.sum(0)?);
+                let Affine { weight, bias } = &self.layers[l];
+                if weight.track_op() {
+                    params.insert(weight, g.t()?.matmul(&inputs[l])?);
+                }
+                if bias.track_op() {
+                    params.insert(bias, g.sum(0)?);
+                }
                 g = g.matmul(&layer.weight)?;
                 if let Some(skipped) = skipped {
                     g = (g + skipped)?;
