@@ -2,7 +2,7 @@
 //! operations.
 
 use candle_core::{DType, Device, Result, Tensor, D};
-use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::nn::{Activation, Cnf, Mlp};
 use candle_diffeq::{NeuralOde, OdeOptions, Tableau, Time};
 use candle_nn::{Linear, VarBuilder, VarMap};
 
@@ -30,7 +30,7 @@ pub(crate) const KINDS: [Kind; 3] = [
     Kind {
         name: "cnf",
         plain: cnf,
-        ours: None,
+        ours: Some(our_cnf),
     },
 ];
 
@@ -53,6 +53,7 @@ type Ours = fn(&VarMap, DType, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
 /// A neural ODE whose state has one part, or several.
 pub(crate) enum Ode {
     One(NeuralOde),
+    Two(NeuralOde<(Tensor, Tensor)>),
     Several(NeuralOde<Vec<Tensor>>),
     /// The same steps on candle's own tape, for comparison.
     Tape(Field, Tableau),
@@ -76,6 +77,10 @@ impl Ode {
     pub(crate) fn solve(&self, y0: &[Tensor], times: &[f64]) -> candle_diffeq::Result<Vec<Tensor>> {
         match self {
             Self::One(ode) => Ok(vec![ode.solve(&y0[0], times)?]),
+            Self::Two(ode) => {
+                let (z, l) = ode.solve(&(y0[0].clone(), y0[1].clone()), times)?;
+                Ok(vec![z, l])
+            }
             Self::Several(ode) => ode.solve(&y0.to_vec(), times),
             Self::Tape(field, tableau) => Ok(unrolled(field, tableau, y0, times)?),
         }
@@ -142,12 +147,25 @@ fn our_mlp(
     ask: Ask,
     options: OdeOptions,
 ) -> candle_diffeq::Result<Ode> {
-    let field = move |vb: VarBuilder<'_>| {
-        let layers = ask(vb)?.into_iter().map(|(w, b)| Linear::new(w, Some(b)));
-        Mlp::from_layers(&layers.collect::<Vec<_>>(), Activation::Tanh, false)
-    };
+    let field = move |vb: VarBuilder<'_>| perceptron(ask(vb)?);
     let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
     Ok(Ode::One(ode.options(options)))
+}
+
+fn our_cnf(
+    vars: &VarMap,
+    dtype: DType,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let field = move |vb: VarBuilder<'_>| Cnf::new(perceptron(ask(vb)?)?);
+    let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
+    Ok(Ode::Two(ode.options(options)))
+}
+
+fn perceptron(layers: Layers) -> Result<Mlp> {
+    let layers = layers.into_iter().map(|(w, b)| Linear::new(w, Some(b)));
+    Mlp::from_layers(&layers.collect::<Vec<_>>(), Activation::Tanh, false)
 }
 
 fn affine(x: &Tensor, (weight, bias): &(Tensor, Tensor)) -> Result<Tensor> {

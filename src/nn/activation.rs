@@ -80,8 +80,7 @@ impl Activation {
     }
 
     /// σ'(z), of `value` = σ(z).
-    fn slope(self, z: &Tensor, value: &Tensor) -> Result<Tensor> {
-        const ROOT_OF_TAU: f64 = 2.506_628_274_631_000_5;
+    pub(super) fn slope(self, z: &Tensor, value: &Tensor) -> Result<Tensor> {
         match self {
             Self::Tanh => 1.0 - value.sqr()?,
             Self::Sigmoid => value * (1.0 - value)?,
@@ -91,18 +90,36 @@ impl Activation {
                 let s = sigmoid(z)?;
                 &s * (((1.0 - &s)? * z)? + 1.0)?
             }
-            Self::Gelu => {
-                let normal = normal(z)?;
-                let density = ((z.sqr()? * -0.5)?.exp()? / ROOT_OF_TAU)?;
-                normal + (z * density)?
-            }
+            Self::Gelu => normal(z)? + (z * normal_density(z)?)?,
             Self::Sin => z.cos(),
+        }
+    }
+
+    /// σ''(z), of `value` = σ(z) and `slope` = σ'(z).
+    pub(super) fn curvature(self, z: &Tensor, value: &Tensor, slope: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Tanh => (value * slope)? * -2.0,
+            Self::Sigmoid => slope * (1.0 - (value * 2.0)?)?,
+            Self::Softplus => slope * (1.0 - slope)?,
+            Self::Relu => z.zeros_like(),
+            Self::Silu => {
+                let s = sigmoid(z)?;
+                let bend = ((z * (1.0 - (&s * 2.0)?)?)? + 2.0)?;
+                (&s * (1.0 - &s)?)? * bend
+            }
+            Self::Gelu => normal_density(z)? * (2.0 - z.sqr()?)?,
+            Self::Sin => value.neg(),
         }
     }
 
     /// Whether the slope must be kept beside the value.
     pub(super) fn keeps_slope(self) -> bool {
         !matches!(self, Self::Tanh | Self::Sigmoid | Self::Relu)
+    }
+
+    /// Whether the curvature must be kept beside value and slope.
+    pub(super) fn keeps_curvature(self) -> bool {
+        matches!(self, Self::Silu | Self::Gelu)
     }
 }
 
@@ -203,9 +220,142 @@ impl<T: Element, S: Simd> Kernel<S> for Pull<'_, T, S> {
     }
 }
 
+/// z becomes σ(z), `slope` σ'(z), and `curvature` σ''(z) where it must be kept.
+pub(super) struct Expand<'a, T: Element, S: Simd> {
+    pub(super) activation: Activation,
+    pub(super) z: &'a mut [T::Vector<S>],
+    pub(super) slope: &'a mut [T::Vector<S>],
+    pub(super) curvature: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Expand<'_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self {
+            activation,
+            z,
+            slope,
+            curvature,
+        } = self;
+        for (e, z) in curvature.iter_mut().zip(&*z) {
+            *e = kept_curvature::<T, S>(s, activation, *z);
+        }
+        let apply = Apply::<T, S> {
+            activation,
+            z,
+            slope,
+        };
+        apply.run(s);
+        if !activation.keeps_slope() {
+            slope.fill(T::splat(s, T::of(1.0)));
+            let pull = Pull::<T, S> {
+                activation,
+                value: z,
+                g: slope,
+            };
+            pull.run(s);
+        }
+    }
+}
+
+/// g becomes σ'(z) g + σ''(z) c r, with one c for every row of the tile.
+pub(super) struct Bend<'a, T: Element, S: Simd, const V: usize> {
+    pub(super) activation: Activation,
+    pub(super) value: &'a [T::Vector<S>],
+    pub(super) slope: &'a [T::Vector<S>],
+    /// Where it is kept.
+    pub(super) curvature: &'a [T::Vector<S>],
+    pub(super) c: [T::Vector<S>; V],
+    pub(super) r: &'a [T::Vector<S>],
+    pub(super) g: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for Bend<'_, T, S, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self { activation, c, .. } = self;
+        let (value, slope) = (self.value.as_chunks::<V>().0, self.slope.as_chunks().0);
+        let (curvature, r) = (self.curvature.as_chunks::<V>().0, self.r.as_chunks::<V>().0);
+        let each = self.g.as_chunks_mut::<V>().0.iter_mut().zip(r);
+        for (i, ((g, r), (h, d))) in each.zip(value.iter().zip(slope)).enumerate() {
+            let d: &[T::Vector<S>; V] = d;
+            for v in 0..V {
+                let e = match curvature.get(i) {
+                    Some(e) => e[v],
+                    None => curvature_of::<T, S>(s, activation, h[v], d[v]),
+                };
+                let bent = T::times(s, e, T::times(s, c[v], r[v]));
+                g[v] = T::mul_add(s, d[v], g[v], bent);
+            }
+        }
+    }
+}
+
+/// σ'' of value and slope, where it follows from them.
+#[inline(always)]
+fn curvature_of<T: Element, S: Simd>(
+    s: S,
+    activation: Activation,
+    value: T::Vector<S>,
+    slope: T::Vector<S>,
+) -> T::Vector<S> {
+    let one = T::splat(s, T::of(1.0));
+    match activation {
+        Activation::Tanh => {
+            let twice = T::plus(s, value, value);
+            T::minus(s, T::zeros::<S>(), T::times(s, twice, slope))
+        }
+        Activation::Sigmoid => {
+            let twice = T::plus(s, value, value);
+            T::times(s, slope, T::minus(s, one, twice))
+        }
+        Activation::Softplus => T::times(s, slope, T::minus(s, one, slope)),
+        Activation::Sin => T::minus(s, T::zeros::<S>(), value),
+        Activation::Relu | Activation::Silu | Activation::Gelu => T::zeros::<S>(),
+    }
+}
+
+/// σ'' of z, where it must be kept.
+#[inline(always)]
+fn kept_curvature<T: Element, S: Simd>(
+    s: S,
+    activation: Activation,
+    z: T::Vector<S>,
+) -> T::Vector<S> {
+    let two = T::splat(s, T::of(2.0));
+    match activation {
+        Activation::Silu => {
+            let sigmoid = T::sigmoid(s, z);
+            let slope = T::minus(s, sigmoid, T::times(s, sigmoid, sigmoid));
+            // 1 − 2σ
+            let odd = T::minus(s, T::splat(s, T::of(1.0)), T::plus(s, sigmoid, sigmoid));
+            T::times(s, slope, T::mul_add(s, z, odd, two))
+        }
+        Activation::Gelu => {
+            let [_, density] = T::normal(s, z);
+            T::times(s, density, T::minus(s, two, T::times(s, z, z)))
+        }
+        Activation::Tanh
+        | Activation::Sigmoid
+        | Activation::Softplus
+        | Activation::Relu
+        | Activation::Sin => T::zeros::<S>(),
+    }
+}
+
 /// Φ(x).  candle's `gelu_erf` is x Φ(x) too, but its gradient is right to eight digits only.
 fn normal(x: &Tensor) -> Result<Tensor> {
     ((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5
+}
+
+/// Φ'(x).
+fn normal_density(x: &Tensor) -> Result<Tensor> {
+    const ROOT_OF_TAU: f64 = 2.506_628_274_631_000_5;
+    (x.sqr()? * -0.5)?.exp()? / ROOT_OF_TAU
 }
 
 fn sigmoid(x: &Tensor) -> Result<Tensor> {

@@ -6,12 +6,13 @@ use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
 use super::activation::{Apply, Pull};
+use super::weights::{fill, Place, Weights};
 use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, RowField, Rows, Slot, TileField};
-use crate::simd::product::{add_rows, outer_room, padded, Dot, Layer, Outer, Packed, Pair};
-use crate::simd::{enter, scalars, scalars_mut, Element};
+use crate::simd::product::{add_rows, Layer};
+use crate::simd::{enter, Element};
 use crate::time::Time;
 
 /// f(t, y) = W_L σ(… σ(W_1 [y, t] + b_1) …) + b_L, with `[out, in]` weights.
@@ -34,24 +35,24 @@ use crate::time::Time;
 /// ```
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    layers: Vec<Affine>,
-    activation: Activation,
-    time: bool,
-    residual: bool,
+    pub(super) layers: Vec<Affine>,
+    pub(super) activation: Activation,
+    pub(super) time: bool,
+    pub(super) residual: bool,
 }
 
 #[derive(Clone, Debug)]
-struct Affine {
-    weight: Tensor,
-    bias: Tensor,
+pub(super) struct Affine {
+    pub(super) weight: Tensor,
+    pub(super) bias: Tensor,
 }
 
 impl Affine {
-    fn inputs(&self) -> usize {
+    pub(super) fn inputs(&self) -> usize {
         self.weight.dims()[1]
     }
 
-    fn outputs(&self) -> usize {
+    pub(super) fn outputs(&self) -> usize {
         self.weight.dims()[0]
     }
 }
@@ -139,7 +140,7 @@ impl Mlp {
     }
 
     /// The input of the first layer.
-    fn input(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
+    pub(super) fn input(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
         if !self.time {
             return Ok(y.clone());
         }
@@ -152,7 +153,7 @@ impl Mlp {
     }
 
     /// The velocity, what every layer read, and z of every hidden one.
-    fn run(&self, input: Tensor) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
+    pub(super) fn run(&self, input: Tensor) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
         let (mut x, mut inputs, mut hidden) = (input, vec![], vec![]);
         for (l, layer) in self.layers.iter().enumerate() {
             let rows = x.dims()[..x.rank() - 1].to_vec();
@@ -175,8 +176,20 @@ impl Mlp {
         Ok((x, inputs, hidden))
     }
 
-    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.layers.iter().flat_map(|l| [&l.weight, &l.bias])
+    }
+
+    /// The same without history.
+    pub(super) fn detached(&self) -> Self {
+        let plain = |l: &Affine| Affine {
+            weight: l.weight.detach(),
+            bias: l.bias.detach(),
+        };
+        Self {
+            layers: self.layers.iter().map(plain).collect(),
+            ..*self
+        }
     }
 }
 
@@ -197,17 +210,7 @@ impl VectorField<Tensor> for Mlp {
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
-        let plain = Self {
-            layers: self
-                .layers
-                .iter()
-                .map(|l| Affine {
-                    weight: l.weight.detach(),
-                    bias: l.bias.detach(),
-                })
-                .collect(),
-            ..*self
-        };
+        let plain = self.detached();
         let (k, inputs, hidden) = plain.run(plain.input(t, y)?.detach())?;
         let shape = y.shape().clone();
         let pull = move |v: &Tensor| {
@@ -219,8 +222,13 @@ impl VectorField<Tensor> for Mlp {
                     skipped = plain.skips(l).then(|| g.clone());
                     g = plain.activation.pull(z, &g)?;
                 }
-                params.insert(&self.layers[l].weight, g.t()?.matmul(&inputs[l])?);
-                params.insert(&self.layers[l].bias, g.sum(0)?);
+                let Affine { weight, bias } = &self.layers[l];
+                if weight.track_op() {
+                    params.insert(weight, g.t()?.matmul(&inputs[l])?);
+                }
+                if bias.track_op() {
+                    params.insert(bias, g.sum(0)?);
+                }
                 g = g.matmul(&layer.weight)?;
                 if let Some(skipped) = skipped {
                     g = (g + skipped)?;
@@ -268,19 +276,12 @@ impl RowField for Mlp {
 
     fn tiles<T: Element, S: Simd>(&self) -> std::result::Result<MlpTiles<T>, Error> {
         let mut layers = Vec::with_capacity(self.layers.len());
-        let numbers = |x: &Tensor| -> Result<Vec<T>> {
-            x.detach().to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()
-        };
         // Of the first layer, Wᵀ leaves out what belongs to time.
         let mut dim = self.features();
         for (l, layer) in self.layers.iter().enumerate() {
             let (inputs, outputs) = (layer.inputs(), layer.outputs());
-            let weight = numbers(&layer.weight)?;
             layers.push(TileLayer {
-                inputs,
-                outputs,
-                forward: Packed::new::<S>(outputs, inputs, |o, i| weight[o * inputs + i]),
-                adjoint: Packed::new::<S>(dim, outputs, |i, o| weight[o * inputs + i]),
+                weights: Weights::new::<S>(&numbers(&layer.weight)?, outputs, inputs, dim),
                 bias: numbers(&layer.bias)?,
                 skips: l + 1 < self.layers.len() && self.skips(l),
             });
@@ -306,37 +307,27 @@ pub(crate) struct MlpTiles<T> {
 }
 
 struct TileLayer<T> {
-    inputs: usize,
-    outputs: usize,
-    /// W.
-    forward: Packed<T>,
-    /// Wᵀ.
-    adjoint: Packed<T>,
+    weights: Weights<T>,
     bias: Vec<T>,
     skips: bool,
 }
 
-impl<T: Element> TileLayer<T> {
-    /// Whether dW is formed with outputs in the lanes.
-    fn is_wide<S: Simd>(&self) -> bool {
-        self.inputs.min(self.outputs) >= T::lanes::<S>()
-    }
+/// All elements, in T.
+pub(super) fn numbers<T: Element>(x: &Tensor) -> Result<Vec<T>> {
+    x.detach().to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()
+}
 
-    /// Vectors of the sums of dW.
+impl<T: Element> TileLayer<T> {
+    /// Vectors of the sums of dW and db.
     fn sums<S: Simd>(&self) -> usize {
-        let numbers = if self.is_wide::<S>() {
-            self.inputs * padded::<T, S>(self.outputs)
-        } else {
-            (self.inputs * self.outputs).next_multiple_of(T::lanes::<S>())
-        };
-        numbers / T::lanes::<S>()
+        self.weights.sums::<S>() + self.weights.outputs
     }
 }
 
 impl<T: Element> MlpTiles<T> {
     /// Features of all that layers read.
     fn inputs(&self) -> usize {
-        self.layers.iter().map(|l| l.inputs).sum()
+        self.layers.iter().map(|l| l.weights.inputs).sum()
     }
 
     /// Whether hidden layers keep their slopes.
@@ -372,17 +363,17 @@ impl<T: Element> MlpTiles<T> {
     /// Features of the widest layer that is skipped.
     fn skipped(&self) -> usize {
         let skipped = self.layers.iter().filter(|l| l.skips);
-        skipped.map(|l| l.outputs).max().unwrap_or(0)
+        skipped.map(|l| l.weights.outputs).max().unwrap_or(0)
     }
 
     /// Features of all layers' z.
     fn outputs(&self) -> usize {
-        self.layers.iter().map(|l| l.outputs).sum()
+        self.layers.iter().map(|l| l.weights.outputs).sum()
     }
 
     /// Features of all hidden layers.
     fn hidden(&self) -> usize {
-        self.layers[1..].iter().map(|l| l.inputs).sum()
+        self.layers[1..].iter().map(|l| l.weights.inputs).sum()
     }
 }
 
@@ -402,19 +393,16 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     }
 
     fn sums<S: Simd>(&self) -> usize {
-        let of = |l: &TileLayer<T>| l.sums::<S>() + l.outputs;
-        self.layers.iter().map(of).sum()
+        self.layers.iter().map(TileLayer::sums::<S>).sum()
     }
 
     fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
-        match self.layers.iter().any(|l| l.is_wide::<S>()) {
-            true => outer_room::<T, S, V>(pairs),
-            false => 0,
-        }
+        let rooms = self.layers.iter().map(|l| l.weights.room::<S, V>(pairs));
+        rooms.max().unwrap_or(0)
     }
 
     fn parameters(&self) -> usize {
-        let of = |l: &TileLayer<T>| (l.inputs + 1) * l.outputs;
+        let of = |l: &TileLayer<T>| (l.weights.inputs + 1) * l.weights.outputs;
         self.layers.iter().map(of).sum()
     }
 
@@ -427,7 +415,7 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         k: Option<&mut [T::Vector<S>]>,
     ) {
         let (read, mut slopes) = kept.split_at_mut(self.inputs() * V);
-        let (mut x, mut rest) = read.split_at_mut(self.layers[0].inputs * V);
+        let (mut x, mut rest) = read.split_at_mut(self.layers[0].weights.inputs * V);
         if self.time {
             let at = x.len() - V;
             x[at..].fill(T::splat(s, T::of(t)));
@@ -437,12 +425,12 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
             None => return,
         };
         for layer in hidden {
-            let size = layer.outputs * V;
+            let size = layer.weights.outputs * V;
             let (out, after) = rest.split_at_mut(size);
             enter(
                 s,
                 Layer::<T, S, V> {
-                    weights: &layer.forward,
+                    weights: &layer.weights.forward,
                     start: &layer.bias,
                     x,
                     out,
@@ -481,7 +469,7 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
             enter(
                 s,
                 Layer::<T, S, V> {
-                    weights: &last.forward,
+                    weights: &last.weights.forward,
                     start: &last.bias,
                     x,
                     out,
@@ -503,13 +491,14 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         let (mut g, mut rest) = cotangents.split_at_mut(w.len());
         for (l, layer) in self.layers.iter().enumerate().rev() {
             let value;
-            (read, value) = read.split_at(read.len() - layer.inputs * V);
-            let (below, after) = rest.split_at_mut(if l == 0 { 0 } else { layer.inputs * V });
+            (read, value) = read.split_at(read.len() - layer.weights.inputs * V);
+            let hidden = if l == 0 { 0 } else { layer.weights.inputs };
+            let (below, after) = rest.split_at_mut(hidden * V);
             let out = if l == 0 { &mut *w } else { &mut *below };
             enter(
                 s,
                 Layer::<T, S, V> {
-                    weights: &layer.adjoint,
+                    weights: &layer.weights.adjoint,
                     start: &[],
                     x: g,
                     out,
@@ -544,39 +533,19 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         let (mut read, mut left, mut rest) = (0, self.outputs(), sums);
         let mut pairs = Vec::with_capacity(window.len());
         for layer in &self.layers {
-            left -= layer.outputs;
-            pairs.clear();
-            pairs.extend(window.iter().map(|slot| Pair {
-                x: &slot.kept[read * V..][..layer.inputs * V],
-                g: &slot.cotangents[left * V..],
-            }));
-            let (weights, after) = rest.split_at_mut(layer.sums::<S>());
-            if layer.is_wide::<S>() {
-                enter(
-                    s,
-                    Outer::<T, S, V> {
-                        inputs: layer.inputs,
-                        outputs: padded::<T, S>(layer.outputs),
-                        window: &pairs,
-                        turned: room,
-                        sums: weights,
-                    },
-                );
-            } else {
-                enter(
-                    s,
-                    Dot::<T, S, V> {
-                        inputs: layer.inputs,
-                        outputs: layer.outputs,
-                        window: &pairs,
-                        sums: scalars_mut::<T, S>(weights),
-                    },
-                );
-            }
-            let (biases, after) = after.split_at_mut(layer.outputs);
+            left -= layer.weights.outputs;
+            fill::<_, V>(
+                &mut pairs,
+                window,
+                Place { read, left },
+                layer.weights.inputs,
+            );
+            let (weights, after) = rest.split_at_mut(layer.weights.sums::<S>());
+            layer.weights.accumulate::<S, V>(s, &pairs, room, weights);
+            let (biases, after) = after.split_at_mut(layer.weights.outputs);
             add_rows::<T, S, V>(s, &pairs, biases);
             rest = after;
-            read += layer.inputs;
+            read += layer.weights.inputs;
         }
     }
 
@@ -585,17 +554,9 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         let mut rest = sums;
         for layer in &self.layers {
             let (weights, biases);
-            (weights, rest) = rest.split_at(layer.sums::<S>());
-            (biases, rest) = rest.split_at(layer.outputs);
-            let weights = scalars::<T, S>(weights);
-            let (across, down) = if layer.is_wide::<S>() {
-                (1, padded::<T, S>(layer.outputs))
-            } else {
-                (layer.inputs, 1)
-            };
-            for o in 0..layer.outputs {
-                gradients.extend((0..layer.inputs).map(|i| weights[o * across + i * down]));
-            }
+            (weights, rest) = rest.split_at(layer.weights.sums::<S>());
+            (biases, rest) = rest.split_at(layer.weights.outputs);
+            layer.weights.gradient::<S>(weights, &mut gradients);
             gradients.extend(biases.iter().map(|b| T::total(s, *b)));
         }
         gradients

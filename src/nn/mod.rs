@@ -3,10 +3,13 @@
 //! the CPU.
 
 mod activation;
+mod cnf;
 mod elementwise;
 mod mlp;
+mod weights;
 
 pub use activation::Activation;
+pub use cnf::Cnf;
 pub use mlp::Mlp;
 
 use std::any::Any;

@@ -6,7 +6,7 @@ use super::tile::{Snapshot, TileField};
 use super::{Failure, Plan};
 use crate::error::Error;
 use crate::precision::Low;
-use crate::simd::{vectors, Element, Vectors};
+use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 use crate::time::Step;
 
 /// Non-zero coefficients of a tableau's row or column, with the stages that they belong to.
@@ -144,10 +144,36 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
         y: &Snapshot<T>,
         slot: &mut [T::Vector<S>],
     ) -> Result<Snapshot<T>, Failure> {
+        let s = self.s;
         let mut tile = vectors::<T, S>(self.size);
         y.load::<S>(&mut tile);
-        self.advance(self.plan.problem.plan.step(m), &mut tile, slot)?;
+        let advance = Advance {
+            step: self.plan.problem.plan.step(m),
+            stepper: &mut *self,
+            y: &mut tile,
+            slot,
+        };
+        enter(s, advance)?;
         Ok(Snapshot::of::<S>(&tile))
+    }
+}
+
+/// [`Stepper::advance`], where no vector code is entered yet.
+struct Advance<'a, 'p, T: Element, S: Simd, F, const V: usize> {
+    stepper: &'a mut Stepper<'p, T, S, F, V>,
+    step: Step,
+    y: &'a mut [T::Vector<S>],
+    slot: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S>
+    for Advance<'_, '_, T, S, F, V>
+{
+    type Output = Result<(), Failure>;
+
+    #[inline(always)]
+    fn run(self, _: S) -> Self::Output {
+        self.stepper.advance(self.step, self.y, self.slot)
     }
 }
 

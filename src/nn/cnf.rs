@@ -1,0 +1,229 @@
+//! A continuous normalising flow: a perceptron, and the log-density along it.
+
+mod tiles;
+mod trace;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Shape, Tensor};
+use pulp::Simd;
+
+use super::mlp::Affine;
+use super::Mlp;
+use crate::error::Error;
+use crate::field::{Cotangents, Pullback, VectorField};
+use crate::rows::{Layout, RowField, Rows};
+use crate::simd::Element;
+use crate::time::Time;
+use tiles::CnfTiles;
+use trace::Trace;
+
+/// A continuous normalising flow: z' = g(t, z) and l' = −tr ∂g/∂z for an [`Mlp`] g, the trace
+/// exact.
+///
+/// z: `(…, features)`, l: `(…, 1)`, with the same rows.  Along a solution, l grows by
+/// log p(z(t)) − log p(z(0)), whatever the density p at the start.
+///
+/// With one or two hidden layers, the trace costs as much as g itself, however many features there
+/// are: tr W₃ D₂ W₂ D₁ W₁ = d₂ᵀ B d₁ with B = W₂ ∘ (W₁ W₃)ᵀ.  Such a field is integrated tile by
+/// tile where an `Mlp` is.  Other depths take a forward tangent for each feature.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::nn::{Activation, Cnf, Mlp};
+/// use candle_diffeq::NeuralOde;
+/// let (vars, device) = (candle_nn::VarMap::new(), Device::Cpu);
+/// let flow = NeuralOde::from_field(&vars, "flow", DType::F32, &device, |vb| {
+///     Cnf::new(Mlp::new(&[2, 64, 64, 2], Activation::Tanh, vb)?)
+/// })?;
+/// let z0 = Tensor::randn(0f32, 1.0, (8, 2), &device)?;
+/// let l0 = Tensor::zeros((8, 1), DType::F32, &device)?;
+/// let (zs, ls) = flow.solve(&(z0, l0), &[0.0, 1.0])?;
+/// assert_eq!((zs.dims(), ls.dims()), ([2, 8, 2].as_slice(), [2, 8, 1].as_slice()));
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Cnf {
+    mlp: Mlp,
+}
+
+impl Cnf {
+    /// The flow of a perceptron, with time or without.
+    ///
+    /// # Errors
+    /// If the perceptron is [`residual`](Mlp::residual).
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_diffeq::nn::{Activation, Cnf, Mlp};
+    /// let vb = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
+    /// let mlp = Mlp::with_time(&[2, 16, 2], Activation::Softplus, vb)?;
+    /// assert!(Cnf::new(mlp.clone()).is_ok());
+    /// assert!(Cnf::new(mlp.residual()).is_err());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn new(mlp: Mlp) -> Result<Self> {
+        if mlp.residual {
+            candle_core::bail!("the trace of a residual Mlp is not implemented")
+        }
+        Ok(Self { mlp })
+    }
+
+    /// Features of z.
+    pub fn features(&self) -> usize {
+        self.mlp.features()
+    }
+
+    /// Whether these are the shapes of a state (z, l).
+    fn fits(&self, z: &[usize], l: &[usize]) -> bool {
+        match (z.split_last(), l.split_last()) {
+            (Some((features, rows)), Some((1, of))) => *features == self.features() && rows == of,
+            _ => false,
+        }
+    }
+
+    fn check(&self, (z, l): &(Tensor, Tensor)) -> Result<()> {
+        if self.fits(z.dims(), l.dims()) {
+            return Ok(());
+        }
+        candle_core::bail!(
+            "a Cnf of {} features needs z (…, {0}) and l (…, 1), got {:?} and {:?}",
+            self.features(),
+            z.shape(),
+            l.shape()
+        )
+    }
+}
+
+/// One evaluation, and what its pull-back reads.
+struct Evaluation {
+    mlp: Mlp,
+    /// z'.
+    velocity: Tensor,
+    /// What every layer read.
+    inputs: Vec<Tensor>,
+    /// Of the hidden layers.
+    hidden: Vec<Tensor>,
+    slopes: Vec<Tensor>,
+    trace: Trace,
+}
+
+impl Evaluation {
+    /// Of layers that read `input`, the features of z with or without time.
+    fn new(mlp: Mlp, input: Tensor) -> Result<Self> {
+        let (velocity, inputs, hidden) = mlp.run(input)?;
+        let slope = |(z, value)| mlp.activation.slope(z, value);
+        let values = hidden.iter().zip(&inputs[1..]);
+        let slopes = values.map(slope).collect::<Result<Vec<_>>>()?;
+        let mut weights: Vec<_> = mlp.layers.iter().map(|l| l.weight.clone()).collect();
+        if mlp.time {
+            weights[0] = weights[0].narrow(1, 0, mlp.features())?;
+        }
+        Ok(Self {
+            trace: Trace::new(weights, slopes.clone())?,
+            mlp,
+            velocity,
+            inputs,
+            hidden,
+            slopes,
+        })
+    }
+
+    /// The velocity of (z, l), l' in the shape and dtype of l.
+    fn velocities(&self, l: &Tensor) -> Result<(Tensor, Tensor)> {
+        let trace = self.trace.value(l.elem_count())?;
+        let k = trace.neg()?.reshape(l.shape())?.to_dtype(l.dtype())?;
+        Ok((self.velocity.clone(), k))
+    }
+
+    /// vᵀ∂f of `v` = (v_z, v_l), the gradients as those of `layers`: of z and time, `(row, input)`,
+    /// and of the parameters.
+    fn pull(&self, layers: &Mlp, (v, v_l): &(Tensor, Tensor)) -> Result<(Tensor, GradStore)> {
+        let mut params = GradStore::default();
+        let c = v_l.neg()?.reshape(((), 1))?.to_dtype(v.dtype())?;
+        let bent = self.trace.pull(&c)?;
+        let mut g = v.reshape(((), self.mlp.features()))?;
+        for (l, layer) in self.mlp.layers.iter().enumerate().rev() {
+            if let Some(z) = self.hidden.get(l) {
+                let (value, slope) = (&self.inputs[l + 1], &self.slopes[l]);
+                let curvature = self.mlp.activation.curvature(z, value, slope)?;
+                g = ((g * slope)? + (curvature * &bent.slopes[l])?)?;
+            }
+            let Affine { weight, bias } = &layers.layers[l];
+            if weight.track_op() {
+                let trace = &bent.weights[l];
+                let trace = trace.pad_with_zeros(1, 0, layer.inputs() - trace.dim(1)?)?;
+                params.insert(weight, (g.t()?.matmul(&self.inputs[l])? + trace)?);
+            }
+            if bias.track_op() {
+                params.insert(bias, g.sum(0)?);
+            }
+            g = g.matmul(&layer.weight)?;
+        }
+        Ok((g, params))
+    }
+}
+
+impl VectorField<(Tensor, Tensor)> for Cnf {
+    fn velocity(&self, t: &Time, y: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+        self.check(y)?;
+        let input = self.mlp.input(t, &y.0)?;
+        Evaluation::new(self.mlp.clone(), input)?.velocities(&y.1)
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &(Tensor, Tensor),
+    ) -> Result<((Tensor, Tensor), Pullback<'f, (Tensor, Tensor)>)> {
+        self.check(y)?;
+        let input = self.mlp.input(t, &y.0)?.detach();
+        let at = Evaluation::new(self.mlp.detached(), input)?;
+        let k = at.velocities(&y.1)?;
+        let (shape, l) = (y.0.shape().clone(), y.1.detach());
+        let pull = move |v: &(Tensor, Tensor)| {
+            let (g, params) = at.pull(&self.mlp, v)?;
+            let dim = self.features();
+            let t = match self.mlp.time {
+                true => Some(g.narrow(1, dim, 1)?.sum_all()?),
+                false => None,
+            };
+            let z = g.narrow(1, 0, dim)?.contiguous()?.reshape(&shape)?;
+            Ok(Cotangents {
+                y: (z, l.zeros_like()?),
+                t,
+                params,
+            })
+        };
+        Ok((k, Box::new(pull)))
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        let tracked = self.mlp.tensors().filter(|p| p.track_op());
+        Some(tracked.cloned().collect())
+    }
+
+    fn rows(&self) -> Option<Rows<'_>> {
+        let fused = matches!(self.mlp.layers.len(), 2 | 3);
+        fused.then(|| Rows::new(self))
+    }
+}
+
+impl RowField for Cnf {
+    type Tiles<T: Element> = CnfTiles<T>;
+
+    fn weights(&self) -> Vec<Tensor> {
+        self.mlp.tensors().cloned().collect()
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
+        let [z, l] = shapes else { return None };
+        self.fits(z.dims(), l.dims()).then(|| Layout {
+            rows: l.elem_count(),
+            features: vec![self.features(), 1],
+        })
+    }
+
+    fn tiles<T: Element, S: Simd>(&self) -> std::result::Result<CnfTiles<T>, Error> {
+        Ok(CnfTiles::new::<S>(&self.mlp)?)
+    }
+}

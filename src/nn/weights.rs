@@ -1,0 +1,119 @@
+//! A matrix over tiles: its products, and the sums of its gradient.
+
+use pulp::Simd;
+
+use crate::rows::Slot;
+use crate::simd::product::{outer_room, padded, Dot, Outer, Packed, Pair};
+use crate::simd::{enter, scalars, scalars_mut, Element};
+
+/// W of `outputs` rows and `inputs` columns.
+pub(super) struct Weights<T> {
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
+    /// W.
+    pub(super) forward: Packed<T>,
+    /// Wᵀ, of the inputs that cotangents go back to.
+    pub(super) adjoint: Packed<T>,
+}
+
+/// Where the inputs of a product and the cotangents of its outputs lie in a slot, in features.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) read: usize,
+    pub(super) left: usize,
+}
+
+/// The operands of a product, evaluation by evaluation.
+#[inline(always)]
+pub(super) fn fill<'a, X, const V: usize>(
+    pairs: &mut Vec<Pair<'a, X>>,
+    window: &[Slot<'a, X>],
+    place: Place,
+    inputs: usize,
+) {
+    pairs.clear();
+    for slot in window {
+        pairs.push(Pair {
+            x: &slot.kept[place.read * V..][..inputs * V],
+            g: &slot.cotangents[place.left * V..],
+        });
+    }
+}
+
+impl<T: Element> Weights<T> {
+    /// Packs `weight`, `[output][input]`; cotangents go back to the first `pulled` inputs.
+    pub(super) fn new<S: Simd>(weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self {
+        Self {
+            inputs,
+            outputs,
+            forward: Packed::new::<S>(outputs, inputs, |o, i| weight[o * inputs + i]),
+            adjoint: Packed::new::<S>(pulled, outputs, |i, o| weight[o * inputs + i]),
+        }
+    }
+
+    /// Whether dW is formed with outputs in the lanes.
+    fn is_wide<S: Simd>(&self) -> bool {
+        self.inputs.min(self.outputs) >= T::lanes::<S>()
+    }
+
+    /// Vectors of the sums of dW.
+    pub(super) fn sums<S: Simd>(&self) -> usize {
+        let numbers = if self.is_wide::<S>() {
+            self.inputs * padded::<T, S>(self.outputs)
+        } else {
+            (self.inputs * self.outputs).next_multiple_of(T::lanes::<S>())
+        };
+        numbers / T::lanes::<S>()
+    }
+
+    /// Vectors of room that [`accumulate`](Self::accumulate) needs.
+    pub(super) fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
+        if self.is_wide::<S>() {
+            outer_room::<T, S, V>(pairs)
+        } else {
+            0
+        }
+    }
+
+    /// Adds dW = Σ g xᵀ to the sums.
+    #[inline(always)]
+    pub(super) fn accumulate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        pairs: &[Pair<'_, T::Vector<S>>],
+        room: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    ) {
+        if self.is_wide::<S>() {
+            let outer = Outer::<T, S, V> {
+                inputs: self.inputs,
+                outputs: padded::<T, S>(self.outputs),
+                window: pairs,
+                turned: room,
+                sums,
+            };
+            enter(s, outer);
+        } else {
+            let dot = Dot::<T, S, V> {
+                inputs: self.inputs,
+                outputs: self.outputs,
+                window: pairs,
+                sums: scalars_mut::<T, S>(sums),
+            };
+            enter(s, dot);
+        }
+    }
+
+    /// Appends the sums as dW, `[output][input]`.
+    pub(super) fn gradient<S: Simd>(&self, sums: &[T::Vector<S>], to: &mut Vec<T>) {
+        let sums = scalars::<T, S>(sums);
+        let (across, down) = if self.is_wide::<S>() {
+            (1, padded::<T, S>(self.outputs))
+        } else {
+            (self.inputs, 1)
+        };
+        for o in 0..self.outputs {
+            to.extend((0..self.inputs).map(|i| sums[o * across + i * down]));
+        }
+    }
+}
