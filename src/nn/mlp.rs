@@ -267,7 +267,7 @@ impl RowField for Mlp {
         })
     }
 
-    fn tiles<T: Element, S: Simd>(&self) -> std::result::Result<MlpTiles<T>, Error> {
+    fn tiles<T: Element, S: Simd>(&self, _: &[Shape]) -> std::result::Result<MlpTiles<T>, Error> {
         let mut layers = Vec::with_capacity(self.layers.len());
         let numbers = |x: &Tensor| -> Result<Vec<T>> {
             x.detach().to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()

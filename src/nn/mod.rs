@@ -3,7 +3,9 @@
 //! the CPU.
 
 mod activation;
+mod conv;
 mod mlp;
 
 pub use activation::Activation;
+pub use conv::ConvField;
 pub use mlp::Mlp;
