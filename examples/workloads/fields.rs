@@ -2,9 +2,9 @@
 //! operations.
 
 use candle_core::{DType, Device, Result, Tensor, D};
-use candle_diffeq::nn::{Activation, Cnf, Mlp};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{NeuralOde, OdeOptions, Tableau, Time};
-use candle_nn::{Linear, VarBuilder, VarMap};
+use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
 /// A kind of field.
 pub(crate) struct Kind {
@@ -25,7 +25,7 @@ pub(crate) const KINDS: [Kind; 3] = [
     Kind {
         name: "conv",
         plain: conv,
-        ours: None,
+        ours: Some(our_conv),
     },
     Kind {
         name: "cnf",
@@ -166,6 +166,30 @@ fn our_cnf(
 fn perceptron(layers: Layers) -> Result<Mlp> {
     let layers = layers.into_iter().map(|(w, b)| Linear::new(w, Some(b)));
     Mlp::from_layers(&layers.collect::<Vec<_>>(), Activation::Tanh, false)
+}
+
+fn our_conv(
+    vars: &VarMap,
+    dtype: DType,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let field = move |vb: VarBuilder<'_>| {
+        let layer = |(w, b): (Tensor, Tensor)| {
+            let config = Conv2dConfig {
+                padding: w.dim(D::Minus1)? / 2,
+                ..Default::default()
+            };
+            Ok(Conv2d::new(w, Some(b), config))
+        };
+        let layers = ask(vb)?
+            .into_iter()
+            .map(layer)
+            .collect::<Result<Vec<_>>>()?;
+        ConvField::from_layers(&layers, Activation::Relu)
+    };
+    let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
+    Ok(Ode::One(ode.options(options)))
 }
 
 fn affine(x: &Tensor, (weight, bias): &(Tensor, Tensor)) -> Result<Tensor> {

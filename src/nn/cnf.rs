@@ -223,7 +223,7 @@ impl RowField for Cnf {
         })
     }
 
-    fn tiles<T: Element, S: Simd>(&self) -> std::result::Result<CnfTiles<T>, Error> {
+    fn tiles<T: Element, S: Simd>(&self, _: &[Shape]) -> std::result::Result<CnfTiles<T>, Error> {
         Ok(CnfTiles::new::<S>(&self.mlp)?)
     }
 }

@@ -274,7 +274,7 @@ impl RowField for Mlp {
         })
     }
 
-    fn tiles<T: Element, S: Simd>(&self) -> std::result::Result<MlpTiles<T>, Error> {
+    fn tiles<T: Element, S: Simd>(&self, _: &[Shape]) -> std::result::Result<MlpTiles<T>, Error> {
         let mut layers = Vec::with_capacity(self.layers.len());
         // Of the first layer, Wᵀ leaves out what belongs to time.
         let mut dim = self.features();

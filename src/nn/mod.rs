@@ -4,12 +4,14 @@
 
 mod activation;
 mod cnf;
+mod conv;
 mod elementwise;
 mod mlp;
 mod weights;
 
 pub use activation::Activation;
 pub use cnf::Cnf;
+pub use conv::ConvField;
 pub use mlp::Mlp;
 
 use std::any::Any;
@@ -21,5 +23,7 @@ use crate::field::VectorField;
 /// The vector field that a module of ours is.
 pub(crate) fn field_of(module: &dyn Any) -> Option<&dyn VectorField<Tensor>> {
     let mlp = module.downcast_ref::<Mlp>();
+    let conv = module.downcast_ref::<ConvField>();
     mlp.map(|mlp| mlp as &dyn VectorField<Tensor>)
+        .or(conv.map(|conv| conv as &dyn VectorField<Tensor>))
 }

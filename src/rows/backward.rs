@@ -11,7 +11,7 @@ use candle_core::{Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
 use super::forward::{each_leaf, Tile};
-use super::stepper::{add, is_finite, Stepper};
+use super::stepper::{add, combine, is_finite, Stepper};
 use super::tile::{Slot, TileField};
 use super::{dispatch, numbers, on_all_threads, positions, Failure, Layout, Plan, Reversible};
 use crate::adjoint::Adjoint;
@@ -24,8 +24,12 @@ use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 use crate::stats::Stats;
 use crate::time::Step;
 
-/// Evaluations in a window, at least.
+/// Evaluations in a window, at least, where its slots are small.
 const WINDOW: usize = 8;
+
+/// Bytes of a slot that may wait in a window; where slots are larger, every evaluation is collected
+/// at once, as long as a part of it is in cache.
+const CACHED: usize = 1 << 20;
 
 /// Windows in a partial sum, before it is added to the total; see [`crate::accumulator`].
 const BLOCK: usize = 64;
@@ -355,9 +359,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
             let v = &mut cotangents[..size];
             // S h v_i, or h Q(S v_i) where compute precision is low.
             let factor = if rounds { scale } else { scale * step.h };
-            v.fill(T::zeros::<S>());
-            add::<T, S>(s, v, factor * b, &[(1.0, 0)], adj);
-            add::<T, S>(s, v, factor, &self.a[i], &self.ws);
+            combine::<T, S>(s, v, (factor * b, adj), factor, &self.a[i], &self.ws);
             if rounds {
                 stepper.round(v);
                 scale_by::<T, S>(s, v, step.h);
@@ -377,7 +379,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 if unscale != 1.0 {
                     scale_by::<T, S>(s, w, unscale);
                 }
-                window.push(at);
+                window.push::<F>(s, stepper.field, at);
                 return Ok(scaler);
             }
             scaler = scaler.after(outcome);
@@ -420,6 +422,8 @@ struct Window<T: Element, S: Simd, const V: usize> {
     /// Slots of this step, and how many there are in all.
     stages: usize,
     capacity: usize,
+    /// Whether every evaluation is collected at once, so that all share the room for cotangents.
+    at_once: bool,
     /// First slot of the step at hand.
     base: usize,
     /// Slots that are full and not yet collected.
@@ -434,8 +438,12 @@ struct Window<T: Element, S: Simd, const V: usize> {
 
 impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     fn new<F: TileField<T>>(field: &F, stages: usize, steps: usize, differentiate: bool) -> Self {
-        let capacity = WINDOW.div_ceil(stages.max(1)).min(steps.max(1)) * stages;
         let (kept, cotangents) = (field.kept() * V, field.cotangents::<S>() * V);
+        let slot = (kept + cotangents) * size_of::<T::Vector<S>>();
+        let at_once = slot > CACHED;
+        let several = WINDOW.div_ceil(stages.max(1)).min(steps.max(1));
+        let capacity = if at_once { 1 } else { several } * stages;
+        let pairs = if at_once { 1 } else { capacity };
         let vectors = vectors::<T, S>;
         let sums = if differentiate { field.sums::<S>() } else { 0 };
         Self {
@@ -443,13 +451,14 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
             kept_size: kept,
             cotangent_size: cotangents,
             kept: vectors(capacity * kept),
-            cotangents: vectors(capacity * cotangents),
+            cotangents: vectors(pairs * cotangents),
             stages,
             capacity,
+            at_once,
             base: 0,
             pending: Vec::with_capacity(capacity),
             room: vectors(if differentiate {
-                field.room::<S, V>(capacity)
+                field.room::<S, V>(pairs)
             } else {
                 0
             }),
@@ -484,14 +493,19 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     /// What was kept of the step's stage, and room for its cotangents.
     fn slot(&mut self, at: usize) -> OpenSlot<'_, T::Vector<S>> {
         let slot = self.base + at;
+        let pair = if self.at_once { 0 } else { slot };
         OpenSlot {
             kept: &self.kept[slot * self.kept_size..][..self.kept_size],
-            cotangents: &mut self.cotangents[slot * self.cotangent_size..][..self.cotangent_size],
+            cotangents: &mut self.cotangents[pair * self.cotangent_size..][..self.cotangent_size],
         }
     }
 
-    fn push(&mut self, at: usize) {
+    #[inline(always)]
+    fn push<F: TileField<T>>(&mut self, s: S, field: &F, at: usize) {
         self.pending.push(self.base + at);
+        if self.at_once {
+            self.flush(s, field);
+        }
     }
 
     #[inline(always)]
@@ -517,9 +531,13 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     #[inline(always)]
     fn flush<F: TileField<T>>(&mut self, s: S, field: &F) {
         if self.differentiate && !self.pending.is_empty() {
-            let slot = |&slot: &usize| Slot {
-                kept: &self.kept[slot * self.kept_size..][..self.kept_size],
-                cotangents: &self.cotangents[slot * self.cotangent_size..][..self.cotangent_size],
+            let slot = |&slot: &usize| {
+                let pair = if self.at_once { 0 } else { slot };
+                Slot {
+                    kept: &self.kept[slot * self.kept_size..][..self.kept_size],
+                    cotangents: &self.cotangents[pair * self.cotangent_size..]
+                        [..self.cotangent_size],
+                }
             };
             let slots: Vec<_> = self.pending.iter().map(slot).collect();
             field.accumulate::<S, V>(s, &slots, &mut self.room, &mut self.part);

@@ -81,7 +81,8 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let field = self.spec.tiles::<T, S>()?;
+        let shapes = self.plan.problem.packing.shapes();
+        let field = self.spec.tiles::<T, S>(shapes)?;
         let groups = self.plan.groups::<T, S>(field.parameters());
         let each = |(): &mut (), group: &Vec<usize>| {
             if self.plan.is_wide::<T, S>() {

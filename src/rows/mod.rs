@@ -38,8 +38,8 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
     /// field's.
     fn layout(&self, shapes: &[Shape]) -> Option<Layout>;
 
-    /// Packs the weights for a vector unit.
-    fn tiles<T: Element, S: Simd>(&self) -> Result<Self::Tiles<T>>;
+    /// Packs the weights for a vector unit, for states of these shapes.
+    fn tiles<T: Element, S: Simd>(&self, shapes: &[Shape]) -> Result<Self::Tiles<T>>;
 }
 
 /// Rows of a state, and the features of a row by leaf.
@@ -155,9 +155,9 @@ impl<'p> Plan<'p> {
         T::lanes::<S>() * if self.is_wide::<T, S>() { 2 } else { 1 }
     }
 
-    /// Whether there are rows enough for tiles of two vectors.
+    /// Whether there are rows enough for tiles of two vectors, and the tiles stay small.
     fn is_wide<T: Element, S: Simd>(&self) -> bool {
-        self.layout.rows >= 4 * T::lanes::<S>()
+        self.layout.rows >= 4 * T::lanes::<S>() && self.layout.dim() <= WIDEST
     }
 
     /// First rows of the tiles, group by group; the tiles of a group share a partial sum.
@@ -178,6 +178,9 @@ impl<'p> Plan<'p> {
         first..self.layout.rows.min(first + batch)
     }
 }
+
+/// Features of the largest state in tiles of two vectors.
+const WIDEST: usize = 4096;
 
 const MOST_GROUPS: usize = 32;
 const MOST_NUMBERS: usize = 1 << 22;

@@ -117,8 +117,7 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
     #[inline(always)]
     fn stage(&self, step: Step, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
         let stage = &mut slot[..self.size];
-        stage.copy_from_slice(y);
-        add::<T, S>(self.s, stage, step.h, &self.a[i], &self.ks);
+        combine::<T, S>(self.s, stage, (1.0, y), step.h, &self.a[i], &self.ks);
         self.round(stage);
     }
 
@@ -200,35 +199,112 @@ pub(super) fn add<T: Element, S: Simd>(
     terms: &[(f64, usize)],
     xs: &[T::Vector<S>],
 ) {
-    let size = y.len();
-    let (fours, ones) = terms.as_chunks::<4>();
-    for [a, b, c, d] in fours {
-        let [ca, cb, cc, cd] = [a.0, b.0, c.0, d.0].map(|c| T::of(h * c));
-        let [ca, cb] = [T::splat(s, ca), T::splat(s, cb)];
-        let [cc, cd] = [T::splat(s, cc), T::splat(s, cd)];
-        let [xa, xb, xc, xd] = [a.1, b.1, c.1, d.1].map(|j| &xs[j * size..][..size]);
-        for (i, y) in y.iter_mut().enumerate() {
-            let sum = T::mul_add(s, ca, xa[i], *y);
-            let sum = T::mul_add(s, cb, xb[i], sum);
-            let sum = T::mul_add(s, cc, xc[i], sum);
-            *y = T::mul_add(s, cd, xd[i], sum);
+    let (fours, rest) = terms.as_chunks::<4>();
+    for terms in fours {
+        add_terms::<T, S, 4>(s, y, h, terms, xs);
+    }
+    match *rest {
+        [a] => add_terms::<T, S, 1>(s, y, h, &[a], xs),
+        [a, b] => add_terms::<T, S, 2>(s, y, h, &[a, b], xs),
+        [a, b, c] => add_terms::<T, S, 3>(s, y, h, &[a, b, c], xs),
+        _ => {}
+    }
+}
+
+/// `out = c x + h Σ c_j x_j`, in one pass over `out` for few terms.
+#[inline(always)]
+pub(super) fn combine<T: Element, S: Simd>(
+    s: S,
+    out: &mut [T::Vector<S>],
+    (c, x): (f64, &[T::Vector<S>]),
+    h: f64,
+    terms: &[(f64, usize)],
+    xs: &[T::Vector<S>],
+) {
+    let c = T::of(c);
+    match terms {
+        [] => set_terms::<T, S, 0>(s, out, (c, x), h, &[], xs),
+        [a] => set_terms::<T, S, 1>(s, out, (c, x), h, &[*a], xs),
+        [a, b] => set_terms::<T, S, 2>(s, out, (c, x), h, &[*a, *b], xs),
+        [a, b, d] => set_terms::<T, S, 3>(s, out, (c, x), h, &[*a, *b, *d], xs),
+        [a, b, d, e, rest @ ..] => {
+            set_terms::<T, S, 4>(s, out, (c, x), h, &[*a, *b, *d, *e], xs);
+            add::<T, S>(s, out, h, rest, xs);
         }
     }
-    for (c, j) in ones {
-        let c = T::splat(s, T::of(h * c));
-        for (y, x) in y.iter_mut().zip(&xs[j * size..][..size]) {
-            *y = T::mul_add(s, c, *x, *y);
+}
+
+/// [`add`] of N terms.
+#[inline(always)]
+fn add_terms<T: Element, S: Simd, const N: usize>(
+    s: S,
+    y: &mut [T::Vector<S>],
+    h: f64,
+    terms: &[(f64, usize); N],
+    xs: &[T::Vector<S>],
+) {
+    let (cs, xs) = factors::<T, S, N>(s, y.len(), h, terms, xs);
+    for (i, y) in y.iter_mut().enumerate() {
+        let mut sum = *y;
+        for n in 0..N {
+            sum = T::mul_add(s, cs[n], xs[n][i], sum);
         }
+        *y = sum;
     }
+}
+
+/// [`combine`] of N terms.
+#[inline(always)]
+fn set_terms<T: Element, S: Simd, const N: usize>(
+    s: S,
+    out: &mut [T::Vector<S>],
+    (c, x): (T, &[T::Vector<S>]),
+    h: f64,
+    terms: &[(f64, usize); N],
+    xs: &[T::Vector<S>],
+) {
+    let (cs, xs) = factors::<T, S, N>(s, out.len(), h, terms, xs);
+    let (c, x) = (T::splat(s, c), &x[..out.len()]);
+    for (i, y) in out.iter_mut().enumerate() {
+        let mut sum = T::times(s, c, x[i]);
+        for n in 0..N {
+            sum = T::mul_add(s, cs[n], xs[n][i], sum);
+        }
+        *y = sum;
+    }
+}
+
+/// h c_j and x_j of the terms.
+#[inline(always)]
+fn factors<'a, T: Element, S: Simd, const N: usize>(
+    s: S,
+    size: usize,
+    h: f64,
+    terms: &[(f64, usize); N],
+    xs: &'a [T::Vector<S>],
+) -> ([T::Vector<S>; N], [&'a [T::Vector<S>]; N]) {
+    let (mut cs, mut each) = ([T::zeros::<S>(); N], [&xs[..0]; N]);
+    for n in 0..N {
+        cs[n] = T::splat(s, T::of(h * terms[n].0));
+        each[n] = &xs[terms[n].1 * size..][..size];
+    }
+    (cs, each)
 }
 
 /// Whether no number is NaN or infinite.
 #[inline(always)]
 pub(super) fn is_finite<T: Element, S: Simd>(s: S, x: &[T::Vector<S>]) -> bool {
     // 0·x is 0 for finite x, and NaN otherwise; NaN stays in a sum.
-    let (zero, mut sum) = (T::zeros::<S>(), T::zeros::<S>());
-    for x in x {
-        sum = T::mul_add(s, zero, *x, sum);
+    let (zero, mut sums) = (T::zeros::<S>(), [T::zeros::<S>(); 4]);
+    let (fours, rest) = x.as_chunks::<4>();
+    for x in fours {
+        for i in 0..4 {
+            sums[i] = T::mul_add(s, zero, x[i], sums[i]);
+        }
     }
-    T::total(s, sum) == T::default()
+    for x in rest {
+        sums[0] = T::mul_add(s, zero, *x, sums[0]);
+    }
+    let pairs = [T::plus(s, sums[0], sums[1]), T::plus(s, sums[2], sums[3])];
+    T::total(s, T::plus(s, pairs[0], pairs[1])) == T::default()
 }

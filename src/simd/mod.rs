@@ -4,6 +4,7 @@
 //! the same for all.  What runs inside a `Simd` must be inlined into a function that was entered
 //! through [`Simd::vectorize`], so hot loops are [`WithSimd`](pulp::WithSimd) structs.
 
+pub(crate) mod convolution;
 pub(crate) mod elementary;
 pub(crate) mod product;
 #[cfg(test)]

@@ -15,13 +15,13 @@ use super::{scalars, scalars_mut, Element, Kernel};
 /// A matrix packed for [`Layer`].
 #[derive(Debug, Clone)]
 pub(crate) struct Packed<T> {
-    rows: usize,
-    columns: usize,
-    data: Vec<T>,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) data: Vec<T>,
 }
 
 /// Rows that a block has where `left` are left: 8, 4, 2 or 1.
-fn block(left: usize, most: usize) -> usize {
+pub(super) fn block(left: usize, most: usize) -> usize {
     [8, 4, 2]
         .into_iter()
         .find(|&b| b <= most && b <= left)

@@ -1,0 +1,697 @@
+//! A stack of convolutions as a vector field.
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Module, Result, Shape, Tensor, D};
+use candle_nn::{Conv2d, Conv2dConfig, Init, VarBuilder};
+use pulp::Simd;
+
+use super::activation::{Apply, Pull};
+use super::Activation;
+use crate::error::Error;
+use crate::field::{Cotangents, Pullback, VectorField};
+use crate::rows::{Layout, RowField, Rows, Slot, TileField};
+use crate::simd::convolution::{adjoint_filters, filters, Convolution, Correlation, Image};
+use crate::simd::product::Packed;
+use crate::simd::{enter, Element, Kernel};
+use crate::time::Time;
+
+/// f(t, y) = w_L ∗ σ(… σ(w_1 ∗ y + b_1) …) + b_L, with `[out, in, k, k]` filters, k odd, of stride 1
+/// over images that are zero beyond their border; optionally with a group norm before each σ.
+///
+/// y: `(batch, channels, height, width)`; every image is mapped on its own, to one of its shape.  On
+/// the CPU in f32 (also where bf16 or f16 is rounding around it) and f64, the solver integrates it
+/// tile by tile; anywhere else it is a chain of candle's operations with a pull-back written by
+/// hand.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::nn::{Activation, ConvField};
+/// use candle_diffeq::NeuralOde;
+/// let vars = candle_nn::VarMap::new();
+/// let ode = NeuralOde::new(&vars, "f", &Device::Cpu, |vb| {
+///     ConvField::new(&[3, 8, 3], 3, Activation::Relu, vb)      // f.0.weight, f.0.bias, …
+/// })?;
+/// let ys = ode.solve(&Tensor::ones((2, 3, 9, 9), DType::F32, &Device::Cpu)?, &[0.0, 1.0])?;
+/// assert_eq!(ys.dims(), [2, 2, 3, 9, 9]);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct ConvField {
+    layers: Vec<Filter>,
+    activation: Activation,
+}
+
+#[derive(Clone, Debug)]
+struct Filter {
+    /// `(out, in, size, size)`.
+    weight: Tensor,
+    bias: Tensor,
+    /// Of a hidden layer that has one.
+    norm: Option<Norm>,
+}
+
+/// Group norm: over the channels of a group and all pixels.
+#[derive(Clone, Debug)]
+struct Norm {
+    groups: usize,
+    weight: Tensor,
+    bias: Tensor,
+}
+
+/// What a normed layer computed on the way.
+struct Normed {
+    /// (z − mean) / deviation, of z's shape.
+    normal: Tensor,
+    /// 1 / deviation, `(batch, groups, 1)`.
+    scale: Tensor,
+}
+
+/// What an evaluation computed on the way.
+struct Evaluation {
+    velocity: Tensor,
+    /// What every layer read.
+    inputs: Vec<Tensor>,
+    /// What every activation read.
+    hidden: Vec<Tensor>,
+    normed: Vec<Option<Normed>>,
+}
+
+const EPSILON: f64 = 1e-5;
+
+impl Filter {
+    /// Outputs, inputs and size.
+    fn shape(&self) -> [usize; 3] {
+        let dims = self.weight.dims();
+        [dims[0], dims[1], dims[2]]
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        convolve(x, &self.weight)?.broadcast_add(&by_channel(&self.bias)?)
+    }
+
+    fn tensors(&self) -> Vec<&Tensor> {
+        let norm = self.norm.iter().flat_map(|n| [&n.weight, &n.bias]);
+        [&self.weight, &self.bias].into_iter().chain(norm).collect()
+    }
+
+    fn detach(&self) -> Self {
+        Self {
+            weight: self.weight.detach(),
+            bias: self.bias.detach(),
+            norm: self.norm.as_ref().map(|norm| Norm {
+                groups: norm.groups,
+                weight: norm.weight.detach(),
+                bias: norm.bias.detach(),
+            }),
+        }
+    }
+}
+
+fn convolve(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    x.conv2d(weight, weight.dim(D::Minus1)? / 2, 1, 1, 1)
+}
+
+/// `(channels)` as `(channels, 1, 1)`.
+fn by_channel(x: &Tensor) -> Result<Tensor> {
+    x.reshape(((), 1, 1))
+}
+
+/// Σ over images and pixels.
+fn channel_sums(x: &Tensor) -> Result<Tensor> {
+    x.sum((0, 2, 3))
+}
+
+impl Norm {
+    /// γ n + β, and n.
+    fn forward(&self, z: &Tensor) -> Result<(Tensor, Normed)> {
+        // As candle_nn does: low precision is normed in f32.
+        let inner = match z.dtype() {
+            DType::F16 | DType::BF16 => DType::F32,
+            dtype => dtype,
+        };
+        let grouped = z.to_dtype(inner)?.reshape((z.dim(0)?, self.groups, ()))?;
+        let centred = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
+        let variance = centred.sqr()?.mean_keepdim(2)?;
+        let scale = (variance + EPSILON)?.sqrt()?.recip()?;
+        let normal = centred.broadcast_mul(&scale)?.reshape(z.shape())?;
+        let normal = normal.to_dtype(z.dtype())?;
+        let y = normal.broadcast_mul(&by_channel(&self.weight)?)?;
+        let y = y.broadcast_add(&by_channel(&self.bias)?)?;
+        Ok((y, Normed { normal, scale }))
+    }
+
+    /// The cotangent of z of that of y.
+    fn pull(&self, normed: &Normed, g: &Tensor) -> Result<Tensor> {
+        let inner = normed.scale.dtype();
+        let grouped = |x: &Tensor| x.to_dtype(inner)?.reshape((x.dim(0)?, self.groups, ()));
+        let n = grouped(&normed.normal)?;
+        let g_n = grouped(&g.broadcast_mul(&by_channel(&self.weight)?)?)?;
+        let along = n.broadcast_mul(&(&g_n * &n)?.mean_keepdim(2)?)?;
+        let rest = (g_n.broadcast_sub(&g_n.mean_keepdim(2)?)? - along)?;
+        let pulled = rest.broadcast_mul(&normed.scale)?.reshape(g.shape())?;
+        pulled.to_dtype(g.dtype())
+    }
+}
+
+impl ConvField {
+    /// Layers of these channels, first to last, with filters of `size` × `size`, named `0`, `1`, …
+    /// with `weight` `(out, in, size, size)` and `bias` `(out)`, and initialised, as
+    /// [`candle_nn::conv2d`] does.
+    ///
+    /// # Errors
+    /// Of the builder; fewer than two channel counts, a first that is not the last, an even size.
+    pub fn new(
+        channels: &[usize],
+        size: usize,
+        activation: Activation,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let config = Conv2dConfig {
+            padding: size / 2,
+            ..Default::default()
+        };
+        let layer =
+            |(i, c): (usize, &[usize])| candle_nn::conv2d(c[0], c[1], size, config, vb.pp(i));
+        let layers = channels.windows(2).enumerate().map(layer);
+        Self::from_layers(&layers.collect::<Result<Vec<_>>>()?, activation)
+    }
+
+    /// The same with a group norm after each hidden convolution, before the activation, named
+    /// `0.norm`, `1.norm`, … with `weight` and `bias` `(out)`, as [`candle_nn::group_norm`] has
+    /// them; its ε is 10⁻⁵.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); channels that `groups` do not divide.
+    pub fn with_group_norm(
+        channels: &[usize],
+        size: usize,
+        groups: usize,
+        activation: Activation,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let mut field = Self::new(channels, size, activation, vb.clone())?;
+        let hidden = field.layers.len() - 1;
+        for (l, layer) in field.layers[..hidden].iter_mut().enumerate() {
+            let [channels, ..] = layer.shape();
+            if groups == 0 || channels % groups != 0 {
+                candle_core::bail!("{channels} channels of layer {l} in {groups} groups")
+            }
+            let vb = vb.pp(l).pp("norm");
+            layer.norm = Some(Norm {
+                groups,
+                weight: vb.get_with_hints(channels, "weight", Init::Const(1.0))?,
+                bias: vb.get_with_hints(channels, "bias", Init::Const(0.0))?,
+            });
+        }
+        Ok(field)
+    }
+
+    /// Layers that exist.
+    ///
+    /// # Errors
+    /// If the layers do not follow on each other, have no bias, or do not keep the image's size:
+    /// filters must be square and odd, of stride, dilation and groups 1, with padding of half
+    /// their size.
+    pub fn from_layers(layers: &[Conv2d], activation: Activation) -> Result<Self> {
+        let layers = layers.iter().map(filter).collect::<Result<Vec<_>>>()?;
+        let (Some(first), Some(last)) = (layers.first(), layers.last()) else {
+            candle_core::bail!("a ConvField needs a layer")
+        };
+        let follows = |pair: &[Filter]| pair[0].shape()[0] == pair[1].shape()[1];
+        if !layers.windows(2).all(follows) || first.shape()[1] != last.shape()[0] {
+            let channels: Vec<_> = layers
+                .iter()
+                .map(|l| (l.shape()[1], l.shape()[0]))
+                .collect();
+            candle_core::bail!(
+                "layers of channels (in, out) {channels:?} do not map a state to its velocity"
+            )
+        }
+        Ok(Self { layers, activation })
+    }
+
+    /// Channels of the state.
+    pub fn channels(&self) -> usize {
+        self.layers.last().map_or(0, |l| l.shape()[0])
+    }
+
+    fn run(&self, y: Tensor) -> Result<Evaluation> {
+        let (mut x, mut inputs, mut hidden, mut normed) = (y, vec![], vec![], vec![]);
+        for (l, layer) in self.layers.iter().enumerate() {
+            let mut z = layer.forward(&x)?;
+            inputs.push(x);
+            if l + 1 == self.layers.len() {
+                x = z;
+                break;
+            }
+            normed.push(match &layer.norm {
+                Some(norm) => {
+                    let normal;
+                    (z, normal) = norm.forward(&z)?;
+                    Some(normal)
+                }
+                None => None,
+            });
+            x = self.activation.forward(&z)?;
+            hidden.push(z);
+        }
+        Ok(Evaluation {
+            velocity: x,
+            inputs,
+            hidden,
+            normed,
+        })
+    }
+
+    /// vᵀ∂f/∂y, and the gradients of the parameters into `params`.
+    fn pull(&self, at: &Evaluation, v: &Tensor, params: &mut GradStore) -> Result<Tensor> {
+        let mut g = v.contiguous()?;
+        for (l, layer) in self.layers.iter().enumerate().rev() {
+            if let Some(z) = at.hidden.get(l) {
+                let value = self.activation.forward(z)?;
+                g = (g * self.activation.slope(z, &value)?)?;
+            }
+            if let (Some(norm), Some(Some(normed))) = (&layer.norm, at.normed.get(l)) {
+                params.insert(&norm.weight, channel_sums(&(&g * &normed.normal)?)?);
+                params.insert(&norm.bias, channel_sums(&g)?);
+                g = norm.pull(normed, &g)?.detach();
+            }
+            params.insert(&layer.weight, weight_gradient(&at.inputs[l], &g, layer)?);
+            params.insert(&layer.bias, channel_sums(&g)?);
+            let adjoint = layer.weight.detach().transpose(0, 1)?.flip(&[2, 3])?;
+            g = convolve(&g, &adjoint.contiguous()?)?;
+        }
+        Ok(g)
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flat_map(Filter::tensors)
+    }
+}
+
+fn filter(layer: &Conv2d) -> Result<Filter> {
+    let (Some(bias), config, dims) = (layer.bias(), layer.config(), layer.weight().dims()) else {
+        candle_core::bail!("a layer of a ConvField needs a bias")
+    };
+    let keeps_size =
+        matches!(dims, [_, _, k, l] if k == l && k % 2 == 1 && config.padding == k / 2);
+    if !keeps_size || [config.stride, config.dilation, config.groups] != [1; 3] {
+        candle_core::bail!("filters {dims:?} with {config:?} do not keep the size of an image")
+    }
+    Ok(Filter {
+        weight: layer.weight().clone(),
+        bias: bias.clone(),
+        norm: None,
+    })
+}
+
+/// Σ over images and pixels of g by the pixels that the tap read.
+fn weight_gradient(x: &Tensor, g: &Tensor, layer: &Filter) -> Result<Tensor> {
+    let padding = layer.shape()[2] / 2;
+    let (x, g) = (
+        x.transpose(0, 1)?.contiguous()?,
+        g.transpose(0, 1)?.contiguous()?,
+    );
+    x.conv2d(&g, padding, 1, 1, 1)?
+        .transpose(0, 1)?
+        .contiguous()
+}
+
+impl Module for ConvField {
+    fn forward(&self, y: &Tensor) -> Result<Tensor> {
+        Ok(self.run(y.clone())?.velocity)
+    }
+}
+
+impl VectorField<Tensor> for ConvField {
+    fn velocity(&self, _: &Time, y: &Tensor) -> Result<Tensor> {
+        self.forward(y)
+    }
+
+    fn vjp<'f>(&'f self, _: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
+        let plain = Self {
+            layers: self.layers.iter().map(Filter::detach).collect(),
+            ..*self
+        };
+        let at = plain.run(y.detach())?;
+        let velocity = at.velocity.clone();
+        let pull = move |v: &Tensor| {
+            let mut params = GradStore::default();
+            let y = self.pull(&at, v, &mut params)?;
+            Ok(Cotangents { y, t: None, params })
+        };
+        Ok((velocity, Box::new(pull)))
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        let tracked = self.tensors().filter(|p| p.track_op());
+        Some(tracked.cloned().collect())
+    }
+
+    fn rows(&self) -> Option<Rows<'_>> {
+        let normed = self.layers.iter().any(|l| l.norm.is_some());
+        (!normed).then(|| Rows::new(self))
+    }
+}
+
+impl RowField for ConvField {
+    type Tiles<T: Element> = ConvTiles<T>;
+
+    fn weights(&self) -> Vec<Tensor> {
+        self.tensors().cloned().collect()
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
+        let [shape] = shapes else { return None };
+        let &[rows, channels, height, width] = shape.dims() else {
+            return None;
+        };
+        let pixels = height * width;
+        (channels == self.channels() && pixels > 0).then(|| Layout {
+            rows,
+            features: vec![channels * pixels],
+        })
+    }
+
+    fn tiles<T: Element, S: Simd>(
+        &self,
+        shapes: &[Shape],
+    ) -> std::result::Result<ConvTiles<T>, Error> {
+        let numbers = |x: &Tensor| -> Result<Vec<T>> {
+            x.detach().to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()
+        };
+        let (_, _, height, width) = match shapes {
+            [shape] => shape.dims4()?,
+            _ => return Err(candle_core::Error::msg("images are one tensor").into()),
+        };
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let shape = layer.shape();
+            let weight = numbers(&layer.weight)?;
+            layers.push(TileLayer {
+                outputs: shape[0],
+                inputs: shape[1],
+                size: shape[2],
+                forward: filters::<T, S>(shape, &weight),
+                adjoint: adjoint_filters::<T, S>(shape, &weight),
+                bias: numbers(&layer.bias)?,
+            });
+        }
+        Ok(ConvTiles {
+            layers,
+            activation: self.activation,
+            image: Image { height, width },
+        })
+    }
+}
+
+/// A [`ConvField`] over tiles.
+///
+/// A slot keeps `[y | h_1 | h_2 | …]`, what the layers read, and after that the slopes where they do
+/// not follow from h; cotangents are `[g_L | … | g_1]`, of the layers' z.
+pub(crate) struct ConvTiles<T> {
+    layers: Vec<TileLayer<T>>,
+    activation: Activation,
+    image: Image,
+}
+
+struct TileLayer<T> {
+    outputs: usize,
+    inputs: usize,
+    size: usize,
+    forward: Packed<T>,
+    adjoint: Packed<T>,
+    bias: Vec<T>,
+}
+
+impl<T> TileLayer<T> {
+    /// Numbers of the filters.
+    fn weights(&self) -> usize {
+        self.outputs * self.inputs * self.size * self.size
+    }
+}
+
+impl<T: Element> ConvTiles<T> {
+    /// Channels of all that layers read.
+    fn inputs(&self) -> usize {
+        self.layers.iter().map(|l| l.inputs).sum()
+    }
+
+    /// Channels of all hidden layers.
+    fn hidden(&self) -> usize {
+        self.layers[1..].iter().map(|l| l.inputs).sum()
+    }
+}
+
+impl<T: Element> TileField<T> for ConvTiles<T> {
+    fn kept(&self) -> usize {
+        let slopes = match self.activation.keeps_slope() {
+            true => self.hidden(),
+            false => 0,
+        };
+        (self.inputs() + slopes) * self.image.pixels()
+    }
+
+    fn cotangents<S: Simd>(&self) -> usize {
+        let outputs: usize = self.layers.iter().map(|l| l.outputs).sum();
+        outputs * self.image.pixels()
+    }
+
+    fn sums<S: Simd>(&self) -> usize {
+        self.parameters()
+    }
+
+    fn room<S: Simd, const V: usize>(&self, _: usize) -> usize {
+        0
+    }
+
+    fn parameters(&self) -> usize {
+        self.layers.iter().map(|l| l.weights() + l.outputs).sum()
+    }
+
+    #[inline(always)]
+    fn velocity<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        _: f64,
+        kept: &mut [T::Vector<S>],
+        k: Option<&mut [T::Vector<S>]>,
+    ) {
+        let Some((last, hidden)) = self.layers.split_last() else {
+            return;
+        };
+        let plane = self.image.pixels() * V;
+        let (read, mut slopes) = kept.split_at_mut(self.inputs() * plane);
+        let (mut x, mut rest) = read.split_at_mut(self.layers[0].inputs * plane);
+        for layer in hidden {
+            let size = layer.outputs * plane;
+            let (out, after) = rest.split_at_mut(size);
+            let kept = if self.activation.keeps_slope() {
+                size
+            } else {
+                0
+            };
+            let (slope, more) = slopes.split_at_mut(kept);
+            for row in 0..self.image.height {
+                enter(
+                    s,
+                    Convolution::<T, S, V> {
+                        filters: &layer.forward,
+                        size: layer.size,
+                        image: self.image,
+                        start: &layer.bias,
+                        row,
+                        x,
+                        out,
+                    },
+                );
+                enter(
+                    s,
+                    ActivateRow::<T, S, V> {
+                        activation: self.activation,
+                        image: self.image,
+                        row,
+                        z: out,
+                        slope,
+                    },
+                );
+            }
+            (x, rest, slopes) = (out, after, more);
+        }
+        let Some(out) = k else { return };
+        for row in 0..self.image.height {
+            enter(
+                s,
+                Convolution::<T, S, V> {
+                    filters: &last.forward,
+                    size: last.size,
+                    image: self.image,
+                    start: &last.bias,
+                    row,
+                    x,
+                    out,
+                },
+            );
+        }
+    }
+
+    #[inline(always)]
+    fn vjp<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        kept: &[T::Vector<S>],
+        cotangents: &mut [T::Vector<S>],
+        w: &mut [T::Vector<S>],
+    ) {
+        let plane = self.image.pixels() * V;
+        let (mut read, mut slopes) = kept.split_at(self.inputs() * plane);
+        let (mut g, mut rest) = cotangents.split_at_mut(w.len());
+        for (l, layer) in self.layers.iter().enumerate().rev() {
+            let value;
+            (read, value) = read.split_at(read.len() - layer.inputs * plane);
+            let (below, after) = rest.split_at_mut(if l == 0 { 0 } else { value.len() });
+            let out = if l == 0 { &mut *w } else { &mut *below };
+            let kept = if l > 0 && self.activation.keeps_slope() {
+                value.len()
+            } else {
+                0
+            };
+            let slope;
+            (slopes, slope) = slopes.split_at(slopes.len() - kept);
+            for row in 0..self.image.height {
+                enter(
+                    s,
+                    Convolution::<T, S, V> {
+                        filters: &layer.adjoint,
+                        size: layer.size,
+                        image: self.image,
+                        start: &[],
+                        row,
+                        x: g,
+                        out,
+                    },
+                );
+                if l > 0 {
+                    enter(
+                        s,
+                        PullRow::<T, S, V> {
+                            activation: self.activation,
+                            image: self.image,
+                            row,
+                            value,
+                            slope,
+                            g: out,
+                        },
+                    );
+                }
+            }
+            (g, rest) = (below, after);
+        }
+    }
+
+    #[inline(always)]
+    fn accumulate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        window: &[Slot<'_, T::Vector<S>>],
+        _: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    ) {
+        let plane = self.image.pixels() * V;
+        for slot in window {
+            let (mut x, mut g, mut rest) = (slot.kept, slot.cotangents, &mut *sums);
+            for layer in &self.layers {
+                let (filters, biases, own);
+                (filters, rest) = rest.split_at_mut(layer.weights());
+                (biases, rest) = rest.split_at_mut(layer.outputs);
+                (g, own) = g.split_at(g.len() - layer.outputs * plane);
+                enter(
+                    s,
+                    Correlation::<T, S, V> {
+                        size: layer.size,
+                        image: self.image,
+                        inputs: layer.inputs,
+                        outputs: layer.outputs,
+                        x: &x[..layer.inputs * plane],
+                        g: own,
+                        filters,
+                        biases,
+                    },
+                );
+                x = &x[layer.inputs * plane..];
+            }
+        }
+    }
+
+    fn gradients<S: Simd>(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
+        sums.iter().map(|sum| T::total(s, *sum)).collect()
+    }
+}
+
+/// z becomes σ(z) in one row of all channels; `slope` becomes σ'(z) where it must be kept.
+struct ActivateRow<'a, T: Element, S: Simd, const V: usize> {
+    activation: Activation,
+    image: Image,
+    row: usize,
+    z: &'a mut [T::Vector<S>],
+    slope: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for ActivateRow<'_, T, S, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let (plane, length) = (self.image.pixels() * V, self.image.width * V);
+        let mut at = self.row * length;
+        while at < self.z.len() {
+            let slope = match self.slope.get_mut(at..at + length) {
+                Some(slope) => slope,
+                None => &mut [],
+            };
+            let row = Apply::<T, S> {
+                activation: self.activation,
+                z: &mut self.z[at..at + length],
+                slope,
+            };
+            row.run(s);
+            at += plane;
+        }
+    }
+}
+
+/// g becomes σ' g in one row of all channels.
+struct PullRow<'a, T: Element, S: Simd, const V: usize> {
+    activation: Activation,
+    image: Image,
+    row: usize,
+    value: &'a [T::Vector<S>],
+    slope: &'a [T::Vector<S>],
+    g: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for PullRow<'_, T, S, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let (plane, length) = (self.image.pixels() * V, self.image.width * V);
+        let mut at = self.row * length;
+        while at < self.g.len() {
+            let g = &mut self.g[at..at + length];
+            if let Some(slope) = self.slope.get(at..at + length) {
+                for (g, d) in g.iter_mut().zip(slope) {
+                    *g = T::times(s, *g, *d);
+                }
+            } else {
+                let row = Pull::<T, S> {
+                    activation: self.activation,
+                    value: &self.value[at..at + length],
+                    g,
+                };
+                row.run(s);
+            }
+            at += plane;
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! Convolutional fields: their pull-back against candle's autograd, their solve tile by tile against
+//! the general path, and the layers that they refuse.
+//!
+//! `cargo test --test conv`, half a minute.
+
+mod common;
+
+use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_diffeq::nn::{Activation, ConvField};
+use candle_diffeq::{odeint, OdeOptions, Output, Time, VectorField, HEUN, RK4};
+use candle_nn::{Conv2d, Conv2dConfig, VarBuilder, VarMap};
+use common::{all, method, relative, scattered, values, var};
+use proptest::prelude::*;
+
+/// A field and a batch of images.
+#[derive(Clone, Debug)]
+struct Shape {
+    batch: usize,
+    /// First to last.
+    channels: Vec<usize>,
+    size: usize,
+    height: usize,
+    width: usize,
+    activation: Activation,
+    norm: bool,
+    seed: usize,
+}
+
+fn shapes() -> impl Strategy<Value = Shape> {
+    let hidden = prop::collection::vec(1usize..10, 0..3);
+    let image = (1usize..8, 1usize..8);
+    let activation = (0..Activation::ALL.len()).prop_map(|i| Activation::ALL[i]);
+    let size = prop_oneof![1 => Just(1usize), 4 => Just(3usize), 1 => Just(5usize)];
+    let rest = (1usize..41, 1usize..10, 0usize..1000, any::<bool>());
+    (rest, hidden, image, activation, size).prop_map(
+        |((batch, first, seed, norm), hidden, (height, width), activation, size)| Shape {
+            batch,
+            channels: [vec![first], hidden, vec![first]].concat(),
+            size,
+            height,
+            width,
+            activation,
+            norm,
+            seed,
+        },
+    )
+}
+
+/// The field, its variables and images.
+fn build(shape: &Shape, dtype: DType) -> (ConvField, VarMap, Var) {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
+    let (channels, size, activation) = (&shape.channels, shape.size, shape.activation);
+    let field = match shape.norm {
+        true => ConvField::with_group_norm(channels, size, 1, activation, vb),
+        false => ConvField::new(channels, size, activation, vb),
+    };
+    for (i, (name, var)) in all(&vars).into_iter().enumerate() {
+        let fan: usize = var.dims().iter().skip(1).product();
+        let x = scattered(var.dims(), 1.0 / (fan as f64).sqrt(), shape.seed + i);
+        let x = if name.ends_with("norm.weight") {
+            x + 1.5
+        } else {
+            Ok(x)
+        };
+        var.set(&x.and_then(|x| x.to_dtype(dtype)).unwrap())
+            .unwrap();
+    }
+    let state = [shape.batch, shape.channels[0], shape.height, shape.width];
+    let y0 = scattered(&state, 1.0, shape.seed + 99).to_dtype(dtype);
+    (
+        field.unwrap(),
+        vars,
+        Var::from_tensor(&y0.unwrap()).unwrap(),
+    )
+}
+
+/// The states, then the gradients of y0 and of every parameter, of a solve over two intervals.
+fn solved(shape: &Shape, dtype: DType, fusion: bool, output: Output) -> Vec<(String, Tensor)> {
+    let (field, vars, y0) = build(shape, dtype);
+    let options = OdeOptions {
+        fusion,
+        output,
+        ..method(if shape.seed % 2 == 0 { &RK4 } else { &HEUN }, 2)
+    };
+    let ys = odeint(field, y0.as_tensor(), &[0.0, 0.4, 0.7], &options).unwrap();
+    let weights = scattered(ys.dims(), 1.0, 7).to_dtype(dtype).unwrap();
+    let grads = (&ys * weights)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    let mut of = all(&vars);
+    of.push(("y0".to_owned(), y0));
+    let grad = |(name, var): (String, Var)| (name, grads.get(&var).unwrap().clone());
+    let states = [("states".to_owned(), ys.detach())];
+    states.into_iter().chain(of.into_iter().map(grad)).collect()
+}
+
+fn agree(shape: &Shape, dtype: DType, tolerance: f64) -> Result<(), TestCaseError> {
+    let output = if shape.batch % 2 == 0 {
+        Output::All
+    } else {
+        Output::Final
+    };
+    let fused = solved(shape, dtype, true, output);
+    let general = solved(shape, dtype, false, output);
+    for ((name, fused), (_, general)) in fused.iter().zip(&general) {
+        let error = relative(fused, general);
+        prop_assert!(error <= tolerance, "{name}: {error:e}");
+    }
+    Ok(())
+}
+
+fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        ..Default::default()
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(96))]
+
+    #[test]
+    fn the_pull_back_is_autograds(shape in shapes()) {
+        let (field, vars, y) = build(&shape, DType::F64);
+        let exact = field.forward(&y).unwrap();
+        let v = scattered(exact.dims(), 1.0, 5);
+        let grads = (&exact * &v).unwrap().sum_all().unwrap().backward().unwrap();
+        let (k, pull) = field.vjp(&Time::new(0.3, DType::F64, &Device::Cpu), &y).unwrap();
+        let cotangents = pull(&v).unwrap();
+        prop_assert_eq!(values(&k), values(&exact));
+        prop_assert!(relative(&cotangents.y, grads.get(&y).unwrap()) <= 1e-12);
+        for (name, var) in all(&vars) {
+            let error = relative(cotangents.params.get(&var).unwrap(), grads.get(&var).unwrap());
+            prop_assert!(error <= 1e-12, "{name}: {error:e}");
+        }
+    }
+
+    #[test]
+    fn tiles_agree_with_the_general_path(shape in shapes()) {
+        agree(&shape, DType::F64, 1e-12)?;
+    }
+
+    #[test]
+    fn tiles_of_f32_agree_with_the_general_path(shape in shapes()) {
+        let kink = shape.activation == Activation::Relu;
+        agree(&shape, DType::F32, if kink { 1e-4 } else { 2e-5 })?;
+    }
+}
+
+#[test]
+fn wide_tiles_agree_with_the_general_path() {
+    for batch in [70, 129] {
+        let shape = Shape {
+            batch,
+            channels: vec![3, 11, 3],
+            size: 3,
+            height: 6,
+            width: 5,
+            activation: Activation::Tanh,
+            norm: false,
+            seed: 4,
+        };
+        agree(&shape, DType::F64, 1e-12).unwrap();
+        agree(&shape, DType::F32, 1e-5).unwrap();
+    }
+}
+
+#[test]
+fn names_and_shapes_are_those_of_candle_nn() {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    ConvField::with_group_norm(&[2, 6, 2], 3, 3, Activation::Silu, vb).unwrap();
+    let shapes = all(&vars);
+    let shapes: Vec<_> = shapes.iter().map(|(n, v)| (n.as_str(), v.dims())).collect();
+    assert_eq!(
+        shapes,
+        [
+            ("0.bias", &[6usize][..]),
+            ("0.norm.bias", &[6]),
+            ("0.norm.weight", &[6]),
+            ("0.weight", &[6, 2, 3, 3]),
+            ("1.bias", &[2]),
+            ("1.weight", &[2, 6, 3, 3]),
+        ]
+    );
+}
+
+#[test]
+fn the_group_norm_is_candles() {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let field = ConvField::with_group_norm(&[2, 6, 2], 3, 3, Activation::Tanh, vb.clone()).unwrap();
+    let norm = candle_nn::group_norm(3, 6, 1e-5, vb.pp("0.norm")).unwrap();
+    let config = Conv2dConfig {
+        padding: 1,
+        ..Default::default()
+    };
+    let first = candle_nn::conv2d(2, 6, 3, config, vb.pp(0)).unwrap();
+    let second = candle_nn::conv2d(6, 2, 3, config, vb.pp(1)).unwrap();
+    let y = var(&[3, 2, 5, 4], 1.0, 1);
+    let exact = first.forward(&y).and_then(|z| norm.forward(&z)?.tanh());
+    let exact = exact.and_then(|h| second.forward(&h)).unwrap();
+    assert!(relative(&field.forward(&y).unwrap(), &exact) <= 1e-13);
+}
+
+#[test]
+fn layers_that_do_not_keep_the_image_are_refused() {
+    let layer = |dims: [usize; 4], bias: bool, config: Conv2dConfig| {
+        let weight = scattered(&dims, 1.0, 1);
+        Conv2d::new(weight, bias.then(|| scattered(&dims[..1], 1.0, 2)), config)
+    };
+    let same = Conv2dConfig {
+        padding: 1,
+        ..Default::default()
+    };
+    let refused = |layers: &[Conv2d]| {
+        ConvField::from_layers(layers, Activation::Relu)
+            .unwrap_err()
+            .to_string()
+    };
+    let cases = [
+        (vec![], "needs a layer"),
+        (vec![layer([2, 2, 3, 3], false, same)], "needs a bias"),
+        (vec![layer([3, 2, 3, 3], true, same)], "do not map a state"),
+        (
+            vec![
+                layer([3, 2, 3, 3], true, same),
+                layer([2, 4, 3, 3], true, same),
+            ],
+            "do not map a state",
+        ),
+        (
+            vec![layer([2, 2, 3, 5], true, same)],
+            "do not keep the size",
+        ),
+        (
+            vec![layer([2, 2, 2, 2], true, same)],
+            "do not keep the size",
+        ),
+        (
+            vec![layer([2, 2, 5, 5], true, same)],
+            "do not keep the size",
+        ),
+        (
+            vec![layer(
+                [2, 2, 3, 3],
+                true,
+                Conv2dConfig { stride: 2, ..same },
+            )],
+            "do not keep the size",
+        ),
+        (
+            vec![layer(
+                [2, 2, 3, 3],
+                true,
+                Conv2dConfig {
+                    dilation: 2,
+                    ..same
+                },
+            )],
+            "do not keep the size",
+        ),
+        (
+            vec![layer(
+                [2, 1, 3, 3],
+                true,
+                Conv2dConfig { groups: 2, ..same },
+            )],
+            "do not keep the size",
+        ),
+    ];
+    for (layers, what) in cases {
+        let error = refused(&layers);
+        assert!(error.contains(what), "{error}");
+    }
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let odd = ConvField::with_group_norm(&[2, 6, 2], 3, 4, Activation::Relu, vb);
+    assert!(odd.unwrap_err().to_string().contains("in 4 groups"));
+}
