@@ -6,7 +6,7 @@ use super::tile::{Snapshot, TileField};
 use super::{Failure, Plan};
 use crate::error::Error;
 use crate::precision::Low;
-use crate::simd::Element;
+use crate::simd::{enter, Element, Kernel};
 use crate::time::Step;
 
 /// Non-zero coefficients of a tableau's row or column, with the stages that they belong to.
@@ -145,8 +145,34 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
     ) -> Result<Snapshot<T>, Failure> {
         let mut tile = vec![T::zeros::<S>(); self.size];
         y.load::<S>(&mut tile);
-        self.advance(self.plan.problem.plan.step(m), &mut tile, slot)?;
+        let replay = Replay {
+            step: self.plan.problem.plan.step(m),
+            stepper: self,
+            y: &mut tile,
+            slot,
+        };
+        enter(replay.stepper.s, replay)?;
         Ok(Snapshot::of::<S>(&tile))
+    }
+}
+
+/// One step again, as a function of its own: [`Stepper::replay`] is called from where the vector
+/// unit's features are not known.
+struct Replay<'a, 'p, T: Element, S: Simd, F, const V: usize> {
+    stepper: &'a mut Stepper<'p, T, S, F, V>,
+    step: Step,
+    y: &'a mut [T::Vector<S>],
+    slot: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S>
+    for Replay<'_, '_, T, S, F, V>
+{
+    type Output = Result<(), Failure>;
+
+    #[inline(always)]
+    fn run(self, _: S) -> Self::Output {
+        self.stepper.advance(self.step, self.y, self.slot)
     }
 }
 
