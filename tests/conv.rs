@@ -78,10 +78,11 @@ fn build(shape: &Shape, dtype: DType) -> (ConvField, VarMap, Var) {
 /// The states, then the gradients of y0 and of every parameter, of a solve over two intervals.
 fn solved(shape: &Shape, dtype: DType, fusion: bool, output: Output) -> Vec<(String, Tensor)> {
     let (field, vars, y0) = build(shape, dtype);
+    let tableau = if shape.seed % 2 == 0 { RK4 } else { HEUN };
     let options = OdeOptions {
         fusion,
         output,
-        ..method(if shape.seed % 2 == 0 { &RK4 } else { &HEUN }, 2)
+        ..method(&tableau, 2)
     };
     let ys = odeint(field, y0.as_tensor(), &[0.0, 0.4, 0.7], &options).unwrap();
     let weights = scattered(ys.dims(), 1.0, 7).to_dtype(dtype).unwrap();
@@ -133,10 +134,14 @@ proptest! {
         let (k, pull) = field.vjp(&Time::new(0.3, DType::F64, &Device::Cpu), &y).unwrap();
         let cotangents = pull(&v).unwrap();
         prop_assert_eq!(values(&k), values(&exact));
-        prop_assert!(relative(&cotangents.y, grads.get(&y).unwrap()) <= 1e-12);
+        // candle's derivative of gelu_erf has 1/√(2π) to six digits.
+        let gelu = shape.activation == Activation::Gelu;
+        let tolerance = if gelu { 1e-5 } else { 1e-12 };
+        let error = relative(&cotangents.y, grads.get(&y).unwrap());
+        prop_assert!(error <= tolerance, "y: {error:e}");
         for (name, var) in all(&vars) {
             let error = relative(cotangents.params.get(&var).unwrap(), grads.get(&var).unwrap());
-            prop_assert!(error <= 1e-12, "{name}: {error:e}");
+            prop_assert!(error <= tolerance, "{name}: {error:e}");
         }
     }
 

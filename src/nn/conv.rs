@@ -10,7 +10,9 @@ use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, RowField, Rows, Slot, TileField};
-use crate::simd::convolution::{adjoint_filters, filters, Convolution, Correlation, Image};
+use crate::simd::convolution::{
+    adjoint_filters, filter_totals, filters, Convolution, Correlation, Image,
+};
 use crate::simd::product::Packed;
 use crate::simd::{enter, Element, Kernel};
 use crate::time::Time;
@@ -278,8 +280,8 @@ impl ConvField {
             }
             params.insert(&layer.weight, weight_gradient(&at.inputs[l], &g, layer)?);
             params.insert(&layer.bias, channel_sums(&g)?);
-            let adjoint = layer.weight.detach().transpose(0, 1)?.flip(&[2, 3])?;
-            g = convolve(&g, &adjoint.contiguous()?)?;
+            let adjoint = layer.weight.detach().transpose(0, 1)?.contiguous()?;
+            g = convolve(&g, &adjoint.flip(&[2, 3])?)?;
         }
         Ok(g)
     }
@@ -624,7 +626,17 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
     }
 
     fn gradients<S: Simd>(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
-        sums.iter().map(|sum| T::total(s, *sum)).collect()
+        let mut gradients = Vec::with_capacity(self.parameters());
+        let mut rest = sums;
+        for layer in &self.layers {
+            let (filters, biases);
+            (filters, rest) = rest.split_at(layer.weights());
+            (biases, rest) = rest.split_at(layer.outputs);
+            let shape = [layer.outputs, layer.inputs, layer.size];
+            gradients.extend(filter_totals::<T, S>(s, shape, filters));
+            gradients.extend(biases.iter().map(|b| T::total(s, *b)));
+        }
+        gradients
     }
 }
 

@@ -23,6 +23,7 @@ use crate::simd::product::{load, store};
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 use crate::stats::Stats;
 use crate::time::Step;
+use crate::trajectory::Checkpoint;
 
 /// Evaluations in a window, at least, where its slots are small.
 const WINDOW: usize = 8;
@@ -199,12 +200,19 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
         let (size, batch) = (stepper.size, V * T::lanes::<S>());
         let steps = problem.plan.len();
         let elements = problem.packing.len();
-        let mut slot = stepper.slot();
+        // Pages that are not touched are not paid for.
+        let mut slot = match problem.checkpoint {
+            Checkpoint::All => vectors::<T, S>(0),
+            _ => stepper.slot(),
+        };
         let window = self.window;
         window.clear();
         let mut state = vectors::<T, S>(size);
         let mut adj = vectors::<T, S>(size);
-        let mut incoming = vectors::<T, S>(size);
+        let mut incoming = match problem.output {
+            Output::All => vectors::<T, S>(size),
+            Output::Final => vectors::<T, S>(0),
+        };
         let mut pull = Pull::<T, S>::new(&stepper);
         let mut y0 = vec![];
         let mut stats = Stats::default();

@@ -199,6 +199,7 @@ pub(crate) struct Correlation<'a, T: Element, S: Simd, const V: usize> {
     pub(crate) outputs: usize,
     pub(crate) x: &'a [T::Vector<S>],
     pub(crate) g: &'a [T::Vector<S>],
+    /// In the order of [`filter_totals`].
     pub(crate) filters: &'a mut [T::Vector<S>],
     pub(crate) biases: &'a mut [T::Vector<S>],
 }
@@ -229,22 +230,23 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
         while output < self.outputs {
             let height = block(self.outputs - output, largest_block::<S>());
             self.add_biases(s, output..output + height, &rows);
-            for ky in 0..self.size {
-                let mut column = 0;
-                while column < columns {
-                    let width = if columns - column >= 3 { 3 } else { 1 };
+            let mut column = 0;
+            while column < columns {
+                let width = width(columns - column);
+                for ky in 0..self.size {
+                    let at = [output, column, ky];
                     match (height, width) {
-                        (8, 3) => self.block::<8, 3>(s, output, column, ky, &rows),
-                        (8, _) => self.block::<8, 1>(s, output, column, ky, &rows),
-                        (4, 3) => self.block::<4, 3>(s, output, column, ky, &rows),
-                        (4, _) => self.block::<4, 1>(s, output, column, ky, &rows),
-                        (2, 3) => self.block::<2, 3>(s, output, column, ky, &rows),
-                        (2, _) => self.block::<2, 1>(s, output, column, ky, &rows),
-                        (_, 3) => self.block::<1, 3>(s, output, column, ky, &rows),
-                        _ => self.block::<1, 1>(s, output, column, ky, &rows),
+                        (8, 3) => self.block::<8, 3>(s, at, &rows),
+                        (8, _) => self.block::<8, 1>(s, at, &rows),
+                        (4, 3) => self.block::<4, 3>(s, at, &rows),
+                        (4, _) => self.block::<4, 1>(s, at, &rows),
+                        (2, 3) => self.block::<2, 3>(s, at, &rows),
+                        (2, _) => self.block::<2, 1>(s, at, &rows),
+                        (_, 3) => self.block::<1, 3>(s, at, &rows),
+                        _ => self.block::<1, 1>(s, at, &rows),
                     }
-                    column += width;
                 }
+                column += width;
             }
             output += height;
         }
@@ -276,9 +278,7 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
     fn block<const R: usize, const C: usize>(
         &mut self,
         s: S,
-        output: usize,
-        column: usize,
-        ky: usize,
+        [output, column, ky]: [usize; 3],
         rows: &Range<usize>,
     ) {
         let (size, image) = (self.size, self.image);
@@ -301,14 +301,64 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
             }
             add_line::<T, S, R, C>(s, reach * V, taps, gs, xs, &mut sums);
         }
+        let at = place(self.inputs * size, size, [output, column, ky], [R, C]);
+        let filters = &mut self.filters[at..][..R * C];
         for r in 0..R {
             for c in 0..C {
-                let (input, kx) = ((column + c) / size, (column + c) % size);
-                let at = (((output + r) * self.inputs + input) * size + ky) * size + kx;
-                self.filters[at] = T::plus(s, self.filters[at], sums[r][c]);
+                filters[r * C + c] = T::plus(s, filters[r * C + c], sums[r][c]);
             }
         }
     }
+}
+
+/// Columns of a block where `left` are left.
+fn width(left: usize) -> usize {
+    if left >= 3 {
+        3
+    } else {
+        1
+    }
+}
+
+/// Where the sums of a block of so many outputs and columns begin, of filters with so many columns.
+fn place(
+    columns: usize,
+    size: usize,
+    [output, column, ky]: [usize; 3],
+    [height, width]: [usize; 2],
+) -> usize {
+    (output * columns + height * column) * size + ky * height * width
+}
+
+/// The sums of [`Correlation`] over all lanes, `[output][input][size][size]`.
+pub(crate) fn filter_totals<T: Element, S: Simd>(
+    s: S,
+    [outputs, inputs, size]: [usize; 3],
+    sums: &[T::Vector<S>],
+) -> Vec<T> {
+    let columns = inputs * size;
+    let mut totals = vec![T::default(); outputs * columns * size];
+    let mut output = 0;
+    while output < outputs {
+        let height = block(outputs - output, largest_block::<S>());
+        let mut column = 0;
+        while column < columns {
+            let width = width(columns - column);
+            for ky in 0..size {
+                let at = place(columns, size, [output, column, ky], [height, width]);
+                for r in 0..height {
+                    for c in 0..width {
+                        let (input, kx) = ((column + c) / size, (column + c) % size);
+                        let to = (((output + r) * inputs + input) * size + ky) * size + kx;
+                        totals[to] = T::total(s, sums[at + r * width + c]);
+                    }
+                }
+            }
+            column += width;
+        }
+        output += height;
+    }
+    totals
 }
 
 /// `sums[r][c] += Σ gs[r][p] xs[c][p + taps[c] − reach]` over a row.
