@@ -78,7 +78,11 @@ fn build(shape: &Shape, dtype: DType) -> (ConvField, VarMap, Var) {
 /// The states, then the gradients of y0 and of every parameter, of a solve over two intervals.
 fn solved(shape: &Shape, dtype: DType, fusion: bool, output: Output) -> Vec<(String, Tensor)> {
     let (field, vars, y0) = build(shape, dtype);
-    let tableau = if shape.seed % 2 == 0 { RK4 } else { HEUN };
+    let tableau = if shape.seed.is_multiple_of(2) {
+        RK4
+    } else {
+        HEUN
+    };
     let options = OdeOptions {
         fusion,
         output,
@@ -100,7 +104,7 @@ fn solved(shape: &Shape, dtype: DType, fusion: bool, output: Output) -> Vec<(Str
 }
 
 fn agree(shape: &Shape, dtype: DType, tolerance: f64) -> Result<(), TestCaseError> {
-    let output = if shape.batch % 2 == 0 {
+    let output = if shape.batch.is_multiple_of(2) {
         Output::All
     } else {
         Output::Final
