@@ -275,6 +275,7 @@ fn set_terms<T: Element, S: Simd, const N: usize>(
 }
 
 /// h c_j and x_j of the terms.
+#[allow(clippy::type_complexity)]
 #[inline(always)]
 fn factors<'a, T: Element, S: Simd, const N: usize>(
     s: S,

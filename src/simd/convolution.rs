@@ -178,11 +178,8 @@ impl<T: Element, S: Simd, const V: usize> Convolution<'_, T, S, V> {
             }
         }
         let at = self.row * length + at;
-        for r in 0..R {
-            let out = &mut self.out[(first + r) * plane + at..][..Q];
-            for q in 0..Q {
-                out[q] = sums[r][q];
-            }
+        for (r, sums) in sums.iter().enumerate() {
+            self.out[(first + r) * plane + at..][..Q].copy_from_slice(sums);
         }
     }
 }
@@ -289,8 +286,8 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
                 continue;
             }
             let mut gs = [&self.g[..0]; R];
-            for r in 0..R {
-                gs[r] = &self.g[(output + r) * plane + row * length..][..length];
+            for (r, g) in gs.iter_mut().enumerate() {
+                *g = &self.g[(output + r) * plane + row * length..][..length];
             }
             let mut xs = [&self.x[..0]; C];
             let mut taps = [0; C];
