@@ -6,8 +6,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::activation::{Activation, Apply};
-use crate::rows::dispatch;
-use crate::simd::{enter, scalars, scalars_mut, vectors, Element};
+use crate::simd::{enter, scalars, scalars_mut, unit, vectors, Element};
 
 /// Numbers in a chunk that one thread takes: some microseconds of work.
 const CHUNK: usize = 1 << 14;
@@ -98,7 +97,7 @@ fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Vec<T> {
     let chunk = |(i, out): (usize, &mut [T])| {
         let part = |all: &'_ [T]| -> (usize, usize) { (i * CHUNK, all.len().min((i + 1) * CHUNK)) };
         let (from, to) = part(x);
-        dispatch(Job {
+        unit().dispatch(Job {
             activation,
             x: &x[from..to],
             g: g.map(|g| &g[from..to]),

@@ -83,7 +83,8 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
             cotangent: &cotangent,
             differentiate: !theta.is_empty(),
         };
-        dispatch(Job { pass: &pass, fold })?;
+        // The forward pass ran on the same unit.
+        dispatch(Job { pass: &pass, fold }).ok_or(Error::NothingKept)??;
         stats.add(&counted);
         if gradients.iter().any(|g| !g.to_f64().is_finite()) {
             return Err(Error::NonFiniteParameterGradient);

@@ -36,7 +36,7 @@ pub(super) fn run<T: Element, F: RowField>(
     problem: &Problem,
     y0: &Tensor,
     stats: &mut Stats,
-) -> Result<Solved> {
+) -> Result<Option<Solved>> {
     for (leaf, y) in problem.packing.unpack(y0)?.iter().enumerate() {
         if !ops::magnitude(y)?.is_finite() {
             return Err(Error::NonFiniteState { leaf });
@@ -44,11 +44,13 @@ pub(super) fn run<T: Element, F: RowField>(
     }
     let plan = Plan::new(problem, &layout);
     let y0 = numbers::<T>(y0)?;
-    let (field, groups) = dispatch(Job::<T, F> {
+    let done = dispatch(Job::<T, F> {
         spec,
         plan: &plan,
         y0: &y0,
-    })?;
+    });
+    let Some(done) = done else { return Ok(None) };
+    let (field, groups) = done?;
     let packed = assemble(&plan, &groups);
     let shape = (problem.outputs(), problem.packing.len());
     let groups: Vec<_> = groups.into_iter().map(|g| g.tiles).collect();
@@ -57,7 +59,7 @@ pub(super) fn run<T: Element, F: RowField>(
     if let Some((_, trajectory)) = groups.iter().flatten().next() {
         trajectory.record(stats);
     }
-    Ok(Solved {
+    Ok(Some(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         trajectory: Arc::new(Trajectories {
             field,
@@ -66,7 +68,7 @@ pub(super) fn run<T: Element, F: RowField>(
             layout,
             groups,
         }),
-    })
+    }))
 }
 
 /// The forward pass of all tiles.

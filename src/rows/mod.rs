@@ -13,7 +13,7 @@ mod stepper;
 mod tile;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Arch, Simd, WithSimd};
@@ -22,7 +22,7 @@ use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::precision::Low;
 use crate::problem::Problem;
-use crate::simd::Element;
+use crate::simd::{unit, Element};
 use crate::stats::Stats;
 pub(crate) use tile::{Slot, TileField};
 
@@ -123,9 +123,9 @@ impl<F: RowField> Solve for &F {
         };
         let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
         if held(DType::F32) && stores(roles[0].store.to) {
-            forward::run::<f32, F>(self, layout, problem, y0, stats).map(Some)
+            forward::run::<f32, F>(self, layout, problem, y0, stats)
         } else if held(DType::F64) && stores(DType::F64) {
-            forward::run::<f64, F>(self, layout, problem, y0, stats).map(Some)
+            forward::run::<f64, F>(self, layout, problem, y0, stats)
         } else {
             Ok(None)
         }
@@ -262,10 +262,18 @@ impl<R, F: FnMut(usize, R)> Folded<R, F> {
     }
 }
 
-/// Runs on the best vector unit of the machine.
-pub(crate) fn dispatch<J: WithSimd>(job: J) -> J::Output {
-    static ARCH: OnceLock<Arch> = OnceLock::new();
-    ARCH.get_or_init(Arch::new).dispatch(job)
+/// Runs on the machine's vector unit; without one, solves are left to the general path.
+fn dispatch<J: WithSimd>(job: J) -> Option<J::Output> {
+    match unit() {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(s) => Some(Simd::vectorize(s, job)),
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(s) => Some(Simd::vectorize(s, job)),
+        #[cfg(target_arch = "x86_64")]
+        _ => None,
+        #[cfg(not(target_arch = "x86_64"))]
+        arch => Some(arch.dispatch(job)),
+    }
 }
 
 /// The numbers of a packed tensor of T.

@@ -11,9 +11,10 @@ pub(crate) mod product;
 mod tests;
 mod transpose;
 
-use aligned_vec::{AVec, ConstAlign};
+use std::sync::OnceLock;
+
 use bytemuck::Pod;
-use pulp::Simd;
+use pulp::{Arch, Simd};
 
 use crate::precision::Low;
 
@@ -103,6 +104,12 @@ pub(crate) trait Element:
     }
 }
 
+/// The machine's vector unit.
+pub(crate) fn unit() -> Arch {
+    static UNIT: OnceLock<Arch> = OnceLock::new();
+    *UNIT.get_or_init(Arch::new)
+}
+
 /// A loop that runs on vectors of S, as a function of its own.
 pub(crate) trait Kernel<S: Simd> {
     type Output;
@@ -132,12 +139,12 @@ pub(crate) fn enter<S: Simd, K: Kernel<S>>(simd: S, kernel: K) -> K::Output {
     simd.vectorize(Entered { kernel, simd })
 }
 
-/// Vectors that begin where cache lines do: a load that straddles two lines costs two.
-pub(crate) type Vectors<T, S> = AVec<<T as Element>::Vector<S>, ConstAlign<64>>;
+/// Owned vectors.
+pub(crate) type Vectors<T, S> = Vec<<T as Element>::Vector<S>>;
 
-/// n vectors of zeros.
+/// n vectors of zeros, in pages that cost nothing until they are touched.
 pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {
-    AVec::from_iter(64, std::iter::repeat_n(T::zeros::<S>(), n))
+    bytemuck::zeroed_vec(n)
 }
 
 /// The numbers in a slice of vectors.
