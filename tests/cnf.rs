@@ -201,8 +201,9 @@ fn errors(shape: &Shape, rows: usize, sides: [(DType, OdeOptions); 2], times: &[
         let y0 = (z0.as_tensor().clone(), l0.as_tensor().clone());
         let (z, l) = ode.solve(&y0, times).unwrap();
         let weighted = |x: &Tensor, seed| {
-            let weights = scattered(x.dims(), 1.0, seed).to_dtype(dtype)?;
-            (x * weights)?.sum_all()
+            // Of one sign, lest the outputs' gradients cancel; the same numbers in both dtypes.
+            let weights = (scattered(x.dims(), 0.5, seed) + 1.0)?.to_dtype(DType::F32)?;
+            (x * weights.to_dtype(dtype)?)?.sum_all()
         };
         let loss = weighted(&z, 7).and_then(|a| a + weighted(&l, 9)?).unwrap();
         let grads = loss.backward().unwrap();
@@ -278,9 +279,16 @@ proptest! {
     ) {
         // A rounding may move a unit of relu over its kink.
         prop_assume!(shape.activation != Activation::Relu);
-        let sides = [(DType::F64, fusion(false, &options)), (DType::F32, fusion(true, &options))];
-        let errors = errors(&shape, rows, sides, &times);
-        prop_assert!(worst(errors) <= 5e-6, "{errors:?}");
+        let of = |on: bool| {
+            let sides = [(DType::F64, false), (DType::F32, on)];
+            let sides = sides.map(|(dtype, on)| (dtype, fusion(on, &options)));
+            errors(&shape, rows, sides, &times)
+        };
+        // Where a gradient cancels, the general path loses as many digits.
+        let (tiles, general) = (of(true), of(false));
+        for (tiles, general) in tiles.iter().zip(general) {
+            prop_assert!(*tiles <= 4e-6 + 2.0 * general, "{tiles:?}, {general:?}");
+        }
     }
 }
 
