@@ -1,10 +1,11 @@
 //! The vector field f of y' = f(t, y), and its pull-back.
 
+use std::any::Any;
+
 use candle_core::backprop::GradStore;
 use candle_core::{Module, Tensor};
 
 use crate::autograd;
-use crate::rows::Rows;
 use crate::state::State;
 use crate::time::Time;
 
@@ -85,9 +86,10 @@ pub trait VectorField<S: State = Tensor> {
         None
     }
 
-    /// The field as one whose rows are independent; for the fields of [`nn`](crate::nn).
+    /// The field itself, where it is one of [`nn`](crate::nn), which the solver may integrate in its
+    /// own way.
     #[doc(hidden)]
-    fn rows(&self) -> Option<Rows<'_>> {
+    fn known(&self) -> Option<&dyn Any> {
         None
     }
 }
@@ -240,7 +242,7 @@ where
         self.field.parameters()
     }
 
-    fn rows(&self) -> Option<Rows<'_>> {
-        self.field.rows()
+    fn known(&self) -> Option<&dyn Any> {
+        self.field.known()
     }
 }

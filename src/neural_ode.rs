@@ -4,6 +4,7 @@
 //! for, and at every solve to build it over private copies of these variables, rounded to compute
 //! precision.  The user's variables are read once a solve and never written.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +22,6 @@ use crate::odeint::{node, run, SharedField, Solution};
 use crate::parameters::{self, Observed, Theta};
 use crate::precision::Precision;
 use crate::problem::{OdeOptions, Problem};
-use crate::rows::Rows;
 use crate::state::{Packing, State};
 use crate::tableau::Tableau;
 use crate::time::{Time, Times};
@@ -226,7 +226,7 @@ impl<S: State + 'static> NeuralOde<S> {
         let field = build(variables)?;
         let packed = Packing::pack(&y0, problem.state())?;
         let plain;
-        let observed = if field.rows().is_some() {
+        let observed = if field.known().is_some() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
             Observed::closure(&*field, true)
         } else {
@@ -317,8 +317,8 @@ impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
         self.ours()?.parameters()
     }
 
-    fn rows(&self) -> Option<Rows<'_>> {
-        self.ours()?.rows()
+    fn known(&self) -> Option<&dyn Any> {
+        self.ours()?.known()
     }
 }
 

@@ -10,6 +10,7 @@ use crate::adjoint::{Adjoint, Sweep};
 use crate::error::{Error, Result};
 use crate::field::{Leaves, VectorField};
 use crate::integrate::{integrate, Forward, Kept};
+use crate::nn;
 use crate::parameters::{Observed, Theta};
 use crate::problem::{OdeOptions, Output, Problem};
 use crate::rows::Solved;
@@ -126,7 +127,7 @@ fn advance(
     packed: &Tensor,
     stats: &mut Stats,
 ) -> Result<Forward> {
-    if let Some(rows) = field.rows() {
+    if let Some(rows) = field.known().and_then(nn::rows_of) {
         if let Some(solved) = rows.solve(problem, &packed.detach(), stats)? {
             let Solved { packed, trajectory } = solved;
             let kept = Kept::Rows(trajectory);

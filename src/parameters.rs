@@ -4,6 +4,7 @@
 //! forward pass is observed, and θ is the union over all its evaluations; a parameter that none of
 //! them read gets no gradient, and no optimiser touches it.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::collections::HashSet;
 
@@ -12,7 +13,6 @@ use candle_core::{DType, Device, Tensor, TensorId, Var};
 use crate::autograd;
 use crate::error::{Error, Result};
 use crate::field::{Pullback, VectorField};
-use crate::rows::Rows;
 use crate::step::{alike, Field};
 use crate::time::Time;
 
@@ -192,8 +192,8 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
         self.tracked.parameters()
     }
 
-    fn rows(&self) -> Option<Rows<'_>> {
-        self.tracked.rows()
+    fn known(&self) -> Option<&dyn Any> {
+        self.tracked.known()
     }
 }
 

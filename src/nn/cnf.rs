@@ -3,6 +3,8 @@
 mod tiles;
 mod trace;
 
+use std::any::Any;
+
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor};
 use pulp::Simd;
@@ -11,7 +13,7 @@ use super::mlp::Affine;
 use super::Mlp;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
-use crate::rows::{Layout, RowField, Rows};
+use crate::rows::{Layout, RowField};
 use crate::simd::Element;
 use crate::time::Time;
 use tiles::CnfTiles;
@@ -163,6 +165,13 @@ impl Evaluation {
     }
 }
 
+impl Cnf {
+    /// Whether it can be integrated tile by tile: with one or two hidden layers.
+    pub(super) fn has_tiles(&self) -> bool {
+        matches!(self.mlp.layers.len(), 2 | 3)
+    }
+}
+
 impl VectorField<(Tensor, Tensor)> for Cnf {
     fn velocity(&self, t: &Time, y: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         self.check(y)?;
@@ -202,9 +211,8 @@ impl VectorField<(Tensor, Tensor)> for Cnf {
         Some(tracked.cloned().collect())
     }
 
-    fn rows(&self) -> Option<Rows<'_>> {
-        let fused = matches!(self.mlp.layers.len(), 2 | 3);
-        fused.then(|| Rows::new(self))
+    fn known(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 }
 

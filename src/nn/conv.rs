@@ -1,5 +1,7 @@
 //! A stack of convolutions as a vector field.
 
+use std::any::Any;
+
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Module, Result, Shape, Tensor, D};
 use candle_nn::{Conv2d, Conv2dConfig, Init, VarBuilder};
@@ -9,7 +11,7 @@ use super::activation::{Apply, Pull};
 use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
-use crate::rows::{Layout, RowField, Rows, Slot, TileField};
+use crate::rows::{Layout, RowField, Slot, TileField};
 use crate::simd::convolution::{
     adjoint_filters, filter_totals, filters, Convolution, Correlation, Image,
 };
@@ -325,6 +327,13 @@ impl Module for ConvField {
     }
 }
 
+impl ConvField {
+    /// Whether it can be integrated tile by tile: not with norms.
+    pub(super) fn has_tiles(&self) -> bool {
+        self.layers.iter().all(|l| l.norm.is_none())
+    }
+}
+
 impl VectorField<Tensor> for ConvField {
     fn velocity(&self, _: &Time, y: &Tensor) -> Result<Tensor> {
         self.forward(y)
@@ -350,9 +359,8 @@ impl VectorField<Tensor> for ConvField {
         Some(tracked.cloned().collect())
     }
 
-    fn rows(&self) -> Option<Rows<'_>> {
-        let normed = self.layers.iter().any(|l| l.norm.is_some());
-        (!normed).then(|| Rows::new(self))
+    fn known(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 }
 

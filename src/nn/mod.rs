@@ -19,6 +19,17 @@ use std::any::Any;
 use candle_core::Tensor;
 
 use crate::field::VectorField;
+use crate::rows::Rows;
+
+/// A field of ours as one that can be integrated tile by tile.
+pub(crate) fn rows_of(field: &dyn Any) -> Option<Rows<'_>> {
+    let mlp = field.downcast_ref::<Mlp>().map(Rows::new);
+    let conv = field.downcast_ref::<ConvField>();
+    let conv = conv.filter(|conv| conv.has_tiles()).map(Rows::new);
+    let cnf = field.downcast_ref::<Cnf>();
+    let cnf = cnf.filter(|cnf| cnf.has_tiles()).map(Rows::new);
+    mlp.or(conv).or(cnf)
+}
 
 /// The vector field that a module of ours is.
 pub(crate) fn field_of(module: &dyn Any) -> Option<&dyn VectorField<Tensor>> {

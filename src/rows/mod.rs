@@ -63,7 +63,7 @@ impl Layout {
 }
 
 /// A [`RowField`] of any kind, as a vector field hands it to the solver.
-pub struct Rows<'f>(Box<dyn Solve + 'f>);
+pub(crate) struct Rows<'f>(Box<dyn Solve + 'f>);
 
 impl<'f> Rows<'f> {
     pub(crate) fn new<F: RowField>(field: &'f F) -> Self {
