@@ -181,7 +181,7 @@ impl ConvField {
     }
 
     /// The same with a group norm after each hidden convolution, before the activation, named
-    /// `0.norm`, `1.norm`, … with `weight` and `bias` `(out)`, as [`candle_nn::group_norm`] has
+    /// `0.norm`, `1.norm`, … with `weight` and `bias` `(out)`, as [`candle_nn::group_norm()`] has
     /// them; its ε is 10⁻⁵.
     ///
     /// # Errors

@@ -61,7 +61,7 @@ impl Affine {
 
 impl Mlp {
     /// Layers of these widths, first features to last, named `0`, `1`, … with `weight` and `bias`,
-    /// and initialised, as [`candle_nn::linear`] does.
+    /// and initialised, as [`candle_nn::linear()`] does.
     ///
     /// # Errors
     /// Of the builder; fewer than two widths.
