@@ -89,7 +89,9 @@ fn solved(shape: &Shape, dtype: DType, fusion: bool, output: Output) -> Vec<(Str
         ..method(&tableau, 2)
     };
     let ys = odeint(field, y0.as_tensor(), &[0.0, 0.4, 0.7], &options).unwrap();
-    let weights = scattered(ys.dims(), 1.0, 7).to_dtype(dtype).unwrap();
+    // All positive: a gradient that cancels to nothing has no digits to compare.
+    let weights = (scattered(ys.dims(), 1.0, 7) + 1.5).and_then(|w| w.to_dtype(dtype));
+    let weights = weights.unwrap();
     let grads = (&ys * weights)
         .unwrap()
         .sum_all()
@@ -103,6 +105,11 @@ fn solved(shape: &Shape, dtype: DType, fusion: bool, output: Output) -> Vec<(Str
     states.into_iter().chain(of.into_iter().map(grad)).collect()
 }
 
+/// max |x|.
+fn norm(x: &Tensor) -> f64 {
+    worst(values(x))
+}
+
 fn agree(shape: &Shape, dtype: DType, tolerance: f64) -> Result<(), TestCaseError> {
     let output = if shape.batch.is_multiple_of(2) {
         Output::All
@@ -111,8 +118,11 @@ fn agree(shape: &Shape, dtype: DType, tolerance: f64) -> Result<(), TestCaseErro
     };
     let fused = solved(shape, dtype, true, output);
     let general = solved(shape, dtype, false, output);
+    // Rounding is relative to the terms of a sum, of which a gradient may be a small remainder.
+    let gradients = general.iter().filter(|(name, _)| name != "states");
+    let largest = gradients.map(|(_, x)| norm(x)).fold(0.0, f64::max);
     for ((name, fused), (_, general)) in fused.iter().zip(&general) {
-        let error = relative(fused, general);
+        let error = relative(fused, general) * norm(general) / largest.max(norm(general));
         prop_assert!(error <= tolerance, "{name}: {error:e}");
     }
     Ok(())
