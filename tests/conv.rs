@@ -309,3 +309,30 @@ fn layers_that_do_not_keep_the_image_are_refused() {
     let odd = ConvField::with_group_norm(&[2, 6, 2], 3, 4, Activation::Relu, vb);
     assert!(odd.unwrap_err().to_string().contains("in 4 groups"));
 }
+
+#[test]
+fn frozen_filters_have_no_gradient_on_either_path() {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let config = Conv2dConfig {
+        padding: 1,
+        ..Default::default()
+    };
+    let [frozen, trained] =
+        ["0", "1"].map(|name| candle_nn::conv2d(2, 2, 3, config, vb.pp(name)).unwrap());
+    let bias = frozen.bias().unwrap().detach();
+    let frozen = Conv2d::new(frozen.weight().detach(), Some(bias), config);
+    let field = ConvField::from_layers(&[frozen, trained], Activation::Tanh).unwrap();
+    let y0 = scattered(&[3, 2, 4, 5], 1.0, 1);
+    for fusion in [false, true] {
+        let options = OdeOptions {
+            fusion,
+            ..Default::default()
+        };
+        let ys = odeint(field.clone(), &y0, &[0.0, 0.5], &options).unwrap();
+        let grads = ys.sqr().and_then(|y| y.sum_all()?.backward()).unwrap();
+        for (name, var) in all(&vars) {
+            assert_eq!(grads.get(&var).is_some(), name.starts_with('1'), "{name}");
+        }
+    }
+}

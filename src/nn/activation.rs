@@ -46,7 +46,7 @@ impl Activation {
         Self::Sin,
     ];
 
-    /// σ(x), differentiable by candle.  On the CPU in f32 and f64 one pass on the vector unit and
+    /// σ(x), of x's shape and dtype, differentiable by candle.  On the CPU in f32 and f64 one pass on the vector unit and
     /// all threads, worth using in place of candle's in any model; elsewhere candle's operations.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use candle_nn::{Conv2d, Conv2dConfig, Init, VarBuilder};
 use pulp::Simd;
 
 use super::activation::{Apply, Pull};
+use super::mlp::numbers;
 use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
@@ -272,16 +273,22 @@ impl ConvField {
         let mut g = v.contiguous()?;
         for (l, layer) in self.layers.iter().enumerate().rev() {
             if let Some(z) = at.hidden.get(l) {
-                let value = self.activation.forward(z)?;
-                g = (g * self.activation.slope(z, &value)?)?;
+                g = self.activation.pull(z, &g)?;
             }
+            let mut found = |p: &Tensor, grad: &dyn Fn() -> Result<Tensor>| {
+                // A layer that is frozen has no gradient.
+                if p.track_op() {
+                    params.insert(p, grad()?);
+                }
+                Ok::<_, candle_core::Error>(())
+            };
             if let (Some(norm), Some(Some(normed))) = (&layer.norm, at.normed.get(l)) {
-                params.insert(&norm.weight, channel_sums(&(&g * &normed.normal)?)?);
-                params.insert(&norm.bias, channel_sums(&g)?);
+                found(&norm.weight, &|| channel_sums(&(&g * &normed.normal)?))?;
+                found(&norm.bias, &|| channel_sums(&g))?;
                 g = norm.pull(normed, &g)?.detach();
             }
-            params.insert(&layer.weight, weight_gradient(&at.inputs[l], &g, layer)?);
-            params.insert(&layer.bias, channel_sums(&g)?);
+            found(&layer.weight, &|| weight_gradient(&at.inputs[l], &g, layer))?;
+            found(&layer.bias, &|| channel_sums(&g))?;
             let adjoint = layer.weight.detach().transpose(0, 1)?.contiguous()?;
             g = convolve(&g, &adjoint.flip(&[2, 3])?)?;
         }
@@ -387,9 +394,6 @@ impl RowField for ConvField {
         &self,
         shapes: &[Shape],
     ) -> std::result::Result<ConvTiles<T>, Error> {
-        let numbers = |x: &Tensor| -> Result<Vec<T>> {
-            x.detach().to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()
-        };
         let (_, _, height, width) = match shapes {
             [shape] => shape.dims4()?,
             _ => return Err(candle_core::Error::msg("images are one tensor").into()),
@@ -397,7 +401,7 @@ impl RowField for ConvField {
         let mut layers = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let shape = layer.shape();
-            let weight = numbers(&layer.weight)?;
+            let weight = numbers::<T>(&layer.weight)?;
             layers.push(TileLayer {
                 outputs: shape[0],
                 inputs: shape[1],

@@ -63,14 +63,9 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
         let mut gradients = vec![T::default(); self.shapes.iter().map(Shape::elem_count).sum()];
         let mut counted = Stats::default();
         let fold = |g: usize, group: Group<T>| {
-            let mut rows_of = group.y0.as_slice();
+            let mut tiles = group.y0.as_slice();
             for (rows, _) in &self.groups[g] {
-                for (leaf, &features) in self.layout.features.iter().enumerate() {
-                    let part;
-                    (part, rows_of) = rows_of.split_at(rows.len() * features);
-                    let at = self.layout.offset(leaf, rows.start);
-                    y0[at..at + part.len()].copy_from_slice(part);
-                }
+                tiles = self.layout.place(rows, tiles, &mut y0);
             }
             for (sum, part) in gradients.iter_mut().zip(&group.gradients) {
                 *sum += *part;
@@ -269,7 +264,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 if !is_finite::<T, S>(s, &adj) {
                     return Err(failed(not_finite(step)));
                 }
-                window.end_step::<F>(s, field);
+                window.end_step();
             }
             window.flush::<F>(s, field);
             each_leaf(layout, V, |_, features, range| {
@@ -295,17 +290,20 @@ fn magnitude<T: Element, S: Simd, const V: usize>(
     adj: &[T::Vector<S>],
 ) -> f64 {
     let (mut low, mut all) = (0.0, 0.0f64);
-    each_leaf(plan.layout, V, |leaf, _, range| {
+    let mut rest = adj;
+    for (features, rounds_to) in plan.layout.features.iter().zip(&plan.low) {
+        let leaf;
+        (leaf, rest) = rest.split_at(features * V);
         let mut max = T::zeros::<S>();
-        for x in &adj[range] {
+        for x in leaf {
             max = T::larger(s, max, T::abs(s, *x));
         }
         let max = T::largest(s, max).to_f64();
         all = all.max(max);
-        if plan.low[leaf] == Low::F16 {
+        if *rounds_to == Low::F16 {
             low = f64::max(low, max);
         }
-    });
+    }
     if low > 0.0 {
         low
     } else {
@@ -517,13 +515,8 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         }
     }
 
-    #[inline(always)]
-    fn end_step<F: TileField<T>>(&mut self, s: S, field: &F) {
+    fn end_step(&mut self) {
         self.base += self.stages;
-        if self.base + self.stages > self.capacity {
-            self.flush(s, field);
-            self.base = 0;
-        }
     }
 
     /// From now on, cotangents carry this scale.

@@ -53,6 +53,7 @@ pub(super) fn run<T: Element, F: RowField>(
     let (field, groups) = done?;
     let packed = assemble(&plan, &groups);
     let shape = (problem.outputs(), problem.packing.len());
+    let weights = spec.weights();
     let groups: Vec<_> = groups.into_iter().map(|g| g.tiles).collect();
     stats.steps += problem.plan.len();
     stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
@@ -63,8 +64,8 @@ pub(super) fn run<T: Element, F: RowField>(
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         trajectory: Arc::new(Trajectories {
             field,
-            weights: spec.weights().iter().map(Tensor::id).collect(),
-            shapes: spec.weights().iter().map(|w| w.shape().clone()).collect(),
+            weights: weights.iter().map(Tensor::id).collect(),
+            shapes: weights.iter().map(|w| w.shape().clone()).collect(),
             layout,
             groups,
         }),
@@ -201,12 +202,8 @@ fn assemble<T: Element>(plan: &Plan<'_>, groups: &[Group<T>]) -> Vec<T> {
         let mut states = group.states.as_slice();
         for (rows, _) in &group.tiles {
             for output in 0..problem.outputs() {
-                for (leaf, &features) in layout.features.iter().enumerate() {
-                    let part;
-                    (part, states) = states.split_at(rows.len() * features);
-                    let at = output * elements + layout.offset(leaf, rows.start);
-                    packed[at..at + part.len()].copy_from_slice(part);
-                }
+                let state = &mut packed[output * elements..][..elements];
+                states = layout.place(rows, states, state);
             }
         }
     }

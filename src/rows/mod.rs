@@ -12,6 +12,7 @@ mod forward;
 mod stepper;
 mod tile;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -59,6 +60,21 @@ impl Layout {
     fn offset(&self, leaf: usize, first: usize) -> usize {
         let before: usize = self.features[..leaf].iter().sum();
         before * self.rows + first * self.features[leaf]
+    }
+
+    /// Puts a tile, `[leaf][row]`, where its rows are in a packed state; the rest of `tiles`.
+    fn place<'a, T: Copy>(
+        &self,
+        rows: &Range<usize>,
+        mut tiles: &'a [T],
+        packed: &mut [T],
+    ) -> &'a [T] {
+        for (leaf, &features) in self.features.iter().enumerate() {
+            let part;
+            (part, tiles) = tiles.split_at(rows.len() * features);
+            packed[self.offset(leaf, rows.start)..][..part.len()].copy_from_slice(part);
+        }
+        tiles
     }
 }
 
@@ -174,7 +190,7 @@ impl<'p> Plan<'p> {
     }
 
     /// Rows of the tile that begins at `first`.
-    fn rows(&self, first: usize, batch: usize) -> std::ops::Range<usize> {
+    fn rows(&self, first: usize, batch: usize) -> Range<usize> {
         first..self.layout.rows.min(first + batch)
     }
 }
@@ -191,8 +207,8 @@ struct Failure {
     error: Error,
 }
 
-/// Runs every group, on all threads, each with room of its own, and folds the results in the order of the groups; a result
-/// waits only for those before it.
+/// Runs every group, on all threads, each thread with room of its own, and folds the results in
+/// the order of the groups; a result waits only for those before it.
 fn on_all_threads<G: Sync, W, R: Send>(
     groups: &[G],
     room: impl Fn() -> W + Sync,
