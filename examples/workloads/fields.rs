@@ -1,8 +1,8 @@
 //! The fields of the workloads, by kind, over weights p0, p1, …: ours, and in ordinary candle
 //! operations.
 
-use candle_core::{DType, Device, Result, Tensor, D};
-use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
+use candle_core::{DType, Device, Module, Result, Tensor, D};
+use candle_diffeq::nn::{self, Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{NeuralOde, OdeOptions, Tableau, Time};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
@@ -43,10 +43,29 @@ pub(crate) type Ask = Box<dyn Fn(VarBuilder<'_>) -> Result<Layers> + Send + Sync
 /// A field over the parts of the state.
 type Field = Box<dyn Fn(&Time, &Vec<Tensor>) -> Result<Vec<Tensor>> + Send + Sync>;
 
-type Plain = fn(Layers, Tanh) -> Result<Field>;
+type Plain = fn(Layers, Parts) -> Result<Field>;
 
-/// Whose tanh.
-type Tanh = fn(&Tensor) -> Result<Tensor>;
+/// Whose layers and activations.
+#[derive(Clone, Copy)]
+pub(crate) struct Parts {
+    affine: fn(&Tensor, &(Tensor, Tensor)) -> Result<Tensor>,
+    tanh: fn(&Tensor) -> Result<Tensor>,
+}
+
+/// candle's.
+pub(crate) const CANDLES: Parts = Parts {
+    affine: |x, (weight, bias)| x.matmul(&weight.t()?)?.broadcast_add(bias),
+    tanh: Tensor::tanh,
+};
+
+/// The library's.
+pub(crate) const DROP_IN: Parts = Parts {
+    affine: |x, (weight, bias)| {
+        let layer = Linear::new(weight.clone(), Some(bias.clone()));
+        nn::Linear::from(layer).forward(x)
+    },
+    tanh: |x| Activation::Tanh.forward(x),
+};
 
 type Ours = fn(&VarMap, DType, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
 
@@ -66,7 +85,7 @@ pub(crate) enum Whose {
     Ours,
     /// Of candle's layers.
     Plain,
-    /// Of candle's layers, with the library's activations.
+    /// In the same operations, with the library's layers and activations.
     DropIn,
     /// Of candle's layers, unrolled on candle's tape without the library.
     Tape,
@@ -121,22 +140,19 @@ pub(crate) fn tape(
     options: &OdeOptions,
 ) -> Result<Ode> {
     let layers = ask(VarBuilder::from_varmap(vars, dtype, &Device::Cpu))?;
-    Ok(Ode::Tape(
-        build(layers, Tensor::tanh)?,
-        options.method.clone(),
-    ))
+    Ok(Ode::Tape(build(layers, CANDLES)?, options.method.clone()))
 }
 
 /// A neural ODE of a plain field.
 pub(crate) fn plain(
     build: Plain,
-    tanh: Tanh,
+    parts: Parts,
     vars: &VarMap,
     dtype: DType,
     ask: Ask,
     options: OdeOptions,
 ) -> candle_diffeq::Result<Ode> {
-    let field = move |vb: VarBuilder<'_>| build(ask(vb)?, tanh);
+    let field = move |vb: VarBuilder<'_>| build(ask(vb)?, parts);
     let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
     Ok(Ode::Several(ode.options(options)))
 }
@@ -192,23 +208,19 @@ fn our_conv(
     Ok(Ode::One(ode.options(options)))
 }
 
-fn affine(x: &Tensor, (weight, bias): &(Tensor, Tensor)) -> Result<Tensor> {
-    x.matmul(&weight.t()?)?.broadcast_add(bias)
-}
-
 /// Layers with tanh between them.
-fn mlp(layers: Layers, tanh: Tanh) -> Result<Field> {
+fn mlp(layers: Layers, parts: Parts) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let mut x = y[0].clone();
         for (i, layer) in layers.iter().enumerate() {
-            x = affine(&if i > 0 { tanh(&x)? } else { x }, layer)?;
+            x = (parts.affine)(&if i > 0 { (parts.tanh)(&x)? } else { x }, layer)?;
         }
         Ok(vec![x])
     }))
 }
 
 /// Convolutions that keep the size of the image, with relu between them.
-fn conv(layers: Layers, _: Tanh) -> Result<Field> {
+fn conv(layers: Layers, _: Parts) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let mut x = y[0].clone();
         for (i, (kernel, bias)) in layers.iter().enumerate() {
@@ -222,15 +234,15 @@ fn conv(layers: Layers, _: Tanh) -> Result<Field> {
 }
 
 /// z' = `mlp`(z), (log p)' = −tr ∂z'/∂z, by one forward tangent for each coordinate of z.
-fn cnf(layers: Layers, tanh: Tanh) -> Result<Field> {
+fn cnf(layers: Layers, parts: Parts) -> Result<Field> {
     Ok(Box::new(move |_, y| {
         let (mut x, mut slopes) = (y[0].clone(), vec![]);
         for (i, layer) in layers.iter().enumerate() {
             if i > 0 {
-                x = tanh(&x)?;
+                x = (parts.tanh)(&x)?;
                 slopes.push((1.0 - x.sqr()?)?);
             }
-            x = affine(&x, layer)?;
+            x = (parts.affine)(&x, layer)?;
         }
         let mut trace = x.narrow(1, 0, 1)?.zeros_like()?;
         for i in 0..x.dim(1)? {

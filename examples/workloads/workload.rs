@@ -6,7 +6,6 @@ use std::path::Path;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::nn::Activation;
 use candle_diffeq::{OdeOptions, Tableau};
 use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
@@ -116,11 +115,8 @@ impl Workload {
         Ok(match (whose, self.kind.ours) {
             (Whose::Tape, _) => fields::tape(plain, vars, dtype, ask, &options)?,
             (Whose::Ours, Some(build)) => build(vars, dtype, ask, options)?,
-            (Whose::DropIn, _) => {
-                let tanh = |x: &Tensor| Activation::Tanh.forward(x);
-                fields::plain(plain, tanh, vars, dtype, ask, options)?
-            }
-            _ => fields::plain(plain, Tensor::tanh, vars, dtype, ask, options)?,
+            (Whose::DropIn, _) => fields::plain(plain, fields::DROP_IN, vars, dtype, ask, options)?,
+            _ => fields::plain(plain, fields::CANDLES, vars, dtype, ask, options)?,
         })
     }
 

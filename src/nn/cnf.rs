@@ -9,6 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor};
 use pulp::Simd;
 
+use super::linear::{matmul, sum_of_rows, transposed_matmul};
 use super::mlp::Affine;
 use super::Mlp;
 use crate::error::Error;
@@ -154,12 +155,12 @@ impl Evaluation {
             if weight.track_op() {
                 let trace = &bent.weights[l];
                 let trace = trace.pad_with_zeros(1, 0, layer.inputs() - trace.dim(1)?)?;
-                params.insert(weight, (g.t()?.matmul(&self.inputs[l])? + trace)?);
+                params.insert(weight, (transposed_matmul(&g, &self.inputs[l])? + trace)?);
             }
             if bias.track_op() {
-                params.insert(bias, g.sum(0)?);
+                params.insert(bias, sum_of_rows(&g)?);
             }
-            g = g.matmul(&layer.weight)?;
+            g = matmul(&g, &layer.weight)?;
         }
         Ok((g, params))
     }

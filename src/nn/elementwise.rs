@@ -9,7 +9,7 @@ use super::activation::{Activation, Apply};
 use crate::simd::{enter, scalars, scalars_mut, unit, vectors, Element};
 
 /// Numbers in a chunk that one thread takes: some microseconds of work.
-const CHUNK: usize = 1 << 14;
+const CHUNK: usize = 1 << 17;
 
 /// Vectors in a block that stays in the first cache.
 const BLOCK: usize = 64;

@@ -8,6 +8,7 @@ use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
 use super::activation::{Apply, Pull};
+use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
 use super::weights::{fill, Place, Weights};
 use super::Activation;
 use crate::error::Error;
@@ -160,9 +161,7 @@ impl Mlp {
         for (l, layer) in self.layers.iter().enumerate() {
             let rows = x.dims()[..x.rank() - 1].to_vec();
             let flat = x.reshape(((), layer.inputs()))?;
-            let z = flat
-                .matmul(&layer.weight.t()?)?
-                .broadcast_add(&layer.bias)?;
+            let z = affine(&flat, &layer.weight, Some(&layer.bias))?;
             inputs.push(flat);
             x = z.reshape([&rows[..], &[layer.outputs()]].concat())?;
             if l + 1 < self.layers.len() {
@@ -226,12 +225,12 @@ impl VectorField<Tensor> for Mlp {
                 }
                 let Affine { weight, bias } = &self.layers[l];
                 if weight.track_op() {
-                    params.insert(weight, g.t()?.matmul(&inputs[l])?);
+                    params.insert(weight, transposed_matmul(&g, &inputs[l])?);
                 }
                 if bias.track_op() {
-                    params.insert(bias, g.sum(0)?);
+                    params.insert(bias, sum_of_rows(&g)?);
                 }
-                g = g.matmul(&layer.weight)?;
+                g = matmul(&g, &layer.weight)?;
                 if let Some(skipped) = skipped {
                     g = (g + skipped)?;
                 }

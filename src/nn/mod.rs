@@ -6,12 +6,14 @@ mod activation;
 mod cnf;
 mod conv;
 mod elementwise;
+mod linear;
 mod mlp;
 mod weights;
 
 pub use activation::Activation;
 pub use cnf::Cnf;
 pub use conv::ConvField;
+pub use linear::Linear;
 pub use mlp::Mlp;
 
 use std::any::Any;

@@ -1,15 +1,22 @@
 //! The operations as fused loops over blocks that stay in L1: each operand is read once, each
-//! result written once.
+//! result written once, on the vector unit and, where there is enough to do, on all threads.
 
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Storage, StorageRef, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Storage, StorageRef, Tensor, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::precision::Rounding;
+use crate::simd::unit;
 
 /// Elements per block: 4 KiB of f32 accumulators beside one operand's block.
 const BLOCK: usize = 1024;
+
+/// Elements that one thread takes at a time.  What fits into one such piece is not worth a second
+/// thread (`cargo bench --bench ops`).
+const PIECE: usize = 1 << 17;
 
 /// A contiguous run of one operand.
 #[derive(Clone, Copy)]
@@ -34,6 +41,16 @@ impl<'a> Slice<'a> {
         }
     }
 
+    /// The elements from `at` on, n of them.
+    fn part(self, at: usize, n: usize) -> Self {
+        match self {
+            Self::F16(x) => Self::F16(&x[at..at + n]),
+            Self::Bf16(x) => Self::Bf16(&x[at..at + n]),
+            Self::F32(x) => Self::F32(&x[at..at + n]),
+            Self::F64(x) => Self::F64(&x[at..at + n]),
+        }
+    }
+
     fn len(&self) -> usize {
         match self {
             Self::F16(x) => x.len(),
@@ -45,18 +62,14 @@ impl<'a> Slice<'a> {
 }
 
 /// f32 or f64, in which sums are formed.
-trait Real: candle_core::WithDType + Copy + std::ops::AddAssign + std::ops::Mul<Output = Self> {
+trait Real: WithDType + Copy + Send + Sync {
     const ZERO: Self;
     fn of(x: f64) -> Self;
     fn single(self) -> f32;
-    /// `acc += c · x[at..]`.
-    fn axpy(acc: &mut [Self], c: Self, x: Slice<'_>, at: usize);
-}
-
-fn add<A: Real>(acc: &mut [A], c: A, x: impl Iterator<Item = A>) {
-    for (a, x) in acc.iter_mut().zip(x) {
-        *a += c * x;
-    }
+    /// `acc += c · x`, of one length.
+    fn axpy(acc: &mut [Self], c: Self, x: Slice<'_>);
+    /// `x ← c · x`.
+    fn scale(x: &mut [Self], c: Self);
 }
 
 impl Real for f32 {
@@ -67,17 +80,37 @@ impl Real for f32 {
     fn single(self) -> f32 {
         self
     }
-    fn axpy(acc: &mut [f32], c: f32, x: Slice<'_>, at: usize) {
-        let n = acc.len();
+    #[inline(always)]
+    fn axpy(acc: &mut [f32], c: f32, x: Slice<'_>) {
         match x {
-            Slice::F32(x) => add(acc, c, x[at..at + n].iter().copied()),
-            Slice::Bf16(x) => add(acc, c, x[at..at + n].iter().map(|x| x.to_f32())),
+            Slice::F32(x) => {
+                for (a, x) in acc.iter_mut().zip(x) {
+                    *a += c * x;
+                }
+            }
+            Slice::Bf16(x) => {
+                for (a, x) in acc.iter_mut().zip(x) {
+                    *a += c * widened(*x);
+                }
+            }
             Slice::F16(x) => {
                 let mut wide = [0f32; BLOCK];
-                x[at..at + n].convert_to_f32_slice(&mut wide[..n]);
-                add(acc, c, wide[..n].iter().copied());
+                x.convert_to_f32_slice(&mut wide[..x.len()]);
+                for (a, x) in acc.iter_mut().zip(&wide) {
+                    *a += c * x;
+                }
             }
-            Slice::F64(x) => add(acc, c, x[at..at + n].iter().map(|&x| x as f32)),
+            Slice::F64(x) => {
+                for (a, x) in acc.iter_mut().zip(x) {
+                    *a += c * *x as f32;
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn scale(x: &mut [f32], c: f32) {
+        for x in x {
+            *x *= c;
         }
     }
 }
@@ -90,18 +123,48 @@ impl Real for f64 {
     fn single(self) -> f32 {
         self as f32
     }
-    fn axpy(acc: &mut [f64], c: f64, x: Slice<'_>, at: usize) {
-        let n = acc.len();
+    #[inline(always)]
+    fn axpy(acc: &mut [f64], c: f64, x: Slice<'_>) {
         match x {
-            Slice::F64(x) => add(acc, c, x[at..at + n].iter().copied()),
-            Slice::F32(x) => add(acc, c, x[at..at + n].iter().map(|&x| x.into())),
-            Slice::Bf16(x) => add(acc, c, x[at..at + n].iter().map(|x| x.to_f64())),
-            Slice::F16(x) => add(acc, c, x[at..at + n].iter().map(|x| x.to_f64())),
+            Slice::F64(x) => {
+                for (a, x) in acc.iter_mut().zip(x) {
+                    *a += c * x;
+                }
+            }
+            Slice::F32(x) => {
+                for (a, x) in acc.iter_mut().zip(x) {
+                    *a += c * f64::from(*x);
+                }
+            }
+            Slice::Bf16(x) => {
+                for (a, x) in acc.iter_mut().zip(x) {
+                    *a += c * f64::from(widened(*x));
+                }
+            }
+            Slice::F16(x) => {
+                let mut wide = [0f32; BLOCK];
+                x.convert_to_f32_slice(&mut wide[..x.len()]);
+                for (a, x) in acc.iter_mut().zip(&wide) {
+                    *a += c * f64::from(*x);
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn scale(x: &mut [f64], c: f64) {
+        for x in x {
+            *x *= c;
         }
     }
 }
 
+#[inline(always)]
+fn widened(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
 /// Rounds to bf16, to nearest even, keeping f32.
+#[inline(always)]
 fn round_bf16(x: f32) -> f32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
@@ -110,6 +173,7 @@ fn round_bf16(x: f32) -> f32 {
 }
 
 /// Rounds to f16, to nearest even, with its subnormals and its overflow at 65520, keeping f32.
+#[inline(always)]
 fn round_f16(x: f32) -> f32 {
     // Below 2^-14 the spacing is 2^-24, which is the spacing of f32 at 0.75.
     let subnormal = ((x.abs() + 0.75) - 0.75).copysign(x);
@@ -133,54 +197,50 @@ fn round_f16(x: f32) -> f32 {
     }
 }
 
-/// Where a block of sums goes.
-enum Sink {
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-    F32(Vec<f32>),
-    F64(Vec<f64>),
+/// What a result is held in.
+trait Held: WithDType + Send + Sync {
+    /// Sums, rounded to the dtype `to`, of the same length.
+    fn put<A: Real>(out: &mut [Self], sums: &[A], to: DType);
 }
 
-impl Sink {
-    fn new(dtype: DType, n: usize) -> Result<Self> {
-        Ok(match dtype {
-            DType::F16 => Self::F16(Vec::with_capacity(n)),
-            DType::BF16 => Self::Bf16(Vec::with_capacity(n)),
-            DType::F32 => Self::F32(Vec::with_capacity(n)),
-            DType::F64 => Self::F64(Vec::with_capacity(n)),
-            dtype => return Err(Error::UnsupportedState { leaf: 0, dtype }),
-        })
+impl Held for f16 {
+    #[inline(always)]
+    fn put<A: Real>(out: &mut [f16], sums: &[A], _: DType) {
+        let mut single = [0f32; BLOCK];
+        for (s, a) in single.iter_mut().zip(sums) {
+            *s = a.single();
+        }
+        out.convert_from_f32_slice(&single[..sums.len()]);
     }
+}
 
-    fn push<A: Real>(&mut self, sums: &[A], to: DType) {
-        match self {
-            Self::F16(out) => {
-                let at = out.len();
-                let mut single = [0f32; BLOCK];
-                for (s, a) in single.iter_mut().zip(sums) {
-                    *s = a.single();
-                }
-                out.resize(at + sums.len(), f16::ZERO);
-                out[at..].convert_from_f32_slice(&single[..sums.len()]);
-            }
-            Self::Bf16(out) => out.extend(sums.iter().map(|a| bf16::from_f32(a.single()))),
-            Self::F32(out) => match to {
-                DType::F16 => out.extend(sums.iter().map(|a| round_f16(a.single()))),
-                DType::BF16 => out.extend(sums.iter().map(|a| round_bf16(a.single()))),
-                _ => out.extend(sums.iter().map(|a| a.single())),
-            },
-            Self::F64(out) => out.extend(sums.iter().map(|a| a.to_f64())),
+impl Held for bf16 {
+    #[inline(always)]
+    fn put<A: Real>(out: &mut [bf16], sums: &[A], _: DType) {
+        for (out, a) in out.iter_mut().zip(sums) {
+            *out = bf16::from_bits((round_bf16(a.single()).to_bits() >> 16) as u16);
         }
     }
+}
 
-    fn into_tensor(self, like: &Tensor) -> Result<Tensor> {
-        let (shape, device) = (like.shape(), like.device());
-        Ok(match self {
-            Self::F16(out) => Tensor::from_vec(out, shape, device)?,
-            Self::Bf16(out) => Tensor::from_vec(out, shape, device)?,
-            Self::F32(out) => Tensor::from_vec(out, shape, device)?,
-            Self::F64(out) => Tensor::from_vec(out, shape, device)?,
-        })
+impl Held for f32 {
+    #[inline(always)]
+    fn put<A: Real>(out: &mut [f32], sums: &[A], to: DType) {
+        let both = out.iter_mut().zip(sums);
+        match to {
+            DType::F16 => both.for_each(|(out, a)| *out = round_f16(a.single())),
+            DType::BF16 => both.for_each(|(out, a)| *out = round_bf16(a.single())),
+            _ => both.for_each(|(out, a)| *out = a.single()),
+        }
+    }
+}
+
+impl Held for f64 {
+    #[inline(always)]
+    fn put<A: Real>(out: &mut [f64], sums: &[A], _: DType) {
+        for (out, a) in out.iter_mut().zip(sums) {
+            *out = a.to_f64();
+        }
     }
 }
 
@@ -203,28 +263,76 @@ impl<'a> Operands<'a> {
     }
 }
 
-fn sum<A: Real>(
+/// `out = round(scale · Σ c_j x_j)`, of one piece.
+struct Sum<'a, A, H> {
+    terms: &'a [(A, Slice<'a>)],
+    scale: A,
+    to: DType,
+    /// Where in the operands the piece starts.
+    at: usize,
+    out: &'a mut [H],
+}
+
+impl<A: Real, H: Held> WithSimd for Sum<'_, A, H> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let mut block = [A::ZERO; BLOCK];
+        for (i, out) in self.out.chunks_mut(BLOCK).enumerate() {
+            let sums = &mut block[..out.len()];
+            sums.fill(A::ZERO);
+            for &(c, x) in self.terms {
+                A::axpy(sums, c, x.part(self.at + i * BLOCK, out.len()));
+            }
+            A::scale(sums, self.scale);
+            H::put(out, sums, self.to);
+        }
+    }
+}
+
+fn sum<A: Real, H: Held>(
+    terms: &[(f64, Slice<'_>)],
+    scale: f64,
+    to: DType,
+    like: &Tensor,
+) -> Result<Tensor> {
+    let terms: Vec<_> = terms.iter().map(|&(c, x)| (A::of(c), x)).collect();
+    let mut out = vec![H::zero(); like.elem_count()];
+    by_piece(&mut out, |at, out| {
+        unit().dispatch(Sum {
+            terms: &terms,
+            scale: A::of(scale),
+            to,
+            at,
+            out,
+        });
+    });
+    Ok(Tensor::from_vec(out, like.shape(), like.device())?)
+}
+
+/// Runs over pieces and their positions, on all threads where there are several.
+fn by_piece<H: Send>(out: &mut [H], each: impl Fn(usize, &mut [H]) + Sync) {
+    if out.len() <= PIECE {
+        return each(0, out);
+    }
+    let pieces = out.par_chunks_mut(PIECE).enumerate();
+    pieces.for_each(|(i, out)| each(i * PIECE, out));
+}
+
+fn sum_in<A: Real>(
     terms: &[(f64, Slice<'_>)],
     scale: f64,
     out: Rounding,
     like: &Tensor,
 ) -> Result<Tensor> {
-    let n = like.elem_count();
-    let mut sink = Sink::new(out.held, n)?;
-    let mut block = [A::ZERO; BLOCK];
-    for at in (0..n).step_by(BLOCK) {
-        let sums = &mut block[..BLOCK.min(n - at)];
-        sums.fill(A::ZERO);
-        for &(c, x) in terms {
-            A::axpy(sums, A::of(c), x, at);
-        }
-        if scale != 1.0 {
-            let scale = A::of(scale);
-            sums.iter_mut().for_each(|a| *a = scale * *a);
-        }
-        sink.push(sums, out.to);
+    match out.held {
+        DType::F16 => sum::<A, f16>(terms, scale, out.to, like),
+        DType::BF16 => sum::<A, bf16>(terms, scale, out.to, like),
+        DType::F32 => sum::<A, f32>(terms, scale, out.to, like),
+        DType::F64 => sum::<A, f64>(terms, scale, out.to, like),
+        dtype => Err(Error::UnsupportedState { leaf: 0, dtype }),
     }
-    sink.into_tensor(like)
 }
 
 pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
@@ -240,9 +348,9 @@ pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
     }
     let pairs: Vec<_> = terms.iter().map(|&(c, _)| c).zip(slices).collect();
     if pairs.iter().any(|(_, x)| matches!(x, Slice::F64(_))) {
-        sum::<f64>(&pairs, scale, out, like)
+        sum_in::<f64>(&pairs, scale, out, like)
     } else {
-        sum::<f32>(&pairs, scale, out, like)
+        sum_in::<f32>(&pairs, scale, out, like)
     }
 }
 
@@ -251,8 +359,31 @@ struct Axpy(f64);
 
 impl Axpy {
     fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) {
-        for (i, acc) in acc.chunks_mut(BLOCK).enumerate() {
-            A::axpy(acc, A::of(self.0), x, i * BLOCK);
+        by_piece(acc, |at, acc| {
+            unit().dispatch(Add {
+                c: A::of(self.0),
+                x: x.part(at, acc.len()),
+                acc,
+            });
+        });
+    }
+}
+
+/// `acc += c · x`, of one piece.
+struct Add<'a, A> {
+    c: A,
+    x: Slice<'a>,
+    acc: &'a mut [A],
+}
+
+impl<A: Real> WithSimd for Add<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (i, acc) in self.acc.chunks_mut(BLOCK).enumerate() {
+            let x = self.x.part(i * BLOCK, acc.len());
+            A::axpy(acc, self.c, x);
         }
     }
 }
@@ -296,23 +427,53 @@ pub(super) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
 pub(super) fn magnitude(x: &Tensor) -> Result<f64> {
     let tensors = [x.contiguous()?];
     let operands = Operands::new(&tensors);
-    // Without the sign, IEEE numbers are ordered as integers, infinity above all and NaN above it.
-    Ok(match operands.slices()?[0] {
-        Slice::F32(x) => {
-            let bits = x.iter().fold(0, |m, x| (x.to_bits() & 0x7fff_ffff).max(m));
-            f32::from_bits(bits).into()
-        }
-        Slice::F64(x) => f64::from_bits(
-            x.iter()
-                .fold(0, |m, x| (x.to_bits() & (u64::MAX >> 1)).max(m)),
-        ),
-        Slice::F16(x) => {
-            f16::from_bits(x.iter().fold(0, |m, x| (x.to_bits() & 0x7fff).max(m))).into()
-        }
-        Slice::Bf16(x) => {
-            bf16::from_bits(x.iter().fold(0, |m, x| (x.to_bits() & 0x7fff).max(m))).into()
-        }
+    let x = operands.slices()?[0];
+    let pieces = x.len().div_ceil(PIECE);
+    let of_piece = |i: usize| {
+        let at = i * PIECE;
+        unit().dispatch(Largest(x.part(at, PIECE.min(x.len() - at))))
+    };
+    let bits = match pieces {
+        0 | 1 => (0..pieces).map(of_piece).max(),
+        _ => (0..pieces).into_par_iter().map(of_piece).max(),
+    };
+    let bits = bits.unwrap_or(0);
+    Ok(match x {
+        Slice::F16(_) => f16::from_bits(bits as u16).into(),
+        Slice::Bf16(_) => bf16::from_bits(bits as u16).into(),
+        Slice::F32(_) => f32::from_bits(bits as u32).into(),
+        Slice::F64(_) => f64::from_bits(bits),
     })
+}
+
+/// The bits of max|x|.  Without the sign, IEEE numbers are ordered as integers, infinity above all
+/// and NaN above it.
+struct Largest<'a>(Slice<'a>);
+
+impl WithSimd for Largest<'_> {
+    type Output = u64;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> u64 {
+        match self.0 {
+            Slice::F16(x) => x
+                .iter()
+                .fold(0, |m, x| (x.to_bits() & 0x7fff).max(m))
+                .into(),
+            Slice::Bf16(x) => x
+                .iter()
+                .fold(0, |m, x| (x.to_bits() & 0x7fff).max(m))
+                .into(),
+            Slice::F32(x) => {
+                let bits = |m: u32, x: &f32| (x.to_bits() & (u32::MAX >> 1)).max(m);
+                x.iter().fold(0, bits).into()
+            }
+            Slice::F64(x) => {
+                let bits = |m: u64, x: &f64| (x.to_bits() & (u64::MAX >> 1)).max(m);
+                x.iter().fold(0, bits)
+            }
+        }
+    }
 }
 
 pub(super) fn dot(x: &Tensor, y: &Tensor) -> Result<Tensor> {
@@ -326,7 +487,7 @@ pub(super) fn dot(x: &Tensor, y: &Tensor) -> Result<Tensor> {
         let len = BLOCK.min(n - at);
         for (block, slice) in [(&mut a, slices[0]), (&mut b, slices[1])] {
             block[..len].fill(0.0);
-            f64::axpy(&mut block[..len], 1.0, slice, at);
+            f64::axpy(&mut block[..len], 1.0, slice.part(at, len));
         }
         total += a[..len]
             .iter()

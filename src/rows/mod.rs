@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Shape, Tensor, TensorId};
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
@@ -282,9 +282,9 @@ impl<R, F: FnMut(usize, R)> Folded<R, F> {
 fn dispatch<J: WithSimd>(job: J) -> Option<J::Output> {
     match unit() {
         #[cfg(target_arch = "x86_64")]
-        Arch::V4(s) => Some(Simd::vectorize(s, job)),
+        pulp::Arch::V4(s) => Some(Simd::vectorize(s, job)),
         #[cfg(target_arch = "x86_64")]
-        Arch::V3(s) => Some(Simd::vectorize(s, job)),
+        pulp::Arch::V3(s) => Some(Simd::vectorize(s, job)),
         #[cfg(target_arch = "x86_64")]
         _ => None,
         #[cfg(not(target_arch = "x86_64"))]

@@ -6,6 +6,7 @@
 
 pub(crate) mod convolution;
 pub(crate) mod elementary;
+pub(crate) mod matrix;
 pub(crate) mod product;
 #[cfg(test)]
 mod tests;
