@@ -77,7 +77,7 @@ pub use field::{autonomous, constant, Autonomous, Constant, Cotangents, Pullback
 pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, solve, Gradients, Solution};
 pub use precision::{Arithmetic, Precision};
-pub use problem::{OdeOptions, Output};
+pub use problem::{Activations, OdeOptions, Output};
 pub use pullback::{Argument, PullbackDefect};
 pub use scaler::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
 pub use state::State;

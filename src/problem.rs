@@ -22,6 +22,46 @@ pub enum Output {
     Final,
 }
 
+/// What a solve tile by tile keeps of its evaluations beside the states, so that the backward pass need
+/// not repeat them: up to a quarter of the time of a pass forward and backward, for much memory.
+///
+/// Where the bytes are not enough for everything, first the stages are kept and then what saves most
+/// work a byte: outputs of wide layers before those of thin ones, the last steps before the first.
+/// The general path keeps nothing.
+///
+/// ```
+/// use candle_diffeq::{Activations, OdeOptions};
+/// let options = OdeOptions {
+///     activations: Activations::within(64 << 20).in_bf16(),
+///     ..Default::default()
+/// };
+/// # let _ = options;
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activations {
+    pub(crate) bytes: usize,
+    pub(crate) low: bool,
+}
+
+impl Activations {
+    /// Nothing: the backward pass evaluates every stage again.
+    pub const RECOMPUTED: Self = Self::within(0);
+    /// Everything.
+    pub const KEPT: Self = Self::within(usize::MAX);
+
+    /// As much as fits into so many bytes, of the whole batch.
+    pub const fn within(bytes: usize) -> Self {
+        Self { bytes, low: false }
+    }
+
+    /// Kept in bf16, half the bytes of f32: the forward pass stays as it is, gradients are those at a
+    /// point that is rounded to 8 bits.
+    #[must_use]
+    pub const fn in_bf16(self) -> Self {
+        Self { low: true, ..self }
+    }
+}
+
 /// Options of a solve.
 ///
 /// ```
@@ -76,6 +116,8 @@ pub struct OdeOptions {
     pub output: Output,
     /// What is kept for the backward pass.  Default: every state.
     pub checkpoint: Checkpoint,
+    /// What is kept of evaluations beside the states.  Default: nothing.
+    pub activations: Activations,
     /// Whether fields whose rows are independent, such as [`nn::Mlp`](crate::nn::Mlp), are
     /// integrated tile by tile on the CPU.  Default: yes.  Results agree to rounding.
     pub fusion: bool,
@@ -96,6 +138,7 @@ impl Default for OdeOptions {
             steps: Steps::default(),
             output: Output::default(),
             checkpoint: Checkpoint::default(),
+            activations: Activations::RECOMPUTED,
             fusion: true,
             scaling: Scaling::default(),
             on_overflow: OnOverflow::default(),
@@ -113,6 +156,7 @@ pub(crate) struct Problem {
     pub(crate) packing: Packing,
     pub(crate) output: Output,
     pub(crate) checkpoint: Checkpoint,
+    pub(crate) activations: Activations,
     pub(crate) fusion: bool,
     pub(crate) scaler: Scaler,
     pub(crate) on_overflow: OnOverflow,
@@ -177,6 +221,10 @@ impl Problem {
             packing: Packing::new(y0),
             output: options.output,
             checkpoint: options.checkpoint,
+            activations: match options.checkpoint {
+                Checkpoint::Nothing => Activations::RECOMPUTED,
+                _ => options.activations,
+            },
             fusion: options.fusion,
             on_overflow: options.on_overflow,
             recorder: options.recorder.clone().unwrap_or_default(),

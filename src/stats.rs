@@ -24,6 +24,9 @@ pub struct Stats {
     pub states_kept: usize,
     /// Bytes of those states.
     pub bytes_kept: usize,
+    /// Largest number of bytes of evaluations that any one solve kept, see
+    /// [`Activations`](crate::Activations).
+    pub activation_bytes: usize,
 }
 
 impl Stats {
@@ -57,6 +60,7 @@ impl Stats {
             self.used_scale(scale);
         }
         self.kept(other.states_kept, other.bytes_kept);
+        self.activation_bytes = self.activation_bytes.max(other.activation_bytes);
     }
 
     /// Notes how much is kept at this moment.

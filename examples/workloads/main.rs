@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Tensor};
-use candle_diffeq::{Checkpoint, OdeOptions, Output, Recorder, Stats};
+use candle_diffeq::{Activations, Checkpoint, OdeOptions, Output, Recorder, Stats};
 use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
@@ -35,6 +35,12 @@ struct Args {
     /// What the forward pass keeps: all, every:K, states:B or bytes:N.
     #[arg(long, default_value = "all", value_parser = checkpoint)]
     checkpoint: Checkpoint,
+    /// Megabytes of evaluations that the forward pass may keep.
+    #[arg(long, default_value_t = 0)]
+    activations: usize,
+    /// Keeps them in bf16.
+    #[arg(long)]
+    activations_bf16: bool,
     /// Whose field, and how.
     #[arg(long, value_enum, default_value_t = Whose::Ours)]
     field: Whose,
@@ -82,6 +88,10 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         method: workload.method.clone(),
         precision: Some(args.precision.precision()),
         checkpoint: args.checkpoint,
+        activations: match Activations::within(args.activations << 20) {
+            kept if args.activations_bf16 => kept.in_bf16(),
+            kept => kept,
+        },
         output: Output::Final,
         recorder: Some(recorder.clone()),
         ..Default::default()
@@ -143,6 +153,7 @@ fn line(
         "rss_mb": growth,
         "states_kept": stats.states_kept,
         "bytes_kept": stats.bytes_kept,
+        "activation_bytes": stats.activation_bytes,
         "nfe_fwd": stats.evaluations,
         "nfe_bwd": stats.recomputed,
         "vjps": stats.vjps,

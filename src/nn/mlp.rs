@@ -13,7 +13,7 @@ use super::weights::{fill, Place, Weights};
 use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
-use crate::rows::{Layout, RowField, Slot, TileField};
+use crate::rows::{Layout, Part, RowField, Slot, TileField};
 use crate::simd::product::{add_rows, Layer};
 use crate::simd::{enter, Element};
 use crate::time::Time;
@@ -313,6 +313,9 @@ struct TileLayer<T> {
     skips: bool,
 }
 
+/// Products that take as long as an activation.
+const ACTIVATION: usize = 16;
+
 /// All elements, in T.
 pub(super) fn numbers<T: Element>(x: &Tensor) -> Result<Vec<T>> {
     x.detach().to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()
@@ -356,6 +359,84 @@ impl<T: Element> MlpTiles<T> {
                     activation: self.activation,
                     value,
                     g,
+                },
+            );
+        }
+    }
+
+    /// An evaluation, but for those hidden layers that are known.
+    #[inline(always)]
+    fn evaluate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        t: f64,
+        kept: &mut [T::Vector<S>],
+        k: Option<&mut [T::Vector<S>]>,
+        known: &[bool],
+    ) {
+        let (read, mut slopes) = kept.split_at_mut(self.inputs() * V);
+        let (mut x, mut rest) = read.split_at_mut(self.layers[0].weights.inputs * V);
+        if self.time {
+            let at = x.len() - V;
+            x[at..].fill(T::splat(s, T::of(t)));
+        }
+        let (last, hidden) = match self.layers.split_last() {
+            Some(split) => split,
+            None => return,
+        };
+        for (l, layer) in hidden.iter().enumerate() {
+            let size = layer.weights.outputs * V;
+            let (out, after) = rest.split_at_mut(size);
+            let kept = if self.keeps_slopes() { size } else { 0 };
+            let (slope, more) = slopes.split_at_mut(kept);
+            slopes = more;
+            if known.get(l) == Some(&true) {
+                (x, rest) = (out, after);
+                continue;
+            }
+            enter(
+                s,
+                Layer::<T, S, V> {
+                    weights: &layer.weights.forward,
+                    start: &layer.bias,
+                    x,
+                    out,
+                },
+            );
+            enter(
+                s,
+                Apply::<T, S> {
+                    activation: self.activation,
+                    z: out,
+                    slope,
+                },
+            );
+            if self.keeps_slopes() && !self.activation.keeps_slope() {
+                slope.fill(T::splat(s, T::of(1.0)));
+                enter(
+                    s,
+                    Pull::<T, S> {
+                        activation: self.activation,
+                        value: out,
+                        g: slope,
+                    },
+                );
+            }
+            if layer.skips {
+                for (h, x) in out.iter_mut().zip(&*x) {
+                    *h = T::plus(s, *h, *x);
+                }
+            }
+            (x, rest) = (out, after);
+        }
+        if let Some(out) = k {
+            enter(
+                s,
+                Layer::<T, S, V> {
+                    weights: &last.weights.forward,
+                    start: &last.bias,
+                    x,
+                    out,
                 },
             );
         }
@@ -415,68 +496,44 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         kept: &mut [T::Vector<S>],
         k: Option<&mut [T::Vector<S>]>,
     ) {
-        let (read, mut slopes) = kept.split_at_mut(self.inputs() * V);
-        let (mut x, mut rest) = read.split_at_mut(self.layers[0].weights.inputs * V);
-        if self.time {
-            let at = x.len() - V;
-            x[at..].fill(T::splat(s, T::of(t)));
-        }
-        let (last, hidden) = match self.layers.split_last() {
-            Some(split) => split,
-            None => return,
-        };
-        for layer in hidden {
-            let size = layer.weights.outputs * V;
-            let (out, after) = rest.split_at_mut(size);
-            enter(
-                s,
-                Layer::<T, S, V> {
-                    weights: &layer.weights.forward,
-                    start: &layer.bias,
-                    x,
-                    out,
-                },
-            );
-            let kept = if self.keeps_slopes() { size } else { 0 };
-            let (slope, more) = slopes.split_at_mut(kept);
-            slopes = more;
-            enter(
-                s,
-                Apply::<T, S> {
-                    activation: self.activation,
-                    z: out,
-                    slope,
-                },
-            );
-            if self.keeps_slopes() && !self.activation.keeps_slope() {
-                slope.fill(T::splat(s, T::of(1.0)));
-                enter(
-                    s,
-                    Pull::<T, S> {
-                        activation: self.activation,
-                        value: out,
-                        g: slope,
-                    },
-                );
+        self.evaluate::<S, V>(s, t, kept, k, &[]);
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        let state = self.layers.last().map_or(0, |l| l.weights.outputs);
+        let mut parts = vec![Part {
+            features: vec![0..state],
+            work: 0,
+        }];
+        let mut value = self.layers[0].weights.inputs;
+        let mut slope = self.inputs();
+        for layer in &self.layers[..self.layers.len() - 1] {
+            let Weights {
+                inputs, outputs, ..
+            } = layer.weights;
+            let mut features = vec![value..value + outputs];
+            if self.keeps_slopes() {
+                features.push(slope..slope + outputs);
             }
-            if layer.skips {
-                for (h, x) in out.iter_mut().zip(&*x) {
-                    *h = T::plus(s, *h, *x);
-                }
-            }
-            (x, rest) = (out, after);
+            parts.push(Part {
+                features,
+                work: (inputs + ACTIVATION) * outputs,
+            });
+            value += outputs;
+            slope += outputs;
         }
-        if let Some(out) = k {
-            enter(
-                s,
-                Layer::<T, S, V> {
-                    weights: &last.weights.forward,
-                    start: &last.bias,
-                    x,
-                    out,
-                },
-            );
-        }
+        parts
+    }
+
+    #[inline(always)]
+    fn recall<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        t: f64,
+        kept: &mut [T::Vector<S>],
+        known: &[bool],
+    ) {
+        self.evaluate::<S, V>(s, t, kept, None, &known[1..]);
     }
 
     #[inline(always)]

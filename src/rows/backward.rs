@@ -10,6 +10,7 @@
 use candle_core::{Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
+use super::activations::Selection;
 use super::forward::{each_leaf, Tile};
 use super::stepper::{add, combine, is_finite, Stepper};
 use super::tile::{Slot, TileField};
@@ -38,6 +39,7 @@ const BLOCK: usize = 64;
 /// What a forward pass over tiles leaves for the way back.
 pub(super) struct Trajectories<T, F> {
     pub(super) field: F,
+    pub(super) selection: Selection,
     pub(super) weights: Vec<TensorId>,
     pub(super) shapes: Vec<Shape>,
     pub(super) layout: Layout,
@@ -47,7 +49,7 @@ pub(super) struct Trajectories<T, F> {
 impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
     fn can_rewind(&self) -> bool {
         let mut tiles = self.groups.iter().flatten();
-        tiles.all(|(_, trajectory)| trajectory.can_rewind())
+        tiles.all(|tile| tile.trajectory.can_rewind())
     }
 
     fn backward(
@@ -64,8 +66,8 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
         let mut counted = Stats::default();
         let fold = |g: usize, group: Group<T>| {
             let mut tiles = group.y0.as_slice();
-            for (rows, _) in &self.groups[g] {
-                tiles = self.layout.place(rows, tiles, &mut y0);
+            for tile in &self.groups[g] {
+                tiles = self.layout.place(&tile.rows, tiles, &mut y0);
             }
             for (sum, part) in gradients.iter_mut().zip(&group.gradients) {
                 *sum += *part;
@@ -146,7 +148,7 @@ impl<T: Element, F: TileField<T>, O: FnMut(usize, Group<T>) + Send> WithSimd for
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
         let pass = self.pass;
-        if pass.plan.is_wide::<T, S>() {
+        if T::WIDE && pass.plan.is_wide::<T, S>() {
             sweep::<T, S, F, 2>(s, pass, self.fold)
         } else {
             sweep::<T, S, F, 1>(s, pass, self.fold)
@@ -213,7 +215,12 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
         let mut y0 = vec![];
         let mut stats = Stats::default();
 
-        for (rows, trajectory) in self.tiles {
+        for Tile {
+            rows,
+            trajectory,
+            kept: evaluations,
+        } in self.tiles
+        {
             let seed = |output: usize, to: &mut [T::Vector<S>]| {
                 each_leaf(layout, V, |leaf, features, range| {
                     let from = output * elements + layout.offset(leaf, rows.start);
@@ -241,10 +248,19 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                     rewind.state(n, replay, &mut kept).map_err(failed)?
                 };
                 counted.kept(kept.states_kept, kept.bytes_kept);
-                counted.recomputed += (replayed + 1) * stepper.stages.len();
-                y.load::<S>(&mut state);
+                counted.recomputed += replayed * stepper.stages.len();
                 window.begin_step::<F>(s, field);
-                stepper.linearize(step, &state, window.next_kept());
+                let known = of.selection.known(n);
+                if known.contains(&false) {
+                    counted.recomputed += stepper.stages.len();
+                }
+                let slots = window.next_kept();
+                if known[0] {
+                    stepper.recall(step, &of.selection, evaluations, &known, slots);
+                } else {
+                    y.load::<S>(&mut state);
+                    stepper.linearize(step, &state, slots);
+                }
 
                 if scaler.is_dynamic() {
                     scaler = scaler.aimed(magnitude::<T, S, V>(s, plan, &adj));

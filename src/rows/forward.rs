@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use pulp::{Simd, WithSimd};
 
+use super::activations::{Kept, Selection};
 use super::backward::Trajectories;
 use super::stepper::Stepper;
 use super::tile::{Snapshot, TileField, TileStore};
@@ -21,8 +22,12 @@ use crate::trajectory::Trajectory;
 /// What is kept of one tile.
 pub(super) type TileTrajectory<T> = Trajectory<Snapshot<T>, TileStore>;
 
-/// A tile's rows, and its trajectory.
-pub(super) type Tile<T> = (Range<usize>, TileTrajectory<T>);
+/// A tile's rows, its trajectory, and what is kept of its evaluations.
+pub(super) struct Tile<T> {
+    pub(super) rows: Range<usize>,
+    pub(super) trajectory: TileTrajectory<T>,
+    pub(super) kept: Kept<T>,
+}
 
 /// One group's tiles, and their returned states, `[tile][output][leaf][row]`.
 struct Group<T> {
@@ -50,20 +55,23 @@ pub(super) fn run<T: Element, F: RowField>(
         y0: &y0,
     });
     let Some(done) = done else { return Ok(None) };
-    let (field, groups) = done?;
+    let (field, selection, groups) = done?;
     let packed = assemble(&plan, &groups);
     let shape = (problem.outputs(), problem.packing.len());
     let weights = spec.weights();
     let groups: Vec<_> = groups.into_iter().map(|g| g.tiles).collect();
     stats.steps += problem.plan.len();
     stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
-    if let Some((_, trajectory)) = groups.iter().flatten().next() {
-        trajectory.record(stats);
+    if let Some(tile) = groups.iter().flatten().next() {
+        tile.trajectory.record(stats);
     }
+    let kept = selection.numbers(problem.plan.len(), layout.rows) * selection.bytes::<T>();
+    stats.activation_bytes = stats.activation_bytes.max(kept);
     Ok(Some(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         trajectory: Arc::new(Trajectories {
             field,
+            selection,
             weights: weights.iter().map(Tensor::id).collect(),
             shapes: weights.iter().map(|w| w.shape().clone()).collect(),
             layout,
@@ -80,17 +88,27 @@ struct Job<'a, T, F> {
 }
 
 impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
-    type Output = Result<(F::Tiles<T>, Vec<Group<T>>)>;
+    type Output = Result<(F::Tiles<T>, Selection, Vec<Group<T>>)>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
         let shapes = self.plan.problem.packing.shapes();
         let field = self.spec.tiles::<T, S>(shapes)?;
+        let problem = self.plan.problem;
+        let selection = Selection::new(
+            field.parts(),
+            problem.activations,
+            self.plan.layout.rows,
+            size_of::<T>(),
+            problem.scheme.evaluations(),
+            problem.plan.len(),
+        );
         let groups = self.plan.groups::<T, S>(field.parameters());
         let each = |(): &mut (), group: &Vec<usize>| {
-            if self.plan.is_wide::<T, S>() {
+            if T::WIDE && self.plan.is_wide::<T, S>() {
                 s.vectorize(Integrate::<T, _, 2> {
                     field: &field,
+                    selection: &selection,
                     plan: self.plan,
                     y0: self.y0,
                     tiles: group,
@@ -98,6 +116,7 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
             } else {
                 s.vectorize(Integrate::<T, _, 1> {
                     field: &field,
+                    selection: &selection,
                     plan: self.plan,
                     y0: self.y0,
                     tiles: group,
@@ -106,13 +125,14 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
         };
         let mut done = Vec::with_capacity(groups.len());
         on_all_threads(&groups, || (), each, |_, group| done.push(group))?;
-        Ok((field, done))
+        Ok((field, selection, done))
     }
 }
 
 /// The forward pass of one group of tiles of V vectors.
 struct Integrate<'a, T, F, const V: usize> {
     field: &'a F,
+    selection: &'a Selection,
     plan: &'a Plan<'a>,
     y0: &'a [T],
     /// First rows.
@@ -149,7 +169,7 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             let steps = problem.plan.len();
             let mut trajectory =
                 TileTrajectory::new(problem.checkpoint, steps, store, &now).map_err(anywhere)?;
-            let keep = |y: &[T::Vector<S>], states: &mut Vec<T>| {
+            let returned = |y: &[T::Vector<S>], states: &mut Vec<T>| {
                 each_leaf(layout, V, |_, features, range| {
                     let at = states.len();
                     states.resize(at + rows.len() * features, T::default());
@@ -157,23 +177,29 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
                 });
             };
             if problem.output == Output::All {
-                keep(&y, &mut group.states);
+                returned(&y, &mut group.states);
             }
+            let mut kept = Kept::new(self.selection, steps, batch);
             for n in 0..steps {
                 let step = problem.plan.step(n);
                 if trajectory.wants(n) {
                     let now = Snapshot::of::<S>(&y);
                     trajectory.offer(n, &now).map_err(anywhere)?;
                 }
-                stepper.advance(step, &mut y, &mut slot)?;
+                let wanted = Some((self.selection, &mut kept));
+                stepper.advance(step, &mut y, &mut slot, wanted)?;
                 if problem.output == Output::All && step.ends_interval() {
-                    keep(&y, &mut group.states);
+                    returned(&y, &mut group.states);
                 }
             }
             if problem.output == Output::Final {
-                keep(&y, &mut group.states);
+                returned(&y, &mut group.states);
             }
-            group.tiles.push((rows, trajectory));
+            group.tiles.push(Tile {
+                rows,
+                trajectory,
+                kept,
+            });
         }
         Ok(group)
     }
@@ -200,7 +226,7 @@ fn assemble<T: Element>(plan: &Plan<'_>, groups: &[Group<T>]) -> Vec<T> {
     let mut packed = vec![T::default(); problem.outputs() * elements];
     for group in groups {
         let mut states = group.states.as_slice();
-        for (rows, _) in &group.tiles {
+        for Tile { rows, .. } in &group.tiles {
             for output in 0..problem.outputs() {
                 let state = &mut packed[output * elements..][..elements];
                 states = layout.place(rows, states, state);

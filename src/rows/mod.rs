@@ -7,6 +7,7 @@
 //! Which rows share a tile and which tiles share a partial sum of gradients depends on the problem
 //! alone, so results do not depend on the number of threads.
 
+mod activations;
 mod backward;
 mod forward;
 mod stepper;
@@ -25,6 +26,7 @@ use crate::precision::Low;
 use crate::problem::Problem;
 use crate::simd::{unit, Element};
 use crate::stats::Stats;
+pub(crate) use activations::Part;
 pub(crate) use tile::{Slot, TileField};
 
 /// A field that the solver may integrate tile by tile.
@@ -173,7 +175,7 @@ impl<'p> Plan<'p> {
 
     /// Whether there are rows enough for tiles of two vectors, and the tiles stay small.
     fn is_wide<T: Element, S: Simd>(&self) -> bool {
-        self.layout.rows >= 4 * T::lanes::<S>() && self.layout.dim() <= WIDEST
+        T::WIDE && self.layout.rows >= 4 * T::lanes::<S>() && self.layout.dim() <= WIDEST
     }
 
     /// First rows of the tiles, group by group; the tiles of a group share a partial sum.

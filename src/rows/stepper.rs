@@ -2,6 +2,7 @@
 
 use pulp::Simd;
 
+use super::activations::{Kept, Selection};
 use super::tile::{Snapshot, TileField};
 use super::{Failure, Plan};
 use crate::error::Error;
@@ -59,18 +60,22 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
         vectors::<T, S>(self.field.kept() * V)
     }
 
-    /// y_{n+1} in place of y_n.
+    /// y_{n+1} in place of y_n; what is wanted of the evaluations is kept.
     #[inline(always)]
     pub(super) fn advance(
         &mut self,
         step: Step,
         y: &mut [T::Vector<S>],
         slot: &mut [T::Vector<S>],
+        mut kept: Option<(&Selection, &mut Kept<T>)>,
     ) -> Result<(), Failure> {
         for at in 0..self.stages.len() {
             let i = self.stages[at];
             self.stage(step, i, y, slot);
             self.evaluate(step, i, slot);
+            if let Some((selection, kept)) = &mut kept {
+                kept.save::<S>(selection, (step.index, at), slot, V);
+            }
             let k = &self.ks[i * self.size..][..self.size];
             if !is_finite::<T, S>(self.s, k) {
                 return Err(Failure {
@@ -110,6 +115,25 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
                 let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
                 self.field.velocity::<S, V>(self.s, t, slot, None);
             }
+        }
+    }
+
+    /// The same from what was kept of them.
+    #[inline(always)]
+    pub(super) fn recall(
+        &mut self,
+        step: Step,
+        selection: &Selection,
+        kept: &Kept<T>,
+        known: &[bool],
+        slots: &mut [T::Vector<S>],
+    ) {
+        let size = self.field.kept() * V;
+        for (at, slot) in (0..self.stages.len()).zip(slots.chunks_exact_mut(size)) {
+            let i = self.stages[at];
+            kept.load::<S>(selection, (step.index, at), slot, V);
+            let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
+            self.field.recall::<S, V>(self.s, t, slot, known);
         }
     }
 
@@ -172,7 +196,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S>
 
     #[inline(always)]
     fn run(self, _: S) -> Self::Output {
-        self.stepper.advance(self.step, self.y, self.slot)
+        self.stepper.advance(self.step, self.y, self.slot, None)
     }
 }
 

@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::Simd;
 
+use super::activations::Part;
 use crate::error::Result;
 use crate::simd::{scalars, scalars_mut, Element};
 use crate::trajectory::Store;
@@ -40,6 +41,25 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
         kept: &mut [T::Vector<S>],
         k: Option<&mut [T::Vector<S>]>,
     );
+
+    /// What may be kept of an evaluation by itself, the stage first; by default all or nothing.
+    fn parts(&self) -> Vec<Part> {
+        vec![Part {
+            features: vec![0..self.kept()],
+            work: 0,
+        }]
+    }
+
+    /// Completes what an evaluation keeps, where the parts that are `known`, the first among them, are
+    /// in their places.
+    fn recall<S: Simd, const V: usize>(
+        &self,
+        _: S,
+        _: f64,
+        _kept: &mut [T::Vector<S>],
+        _known: &[bool],
+    ) {
+    }
 
     /// vᵀ∂f/∂y into `w`, v being the first features of `cotangents`.
     fn vjp<S: Simd, const V: usize>(

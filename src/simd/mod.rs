@@ -31,6 +31,9 @@ pub(crate) trait Element:
     + std::ops::AddAssign
     + std::ops::Mul<Output = Self>
 {
+    /// Whether tiles of two vectors are worth their code; f64 is for studies, in tiles of one.
+    const WIDE: bool;
+
     /// The vector of this number on S.
     type Vector<S: Simd>: Pod + std::fmt::Debug + Send + Sync;
 
@@ -170,6 +173,8 @@ macro_rules! arithmetic {
 }
 
 impl Element for f32 {
+    const WIDE: bool = true;
+
     type Vector<S: Simd> = S::f32s;
 
     fn of(x: f64) -> Self {
@@ -253,6 +258,8 @@ impl Element for f32 {
 }
 
 impl Element for f64 {
+    const WIDE: bool = false;
+
     type Vector<S: Simd> = S::f64s;
 
     fn of(x: f64) -> Self {

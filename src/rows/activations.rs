@@ -1,0 +1,231 @@
+//! What the forward pass keeps of its evaluations, so that the backward pass need not repeat them.
+
+use std::ops::Range;
+
+use half::bf16;
+use pulp::Simd;
+
+use crate::problem::Activations;
+use crate::simd::{scalars, scalars_mut, Element};
+
+/// A part of what an evaluation keeps in its slot.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    /// Features of the slot.
+    pub(crate) features: Vec<Range<usize>>,
+    /// Products of a row that are saved by having it.
+    pub(crate) work: usize,
+}
+
+impl Part {
+    fn size(&self) -> usize {
+        self.features.iter().map(Range::len).sum()
+    }
+}
+
+/// Which parts are kept of which steps.
+#[derive(Clone, Debug)]
+pub(super) struct Selection {
+    parts: Vec<Part>,
+    /// The first step that each part is kept of, all later ones too: the backward pass begins there.
+    from: Vec<usize>,
+    stages: usize,
+    low: bool,
+}
+
+impl Selection {
+    /// The parts that save most work a byte, of as many steps as the bytes are enough for.  The first
+    /// part is the stage, without which no other is of use.
+    pub(super) fn new(
+        parts: Vec<Part>,
+        activations: Activations,
+        rows: usize,
+        number: usize,
+        stages: usize,
+        steps: usize,
+    ) -> Self {
+        let bytes = if activations.low { 2 } else { number };
+        let worth = |p: &usize| match p {
+            0 => f64::INFINITY,
+            p => parts[*p].work as f64 / parts[*p].size().max(1) as f64,
+        };
+        let mut order: Vec<_> = (0..parts.len()).collect();
+        order.sort_by(|p, q| worth(q).total_cmp(&worth(p)));
+        let mut from = vec![steps; parts.len()];
+        let mut left = activations.bytes;
+        for p in order {
+            let step = (stages * rows * bytes).saturating_mul(parts[p].size());
+            let kept = (left / step.max(1)).min(steps);
+            from[p] = steps - kept;
+            left -= kept * step;
+        }
+        Self {
+            parts,
+            from,
+            stages,
+            low: activations.low,
+        }
+    }
+
+    /// Whether each part is kept of step n.
+    pub(super) fn known(&self, n: usize) -> Vec<bool> {
+        self.from.iter().map(|&from| from <= n).collect()
+    }
+
+    /// Numbers kept of the steps up to the last, of so many rows.
+    pub(super) fn numbers(&self, steps: usize, rows: usize) -> usize {
+        let parts = self.parts.iter().zip(&self.from);
+        parts
+            .map(|(part, from)| (steps - from) * self.stages * part.size() * rows)
+            .sum()
+    }
+
+    /// Bytes of a number kept.
+    pub(super) fn bytes<T>(&self) -> usize {
+        if self.low {
+            size_of::<bf16>()
+        } else {
+            size_of::<T>()
+        }
+    }
+}
+
+/// What is kept of the evaluations of one tile, part by part, `[step][stage][feature][row]`.
+pub(super) struct Kept<T>(Vec<Numbers<T>>);
+
+enum Numbers<T> {
+    Full(Vec<T>),
+    Bf16(Vec<bf16>),
+}
+
+impl<T: Element> Kept<T> {
+    /// Room for a tile of so many rows, in pages that cost nothing until they are written.
+    pub(super) fn new(selection: &Selection, steps: usize, rows: usize) -> Self {
+        let room = |(part, from): (&Part, &usize)| {
+            let n = (steps - from) * selection.stages * part.size() * rows;
+            match selection.low {
+                true => Numbers::Bf16(bytemuck::zeroed_vec(n)),
+                false => Numbers::Full(bytemuck::zeroed_vec(n)),
+            }
+        };
+        Self(
+            selection
+                .parts
+                .iter()
+                .zip(&selection.from)
+                .map(room)
+                .collect(),
+        )
+    }
+
+    /// Keeps what is wanted of an evaluation.
+    #[inline(always)]
+    pub(super) fn save<S: Simd>(
+        &mut self,
+        selection: &Selection,
+        (n, stage): (usize, usize),
+        slot: &[T::Vector<S>],
+        vectors: usize,
+    ) {
+        let rows = vectors * T::lanes::<S>();
+        let slot = scalars::<T, S>(slot);
+        for (p, (part, &from)) in selection.parts.iter().zip(&selection.from).enumerate() {
+            if n < from {
+                continue;
+            }
+            let mut at = ((n - from) * selection.stages + stage) * part.size() * rows;
+            for features in &part.features {
+                let x = &slot[features.start * rows..features.end * rows];
+                match &mut self.0[p] {
+                    Numbers::Full(kept) => kept[at..][..x.len()].copy_from_slice(x),
+                    Numbers::Bf16(kept) => {
+                        for (kept, x) in kept[at..][..x.len()].iter_mut().zip(x) {
+                            *kept = narrowed(x.to_f64() as f32);
+                        }
+                    }
+                }
+                at += x.len();
+            }
+        }
+    }
+
+    /// Puts what was kept of an evaluation back.
+    #[inline(always)]
+    pub(super) fn load<S: Simd>(
+        &self,
+        selection: &Selection,
+        (n, stage): (usize, usize),
+        slot: &mut [T::Vector<S>],
+        vectors: usize,
+    ) {
+        let rows = vectors * T::lanes::<S>();
+        let slot = scalars_mut::<T, S>(slot);
+        for (p, (part, &from)) in selection.parts.iter().zip(&selection.from).enumerate() {
+            if n < from {
+                continue;
+            }
+            let mut at = ((n - from) * selection.stages + stage) * part.size() * rows;
+            for features in &part.features {
+                let x = &mut slot[features.start * rows..features.end * rows];
+                match &self.0[p] {
+                    Numbers::Full(kept) => x.copy_from_slice(&kept[at..][..x.len()]),
+                    Numbers::Bf16(kept) => {
+                        for (x, kept) in x.iter_mut().zip(&kept[at..]) {
+                            *x = T::of(f32::from_bits(u32::from(kept.to_bits()) << 16).into());
+                        }
+                    }
+                }
+                at += x.len();
+            }
+        }
+    }
+}
+
+/// To bf16, to nearest even.  A NaN or an infinity is not kept: the step would have failed.
+#[inline(always)]
+fn narrowed(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let carried = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    bf16::from_bits((carried >> 16) as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts() -> Vec<Part> {
+        let part = |features: Range<usize>, work| Part {
+            features: vec![features],
+            work,
+        };
+        // A state of 4, and layers that cost 4 and 16 products a feature.
+        vec![part(0..4, 0), part(4..20, 64), part(20..36, 256)]
+    }
+
+    fn selection(bytes: usize, low: bool) -> Selection {
+        Selection::new(parts(), Activations { bytes, low }, 10, 4, 4, 5)
+    }
+
+    #[test]
+    fn the_part_that_saves_most_work_a_byte_is_kept_first() {
+        let all = 5 * 4 * 10 * 4 * 36;
+        assert_eq!(selection(all, false).from, [0, 0, 0]);
+        assert_eq!(selection(usize::MAX, false).from, [0, 0, 0]);
+        // The stages, and the dear layer of three steps.
+        let step = 4 * 10 * 4;
+        assert_eq!(selection(step * (5 * 4 + 3 * 16), false).from, [0, 5, 2]);
+        assert_eq!(selection(step * (5 * 4 + 3 * 16) / 2, true).from, [0, 5, 2]);
+        assert_eq!(selection(step * 4 - 1, false).from, [5, 5, 5]);
+    }
+
+    #[test]
+    fn what_is_kept_stays_within_the_bytes() {
+        for bytes in (0..60_000).step_by(977) {
+            for low in [false, true] {
+                let selection = selection(bytes, low);
+                let kept = selection.numbers(5, 10) * selection.bytes::<f32>();
+                assert!(kept <= bytes, "{kept} of {bytes}");
+            }
+        }
+    }
+}
