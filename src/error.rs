@@ -262,6 +262,20 @@ pub enum Error {
         /// Shape of the cotangent.
         got: Shape,
     },
+    /// A [`RowLoss`](crate::RowLoss) of states that it is no loss of.
+    #[error("{loss} is no loss of states of shapes {shapes:?}")]
+    LossState {
+        /// The loss.
+        loss: &'static str,
+        /// Shapes of the returned states.
+        shapes: Vec<Shape>,
+    },
+    /// A [`RowLoss`](crate::RowLoss) of the last state, of a solve that returns all.
+    #[error("{loss} looks at the last state: it needs Output::Final")]
+    LossOutput {
+        /// The loss.
+        loss: &'static str,
+    },
     /// The cotangent that arrives from the loss holds NaN or infinity.
     #[error("the gradient that arrives from the loss holds NaN or infinity")]
     NonFiniteCotangent,

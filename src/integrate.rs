@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::problem::{Output, Problem};
-use crate::rows::Reversible;
+use crate::rows::{Reversible, Solved};
 use crate::state::Packing;
 use crate::stats::Stats;
 use crate::step::Field;
@@ -19,6 +19,27 @@ pub(crate) struct Forward {
     pub(crate) packed: Tensor,
     /// What was kept for the backward pass.
     pub(crate) kept: Kept,
+    /// Whether `packed` is a loss of the states, not the states.
+    pub(crate) is_loss: bool,
+}
+
+impl Forward {
+    /// States that were integrated tile by tile.
+    pub(crate) fn of_rows(solved: Solved) -> Self {
+        Self {
+            packed: solved.packed,
+            kept: Kept::Rows(solved.trajectory),
+            is_loss: false,
+        }
+    }
+
+    /// A loss that was formed on the way.
+    pub(crate) fn graded(solved: Solved) -> Self {
+        Self {
+            is_loss: true,
+            ..Self::of_rows(solved)
+        }
+    }
 }
 
 /// What a forward pass keeps, by the way that it took.
@@ -76,5 +97,6 @@ pub(crate) fn integrate(
     Ok(Forward {
         packed: Tensor::stack(&outputs, 0)?,
         kept: Kept::Steps(trajectory),
+        is_loss: false,
     })
 }

@@ -53,6 +53,7 @@ mod autograd;
 mod error;
 mod field;
 mod integrate;
+mod loss;
 mod neural_ode;
 pub mod nn;
 mod odeint;
@@ -74,8 +75,11 @@ mod watch;
 
 pub use error::{Error, Result};
 pub use field::{autonomous, constant, Autonomous, Constant, Cotangents, Pullback, VectorField};
+pub use loss::RowLoss;
 pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, solve, Gradients, Solution};
+#[doc(hidden)]
+pub use ops::internals;
 pub use precision::{Arithmetic, Precision};
 pub use problem::{Activations, OdeOptions, Output};
 pub use pullback::{Argument, PullbackDefect};

@@ -17,8 +17,9 @@ use crate::autograd;
 use crate::error::{Error, Result};
 use crate::field::{Leaves, Pullback, VectorField};
 use crate::integrate::Forward;
+use crate::loss::RowLoss;
 use crate::nn;
-use crate::odeint::{node, run, SharedField, Solution};
+use crate::odeint::{in_graph, node, run, SharedField, Solution};
 use crate::parameters::{self, Observed, Theta};
 use crate::precision::Precision;
 use crate::problem::{OdeOptions, Problem};
@@ -183,16 +184,50 @@ impl<S: State + 'static> NeuralOde<S> {
     /// As `odeint`, and those of parameters: dtype, device, or read without the constructor having
     /// asked for them.
     pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
-        let (problem, field, theta, forward, y0) = self.run(y0, times)?;
+        let (problem, field, theta, forward, y0) = self.run(y0, times, None)?;
         node(problem, field, theta, forward, &y0)
     }
 
-    /// The same without a graph; gradients by [`Solution::vjp`].
+    /// A loss of the states at `times`, a scalar of state dtype, differentiable as [`solve`](Self::solve)
+    /// is: what `loss.of(&ode.solve(y0, times)?)` is, to rounding.
+    ///
+    /// Where the field is integrated tile by tile, a tile goes forward and backward at once: its
+    /// evaluations are still in cache and need not be repeated, which saves a fifth of the time.  No
+    /// states are returned, and gradients are formed whether they are asked for or not.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_diffeq::nn::{Activation, Mlp};
+    /// use candle_diffeq::{NeuralOde, RowLoss};
+    /// let vars = candle_nn::VarMap::new();
+    /// let ode = NeuralOde::new(&vars, "f", &Device::Cpu, |vb| {
+    ///     Mlp::new(&[2, 16, 2], Activation::Tanh, vb)
+    /// })?;
+    /// let y0 = Tensor::ones((8, 2), DType::F32, &Device::Cpu)?;
+    /// let target = Tensor::zeros((2, 8, 2), DType::F32, &Device::Cpu)?;
+    /// let loss = ode.loss(&y0, &[0.0, 1.0], &RowLoss::MeanSquare(target))?;
+    /// let grads = loss.backward()?;
+    /// assert_eq!(vars.all_vars().iter().filter(|v| grads.get(v).is_some()).count(), 4);
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`solve`](Self::solve), [`Error::LossState`] and [`Error::LossOutput`].
+    pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
+        loss.check(self.options.output)?;
+        let (problem, field, theta, forward, y0) = self.run(y0, times, Some(loss))?;
+        if forward.is_loss {
+            return Ok(in_graph(problem, field, theta, forward, &y0)?.reshape(())?);
+        }
+        loss.of(&node::<S>(problem, field, theta, forward, &y0)?)
+    }
+
+    /// The same as [`solve`](Self::solve) without a graph; gradients by [`Solution::vjp`].
     ///
     /// # Errors
     /// As [`solve`](Self::solve).
     pub fn solution<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<Solution<'static, S>> {
-        let (problem, field, theta, forward, _) = self.run(y0, times)?;
+        let (problem, field, theta, forward, _) = self.run(y0, times, None)?;
         let field = Leaves::<SharedField, Vec<Tensor>>::new(field);
         Solution::new(problem, Box::new(field), theta, forward)
     }
@@ -201,6 +236,7 @@ impl<S: State + 'static> NeuralOde<S> {
         &self,
         y0: &S,
         times: &T,
+        loss: Option<&RowLoss>,
     ) -> Result<(Problem, SharedField, Theta, Forward, Tensor)> {
         let y0 = y0.leaves();
         let problem = Problem::new(&y0, times.to_grid()?, &self.options)?;
@@ -236,7 +272,7 @@ impl<S: State + 'static> NeuralOde<S> {
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }
-        let forward = run(&problem, &observed, &packed)?;
+        let forward = run(&problem, &observed, &packed, loss)?;
         let (leaves, masters) = with_masters(observed.into_parameters(), &origin)?;
         Ok((
             problem,

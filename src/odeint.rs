@@ -10,15 +10,16 @@ use crate::adjoint::{Adjoint, Sweep};
 use crate::error::{Error, Result};
 use crate::field::{Leaves, VectorField};
 use crate::integrate::{integrate, Forward, Kept};
+use crate::loss::RowLoss;
 use crate::nn;
 use crate::parameters::{Observed, Theta};
 use crate::problem::{OdeOptions, Output, Problem};
-use crate::rows::Solved;
 use crate::scaler::OnOverflow;
 use crate::state::{Packing, State};
 use crate::stats::Stats;
 use crate::step::Field;
 use crate::time::Times;
+use crate::trajectory::Checkpoint;
 use crate::watch::Watch;
 
 /// A field that may outlive the call and cross threads, as candle's graph asks.
@@ -67,7 +68,7 @@ where
     let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));
     let packed = Packing::pack(&y0, problem.state())?;
     let observed = Observed::closure(&*field, true);
-    let forward = run(&problem, &observed, &packed)?;
+    let forward = run(&problem, &observed, &packed, None)?;
     let theta = observed.into_parameters();
     let theta = Theta::captured(theta, problem.state(), problem.device())?;
     node(problem, field, theta, forward, &packed)
@@ -106,16 +107,22 @@ where
     let field: Box<Field<'f>> = Box::new(Leaves::<&'f F, S>::new(field));
     let packed = Packing::pack(&y0, problem.state())?;
     let observed = Observed::closure(&*field, false);
-    let forward = run(&problem, &observed, &packed)?;
+    let forward = run(&problem, &observed, &packed, None)?;
     let theta = observed.into_parameters();
     let theta = Theta::captured(theta, problem.state(), problem.device())?;
     Solution::new(problem, field, theta, forward)
 }
 
-/// The forward pass from a packed y0, on a copy: the user's own may be written before backward.
-pub(crate) fn run(problem: &Problem, field: &Field<'_>, packed: &Tensor) -> Result<Forward> {
+/// The forward pass from a packed y0, on a copy: the user's own may be written before backward.  A
+/// loss is formed where the field is integrated tile by tile.
+pub(crate) fn run(
+    problem: &Problem,
+    field: &Field<'_>,
+    packed: &Tensor,
+    loss: Option<&RowLoss>,
+) -> Result<Forward> {
     let mut stats = Stats::default();
-    let forward = advance(problem, field, packed, &mut stats);
+    let forward = advance(problem, field, packed, loss, &mut stats);
     problem.recorder.add(&stats);
     forward
 }
@@ -125,13 +132,21 @@ fn advance(
     problem: &Problem,
     field: &Field<'_>,
     packed: &Tensor,
+    loss: Option<&RowLoss>,
     stats: &mut Stats,
 ) -> Result<Forward> {
     if let Some(rows) = field.known().and_then(nn::rows_of) {
-        if let Some(solved) = rows.solve(problem, &packed.detach(), stats)? {
-            let Solved { packed, trajectory } = solved;
-            let kept = Kept::Rows(trajectory);
-            return Ok(Forward { packed, kept });
+        if loss.is_some() && problem.checkpoint != Checkpoint::Nothing {
+            match rows.solve(problem, &packed.detach(), loss, stats) {
+                Ok(Some(solved)) => return Ok(Forward::graded(solved)),
+                Ok(None) => {}
+                // To be met again where the user expects it: in the backward pass.
+                Err(error) if error.is_overflow() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(solved) = rows.solve(problem, &packed.detach(), None, stats)? {
+            return Ok(Forward::of_rows(solved));
         }
     }
     let y0 = problem.packing.unpack(&packed.detach().copy()?)?;
@@ -206,10 +221,22 @@ pub(crate) fn node<S: State>(
     forward: Forward,
     y0: &Tensor,
 ) -> Result<S> {
-    let Forward { packed, kept } = forward;
+    let packed = in_graph(problem.clone(), field, theta, forward, y0)?;
+    returned(&problem, &packed)
+}
+
+/// The same as candle holds it: the packed states, or the loss.
+pub(crate) fn in_graph(
+    problem: Problem,
+    field: SharedField,
+    theta: Theta,
+    forward: Forward,
+    y0: &Tensor,
+) -> Result<Tensor> {
+    let Forward { packed, kept, .. } = forward;
     let tracked = y0.track_op() || problem.grid.is_tracked() || !theta.masters.is_empty();
     if !tracked {
-        return returned(&problem, &packed);
+        return Ok(packed);
     }
     let nothing = || Tensor::zeros(1, problem.state(), problem.device());
     let parameters = match theta.pack(problem.state())? {
@@ -222,13 +249,13 @@ pub(crate) fn node<S: State>(
         _ => nothing()?,
     };
     let node = Node {
-        problem: problem.clone(),
+        problem,
         field,
         theta,
         kept,
         packed: Mutex::new(Some(packed)),
     };
-    returned(&problem, &y0.apply_op3(&parameters, &times, node)?)
+    Ok(y0.apply_op3(&parameters, &times, node)?)
 }
 
 /// The solve as a custom op of (y0, θ, t), each one vector.

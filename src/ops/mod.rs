@@ -56,6 +56,39 @@ pub(crate) fn poison(x: &Tensor) -> Result<Tensor> {
     Ok((x.detach() * 0.0)?.to_dtype(DType::F32)?.sum_all()?)
 }
 
+/// The fused operations and the chains that they replace, side by side: for the benches, no part of the
+/// interface.
+pub mod internals {
+    use super::{chain, cpu};
+    use crate::error::Result;
+    use crate::precision::Rounding;
+    use candle_core::{DType, Tensor};
+
+    /// Σ c_j x_j in the dtype `to`.
+    pub fn combine(fused: bool, terms: &[(f64, &Tensor)], to: DType) -> Result<Tensor> {
+        match fused {
+            true => cpu::combine(terms, 1.0, Rounding::cast(to)),
+            false => chain::combine(terms, 1.0, Rounding::cast(to)),
+        }
+    }
+
+    /// acc += c x.
+    pub fn accumulate(fused: bool, acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
+        match fused {
+            true => cpu::accumulate(acc, c, x),
+            false => chain::accumulate(acc, c, x),
+        }
+    }
+
+    /// max |x|, with a check that it is finite.
+    pub fn magnitude(fused: bool, x: &Tensor) -> Result<f64> {
+        match fused {
+            true => cpu::magnitude(x),
+            false => chain::magnitude(x),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Shape};

@@ -75,41 +75,60 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
             counted.join(&group.stats);
         };
         let pass = Pass {
-            of: self,
+            field: &self.field,
+            selection: &self.selection,
             plan: &plan,
-            cotangent: &cotangent,
             differentiate: !theta.is_empty(),
         };
+        let job = Job {
+            pass: &pass,
+            groups: &self.groups,
+            cotangent: &cotangent,
+            fold,
+        };
         // The forward pass ran on the same unit.
-        dispatch(Job { pass: &pass, fold }).ok_or(Error::NothingKept)??;
+        dispatch(job).ok_or(Error::NothingKept)??;
         stats.add(&counted);
         if gradients.iter().any(|g| !g.to_f64().is_finite()) {
             return Err(Error::NonFiniteParameterGradient);
         }
 
-        let mut by_weight = vec![];
-        let mut rest = gradients.as_slice();
-        for shape in &self.shapes {
-            let part;
-            (part, rest) = rest.split_at(shape.elem_count());
-            by_weight.push(part);
-        }
-        let tensor = |(position, p): (Option<usize>, &Tensor)| match position {
-            Some(i) => Ok(Tensor::from_slice(by_weight[i], p.shape(), p.device())?),
-            None => Ok(Tensor::zeros(p.shape(), T::DTYPE, p.device())?),
-        };
-        let positions = positions(&self.weights, theta);
-        let y0 = Tensor::from_vec(y0, problem.packing.len(), problem.device())?;
-        Ok(Adjoint {
-            y0: problem.packing.unpack(&y0)?,
-            theta: positions
-                .into_iter()
-                .zip(theta)
-                .map(tensor)
-                .collect::<Result<_>>()?,
-            times: vec![],
-        })
+        adjoint(
+            problem,
+            (&self.weights, &self.shapes),
+            theta,
+            y0,
+            &gradients,
+        )
     }
+}
+
+/// λ_0, packed, and θ̄, weight after weight, as gradients of y0 and of `theta`.
+pub(super) fn adjoint<T: Element>(
+    problem: &Problem,
+    (weights, shapes): (&[TensorId], &[Shape]),
+    theta: &[Tensor],
+    y0: Vec<T>,
+    gradients: &[T],
+) -> Result<Adjoint> {
+    let mut by_weight = vec![];
+    let mut rest = gradients;
+    for shape in shapes {
+        let part;
+        (part, rest) = rest.split_at(shape.elem_count());
+        by_weight.push(part);
+    }
+    let tensor = |(position, p): (Option<usize>, &Tensor)| match position {
+        Some(i) => Ok(Tensor::from_slice(by_weight[i], p.shape(), p.device())?),
+        None => Ok(Tensor::zeros(p.shape(), T::DTYPE, p.device())?),
+    };
+    let positions = positions(weights, theta).into_iter().zip(theta);
+    let y0 = Tensor::from_vec(y0, problem.packing.len(), problem.device())?;
+    Ok(Adjoint {
+        y0: problem.packing.unpack(&y0)?,
+        theta: positions.map(tensor).collect::<Result<_>>()?,
+        times: vec![],
+    })
 }
 
 fn not_finite(step: Step) -> Error {
@@ -120,26 +139,62 @@ fn not_finite(step: Step) -> Error {
 }
 
 /// What the backward pass of one group leaves.
-struct Group<T> {
+pub(super) struct Group<T> {
     /// λ_0, `[tile][leaf][row]`.
-    y0: Vec<T>,
+    pub(super) y0: Vec<T>,
     /// θ̄ of its rows, parameter after parameter.
-    gradients: Vec<T>,
-    stats: Stats,
+    pub(super) gradients: Vec<T>,
+    pub(super) stats: Stats,
 }
 
 /// The backward pass of all tiles.
 struct Job<'a, T, F, O> {
-    pass: &'a Pass<'a, T, F>,
+    pass: &'a Pass<'a, F>,
+    groups: &'a [Vec<Tile<T>>],
+    cotangent: &'a [T],
     fold: O,
 }
 
 /// What every tile's backward pass reads.
-struct Pass<'a, T, F> {
-    of: &'a Trajectories<T, F>,
-    plan: &'a Plan<'a>,
-    cotangent: &'a [T],
-    differentiate: bool,
+pub(super) struct Pass<'a, F> {
+    pub(super) field: &'a F,
+    pub(super) selection: &'a Selection,
+    pub(super) plan: &'a Plan<'a>,
+    pub(super) differentiate: bool,
+}
+
+/// The cotangents of the returned states.
+#[derive(Clone, Copy)]
+pub(super) enum Seed<'a, T> {
+    /// Of all rows, `(outputs, elements)`.
+    Packed(&'a [T]),
+    /// Of the group, as its states: `[tile][output][leaf][row]`.
+    ByTile(&'a [T]),
+}
+
+impl<'a, T> Seed<'a, T> {
+    /// Of a leaf of some rows, whose tile begins at `tile` in the group.
+    fn of(
+        self,
+        problem: &Problem,
+        layout: &Layout,
+        output: usize,
+        leaf: usize,
+        (rows, tile): (&std::ops::Range<usize>, usize),
+    ) -> &'a [T] {
+        let size = rows.len() * layout.features[leaf];
+        let before: usize = layout.features[..leaf].iter().sum();
+        match self {
+            Self::Packed(all) => {
+                let from = output * problem.packing.len() + layout.offset(leaf, rows.start);
+                &all[from..][..size]
+            }
+            Self::ByTile(group) => {
+                let from = tile + (output * layout.dim() + before) * rows.len();
+                &group[from..][..size]
+            }
+        }
+    }
 }
 
 impl<T: Element, F: TileField<T>, O: FnMut(usize, Group<T>) + Send> WithSimd for Job<'_, T, F, O> {
@@ -147,39 +202,40 @@ impl<T: Element, F: TileField<T>, O: FnMut(usize, Group<T>) + Send> WithSimd for
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let pass = self.pass;
-        if T::WIDE && pass.plan.is_wide::<T, S>() {
-            sweep::<T, S, F, 2>(s, pass, self.fold)
+        if T::WIDE && self.pass.plan.is_wide::<T, S>() {
+            sweep::<T, S, F, O, 2>(s, self)
         } else {
-            sweep::<T, S, F, 1>(s, pass, self.fold)
+            sweep::<T, S, F, O, 1>(s, self)
         }
     }
 }
 
-fn sweep<T: Element, S: Simd, F: TileField<T>, const V: usize>(
+fn sweep<T: Element, S: Simd, F: TileField<T>, O: FnMut(usize, Group<T>) + Send, const V: usize>(
     s: S,
-    pass: &Pass<'_, T, F>,
-    fold: impl FnMut(usize, Group<T>) + Send,
+    job: Job<'_, T, F, O>,
 ) -> Result<()> {
+    let pass = job.pass;
     let problem = pass.plan.problem;
     let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
-    let window = || Window::<T, S, V>::new(&pass.of.field, stages, steps, pass.differentiate);
+    let window = || Window::<T, S, V>::new(pass.field, stages, steps, pass.differentiate);
     let each = |window: &mut Window<T, S, V>, tiles: &Vec<Tile<T>>| {
         let sweep = Sweep {
             pass,
             tiles,
+            seed: Seed::Packed(job.cotangent),
             window,
         };
         enter(s, sweep)
     };
-    on_all_threads(&pass.of.groups, window, each, fold)
+    on_all_threads(job.groups, window, each, job.fold)
 }
 
 /// The backward pass of one group of tiles of V vectors.
-struct Sweep<'a, T: Element, S: Simd, F, const V: usize> {
-    pass: &'a Pass<'a, T, F>,
-    tiles: &'a [Tile<T>],
-    window: &'a mut Window<T, S, V>,
+pub(super) struct Sweep<'a, T: Element, S: Simd, F, const V: usize> {
+    pub(super) pass: &'a Pass<'a, F>,
+    pub(super) tiles: &'a [Tile<T>],
+    pub(super) seed: Seed<'a, T>,
+    pub(super) window: &'a mut Window<T, S, V>,
 }
 
 impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'_, T, S, F, V> {
@@ -188,16 +244,15 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
     #[inline(always)]
     fn run(self, s: S) -> Self::Output {
         let Pass {
-            of,
+            field,
+            selection,
             plan,
-            cotangent,
             ..
         } = *self.pass;
-        let (problem, layout, field) = (plan.problem, plan.layout, &of.field);
+        let (problem, layout) = (plan.problem, plan.layout);
         let mut stepper = Stepper::<T, S, F, V>::new(s, field, plan);
         let (size, batch) = (stepper.size, V * T::lanes::<S>());
         let steps = problem.plan.len();
-        let elements = problem.packing.len();
         // Pages that are not touched are not paid for.
         let mut slot = match problem.checkpoint {
             Checkpoint::All => vectors::<T, S>(0),
@@ -214,6 +269,8 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
         let mut pull = Pull::<T, S>::new(&stepper);
         let mut y0 = vec![];
         let mut stats = Stats::default();
+        // Where the tile's states begin among the group's.
+        let mut at = 0;
 
         for Tile {
             rows,
@@ -223,8 +280,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
         {
             let seed = |output: usize, to: &mut [T::Vector<S>]| {
                 each_leaf(layout, V, |leaf, features, range| {
-                    let from = output * elements + layout.offset(leaf, rows.start);
-                    let numbers = &cotangent[from..from + rows.len() * features];
+                    let numbers = self.seed.of(problem, layout, output, leaf, (rows, at));
                     load::<T, S>(numbers, features, batch, &mut to[range]);
                 });
             };
@@ -250,13 +306,13 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 counted.kept(kept.states_kept, kept.bytes_kept);
                 counted.recomputed += replayed * stepper.stages.len();
                 window.begin_step::<F>(s, field);
-                let known = of.selection.known(n);
+                let known = selection.known(n);
                 if known.contains(&false) {
                     counted.recomputed += stepper.stages.len();
                 }
                 let slots = window.next_kept();
                 if known[0] {
-                    stepper.recall(step, &of.selection, evaluations, &known, slots);
+                    stepper.recall(step, selection, evaluations, &known, slots);
                 } else {
                     y.load::<S>(&mut state);
                     stepper.linearize(step, &state, slots);
@@ -265,10 +321,10 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 if scaler.is_dynamic() {
                     scaler = scaler.aimed(magnitude::<T, S, V>(s, plan, &adj));
                 }
-                for at in (0..stepper.stages.len()).rev() {
-                    let i = stepper.stages[at];
+                for stage in (0..stepper.stages.len()).rev() {
+                    let i = stepper.stages[stage];
                     scaler = pull
-                        .stage::<F, V>(&stepper, step, i, at, &adj, window, scaler, &mut counted)
+                        .stage::<F, V>(&stepper, step, i, stage, &adj, window, scaler, &mut counted)
                         .map_err(failed)?;
                 }
                 scaler = scaler.after_step();
@@ -289,6 +345,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 store::<T, S>(&adj[range], features, batch, &mut y0[at..]);
             });
             stats.join(&counted);
+            at += problem.outputs() * rows.len() * layout.dim();
         }
         Ok(Group {
             y0,
@@ -434,7 +491,7 @@ struct OpenSlot<'a, X> {
 }
 
 /// Evaluations with their cotangents, from which parameter gradients are collected.
-struct Window<T: Element, S: Simd, const V: usize> {
+pub(super) struct Window<T: Element, S: Simd, const V: usize> {
     /// Whether gradients of parameters are wanted at all.
     differentiate: bool,
     /// Vectors of a slot.
@@ -460,7 +517,12 @@ struct Window<T: Element, S: Simd, const V: usize> {
 }
 
 impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
-    fn new<F: TileField<T>>(field: &F, stages: usize, steps: usize, differentiate: bool) -> Self {
+    pub(super) fn new<F: TileField<T>>(
+        field: &F,
+        stages: usize,
+        steps: usize,
+        differentiate: bool,
+    ) -> Self {
         let (kept, cotangents) = (field.kept() * V, field.cotangents::<S>() * V);
         let slot = (kept + cotangents) * size_of::<T::Vector<S>>();
         let at_once = slot > CACHED;

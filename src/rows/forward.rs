@@ -30,9 +30,19 @@ pub(super) struct Tile<T> {
 }
 
 /// One group's tiles, and their returned states, `[tile][output][leaf][row]`.
-struct Group<T> {
-    tiles: Vec<Tile<T>>,
-    states: Vec<T>,
+pub(super) struct Group<T> {
+    pub(super) tiles: Vec<Tile<T>>,
+    pub(super) states: Vec<T>,
+}
+
+/// The numbers of y0, if they are finite.
+pub(super) fn start<T: Element>(problem: &Problem, y0: &Tensor) -> Result<Vec<T>> {
+    for (leaf, y) in problem.packing.unpack(y0)?.iter().enumerate() {
+        if !ops::magnitude(y)?.is_finite() {
+            return Err(Error::NonFiniteState { leaf });
+        }
+    }
+    numbers::<T>(y0)
 }
 
 pub(super) fn run<T: Element, F: RowField>(
@@ -42,13 +52,8 @@ pub(super) fn run<T: Element, F: RowField>(
     y0: &Tensor,
     stats: &mut Stats,
 ) -> Result<Option<Solved>> {
-    for (leaf, y) in problem.packing.unpack(y0)?.iter().enumerate() {
-        if !ops::magnitude(y)?.is_finite() {
-            return Err(Error::NonFiniteState { leaf });
-        }
-    }
+    let y0 = start::<T>(problem, y0)?;
     let plan = Plan::new(problem, &layout);
-    let y0 = numbers::<T>(y0)?;
     let done = dispatch(Job::<T, F> {
         spec,
         plan: &plan,
@@ -130,13 +135,13 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
 }
 
 /// The forward pass of one group of tiles of V vectors.
-struct Integrate<'a, T, F, const V: usize> {
-    field: &'a F,
-    selection: &'a Selection,
-    plan: &'a Plan<'a>,
-    y0: &'a [T],
+pub(super) struct Integrate<'a, T, F, const V: usize> {
+    pub(super) field: &'a F,
+    pub(super) selection: &'a Selection,
+    pub(super) plan: &'a Plan<'a>,
+    pub(super) y0: &'a [T],
     /// First rows.
-    tiles: &'a [usize],
+    pub(super) tiles: &'a [usize],
 }
 
 impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, F, V> {

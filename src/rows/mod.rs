@@ -10,6 +10,7 @@
 mod activations;
 mod backward;
 mod forward;
+mod graded;
 mod stepper;
 mod tile;
 
@@ -22,6 +23,7 @@ use pulp::{Simd, WithSimd};
 
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
+use crate::loss::RowLoss;
 use crate::precision::Low;
 use crate::problem::Problem;
 use crate::simd::{unit, Element};
@@ -88,14 +90,16 @@ impl<'f> Rows<'f> {
         Self(Box::new(field))
     }
 
-    /// Solves the problem tile by tile, or leaves it to the general path.
+    /// Solves the problem tile by tile, or leaves it to the general path.  With a loss, the result is
+    /// its value.
     pub(crate) fn solve(
         &self,
         problem: &Problem,
         y0: &Tensor,
+        loss: Option<&RowLoss>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        self.0.solve(problem, y0, stats)
+        self.0.solve(problem, y0, loss, stats)
     }
 }
 
@@ -122,11 +126,23 @@ pub(crate) trait Reversible: Send + Sync {
 
 /// [`RowField`] without its type.
 trait Solve {
-    fn solve(&self, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result<Option<Solved>>;
+    fn solve(
+        &self,
+        problem: &Problem,
+        y0: &Tensor,
+        loss: Option<&RowLoss>,
+        stats: &mut Stats,
+    ) -> Result<Option<Solved>>;
 }
 
 impl<F: RowField> Solve for &F {
-    fn solve(&self, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result<Option<Solved>> {
+    fn solve(
+        &self,
+        problem: &Problem,
+        y0: &Tensor,
+        loss: Option<&RowLoss>,
+        stats: &mut Stats,
+    ) -> Result<Option<Solved>> {
         let Some(layout) = self.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
@@ -141,12 +157,29 @@ impl<F: RowField> Solve for &F {
         };
         let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
         if held(DType::F32) && stores(roles[0].store.to) {
-            forward::run::<f32, F>(self, layout, problem, y0, stats)
+            solve_in::<f32, F>(self, layout, problem, y0, loss, stats)
         } else if held(DType::F64) && stores(DType::F64) {
-            forward::run::<f64, F>(self, layout, problem, y0, stats)
+            solve_in::<f64, F>(self, layout, problem, y0, loss, stats)
         } else {
             Ok(None)
         }
+    }
+}
+
+fn solve_in<T: Element, F: RowField>(
+    spec: &F,
+    layout: Layout,
+    problem: &Problem,
+    y0: &Tensor,
+    loss: Option<&RowLoss>,
+    stats: &mut Stats,
+) -> Result<Option<Solved>> {
+    let Some(loss) = loss else {
+        return forward::run::<T, F>(spec, layout, problem, y0, stats);
+    };
+    match loss.prepared::<T>(problem, &layout)? {
+        Some(loss) => graded::run::<T, F>(spec, &layout, problem, &loss, y0, stats),
+        None => Ok(None),
     }
 }
 

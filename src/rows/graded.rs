@@ -1,0 +1,213 @@
+//! Forward and backward in one: a group of tiles is integrated, its loss formed and its cotangents
+//! pulled back while its evaluations are still in cache.
+
+use std::sync::Arc;
+
+use candle_core::{Shape, Tensor, TensorId};
+use pulp::{Simd, WithSimd};
+
+use super::activations::Selection;
+use super::backward::{self, Pass, Seed, Sweep, Window};
+use super::forward::{self, Integrate};
+use super::tile::TileField;
+use super::{
+    dispatch, numbers, on_all_threads, Failure, Layout, Plan, Reversible, RowField, Solved,
+};
+use crate::adjoint::Adjoint;
+use crate::error::{Error, Result};
+use crate::loss::{Prepared, RowsOf};
+use crate::problem::{Activations, Problem};
+use crate::simd::{enter, Element};
+use crate::stats::Stats;
+
+/// Bytes of evaluations that a group may keep.
+const KEPT: usize = 32 << 20;
+
+/// The loss and its gradients, before its own cotangent is known.
+struct Graded<T> {
+    weights: Vec<TensorId>,
+    shapes: Vec<Shape>,
+    y0: Vec<T>,
+    gradients: Vec<T>,
+}
+
+impl<T: Element> Reversible for Graded<T> {
+    fn can_rewind(&self) -> bool {
+        true
+    }
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        cotangent: &Tensor,
+        theta: &[Tensor],
+        _: &mut Stats,
+    ) -> Result<Adjoint> {
+        let c = match numbers::<T>(cotangent)?.as_slice() {
+            [c] => *c,
+            _ => return Err(Error::NothingKept),
+        };
+        let scaled = |x: &[T]| x.iter().map(|x| *x * c).collect::<Vec<_>>();
+        let (y0, gradients) = (scaled(&self.y0), scaled(&self.gradients));
+        backward::adjoint(
+            problem,
+            (&self.weights, &self.shapes),
+            theta,
+            y0,
+            &gradients,
+        )
+    }
+}
+
+/// The loss of all rows, in a tensor of one element, and its gradients.
+pub(super) fn run<T: Element, F: RowField>(
+    spec: &F,
+    layout: &Layout,
+    problem: &Problem,
+    loss: &Prepared<T>,
+    y0: &Tensor,
+    stats: &mut Stats,
+) -> Result<Option<Solved>> {
+    let y0 = forward::start::<T>(problem, y0)?;
+    let weights = spec.weights();
+    let mut graded = Graded {
+        y0: vec![T::default(); y0.len()],
+        gradients: vec![T::default(); weights.iter().map(Tensor::elem_count).sum()],
+        weights: weights.iter().map(Tensor::id).collect(),
+        shapes: weights.iter().map(|w| w.shape().clone()).collect(),
+    };
+    let (mut total, mut counted) = (0.0, Stats::default());
+    let fold = |_: usize, group: Group<T>| {
+        total += group.loss;
+        let mut tiles = group.swept.y0.as_slice();
+        for rows in &group.rows {
+            tiles = layout.place(rows, tiles, &mut graded.y0);
+        }
+        for (sum, part) in graded.gradients.iter_mut().zip(&group.swept.gradients) {
+            *sum += *part;
+        }
+        counted.join(&group.swept.stats);
+        counted.activation_bytes = counted.activation_bytes.max(group.bytes);
+    };
+    let job = Job {
+        spec,
+        plan: &Plan::new(problem, layout),
+        loss,
+        y0: &y0,
+        differentiate: weights.iter().any(Tensor::track_op),
+        fold,
+    };
+    let Some(done) = dispatch(job) else {
+        return Ok(None);
+    };
+    done?;
+    if graded.gradients.iter().any(|g| !g.to_f64().is_finite()) {
+        return Err(Error::NonFiniteParameterGradient);
+    }
+    stats.steps += problem.plan.len();
+    stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
+    stats.add(&counted);
+    Ok(Some(Solved {
+        packed: Tensor::new(&[T::of(total)], problem.device())?,
+        trajectory: Arc::new(graded),
+    }))
+}
+
+/// What a group leaves.
+struct Group<T> {
+    loss: f64,
+    rows: Vec<std::ops::Range<usize>>,
+    swept: backward::Group<T>,
+    bytes: usize,
+}
+
+struct Job<'a, T, F, O> {
+    spec: &'a F,
+    plan: &'a Plan<'a>,
+    loss: &'a Prepared<T>,
+    y0: &'a [T],
+    differentiate: bool,
+    fold: O,
+}
+
+impl<T: Element, F: RowField, O: FnMut(usize, Group<T>) + Send> WithSimd for Job<'_, T, F, O> {
+    type Output = Result<()>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        if T::WIDE && self.plan.is_wide::<T, S>() {
+            graded::<T, S, F, O, 2>(s, self)
+        } else {
+            graded::<T, S, F, O, 1>(s, self)
+        }
+    }
+}
+
+fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, const V: usize>(
+    s: S,
+    job: Job<'_, T, F, O>,
+) -> Result<()> {
+    let (plan, problem) = (job.plan, job.plan.problem);
+    let field = job.spec.tiles::<T, S>(problem.packing.shapes())?;
+    let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
+    let groups = plan.groups::<T, S>(field.parameters());
+    let tiles = groups.iter().map(Vec::len).max().unwrap_or(0);
+    let rows = tiles * V * T::lanes::<S>();
+    let kept = Activations::within(KEPT);
+    let selection = Selection::new(field.parts(), kept, rows, size_of::<T>(), stages, steps);
+    let pass = Pass {
+        field: &field,
+        selection: &selection,
+        plan,
+        differentiate: job.differentiate,
+    };
+    let window = || Window::<T, S, V>::new(&field, stages, steps, job.differentiate);
+    let each = |window: &mut Window<T, S, V>, group: &Vec<usize>| {
+        let integrated = s.vectorize(Integrate::<T, _, V> {
+            field: &field,
+            selection: &selection,
+            plan,
+            y0: job.y0,
+            tiles: group,
+        })?;
+        let (loss, cotangent) = grade(job.loss, plan, &integrated);
+        let sweep = Sweep {
+            pass: &pass,
+            tiles: &integrated.tiles,
+            seed: Seed::ByTile(&cotangent),
+            window,
+        };
+        let swept = enter(s, sweep)?;
+        Ok::<_, Failure>(Group {
+            loss,
+            swept,
+            bytes: selection.numbers(steps, rows) * size_of::<T>(),
+            rows: integrated.tiles.into_iter().map(|tile| tile.rows).collect(),
+        })
+    };
+    on_all_threads(&groups, window, each, job.fold)
+}
+
+/// The loss of a group, and its cotangents in the order of its states.
+fn grade<T: Element>(
+    loss: &Prepared<T>,
+    plan: &Plan<'_>,
+    group: &forward::Group<T>,
+) -> (f64, Vec<T>) {
+    let outputs = plan.problem.outputs();
+    let mut cotangents = vec![T::default(); group.states.len()];
+    let (mut total, mut at) = (0.0, 0);
+    for tile in &group.tiles {
+        let size = tile.rows.len() * plan.layout.dim();
+        for output in 0..outputs {
+            let of = RowsOf {
+                output: (output, outputs),
+                first: tile.rows.start,
+                y: &group.states[at..][..size],
+            };
+            total += loss.grade(plan.layout, &of, &mut cotangents[at..][..size]);
+            at += size;
+        }
+    }
+    (total, cotangents)
+}

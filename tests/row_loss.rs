@@ -1,0 +1,235 @@
+//! A loss that the solve looks at row by row is the loss of its states, and so are its gradients.
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
+use candle_diffeq::{
+    Checkpoint, Error, NeuralOde, OdeOptions, OnOverflow, Output, Precision, Recorder, RowLoss,
+    Scaling, State, DOPRI5,
+};
+use candle_nn::{VarBuilder, VarMap};
+
+const TIMES: [f64; 4] = [0.0, 0.2, 0.5, 0.9];
+
+fn random(shape: &[usize], dtype: DType) -> Tensor {
+    let x = Tensor::randn(0f64, 0.5, shape, &Device::Cpu).unwrap();
+    x.to_dtype(dtype).unwrap()
+}
+
+fn numbers(x: &Tensor) -> Vec<f64> {
+    let x = x.to_dtype(DType::F64).unwrap();
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// ‖x − y‖ / ‖y‖.
+fn distance(x: &Tensor, y: &Tensor) -> f64 {
+    let norm = |x: Vec<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    norm(numbers(&(x - y).unwrap())) / norm(numbers(y)).max(1e-12)
+}
+
+/// The loss, and the gradients of 3 times it, of y0 and all variables by name.
+fn gradients(loss: Tensor, y0: &[Var], vars: &VarMap) -> Vec<Tensor> {
+    let grads = (&loss * 3.0).unwrap().backward().unwrap();
+    let mut named: Vec<_> = vars.data().lock().unwrap().clone().into_iter().collect();
+    named.sort_by(|a, b| a.0.cmp(&b.0));
+    let all = y0.iter().chain(named.iter().map(|(_, var)| var));
+    let gradients = all.map(|var| grads.get(var).unwrap().clone());
+    std::iter::once(loss.detach()).chain(gradients).collect()
+}
+
+fn check<S: State + 'static>(
+    ode: NeuralOde<S>,
+    vars: &VarMap,
+    y0: &[Tensor],
+    loss: &RowLoss,
+    options: &OdeOptions,
+    bound: f64,
+) {
+    let recorder = Recorder::default();
+    let ode = ode.options(OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options.clone()
+    });
+    let y0: Vec<_> = y0.iter().map(|y| Var::from_tensor(y).unwrap()).collect();
+    let start = S::from_leaves(y0.iter().map(|y| y.as_tensor().clone()).collect()).unwrap();
+    let at_once = ode.loss(&start, &TIMES, loss).unwrap();
+    assert!(at_once.dims().is_empty());
+    let at_once = gradients(at_once, &y0, vars);
+    let stats = recorder.take();
+    assert!(stats.activation_bytes > 0 && stats.vjps > 0);
+    let states = ode.solve(&start, &TIMES).unwrap();
+    let expected = gradients(loss.of(&states).unwrap(), &y0, vars);
+    for (got, expected) in at_once.iter().zip(&expected) {
+        assert_eq!(got.shape(), expected.shape());
+        let error = distance(got, expected);
+        assert!(error <= bound, "{error:e}");
+    }
+    let two = recorder.take();
+    assert_eq!((stats.evaluations, stats.vjps), (two.evaluations, two.vjps));
+}
+
+fn perceptron(vars: &VarMap) -> NeuralOde {
+    NeuralOde::new(vars, "f", &Device::Cpu, |vb: VarBuilder<'_>| {
+        Mlp::new(&[3, 24, 24, 3], Activation::Tanh, vb)
+    })
+    .unwrap()
+}
+
+const PRECISIONS: [(Precision, f64); 4] = [
+    (Precision::f64(), 1e-13),
+    (Precision::f32(), 4e-6),
+    // The cotangents that are rounded differ in their last bit.
+    (Precision::bf16(), 2e-2),
+    (Precision::f16(), 3e-3),
+];
+
+fn with(precision: Precision, output: Output) -> OdeOptions {
+    OdeOptions {
+        method: DOPRI5,
+        precision: Some(precision),
+        output,
+        ..Default::default()
+    }
+}
+
+#[test]
+fn mean_squares_and_their_gradients_are_those_of_the_states() {
+    for (precision, bound) in PRECISIONS {
+        for (output, target) in [(Output::All, &[4, 70, 3][..]), (Output::Final, &[70, 3])] {
+            let vars = VarMap::new();
+            let loss = RowLoss::MeanSquare(random(target, precision.state));
+            let y0 = [random(&[70, 3], DType::F32)
+                .to_dtype(precision.state)
+                .unwrap()];
+            let ode = match precision.state {
+                DType::F64 => NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, |vb| {
+                    Mlp::new(&[3, 24, 24, 3], Activation::Tanh, vb)
+                })
+                .unwrap(),
+                _ => perceptron(&vars),
+            };
+            check(ode, &vars, &y0, &loss, &with(precision, output), bound);
+        }
+    }
+}
+
+#[test]
+fn likelihoods_of_a_flow_are_those_of_its_states() {
+    for (precision, bound) in &PRECISIONS[..2] {
+        let vars = VarMap::new();
+        let flow = |vb: VarBuilder<'_>| {
+            Cnf::new(Mlp::with_time(&[2, 16, 16, 2], Activation::Softplus, vb)?)
+        };
+        let ode = NeuralOde::from_field(&vars, "f", precision.state, &Device::Cpu, flow).unwrap();
+        let y0 = [
+            random(&[37, 2], precision.state),
+            random(&[37, 1], precision.state),
+        ];
+        let options = with(*precision, Output::Final);
+        check::<(Tensor, Tensor)>(
+            ode,
+            &vars,
+            &y0,
+            &RowLoss::NormalLikelihood,
+            &options,
+            *bound,
+        );
+    }
+}
+
+#[test]
+fn cross_entropies_are_those_of_the_states() {
+    let vars = VarMap::new();
+    let classes: Vec<u32> = (0..70).map(|i| i % 3).collect();
+    let loss = RowLoss::CrossEntropy(Tensor::new(classes, &Device::Cpu).unwrap());
+    let options = with(Precision::f32(), Output::Final);
+    check(
+        perceptron(&vars),
+        &vars,
+        &[random(&[70, 3], DType::F32)],
+        &loss,
+        &options,
+        4e-6,
+    );
+}
+
+#[test]
+fn images_have_losses_too() {
+    let vars = VarMap::new();
+    let ode = NeuralOde::new(&vars, "f", &Device::Cpu, |vb: VarBuilder<'_>| {
+        ConvField::new(&[2, 5, 2], 3, Activation::Silu, vb)
+    });
+    let y0 = [random(&[5, 2, 6, 7], DType::F32)];
+    let loss = RowLoss::MeanSquare(random(&[5, 2, 6, 7], DType::F32));
+    let options = with(Precision::f32(), Output::Final);
+    check(ode.unwrap(), &vars, &y0, &loss, &options, 4e-6);
+}
+
+#[test]
+fn fields_that_are_no_tiles_have_the_same_loss() {
+    let vars = VarMap::new();
+    let ode = perceptron(&vars);
+    let y0 = random(&[9, 3], DType::F32);
+    let loss = RowLoss::MeanSquare(random(&[9, 3], DType::F32));
+    let fused = ode.options(with(Precision::f32(), Output::Final));
+    let a = fused.loss(&y0, &TIMES, &loss).unwrap();
+    let general = fused.options(OdeOptions {
+        fusion: false,
+        ..with(Precision::f32(), Output::Final)
+    });
+    let b = general.loss(&y0, &TIMES, &loss).unwrap();
+    assert!(distance(&a, &b) <= 1e-6);
+}
+
+#[test]
+fn losses_of_other_states_are_errors() {
+    let vars = VarMap::new();
+    let ode = perceptron(&vars);
+    let y0 = random(&[9, 3], DType::F32);
+    let classes = RowLoss::CrossEntropy(Tensor::zeros(9, DType::U32, &Device::Cpu).unwrap());
+    for loss in [&classes, &RowLoss::NormalLikelihood] {
+        let error = ode.loss(&y0, &TIMES, loss).unwrap_err();
+        assert!(matches!(error, Error::LossOutput { .. }), "{error}");
+    }
+    // The number of elements is right, their order is not.
+    let turned = RowLoss::MeanSquare(random(&[9, 4, 3], DType::F32));
+    let error = ode.loss(&y0, &TIMES, &turned).unwrap_err();
+    assert!(matches!(error, Error::LossState { .. }), "{error}");
+    let last = ode.options(with(Precision::f32(), Output::Final));
+    let few = RowLoss::CrossEntropy(Tensor::zeros(8, DType::U32, &Device::Cpu).unwrap());
+    let error = last.loss(&y0, &TIMES, &few).unwrap_err();
+    assert!(matches!(error, Error::LossState { .. }), "{error}");
+    let none = RowLoss::CrossEntropy(Tensor::new(&[3u32; 9], &Device::Cpu).unwrap());
+    assert!(last.loss(&y0, &TIMES, &none).is_err());
+}
+
+#[test]
+fn an_overflow_is_met_in_the_backward_pass_as_without_a_loss() {
+    let vars = VarMap::new();
+    let ode = perceptron(&vars).options(OdeOptions {
+        scaling: Scaling::Fixed(2f64.powi(60)),
+        on_overflow: OnOverflow::SkipUpdate,
+        ..with(Precision::f16(), Output::Final)
+    });
+    let y0 = Var::from_tensor(&random(&[9, 3], DType::F32)).unwrap();
+    let loss = RowLoss::MeanSquare((random(&[9, 3], DType::F32) * 1e15).unwrap());
+    let loss = ode.loss(y0.as_tensor(), &TIMES, &loss).unwrap();
+    let grads = loss.backward().unwrap();
+    assert!(numbers(grads.get(&y0).unwrap()).iter().all(|g| g.is_nan()));
+}
+
+#[test]
+fn a_solve_that_keeps_nothing_has_a_loss_and_no_gradient() {
+    let vars = VarMap::new();
+    let ode = perceptron(&vars).options(OdeOptions {
+        checkpoint: Checkpoint::Nothing,
+        ..with(Precision::f32(), Output::Final)
+    });
+    let loss = RowLoss::MeanSquare(random(&[9, 3], DType::F32));
+    let loss = ode
+        .loss(&random(&[9, 3], DType::F32), &TIMES, &loss)
+        .unwrap();
+    assert!(matches!(
+        Error::from(loss.backward().unwrap_err()),
+        Error::NothingKept
+    ));
+}
