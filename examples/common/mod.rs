@@ -8,6 +8,8 @@ pub(crate) mod chart;
 pub(crate) mod dtype;
 pub(crate) mod environment;
 pub(crate) mod flags;
+pub(crate) mod gradients;
+pub(crate) mod initial;
 pub(crate) mod memory;
 pub(crate) mod random;
 pub(crate) mod report;
