@@ -49,6 +49,14 @@ pub enum Error {
         /// The value.
         t: f64,
     },
+    /// A field that is piecewise constant in time needs one field for each interval.
+    #[error("{fields} fields for {intervals} intervals of time: one for each, and at least one")]
+    FieldCount {
+        /// Fields that were given.
+        fields: usize,
+        /// Intervals of the grid.
+        intervals: usize,
+    },
     /// [`Steps::PerInterval`]`(0)`.
     #[error("Steps::PerInterval(0): an interval between two times needs at least one step")]
     NoSteps,

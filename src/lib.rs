@@ -30,11 +30,11 @@
 //!
 //! Data flows one way, and a module uses only those before it in this list.  `error`; `ops` (fused
 //! tensor operations), `precision` (dtype roles, the only place that rounds), `tableau`, `time`,
-//! `state`, `field` and `autograd` (f and its default pull-back), `stats`, `watch` (for NaN);
-//! `step` (one step and its linearisation), `pullback` (checks of what one returns), `trajectory`
-//! (what is kept), `scaler`, `problem` (what both passes know), `integrate` (the forward loop),
-//! `accumulator` and `adjoint` (the backward sweep), `parameters` (θ), `odeint` and `neural_ode`
-//! (public entries; the node in candle's graph).
+//! `state`, `field` and `autograd` (f and its default pull-back), `piecewise` (one field after the
+//! other in time), `stats`, `watch` (for NaN); `step` (one step and its linearisation), `pullback`
+//! (checks of what one returns), `trajectory` (what is kept), `scaler`, `problem` (what both passes
+//! know), `integrate` (the forward loop), `accumulator` and `adjoint` (the backward sweep),
+//! `parameters` (θ), `odeint` and `neural_ode` (public entries; the node in candle's graph).
 //! Beside the loops over whole batches stand `simd` (kernels), `rows` (both passes over one tile of
 //! rows after the other) and [`nn`] (fields that can be integrated so).
 //!
@@ -59,6 +59,7 @@ pub mod nn;
 mod odeint;
 mod ops;
 mod parameters;
+mod piecewise;
 mod precision;
 mod problem;
 mod pullback;
@@ -80,6 +81,7 @@ pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, solve, Gradients, Solution};
 #[doc(hidden)]
 pub use ops::internals;
+pub use piecewise::PiecewiseConstant;
 pub use precision::{Arithmetic, Precision};
 pub use problem::{Activations, OdeOptions, Output};
 pub use pullback::{Argument, PullbackDefect};

@@ -1,11 +1,21 @@
-//! What the examples share: dtypes on the command line, threads, memory, progress, charts.
+//! What the examples share: flags, environment, reports, tables, charts, seeds, progress.
+//!
+//! An example flattens [`flags::Flags`] into its own, and its `main` is [`report::run`].
 
-#![allow(dead_code)] // no example needs all of it
+#![allow(dead_code, unused_imports)] // no example needs all of it
 
 pub(crate) mod chart;
 pub(crate) mod dtype;
+pub(crate) mod environment;
+pub(crate) mod flags;
+pub(crate) mod gradients;
+pub(crate) mod initial;
 pub(crate) mod memory;
+pub(crate) mod random;
+pub(crate) mod report;
+pub(crate) mod table;
 
+use candle_core::{DType, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Failures of an example, shown to its user.
@@ -16,10 +26,9 @@ pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Without that variable candle counts cores anew in every matrix product, which takes longer than
 /// the products of small networks.  To be called first, before there are threads.
 pub(crate) fn use_every_core() {
-    const VARIABLE: &str = "RAYON_NUM_THREADS";
-    if std::env::var_os(VARIABLE).is_none() {
+    if std::env::var_os(environment::THREADS).is_none() {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        std::env::set_var(VARIABLE, cores.to_string());
+        std::env::set_var(environment::THREADS, cores.to_string());
     }
 }
 
@@ -39,4 +48,24 @@ pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
 /// Their mean, NaN of none.
 pub(crate) fn mean(figures: &[f64]) -> f64 {
     figures.iter().sum::<f64>() / figures.len() as f64
+}
+
+/// exp of the mean logarithm, NaN of none: the mean of errors that differ in size.
+pub(crate) fn geometric_mean(figures: &[f64]) -> f64 {
+    let logarithms: Vec<f64> = figures.iter().map(|x| x.ln()).collect();
+    mean(&logarithms).exp()
+}
+
+/// All values of a tensor of any dtype and device.
+pub(crate) fn values(x: &Tensor) -> candle_core::Result<Vec<f64>> {
+    x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+}
+
+/// ‖x − y‖ / ‖y‖; NaN where the lengths differ.
+pub(crate) fn relative(x: &[f64], y: &[f64]) -> f64 {
+    if x.len() != y.len() {
+        return f64::NAN;
+    }
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut x.iter().zip(y).map(|(x, y)| x - y)) / norm(&mut y.iter().copied())
 }

@@ -3,9 +3,8 @@
 use std::path::Path;
 
 use candle_core::DType;
-use plotters::prelude::*;
 
-use crate::common::chart::{panel, use_own_font, Curve, Labels, Scale, COLOURS, TRUTH};
+use crate::common::chart::{colour, picture, Area, Curve, Panel, Scale, TRUTH};
 use crate::common::Result;
 use crate::spiral::Trajectory;
 use crate::training::Outcome;
@@ -15,77 +14,75 @@ const SMOOTHING: usize = 20;
 
 /// Writes the picture.
 pub(crate) fn draw(path: &Path, data: &Trajectory, outcomes: &[Outcome]) -> Result<()> {
-    use_own_font()?;
     let truth = data.states.to_dtype(DType::F64)?.to_vec2::<f64>()?;
-    let times = data.times.points();
-    let area = BitMapBackend::new(path, (1200, 860)).into_drawing_area();
-    area.fill(&WHITE)?;
-    let (top, bottom) = area.split_vertically(380);
-    let (left, right) = bottom.split_horizontally(600);
+    picture(path, (1200, 860), |area| {
+        let (top, bottom) = area.split_vertically(380);
+        let (left, right) = bottom.split_horizontally(600);
+        over_time(&top, data, &truth, outcomes)?;
+        portrait(&left, &truth, outcomes)?;
+        losses(&right, outcomes)
+    })
+}
 
-    let over_time = |states: &[Vec<f64>], i: usize| -> Vec<(f64, f64)> {
-        times.iter().zip(states).map(|(t, y)| (*t, y[i])).collect()
-    };
-    let plane = |states: &[Vec<f64>]| states.iter().map(|y| (y[0], y[1])).collect();
-    let named = |points, i: usize, named: bool| Curve {
-        points,
-        colour: COLOURS[i % COLOURS.len()],
-        name: if named {
-            outcomes[i].dtype.name().to_owned()
+/// Curves of the truth and of every outcome; only some are named in the legend.
+fn curves<'a>(
+    truth: Vec<(f64, f64)>,
+    learnt: impl Fn(&'a Outcome) -> Vec<(f64, f64)>,
+    outcomes: &'a [Outcome],
+    named: bool,
+) -> Vec<Curve> {
+    let name = |name: &str| {
+        if named {
+            name.to_owned()
         } else {
             String::new()
-        },
-        width: 1,
-    };
-    let true_curve = |points, named: bool| Curve {
-        points,
-        colour: TRUTH,
-        name: if named {
-            "truth".to_owned()
-        } else {
-            String::new()
-        },
-        width: 4,
-    };
-
-    let mut curves = vec![];
-    for component in 0..2 {
-        curves.push(true_curve(over_time(&truth, component), component == 0));
-        for (i, outcome) in outcomes.iter().enumerate() {
-            curves.push(named(
-                over_time(&outcome.states, component),
-                i,
-                component == 0,
-            ));
         }
+    };
+    let outcomes = outcomes.iter().enumerate();
+    let learnt = outcomes.map(|(i, o)| Curve::new(name(o.dtype.name()), colour(i), learnt(o)));
+    let truth = Curve::new(name("truth"), TRUTH, truth).width(4);
+    std::iter::once(truth).chain(learnt).collect()
+}
+
+fn over_time(
+    area: &Area<'_>,
+    data: &Trajectory,
+    truth: &[Vec<f64>],
+    outcomes: &[Outcome],
+) -> Result<()> {
+    let component = |states: &[Vec<f64>], i: usize| -> Vec<(f64, f64)> {
+        let points = data.times.points().iter().zip(states);
+        points.map(|(t, y)| (*t, y[i])).collect()
+    };
+    let both = (0..2).flat_map(|i| {
+        let learnt = |o: &Outcome| component(&o.states, i);
+        curves(component(truth, i), learnt, outcomes, i == 0)
+    });
+    Panel {
+        curves: both.collect(),
+        ..Panel::new("y' = y³A, learnt in mixed precision", "t", "y₁, y₂")
     }
-    let labels = Labels {
-        title: "y' = y³A, learnt in mixed precision",
-        x: "t",
-        y: "y₁, y₂",
-    };
-    panel(&top, &labels, Scale::Linear, &curves)?;
+    .draw(area)
+}
 
-    let mut curves = vec![true_curve(plane(&truth), false)];
-    curves.extend((0..outcomes.len()).map(|i| named(plane(&outcomes[i].states), i, false)));
-    let labels = Labels {
-        title: "phase portrait",
-        x: "y₁",
-        y: "y₂",
-    };
-    panel(&left, &labels, Scale::Linear, &curves)?;
+fn portrait(area: &Area<'_>, truth: &[Vec<f64>], outcomes: &[Outcome]) -> Result<()> {
+    let plane = |states: &[Vec<f64>]| states.iter().map(|y| (y[0], y[1])).collect();
+    Panel {
+        curves: curves(plane(truth), |o| plane(&o.states), outcomes, false),
+        ..Panel::new("phase portrait", "y₁", "y₂")
+    }
+    .draw(area)
+}
 
-    let curves: Vec<_> = (0..outcomes.len())
-        .map(|i| named(smoothed(&outcomes[i].losses), i, true))
-        .collect();
-    let labels = Labels {
-        title: "loss (mean of 20)",
-        x: "iteration",
-        y: "L1 loss",
-    };
-    panel(&right, &labels, Scale::Logarithmic, &curves)?;
-    area.present()?;
-    Ok(())
+fn losses(area: &Area<'_>, outcomes: &[Outcome]) -> Result<()> {
+    let curve =
+        |(i, o): (usize, &Outcome)| Curve::new(o.dtype.name(), colour(i), smoothed(&o.losses));
+    Panel {
+        scales: [Scale::Linear, Scale::Decades],
+        curves: outcomes.iter().enumerate().map(curve).collect(),
+        ..Panel::new("loss (mean of 20)", "iteration", "L1 loss")
+    }
+    .draw(area)
 }
 
 fn smoothed(losses: &[f64]) -> Vec<(f64, f64)> {

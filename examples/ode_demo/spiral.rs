@@ -3,39 +3,64 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_diffeq::{constant, odeint, OdeOptions, Steps, Time, TimeGrid, DOPRI5};
 
-/// y' = y³A, y³ by component, y a row.
-const A: [[f64; 2]; 2] = [[-0.1, 2.0], [-2.0, -0.1]];
-const Y0: [f64; 2] = [2.0, 0.0];
-const END: f64 = 25.0;
-const POINTS: usize = 1000;
+/// A spiral: y' = y³A, y³ by component, y a row; its start, and the times that are seen.
+pub(crate) struct Spiral {
+    a: [[f64; 2]; 2],
+    y0: [f64; 2],
+    end: f64,
+    points: usize,
+    /// Between two points, to about 1e-12.
+    steps: usize,
+}
 
-/// The field: y (n, 2) to y' (n, 2).
-pub(crate) fn velocity(y: &Tensor) -> Result<Tensor> {
-    let a = Tensor::new(&A, y.device())?.to_dtype(y.dtype())?;
-    (y.sqr()? * y)?.matmul(&a)
+impl Spiral {
+    /// torchdiffeq's.
+    pub(crate) const SMALL: Self = Self {
+        a: [[-0.1, 2.0], [-2.0, -0.1]],
+        y0: [2.0, 0.0],
+        end: 25.0,
+        points: 1000,
+        steps: 8,
+    };
+    /// rampde's.
+    pub(crate) const PUBLISHED: Self = Self {
+        a: [[-0.1, 6.0], [-2.0, -0.1]],
+        y0: [2.0, 0.0],
+        end: 20.0,
+        points: 20_000,
+        steps: 2,
+    };
+
+    /// The field: y (n, 2) to y' (n, 2).
+    pub(crate) fn velocity(&self, y: &Tensor) -> Result<Tensor> {
+        let a = Tensor::new(&self.a, y.device())?.to_dtype(y.dtype())?;
+        (y.sqr()? * y)?.matmul(&a)
+    }
 }
 
 /// The trajectory at equidistant times.
 pub(crate) struct Trajectory {
+    pub(crate) spiral: &'static Spiral,
     pub(crate) times: TimeGrid,
-    /// (points, 2), f64.
+    /// (points, 2), f64, on the CPU.
     pub(crate) states: Tensor,
 }
 
 impl Trajectory {
-    /// Solved in f64, to about 1e-12.
-    pub(crate) fn new() -> candle_diffeq::Result<Self> {
-        let times = TimeGrid::linspace(0.0, END, POINTS)?;
+    /// Solved in f64.
+    pub(crate) fn new(spiral: &'static Spiral) -> candle_diffeq::Result<Self> {
+        let times = TimeGrid::linspace(0.0, spiral.end, spiral.points)?;
         let options = OdeOptions {
             method: DOPRI5,
-            steps: Steps::PerInterval(8),
+            steps: Steps::PerInterval(spiral.steps),
             ..Default::default()
         };
-        let y0 = Tensor::new(&[Y0], &Device::Cpu)?;
+        let y0 = Tensor::new(&[spiral.y0], &Device::Cpu)?;
         // No gradients are wanted of the data.
-        let field = constant(|_: &Time, y: &Tensor| velocity(y));
+        let field = constant(|_: &Time, y: &Tensor| spiral.velocity(y));
         let states = odeint(field, &y0, &times, &options)?;
         Ok(Self {
+            spiral,
             times,
             states: states.squeeze(1)?,
         })
@@ -48,7 +73,7 @@ impl Trajectory {
 
     /// Distance of neighbouring times.
     pub(crate) fn spacing(&self) -> f64 {
-        END / (POINTS - 1) as f64
+        self.spiral.end / (self.spiral.points - 1) as f64
     }
 
     /// Windows of `length` states that begin at the given points: (length, windows, 2).

@@ -7,19 +7,55 @@ use candle_diffeq::{Checkpoint, NeuralOde, OdeOptions, Recorder, Stats, RK4};
 use candle_nn::{linear, AdamW, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use indicatif::ProgressBar;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::Rng;
 use rand_distr::{Distribution, Normal};
 
 use crate::common::dtype::Dtype;
+use crate::common::random::generator;
 use crate::common::{mean, median, Result};
-use crate::spiral::{velocity, Trajectory};
+use crate::spiral::Trajectory;
 
-const HIDDEN: usize = 50;
-const WINDOWS: usize = 20;
-const LENGTH: usize = 10;
-/// Held for three quarters of the iterations, then falling linearly to zero: with a constant rate
-/// the last losses are the noise of the windows.
-const LEARNING_RATE: f64 = 1e-3;
+/// Network and training.
+#[derive(Clone)]
+pub(crate) struct Setting {
+    /// Width of the network.
+    hidden: usize,
+    /// In a batch, and times in each.
+    windows: usize,
+    length: usize,
+    /// Held for three quarters of the iterations, then falling linearly to zero: with a constant
+    /// rate the last losses are the noise of the windows.
+    learning_rate: f64,
+    pub(crate) iterations: usize,
+}
+
+impl Setting {
+    /// torchdiffeq's demo.
+    pub(crate) const SMALL: Self = Self {
+        hidden: 50,
+        windows: 20,
+        length: 10,
+        learning_rate: 1e-3,
+        iterations: 2000,
+    };
+    /// rampde's demo, with Adam for RMSprop.
+    pub(crate) const PUBLISHED: Self = Self {
+        hidden: 128,
+        windows: 128,
+        length: 100,
+        learning_rate: 1e-4,
+        iterations: 3000,
+    };
+
+    /// The same, longer or shorter.
+    pub(crate) fn for_iterations(&self, iterations: usize) -> Self {
+        Self {
+            iterations,
+            ..self.clone()
+        }
+    }
+}
+
 /// Over how many iterations the first and the last loss are averaged.
 const FIRST: usize = 10;
 const LAST: usize = 50;
@@ -54,10 +90,10 @@ impl Outcome {
 }
 
 /// f̂(y) = l2(tanh(l1(y³))), an ordinary candle module.
-fn network(vb: VarBuilder<'_>) -> candle_core::Result<impl Module + Send + Sync> {
+fn network(vb: VarBuilder<'_>, hidden: usize) -> candle_core::Result<impl Module + Send + Sync> {
     let (l1, l2) = (
-        linear(2, HIDDEN, vb.pp("l1"))?,
-        linear(HIDDEN, 2, vb.pp("l2"))?,
+        linear(2, hidden, vb.pp("l1"))?,
+        linear(hidden, 2, vb.pp("l2"))?,
     );
     Ok(candle_nn::func(move |y| {
         let cube = (y.sqr()? * y)?;
@@ -69,18 +105,20 @@ fn network(vb: VarBuilder<'_>) -> candle_core::Result<impl Module + Send + Sync>
 fn initialise(vars: &mut VarMap, ode: &NeuralOde, rng: &mut StdRng) -> Result<()> {
     let normal = Normal::new(0f32, 0.1)?;
     for name in ode.parameters() {
-        let shape = match vars.data().lock() {
-            Ok(data) => data.get(name).map(|var| var.shape().clone()),
+        let like = match vars.data().lock() {
+            Ok(data) => data
+                .get(name)
+                .map(|var| (var.shape().clone(), var.device().clone())),
             Err(_) => None,
         };
-        let shape = shape.ok_or_else(|| format!("no variable {name}"))?;
+        let (shape, device) = like.ok_or_else(|| format!("no variable {name}"))?;
         let values: Vec<f32> = match name.ends_with("bias") {
             true => vec![0.0; shape.elem_count()],
             false => (0..shape.elem_count())
                 .map(|_| normal.sample(rng))
                 .collect(),
         };
-        vars.set_one(name, Tensor::from_vec(values, shape, &Device::Cpu)?)?;
+        vars.set_one(name, Tensor::from_vec(values, shape, &device)?)?;
     }
     Ok(())
 }
@@ -89,11 +127,12 @@ fn initialise(vars: &mut VarMap, ode: &NeuralOde, rng: &mut StdRng) -> Result<()
 pub(crate) fn train(
     data: &Trajectory,
     dtype: Dtype,
-    iterations: usize,
+    setting: &Setting,
     seed: u64,
+    device: &Device,
     bar: &ProgressBar,
 ) -> Result<Outcome> {
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut rng = generator(seed);
     let (mut vars, recorder) = (VarMap::new(), Recorder::default());
     let options = OdeOptions {
         method: RK4,
@@ -101,26 +140,36 @@ pub(crate) fn train(
         recorder: Some(recorder.clone()),
         ..Default::default()
     };
-    let ode = NeuralOde::new(&vars, "ode", &Device::Cpu, network)?.options(options.clone());
+    let &Setting {
+        hidden,
+        windows,
+        length,
+        learning_rate,
+        iterations,
+    } = setting;
+    let ode = NeuralOde::new(&vars, "ode", device, move |vb| network(vb, hidden))?
+        .options(options.clone());
     initialise(&mut vars, &ode, &mut rng)?;
     let adam = ParamsAdamW {
-        lr: LEARNING_RATE,
+        lr: learning_rate,
         weight_decay: 0.0,
         ..Default::default()
     };
     let mut optimiser = AdamW::new(vars.all_vars(), adam)?;
 
-    let times: Vec<f64> = (0..LENGTH).map(|i| i as f64 * data.spacing()).collect();
-    let starts = 0..(data.times.points().len() - LENGTH) as u32;
+    let times: Vec<f64> = (0..length).map(|i| i as f64 * data.spacing()).collect();
+    let starts = 0..(data.times.points().len() - length) as u32;
     let (mut losses, mut forward, mut backward) = (vec![], vec![], vec![]);
     for i in 0..iterations {
         optimiser.set_learning_rate(
-            LEARNING_RATE * (4.0 * (1.0 - i as f64 / iterations as f64)).min(1.0),
+            learning_rate * (4.0 * (1.0 - i as f64 / iterations as f64)).min(1.0),
         );
-        let starts: Vec<u32> = (0..WINDOWS)
+        let starts: Vec<u32> = (0..windows)
             .map(|_| rng.random_range(starts.clone()))
             .collect();
-        let truth = data.windows(&starts, LENGTH, DType::F32)?;
+        let truth = data
+            .windows(&starts, length, DType::F32)?
+            .to_device(device)?;
         let clock = Instant::now();
         let states = ode.solve(&truth.get(0)?, &times)?;
         let loss = (states - truth)?.abs()?.mean_all()?;
@@ -138,13 +187,13 @@ pub(crate) fn train(
         checkpoint: Checkpoint::Nothing,
         ..options
     });
-    let (states, trajectory_error) = learnt_trajectory(data, &ode)?;
+    let (states, trajectory_error) = learnt_trajectory(data, &ode, device)?;
     Ok(Outcome {
         dtype,
         losses,
         states,
         trajectory_error,
-        field_error: field_error(data, &vars)?,
+        field_error: field_error(data, &vars, hidden, device)?,
         forward: median(forward),
         backward: median(backward),
         stats,
@@ -152,19 +201,27 @@ pub(crate) fn train(
 }
 
 /// The states from the data's start on, and how far they are from the data on average.
-fn learnt_trajectory(data: &Trajectory, ode: &NeuralOde) -> Result<(Vec<Vec<f64>>, f64)> {
-    let states = ode.solve(&data.start(DType::F32)?, &data.times)?;
-    let states = states.squeeze(1)?.detach().to_dtype(DType::F64)?;
+fn learnt_trajectory(
+    data: &Trajectory,
+    ode: &NeuralOde,
+    device: &Device,
+) -> Result<(Vec<Vec<f64>>, f64)> {
+    let start = data.start(DType::F32)?.to_device(device)?;
+    let states = ode.solve(&start, &data.times)?;
+    let states = states.squeeze(1)?.detach().to_device(&Device::Cpu)?;
+    let states = states.to_dtype(DType::F64)?;
     let error = (&states - &data.states)?.abs()?.mean_all()?;
     Ok((states.to_vec2()?, error.to_scalar()?))
 }
 
 /// How far f̂, with the weights as the optimiser holds them, is from f on the trajectory.
-fn field_error(data: &Trajectory, vars: &VarMap) -> Result<f64> {
-    let vb = VarBuilder::from_varmap(vars, DType::F32, &Device::Cpu);
-    let learnt = network(vb.pp("ode"))?.forward(&data.states.to_dtype(DType::F32)?)?;
-    let truth = velocity(&data.states)?;
+fn field_error(data: &Trajectory, vars: &VarMap, hidden: usize, device: &Device) -> Result<f64> {
+    let vb = VarBuilder::from_varmap(vars, DType::F32, device);
+    let states = data.states.to_dtype(DType::F32)?.to_device(device)?;
+    let learnt = network(vb.pp("ode"), hidden)?.forward(&states)?;
+    let learnt = learnt.detach().to_device(&Device::Cpu)?;
+    let truth = data.spiral.velocity(&data.states)?;
     let norm = |x: &Tensor| x.sqr()?.sum(D::Minus1)?.sqrt();
-    let error = norm(&(learnt.detach().to_dtype(DType::F64)? - &truth)?)?;
+    let error = norm(&(learnt.to_dtype(DType::F64)? - &truth)?)?;
     Ok((error / norm(&truth)?)?.mean_all()?.to_scalar()?)
 }

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_diffeq::nn::{self, Activation, Cnf, ConvField, Mlp};
-use candle_diffeq::{NeuralOde, OdeOptions, Tableau, Time};
+use candle_diffeq::{NeuralOde, OdeOptions, RowLoss, Tableau, Time};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
 /// A kind of field.
@@ -102,6 +102,23 @@ impl Ode {
             }
             Self::Several(ode) => ode.solve(&y0.to_vec(), times),
             Self::Tape(field, tableau) => Ok(unrolled(field, tableau, y0, times)?),
+        }
+    }
+}
+
+impl Ode {
+    /// The mean square of the last state's distance from `target`, formed inside the solve where it has
+    /// one part.
+    pub(crate) fn mean_square(
+        &self,
+        y0: &[Tensor],
+        times: &[f64],
+        target: &Tensor,
+    ) -> candle_diffeq::Result<Tensor> {
+        let loss = RowLoss::MeanSquare(target.clone());
+        match self {
+            Self::One(ode) => ode.loss(&y0[0], times, &loss),
+            _ => loss.of(&self.solve(y0, times)?),
         }
     }
 }

@@ -41,6 +41,9 @@ struct Args {
     /// Keeps them in bf16.
     #[arg(long)]
     activations_bf16: bool,
+    /// Forms the loss inside the solve, where it is a mean of squares.
+    #[arg(long)]
+    row_loss: bool,
     /// Whose field, and how.
     #[arg(long, value_enum, default_value_t = Whose::Ours)]
     field: Whose,
@@ -100,6 +103,9 @@ fn run(args: &Args) -> Result<serde_json::Value> {
     let y0 = workload.y0(state)?;
     let target = workload.target(state)?;
     let solve = || -> Result<Tensor> {
+        if let (true, Some(target)) = (args.row_loss, &target) {
+            return Ok(ode.mean_square(&y0.leaves, &workload.times, target)?);
+        }
         let y = ode.solve(&y0.leaves, &workload.times)?;
         Ok(workload.loss(&y, target.as_ref())?)
     };
@@ -154,6 +160,7 @@ fn line(
         "states_kept": stats.states_kept,
         "bytes_kept": stats.bytes_kept,
         "activation_bytes": stats.activation_bytes,
+        "row_loss": args.row_loss,
         "nfe_fwd": stats.evaluations,
         "nfe_bwd": stats.recomputed,
         "vjps": stats.vjps,

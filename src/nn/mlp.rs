@@ -502,7 +502,7 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     fn parts(&self) -> Vec<Part> {
         let state = self.layers.last().map_or(0, |l| l.weights.outputs);
         let mut parts = vec![Part {
-            features: vec![0..state],
+            features: [0..state, 0..0],
             work: 0,
         }];
         let mut value = self.layers[0].weights.inputs;
@@ -511,12 +511,12 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
             let Weights {
                 inputs, outputs, ..
             } = layer.weights;
-            let mut features = vec![value..value + outputs];
-            if self.keeps_slopes() {
-                features.push(slope..slope + outputs);
-            }
+            let slopes = match self.keeps_slopes() {
+                true => slope..slope + outputs,
+                false => 0..0,
+            };
             parts.push(Part {
-                features,
+                features: [value..value + outputs, slopes],
                 work: (inputs + ACTIVATION) * outputs,
             });
             value += outputs;

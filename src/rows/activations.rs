@@ -11,8 +11,8 @@ use crate::simd::{scalars, scalars_mut, Element};
 /// A part of what an evaluation keeps in its slot.
 #[derive(Clone, Debug)]
 pub(crate) struct Part {
-    /// Features of the slot.
-    pub(crate) features: Vec<Range<usize>>,
+    /// Features of the slot, in up to two places; an empty range for none.
+    pub(crate) features: [Range<usize>; 2],
     /// Products of a row that are saved by having it.
     pub(crate) work: usize,
 }
@@ -195,7 +195,7 @@ mod tests {
 
     fn parts() -> Vec<Part> {
         let part = |features: Range<usize>, work| Part {
-            features: vec![features],
+            features: [features, 0..0],
             work,
         };
         // A state of 4, and layers that cost 4 and 16 products a feature.

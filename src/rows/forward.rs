@@ -117,6 +117,7 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
                     plan: self.plan,
                     y0: self.y0,
                     tiles: group,
+                    rooms: vec![],
                 })
             } else {
                 s.vectorize(Integrate::<T, _, 1> {
@@ -125,6 +126,7 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
                     plan: self.plan,
                     y0: self.y0,
                     tiles: group,
+                    rooms: vec![],
                 })
             }
         };
@@ -142,13 +144,15 @@ pub(super) struct Integrate<'a, T, F, const V: usize> {
     pub(super) y0: &'a [T],
     /// First rows.
     pub(super) tiles: &'a [usize],
+    /// Rooms for what is kept of evaluations, used before new ones are made.
+    pub(super) rooms: Vec<Kept<T>>,
 }
 
 impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, F, V> {
     type Output = std::result::Result<Group<T>, Failure>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+    fn with_simd<S: Simd>(mut self, s: S) -> Self::Output {
         let Plan {
             problem, layout, ..
         } = self.plan;
@@ -184,7 +188,8 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             if problem.output == Output::All {
                 returned(&y, &mut group.states);
             }
-            let mut kept = Kept::new(self.selection, steps, batch);
+            let room = self.rooms.pop();
+            let mut kept = room.unwrap_or_else(|| Kept::new(self.selection, steps, batch));
             for n in 0..steps {
                 let step = problem.plan.step(n);
                 if trajectory.wants(n) {

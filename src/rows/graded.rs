@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
-use super::activations::Selection;
+use super::activations::{Kept, Selection};
 use super::backward::{self, Pass, Seed, Sweep, Window};
 use super::forward::{self, Integrate};
 use super::tile::TileField;
@@ -155,20 +155,26 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
     let rows = tiles * V * T::lanes::<S>();
     let kept = Activations::within(KEPT);
     let selection = Selection::new(field.parts(), kept, rows, size_of::<T>(), stages, steps);
+    let bytes = selection.numbers(steps, rows) * size_of::<T>();
     let pass = Pass {
         field: &field,
         selection: &selection,
         plan,
         differentiate: job.differentiate,
     };
-    let window = || Window::<T, S, V>::new(&field, stages, steps, job.differentiate);
-    let each = |window: &mut Window<T, S, V>, group: &Vec<usize>| {
+    // Pages cost more than what is written to them: the rooms of one group are the next one's.
+    let room = || {
+        let window = Window::<T, S, V>::new(&field, stages, steps, job.differentiate);
+        (window, vec![])
+    };
+    let each = |(window, rooms): &mut (Window<T, S, V>, Vec<Kept<T>>), group: &Vec<usize>| {
         let integrated = s.vectorize(Integrate::<T, _, V> {
             field: &field,
             selection: &selection,
             plan,
             y0: job.y0,
             tiles: group,
+            rooms: std::mem::take(rooms),
         })?;
         let (loss, cotangent) = grade(job.loss, plan, &integrated);
         let sweep = Sweep {
@@ -178,14 +184,17 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
             window,
         };
         let swept = enter(s, sweep)?;
+        let tiles = integrated.tiles.into_iter();
+        let (rows, used): (Vec<_>, Vec<_>) = tiles.map(|tile| (tile.rows, tile.kept)).unzip();
+        *rooms = used;
         Ok::<_, Failure>(Group {
             loss,
             swept,
-            bytes: selection.numbers(steps, rows) * size_of::<T>(),
-            rows: integrated.tiles.into_iter().map(|tile| tile.rows).collect(),
+            bytes,
+            rows,
         })
     };
-    on_all_threads(&groups, window, each, job.fold)
+    on_all_threads(&groups, room, each, job.fold)
 }
 
 /// The loss of a group, and its cotangents in the order of its states.

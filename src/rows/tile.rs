@@ -45,7 +45,7 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     /// What may be kept of an evaluation by itself, the stage first; by default all or nothing.
     fn parts(&self) -> Vec<Part> {
         vec![Part {
-            features: vec![0..self.kept()],
+            features: [0..self.kept(), 0..0],
             work: 0,
         }]
     }

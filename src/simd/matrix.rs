@@ -265,9 +265,9 @@ impl<T: Element, S: Simd, const V: usize> Panel<'_, T, S, V> {
         let mut sums = [[T::zeros::<S>(); V]; R];
         for (i, b) in panel.iter().enumerate() {
             let mut x = [[T::default(); AHEAD]; R];
-            for r in 0..R {
+            for (r, x) in x.iter_mut().enumerate() {
                 let a = a.get(r * stride + i * AHEAD..);
-                x[r] = match a.and_then(<[T]>::first_chunk) {
+                *x = match a.and_then(<[T]>::first_chunk) {
                     Some(a) => *a,
                     None => [T::default(); AHEAD],
                 };
@@ -282,11 +282,11 @@ impl<T: Element, S: Simd, const V: usize> Panel<'_, T, S, V> {
             }
         }
         for (k, b) in rest.iter().enumerate() {
-            for r in 0..R {
+            for (r, sums) in sums.iter_mut().enumerate() {
                 let x = a.get(r * stride + panel.len() * AHEAD + k);
                 let x = T::splat(s, x.copied().unwrap_or_default());
                 for v in 0..V {
-                    sums[r][v] = T::mul_add(s, x, b[v], sums[r][v]);
+                    sums[v] = T::mul_add(s, x, b[v], sums[v]);
                 }
             }
         }

@@ -1,0 +1,40 @@
+//! Gradients of all variables together.
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Result, Tensor, Var};
+
+/// ‖∇L‖ over all of `vars`.
+pub(crate) fn norm(grads: &GradStore, vars: &[Var]) -> Result<f64> {
+    let mut sum = 0.0;
+    for grad in vars.iter().filter_map(|var| grads.get(var)) {
+        sum += grad
+            .detach()
+            .to_dtype(DType::F64)?
+            .sqr()?
+            .sum_all()?
+            .to_scalar::<f64>()?;
+    }
+    Ok(sum.sqrt())
+}
+
+/// Scales gradients down to a norm of `limit` where theirs is larger; returns what it was.
+pub(crate) fn clip(grads: &mut GradStore, vars: &[Var], limit: f64) -> Result<f64> {
+    let norm = norm(grads, vars)?;
+    if norm > limit {
+        for var in vars {
+            if let Some(grad) = grads.remove(var) {
+                grads.insert(var, (grad.detach() * (limit / norm))?);
+            }
+        }
+    }
+    Ok(norm)
+}
+
+/// One after the other as numbers; zeros where there is none.
+pub(crate) fn flat(grads: &GradStore, vars: &[Var]) -> Result<Vec<f64>> {
+    let of = |var: &Var| match grads.get(var) {
+        Some(grad) => super::values(grad),
+        None => super::values(&Tensor::zeros_like(var)?),
+    };
+    Ok(vars.iter().map(of).collect::<Result<Vec<_>>>()?.concat())
+}

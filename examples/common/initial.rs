@@ -1,0 +1,51 @@
+//! Initial weights from a seed: candle draws its own from a generator that has none.
+
+use candle_core::{Shape, Tensor};
+use candle_nn::VarMap;
+use rand::rngs::StdRng;
+use rand::Rng;
+use rand_distr::StandardNormal;
+
+use super::Result;
+
+/// Draws the variables of a map, by name in order, from normal distributions of mean zero and the
+/// deviation that `of(name, shape)` gives; one of `None` stays as it is.
+pub(crate) fn normal(
+    vars: &VarMap,
+    rng: &mut StdRng,
+    of: impl Fn(&str, &Shape) -> Option<f64>,
+) -> Result<()> {
+    let data = vars.data().lock().map_err(|_| "the variables are locked")?;
+    let mut named: Vec<_> = data.iter().collect();
+    named.sort_by_key(|(name, _)| name.as_str());
+    for (name, var) in named {
+        let Some(deviation) = of(name, var.shape()) else {
+            continue;
+        };
+        let draws = (0..var.elem_count()).map(|_| deviation * rng.sample::<f64, _>(StandardNormal));
+        let draws = Tensor::from_vec(draws.collect::<Vec<_>>(), var.shape(), var.device())?;
+        var.set(&draws.to_dtype(var.dtype())?)?;
+    }
+    Ok(())
+}
+
+/// Inputs and outputs of a weight `(out, in, …)`, each with the pixels of a filter.
+pub(crate) fn fans(shape: &Shape) -> (f64, f64) {
+    let dims = shape.dims();
+    let size = |i: usize| dims.get(i).copied().unwrap_or(1) as f64;
+    let pixels = dims.iter().skip(2).product::<usize>() as f64;
+    (size(1) * pixels, size(0) * pixels)
+}
+
+/// √(2 / inputs) for weights, for networks with rectifiers (He et al., 2015); zero for biases.
+pub(crate) fn he(name: &str, shape: &Shape) -> Option<f64> {
+    let weight = (2.0 / fans(shape).0).sqrt();
+    Some(if name.ends_with("bias") { 0.0 } else { weight })
+}
+
+/// √(2 / (inputs + outputs)) for weights (Glorot & Bengio, 2010); zero for biases.
+pub(crate) fn xavier(name: &str, shape: &Shape) -> Option<f64> {
+    let (inputs, outputs) = fans(shape);
+    let weight = (2.0 / (inputs + outputs)).sqrt();
+    Some(if name.ends_with("bias") { 0.0 } else { weight })
+}

@@ -1,0 +1,196 @@
+//! What a solve costs as its steps, its batch and its width grow.
+//!
+//! `cargo run --release --example cost` (two minutes; `--smoke`: seconds).  A tanh network d-w-w-d with
+//! RK4, forward and backward, on the CPU: microseconds for a step, for a row of the batch in a step, and
+//! for a product of numbers.  `--full` goes to 10⁵ steps.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::{NeuralOde, OdeOptions, Output};
+use candle_nn::VarMap;
+use clap::Parser;
+use serde_json::json;
+
+use crate::common::chart::{self, colour, Curve, Mark, Panel, Scale};
+use crate::common::dtype::Dtype;
+use crate::common::flags::Flags;
+use crate::common::report::{self, Report};
+use crate::common::table::Table;
+use crate::common::{median, Result};
+
+/// Times solves of growing size.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// One solve.
+#[derive(Clone, Copy)]
+struct Solve {
+    steps: usize,
+    batch: usize,
+    width: usize,
+}
+
+/// Features of the state.
+const FEATURES: usize = 2;
+
+const BASE: Solve = Solve {
+    steps: 100,
+    batch: 512,
+    width: 64,
+};
+
+impl Solve {
+    /// Products of numbers in a step, forward and backward: 4 stages, each evaluated twice, pulled back
+    /// and collected.
+    fn products(self) -> f64 {
+        let layers = 2 * FEATURES * self.width + self.width * self.width;
+        (4 * 4 * layers * self.batch) as f64
+    }
+
+    /// Microseconds of a step, forward and backward: the median of some solves.
+    fn microseconds(self, dtype: Dtype, device: &Device) -> Result<f64> {
+        let vars = VarMap::new();
+        let ode = NeuralOde::from_field(&vars, "f", dtype.state(), device, move |vb| {
+            Mlp::new(
+                &[FEATURES, self.width, self.width, FEATURES],
+                Activation::Tanh,
+                vb,
+            )
+        })?;
+        let ode = ode.options(OdeOptions {
+            precision: Some(dtype.precision()),
+            output: Output::Final,
+            ..Default::default()
+        });
+        let y0 = Tensor::randn(0f64, 0.5, (self.batch, FEATURES), device)?;
+        let y0 = Var::from_tensor(&y0.to_dtype(dtype.state())?)?;
+        let times: Vec<_> = (0..=self.steps)
+            .map(|n| n as f64 / self.steps as f64)
+            .collect();
+        let once = || -> Result<f64> {
+            let clock = Instant::now();
+            let loss = ode.solve(y0.as_tensor(), &times)?.sqr()?.mean_all()?;
+            loss.backward()?;
+            loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            Ok(clock.elapsed().as_secs_f64() * 1e6 / self.steps as f64)
+        };
+        let first = once()? * self.steps as f64;
+        // A quarter of a second, and three solves at least.
+        let repeats = (0.25e6 / first).clamp(3.0, 200.0) as usize;
+        Ok(median((0..repeats).map(|_| once()).collect::<Result<_>>()?))
+    }
+}
+
+/// One quantity that grows.
+struct Sweep {
+    name: &'static str,
+    title: &'static str,
+    unit: &'static str,
+    sizes: Vec<usize>,
+    solve: fn(usize) -> Solve,
+    /// Of the sizes.
+    scale: Scale,
+    /// What a step's microseconds are divided by.
+    per: fn(Solve) -> f64,
+}
+
+fn sweeps(flags: &Flags) -> [Sweep; 3] {
+    let size = flags.size();
+    let powers = |from: u32, to: u32, base: usize| (from..=to).map(|e| base.pow(e)).collect();
+    [
+        Sweep {
+            name: "steps",
+            title: "Steps: batch 512, width 64",
+            unit: "µs / step",
+            sizes: size.pick(powers(1, 2, 10), powers(2, 4, 10), powers(2, 5, 10)),
+            solve: |steps| Solve { steps, ..BASE },
+            scale: Scale::Decades,
+            per: |_| 1.0,
+        },
+        Sweep {
+            name: "batch",
+            title: "Batch: 100 steps, width 64",
+            unit: "µs / step and row",
+            sizes: size.pick(powers(3, 5, 2), powers(3, 13, 2), powers(3, 15, 2)),
+            solve: |batch| Solve { batch, ..BASE },
+            scale: Scale::Doublings,
+            per: |solve| solve.batch as f64,
+        },
+        Sweep {
+            name: "width",
+            title: "Width: 100 steps, batch 512",
+            unit: "ns / 1000 products",
+            sizes: size.pick(powers(3, 5, 2), powers(3, 9, 2), powers(3, 10, 2)),
+            solve: |width| Solve { width, ..BASE },
+            scale: Scale::Doublings,
+            per: |solve| solve.products() * 1e-6,
+        },
+    ]
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    report::run("cost", &args.flags, |device, report| {
+        run(&args.flags, device, report)
+    })
+}
+
+fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result<()> {
+    let mut panels = vec![];
+    for sweep in sweeps(flags) {
+        let (mut curves, mut most) = (vec![], 0.0f64);
+        for (i, dtype) in flags
+            .precisions(&[Dtype::F32, Dtype::Bf16])
+            .into_iter()
+            .enumerate()
+        {
+            let mut points = vec![];
+            for &size in &sweep.sizes {
+                let solve = (sweep.solve)(size);
+                let us = solve.microseconds(dtype, device)?;
+                points.push((size as f64, us / (sweep.per)(solve), us));
+            }
+            print(&sweep, dtype, &points);
+            let figures: Vec<_> = points
+                .iter()
+                .map(|(n, cost, us)| json!([n, cost, us]))
+                .collect();
+            report.figure(&format!("{} {}", sweep.name, dtype.name()), figures)?;
+            most = points.iter().map(|p| p.1).fold(most, f64::max);
+            let line = points.iter().map(|(n, cost, _)| (*n, *cost));
+            curves.push(Curve::new(dtype.name(), colour(i), line).mark(Mark::DottedLine));
+        }
+        panels.push(Panel {
+            scales: [sweep.scale, Scale::Linear],
+            // From zero: costs are compared by their ratios.
+            ranges: [None, Some(0.0..1.15 * most)],
+            curves,
+            ..Panel::new(sweep.title, sweep.name, sweep.unit)
+        });
+    }
+    draw(&report.picture(""), panels)
+}
+
+fn print(sweep: &Sweep, dtype: Dtype, points: &[(f64, f64, f64)]) {
+    let mut table = Table::new([sweep.name, "µs / step", sweep.unit]);
+    for (n, cost, us) in points {
+        table.row([n.to_string(), format!("{us:.1}"), format!("{cost:.3}")]);
+    }
+    println!("{}, {}\n\n{table}", sweep.title, dtype.name());
+}
+
+fn draw(path: &std::path::Path, panels: Vec<Panel>) -> Result<()> {
+    chart::picture(path, (1260, 420), |area| {
+        let mut areas = area.split_evenly((1, 3)).into_iter().zip(panels);
+        areas.try_for_each(|(area, panel)| panel.draw(&area))
+    })
+}

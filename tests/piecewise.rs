@@ -1,0 +1,206 @@
+//! Weights that are piecewise constant in time.
+//!
+//! `cargo test --test piecewise`, a second.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::{
+    odeint, Error, NeuralOde, OdeOptions, PiecewiseConstant, Steps, Time, TimeGrid, VectorField,
+    EULER, RK4,
+};
+use candle_nn::VarMap;
+use common::{all, error_of, method, scatter, scattered, values, worst, U_F64};
+use proptest::prelude::*;
+
+type Growth = Box<dyn Fn(&Time, &Tensor) -> candle_core::Result<Tensor> + Send + Sync>;
+
+/// y' = a_i y.
+fn growth(rates: &[Var]) -> Vec<Growth> {
+    let field = |a: &Var| {
+        let a = a.as_tensor().clone();
+        Box::new(move |_: &Time, y: &Tensor| y.broadcast_mul(&a)) as Growth
+    };
+    rates.iter().map(field).collect()
+}
+
+fn rates(values: &[f64]) -> Vec<Var> {
+    let rate = |a: &f64| Var::new(*a, &Device::Cpu).unwrap();
+    values.iter().map(rate).collect()
+}
+
+const A: [f64; 3] = [0.7, -1.3, 0.4];
+const TIMES: [f64; 4] = [0.0, 0.3, 1.0, 1.2];
+
+#[test]
+fn euler_is_the_product_of_its_factors_and_every_rate_has_its_own_gradient() {
+    let rates = rates(&A);
+    let field = PiecewiseConstant::new(&TIMES, growth(&rates)).unwrap();
+    let y0 = Tensor::new(&[2f64], &Device::Cpu).unwrap();
+    let m = 7;
+    let ys = odeint(field, &y0, &TIMES, &method(&EULER, m)).unwrap();
+    let y = ys.get(3).unwrap();
+    let h = |i: usize| (TIMES[i + 1] - TIMES[i]) / m as f64;
+    let factor = |i: usize| 1.0 + h(i) * A[i];
+    let exact = (0..3).map(|i| factor(i).powi(m as i32)).product::<f64>() * 2.0;
+    assert!((values(&y)[0] / exact - 1.0).abs() < 64.0 * U_F64);
+    let grads = y.sum_all().unwrap().backward().unwrap();
+    for (i, rate) in rates.iter().enumerate() {
+        let exact = m as f64 * h(i) / factor(i) * exact;
+        let got = values(grads.get(rate).unwrap())[0];
+        assert!((got / exact - 1.0).abs() < 64.0 * U_F64, "{got} {exact}");
+    }
+}
+
+#[test]
+fn the_last_stage_of_rk4_reads_the_field_that_begins_where_the_step_ends() {
+    let rates = rates(&A);
+    let field = PiecewiseConstant::new(&TIMES, growth(&rates)).unwrap();
+    let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+    let y = odeint(field, &y0, &[0.0, 0.3], &OdeOptions::default()).unwrap();
+    let (h, a, b) = (0.3, A[0], A[1]);
+    let k1 = a;
+    let k2 = a * (1.0 + 0.5 * h * k1);
+    let k3 = a * (1.0 + 0.5 * h * k2);
+    let k4 = b * (1.0 + h * k3);
+    let exact = 1.0 + h / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4);
+    assert!((values(&y)[1] - exact).abs() < 8.0 * U_F64);
+}
+
+/// The error of y(1.2) against the product of exponentials, with m steps an interval.
+fn error_of_rk4(m: usize, solve_by_interval: bool) -> f64 {
+    let rates = rates(&A);
+    let mut y = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+    let options = method(&RK4, m);
+    if solve_by_interval {
+        for (interval, field) in TIMES.windows(2).zip(growth(&rates)) {
+            let ys = odeint(field, &y, interval, &options).unwrap();
+            y = ys.get(1).unwrap();
+        }
+    } else {
+        let field = PiecewiseConstant::new(&TIMES, growth(&rates)).unwrap();
+        y = odeint(field, &y, &TIMES, &options).unwrap().get(3).unwrap();
+    }
+    let exponent: f64 = (0..3).map(|i| A[i] * (TIMES[i + 1] - TIMES[i])).sum();
+    (values(&y)[0] - exponent.exp()).abs()
+}
+
+#[test]
+fn rk4_has_order_one_across_breaks_and_four_when_intervals_are_chained() {
+    let order = |chained| (error_of_rk4(8, chained) / error_of_rk4(16, chained)).log2();
+    assert!((order(false) - 1.0).abs() < 0.2, "{}", order(false));
+    assert!((order(true) - 4.0).abs() < 0.2, "{}", order(true));
+}
+
+#[test]
+fn integrating_back_passes_the_fields_in_reverse() {
+    let rates = rates(&A);
+    let reversed: Vec<f64> = TIMES.iter().rev().copied().collect();
+    let there = || PiecewiseConstant::new(&TIMES, growth(&rates)).unwrap();
+    let back = || {
+        let mut fields = growth(&rates);
+        fields.reverse();
+        PiecewiseConstant::new(&reversed, fields).unwrap()
+    };
+    let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+    let fine = |h| OdeOptions {
+        steps: Steps::Size(h),
+        ..method(&EULER, 1)
+    };
+    let returned = |h| {
+        let y = odeint(there(), &y0, &TIMES, &fine(h)).unwrap();
+        let y = odeint(back(), &y.get(3).unwrap(), &reversed, &fine(h)).unwrap();
+        (values(&y)[3] - 1.0).abs()
+    };
+    // Euler's own error, order one; the wrong weights would leave an error that stays.
+    assert!(returned(1e-3) < 2e-3);
+    assert!(returned(1e-3) < 0.6 * returned(2e-3));
+}
+
+#[test]
+fn fields_with_pull_backs_of_their_own_train_as_their_velocities_do_on_a_tape() {
+    let vars = VarMap::new();
+    let piece = |vb: candle_nn::VarBuilder<'_>| Mlp::new(&[2, 5, 2], Activation::Tanh, vb);
+    let ode = NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, move |vb| {
+        PiecewiseConstant::build(&TIMES, |i| piece(vb.pp(i)))
+    })
+    .unwrap()
+    .options(method(&RK4, 2));
+    scatter(&vars);
+    assert_eq!(ode.parameters().len(), 12);
+    let y0 = scattered(&[4, 2], 1.0, 3);
+    let of = |ys: Tensor| ys.get(3).unwrap().sqr().unwrap().sum_all().unwrap();
+    let ours = of(ode.solve(&y0, &TIMES).unwrap()).backward().unwrap();
+
+    let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu).pp("f");
+    let nets: Vec<_> = (0..3).map(|i| piece(vb.pp(i)).unwrap()).collect();
+    let listed = PiecewiseConstant::new(&TIMES, nets).unwrap();
+    let plain = move |t: &Time, y: &Tensor| listed.velocity(t, y);
+    let tape = odeint(plain, &y0, &TIMES, &method(&RK4, 2)).unwrap();
+    let tape = of(tape).backward().unwrap();
+    assert!(error_of(&ours, &tape, &all(&vars)) < 64.0 * U_F64);
+}
+
+#[test]
+fn weights_that_intervals_share_are_listed_once_and_summed() {
+    let vars = VarMap::new();
+    let ode = NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, |vb| {
+        PiecewiseConstant::build(&TIMES, |_| {
+            Mlp::new(&[2, 5, 2], Activation::Tanh, vb.clone())
+        })
+    })
+    .unwrap();
+    scatter(&vars);
+    let one = NeuralOde::new(&vars, "f", &Device::Cpu, |vb| {
+        Mlp::new(&[2, 5, 2], Activation::Tanh, vb)
+    });
+    // Of f64 variables, which exist already.
+    let y0 = scattered(&[4, 2], 1.0, 3);
+    let loss = |ys: Tensor| ys.sqr().unwrap().sum_all().unwrap();
+    let shared = loss(ode.solve(&y0, &TIMES).unwrap()).backward().unwrap();
+    let plain = loss(one.unwrap().solve(&y0, &TIMES).unwrap()).backward();
+    assert!(error_of(&shared, &plain.unwrap(), &all(&vars)) < 64.0 * U_F64);
+}
+
+#[test]
+fn a_count_of_fields_that_is_not_that_of_intervals_is_an_error() {
+    let of = |times: &[f64], n| PiecewiseConstant::new(times, growth(&rates(&vec![1.0; n])));
+    for (times, n) in [(&TIMES[..], 2), (&TIMES[..], 4), (&[0.5][..], 0)] {
+        let (fields, intervals) = (n, times.len() - 1);
+        match of(times, n) {
+            Err(Error::FieldCount {
+                fields: f,
+                intervals: i,
+            }) => {
+                assert_eq!((f, i), (fields, intervals));
+            }
+            _ => panic!("no error for {n} fields"),
+        }
+    }
+    assert!(matches!(of(&[], 0), Err(Error::EmptyGrid)));
+    let turned = of(&[0.0, 1.0, 0.5], 2);
+    assert!(matches!(turned, Err(Error::GridNotMonotone { .. })));
+}
+
+proptest! {
+    #[test]
+    fn a_time_within_rounding_of_a_break_belongs_to_the_field_that_begins_there(
+        start in -50.0..50.0f64,
+        length in prop_oneof![0.1..100.0f64, -100.0..-0.1],
+        n in 1usize..40,
+        ulps in -2i64..=2,
+    ) {
+        let times = TimeGrid::linspace(start, start + length, n + 1).unwrap();
+        let field = PiecewiseConstant::new(times.points(), vec![(); n]).unwrap();
+        let points = times.points();
+        let largest = worst(points.iter().copied());
+        for i in 0..n {
+            let near = points[i] + ulps as f64 * U_F64 * largest;
+            prop_assert_eq!(field.interval(near), i);
+            prop_assert_eq!(field.interval(0.5 * (points[i] + points[i + 1])), i);
+        }
+        prop_assert_eq!(field.interval(start - length), 0);
+        prop_assert_eq!(field.interval(start + 2.0 * length), n - 1);
+    }
+}
