@@ -1,8 +1,11 @@
 //! What the forward pass keeps of its evaluations, so that the backward pass need not repeat them.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
+use bytemuck::Pod;
 use half::bf16;
+use memmap2::MmapMut;
 use pulp::Simd;
 
 use crate::problem::Activations;
@@ -91,31 +94,68 @@ impl Selection {
 }
 
 /// What is kept of the evaluations of one tile, part by part, `[step][stage][feature][row]`.
-pub(super) struct Kept<T>(Vec<Numbers<T>>);
+pub(super) struct Kept<T> {
+    room: Room,
+    /// Where each part begins, in numbers.
+    starts: Vec<usize>,
+    number: PhantomData<T>,
+}
 
-enum Numbers<T> {
-    Full(Vec<T>),
-    Bf16(Vec<bf16>),
+/// Zeroed memory that costs nothing until it is written.
+enum Room {
+    Heap(Vec<u64>),
+    /// Large pages where the system has them: faults on small ones cost more than what they hold.
+    Pages(MmapMut),
+}
+
+/// Bytes from which on large pages are asked for.
+const LARGE: usize = 2 << 20;
+
+impl Room {
+    fn new(bytes: usize) -> Self {
+        let pages = match bytes {
+            LARGE.. => MmapMut::map_anon(bytes).ok(),
+            _ => None,
+        };
+        match pages {
+            Some(pages) => {
+                // A wish: small pages hold the same.
+                #[cfg(target_os = "linux")]
+                let _ = pages.advise(memmap2::Advice::HugePage);
+                Self::Pages(pages)
+            }
+            None => Self::Heap(bytemuck::zeroed_vec(bytes.div_ceil(size_of::<u64>()))),
+        }
+    }
+
+    fn numbers<N: Pod>(&self) -> &[N] {
+        match self {
+            Self::Heap(words) => bytemuck::cast_slice(words),
+            Self::Pages(pages) => bytemuck::cast_slice(pages),
+        }
+    }
+
+    fn numbers_mut<N: Pod>(&mut self) -> &mut [N] {
+        match self {
+            Self::Heap(words) => bytemuck::cast_slice_mut(words),
+            Self::Pages(pages) => bytemuck::cast_slice_mut(pages),
+        }
+    }
 }
 
 impl<T: Element> Kept<T> {
-    /// Room for a tile of so many rows, in pages that cost nothing until they are written.
+    /// Room for a tile of so many rows.
     pub(super) fn new(selection: &Selection, steps: usize, rows: usize) -> Self {
-        let room = |(part, from): (&Part, &usize)| {
-            let n = (steps - from) * selection.stages * part.size() * rows;
-            match selection.low {
-                true => Numbers::Bf16(bytemuck::zeroed_vec(n)),
-                false => Numbers::Full(bytemuck::zeroed_vec(n)),
-            }
-        };
-        Self(
-            selection
-                .parts
-                .iter()
-                .zip(&selection.from)
-                .map(room)
-                .collect(),
-        )
+        let (mut starts, mut end) = (vec![], 0);
+        for (part, from) in selection.parts.iter().zip(&selection.from) {
+            starts.push(end);
+            end += (steps - from) * selection.stages * part.size() * rows;
+        }
+        Self {
+            room: Room::new(end * selection.bytes::<T>()),
+            starts,
+            number: PhantomData,
+        }
     }
 
     /// Keeps what is wanted of an evaluation.
@@ -133,16 +173,17 @@ impl<T: Element> Kept<T> {
             if n < from {
                 continue;
             }
-            let mut at = ((n - from) * selection.stages + stage) * part.size() * rows;
+            let evaluation = (n - from) * selection.stages + stage;
+            let mut at = self.starts[p] + evaluation * part.size() * rows;
             for features in &part.features {
                 let x = &slot[features.start * rows..features.end * rows];
-                match &mut self.0[p] {
-                    Numbers::Full(kept) => kept[at..][..x.len()].copy_from_slice(x),
-                    Numbers::Bf16(kept) => {
-                        for (kept, x) in kept[at..][..x.len()].iter_mut().zip(x) {
-                            *kept = narrowed(x.to_f64() as f32);
-                        }
+                if selection.low {
+                    let kept = &mut self.room.numbers_mut::<bf16>()[at..][..x.len()];
+                    for (kept, x) in kept.iter_mut().zip(x) {
+                        *kept = narrowed(x.to_f64() as f32);
                     }
+                } else {
+                    self.room.numbers_mut::<T>()[at..][..x.len()].copy_from_slice(x);
                 }
                 at += x.len();
             }
@@ -164,16 +205,17 @@ impl<T: Element> Kept<T> {
             if n < from {
                 continue;
             }
-            let mut at = ((n - from) * selection.stages + stage) * part.size() * rows;
+            let evaluation = (n - from) * selection.stages + stage;
+            let mut at = self.starts[p] + evaluation * part.size() * rows;
             for features in &part.features {
                 let x = &mut slot[features.start * rows..features.end * rows];
-                match &self.0[p] {
-                    Numbers::Full(kept) => x.copy_from_slice(&kept[at..][..x.len()]),
-                    Numbers::Bf16(kept) => {
-                        for (x, kept) in x.iter_mut().zip(&kept[at..]) {
-                            *x = T::of(f32::from_bits(u32::from(kept.to_bits()) << 16).into());
-                        }
+                if selection.low {
+                    let kept = &self.room.numbers::<bf16>()[at..];
+                    for (x, kept) in x.iter_mut().zip(kept) {
+                        *x = T::of(f32::from_bits(u32::from(kept.to_bits()) << 16).into());
                     }
+                } else {
+                    x.copy_from_slice(&self.room.numbers::<T>()[at..][..x.len()]);
                 }
                 at += x.len();
             }

@@ -139,6 +139,7 @@ fn not_finite(step: Step) -> Error {
 }
 
 /// What the backward pass of one group leaves.
+#[derive(Default)]
 pub(super) struct Group<T> {
     /// λ_0, `[tile][leaf][row]`.
     pub(super) y0: Vec<T>,

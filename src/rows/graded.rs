@@ -20,8 +20,9 @@ use crate::problem::{Activations, Problem};
 use crate::simd::{enter, Element};
 use crate::stats::Stats;
 
-/// Bytes of evaluations that a group may keep.
-const KEPT: usize = 32 << 20;
+/// Bytes of evaluations that a tile may keep, of its last steps where that is not all: what several
+/// cores find in a shared cache.
+const KEPT: usize = 12 << 20;
 
 /// The loss and its gradients, before its own cotangent is known.
 struct Graded<T> {
@@ -113,12 +114,27 @@ pub(super) fn run<T: Element, F: RowField>(
     }))
 }
 
-/// What a group leaves.
+/// What a tile leaves, or a group of them.
+#[derive(Default)]
 struct Group<T> {
     loss: f64,
     rows: Vec<std::ops::Range<usize>>,
     swept: backward::Group<T>,
     bytes: usize,
+}
+
+impl<T: Element> Group<T> {
+    /// Another tile's after this.
+    fn and(mut self, next: Self) -> Self {
+        self.loss += next.loss;
+        self.rows.extend(next.rows);
+        self.swept.y0.extend(next.swept.y0);
+        for (sum, part) in self.swept.gradients.iter_mut().zip(next.swept.gradients) {
+            *sum += part;
+        }
+        self.swept.stats.join(&next.swept.stats);
+        self
+    }
 }
 
 struct Job<'a, T, F, O> {
@@ -151,8 +167,7 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
     let field = job.spec.tiles::<T, S>(problem.packing.shapes())?;
     let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
     let groups = plan.groups::<T, S>(field.parameters());
-    let tiles = groups.iter().map(Vec::len).max().unwrap_or(0);
-    let rows = tiles * V * T::lanes::<S>();
+    let rows = V * T::lanes::<S>();
     let kept = Activations::within(KEPT);
     let selection = Selection::new(field.parts(), kept, rows, size_of::<T>(), stages, steps);
     let bytes = selection.numbers(steps, rows) * size_of::<T>();
@@ -162,18 +177,18 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
         plan,
         differentiate: job.differentiate,
     };
-    // Pages cost more than what is written to them: the rooms of one group are the next one's.
+    // Pages cost more than what is written to them: the room of one tile is the next one's.
     let room = || {
         let window = Window::<T, S, V>::new(&field, stages, steps, job.differentiate);
         (window, vec![])
     };
-    let each = |(window, rooms): &mut (Window<T, S, V>, Vec<Kept<T>>), group: &Vec<usize>| {
+    let tile = |(window, rooms): &mut (Window<T, S, V>, Vec<Kept<T>>), first: &usize| {
         let integrated = s.vectorize(Integrate::<T, _, V> {
             field: &field,
             selection: &selection,
             plan,
             y0: job.y0,
-            tiles: group,
+            tiles: std::slice::from_ref(first),
             rooms: std::mem::take(rooms),
         })?;
         let (loss, cotangent) = grade(job.loss, plan, &integrated);
@@ -185,7 +200,7 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
         };
         let swept = enter(s, sweep)?;
         let tiles = integrated.tiles.into_iter();
-        let (rows, used): (Vec<_>, Vec<_>) = tiles.map(|tile| (tile.rows, tile.kept)).unzip();
+        let (rows, used) = tiles.map(|tile| (tile.rows, tile.kept)).unzip();
         *rooms = used;
         Ok::<_, Failure>(Group {
             loss,
@@ -193,6 +208,11 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
             bytes,
             rows,
         })
+    };
+    let each = |room: &mut _, group: &Vec<usize>| {
+        let mut tiles = group.iter().map(|first| tile(room, first));
+        let first = tiles.next().unwrap_or_else(|| Ok(Group::default()))?;
+        tiles.try_fold(first, |sum, next| Ok(sum.and(next?)))
     };
     on_all_threads(&groups, room, each, job.fold)
 }
