@@ -8,6 +8,7 @@
 //! * [`odeint`]: a closure, solved; [`solve`]: the same without a graph.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
 //! * [`nn`]: fields that are integrated tile by tile, an order of magnitude faster on the CPU.
+//! * [`mmd()`], and `datasets` behind a feature: to judge continuous flows by, and to train them on.
 //! * [`OdeOptions`]: method ([`Tableau`]), steps, checkpoints, scaling, statistics.
 //!
 //! # Theory
@@ -50,9 +51,12 @@
 mod accumulator;
 mod adjoint;
 mod autograd;
+#[cfg(feature = "datasets")]
+pub mod datasets;
 mod error;
 mod field;
 mod integrate;
+mod mmd;
 mod neural_ode;
 pub mod nn;
 mod odeint;
@@ -75,6 +79,7 @@ mod watch;
 
 pub use error::{Error, Result};
 pub use field::{autonomous, constant, Autonomous, Constant, Cotangents, Pullback, VectorField};
+pub use mmd::mmd;
 pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, solve, Gradients, Solution};
 pub use piecewise::PiecewiseConstant;
