@@ -14,7 +14,7 @@ const BLOCK: usize = 1024;
 ///
 /// x: `(n, features)`, y: `(m, features)`, any float dtype; computed in f64, in blocks of rows.
 /// Its mean is zero where both are of one distribution, so that it can be negative.  Gretton et al.,
-/// "A Kernel Two-Sample Test", JMLR 13 (2012), equation 3.  Studies of flows take σ² = ½.
+/// "A Kernel Two-Sample Test", JMLR 13 (2012), lemma 6.  Studies of flows take σ² = ½.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -185,6 +185,53 @@ proptest! {
     }
 }
 
+#[test]
+fn the_mean_gradient_over_all_probes_is_that_of_the_exact_trace() {
+    const FEATURES: usize = 3;
+    for activation in Activation::ALL {
+        let (vars, vb) = map();
+        let mlp = Mlp::with_time(&[FEATURES, 7, 5, FEATURES], activation, vb).unwrap();
+        scatter(&vars);
+        let z = scattered(&[2, FEATURES], 1.0, 3);
+        let v = (scattered(z.dims(), 1.0, 5), scattered(&[2, 1], 1.0, 6));
+        let exact = Cnf::new(mlp.clone()).unwrap();
+        let (_, pull) = exact.vjp(&at(0.3), &(z.clone(), zeros(2, 1))).unwrap();
+        let exact = pull(&v).unwrap();
+        let flow = Hutchinson::new(mlp);
+        let variables = all(&vars);
+        let mut means: Vec<_> = variables
+            .iter()
+            .map(|(_, v)| v.zeros_like().unwrap())
+            .collect();
+        let mut mean_z = z.zeros_like().unwrap();
+        for signs in 0..1u32 << FEATURES {
+            let sign = |i: usize| {
+                if signs >> (i % FEATURES) & 1 == 1 {
+                    1.0
+                } else {
+                    -1.0
+                }
+            };
+            let probe = Tensor::from_iter((0..2 * FEATURES).map(sign), &Device::Cpu);
+            let probe = probe.and_then(|p| p.reshape((2, FEATURES))).unwrap();
+            let (_, pull) = flow
+                .vjp(&at(0.3), &(z.clone(), zeros(2, 1), probe))
+                .unwrap();
+            let pulled = pull(&(v.0.clone(), v.1.clone(), z.zeros_like().unwrap())).unwrap();
+            for (mean, (_, var)) in means.iter_mut().zip(&variables) {
+                *mean = (&*mean + (pulled.params.get(var).unwrap() / 8.0).unwrap()).unwrap();
+            }
+            mean_z = (mean_z + (pulled.y.0 / 8.0).unwrap()).unwrap();
+        }
+        let error = relative(&mean_z, &exact.y.0);
+        assert!(error <= 1e-12, "{activation:?}, z: {error:e}");
+        for (mean, (name, var)) in means.iter().zip(&variables) {
+            let error = relative(mean, exact.params.get(var).unwrap());
+            assert!(error <= 1e-12, "{activation:?}, {name}: {error:e}");
+        }
+    }
+}
+
 /// ∫ p over a grid of the window ±`reach`, given log p of points (n, 2).
 fn integral(reach: f64, log_density: impl Fn(&Tensor) -> Tensor) -> f64 {
     const CELLS: usize = 100;

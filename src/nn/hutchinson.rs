@@ -88,8 +88,7 @@ impl Jvp for Mlp {
 /// there are; where these are few, or g is a perceptron of one or two hidden layers, the exact trace
 /// of [`Cnf`](super::Cnf) costs no more.
 ///
-/// Hutchinson's estimator, as in "FFJORD" (arXiv 1810.01367), equation 7, with a tangent in place of
-/// the cotangent.
+/// Hutchinson's estimator, as in "FFJORD" (arXiv 1810.01367), with a tangent in place of the cotangent.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -20,8 +20,8 @@ use crate::time::Time;
 /// the dtype of l: give it f32 where z is narrower
 /// ([`leaf_precision`](crate::OdeOptions::leaf_precision)).
 ///
-/// The planar flow of FFJORD's authors' tutorial code and of the experiments of "Mixed Precision
-/// Training of Neural ODEs" (arXiv 2510.23498).
+/// The flow of torchdiffeq's example of a continuous normalising flow, which the experiments of "Mixed
+/// Precision Training of Neural ODEs" (arXiv 2510.23498) took up.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

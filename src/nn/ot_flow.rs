@@ -31,7 +31,7 @@ use evaluation::Evaluation;
 /// narrower ([`leaf_precision`](crate::OdeOptions::leaf_precision)).
 ///
 /// "OT-Flow: Fast and Accurate Continuous Normalizing Flows via Optimal Transport" (arXiv 2006.00104),
-/// equations 10 to 16, with one residual layer, as in all of its experiments.
+/// with one residual layer, as in its experiments.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
