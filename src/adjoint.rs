@@ -156,7 +156,7 @@ impl Sweep<'_> {
                 let scale = scaler.scale();
                 stats.vjps += 1;
                 if scaler.is_on() {
-                    stats.used_scale(scale);
+                    stats.used_scale_at(stage.t, scale);
                 }
                 attempts += 1;
                 let grads = self.pull(step, i, stage, &v)?;

@@ -337,6 +337,16 @@ pub enum Error {
         /// What is wrong with it.
         defect: TableauDefect,
     },
+    /// Two samples that [`mmd`](crate::mmd()) cannot compare.
+    #[error(
+        "two samples of at least two points with the same features are needed, got {x:?} and {y:?}"
+    )]
+    Samples {
+        /// Shape of the first.
+        x: Shape,
+        /// Shape of the second.
+        y: Shape,
+    },
     /// An error of candle's.
     #[error(transparent)]
     Candle(candle_core::Error),

@@ -8,6 +8,7 @@
 //! * [`odeint`]: a closure, solved; [`solve`]: the same without a graph.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
 //! * [`nn`]: fields that are integrated tile by tile, an order of magnitude faster on the CPU.
+//! * [`mmd()`], and `datasets` behind a feature: to judge continuous flows by, and to train them on.
 //! * [`OdeOptions`]: method ([`Tableau`]), steps, checkpoints, scaling, statistics.
 //!
 //! # Theory
@@ -50,10 +51,13 @@
 mod accumulator;
 mod adjoint;
 mod autograd;
+#[cfg(feature = "datasets")]
+pub mod datasets;
 mod error;
 mod field;
 mod integrate;
 mod loss;
+mod mmd;
 mod neural_ode;
 pub mod nn;
 mod odeint;
@@ -77,6 +81,7 @@ mod watch;
 pub use error::{Error, Result};
 pub use field::{autonomous, constant, Autonomous, Constant, Cotangents, Pullback, VectorField};
 pub use loss::RowLoss;
+pub use mmd::mmd;
 pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, solve, Gradients, Solution};
 #[doc(hidden)]

@@ -1,6 +1,6 @@
 //! What a solve and its backward pass did: counts, scales, bytes.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Counts since the [`Recorder`] was last taken.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -19,6 +19,10 @@ pub struct Stats {
     pub retries: usize,
     /// Smallest and largest adjoint scale that a pull-back used; `None` where scaling is off.
     pub scale_range: Option<(f64, f64)>,
+    /// (t, S) at the stages at which the adjoint scale S became another, in the order of the backward
+    /// pass.  Only of a [`Recorder::tracing`], and not of fields that are integrated tile by tile,
+    /// each with a scale of its own (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)).
+    pub scales: Vec<(f64, f64)>,
     /// Largest number of states kept at once by any one solve, by its forward pass for the backward
     /// pass and by the backward pass itself.  Several solves that are alive together keep more.
     pub states_kept: usize,
@@ -36,6 +40,14 @@ impl Stats {
         self.scale_range = Some((min.min(scale), max.max(scale)));
     }
 
+    /// Notes the scale of a stage.
+    pub(crate) fn used_scale_at(&mut self, t: f64, scale: f64) {
+        self.used_scale(scale);
+        if self.scales.last().is_none_or(|last| last.1 != scale) {
+            self.scales.push((t, scale));
+        }
+    }
+
     /// Joins the counts of another part of the same batch, which went through the same steps.
     pub(crate) fn join(&mut self, part: &Self) {
         self.recomputed = self.recomputed.max(part.recomputed);
@@ -44,7 +56,7 @@ impl Stats {
         self.see(part);
     }
 
-    /// Adds the counts of a pass.
+    /// Adds the counts of a pass; its trace of scales is the recorder's to keep.
     pub(crate) fn add(&mut self, pass: &Self) {
         self.steps += pass.steps;
         self.evaluations += pass.evaluations;
@@ -83,25 +95,40 @@ impl Stats {
 /// # Ok::<(), candle_diffeq::Error>(())
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct Recorder(Arc<Mutex<Stats>>);
+pub struct Recorder {
+    stats: Arc<Mutex<Stats>>,
+    traces: bool,
+}
 
 impl Recorder {
+    /// One that also keeps [`Stats::scales`], which grow with every solve until they are taken.
+    pub fn tracing() -> Self {
+        Self {
+            traces: true,
+            ..Self::default()
+        }
+    }
+
     /// The counts so far.
     pub fn stats(&self) -> Stats {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.lock().clone()
     }
 
     /// The counts so far, which start anew.
     pub fn take(&self) -> Stats {
-        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut self.lock())
     }
 
     /// Adds the counts of a pass, which counted on its own: fields may read the recorder.
     pub(crate) fn add(&self, pass: &Stats) {
-        let mut stats = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stats = self.lock();
         stats.add(pass);
+        if self.traces {
+            stats.scales.extend_from_slice(&pass.scales);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Stats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -363,6 +363,25 @@ fn options_out_of_range_are_refused_before_any_evaluation() {
 }
 
 #[test]
+fn samples_that_cannot_be_compared_are_refused() {
+    let of = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu).unwrap();
+    for (x, y) in [
+        (vec![1, 2], vec![4, 2]),
+        (vec![4, 2], vec![1, 2]),
+        (vec![4, 2], vec![4, 3]),
+        (vec![4, 2, 1], vec![4, 2]),
+        (vec![4], vec![4]),
+    ] {
+        let (x, y) = (of(&x), of(&y));
+        let expected = Error::Samples {
+            x: x.shape().clone(),
+            y: y.shape().clone(),
+        };
+        assert_is(error(candle_diffeq::mmd(&x, &y, 1.0)), expected);
+    }
+}
+
+#[test]
 fn a_tableau_that_is_no_method_of_its_order_does_not_come_into_being() {
     let invalid = |defect| Error::InvalidTableau {
         name: "mine".into(),

@@ -9,9 +9,18 @@ use candle_diffeq::{
     Scaling, Steps, Time, DOPRI5, EULER, RK4,
 };
 
+#[allow(dead_code)]
+mod common {
+    #[path = "../../examples/common/model_equation.rs"]
+    pub(crate) mod model_equation;
+    #[path = "../../examples/common/problem.rs"]
+    pub(crate) mod problem;
+}
 #[path = "../examples/precision/studies.rs"]
 #[allow(dead_code)]
 mod studies;
+
+use common::problem;
 
 /// Unit roundoff of f16 and bf16.
 const U_F16: f64 = 1.0 / 2048.0;
@@ -93,7 +102,7 @@ fn logged(log: Log) -> impl Fn(&Time, &Tensor) -> candle_core::Result<Tensor> + 
         let w = w.as_tensor().to_dtype(y.dtype())?;
         let rate = (t.tensor()?.cos()? + 1.5)?.to_dtype(y.dtype())?;
         let k = y.matmul(&w)?.tanh()?.broadcast_mul(&rate)?;
-        let bits = studies::values(&k)?.into_iter().map(f64::to_bits).collect();
+        let bits = problem::values(&k)?.into_iter().map(f64::to_bits).collect();
         log.lock().unwrap().push((t.value().to_bits(), bits));
         Ok(k)
     }
@@ -187,11 +196,11 @@ fn native_arithmetic_gives_the_field_its_compute_dtype_and_agrees_with_rounding(
                 ..Default::default()
             };
             let y = solve(&field, &y0, &[0.0, 1.0], &options).unwrap();
-            studies::values(y.states()).unwrap()
+            problem::values(y.states()).unwrap()
         };
         let native = run(precision.arithmetic(Arithmetic::Native), dtype);
         let rounded = run(precision, DType::F32);
-        assert!(studies::relative(&native, &rounded) <= unit);
+        assert!(problem::relative(&native, &rounded) <= unit);
     }
 }
 
@@ -269,13 +278,13 @@ fn a_leaf_in_f16_whose_adjoint_starts_at_zero_gets_its_gradient_from_the_others(
             z.zeros_like().unwrap(),
             (q.ones_like().unwrap() * 1e-9).unwrap(),
         );
-        studies::values(&solution.vjp(&seeds).unwrap().y0.0).unwrap()
+        problem::values(&solution.vjp(&seeds).unwrap().y0.0).unwrap()
     };
     let exact = gradient([Precision::f64(), Precision::f64()], DType::F64);
     for arithmetic in [Arithmetic::Rounded, Arithmetic::Native] {
         let low = Precision::f16().arithmetic(arithmetic);
         let got = gradient([low, Precision::f32()], DType::F32);
-        assert!(studies::relative(&got, &exact) <= 2.0 * U_F16, "{got:?}");
+        assert!(problem::relative(&got, &exact) <= 2.0 * U_F16, "{got:?}");
     }
 }
 
@@ -311,6 +320,33 @@ fn a_scale_is_reported_where_cotangents_are_scaled_and_nowhere_else() {
 }
 
 #[test]
+fn a_tracing_recorder_keeps_the_scales_of_a_falling_adjoint_and_a_plain_one_does_not() {
+    let scales = |recorder: Recorder| {
+        let options = OdeOptions {
+            precision: Some(Precision::f16()),
+            steps: Steps::PerInterval(64),
+            recorder: Some(recorder.clone()),
+            ..Default::default()
+        };
+        let y0 = Var::new(&[1f32], &Device::Cpu).unwrap();
+        // λ(0) = e⁻⁸, so that S has eleven binades to rise.
+        let field = |_: &Time, y: &Tensor| y * -8.0;
+        let ys = odeint(field, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+        ys.get(1).unwrap().sum_all().unwrap().backward().unwrap();
+        let stats = recorder.take();
+        assert!(recorder.take().scales.is_empty());
+        (stats.scales, stats.scale_range.unwrap())
+    };
+    let (trace, range) = scales(Recorder::tracing());
+    assert_eq!(trace.len(), 12, "{trace:?}");
+    assert_eq!((trace[0].1, trace[11].1), range);
+    for pair in trace.windows(2) {
+        assert!(pair[1].0 < pair[0].0 && pair[1].1 == 2.0 * pair[0].1);
+    }
+    assert!(scales(Recorder::default()).0.is_empty());
+}
+
+#[test]
 fn a_loss_scaler_divides_in_f32_whatever_the_gradient_is() {
     for dtype in [DType::F16, DType::BF16, DType::F32] {
         let w = Tensor::ones(2, dtype, &Device::Cpu).unwrap();
@@ -324,6 +360,6 @@ fn a_loss_scaler_divides_in_f32_whatever_the_gradient_is() {
             .unwrap());
         let grad = grads.get(&w).unwrap();
         assert_eq!(grad.dtype(), dtype);
-        assert_eq!(studies::values(grad).unwrap(), [2f64.powi(-16); 2]);
+        assert_eq!(problem::values(grad).unwrap(), [2f64.powi(-16); 2]);
     }
 }

@@ -29,6 +29,16 @@ impl Dtype {
         self.precision().state
     }
 
+    /// Unit roundoff of the compute dtype.
+    pub(crate) fn roundoff(self) -> f64 {
+        match self {
+            Self::F64 => 2f64.powi(-53),
+            Self::F32 => 2f64.powi(-24),
+            Self::Bf16 => 2f64.powi(-8),
+            Self::F16 => 2f64.powi(-11),
+        }
+    }
+
     /// As on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {

@@ -1,12 +1,12 @@
 //! Initial weights from a seed: candle draws its own from a generator that has none.
 
-use candle_core::{Shape, Tensor};
+use candle_core::{Shape, Tensor, Var};
 use candle_nn::VarMap;
 use rand::rngs::StdRng;
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use super::Result;
+use super::{random, Result};
 
 /// Draws the variables of a map, by name in order, from normal distributions of mean zero and the
 /// deviation that `of(name, shape)` gives; one of `None` stays as it is.
@@ -48,4 +48,26 @@ pub(crate) fn xavier(name: &str, shape: &Shape) -> Option<f64> {
     let (inputs, outputs) = fans(shape);
     let weight = (2.0 / (inputs + outputs)).sqrt();
     Some(if name.ends_with("bias") { 0.0 } else { weight })
+}
+
+/// Values uniform in ±1/√inputs for layers `NAME.weight` and their `NAME.bias`, as PyTorch's linear
+/// layers have; other variables stay as they are.
+pub(crate) fn layers(vars: &VarMap, rng: &mut StdRng) -> Result<()> {
+    let data = vars.data().lock().map_err(|_| "the variables are locked")?;
+    let mut names: Vec<_> = data.keys().filter(|n| n.ends_with(".weight")).collect();
+    names.sort();
+    for name in names {
+        let bound = 1.0 / fans(data[name].shape()).0.sqrt();
+        let bias = name.replace(".weight", ".bias");
+        for var in [data.get(name), data.get(&bias)].into_iter().flatten() {
+            uniform(var, rng, bound)?;
+        }
+    }
+    Ok(())
+}
+
+/// Values of a variable, uniform in ±`bound`.
+pub(crate) fn uniform(var: &Var, rng: &mut StdRng, bound: f64) -> Result<()> {
+    let x = random::uniform(rng, var.shape(), var.dtype(), var.device())?;
+    Ok(var.set(&(((x * 2.0)? - 1.0)? * bound)?)?)
 }

@@ -10,13 +10,18 @@ pub(crate) mod environment;
 pub(crate) mod flags;
 pub(crate) mod gradients;
 pub(crate) mod initial;
+pub(crate) mod jobs;
 pub(crate) mod memory;
+pub(crate) mod mode;
+pub(crate) mod model_equation;
+pub(crate) mod problem;
 pub(crate) mod random;
 pub(crate) mod report;
 pub(crate) mod table;
 
-use candle_core::{DType, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
+
+pub(crate) use problem::{relative, values};
 
 /// Failures of an example, shown to its user.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -54,18 +59,4 @@ pub(crate) fn mean(figures: &[f64]) -> f64 {
 pub(crate) fn geometric_mean(figures: &[f64]) -> f64 {
     let logarithms: Vec<f64> = figures.iter().map(|x| x.ln()).collect();
     mean(&logarithms).exp()
-}
-
-/// All values of a tensor of any dtype and device.
-pub(crate) fn values(x: &Tensor) -> candle_core::Result<Vec<f64>> {
-    x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1()
-}
-
-/// ‖x − y‖ / ‖y‖; NaN where the lengths differ.
-pub(crate) fn relative(x: &[f64], y: &[f64]) -> f64 {
-    if x.len() != y.len() {
-        return f64::NAN;
-    }
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut x.iter().zip(y).map(|(x, y)| x - y)) / norm(&mut y.iter().copied())
 }

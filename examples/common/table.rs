@@ -14,6 +14,18 @@ impl Table {
         }
     }
 
+    /// Of columns whose number is known at run time only.
+    pub(crate) fn of(columns: impl IntoIterator<Item = String>) -> Self {
+        Self {
+            rows: vec![columns.into_iter().collect()],
+        }
+    }
+
+    /// One more row of such a table.
+    pub(crate) fn line(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+
     /// One more row, as long as the first.
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
         self.rows.push(cells.to_vec());

@@ -3,31 +3,43 @@
 //!
 //! `cargo run --release --example precision` (about a minute; `--smoke` a few seconds)
 
+#[path = "../common/mod.rs"]
+mod common;
 mod studies;
+
+use std::process::ExitCode;
 
 use candle_core::DType;
 use candle_diffeq::Precision;
 use clap::Parser;
 
+use crate::common::flags::{Flags, Size};
+use crate::common::problem::Errors;
+use crate::common::report::{self, Report};
+use crate::common::table::{sci, Table};
+use crate::common::{progress, Result};
+
 /// Errors of f16 and bf16 solves against f64.
 #[derive(Parser)]
 struct Args {
-    /// Fewer steps.
-    #[arg(long)]
-    smoke: bool,
+    #[command(flatten)]
+    flags: Flags,
 }
 
-fn main() -> candle_diffeq::Result<()> {
+fn main() -> ExitCode {
     let args = Args::parse();
-    model_equation(if args.smoke { 7 } else { 13 })?;
-    stagnation(if args.smoke { &[50] } else { &[50, 200, 2000] })?;
-    polynomial()?;
-    let (waste, stats) = studies::scaler_waste()?;
-    println!(
-        "\nscaler on a smooth solve of 128 steps: {waste:.3} pull-backs per stage, {} retries",
-        stats.retries
-    );
-    Ok(())
+    report::run("precision", &args.flags, |_, report| {
+        let size = args.flags.size();
+        model_equation(size.pick(7, 13, 13), report)?;
+        stagnation(size, report)?;
+        polynomial(report)?;
+        let (waste, stats) = studies::scaler_waste()?;
+        println!(
+            "\nscaler on a smooth solve of 128 steps: {waste:.3} pull-backs per stage, {} retries",
+            stats.retries
+        );
+        report.figure("pull_backs_per_stage", waste)
+    })
 }
 
 /// The four precisions of the tables.
@@ -40,47 +52,57 @@ fn precisions() -> [(&'static str, Precision); 4] {
     ]
 }
 
-fn model_equation(last: u32) -> candle_diffeq::Result<()> {
-    println!("y' = -5 y, D = 10, rk4: relative error of y(T) / dL/dy0 / dL/dA");
+/// Rows of one study: precision, steps, errors.
+type Rows = Vec<(&'static str, usize, Errors)>;
+
+fn print(title: &str, name: &str, rows: &Rows, report: &mut Report) -> Result<()> {
+    let mut table = Table::new(["precision", "steps", "y(T)", "∂L/∂y0", "∂L/∂θ"]);
+    for (precision, steps, e) in rows {
+        let [state, y0, theta] = e.all().map(sci);
+        table.row([precision.to_string(), steps.to_string(), state, y0, theta]);
+    }
+    println!("{title}\n\n{table}");
+    let figures: Vec<_> = rows.iter().map(|(p, n, e)| (p, n, e.all())).collect();
+    report.figure(name, figures)
+}
+
+fn model_equation(last: u32, report: &mut Report) -> Result<()> {
+    let mut rows = vec![];
+    let bar = progress("linear", precisions().len() * (last as usize - 4))?;
     for (name, precision) in precisions() {
         for exponent in 5..=last {
-            let e = studies::model_equation(precision, 1 << exponent)?;
-            println!(
-                "  {name:16} N = {:5}  {:.1e} / {:.1e} / {:.1e}",
-                1 << exponent,
-                e.state,
-                e.y0,
-                e.theta
-            );
+            let errors = studies::model_equation(precision, 1 << exponent)?;
+            rows.push((name, 1 << exponent, errors));
+            bar.inc(1);
         }
     }
-    Ok(())
+    bar.finish_and_clear();
+    let title = "y' = −5y as a 10 × 10 matrix, rk4: relative errors";
+    print(title, "model_equation", &rows, report)
 }
 
-fn stagnation(steps: &[usize]) -> candle_diffeq::Result<()> {
-    println!("\nMLP 2-64-64-2, Euler on [0, 1]: relative error of y(1) / dL/dy0 / dL/dw");
+fn stagnation(size: Size, report: &mut Report) -> Result<()> {
+    let steps: &[usize] = size.pick(&[50], &[50, 200, 2000], &[50, 200, 2000]);
+    let mut rows = vec![];
     for &n in steps {
         for (name, precision) in precisions() {
-            let (e, _) = studies::stagnation(precision, n)?;
-            println!(
-                "  {name:16} N = {n:5}  {:.1e} / {:.1e} / {:.1e}",
-                e.state, e.y0, e.theta
-            );
+            rows.push((name, n, studies::stagnation(precision, n)?.0));
         }
-        let e = studies::naive(DType::BF16, n)?;
-        println!(
-            "  {:16} N = {n:5}  {:.1e} / {:.1e} / {:.1e}",
-            "bf16 tape", e.state, e.y0, e.theta
-        );
+        rows.push(("bf16 tape", n, studies::naive(DType::BF16, n)?));
     }
-    Ok(())
+    let title = "MLP 2-64-64-2, Euler on [0, 1]: relative errors";
+    print(title, "mlp", &rows, report)
 }
 
-fn polynomial() -> candle_diffeq::Result<()> {
-    println!("\ny' = -(a t^2 + b t + c) y, 399 steps: relative error of dL/dy0, da, db, dc");
+fn polynomial(report: &mut Report) -> Result<()> {
+    let mut table = Table::new(["precision", "∂L/∂y0", "∂a", "∂b", "∂c"]);
+    let mut figures = vec![];
     for (name, precision) in [("f32", Precision::f32())].into_iter().chain(precisions()) {
-        let [y0, a, b, c] = studies::polynomial(precision)?;
-        println!("  {name:16} {y0:.1e}  {a:.1e}  {b:.1e}  {c:.1e}");
+        let errors = studies::polynomial(precision)?;
+        let [y0, a, b, c] = errors.map(sci);
+        table.row([name.to_owned(), y0, a, b, c]);
+        figures.push((name, errors));
     }
-    Ok(())
+    print!("y' = −(at² + bt + c) y, 399 steps: relative errors\n\n{table}");
+    report.figure("polynomial", figures)
 }

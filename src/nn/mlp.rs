@@ -136,7 +136,7 @@ impl Mlp {
     }
 
     /// Whether hidden layer l is skipped by its input.
-    fn skips(&self, l: usize) -> bool {
+    pub(super) fn skips(&self, l: usize) -> bool {
         let Affine { weight, .. } = &self.layers[l];
         let reads_time = self.time && l == 0;
         self.residual && !reads_time && weight.dims()[0] == weight.dims()[1]

@@ -1,20 +1,30 @@
-//! Vector fields with pull-backs written by hand: ordinary candle modules, built from a
-//! `VarBuilder` with the names and shapes of `candle_nn`, that the solver integrates tile by tile on
-//! the CPU.
+//! Vector fields that are ordinary candle modules, built from a `VarBuilder` with the names and
+//! shapes of `candle_nn`.
+//!
+//! [`Mlp`], [`Cnf`] and [`ConvField`] have pull-backs written by hand, and the solver integrates them
+//! tile by tile on the CPU.  [`HyperCnf`], [`Hutchinson`] and [`OtFlow`] carry a log-density beside
+//! the state, as `Cnf` does, and run in candle's operations.
 
 mod activation;
 mod cnf;
 mod conv;
 mod elementwise;
+mod hutchinson;
+mod hyper;
 mod linear;
 mod mlp;
+mod ot_flow;
+mod spread;
 mod weights;
 
 pub use activation::Activation;
 pub use cnf::Cnf;
 pub use conv::ConvField;
+pub use hutchinson::{Hutchinson, Jvp, Probe};
+pub use hyper::HyperCnf;
 pub use linear::Linear;
 pub use mlp::Mlp;
+pub use ot_flow::OtFlow;
 
 use std::any::Any;
 

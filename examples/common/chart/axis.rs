@@ -136,7 +136,7 @@ impl Ranged for Axis {
 impl ValueFormatter<f64> for Axis {
     fn format_ext(&self, value: &f64) -> String {
         match self.scale {
-            Scale::Doublings if *value >= 131_072.0 || *value < 1.0 => {
+            Scale::Doublings if self.range.start < 0.5 || self.range.end > 200_000.0 => {
                 format!("2{}", superscript(value.log2().round() as i32))
             }
             _ => number(*value),

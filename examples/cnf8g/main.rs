@@ -1,0 +1,170 @@
+//! Learns eight densities in the plane with continuous normalising flows, in f32, bf16, and f16
+//! without and with adjoint scaling.
+//!
+//! `cargo run --release --example cnf8g` (minutes; `--smoke`: seconds; `--full`: the published size).
+//! Prints likelihoods and discrepancies, draws densities and samples, and how the density forms over
+//! time.  Exits with 1 when scaled f16 does not come within 2 % of the likelihood of f32.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod picture;
+mod training;
+
+use std::process::ExitCode;
+
+use candle_core::Device;
+use candle_diffeq::datasets::Density;
+use clap::Parser;
+use serde_json::json;
+
+use crate::common::dtype::Dtype;
+use crate::common::flags::Flags;
+use crate::common::mode::Mode;
+use crate::common::report::{self, Report};
+use crate::common::table::Table;
+use crate::common::{jobs, mean, progress, Result};
+use crate::training::{train, Outcome, Setting};
+
+/// How far scaled f16 may end from f32.
+const CLOSE: f64 = 0.02;
+
+/// Trains continuous normalising flows on densities in the plane.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    flags: Flags,
+    /// Which densities [default: all].
+    #[arg(long, value_delimiter = ',')]
+    density: Vec<Density>,
+    /// Iterations of each run [default: of the size].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    iters: Option<u32>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    report::run("cnf8g", &args.flags, |device, report| {
+        run(&args, device, report)
+    })
+}
+
+fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    let size = args.flags.size();
+    let mut setting = size.pick(Setting::SMOKE, Setting::SMALL, Setting::PUBLISHED);
+    if let Some(iterations) = args.iters {
+        setting.iterations = iterations as usize;
+    }
+    let densities = match args.density.as_slice() {
+        [] => Density::ALL.to_vec(),
+        asked => asked.to_vec(),
+    };
+    let modes = Mode::of(
+        &args
+            .flags
+            .precisions(&[Dtype::F32, Dtype::Bf16, Dtype::F16]),
+    );
+    let pairs = densities
+        .iter()
+        .flat_map(|d| modes.iter().map(move |m| (*d, *m)));
+    let pairs: Vec<_> = pairs.collect();
+    let bar = progress("train", pairs.len() * setting.iterations)?;
+    let outcomes = jobs::run(device, &pairs, |(density, mode)| {
+        train(*density, *mode, &setting, args.flags.seed, device, &bar)
+    })?;
+    bar.finish_and_clear();
+    print(&outcomes, modes.len());
+    let by_density: Vec<&[Outcome]> = outcomes.chunks(modes.len()).collect();
+    // Of the precision that comes last: scaled f16, unless others were asked for.
+    let last: Vec<_> = by_density.iter().filter_map(|of| of.last()).collect();
+    picture::densities(&report.picture(""), &last, args.flags.seed)?;
+    picture::flows(&report.picture("flow"), &last[..last.len().min(2)])?;
+    picture::losses(&report.picture("loss"), &by_density)?;
+    report.figure("iterations", setting.iterations)?;
+    report.figure("runs", outcomes.iter().map(json).collect::<Vec<_>>())?;
+    demands(&by_density, report);
+    Ok(())
+}
+
+/// One line for each density: likelihoods, then discrepancies; one line for each precision: times.
+fn print(outcomes: &[Outcome], modes: usize) {
+    for (title, figure) in [
+        ("negative log-likelihood", nll as fn(&Outcome) -> String),
+        ("10³ MMD² of samples to data", |o| thousandths(o.mmd)),
+        ("10³ MMD² of data sent to noise", |o| {
+            thousandths(o.mmd_noise)
+        }),
+    ] {
+        let names = outcomes.iter().take(modes).map(|o| o.mode.name.to_owned());
+        let mut table = Table::of(std::iter::once(title.to_owned()).chain(names));
+        for of in outcomes.chunks(modes) {
+            let cells = of.iter().map(figure);
+            table.line(
+                of.iter()
+                    .take(1)
+                    .map(|o| o.density.to_string())
+                    .chain(cells),
+            );
+        }
+        println!("{table}");
+    }
+    let mut table = Table::new(["", "ms forward", "backward", "pull-backs redone", "scale"]);
+    for (i, first) in outcomes.iter().take(modes).enumerate() {
+        let of: Vec<_> = outcomes.iter().skip(i).step_by(modes).collect();
+        let over = |f: fn(&Outcome) -> f64| mean(&of.iter().map(|o| f(o)).collect::<Vec<_>>());
+        table.row([
+            first.mode.name.to_owned(),
+            format!("{:.1}", over(|o| o.forward)),
+            format!("{:.1}", over(|o| o.backward)),
+            of.iter()
+                .map(|o| o.stats.retries)
+                .sum::<usize>()
+                .to_string(),
+            match first.stats.scale_range {
+                Some((low, high)) => format!("2^{} … 2^{}", low.log2(), high.log2()),
+                None => "–".to_owned(),
+            },
+        ]);
+    }
+    print!("{table}");
+}
+
+fn nll(o: &Outcome) -> String {
+    format!("{:.3}", o.nll)
+}
+
+fn thousandths(x: f64) -> String {
+    format!("{:.2}", 1e3 * x)
+}
+
+fn json(o: &Outcome) -> serde_json::Value {
+    json!({
+        "density": o.density.name(),
+        "precision": o.mode.name,
+        "nll": o.nll,
+        "mmd": o.mmd,
+        "mmd_noise": o.mmd_noise,
+        "loss_first": o.losses.first(),
+        "loss_last": o.losses.last(),
+        "forward_ms": o.forward,
+        "backward_ms": o.backward,
+        "bytes_kept": o.stats.bytes_kept,
+        "vjps": o.stats.vjps,
+        "retries": o.stats.retries,
+    })
+}
+
+/// Scaled f16 must learn as well as f32.  NaN misses.
+fn demands(by_density: &[&[Outcome]], report: &mut Report) {
+    for of in by_density {
+        let exact = of.iter().find(|o| o.mode.dtype == Dtype::F32);
+        let scaled = of.iter().find(|o| o.mode.is_scaled_f16());
+        let (Some(exact), Some(scaled)) = (exact, scaled) else {
+            continue;
+        };
+        let apart = (scaled.nll - exact.nll).abs() / exact.nll.abs();
+        report.demand(apart <= CLOSE, || {
+            let density = exact.density;
+            format!("{density}: the likelihood of scaled f16 is {apart:.3} from that of f32")
+        });
+    }
+}

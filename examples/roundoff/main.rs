@@ -1,0 +1,244 @@
+//! Roundoff of the solution and the gradients of a continuous flow, as the number of steps grows:
+//! relative errors against f64 on the same grid.
+//!
+//! `cargo run --release --example roundoff` (`--smoke`: seconds).  Exits with 1 when an error of ours
+//! after the most steps is more than twice that after the fewest.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod flow;
+mod picture;
+
+use std::process::ExitCode;
+
+use candle_core::Device;
+use candle_diffeq::{Error, OdeOptions, Scaling, Tableau, EULER, RK4};
+use clap::Parser;
+use serde_json::json;
+
+use crate::common::dtype::Dtype;
+use crate::common::flags::Flags;
+use crate::common::problem::{Gradients, Problem};
+use crate::common::random::generator;
+use crate::common::report::{self, Report};
+use crate::common::table::{sci, Table};
+use crate::common::{progress, relative, Result};
+
+/// What errors are of.
+const QUANTITIES: [&str; 4] = ["y(1)", "∂L/∂y0", "∂L/∂θ", "worst of ∂L/∂θ"];
+/// How much larger an error may be after the most steps than after the fewest.
+const GROWTH: f64 = 2.0;
+
+/// Roundoff over the number of steps.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// How gradients are kept in range, and whose they are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    /// Ours; dynamic adjoint scaling in f16, otherwise none.
+    Scaled,
+    /// Ours, in f16 without scaling.
+    Unscaled,
+    /// Ours, in f16 under the largest constant scale that does not overflow.
+    Constant,
+    /// Candle's tape, with copies of the weights in compute precision.
+    Tape,
+}
+
+impl Kind {
+    fn of(dtype: Dtype) -> &'static [Self] {
+        match dtype {
+            Dtype::F16 => &[Self::Scaled, Self::Unscaled, Self::Constant, Self::Tape],
+            Dtype::Bf16 => &[Self::Scaled, Self::Tape],
+            Dtype::F32 | Dtype::F64 => &[Self::Scaled],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Scaled => "ours",
+            Self::Unscaled => "ours, unscaled",
+            Self::Constant => "ours, constant scale",
+            Self::Tape => "tape",
+        }
+    }
+}
+
+/// Errors over the number of steps.
+struct Series {
+    method: Tableau,
+    dtype: Dtype,
+    kind: Kind,
+    errors: Vec<(usize, [f64; 4])>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    report::run("roundoff", &args.flags, |device, report| {
+        run(&args, device, report)
+    })
+}
+
+fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    let problem = flow::flow(&mut generator(args.flags.seed))?.on(device)?;
+    let last = args.flags.size().pick(7, 12, 12);
+    let steps: Vec<usize> = (6..=last).map(|k| 1 << k).collect();
+    let dtypes = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+    let dtypes = args.flags.precisions(&dtypes);
+    let kinds = || {
+        dtypes
+            .iter()
+            .flat_map(|d| Kind::of(*d).iter().map(|k| (*d, *k)))
+    };
+    // The work is that of all steps.
+    let work = 2 * steps.iter().sum::<usize>() * (1 + kinds().count());
+    let (mut all, bar) = (vec![], progress("steps", work)?);
+    for method in [EULER, RK4] {
+        let mut series: Vec<Series> = kinds()
+            .map(|(dtype, kind)| Series {
+                method: method.clone(),
+                dtype,
+                kind,
+                errors: vec![],
+            })
+            .collect();
+        for &n in &steps {
+            let reference = ours(&problem, &method, Dtype::F64, Scaling::Off, n)?;
+            bar.inc(n as u64);
+            for one in &mut series {
+                let gradients = solve(&problem, one, n)?;
+                one.errors
+                    .push((n, errors(&problem, &gradients, &reference)));
+                bar.inc(n as u64);
+            }
+        }
+        all.extend(series);
+    }
+    bar.finish_and_clear();
+    print(&all);
+    picture::draw(&report.picture(""), &all)?;
+    report.figure("series", all.iter().map(json).collect::<Vec<_>>())?;
+    demands(&all, report);
+    Ok(())
+}
+
+fn solve(problem: &Problem, series: &Series, steps: usize) -> Result<Gradients> {
+    let (method, dtype) = (&series.method, series.dtype);
+    let precision = dtype.precision();
+    Ok(match series.kind {
+        Kind::Scaled => ours(problem, method, dtype, Scaling::Auto, steps)?,
+        Kind::Unscaled => ours(problem, method, dtype, Scaling::Off, steps)?,
+        Kind::Tape => problem.tape(method, (precision.state, precision.compute), steps)?,
+        Kind::Constant => {
+            // A loss scaler's search: from 2¹⁶ down.
+            for exponent in (-4..=16).rev() {
+                let scaling = Scaling::Fixed(2f64.powi(exponent));
+                match ours(problem, method, dtype, scaling, steps) {
+                    Err(Error::NonFiniteGradient { .. } | Error::NonFiniteParameterGradient) => {}
+                    other => return Ok(other?),
+                }
+            }
+            return Err("gradients overflow under every scale".into());
+        }
+    })
+}
+
+fn ours(
+    problem: &Problem,
+    method: &Tableau,
+    dtype: Dtype,
+    scaling: Scaling,
+    steps: usize,
+) -> candle_diffeq::Result<Gradients> {
+    let options = OdeOptions {
+        method: method.clone(),
+        precision: Some(dtype.precision()),
+        scaling,
+        ..Default::default()
+    };
+    problem.solve(options, steps)
+}
+
+fn errors(problem: &Problem, gradients: &Gradients, reference: &Gradients) -> [f64; 4] {
+    let [state, y0, theta] = gradients.errors(reference).all();
+    let (mut worst, mut start) = (0.0, 0);
+    for weight in &problem.weights {
+        let end = start + weight.elem_count();
+        let of = |theta: &[f64]| {
+            theta
+                .get(start..end)
+                .map(<[f64]>::to_vec)
+                .unwrap_or_default()
+        };
+        worst = f64::max(
+            worst,
+            relative(&of(&gradients.theta), &of(&reference.theta)),
+        );
+        start = end;
+    }
+    [state, y0, theta, worst]
+}
+
+fn print(all: &[Series]) {
+    let mut table = Table::new([
+        "errors, fewest → most steps",
+        "method",
+        "f",
+        "y(1)",
+        "∂L/∂y0",
+        "∂L/∂θ",
+        "worst of ∂L/∂θ",
+    ]);
+    for series in all {
+        let cell = |q: usize| match (series.errors.first(), series.errors.last()) {
+            (Some(few), Some(many)) => format!("{} → {}", sci(few.1[q]), sci(many.1[q])),
+            _ => String::new(),
+        };
+        table.row([
+            series.kind.name().to_owned(),
+            series.method.name().to_owned(),
+            series.dtype.name().to_owned(),
+            cell(0),
+            cell(1),
+            cell(2),
+            cell(3),
+        ]);
+    }
+    print!("{table}");
+}
+
+fn json(series: &Series) -> serde_json::Value {
+    json!({
+        "whose": series.kind.name(),
+        "method": series.method.name(),
+        "f": series.dtype.name(),
+        "quantities": QUANTITIES,
+        "errors": series.errors,
+    })
+}
+
+/// Of low precisions: in f32 the state rounds as f does, and its errors add up.
+fn demands(all: &[Series], report: &mut Report) {
+    let low = |s: &&Series| matches!(s.dtype, Dtype::Bf16 | Dtype::F16) && s.kind != Kind::Tape;
+    for series in all.iter().filter(low) {
+        let (Some(few), Some(many)) = (series.errors.first(), series.errors.last()) else {
+            continue;
+        };
+        for (q, name) in QUANTITIES.iter().enumerate() {
+            report.demand(many.1[q] <= GROWTH * few.1[q], || {
+                format!(
+                    "{}, {}, {}: {name} grows from {:.1e} to {:.1e}",
+                    series.kind.name(),
+                    series.method.name(),
+                    series.dtype.name(),
+                    few.1[q],
+                    many.1[q]
+                )
+            });
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! OT-Flow: a flow along the negative gradient of a potential, with its transport costs.
+
+mod evaluation;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+
+use super::spread::{row_sums, spread};
+use super::Activation;
+use crate::field::{Cotangents, Pullback, VectorField};
+use crate::time::Time;
+use evaluation::Evaluation;
+
+/// x' = −∇Φ(t, x) for the potential
+///
+/// Φ(s) = wᵀN(s) + ½ sᵀAᵀA s + cᵀs,  s = (x, t),
+/// N(s) = u + σ(K₁u + b₁),  u = σ(K₀s + b₀),  σ(x) = log(eˣ + e⁻ˣ),
+///
+/// together with what is integrated along the way:
+///
+/// l' = tr ∇²Φ = −div x',  L' = ½‖∇Φ‖²,  R' = |∂Φ/∂t − ½‖∇Φ‖²|.
+///
+/// x: `(…, features)`; costs: `(…, 3)`, columns l, L, R, with the same rows.  Along a solution, l grows
+/// by log p(x(t)) − log p(x(0)), as with [`Cnf`](super::Cnf); L is the cost of transport, and R what
+/// the potential violates the Hamilton–Jacobi–Bellman equation by.  With weights α, a density is learnt
+/// by the least mean of α_C (l − log N(x(1))) + L + α_R R over data x(0), from time 0 to 1.
+///
+/// Gradient and trace are exact: some products (rows × m) with (m × m) an evaluation, one of them for
+/// every feature.  Costs are summed in their own dtype: give them f32 where x is
+/// narrower ([`leaf_precision`](crate::OdeOptions::leaf_precision)).
+///
+/// "OT-Flow: Fast and Accurate Continuous Normalizing Flows via Optimal Transport" (arXiv 2006.00104),
+/// with one residual layer, as in its experiments.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::nn::OtFlow;
+/// use candle_diffeq::NeuralOde;
+/// let (vars, device) = (candle_nn::VarMap::new(), Device::Cpu);
+/// let flow = NeuralOde::from_field(&vars, "phi", DType::F32, &device, |vb| {
+///     OtFlow::new(2, 32, 2, vb)
+/// })?;
+/// let x0 = Tensor::randn(0f32, 1.0, (8, 2), &device)?;
+/// let costs0 = Tensor::zeros((8, 3), DType::F32, &device)?;
+/// let (xs, costs) = flow.solve(&(x0, costs0), &[0.0, 0.5, 1.0])?;
+/// assert_eq!((xs.dims(), costs.dims()), ([3, 8, 2].as_slice(), [3, 8, 3].as_slice()));
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct OtFlow {
+    /// K₀, `(width, features + 1)`, and b₀.
+    open: [Tensor; 2],
+    /// K₁, `(width, width)`, and b₁.
+    inner: [Tensor; 2],
+    /// `(width)`.
+    w: Tensor,
+    /// `(rank, features + 1)`.
+    a: Tensor,
+    /// `(features + 1)`.
+    c: Tensor,
+}
+
+impl OtFlow {
+    /// A potential of so many features of x, hidden units m, and rows of A; variables
+    /// `open.weight`, `open.bias`, `inner.weight`, `inner.bias`, `w` (ones at first), `A` and `c`
+    /// (zeros).
+    ///
+    /// # Errors
+    /// Of the builder; if a number is 0.
+    pub fn new(features: usize, width: usize, rank: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        if features * width * rank == 0 {
+            candle_core::bail!("an OtFlow of {features} features, width {width}, rank {rank}")
+        }
+        let layer = |inputs, vb: VarBuilder<'_>| {
+            let layer = candle_nn::linear(inputs, width, vb.clone())?;
+            Ok::<_, candle_core::Error>([layer.weight().clone(), vb.get(width, "bias")?])
+        };
+        let inputs = features + 1;
+        let bound = (6.0 / (rank + inputs) as f64).sqrt();
+        let uniform = Init::Uniform {
+            lo: -bound,
+            up: bound,
+        };
+        Ok(Self {
+            open: layer(inputs, vb.pp("open"))?,
+            inner: layer(width, vb.pp("inner"))?,
+            w: vb.get_with_hints(width, "w", Init::Const(1.0))?,
+            a: vb.get_with_hints((rank, inputs), "A", uniform)?,
+            c: vb.get_with_hints(inputs, "c", Init::Const(0.0))?,
+        })
+    }
+
+    fn features(&self) -> usize {
+        self.c.elem_count() - 1
+    }
+
+    /// (x, t), `(row, features + 1)`.
+    fn input(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
+        if x.dims().last() != Some(&self.features()) {
+            let (features, got) = (self.features(), x.shape());
+            candle_core::bail!(
+                "an OtFlow of {features} features needs x (…, {features}), got {got:?}"
+            )
+        }
+        let x = x.reshape(((), self.features()))?;
+        let t = t.tensor()?.to_dtype(x.dtype())?;
+        Tensor::cat(&[&x, &spread(&t, x.dim(0)?)?], 1)
+    }
+
+    /// K₀s + b₀, σ of it, and K₁u + b₁.
+    fn layers(&self, s: &Tensor) -> Result<[Tensor; 3]> {
+        let affine = |[k, b]: &[Tensor; 2], x: &Tensor| x.matmul(&k.t()?)? + spread(b, x.dim(0)?)?;
+        let open = affine(&self.open, s)?;
+        let u = log_two_cosh(&open)?;
+        let inner = affine(&self.inner, &u)?;
+        Ok([open, u, inner])
+    }
+
+    /// Φ(t, x), `(…, 1)`.
+    ///
+    /// # Errors
+    /// If x has not the features of the flow; of candle's operations.
+    pub fn potential(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
+        let s = self.input(t, x)?;
+        let [_, u, inner] = self.layers(&s)?;
+        let n = (u + log_two_cosh(&inner)?)?;
+        let column = |v: &Tensor| v.reshape(((), 1));
+        let quadratic = row_sums(&s.matmul(&self.a.t()?)?.sqr()?)?;
+        let linear = (n.matmul(&column(&self.w)?)? + s.matmul(&column(&self.c)?)?)?;
+        let mut shape = x.dims().to_vec();
+        shape[x.rank() - 1] = 1;
+        (linear + (quadratic * 0.5)?)?.reshape(shape)
+    }
+
+    fn tensors(&self) -> [&Tensor; 7] {
+        let ([k0, b0], [k1, b1]) = (&self.open, &self.inner);
+        [k0, b0, k1, b1, &self.w, &self.a, &self.c]
+    }
+
+    /// The same without history.
+    fn detached(&self) -> Self {
+        let plain = |[k, b]: &[Tensor; 2]| [k.detach(), b.detach()];
+        Self {
+            open: plain(&self.open),
+            inner: plain(&self.inner),
+            w: self.w.detach(),
+            a: self.a.detach(),
+            c: self.c.detach(),
+        }
+    }
+
+    fn check(&self, (x, costs): &(Tensor, Tensor)) -> Result<()> {
+        let rows = |x: &Tensor| x.dims().split_last().map(|(_, rows)| rows.to_vec());
+        if rows(x) == rows(costs) && costs.dims().last() == Some(&3) {
+            return Ok(());
+        }
+        let (x, costs) = (x.shape(), costs.shape());
+        candle_core::bail!(
+            "an OtFlow needs x (…, features) and costs (…, 3), got {x:?} and {costs:?}"
+        )
+    }
+}
+
+/// log(eˣ + e⁻ˣ), whose slope is tanh.
+fn log_two_cosh(x: &Tensor) -> Result<Tensor> {
+    Activation::Softplus.forward(&(x * 2.0)?)? - x
+}
+
+impl VectorField<(Tensor, Tensor)> for OtFlow {
+    fn velocity(&self, t: &Time, y: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+        self.check(y)?;
+        Evaluation::new(self.clone(), self.input(t, &y.0)?, y.1.dtype())?.velocities(y)
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &(Tensor, Tensor),
+    ) -> Result<((Tensor, Tensor), Pullback<'f, (Tensor, Tensor)>)> {
+        self.check(y)?;
+        let input = self.input(t, &y.0)?.detach();
+        let at = Evaluation::new(self.detached(), input, y.1.dtype())?;
+        let k = at.velocities(y)?;
+        let (shape, costs) = (y.0.shape().clone(), y.1.detach());
+        let pull = move |v: &(Tensor, Tensor)| {
+            let (s_bar, gradients) = at.pull(v)?;
+            let mut params = GradStore::default();
+            for (p, gradient) in self.tensors().into_iter().zip(gradients) {
+                if p.track_op() {
+                    params.insert(p, gradient.reshape(p.shape())?);
+                }
+            }
+            let d = self.features();
+            Ok(Cotangents {
+                y: (
+                    s_bar.narrow(1, 0, d)?.contiguous()?.reshape(&shape)?,
+                    costs.zeros_like()?,
+                ),
+                t: Some(s_bar.narrow(1, d, 1)?.sum_all()?),
+                params,
+            })
+        };
+        Ok((k, Box::new(pull)))
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        let tracked = self.tensors().into_iter().filter(|p| p.track_op());
+        Some(tracked.cloned().collect())
+    }
+}
