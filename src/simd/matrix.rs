@@ -113,13 +113,13 @@ const BLOCK: usize = 256;
 /// Columns of a that are read at a time.
 const AHEAD: usize = 8;
 
-/// Some rows of a product.
-struct Piece<'a, T> {
-    a: Matrix<'a, T>,
-    b: Matrix<'a, T>,
-    start: &'a [T],
-    first: usize,
-    out: &'a mut [T],
+/// Some rows of a product, from the first on; `out` is zero.
+pub(super) struct Piece<'a, T> {
+    pub(super) a: Matrix<'a, T>,
+    pub(super) b: Matrix<'a, T>,
+    pub(super) start: &'a [T],
+    pub(super) first: usize,
+    pub(super) out: &'a mut [T],
 }
 
 impl<T: Element> WithSimd for Piece<'_, T> {

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 use pulp::{Scalar, Simd, WithSimd};
 
+use super::matrix::{Matrix, Piece};
 use super::product::{add_rows, load, outer_room, padded, store, Dot, Layer, Outer, Packed, Pair};
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
@@ -347,6 +348,86 @@ proptest! {
         numbers in prop::collection::vec(-2f64..2.0, 97),
     ) {
         everywhere(Products { rows, columns, pairs, numbers: &numbers });
+    }
+}
+
+/// Rows 3 and on of a product of matrices of `rows` × `inner` and `inner` × `columns`.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    rows: usize,
+    inner: usize,
+    columns: usize,
+    transposed: [bool; 2],
+    numbers: &'a [f64],
+}
+
+impl Product<'_> {
+    fn of<T: Element, S: Simd>(self, s: S, unit: f64) {
+        let Self {
+            rows,
+            inner,
+            columns,
+            ..
+        } = self;
+        let at = |i: usize| T::of(self.numbers[i % self.numbers.len()]);
+        let a: Vec<T> = (0..rows * inner).map(at).collect();
+        let b: Vec<T> = (0..inner * columns).map(|i| at(3 * i + 5)).collect();
+        let start: Vec<T> = (0..columns).map(|i| at(7 * i + 1)).collect();
+        let matrix = |data, rows, columns, transposed| match transposed {
+            true => Matrix::new(data, columns, rows).t(),
+            false => Matrix::new(data, rows, columns),
+        };
+        let [a_turned, b_turned] = self.transposed;
+        let first = rows.min(3) - 1;
+        let mut out = vec![T::default(); (rows - first) * columns];
+        let piece = Piece {
+            a: matrix(&a, rows, inner, a_turned),
+            b: matrix(&b, inner, columns, b_turned),
+            start: &start,
+            first,
+            out: &mut out,
+        };
+        piece.with_simd(s);
+        let of = |data: &[T], (i, j): (usize, usize), (rows, columns): (usize, usize), turned| {
+            let at = if turned {
+                j * rows + i
+            } else {
+                i * columns + j
+            };
+            data[at].to_f64()
+        };
+        for (i, out) in out.chunks_exact(columns).enumerate() {
+            for (j, got) in out.iter().enumerate() {
+                let (mut exact, mut size) = (start[j].to_f64(), start[j].to_f64().abs());
+                for k in 0..inner {
+                    let x = of(&a, (first + i, k), (rows, inner), a_turned)
+                        * of(&b, (k, j), (inner, columns), b_turned);
+                    (exact, size) = (exact + x, size + x.abs());
+                }
+                let error = (got.to_f64() - exact).abs();
+                assert!(error <= (inner + 2) as f64 * unit * size, "{error:e}");
+            }
+        }
+    }
+}
+
+impl Check for Product<'_> {
+    #[inline(always)]
+    fn check<S: Simd>(self, s: S) {
+        self.of::<f32, S>(s, 2f64.powi(-24));
+        self.of::<f64, S>(s, 2f64.powi(-53));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn products_of_matrices_are_sums_in_f64_rounded(
+        rows in 1usize..30, inner in 1usize..600, columns in 1usize..70,
+        a in any::<bool>(), b in any::<bool>(), numbers in prop::collection::vec(-2f64..2.0, 97),
+    ) {
+        everywhere(Product { rows, inner, columns, transposed: [a, b], numbers: &numbers });
     }
 }
 
