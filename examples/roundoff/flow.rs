@@ -12,8 +12,7 @@ use crate::common::random::{normal, uniform};
 const BATCH: usize = 16;
 const HYPER: usize = 32;
 const WIDTH: usize = 128;
-/// Of the last layer against the usual initialisation, for a flow as strong as a trained one: a
-/// batch moves by about its own size.
+/// Of the last layer against the usual initialisation, with which nothing moves.
 const STRENGTH: f64 = 8.0;
 
 /// y = (z, log p), (16, 3), on [0, 1].

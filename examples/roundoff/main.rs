@@ -22,7 +22,7 @@ use crate::common::problem::{Gradients, Problem};
 use crate::common::random::generator;
 use crate::common::report::{self, Report};
 use crate::common::table::{sci, Table};
-use crate::common::{progress, relative, Result};
+use crate::common::{progress, relative, values, Result};
 
 /// What errors are of.
 const QUANTITIES: [&str; 4] = ["y(1)", "∂L/∂y0", "∂L/∂θ", "worst of ∂L/∂θ"];
@@ -119,6 +119,10 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         all.extend(series);
     }
     bar.finish_and_clear();
+    let exact = ours(&problem, &RK4, Dtype::F64, Scaling::Off, steps[0])?;
+    let moved = relative(&exact.state, &values(&problem.y0)?);
+    println!("the flow moves the points by {moved:.2} of their size\n");
+    report.figure("moved", moved)?;
     print(&all);
     picture::draw(&report.picture(""), &all)?;
     report.figure("series", all.iter().map(json).collect::<Vec<_>>())?;
