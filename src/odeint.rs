@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::field::{Leaves, VectorField};
 use crate::integrate::{integrate, Forward, Kept};
 use crate::nn;
+use crate::ops;
 use crate::parameters::{Observed, Theta};
 use crate::problem::{OdeOptions, Output, Problem};
 use crate::rows::Solved;
@@ -115,7 +116,9 @@ where
 /// The forward pass from a packed y0, on a copy: the user's own may be written before backward.
 pub(crate) fn run(problem: &Problem, field: &Field<'_>, packed: &Tensor) -> Result<Forward> {
     let mut stats = Stats::default();
+    let before = ops::host_reads();
     let forward = advance(problem, field, packed, &mut stats);
+    stats.host_reads = ops::host_reads() - before;
     problem.recorder.add(&stats);
     forward
 }
@@ -127,6 +130,15 @@ fn advance(
     packed: &Tensor,
     stats: &mut Stats,
 ) -> Result<Forward> {
+    #[cfg(feature = "cuda")]
+    if let Some(known) = field.known().filter(|_| problem.device().is_cuda()) {
+        if let Some(Solved { packed, trajectory }) =
+            nn::cuda::solve(known, problem, &packed.detach(), stats)?
+        {
+            let kept = Kept::Rows(trajectory);
+            return Ok(Forward { packed, kept });
+        }
+    }
     if let Some(rows) = field.known().and_then(nn::rows_of) {
         if let Some(solved) = rows.solve(problem, &packed.detach(), stats)? {
             let Solved { packed, trajectory } = solved;
@@ -156,6 +168,33 @@ fn adjoint(
     cotangent: &Tensor,
     differentiate_time: bool,
 ) -> Result<Adjoint> {
+    let mut stats = Stats::default();
+    let before = ops::host_reads();
+    let adjoint = pull_back(
+        problem,
+        field,
+        theta,
+        kept,
+        cotangent,
+        differentiate_time,
+        &mut stats,
+    );
+    stats.host_reads = ops::host_reads() - before;
+    problem.recorder.add(&stats);
+    adjoint
+}
+
+/// Tile by tile or step by step, as the forward pass went.
+#[allow(clippy::too_many_arguments)]
+fn pull_back(
+    problem: &Problem,
+    field: &Field<'_>,
+    theta: &Theta,
+    kept: &Kept,
+    cotangent: &Tensor,
+    differentiate_time: bool,
+    stats: &mut Stats,
+) -> Result<Adjoint> {
     if cotangent.track_op() {
         return Err(Error::TrackedCotangent);
     }
@@ -164,16 +203,16 @@ fn adjoint(
     }
     theta.check_unchanged(problem.state())?;
     let mut watch = Watch::default();
-    watch.see(std::slice::from_ref(cotangent), || {
-        Error::NonFiniteCotangent
-    })?;
+    // Kernels that go back over all steps look for themselves.
+    if matches!(kept, Kept::Steps(_)) || cotangent.device().is_cpu() {
+        watch.see(std::slice::from_ref(cotangent), || {
+            Error::NonFiniteCotangent
+        })?;
+    }
     let trajectory = match kept {
         Kept::Steps(trajectory) => trajectory,
         Kept::Rows(trajectory) => {
-            let mut stats = Stats::default();
-            let adjoint = trajectory.backward(problem, cotangent, &theta.leaves, &mut stats);
-            problem.recorder.add(&stats);
-            return adjoint;
+            return trajectory.backward(problem, cotangent, &theta.leaves, stats);
         }
     };
     let sweep = Sweep {
@@ -191,10 +230,7 @@ fn adjoint(
         Output::Final => Ok(None),
     };
     let last = row(problem.outputs() - 1)?;
-    let mut stats = Stats::default();
-    let adjoint = sweep.run(last, earlier, watch, &mut stats);
-    problem.recorder.add(&stats);
-    adjoint
+    sweep.run(last, earlier, watch, stats)
 }
 
 /// Makes the solve one node of candle's graph, or a plain tensor where nothing is tracked.  A solve

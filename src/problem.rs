@@ -77,7 +77,8 @@ pub struct OdeOptions {
     /// What is kept for the backward pass.  Default: every state.
     pub checkpoint: Checkpoint,
     /// Whether fields whose rows are independent, such as [`nn::Mlp`](crate::nn::Mlp), are
-    /// integrated tile by tile on the CPU.  Default: yes.  Results agree to rounding.
+    /// integrated tile by tile on the CPU, and small ones in one launch on CUDA.  Default: yes.
+    /// Results agree to rounding.
     pub fusion: bool,
     /// Scaling of the adjoint.  Default: dynamic in f16, otherwise none.
     pub scaling: Scaling,

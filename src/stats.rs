@@ -24,6 +24,9 @@ pub struct Stats {
     pub states_kept: usize,
     /// Bytes of those states.
     pub bytes_kept: usize,
+    /// How often the solver waited for a device and read from it; what fields read is not counted.
+    /// Zero on the CPU.
+    pub host_reads: usize,
 }
 
 impl Stats {
@@ -48,6 +51,7 @@ impl Stats {
         self.recomputed += pass.recomputed;
         self.vjps += pass.vjps;
         self.retries += pass.retries;
+        self.host_reads += pass.host_reads;
         self.see(pass);
     }
 
