@@ -8,6 +8,8 @@ use candle_core::{DType, Tensor};
 
 use crate::error::Result;
 use crate::ops;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::{self, SweepState};
 
 /// Terms in a block: √n at 16 000 evaluations.
 const BLOCK: usize = 128;
@@ -46,14 +48,49 @@ impl Accumulator {
         Ok(())
     }
 
+    /// `θ̄_i += c/S · grad_i` for all parameters that have one, while the sweep goes on.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn add_all(
+        &mut self,
+        c: f64,
+        grads: &[Option<Tensor>],
+        sweep: &SweepState,
+    ) -> Result<()> {
+        for (block, grad) in self.block.iter_mut().zip(grads) {
+            if let (None, Some(grad)) = (&block, grad) {
+                *block = Some((Tensor::zeros(grad.shape(), self.dtype, grad.device())?, 0));
+            }
+        }
+        let open = self.block.iter().zip(grads);
+        let pairs = open.filter_map(|(block, grad)| Some((&block.as_ref()?.0, grad.as_ref()?)));
+        cuda::accumulate_all(&pairs.collect::<Vec<_>>(), c, Some(sweep))?;
+        for ((block, total), grad) in self.block.iter_mut().zip(&mut self.total).zip(grads) {
+            let Some((sum, terms)) = block.as_mut().filter(|_| grad.is_some()) else {
+                continue;
+            };
+            *terms += 1;
+            if *terms == BLOCK {
+                ops::accumulate(total, 1.0, sum)?;
+                *block = None;
+            }
+        }
+        Ok(())
+    }
+
     /// θ̄.
     pub(crate) fn finish(mut self) -> Result<Vec<Tensor>> {
-        for (total, block) in self.total.iter_mut().zip(self.block) {
-            if let Some((sum, _)) = block {
+        self.so_far()?;
+        Ok(self.total)
+    }
+
+    /// θ̄ as far as it has been summed; more may follow.
+    pub(crate) fn so_far(&mut self) -> Result<&[Tensor]> {
+        for (total, block) in self.total.iter_mut().zip(&mut self.block) {
+            if let Some((sum, _)) = block.take() {
                 ops::accumulate(total, 1.0, &sum)?;
             }
         }
-        Ok(self.total)
+        Ok(&self.total)
     }
 }
 

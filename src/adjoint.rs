@@ -12,6 +12,9 @@
 //! v_i carries no factor h, so it stays of the size of λ.  Only the pull-back is in compute
 //! precision: it is fed Q(S·v_i), and its results are divided by S in state precision.
 
+#[cfg(feature = "cuda")]
+mod device;
+
 use candle_core::{DType, Tensor};
 
 use crate::accumulator::Accumulator;
@@ -61,6 +64,10 @@ impl Sweep<'_> {
         mut watch: Watch,
         stats: &mut Stats,
     ) -> Result<Adjoint> {
+        #[cfg(feature = "cuda")]
+        if self.scheme.device.is_cuda() && !self.differentiate_time {
+            return self.run_on_device(last, earlier, watch, stats);
+        }
         let steps = self.plan.len();
         let mut scaler = self.scaler;
         let mut theta = Accumulator::new(self.theta, self.scheme.roles[0].state)?;
@@ -337,6 +344,7 @@ impl TimeGradients {
             return Ok(());
         }
         let values: Vec<_> = terms.iter().map(|t| &t.value).collect();
+        ops::note_host_read(values[0].device());
         let values = Tensor::stack(&values, 0)?.to_vec1()?;
         let mut terms = terms.iter().zip(values);
         terms.try_for_each(|(term, value)| self.sum(term, value))

@@ -41,6 +41,12 @@ pub enum Error {
         /// Time after.
         t1: f64,
     },
+    /// A tensor has more elements than a GPU kernel counts.
+    #[error("{elements} elements in one tensor: kernels on CUDA take 2^31 − 1 at most")]
+    TooLarge {
+        /// Elements of the tensor.
+        elements: usize,
+    },
     /// A time is NaN or infinite.
     #[error("time t[{index}] = {t} is not finite")]
     NonFiniteTime {

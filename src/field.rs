@@ -6,6 +6,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{Module, Tensor};
 
 use crate::autograd;
+#[cfg(feature = "cuda")]
+use crate::nn;
 use crate::state::State;
 use crate::time::Time;
 
@@ -217,6 +219,10 @@ where
     P: std::ops::Deref<Target: VectorField<S>>,
 {
     fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if let Some(mlp) = self.known().and_then(|known| nn::cuda::layered(known, y)) {
+            return Ok(vec![nn::cuda::velocity(mlp, t, &y[0])?]);
+        }
         let y = S::from_leaves(y.clone())?;
         Ok(self.field.velocity(t, &y)?.leaves())
     }
@@ -226,6 +232,11 @@ where
         t: &Time,
         y: &Vec<Tensor>,
     ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        #[cfg(feature = "cuda")]
+        if let Some(mlp) = self.known().and_then(|known| nn::cuda::layered(known, y)) {
+            let (k, pull) = nn::cuda::vjp(mlp, t, &y[0])?;
+            return Ok((vec![k], pull));
+        }
         let (k, pull) = self.field.vjp(t, &S::from_leaves(y.clone())?)?;
         let pull = move |v: &Vec<Tensor>| {
             let Cotangents { y, t, params } = pull(&S::from_leaves(v.clone())?)?;

@@ -76,13 +76,15 @@ pub(crate) fn integrate(
         Trajectory::new(problem.checkpoint, plan.len(), scheme.roles.clone(), &y0)?;
     let mut outputs = vec![];
     let mut y = y0;
+    let mut stored = None;
     if problem.output == Output::All {
         outputs.push(Packing::pack(&y, problem.state())?);
     }
     for n in 0..plan.len() {
         let step = plan.step(n);
-        trajectory.offer(n, &y)?;
-        y = scheme.advance(field, step, &y, &mut watch)?;
+        trajectory.offer_stored(n, &y, stored)?;
+        let copies = trajectory.keeps_copies();
+        (y, stored) = scheme.advance_and_store(field, step, &y, copies, &mut watch)?;
         stats.steps += 1;
         stats.evaluations += scheme.evaluations();
         if problem.output == Output::All && step.ends_interval() {

@@ -36,6 +36,7 @@
 //! (checks of what one returns), `trajectory` (what is kept), `scaler`, `problem` (what both passes
 //! know), `integrate` (the forward loop), `accumulator` and `adjoint` (the backward sweep),
 //! `parameters` (θ), `odeint` and `neural_ode` (public entries; the node in candle's graph).
+//! With the feature `cuda`, `ops` has kernels for NVIDIA GPUs and `nn` whole solves in one launch.
 //! Beside the loops over whole batches stand `simd` (kernels), `rows` (both passes over one tile of
 //! rows after the other) and [`nn`] (fields that can be integrated so).
 //!

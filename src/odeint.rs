@@ -12,6 +12,7 @@ use crate::field::{Leaves, VectorField};
 use crate::integrate::{integrate, Forward, Kept};
 use crate::loss::RowLoss;
 use crate::nn;
+use crate::ops;
 use crate::parameters::{Observed, Theta};
 use crate::problem::{OdeOptions, Output, Problem};
 use crate::scaler::OnOverflow;
@@ -122,7 +123,9 @@ pub(crate) fn run(
     loss: Option<&RowLoss>,
 ) -> Result<Forward> {
     let mut stats = Stats::default();
+    let before = ops::host_reads();
     let forward = advance(problem, field, packed, loss, &mut stats);
+    stats.host_reads = ops::host_reads() - before;
     problem.recorder.add(&stats);
     forward
 }
@@ -135,6 +138,12 @@ fn advance(
     loss: Option<&RowLoss>,
     stats: &mut Stats,
 ) -> Result<Forward> {
+    #[cfg(feature = "cuda")]
+    if let Some(known) = field.known().filter(|_| problem.device().is_cuda()) {
+        if let Some(solved) = nn::cuda::solve(known, problem, &packed.detach(), stats)? {
+            return Ok(Forward::of_rows(solved));
+        }
+    }
     if let Some(rows) = field.known().and_then(nn::rows_of) {
         if loss.is_some() && problem.checkpoint != Checkpoint::Nothing {
             match rows.solve(problem, &packed.detach(), loss, stats) {
@@ -171,6 +180,33 @@ fn adjoint(
     cotangent: &Tensor,
     differentiate_time: bool,
 ) -> Result<Adjoint> {
+    let mut stats = Stats::default();
+    let before = ops::host_reads();
+    let adjoint = pull_back(
+        problem,
+        field,
+        theta,
+        kept,
+        cotangent,
+        differentiate_time,
+        &mut stats,
+    );
+    stats.host_reads = ops::host_reads() - before;
+    problem.recorder.add(&stats);
+    adjoint
+}
+
+/// Tile by tile or step by step, as the forward pass went.
+#[allow(clippy::too_many_arguments)]
+fn pull_back(
+    problem: &Problem,
+    field: &Field<'_>,
+    theta: &Theta,
+    kept: &Kept,
+    cotangent: &Tensor,
+    differentiate_time: bool,
+    stats: &mut Stats,
+) -> Result<Adjoint> {
     if cotangent.track_op() {
         return Err(Error::TrackedCotangent);
     }
@@ -179,16 +215,16 @@ fn adjoint(
     }
     theta.check_unchanged(problem.state())?;
     let mut watch = Watch::default();
-    watch.see(std::slice::from_ref(cotangent), || {
-        Error::NonFiniteCotangent
-    })?;
+    // Kernels that go back over all steps look for themselves.
+    if matches!(kept, Kept::Steps(_)) || cotangent.device().is_cpu() {
+        watch.see(std::slice::from_ref(cotangent), || {
+            Error::NonFiniteCotangent
+        })?;
+    }
     let trajectory = match kept {
         Kept::Steps(trajectory) => trajectory,
         Kept::Rows(trajectory) => {
-            let mut stats = Stats::default();
-            let adjoint = trajectory.backward(problem, cotangent, &theta.leaves, &mut stats);
-            problem.recorder.add(&stats);
-            return adjoint;
+            return trajectory.backward(problem, cotangent, &theta.leaves, stats);
         }
     };
     let sweep = Sweep {
@@ -206,10 +242,7 @@ fn adjoint(
         Output::Final => Ok(None),
     };
     let last = row(problem.outputs() - 1)?;
-    let mut stats = Stats::default();
-    let adjoint = sweep.run(last, earlier, watch, &mut stats);
-    problem.recorder.add(&stats);
-    adjoint
+    sweep.run(last, earlier, watch, stats)
 }
 
 /// Makes the solve one node of candle's graph, or a plain tensor where nothing is tracked.  A solve

@@ -13,6 +13,7 @@ use candle_core::{DType, Device, Tensor, TensorId, Var};
 use crate::autograd;
 use crate::error::{Error, Result};
 use crate::field::{Pullback, VectorField};
+use crate::ops;
 use crate::step::{alike, Field};
 use crate::time::Time;
 
@@ -269,6 +270,7 @@ impl Theta {
             return Ok(());
         };
         let changed = then.ne(&now.detach())?.to_dtype(DType::F32)?.sum_all()?;
+        ops::note_host_read(changed.device());
         if changed.to_scalar::<f32>()? > 0.0 {
             return Err(Error::ParametersChanged);
         }

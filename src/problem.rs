@@ -119,7 +119,8 @@ pub struct OdeOptions {
     /// What is kept of evaluations beside the states.  Default: nothing.
     pub activations: Activations,
     /// Whether fields whose rows are independent, such as [`nn::Mlp`](crate::nn::Mlp), are
-    /// integrated tile by tile on the CPU.  Default: yes.  Results agree to rounding.
+    /// integrated tile by tile on the CPU, and small ones in one launch on CUDA.  Default: yes.
+    /// Results agree to rounding.
     pub fusion: bool,
     /// Scaling of the adjoint.  Default: dynamic in f16, otherwise none.
     pub scaling: Scaling,

@@ -211,6 +211,52 @@ impl Scaler {
     }
 }
 
+/// What a dynamic scaler counts with, to go on with on a device and back.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Settings {
+    pub(crate) exponent: Option<i32>,
+    pub(crate) level: i32,
+    pub(crate) aim: i32,
+    pub(crate) ceiling: i32,
+    pub(crate) clean: u32,
+    /// Of growth and of recovery.
+    pub(crate) intervals: [u32; 2],
+}
+
+#[cfg(feature = "cuda")]
+impl Scaler {
+    pub(crate) fn settings(&self) -> Settings {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let rule = self.rule.unwrap_or_default();
+        Settings {
+            exponent: self.exponent,
+            level: self.level,
+            aim: self.aim,
+            ceiling: self.ceiling,
+            clean: count(self.clean),
+            intervals: [rule.growth_interval, rule.recovery_interval].map(count),
+        }
+    }
+
+    /// Pull-backs of one stage before it gives up.
+    pub(crate) fn most_attempts(&self) -> usize {
+        self.rule.map_or(1, |rule| rule.max_attempts)
+    }
+
+    /// The same rule with these counts.
+    pub(crate) fn with(self, settings: Settings) -> Self {
+        Self {
+            rule: self.rule,
+            exponent: settings.exponent,
+            level: settings.level,
+            aim: settings.aim,
+            ceiling: settings.ceiling,
+            clean: settings.clean as usize,
+        }
+    }
+}
+
 /// What became of a training step; see [`LossScaler::backward_step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stepped {

@@ -31,6 +31,9 @@ pub struct Stats {
     /// Largest number of bytes of evaluations that any one solve kept, see
     /// [`Activations`](crate::Activations).
     pub activation_bytes: usize,
+    /// How often the solver waited for a device and read from it; what fields read is not counted.
+    /// Zero on the CPU.
+    pub host_reads: usize,
 }
 
 impl Stats {
@@ -63,6 +66,7 @@ impl Stats {
         self.recomputed += pass.recomputed;
         self.vjps += pass.vjps;
         self.retries += pass.retries;
+        self.host_reads += pass.host_reads;
         self.see(pass);
     }
 

@@ -11,6 +11,8 @@ use candle_core::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::field::{Pullback, VectorField};
 use crate::ops;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda;
 use crate::precision::Roles;
 use crate::tableau::Tableau;
 use crate::time::{Step, Time};
@@ -52,6 +54,19 @@ impl Scheme {
         y: &[Tensor],
         watch: &mut Watch,
     ) -> Result<Vec<Tensor>> {
+        let (next, _) = self.advance_and_store(field, step, y, false, watch)?;
+        Ok(next)
+    }
+
+    /// y_{n+1} and, if `copies` are wanted and come with it, ŷ_{n+1}.
+    pub(crate) fn advance_and_store(
+        &self,
+        field: &Field<'_>,
+        step: Step,
+        y: &[Tensor],
+        copies: bool,
+        watch: &mut Watch,
+    ) -> Result<(Vec<Tensor>, Option<Vec<Tensor>>)> {
         let stages = self.tableau.stages();
         let mut ks: Vec<Option<Vec<Tensor>>> = Vec::with_capacity(stages);
         for i in 0..stages {
@@ -74,12 +89,49 @@ impl Scheme {
             })?;
             ks.push(Some(k));
         }
-        let next = self.update(step.h, y, &ks)?;
-        watch.see(&next, || Error::NonFiniteSolution {
+        let bad = || Error::NonFiniteSolution {
             step: step.index,
             t: step.t + step.h,
-        })?;
-        Ok(next)
+        };
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            return self.update_and_store(step.h, y, &ks, copies, |x, update| {
+                watch.look(x, bad(), update)
+            });
+        }
+        let _ = copies;
+        let next = self.update(step.h, y, &ks)?;
+        watch.see(&next, bad)?;
+        Ok((next, None))
+    }
+
+    /// y + h Σ b_j k_j, ŷ of it where it is not the same, and a look at it, in one pass by leaf.
+    #[cfg(feature = "cuda")]
+    fn update_and_store(
+        &self,
+        h: f64,
+        y: &[Tensor],
+        ks: &[Option<Vec<Tensor>>],
+        copies: bool,
+        mut look: impl FnMut(
+            &Tensor,
+            &mut dyn FnMut(&mut cuda::Looks) -> Result<(Tensor, Option<Tensor>)>,
+        ) -> Result<(Tensor, Option<Tensor>)>,
+    ) -> Result<(Vec<Tensor>, Option<Vec<Tensor>>)> {
+        let (mut next, mut stored) = (vec![], vec![]);
+        for (leaf, roles) in self.roles.iter().enumerate() {
+            let terms = terms(leaf, h, y, self.tableau.b(), ks);
+            let store = (copies && roles.store != roles.state()).then_some(roles.store);
+            let (y, copy) = look(&y[leaf], &mut |looks| {
+                cuda::update(&terms, roles.state(), store, looks)
+            })?;
+            stored.push(match copy {
+                Some(copy) => copy,
+                None => y.clone(),
+            });
+            next.push(y);
+        }
+        Ok((next, copies.then_some(stored)))
     }
 
     /// The stages of the step from y, each with its pull-back; `None` where a stage is not needed.

@@ -124,9 +124,20 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
 
     /// Offers y_n at the start of step n; n ascends from 0.
     pub(crate) fn offer(&mut self, n: usize, y: &Y) -> Result<()> {
+        self.offer_stored(n, y, None)
+    }
+
+    /// Whether what is kept are copies in store precision.
+    pub(crate) fn keeps_copies(&self) -> bool {
+        matches!(self.plan, Plan::All)
+    }
+
+    /// The same, with ŷ_n where it is at hand.
+    pub(crate) fn offer_stored(&mut self, n: usize, y: &Y, stored: Option<Y>) -> Result<()> {
         if self.wants(n) {
-            let y = match self.plan {
-                Plan::All => self.store.stored(y)?,
+            let y = match (self.plan, stored) {
+                (Plan::All, Some(stored)) => stored,
+                (Plan::All, None) => self.store.stored(y)?,
                 _ => y.clone(),
             };
             self.kept().push((n, y));
@@ -156,6 +167,14 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
             kept: own,
             segment: vec![],
         }
+    }
+
+    /// The same, from step n on downwards.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn rewind_from(&self, n: usize) -> Rewind<'_, Y, K> {
+        let mut rewind = self.rewind();
+        rewind.kept.retain(|(at, _)| *at <= n);
+        rewind
     }
 
     fn kept(&self) -> MutexGuard<'_, Vec<(usize, Y)>> {

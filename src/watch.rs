@@ -1,10 +1,12 @@
-//! The watch for NaN and infinity: at once where reading a tensor costs nothing, otherwise in blocks
-//! and at the end of a sweep, so that a step loop hardly ever waits for a device.
+//! The watch for NaN and infinity: at once where reading a tensor costs nothing; on CUDA once, at the
+//! end of a sweep; on other devices in blocks, so that a step loop hardly ever waits for one.
 
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::ops;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::{Looks, SweepState};
 
 /// Looks that are kept before they are read: few enough to cost nothing, many enough that waiting
 /// for them does not either.
@@ -14,11 +16,18 @@ const BLOCK: usize = 1024;
 #[derive(Default)]
 pub(crate) struct Watch {
     pending: Vec<(Tensor, Error)>,
+    /// Looks taken by kernels, and what each means.
+    #[cfg(feature = "cuda")]
+    looks: Option<(Looks, Vec<Error>)>,
 }
 
 impl Watch {
     /// Looks at every tensor of `xs`; the first non-finite one is the error, now or in `finish`.
     pub(crate) fn see(&mut self, xs: &[Tensor], error: impl Fn() -> Error) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(x) = xs.first().filter(|x| x.device().is_cuda()) {
+            return self.look(x, error(), |looks| looks.see(xs));
+        }
         for x in xs {
             if !x.device().is_cpu() {
                 self.push(ops::poison(x)?, error())?;
@@ -27,6 +36,38 @@ impl Watch {
             }
         }
         Ok(())
+    }
+
+    /// A look that a kernel takes on its way through tensors like x.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn look<R>(
+        &mut self,
+        x: &Tensor,
+        error: Error,
+        take: impl FnOnce(&mut Looks) -> Result<R>,
+    ) -> Result<R> {
+        let (looks, errors) = match &mut self.looks {
+            Some(looks) => looks,
+            none => none.insert((Looks::new(x)?, vec![])),
+        };
+        errors.push(error);
+        take(looks)
+    }
+
+    /// Leaves what looks found to a sweep, which reads it with what it found itself.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn leave_to(&self, sweep: &SweepState) -> Result<()> {
+        match &self.looks {
+            Some((looks, _)) => sweep.gather(looks),
+            None => Ok(()),
+        }
+    }
+
+    /// What a look meant.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn meaning(self, look: usize) -> Option<Error> {
+        let (_, mut errors) = self.looks?;
+        (look < errors.len()).then(|| errors.swap_remove(look))
     }
 
     /// Keeps a flag, and reads all once they fill a block.
@@ -40,6 +81,12 @@ impl Watch {
 
     /// Reads what is pending.
     pub(crate) fn finish(mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some((looks, mut errors)) = self.looks.take() {
+            if let Some(first) = looks.read()? {
+                return Err(errors.swap_remove(first));
+            }
+        }
         self.read()
     }
 
@@ -49,6 +96,7 @@ impl Watch {
             return Ok(());
         }
         let (flags, errors): (Vec<_>, Vec<_>) = self.pending.drain(..).unzip();
+        ops::note_host_read(flags[0].device());
         let flags = Tensor::stack(&flags, 0)?.to_vec1::<f32>()?;
         match flags.iter().zip(errors).find(|(flag, _)| **flag != 0.0) {
             Some((_, error)) => Err(error),

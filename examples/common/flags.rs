@@ -83,7 +83,7 @@ impl Flags {
             Place::Cuda if candle_core::utils::cuda_is_available() => Device::new_cuda(0)
                 .map_err(|e| format!("--device cuda: no GPU can be used: {e}").into()),
             Place::Cuda => Err("--device cuda: this build has no CUDA; add \
-                --features candle-core/cuda,candle-nn/cuda to the command"
+                --features cuda to the command"
                 .into()),
         }
     }

@@ -8,6 +8,8 @@
 mod activation;
 mod cnf;
 mod conv;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod elementwise;
 mod hutchinson;
 mod hyper;

@@ -42,6 +42,7 @@ pub(super) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
 pub(super) fn magnitude(x: &Tensor) -> Result<f64> {
     let x = x.detach().flatten_all()?.to_dtype(DType::F64)?;
     // A maximum may skip NaN; x·0 does not.
+    super::note_host_read(x.device());
     let both = Tensor::stack(&[x.abs()?.max(0)?, (x * 0.0)?.sum(0)?], 0)?.to_vec1::<f64>()?;
     Ok(if both[1] == 0.0 { both[0] } else { f64::NAN })
 }

@@ -1,13 +1,17 @@
-//! The few tensor operations that a solver needs, one contract and two machines: `cpu` fused
-//! loops, and `chain`, the same in candle's own operations, for every other device.
+//! The few tensor operations that a solver needs, one contract and three machines: `cpu` fused
+//! loops, `cuda` kernels, and `chain`, the same in candle's own operations, for every other device.
 //!
 //! Operands may have any float dtype and layout; results are contiguous and carry no history.
 //! Sums are formed in f64 if an operand is f64, otherwise in f32, in the order of the terms.
 
 mod chain;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
-use candle_core::{DType, Tensor};
+use std::cell::Cell;
+
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::Result;
 use crate::precision::Rounding;
@@ -17,37 +21,49 @@ use crate::precision::Rounding;
 pub(crate) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
     let x = terms[0].1;
     if x.device().is_cpu() {
-        cpu::combine(terms, scale, out)
-    } else {
-        chain::combine(terms, scale, out)
+        return cpu::combine(terms, scale, out);
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::combine(terms, scale, out);
+    }
+    chain::combine(terms, scale, out)
 }
 
 /// `acc += c · x` in place; `acc` is contiguous, f32 or f64, and nobody else's.
 pub(crate) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
     if x.device().is_cpu() {
-        cpu::accumulate(acc, c, x)
-    } else {
-        chain::accumulate(acc, c, x)
+        return cpu::accumulate(acc, c, x);
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::accumulate_all(&[(acc, x)], c, None);
+    }
+    chain::accumulate(acc, c, x)
 }
 
 /// `max |x|` on the host; NaN or infinite exactly if an element is.
 pub(crate) fn magnitude(x: &Tensor) -> Result<f64> {
     if x.device().is_cpu() {
-        cpu::magnitude(x)
-    } else {
-        chain::magnitude(x)
+        return cpu::magnitude(x);
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::magnitude(x);
+    }
+    chain::magnitude(x)
 }
 
 /// `Σ x_i y_i`, a 0-d tensor of x's dtype.
 pub(crate) fn dot(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() {
-        cpu::dot(x, y)
-    } else {
-        chain::dot(x, y)
+        return cpu::dot(x, y);
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::dot(x, y);
+    }
+    chain::dot(x, y)
 }
 
 /// A 0-d f32 tensor that is zero if x is finite and NaN otherwise, left on the device.
@@ -89,9 +105,25 @@ pub mod internals {
     }
 }
 
+/// How often this thread has waited for a device and read from it.
+pub(crate) fn host_reads() -> usize {
+    READS.get()
+}
+
+/// Notes one more; a read from the CPU's own memory is none.
+pub(crate) fn note_host_read(device: &Device) {
+    if !device.is_cpu() {
+        READS.set(READS.get() + 1);
+    }
+}
+
+thread_local! {
+    static READS: Cell<usize> = const { Cell::new(0) };
+}
+
 #[cfg(test)]
-mod tests {
-    use candle_core::{Device, Shape};
+pub(crate) mod tests {
+    use candle_core::Shape;
     use proptest::prelude::*;
 
     use super::*;
@@ -99,7 +131,7 @@ mod tests {
     const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 
     /// Unit roundoff of a dtype.
-    fn roundoff(dtype: DType) -> f64 {
+    pub(crate) fn roundoff(dtype: DType) -> f64 {
         match dtype {
             DType::F16 => 2f64.powi(-11),
             DType::BF16 => 2f64.powi(-8),
@@ -108,7 +140,7 @@ mod tests {
         }
     }
 
-    fn values(x: &Tensor) -> Vec<f64> {
+    pub(crate) fn values(x: &Tensor) -> Vec<f64> {
         let x = x.to_dtype(DType::F64).and_then(|x| x.flatten_all());
         x.and_then(|x| x.to_vec1()).unwrap()
     }
@@ -135,6 +167,38 @@ mod tests {
         }
     }
 
+    /// The GPU, if there is one; [`NEEDS_GPU`] makes it an error if there is none.
+    pub(crate) fn gpu() -> Option<Device> {
+        thread_local! {
+            static GPU: Option<Device> = Device::new_cuda(0).ok();
+        }
+        let gpu = GPU.with(Clone::clone);
+        if gpu.is_none() && cfg!(feature = "cuda") {
+            assert!(
+                std::env::var_os(NEEDS_GPU).is_none(),
+                "{NEEDS_GPU} is set, and there is no GPU"
+            );
+            eprintln!("NOT RUN on CUDA: no device");
+        }
+        gpu
+    }
+
+    /// Set where tests must not pass without a GPU.
+    const NEEDS_GPU: &str = "CANDLE_DIFFEQ_NEEDS_GPU";
+
+    /// The same operation where there is a GPU, on its tensors, brought back.
+    fn on_gpu(
+        terms: &[(f64, Tensor)],
+        run: impl Fn(&[(f64, &Tensor)]) -> Tensor,
+    ) -> Option<Tensor> {
+        let gpu = gpu()?;
+        let there: Vec<_> = terms
+            .iter()
+            .map(|(c, x)| (*c, x.to_device(&gpu).unwrap()))
+            .collect();
+        Some(run(&borrowed(&there)).to_device(&Device::Cpu).unwrap())
+    }
+
     fn borrowed(terms: &[(f64, Tensor)]) -> Vec<(f64, &Tensor)> {
         terms.iter().map(|(c, x)| (*c, x)).collect()
     }
@@ -151,8 +215,10 @@ mod tests {
             let x: Vec<_> = terms.iter().map(|(_, x)| values(x)).collect();
             let wide = terms.iter().any(|(_, x)| x.dtype() == DType::F64);
             let sum = if wide { DType::F64 } else { DType::F32 };
+            let on_gpu = on_gpu(&terms, |terms| combine(terms, scale, out).unwrap());
             let terms = borrowed(&terms);
-            for result in [cpu::combine(&terms, scale, out).unwrap(), chain::combine(&terms, scale, out).unwrap()] {
+            let here = [cpu::combine(&terms, scale, out).unwrap(), chain::combine(&terms, scale, out).unwrap()];
+            for result in here.into_iter().chain(on_gpu) {
                 prop_assert_eq!(result.dtype(), out.held);
                 prop_assert_eq!(result.shape(), &Shape::from(x[0].len()));
                 for (i, got) in values(&result).into_iter().enumerate() {
@@ -172,7 +238,12 @@ mod tests {
             let dtype = if double { DType::F64 } else { DType::F32 };
             for (_, x) in terms {
                 let start = (Tensor::ones(x.shape(), dtype, &Device::Cpu).unwrap() * 0.5).unwrap();
-                let (mut fused, mut chained) = (start.copy().unwrap(), start);
+                let (mut fused, mut chained) = (start.copy().unwrap(), start.copy().unwrap());
+                let on_gpu = gpu().map(|gpu| {
+                    let mut acc = start.to_device(&gpu).unwrap();
+                    accumulate(&mut acc, c, &x.to_device(&gpu).unwrap()).unwrap();
+                    values(&acc.to_device(&Device::Cpu).unwrap())
+                });
                 cpu::accumulate(&mut fused, c, &x).unwrap();
                 chain::accumulate(&mut chained, c, &x).unwrap();
                 for (i, x) in values(&x).into_iter().enumerate() {
@@ -180,6 +251,9 @@ mod tests {
                     let bound = 4.0 * roundoff(dtype) * (0.5 + (c * x).abs());
                     prop_assert!((values(&fused)[i] - exact).abs() <= bound);
                     prop_assert!((values(&chained)[i] - exact).abs() <= bound);
+                    if let Some(on_gpu) = &on_gpu {
+                        prop_assert!((on_gpu[i] - exact).abs() <= bound);
+                    }
                     if i == 3 { break; }
                 }
             }
@@ -191,6 +265,9 @@ mod tests {
             let max = values(x).into_iter().fold(0f64, |m, x| m.max(x.abs()));
             prop_assert_eq!(cpu::magnitude(x).unwrap(), max);
             prop_assert_eq!(chain::magnitude(x).unwrap(), max);
+            if let Some(gpu) = gpu() {
+                prop_assert_eq!(magnitude(&x.to_device(&gpu).unwrap()).unwrap(), max);
+            }
             let x = x.to_dtype(DType::F32).unwrap();
             let y = &terms[terms.len() - 1].1;
             let products: Vec<_> = values(&x).into_iter().zip(values(y)).map(|(x, y)| x * y).collect();
@@ -198,6 +275,11 @@ mod tests {
             let fused = values(&cpu::dot(&x, y).unwrap().reshape(1).unwrap())[0];
             let chained = values(&chain::dot(&x, y).unwrap().reshape(1).unwrap())[0];
             prop_assert!((fused - exact).abs() <= 2.0 * roundoff(DType::F32) * size);
+            if let Some(gpu) = gpu() {
+                let [x, y] = [&x, y].map(|x| x.to_device(&gpu).unwrap());
+                let on_gpu = f64::from(dot(&x, &y).unwrap().to_scalar::<f32>().unwrap());
+                prop_assert!((on_gpu - exact).abs() <= 2.0 * roundoff(DType::F32) * size);
+            }
             prop_assert!((chained - exact).abs() <= (products.len() + 2) as f64 * roundoff(DType::F32) * size);
         }
     }
@@ -215,6 +297,10 @@ mod tests {
                         .unwrap();
                     assert!(!cpu::magnitude(&x).unwrap().is_finite());
                     assert!(!chain::magnitude(&x).unwrap().is_finite());
+                    if let Some(gpu) = gpu() {
+                        let x = x.to_device(&gpu).unwrap();
+                        assert!(!magnitude(&x).unwrap().is_finite());
+                    }
                     assert!(poison(&x).unwrap().to_scalar::<f32>().unwrap().is_nan());
                 }
             }

@@ -1,0 +1,46 @@
+// λ ← λ + h/S Σ w_i + ȳ_n in place, with a look for NaN and max|λ| for the next step's S in the same
+// pass.  Nothing happens once the sweep has stopped, nor in the step in which a pull-back overflowed.
+#include "scaler.cuh"
+#include "sum.cuh"
+
+// The first term is λ; the w_i follow, then ȳ_n where there is one.
+template <class A>
+__device__ void adjoint(const Terms &terms, Scaler *scaler, A *adj, const void *incoming, int incoming_type,
+                        unsigned look, int can_overflow, uint64_t n) {
+    if (scaler->stopped || scaler->overflow != NOTHING) return;
+    const uint64_t i = first_element();
+    const int count = elements_from(i, n);
+    bool bad = false;
+    unsigned long long size = 0;
+    if (count > 0) {
+        A sums[FOUR];
+        sum<A>(terms, scaler->inverse, i, count, sums);
+        if (incoming != nullptr) {
+            A given[FOUR];
+            load<A>(incoming, incoming_type, i, count, given);
+#pragma unroll
+            for (int e = 0; e < FOUR; ++e) sums[e] += given[e];
+        }
+        for (int e = 0; e < count; ++e) {
+            adj[i + e] = sums[e];
+            bad |= !is_finite(sums[e]);
+            const unsigned long long bits = size_bits(static_cast<double>(sums[e]));
+            size = bits > size ? bits : size;
+        }
+    }
+    report(Look{&scaler->first, look}, bad);
+    size = block_max(size);
+    if (threadIdx.x == 0) {
+        atomicMax(&scaler->all, size);
+        if (can_overflow) atomicMax(&scaler->low, size);
+    }
+}
+
+extern "C" __global__ void adjoint_f32(const __grid_constant__ Terms terms, Scaler *scaler, float *adj, const void *incoming,
+                                       int incoming_type, unsigned look, int can_overflow, uint64_t n) {
+    adjoint<float>(terms, scaler, adj, incoming, incoming_type, look, can_overflow, n);
+}
+extern "C" __global__ void adjoint_f64(const __grid_constant__ Terms terms, Scaler *scaler, double *adj, const void *incoming,
+                                       int incoming_type, unsigned look, int can_overflow, uint64_t n) {
+    adjoint<double>(terms, scaler, adj, incoming, incoming_type, look, can_overflow, n);
+}

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Packs what proves the CUDA path on a machine with a GPU, which needs no cargo there: tests, the
+# precision tables, the benchmark, and a run.sh that runs them.
+#
+#   . TOOLKIT/env.sh && scripts/gpu-bundle.sh [FOLDER]      # default: target/gpu-bundle
+#   FOLDER/run.sh [RESULTS]                                 # there
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-target/gpu-bundle}
+export NVCC=${NVCC:-$PWD/scripts/lean-nvcc} CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90}
+export CARGO_PROFILE_RELEASE_STRIP=symbols
+
+rm -rf "$folder"
+mkdir -p "$folder"
+executables() { # cargo's messages on stdin: name and path of each
+    python3 -c 'import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("reason") == "compiler-artifact" and message.get("executable"):
+        kind = "unit" if message["profile"]["test"] and "lib" in message["target"]["kind"] else message["target"]["name"]
+        print(kind, message["executable"])'
+}
+{
+    cargo test --release --features cuda --no-run --lib --test cuda --message-format=json
+    cargo build --release --features cuda --example gpu --message-format=json
+} | executables | while read -r name executable; do
+    case $name in unit | cuda | gpu) strip -o "$folder/$name" "$executable"; xz -T0 -6 "$folder/$name" ;; esac
+done
+git rev-parse HEAD > "$folder/commit" 2> /dev/null || true
+cp scripts/gpu-run.sh "$folder/run.sh"
+chmod +x "$folder/run.sh"
+du -ch "$folder"/* | sort -h

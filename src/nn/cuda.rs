@@ -1,0 +1,325 @@
+//! Fields of ours on NVIDIA GPUs: whole solves in one launch each way where the network fits onto a
+//! multiprocessor, and otherwise layers in few launches.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use candle_core::backprop::GradStore;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::{DType, Shape, Tensor, TensorId};
+
+use super::mlp::{Affine, Mlp};
+use crate::adjoint::Adjoint;
+use crate::error::{Error, Result};
+use crate::field::{Cotangents, Pullback};
+use crate::ops::cuda::mlp::{Backward, Failure, Forward, LayerOf, SmallNet, Step};
+use crate::ops::cuda::{activate, pull};
+use crate::problem::{Output, Problem};
+use crate::rows::{Reversible, Solved};
+use crate::stats::Stats;
+use crate::time::Time;
+use crate::trajectory::Checkpoint;
+
+/// Features of the widest layer of a network that is solved in one launch.
+const WIDEST: usize = 128;
+
+/// Solves a problem whose field is a small perceptron; `None` if it is another one.
+pub(crate) fn solve(
+    field: &dyn Any,
+    problem: &Problem,
+    y0: &Tensor,
+    stats: &mut Stats,
+) -> Result<Option<Solved>> {
+    let Some(mlp) = field
+        .downcast_ref::<Mlp>()
+        .filter(|mlp| suits(mlp, problem))
+    else {
+        return Ok(None);
+    };
+    let layers: Vec<_> = mlp
+        .layers
+        .iter()
+        .enumerate()
+        .map(|(l, layer)| LayerOf {
+            weight: &layer.weight,
+            bias: &layer.bias,
+            skips: l + 1 < mlp.layers.len() && skips(mlp, l),
+        })
+        .collect();
+    let keeps_slopes = mlp.activation.keeps_slope() || layers.iter().any(|l| l.skips);
+    let net = SmallNet::new(
+        &layers,
+        mlp.features(),
+        mlp.time,
+        mlp.activation as i32,
+        keeps_slopes,
+        &problem.scheme.tableau,
+    )?;
+    let Some(net) = net else { return Ok(None) };
+    let steps = net.upload(&in_order(problem))?;
+    let roles = problem.scheme.roles[0];
+    let (packed, kept, told) = net.forward(&Forward {
+        y0,
+        steps: &steps,
+        count: problem.plan.len(),
+        outputs: problem.outputs(),
+        returns_first: problem.output == Output::All || problem.plan.len() == 0,
+        keeps: problem.checkpoint == Checkpoint::All,
+        compute: roles.compute.to,
+        store: roles.store.to,
+        scaler: &problem.scaler,
+    })?;
+    if let Some(failure) = told.failure {
+        return Err(forward_error(failure, problem));
+    }
+    stats.steps += problem.plan.len();
+    stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
+    if let Some(kept) = &kept {
+        let bytes = kept.elem_count() * kept.dtype().size_in_bytes();
+        stats.kept(problem.plan.len(), bytes);
+    }
+    let weights = mlp.tensors().map(Tensor::id).collect();
+    let trajectory = Trajectory {
+        keeps: problem.checkpoint == Checkpoint::All,
+        net,
+        steps,
+        kept,
+        weights,
+    };
+    let trajectory = Arc::new(trajectory);
+    Ok(Some(Solved { packed, trajectory }))
+}
+
+/// Whether hidden layer l adds its input to its output.
+fn skips(mlp: &Mlp, l: usize) -> bool {
+    let reads_time = mlp.time && l == 0;
+    mlp.residual && !reads_time && mlp.layers[l].inputs() == mlp.layers[l].outputs()
+}
+
+/// Whether the kernels know such a problem.
+fn suits(mlp: &Mlp, problem: &Problem) -> bool {
+    let [roles] = problem.scheme.roles.as_slice() else {
+        return false;
+    };
+    let [shape] = problem.packing.shapes() else {
+        return false;
+    };
+    let low = |dtype| matches!(dtype, DType::F16 | DType::BF16 | DType::F32);
+    let widths = mlp.layers.iter().flat_map(|l| [l.inputs(), l.outputs()]);
+    problem.fusion
+        && problem.device().is_cuda()
+        && problem.grid.tensor().is_none()
+        && matches!(problem.checkpoint, Checkpoint::All | Checkpoint::Nothing)
+        && roles.state == DType::F32
+        && low(roles.compute.to)
+        && low(roles.store.to)
+        && shape.dims().last() == Some(&mlp.features())
+        && widths.into_iter().all(|width| width <= WIDEST)
+}
+
+/// The steps, with the outputs at their ends.
+fn in_order(problem: &Problem) -> Vec<Step> {
+    let last = problem.plan.len().saturating_sub(1);
+    let all = problem.output == Output::All;
+    let step = |n| {
+        let step = problem.plan.step(n);
+        let output = match all {
+            true if step.ends_interval() => step.interval as i32 + 1,
+            false if n == last => 0,
+            _ => -1,
+        };
+        Step {
+            t: step.t,
+            h: step.h,
+            output,
+            given: if all && step.span.0 == 0.0 {
+                step.interval as i32
+            } else {
+                -1
+            },
+        }
+    };
+    (0..problem.plan.len()).map(step).collect()
+}
+
+fn forward_error(failure: Failure, problem: &Problem) -> Error {
+    match failure {
+        Failure::Velocity { step, stage } => Error::NonFiniteVelocity {
+            step,
+            stage,
+            t: problem
+                .plan
+                .step(step)
+                .at(problem.scheme.tableau.c()[stage]),
+        },
+        Failure::Solution { step } => {
+            let at = problem.plan.step(step);
+            Error::NonFiniteSolution {
+                step,
+                t: at.t + at.h,
+            }
+        }
+        _ => Error::NonFiniteState { leaf: 0 },
+    }
+}
+
+fn backward_error(failure: Failure, problem: &Problem) -> Error {
+    let step = |steps: usize| problem.plan.step(problem.plan.len() - steps);
+    match failure {
+        Failure::Gradient { steps } => Error::NonFiniteGradient {
+            step: step(steps).index,
+            t: step(steps).t,
+        },
+        Failure::Exhausted {
+            steps,
+            exponent,
+            attempts,
+        } => Error::ScaleExhausted {
+            step: step(steps).index,
+            t: step(steps).t,
+            scale: 2f64.powi(exponent),
+            attempts,
+        },
+        Failure::Parameters => Error::NonFiniteParameterGradient,
+        _ => Error::NonFiniteCotangent,
+    }
+}
+
+/// What a solve in one launch keeps.
+struct Trajectory {
+    net: SmallNet,
+    steps: CudaSlice<Step>,
+    /// Whether a backward pass is wanted at all.
+    keeps: bool,
+    kept: Option<Tensor>,
+    weights: Vec<TensorId>,
+}
+
+impl Reversible for Trajectory {
+    fn can_rewind(&self) -> bool {
+        self.keeps
+    }
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        cotangent: &Tensor,
+        theta: &[Tensor],
+        stats: &mut Stats,
+    ) -> Result<Adjoint> {
+        let steps = problem.plan.len();
+        let (y0, gradients, told) = self.net.backward(&Backward {
+            cotangent: &cotangent.to_dtype(DType::F32)?,
+            kept: self.kept.as_ref(),
+            steps: &self.steps,
+            count: steps,
+            compute: problem.scheme.roles[0].compute.to,
+            scaler: &problem.scaler,
+        })?;
+        let evaluations = steps * problem.scheme.evaluations();
+        stats.recomputed += evaluations * if self.net.fit().keeps_all { 1 } else { 2 };
+        stats.vjps += evaluations + told.retries;
+        stats.retries += told.retries;
+        if problem.scaler.is_on() && told.exponents.0 <= told.exponents.1 {
+            let (smallest, largest) = told.exponents;
+            stats.used_scale(2f64.powi(smallest));
+            stats.used_scale(2f64.powi(largest));
+        }
+        if let Some(failure) = told.failure {
+            return Err(backward_error(failure, problem));
+        }
+        let of = |p: &Tensor| match self.weights.iter().position(|w| *w == p.id()) {
+            Some(i) => Ok(gradients[i].clone()),
+            None => Ok(Tensor::zeros(p.shape(), DType::F32, p.device())?),
+        };
+        Ok(Adjoint {
+            y0: problem.packing.unpack(&y0)?,
+            theta: theta.iter().map(of).collect::<Result<_>>()?,
+            times: vec![],
+        })
+    }
+}
+
+/// Whether an evaluation at y is one of [`velocity`] and [`vjp`].
+pub(crate) fn layered<'f>(field: &'f dyn Any, y: &[Tensor]) -> Option<&'f Mlp> {
+    let mlp = field.downcast_ref::<Mlp>()?;
+    let [y] = y else { return None };
+    let weight = &mlp.layers.first()?.weight;
+    let plain = y.device().is_cuda() && y.dtype() == weight.dtype() && y.elem_count() > 0;
+    (plain && y.dims().last() == Some(&mlp.features())).then_some(mlp)
+}
+
+/// What layers keep of an evaluation: what each read, and the slopes of the hidden ones.
+type Kept = (Vec<Tensor>, Vec<Tensor>);
+
+impl Mlp {
+    /// f(t, y), two launches to a layer beside its product: bias and activation are one.
+    fn in_layers(&self, input: Tensor, keeps: bool) -> Result<(Tensor, Kept)> {
+        let (mut x, mut inputs, mut slopes) = (input, vec![], vec![]);
+        for (l, layer) in self.layers.iter().enumerate() {
+            let flat = x.reshape(((), layer.inputs()))?;
+            let z = flat.matmul(&layer.weight.detach().t()?)?;
+            let rows = x.dims()[..x.rank() - 1].to_vec();
+            let shape = [&rows[..], &[layer.outputs()]].concat();
+            if l + 1 < self.layers.len() {
+                let (value, slope) = activate(&z, &layer.bias, self.activation as i32, keeps)?;
+                slopes.extend(slope);
+                x = if skips(self, l) {
+                    (value + &flat)?
+                } else {
+                    value
+                };
+            } else {
+                x = z.broadcast_add(&layer.bias.detach())?;
+            }
+            x = x.reshape(shape)?;
+            inputs.push(flat);
+        }
+        Ok((x, (inputs, slopes)))
+    }
+}
+
+/// f(t, y).
+pub(crate) fn velocity(mlp: &Mlp, t: &Time, y: &Tensor) -> Result<Tensor> {
+    Ok(mlp.in_layers(mlp.input(t, y)?.detach(), false)?.0)
+}
+
+/// f(t, y) and its pull-back: slopes are kept, bias gradients are summed over the batch in f32.
+pub(crate) fn vjp<'f>(
+    mlp: &'f Mlp,
+    t: &Time,
+    y: &Tensor,
+) -> Result<(Tensor, Pullback<'f, Vec<Tensor>>)> {
+    let (k, (inputs, slopes)) = mlp.in_layers(mlp.input(t, y)?.detach(), true)?;
+    let shape: Shape = y.shape().clone();
+    let pulled = move |v: &Vec<Tensor>| {
+        let mut params = GradStore::default();
+        let mut g = v[0].reshape(((), mlp.features()))?;
+        for (l, Affine { weight, bias }) in mlp.layers.iter().enumerate().rev() {
+            let skipped = (l + 1 < mlp.layers.len() && skips(mlp, l)).then(|| g.clone());
+            let sums;
+            (g, sums) = pull(&g, slopes.get(l))?;
+            if weight.track_op() {
+                params.insert(weight, g.t()?.matmul(&inputs[l])?);
+            }
+            if bias.track_op() {
+                params.insert(bias, sums);
+            }
+            g = g.matmul(&weight.detach())?;
+            if let Some(skipped) = skipped {
+                g = (g + skipped)?;
+            }
+        }
+        let dim = mlp.features();
+        let t = match mlp.time {
+            true => Some(g.narrow(1, dim, 1)?.sum_all()?),
+            false => None,
+        };
+        Ok(Cotangents {
+            y: vec![g.narrow(1, 0, dim)?.contiguous()?.reshape(&shape)?],
+            t,
+            params,
+        })
+    };
+    Ok((k, Box::new(pulled)))
+}

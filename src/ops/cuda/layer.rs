@@ -1,0 +1,152 @@
+//! What a layer does beside its matrix products.
+
+use candle_core::cuda_backend::cudarc::driver::{LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::WrapErr;
+use candle_core::{DType, Tensor, D};
+
+use super::launch::{blocks, device_of, grid, load, Operand, Room, Sink, LAYER, THREADS};
+use crate::error::Result;
+use crate::precision::Rounding;
+
+/// Columns of a block of `layer_backward`.
+const COLUMNS: usize = 32;
+
+/// Rows that a block sums at least, and parts at most.
+const LEAST_ROWS: usize = 256;
+const MOST_PARTS: usize = 128;
+
+fn entry(wide: bool, entries: [&'static str; 2]) -> &'static str {
+    super::launch::in_f64(wide, entries)
+}
+
+/// σ(z + b) for rows z, and σ'(z + b) where it is wanted, of z's dtype, computed in f32 at least.
+pub(crate) fn activate(
+    z: &Tensor,
+    bias: &Tensor,
+    activation: i32,
+    slope: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let device = device_of(z)?;
+    let (z, bias) = (z.contiguous()?, bias.contiguous()?);
+    let columns = bias.elem_count();
+    if z.dim(D::Minus1)? != columns {
+        let message = format!("a bias of {columns} added to {:?}", z.shape());
+        return Err(candle_core::Error::Msg(message).into());
+    }
+    if z.elem_count() == 0 {
+        return Ok((z.copy()?, slope.then(|| z.copy()).transpose()?));
+    }
+    let out = Rounding::cast(z.dtype());
+    let value = Room::new(device, z.dtype(), z.elem_count())?;
+    let slope = slope
+        .then(|| Room::new(device, z.dtype(), z.elem_count()))
+        .transpose()?;
+    let value_sink = Sink::new(&value, out)?;
+    let slope_sink = match &slope {
+        Some(slope) => Sink::new(slope, out)?,
+        None => Sink::NONE,
+    };
+    let (z_at, b_at, columns) = (Operand::new(&z)?, Operand::new(&bias)?, columns as u64);
+    let name = entry(
+        z.dtype() == DType::F64,
+        ["layer_forward_f32", "layer_forward_f64"],
+    );
+    let kernel = load(device, &LAYER, name)?;
+    let mut arguments = kernel.builder();
+    arguments
+        .arg(&z_at.pointer)
+        .arg(&z_at.dtype)
+        .arg(&b_at.pointer)
+        .arg(&b_at.dtype);
+    arguments
+        .arg(&activation)
+        .arg(&value_sink)
+        .arg(&slope_sink)
+        .arg(&z_at.n)
+        .arg(&columns);
+    // SAFETY: z and the results have n elements, the bias has `columns`, which divides n.
+    unsafe { arguments.launch(grid(blocks(z_at.n as usize))) }.w()?;
+    Ok((
+        value.into_tensor(z.shape()),
+        slope.map(|slope| slope.into_tensor(z.shape())),
+    ))
+}
+
+/// g · slope of g's dtype (g itself without a slope), and its sums over all rows, formed and held in
+/// f32 at least.
+pub(crate) fn pull(g: &Tensor, slope: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+    let device = device_of(g)?;
+    let g = g.contiguous()?;
+    let columns = g.dim(D::Minus1)?;
+    let wide = g.dtype() == DType::F64;
+    let sum = if wide { DType::F64 } else { DType::F32 };
+    if g.elem_count() == 0 {
+        return Ok((g.clone(), Tensor::zeros(columns, sum, g.device())?));
+    }
+    let rows = g.elem_count() / columns;
+    let out = Rounding::cast(g.dtype());
+    let slope = slope.map(Tensor::contiguous).transpose()?;
+    if slope
+        .as_ref()
+        .is_some_and(|slope| slope.shape() != g.shape())
+    {
+        return Err(
+            candle_core::Error::Msg("a slope of another shape than its cotangent".into()).into(),
+        );
+    }
+    let room = slope
+        .as_ref()
+        .map(|_| Room::new(device, g.dtype(), g.elem_count()))
+        .transpose()?;
+    let sink = match &room {
+        Some(room) => Sink::new(room, out)?,
+        None => Sink::NONE,
+    };
+    let slope = slope.as_ref().map(Operand::new).transpose()?;
+    let (slope_at, slope_dtype) = slope.as_ref().map_or((0, 0), |s| (s.pointer, s.dtype));
+    let parts_count = rows.div_ceil(LEAST_ROWS).min(MOST_PARTS);
+    let parts = Room::new(device, sum, parts_count * columns)?;
+    let g_at = Operand::new(&g)?;
+    let (rows_given, columns_given) = (rows as u64, columns as u64);
+    let kernel = load(
+        device,
+        &LAYER,
+        entry(wide, ["layer_backward_f32", "layer_backward_f64"]),
+    )?;
+    let mut arguments = kernel.builder();
+    arguments
+        .arg(&g_at.pointer)
+        .arg(&g_at.dtype)
+        .arg(&slope_at)
+        .arg(&slope_dtype);
+    arguments
+        .arg(&sink)
+        .arg(&parts.pointer)
+        .arg(&rows_given)
+        .arg(&columns_given);
+    let config = LaunchConfig {
+        grid_dim: (columns.div_ceil(COLUMNS) as u32, parts_count as u32, 1),
+        block_dim: (THREADS, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    // SAFETY: g, slope and result have rows · columns elements; there is a part for each block.
+    unsafe { arguments.launch(config) }.w()?;
+
+    let total = Room::new(device, sum, columns)?;
+    let (total_sink, count) = (Sink::new(&total, Rounding::cast(sum))?, parts_count as i32);
+    let kernel = load(
+        device,
+        &LAYER,
+        entry(wide, ["layer_total_f32", "layer_total_f64"]),
+    )?;
+    let mut arguments = kernel.builder();
+    arguments
+        .arg(&parts.pointer)
+        .arg(&count)
+        .arg(&total_sink)
+        .arg(&columns_given);
+    // SAFETY: there are `count` parts of `columns` elements, and as many in the result.
+    unsafe { arguments.launch(grid((columns as u32).div_ceil(THREADS))) }.w()?;
+    let pulled = room.map_or_else(|| g.clone(), |room| room.into_tensor(g.shape()));
+    Ok((pulled, total.into_tensor(&columns.into())))
+}

@@ -1,0 +1,251 @@
+//! Sums of tensors: stages, updates, gradients, scalar products.
+
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, PushKernelArg};
+use candle_core::cuda_backend::WrapErr;
+use candle_core::{DType, Tensor};
+
+use super::launch::{
+    blocks, device_of, grid, in_f64, load, pointer, Look, Looks, Operand, Room, Sink, ACCUMULATE,
+    DOT, STAGE, UPDATE,
+};
+use super::sweep::SweepState;
+use crate::error::Result;
+use crate::ops::chain;
+use crate::precision::Rounding;
+
+/// Terms of one launch: y, a dozen stages, and ȳ.
+const MOST_TERMS: usize = 16;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Terms {
+    x: [u64; MOST_TERMS],
+    c: [f64; MOST_TERMS],
+    dtype: [i32; MOST_TERMS],
+    count: i32,
+    scaled_from: i32,
+}
+
+// SAFETY: plain numbers, laid out as in kernels/sum.cuh.
+unsafe impl DeviceRepr for Terms {}
+
+/// Terms in device memory, with what keeps them there.
+pub(super) struct Sum<'a> {
+    pub(super) terms: Terms,
+    /// Whether the sum is formed in f64.
+    pub(super) wide: bool,
+    pub(super) n: u64,
+    _operands: Vec<Operand<'a>>,
+}
+
+impl<'a> Sum<'a> {
+    /// All x_j contiguous and of one size; terms from `scaled_from` on are divided by S too.
+    pub(super) fn new(coefficients: &[f64], xs: &'a [Tensor], scaled_from: usize) -> Result<Self> {
+        let operands = xs.iter().map(Operand::new).collect::<Result<Vec<_>>>()?;
+        let n = operands.first().map_or(0, |x| x.n);
+        if operands.len() > MOST_TERMS || operands.iter().any(|x| x.n != n) {
+            let sizes: Vec<_> = operands.iter().map(|x| x.n).collect();
+            return Err(
+                candle_core::Error::Msg(format!("a sum of tensors of sizes {sizes:?}")).into(),
+            );
+        }
+        let mut terms = Terms {
+            x: [0; MOST_TERMS],
+            c: [0.0; MOST_TERMS],
+            dtype: [0; MOST_TERMS],
+            count: operands.len() as i32,
+            scaled_from: scaled_from as i32,
+        };
+        for (j, (x, &c)) in operands.iter().zip(coefficients).enumerate() {
+            (terms.x[j], terms.c[j], terms.dtype[j]) = (x.pointer, c, x.dtype);
+        }
+        Ok(Self {
+            wide: xs.iter().any(|x| x.dtype() == DType::F64),
+            terms,
+            n,
+            _operands: operands,
+        })
+    }
+}
+
+/// Coefficients, and contiguous tensors.
+pub(super) fn split(terms: &[(f64, &Tensor)]) -> Result<(Vec<f64>, Vec<Tensor>)> {
+    let xs = terms.iter().map(|(_, x)| x.contiguous());
+    let coefficients = terms.iter().map(|&(c, _)| c).collect();
+    Ok((coefficients, xs.collect::<candle_core::Result<_>>()?))
+}
+
+/// Whether one launch can do it.
+fn fits(terms: &[(f64, &Tensor)]) -> bool {
+    (1..=MOST_TERMS).contains(&terms.len()) && terms[0].1.elem_count() > 0
+}
+
+/// `round(scale · Σ c_j x_j)`.
+pub(crate) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
+    if !fits(terms) {
+        return chain::combine(terms, scale, out);
+    }
+    let (first, (coefficients, xs)) = (terms[0].1, split(terms)?);
+    let device = device_of(first)?;
+    let sum = Sum::new(&coefficients, &xs, MOST_TERMS)?;
+    let room = Room::new(device, out.held, first.elem_count())?;
+    let sink = Sink::new(&room, out)?;
+    let kernel = load(device, &STAGE, in_f64(sum.wide, ["stage_f32", "stage_f64"]))?;
+    let mut arguments = kernel.builder();
+    arguments.arg(&sum.terms).arg(&scale).arg(&sink).arg(&sum.n);
+    // SAFETY: all operands and the result have n elements, of the dtypes given.
+    unsafe { arguments.launch(grid(blocks(sum.n as usize))) }.w()?;
+    Ok(room.into_tensor(first.shape()))
+}
+
+/// `Σ c_j x_j` in state precision and, where asked for, as it is stored, looked at for NaN on the way.
+pub(crate) fn update(
+    terms: &[(f64, &Tensor)],
+    state: Rounding,
+    store: Option<Rounding>,
+    looks: &mut Looks,
+) -> Result<(Tensor, Option<Tensor>)> {
+    if !fits(terms) {
+        let y = chain::combine(terms, 1.0, state)?;
+        looks.see(std::slice::from_ref(&y))?;
+        let stored = store.map(|store| store.round(&y)).transpose()?;
+        return Ok((y, stored));
+    }
+    let (first, (coefficients, xs)) = (terms[0].1, split(terms)?);
+    let device = device_of(first)?;
+    let sum = Sum::new(&coefficients, &xs, MOST_TERMS)?;
+    let room = |rounding: Rounding| Room::new(device, rounding.held, first.elem_count());
+    let y = room(state)?;
+    let stored = store
+        .map(|store| Ok::<_, crate::Error>((room(store)?, store)))
+        .transpose()?;
+    let y_sink = Sink::new(&y, state)?;
+    let stored_sink = match &stored {
+        Some((room, store)) => Sink::new(room, *store)?,
+        None => Sink::NONE,
+    };
+    let look: Look = looks.next();
+    let kernel = load(
+        device,
+        &UPDATE,
+        in_f64(sum.wide, ["update_f32", "update_f64"]),
+    )?;
+    let mut arguments = kernel.builder();
+    arguments
+        .arg(&sum.terms)
+        .arg(&y_sink)
+        .arg(&stored_sink)
+        .arg(&look)
+        .arg(&sum.n);
+    // SAFETY: all operands and both results have n elements, of the dtypes given.
+    unsafe { arguments.launch(grid(blocks(sum.n as usize))) }.w()?;
+    let stored = stored.map(|(room, _)| room.into_tensor(first.shape()));
+    Ok((y.into_tensor(first.shape()), stored))
+}
+
+/// Pairs of one launch.
+const MOST_PAIRS: usize = 64;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Pairs {
+    acc: [u64; MOST_PAIRS],
+    x: [u64; MOST_PAIRS],
+    n: [u64; MOST_PAIRS],
+    block: [u32; MOST_PAIRS],
+    dtype: [i32; MOST_PAIRS],
+    count: i32,
+}
+
+// SAFETY: plain numbers, laid out as in kernels/accumulate.cu.
+unsafe impl DeviceRepr for Pairs {}
+
+/// `acc_p += c · x_p`, or `c/S · x_p` while `sweep` goes on: all pairs in one launch.  The acc_p are
+/// contiguous, all f32 or all f64, and no two the same.
+pub(crate) fn accumulate_all(
+    pairs: &[(&Tensor, &Tensor)],
+    c: f64,
+    sweep: Option<&SweepState>,
+) -> Result<()> {
+    let full = pairs.iter().filter(|(acc, _)| acc.elem_count() > 0);
+    let xs = full.clone().map(|(_, x)| x.contiguous());
+    let xs = xs.collect::<candle_core::Result<Vec<_>>>()?;
+    let accs: Vec<_> = full.map(|(acc, _)| *acc).collect();
+    for (accs, xs) in accs.chunks(MOST_PAIRS).zip(xs.chunks(MOST_PAIRS)) {
+        let device = device_of(accs[0])?;
+        let wide = accs[0].dtype() == DType::F64;
+        let mut pairs = Pairs {
+            acc: [0; MOST_PAIRS],
+            x: [0; MOST_PAIRS],
+            n: [0; MOST_PAIRS],
+            block: [0; MOST_PAIRS],
+            dtype: [0; MOST_PAIRS],
+            count: xs.len() as i32,
+        };
+        let mut first = 0;
+        let mut held = Vec::with_capacity(2 * xs.len());
+        for (p, (&acc, x)) in accs.iter().zip(xs).enumerate() {
+            let of_one_kind = matches!(acc.dtype(), DType::F32 | DType::F64)
+                && (acc.dtype() == DType::F64) == wide;
+            if !of_one_kind || acc.elem_count() != x.elem_count() {
+                let message = format!(
+                    "{:?} added to {:?} of {:?}",
+                    x.shape(),
+                    acc.shape(),
+                    acc.dtype()
+                );
+                return Err(candle_core::Error::Msg(message).into());
+            }
+            let (acc, x) = (Operand::new(acc)?, Operand::new(x)?);
+            (pairs.acc[p], pairs.x[p], pairs.n[p]) = (acc.pointer, x.pointer, x.n);
+            (pairs.block[p], pairs.dtype[p]) = (first, x.dtype);
+            first += blocks(x.n as usize);
+            held.extend([acc, x]);
+        }
+        let scaler = sweep.map_or(0, SweepState::pointer);
+        let kernel = load(
+            device,
+            &ACCUMULATE,
+            in_f64(wide, ["accumulate_f32", "accumulate_f64"]),
+        )?;
+        let mut arguments = kernel.builder();
+        arguments.arg(&pairs).arg(&c).arg(&scaler);
+        // SAFETY: both tensors of a pair have n elements; sums are of the entry's dtype.
+        unsafe { arguments.launch(grid(first)) }.w()?;
+    }
+    Ok(())
+}
+
+/// `Σ x_i y_i` in f64, as a 0-d tensor of x's dtype.
+pub(crate) fn dot(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    const MOST_BLOCKS: u32 = 1024;
+    let device = device_of(x)?;
+    if x.elem_count() != y.elem_count() {
+        let message = format!("a product of {:?} and {:?}", x.shape(), y.shape());
+        return Err(candle_core::Error::Msg(message).into());
+    }
+    let out = Rounding::cast(x.dtype());
+    let (x, y) = (x.contiguous()?, y.contiguous()?);
+    let (x, y) = (Operand::new(&x)?, Operand::new(&y)?);
+    let used = blocks(x.n as usize).clamp(1, MOST_BLOCKS);
+    let parts = device.alloc_zeros::<f64>(used as usize)?;
+    let (parts_at, parts_count) = (pointer(&parts), used as i32);
+    let kernel = load(device, &DOT, "dot_parts")?;
+    let mut arguments = kernel.builder();
+    arguments
+        .arg(&x.pointer)
+        .arg(&x.dtype)
+        .arg(&y.pointer)
+        .arg(&y.dtype);
+    arguments.arg(&parts_at).arg(&x.n);
+    // SAFETY: x and y have n elements, and there is a part for each block.
+    unsafe { arguments.launch(grid(used)) }.w()?;
+    let room = Room::new(device, out.held, 1)?;
+    let sink = Sink::new(&room, out)?;
+    let kernel = load(device, &DOT, "dot_total")?;
+    let mut arguments = kernel.builder();
+    arguments.arg(&parts_at).arg(&parts_count).arg(&sink);
+    // SAFETY: there are `used` parts, and room for one element.
+    unsafe { arguments.launch(grid(1)) }.w()?;
+    Ok(room.into_tensor(&().into()))
+}

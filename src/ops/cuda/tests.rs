@@ -1,0 +1,266 @@
+//! Kernels against sums in f64 and against their CPU twins; without a GPU they say so and pass.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::sweep::SweepState;
+use super::{accumulate_all, activate, pull, update, Looks};
+use crate::ops::tests::{gpu, roundoff, values};
+use crate::precision::Rounding;
+use crate::scaler::{DynamicScaling, Outcome, Scaler, Scaling};
+
+const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
+
+/// Sizes around the edges of vectors, warps and blocks.
+const SIZES: [usize; 9] = [1, 3, 4, 31, 255, 1023, 1024, 1025, 5000];
+
+/// Numbers of size one, the same in every run.
+fn numbers(n: usize, seed: f64, dtype: DType, device: &Device) -> Tensor {
+    let numbers: Vec<_> = (0..n).map(|i| (i as f64 * 0.7 + seed).sin()).collect();
+    let x = Tensor::from_vec(numbers, n, &Device::Cpu).unwrap();
+    x.to_dtype(dtype).unwrap().to_device(device).unwrap()
+}
+
+fn on_host(x: &Tensor) -> Vec<f64> {
+    values(&x.to_device(&Device::Cpu).unwrap())
+}
+
+#[test]
+fn an_update_is_summed_once_and_stored_from_the_sum() {
+    let Some(gpu) = gpu() else { return };
+    for n in SIZES {
+        for (dtype, state) in FLOATS.map(|d| (d, if d == DType::F64 { d } else { DType::F32 })) {
+            let y = numbers(n, 0.1, state, &gpu);
+            let ks: Vec<_> = (0..5)
+                .map(|j| numbers(n, 1.3 * f64::from(j), dtype, &gpu))
+                .collect();
+            let mut terms = vec![(1.0, &y)];
+            terms.extend(ks.iter().map(|k| (0.17, k)));
+            let mut looks = Looks::new(&y).unwrap();
+            let store = Some(Rounding::cast(DType::BF16));
+            let (next, stored) = update(&terms, Rounding::cast(state), store, &mut looks).unwrap();
+            assert_eq!(looks.read().unwrap(), None);
+            let stored = stored.unwrap();
+            assert_eq!(stored.dtype(), DType::BF16);
+            let host: Vec<_> = terms.iter().map(|(c, x)| (*c, on_host(x))).collect();
+            let (next, stored) = (on_host(&next), on_host(&stored));
+            for i in 0..n {
+                let exact: f64 = host.iter().map(|(c, x)| c * x[i]).sum();
+                assert!(
+                    (next[i] - exact).abs() <= 8.0 * roundoff(state) * 2.0,
+                    "{n} {dtype:?} {i}"
+                );
+                assert_eq!(stored[i], half::bf16::from_f64(next[i]).to_f64());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_look_that_found_something_is_reported() {
+    let Some(gpu) = gpu() else { return };
+    for bad in [0, 1023, 1024, 4999] {
+        let mut data = vec![1f32; 5000];
+        data[bad] = f32::NAN;
+        let bad = Tensor::from_vec(data, 5000, &gpu).unwrap();
+        let good = Tensor::ones(5000, DType::F32, &gpu).unwrap();
+        let mut looks = Looks::new(&good).unwrap();
+        let state = Rounding::cast(DType::F32);
+        looks.see(&[good.clone(), good.clone()]).unwrap();
+        update(&[(1.0, &good)], state, None, &mut looks).unwrap();
+        update(&[(1.0, &bad)], state, None, &mut looks).unwrap();
+        looks.see(&[good, bad]).unwrap();
+        assert_eq!(looks.read().unwrap(), Some(2));
+    }
+}
+
+#[test]
+fn all_parameters_are_added_to_in_one_launch_and_more_in_several() {
+    let Some(gpu) = gpu() else { return };
+    for state in [DType::F32, DType::F64] {
+        let sizes: Vec<usize> = (0..70).map(|p| [1, 5, 0, 1024, 2047][p % 5]).collect();
+        let new = |seed: f64, dtype: fn(usize) -> DType| {
+            let each = sizes
+                .iter()
+                .enumerate()
+                .map(move |(p, &n)| (p, n, seed + p as f64, dtype(p)));
+            each.filter(|(_, n, ..)| *n > 0)
+                .map(|(_, n, seed, d)| numbers(n, seed, d, &gpu))
+                .collect::<Vec<_>>()
+        };
+        let accs = match state {
+            DType::F32 => new(0.5, |_| DType::F32),
+            _ => new(0.5, |_| DType::F64),
+        };
+        let grads = new(2.5, |p| FLOATS[p % 4]);
+        let before: Vec<_> = accs.iter().map(on_host).collect();
+        let pairs: Vec<_> = accs.iter().zip(&grads).collect();
+        accumulate_all(&pairs, -1.7, None).unwrap();
+        for ((acc, before), grad) in accs.iter().zip(before).zip(&grads) {
+            for ((after, before), grad) in on_host(acc).iter().zip(before).zip(on_host(grad)) {
+                assert!((after - (before - 1.7 * grad)).abs() <= 6.0 * roundoff(state));
+            }
+        }
+    }
+}
+
+#[test]
+fn activations_and_bias_gradients_are_those_of_f64() {
+    let Some(gpu) = gpu() else { return };
+    use crate::nn::Activation;
+    for (rows, columns) in [(1, 1), (7, 5), (300, 33), (1000, 64)] {
+        for dtype in FLOATS {
+            let unit = roundoff(dtype).max(1e-15);
+            let z = (numbers(rows * columns, 0.3, dtype, &gpu) * 3.0).unwrap();
+            let z = z.reshape((rows, columns)).unwrap();
+            let bias = numbers(columns, 1.1, dtype, &gpu);
+            for activation in Activation::ALL {
+                let (value, slope) = activate(&z, &bias, activation as i32, true).unwrap();
+                let exact = z
+                    .to_device(&Device::Cpu)
+                    .unwrap()
+                    .to_dtype(DType::F64)
+                    .unwrap();
+                let b = bias
+                    .to_device(&Device::Cpu)
+                    .unwrap()
+                    .to_dtype(DType::F64)
+                    .unwrap();
+                let x = candle_core::Var::from_tensor(&exact.broadcast_add(&b).unwrap()).unwrap();
+                let y = activation.forward(x.as_tensor()).unwrap();
+                let d = y
+                    .sum_all()
+                    .unwrap()
+                    .backward()
+                    .unwrap()
+                    .get(&x)
+                    .unwrap()
+                    .clone();
+                let bound = 16.0 * roundoff(DType::F32).min(unit) + unit;
+                for (got, exact) in [(&value, &y), (&slope.unwrap(), &d)] {
+                    for (got, exact) in on_host(got).iter().zip(values(exact)) {
+                        let edge = activation == Activation::Relu;
+                        let error = (got - exact).abs();
+                        assert!(
+                            edge || error <= 2.0 * bound * (1.0 + exact.abs()),
+                            "{activation:?} {dtype:?} {error:e}"
+                        );
+                    }
+                }
+            }
+            let g = numbers(rows * columns, 0.9, dtype, &gpu)
+                .reshape((rows, columns))
+                .unwrap();
+            let slope = numbers(rows * columns, 4.9, dtype, &gpu)
+                .reshape((rows, columns))
+                .unwrap();
+            for slope in [None, Some(&slope)] {
+                let (pulled, sums) = pull(&g, slope).unwrap();
+                let pulled = on_host(&pulled);
+                let sum = if dtype == DType::F64 {
+                    DType::F64
+                } else {
+                    DType::F32
+                };
+                assert_eq!(sums.dtype(), sum);
+                for (o, got) in on_host(&sums).into_iter().enumerate() {
+                    let column = (0..rows).map(|r| pulled[r * columns + o]);
+                    let size: f64 = column.clone().map(f64::abs).sum();
+                    let exact: f64 = column.sum();
+                    let error = (got - exact).abs();
+                    assert!(
+                        // A thread adds 44 terms at most, this oracle all rows in f64.
+                        error <= (48.0 * roundoff(sum) + rows as f64 * roundoff(DType::F64)) * size,
+                        "{rows} {columns} {dtype:?} {error:e}"
+                    );
+                }
+                let [g, d] = [Some(&g), slope].map(|x| x.map(on_host));
+                let g = g.unwrap();
+                for i in 0..rows * columns {
+                    let exact = g[i] * d.as_ref().map_or(1.0, |d| d[i]);
+                    assert!(
+                        (pulled[i] - exact).abs()
+                            <= 2.0 * unit * exact.abs() + 1e-7 * unit.min(1e-3)
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// max|λ| and the outcome of each step, as a sweep meets them.
+const HISTORY: [(f32, Outcome); 12] = [
+    (1.0, Outcome::Clean),
+    (0.9, Outcome::Clean),
+    (0.4, Outcome::Clean),
+    (0.1, Outcome::StateOverflow),
+    (0.1, Outcome::Clean),
+    (0.0, Outcome::Clean),
+    (0.001, Outcome::Clean),
+    (0.001, Outcome::Clean),
+    (30.0, Outcome::ParameterOverflow),
+    (1e-6, Outcome::Clean),
+    (1e-6, Outcome::Clean),
+    (1e-6, Outcome::Clean),
+];
+
+#[test]
+fn the_scaler_on_the_device_decides_as_the_one_on_the_host() {
+    let Some(gpu) = gpu() else { return };
+    let rule = DynamicScaling {
+        recovery_interval: 2,
+        ..Default::default()
+    };
+    let mut host = Scaler::new(Scaling::Dynamic(rule), true).unwrap();
+    for (step, (size, outcome)) in HISTORY.into_iter().enumerate() {
+        let adj = Tensor::from_vec(vec![size, -size / 2.0, 0.0], 3, &gpu).unwrap();
+        let state = SweepState::new(host, std::slice::from_ref(&adj), &[true], false).unwrap();
+        state.aim().unwrap();
+        let before = host.aimed(f64::from(size));
+        let bad = Tensor::from_vec(vec![1.0, f32::INFINITY], 2, &gpu).unwrap();
+        let fine = Tensor::ones(2, DType::F32, &gpu).unwrap();
+        let seen = |kind| if outcome == kind { &bad } else { &fine };
+        for pulled in 0..2 {
+            for kind in [Outcome::StateOverflow, Outcome::ParameterOverflow] {
+                state
+                    .look(pulled, kind, std::slice::from_ref(seen(kind)))
+                    .unwrap();
+            }
+        }
+        // Q(S λ), and λ + h/S w, untouched by a step that overflowed.
+        let seed = state
+            .seed(&[(1.0, &adj)], 1, Rounding::cast(DType::F32))
+            .unwrap();
+        assert_eq!(on_host(&seed)[0], f64::from(size) * before.scale());
+        state
+            .update(
+                &adj,
+                &[(0.5, &seed)],
+                Some(&fine.get(0).unwrap().broadcast_as(3).unwrap()),
+                0,
+                true,
+            )
+            .unwrap();
+        let clean = outcome == Outcome::Clean;
+        let expected = if clean {
+            1.5 * f64::from(size) + 1.0
+        } else {
+            f64::from(size)
+        };
+        assert!((on_host(&adj)[0] - expected).abs() <= 4.0 * roundoff(DType::F32) * expected);
+        state.settle(step).unwrap();
+        let found = state.read(host).unwrap();
+        assert_eq!(found.bad, None);
+        assert_eq!(found.scales, Some((before.scale(), before.scale())));
+        host = match found.stop {
+            None => {
+                assert!(clean, "step {step}");
+                before.after_step()
+            }
+            Some(stop) => {
+                assert_eq!((stop.step, stop.outcome), (step, outcome));
+                assert_eq!(stop.scaler, before);
+                before.after(outcome)
+            }
+        };
+    }
+}
