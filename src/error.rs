@@ -280,15 +280,15 @@ pub enum Error {
     #[error("{loss} is no loss of states of shapes {shapes:?}")]
     LossState {
         /// The loss.
-        loss: &'static str,
+        loss: String,
         /// Shapes of the returned states.
-        shapes: Vec<Shape>,
+        shapes: Vec<Vec<usize>>,
     },
     /// A [`RowLoss`](crate::RowLoss) of the last state, of a solve that returns all.
     #[error("{loss} looks at the last state: it needs Output::Final")]
     LossOutput {
         /// The loss.
-        loss: &'static str,
+        loss: String,
     },
     /// The cotangent that arrives from the loss holds NaN or infinity.
     #[error("the gradient that arrives from the loss holds NaN or infinity")]

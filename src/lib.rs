@@ -89,7 +89,7 @@ pub use odeint::{odeint, solve, Gradients, Solution};
 pub use ops::internals;
 pub use piecewise::PiecewiseConstant;
 pub use precision::{Arithmetic, Precision};
-pub use problem::{Activations, OdeOptions, Output};
+pub use problem::{ActivationCache, OdeOptions, Output};
 pub use pullback::{Argument, PullbackDefect};
 pub use scaler::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
 pub use state::State;

@@ -1,7 +1,7 @@
 //! Losses that are means over the rows of a batch, which a solve tile by tile can look at while a
 //! tile is at hand.
 
-use candle_core::{DType, Tensor, D};
+use candle_core::{DType, Shape, Tensor, D};
 use candle_nn::loss::cross_entropy;
 
 use crate::error::{Error, Result};
@@ -16,11 +16,11 @@ use crate::state::State;
 pub enum RowLoss {
     /// Mean of (y − target)² over all elements: the target has the shape of the returned states, which
     /// are one tensor.
-    MeanSquare(Tensor),
+    MeanSquaredError(Tensor),
     /// Mean over the rows of ½|z|² + ½ d ln 2π + l of the last state: the negative log-likelihood under
     /// a normal base of a flow (z, l) such as [`nn::Cnf`](crate::nn::Cnf), z `(…, d)` and l `(…, 1)`; or
     /// of z alone.  Asks for [`Output::Final`].
-    NormalLikelihood,
+    GaussianNll,
     /// Mean over the rows of −ln softmax(y)_class of the last state, y `(rows, classes)`; the tensor
     /// holds the classes, `(rows)` u32.  Asks for [`Output::Final`].
     CrossEntropy(Tensor),
@@ -29,102 +29,124 @@ pub enum RowLoss {
 const HALF_LN_TAU: f64 = 0.918_938_533_204_672_8;
 
 impl RowLoss {
-    /// The loss of returned states, a scalar of their dtype in candle's graph.
+    /// The loss of returned states, a scalar of their dtype in candle's graph.  Of states at several
+    /// times, `(times, …)`, every one counts as a row.
     ///
     /// # Errors
     /// [`Error::LossState`] if these are not states that it is a loss of.
     pub fn of<S: State>(&self, states: &S) -> Result<Tensor> {
         let leaves = states.leaves();
-        match (self, leaves.as_slice()) {
-            (Self::MeanSquare(target), [y]) if y.shape() == target.shape() => {
-                Ok((y - target.to_dtype(y.dtype())?)?.sqr()?.mean_all()?)
-            }
-            (Self::NormalLikelihood, [z, rest @ ..]) if rest.len() < 2 && z.rank() > 0 => {
-                let features = z.dim(D::Minus1)?;
-                let rows = z.elem_count() / features.max(1);
-                let mut sum = (z.sqr()?.sum_all()? * 0.5)?;
-                for l in rest {
-                    if l.elem_count() != rows {
-                        return Err(self.not_of(&leaves));
-                    }
-                    sum = (sum + l.to_dtype(z.dtype())?.sum_all()?)?;
+        let shapes: Vec<_> = leaves.iter().map(|y| y.dims().to_vec()).collect();
+        self.fits(&shapes)?;
+        let first = &leaves[0];
+        match self {
+            Self::MeanSquaredError(target) => Ok((first - target.to_dtype(first.dtype())?)?
+                .sqr()?
+                .mean_all()?),
+            Self::GaussianNll => {
+                let features = first.dim(D::Minus1)?;
+                let rows = first.elem_count() / features.max(1);
+                let mut sum = (first.sqr()?.sum_all()? * 0.5)?;
+                for l in &leaves[1..] {
+                    sum = (sum + l.to_dtype(first.dtype())?.sum_all()?)?;
                 }
                 Ok(((sum / rows as f64)? + HALF_LN_TAU * features as f64)?)
             }
-            (Self::CrossEntropy(classes), [y])
-                if y.rank() == 2 && classes.dims() == &y.dims()[..1] =>
-            {
-                Ok(cross_entropy(y, classes)?)
+            Self::CrossEntropy(classes) => Ok(cross_entropy(first, classes)?),
+        }
+    }
+
+    /// Whether states of these shapes have such a loss.
+    fn fits(&self, shapes: &[Vec<usize>]) -> Result<()> {
+        let fits = match (self, shapes) {
+            (Self::MeanSquaredError(target), [y]) => target.dims() == y,
+            (Self::GaussianNll, [z]) => !z.is_empty(),
+            (Self::GaussianNll, [z, l]) => match (z.split_last(), l.split_last()) {
+                (Some((_, rows)), Some((1, of))) => rows == of,
+                _ => false,
+            },
+            (Self::CrossEntropy(classes), [y]) => {
+                y.len() == 2 && classes.dims() == &y[..1] && classes.dtype() == DType::U32
             }
-            _ => Err(self.not_of(&leaves)),
+            _ => false,
+        };
+        if fits {
+            return Ok(());
         }
+        Err(Error::LossState {
+            loss: self.to_string(),
+            shapes: shapes.to_vec(),
+        })
     }
 
-    fn not_of(&self, leaves: &[Tensor]) -> Error {
-        Error::LossState {
-            loss: self.name(),
-            shapes: leaves.iter().map(|l| l.shape().clone()).collect(),
+    /// Whether the states that a solve returns have such a loss.
+    pub(crate) fn check(&self, problem: &Problem) -> Result<()> {
+        let several = problem.output == Output::All;
+        if several && !matches!(self, Self::MeanSquaredError(_)) {
+            let loss = self.to_string();
+            return Err(Error::LossOutput { loss });
         }
+        let returned = |state: &Shape| match several {
+            true => [&[problem.outputs()], state.dims()].concat(),
+            false => state.dims().to_vec(),
+        };
+        let shapes: Vec<_> = problem.packing.shapes().iter().map(returned).collect();
+        self.fits(&shapes)
     }
 
-    fn name(&self) -> &'static str {
-        match self {
-            Self::MeanSquare(_) => "MeanSquare, whose target has another shape,",
-            Self::NormalLikelihood => "NormalLikelihood",
-            Self::CrossEntropy(_) => "CrossEntropy",
-        }
-    }
-
-    /// Whether it looks at all states, or at the last one.
-    pub(crate) fn check(&self, output: Output) -> Result<()> {
-        match (self, output) {
-            (Self::MeanSquare(_), _) | (_, Output::Final) => Ok(()),
-            (_, Output::All) => Err(Error::LossOutput { loss: self.name() }),
-        }
-    }
-
-    /// The loss for tiles of a problem; `None` where tiles do not have it.
+    /// The loss for tiles of a problem that it fits; `None` where tiles do not have it.
     pub(crate) fn prepared<T: Element>(
         &self,
         problem: &Problem,
         layout: &Layout,
     ) -> Result<Option<Prepared<T>>> {
-        Ok(match (self, layout.features.as_slice()) {
-            (Self::MeanSquare(target), [_]) if is_returned(target, problem) => {
-                let target = target
-                    .detach()
-                    .to_dtype(T::DTYPE)?
-                    .flatten_all()?
-                    .to_vec1()?;
-                Some(Prepared::MeanSquare(target))
+        let features = layout.features[0];
+        if problem.packing.shapes()[0].dims().last() != Some(&features) {
+            // A row of the tiles is not a row of the loss.
+            if !matches!(self, Self::MeanSquaredError(_)) {
+                return Ok(None);
             }
-            (Self::NormalLikelihood, [_] | [_, 1]) => Some(Prepared::NormalLikelihood),
-            (Self::CrossEntropy(classes), [n]) if classes.elem_count() == layout.rows => {
-                let classes: Vec<u32> = classes.to_dtype(DType::U32)?.flatten_all()?.to_vec1()?;
+        }
+        Ok(match self {
+            // The gradient of the target is candle's.
+            Self::MeanSquaredError(target) if target.track_op() => None,
+            Self::MeanSquaredError(target) => {
+                let target = target.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1()?;
+                Some(Prepared::MeanSquaredError(target))
+            }
+            Self::GaussianNll => Some(Prepared::GaussianNll),
+            Self::CrossEntropy(classes) => {
+                let classes = classes.to_vec1::<u32>()?;
                 // A class that is none is left to candle, which says so.
-                let fits = classes.iter().all(|class| (*class as usize) < *n);
+                let fits = classes.iter().all(|class| (*class as usize) < features);
                 fits.then_some(Prepared::CrossEntropy(classes))
             }
-            _ => None,
         })
     }
 }
 
-/// Whether x has the shape of the states that are returned, of one leaf.
-fn is_returned(x: &Tensor, problem: &Problem) -> bool {
-    let state = problem.packing.shapes()[0].dims();
-    match (problem.output, x.dims()) {
-        (Output::Final, dims) => dims == state,
-        (Output::All, [outputs, rest @ ..]) => *outputs == problem.outputs() && rest == state,
-        _ => false,
+impl std::fmt::Display for RowLoss {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::MeanSquaredError(target) => {
+                write!(f, "the mean squared error of a target {:?}", target.shape())
+            }
+            Self::GaussianNll => write!(f, "the Gaussian negative log-likelihood"),
+            Self::CrossEntropy(classes) => write!(
+                f,
+                "the cross entropy of classes {:?}, {:?}",
+                classes.shape(),
+                classes.dtype()
+            ),
+        }
     }
 }
 
 /// A [`RowLoss`] for tiles.
 pub(crate) enum Prepared<T> {
     /// The target, packed `(outputs, elements)`.
-    MeanSquare(Vec<T>),
-    NormalLikelihood,
+    MeanSquaredError(Vec<T>),
+    GaussianNll,
     CrossEntropy(Vec<u32>),
 }
 
@@ -146,7 +168,7 @@ impl<T: Element> Prepared<T> {
         let z = &of.y[..rows * features];
         let all = layout.rows as f64;
         match self {
-            Self::MeanSquare(target) => {
+            Self::MeanSquaredError(target) => {
                 let elements = layout.rows * features;
                 let from = of.output.0 * elements + of.first * features;
                 let weight = 1.0 / (of.output.1 * elements) as f64;
@@ -158,7 +180,7 @@ impl<T: Element> Prepared<T> {
                 }
                 sum * weight
             }
-            Self::NormalLikelihood => {
+            Self::GaussianNll => {
                 let mut sum = (rows * features) as f64 * HALF_LN_TAU;
                 for (y, g) in z.iter().zip(&mut *cotangent) {
                     let y = y.to_f64();

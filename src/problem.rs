@@ -23,31 +23,33 @@ pub enum Output {
 }
 
 /// What a solve tile by tile keeps of its evaluations beside the states, so that the backward pass need
-/// not repeat them: up to a quarter of the time of a pass forward and backward, for much memory.
+/// not repeat them: up to a fifth of the time of a pass forward and backward, for much memory.
 ///
-/// Where the bytes are not enough for everything, first the stages are kept and then what saves most
-/// work a byte: outputs of wide layers before those of thin ones, the last steps before the first.
-/// The general path keeps nothing.
+/// Where the bytes are not enough for everything, the last steps are kept before the first; of an
+/// [`nn::Mlp`](crate::nn::Mlp) first the stages, then the hidden layers that save most work a byte.
+/// Nothing is kept on the general path, nor where the store precision is below the state's: there the
+/// backward pass linearises at the stored states.  [`NeuralOde::loss`](crate::NeuralOde::loss) has its own
+/// plan.
 ///
 /// ```
-/// use candle_diffeq::{Activations, OdeOptions};
+/// use candle_diffeq::{ActivationCache, OdeOptions};
 /// let options = OdeOptions {
-///     activations: Activations::within(64 << 20).in_bf16(),
+///     activation_cache: ActivationCache::within(64 << 20).in_bf16(),
 ///     ..Default::default()
 /// };
 /// # let _ = options;
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Activations {
+pub struct ActivationCache {
     pub(crate) bytes: usize,
     pub(crate) low: bool,
 }
 
-impl Activations {
+impl ActivationCache {
     /// Nothing: the backward pass evaluates every stage again.
-    pub const RECOMPUTED: Self = Self::within(0);
+    pub const NONE: Self = Self::within(0);
     /// Everything.
-    pub const KEPT: Self = Self::within(usize::MAX);
+    pub const ALL: Self = Self::within(usize::MAX);
 
     /// As much as fits into so many bytes, of the whole batch.
     pub const fn within(bytes: usize) -> Self {
@@ -117,7 +119,7 @@ pub struct OdeOptions {
     /// What is kept for the backward pass.  Default: every state.
     pub checkpoint: Checkpoint,
     /// What is kept of evaluations beside the states.  Default: nothing.
-    pub activations: Activations,
+    pub activation_cache: ActivationCache,
     /// Whether fields whose rows are independent, such as [`nn::Mlp`](crate::nn::Mlp), are
     /// integrated tile by tile on the CPU, and small ones in one launch on CUDA.  Default: yes.
     /// Results agree to rounding.
@@ -139,7 +141,7 @@ impl Default for OdeOptions {
             steps: Steps::default(),
             output: Output::default(),
             checkpoint: Checkpoint::default(),
-            activations: Activations::RECOMPUTED,
+            activation_cache: ActivationCache::NONE,
             fusion: true,
             scaling: Scaling::default(),
             on_overflow: OnOverflow::default(),
@@ -157,7 +159,7 @@ pub(crate) struct Problem {
     pub(crate) packing: Packing,
     pub(crate) output: Output,
     pub(crate) checkpoint: Checkpoint,
-    pub(crate) activations: Activations,
+    pub(crate) activation_cache: ActivationCache,
     pub(crate) fusion: bool,
     pub(crate) scaler: Scaler,
     pub(crate) on_overflow: OnOverflow,
@@ -222,15 +224,21 @@ impl Problem {
             packing: Packing::new(y0),
             output: options.output,
             checkpoint: options.checkpoint,
-            activations: match options.checkpoint {
-                Checkpoint::Nothing => Activations::RECOMPUTED,
-                _ => options.activations,
+            activation_cache: match options.checkpoint {
+                Checkpoint::Nothing => ActivationCache::NONE,
+                _ => options.activation_cache,
             },
             fusion: options.fusion,
             on_overflow: options.on_overflow,
             recorder: options.recorder.clone().unwrap_or_default(),
             theta,
         })
+    }
+
+    /// Whether states are kept as they are, so that evaluations of both passes are the same.
+    pub(crate) fn stores_state(&self) -> bool {
+        let mut roles = self.scheme.roles.iter();
+        roles.all(|roles| roles.store.to == roles.state)
     }
 
     /// Dtype of every sum.

@@ -29,7 +29,7 @@ pub struct Stats {
     /// Bytes of those states.
     pub bytes_kept: usize,
     /// Largest number of bytes of evaluations that any one solve kept, see
-    /// [`Activations`](crate::Activations).
+    /// [`ActivationCache`](crate::ActivationCache).
     pub activation_bytes: usize,
     /// How often the solver waited for a device and read from it; what fields read is not counted.
     /// Zero on the CPU.

@@ -170,7 +170,6 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
     }
 
     /// The same, from step n on downwards.
-    #[cfg(feature = "cuda")]
     pub(crate) fn rewind_from(&self, n: usize) -> Rewind<'_, Y, K> {
         let mut rewind = self.rewind();
         rewind.kept.retain(|(at, _)| *at <= n);

@@ -3,7 +3,8 @@
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{
-    odeint, Activations, Checkpoint, OdeOptions, Recorder, State, Stats, VectorField, DOPRI5,
+    odeint, ActivationCache, Checkpoint, OdeOptions, Precision, Recorder, State, Stats,
+    VectorField, DOPRI5,
 };
 use candle_nn::{VarBuilder, VarMap};
 
@@ -65,26 +66,42 @@ fn check<S: State + 'static, F: VectorField<S> + Clone + Send + Sync + 'static>(
         let plain = OdeOptions::default();
         let (expected, recomputed) = gradients::<S, F>(field, &y0, &plain);
         assert_eq!(recomputed.activation_bytes, 0);
-        let of = |activations| OdeOptions {
-            activations,
+        let of = |activation_cache| OdeOptions {
+            activation_cache,
             ..plain.clone()
         };
-        let (kept, all) = gradients::<S, F>(field, &y0, &of(Activations::KEPT));
+        let (kept, all) = gradients::<S, F>(field, &y0, &of(ActivationCache::ALL));
         assert_eq!(all.recomputed, 0);
         assert!(all.activation_bytes > 0);
         let mut results = vec![kept];
         for part in 1..8 {
             let budget = all.activation_bytes * part / 8;
-            let (kept, stats) = gradients::<S, F>(field, &y0, &of(Activations::within(budget)));
+            let (kept, stats) = gradients::<S, F>(field, &y0, &of(ActivationCache::within(budget)));
             assert!(stats.activation_bytes <= budget);
             assert!(0 < stats.recomputed && stats.recomputed <= recomputed.recomputed);
             results.push(kept);
         }
-        let replayed = OdeOptions {
-            checkpoint: Checkpoint::States(2),
-            ..of(Activations::within(all.activation_bytes / 2))
-        };
-        results.push(gradients::<S, F>(field, &y0, &replayed).0);
+        for checkpoint in [
+            Checkpoint::States(2),
+            Checkpoint::Every(2),
+            Checkpoint::Every(3),
+        ] {
+            for bytes in [0, all.activation_bytes / 3, all.activation_bytes / 2] {
+                let replayed = OdeOptions {
+                    checkpoint,
+                    ..of(ActivationCache::within(bytes))
+                };
+                results.push(gradients::<S, F>(field, &y0, &replayed).0);
+            }
+            // What is known is not replayed.
+            let known = OdeOptions {
+                checkpoint,
+                ..of(ActivationCache::ALL)
+            };
+            let (kept, stats) = gradients::<S, F>(field, &y0, &known);
+            assert_eq!(stats.recomputed, 0);
+            results.push(kept);
+        }
         for result in results {
             for (got, expected) in result.iter().zip(&expected) {
                 assert_eq!(numbers(got), numbers(expected));
@@ -92,7 +109,7 @@ fn check<S: State + 'static, F: VectorField<S> + Clone + Send + Sync + 'static>(
         }
 
         // Kept in bf16, half the bytes, and gradients at a point that is rounded to eight bits.
-        let (low, stats) = gradients::<S, F>(field, &y0, &of(Activations::KEPT.in_bf16()));
+        let (low, stats) = gradients::<S, F>(field, &y0, &of(ActivationCache::ALL.in_bf16()));
         assert_eq!(
             stats.activation_bytes * dtype.size_in_bytes(),
             2 * all.activation_bytes
@@ -142,7 +159,7 @@ fn the_general_path_keeps_no_activations() {
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let field = Mlp::new(&[2, 8, 2], Activation::Tanh, vb).unwrap();
     let options = OdeOptions {
-        activations: Activations::KEPT,
+        activation_cache: ActivationCache::ALL,
         fusion: false,
         ..Default::default()
     };
@@ -150,4 +167,24 @@ fn the_general_path_keeps_no_activations() {
     let (_, stats) = gradients::<Tensor, _>((&field, &vars), &y0, &options);
     assert_eq!(stats.activation_bytes, 0);
     assert!(stats.recomputed > 0);
+}
+
+#[test]
+fn nothing_is_kept_beside_states_that_are_rounded() {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let field = Mlp::new(&[2, 8, 2], Activation::Tanh, vb).unwrap();
+    let y0 = [random(&[5, 2], DType::F32)];
+    let of = |activation_cache| OdeOptions {
+        activation_cache,
+        precision: Some(Precision::f32().store(DType::BF16)),
+        ..Default::default()
+    };
+    let solved = |cache| gradients::<Tensor, _>((&field, &vars), &y0, &of(cache));
+    let (expected, _) = solved(ActivationCache::NONE);
+    let (got, stats) = solved(ActivationCache::ALL);
+    assert_eq!(stats.activation_bytes, 0);
+    for (got, expected) in got.iter().zip(&expected) {
+        assert_eq!(numbers(got), numbers(expected));
+    }
 }

@@ -96,7 +96,7 @@ fn mean_squares_and_their_gradients_are_those_of_the_states() {
     for (precision, bound) in PRECISIONS {
         for (output, target) in [(Output::All, &[4, 70, 3][..]), (Output::Final, &[70, 3])] {
             let vars = VarMap::new();
-            let loss = RowLoss::MeanSquare(random(target, precision.state));
+            let loss = RowLoss::MeanSquaredError(random(target, precision.state));
             let y0 = [random(&[70, 3], DType::F32)
                 .to_dtype(precision.state)
                 .unwrap()];
@@ -125,14 +125,7 @@ fn likelihoods_of_a_flow_are_those_of_its_states() {
             random(&[37, 1], precision.state),
         ];
         let options = with(*precision, Output::Final);
-        check::<(Tensor, Tensor)>(
-            ode,
-            &vars,
-            &y0,
-            &RowLoss::NormalLikelihood,
-            &options,
-            *bound,
-        );
+        check::<(Tensor, Tensor)>(ode, &vars, &y0, &RowLoss::GaussianNll, &options, *bound);
     }
 }
 
@@ -159,25 +152,159 @@ fn images_have_losses_too() {
         ConvField::new(&[2, 5, 2], 3, Activation::Silu, vb)
     });
     let y0 = [random(&[5, 2, 6, 7], DType::F32)];
-    let loss = RowLoss::MeanSquare(random(&[5, 2, 6, 7], DType::F32));
+    let loss = RowLoss::MeanSquaredError(random(&[5, 2, 6, 7], DType::F32));
     let options = with(Precision::f32(), Output::Final);
     check(ode.unwrap(), &vars, &y0, &loss, &options, 4e-6);
 }
 
-#[test]
-fn fields_that_are_no_tiles_have_the_same_loss() {
-    let vars = VarMap::new();
-    let ode = perceptron(&vars);
-    let y0 = random(&[9, 3], DType::F32);
-    let loss = RowLoss::MeanSquare(random(&[9, 3], DType::F32));
-    let fused = ode.options(with(Precision::f32(), Output::Final));
-    let a = fused.loss(&y0, &TIMES, &loss).unwrap();
-    let general = fused.options(OdeOptions {
+/// The loss and its gradients, tile by tile and on the general path.
+fn same_on_the_general_path(shape: &[usize], loss: &RowLoss, ode: NeuralOde, vars: &VarMap) {
+    let y0 = [Var::from_tensor(&random(shape, DType::F32)).unwrap()];
+    let options = with(Precision::f32(), Output::Final);
+    let ode = ode.options(options.clone());
+    let fused = ode.loss(y0[0].as_tensor(), &TIMES, loss).unwrap();
+    let fused = gradients(fused, &y0, vars);
+    let ode = ode.options(OdeOptions {
         fusion: false,
-        ..with(Precision::f32(), Output::Final)
+        ..options
     });
-    let b = general.loss(&y0, &TIMES, &loss).unwrap();
-    assert!(distance(&a, &b) <= 1e-6);
+    let general = ode.loss(y0[0].as_tensor(), &TIMES, loss).unwrap();
+    for (got, expected) in fused.iter().zip(gradients(general, &y0, vars)) {
+        assert!(distance(got, &expected) <= 1e-5);
+    }
+}
+
+#[test]
+fn every_loss_is_that_of_the_general_path() {
+    let classes: Vec<u32> = (0..40).map(|i| i % 3).collect();
+    let losses = [
+        RowLoss::MeanSquaredError(random(&[40, 3], DType::F32)),
+        RowLoss::GaussianNll,
+        RowLoss::CrossEntropy(Tensor::new(classes, &Device::Cpu).unwrap()),
+    ];
+    for loss in &losses {
+        let vars = VarMap::new();
+        same_on_the_general_path(&[40, 3], loss, perceptron(&vars), &vars);
+    }
+    // Rows of a likelihood of images are not the images.
+    for loss in [
+        RowLoss::GaussianNll,
+        RowLoss::MeanSquaredError(random(&[3, 2, 5, 4], DType::F32)),
+    ] {
+        let vars = VarMap::new();
+        let ode = NeuralOde::new(&vars, "f", &Device::Cpu, |vb: VarBuilder<'_>| {
+            ConvField::new(&[2, 5, 2], 3, Activation::Tanh, vb)
+        });
+        same_on_the_general_path(&[3, 2, 5, 4], &loss, ode.unwrap(), &vars);
+    }
+}
+
+#[test]
+fn large_batches_have_the_same_loss_on_any_number_of_threads() {
+    let vars = VarMap::new();
+    let ode = perceptron(&vars).options(with(Precision::f32(), Output::All));
+    let rows = 2100;
+    let y0 = [Var::from_tensor(&random(&[rows, 3], DType::F32)).unwrap()];
+    let loss = RowLoss::MeanSquaredError(random(&[4, rows, 3], DType::F32));
+    let states = ode.solve(y0[0].as_tensor(), &TIMES).unwrap();
+    let expected = gradients(loss.of(&states).unwrap(), &y0, &vars);
+    let on = |threads: usize| -> Vec<Vec<f64>> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let run = || {
+            gradients(
+                ode.loss(y0[0].as_tensor(), &TIMES, &loss).unwrap(),
+                &y0,
+                &vars,
+            )
+        };
+        let results = pool.build().unwrap().install(run);
+        for (got, expected) in results.iter().zip(&expected) {
+            assert!(distance(got, expected) <= 4e-6);
+        }
+        results.iter().map(numbers).collect()
+    };
+    let one = on(1);
+    for threads in [2, 3, 5] {
+        assert_eq!(one, on(threads));
+    }
+}
+
+#[test]
+fn memory_plans_second_passes_and_constants_change_nothing() {
+    let vars = VarMap::new();
+    let y = random(&[50, 3], DType::F32);
+    let y0 = [Var::from_tensor(&y).unwrap()];
+    let loss = RowLoss::MeanSquaredError(random(&[50, 3], DType::F32));
+    let mut expected: Option<Vec<Vec<f64>>> = None;
+    let mut same = |results: &[Tensor]| {
+        let results: Vec<_> = results.iter().map(numbers).collect();
+        assert_eq!(*expected.get_or_insert(results.clone()), results);
+    };
+    for checkpoint in [Checkpoint::All, Checkpoint::Every(2), Checkpoint::States(1)] {
+        let ode = perceptron(&vars).options(OdeOptions {
+            checkpoint,
+            ..with(Precision::f32(), Output::Final)
+        });
+        let value = ode.loss(y0[0].as_tensor(), &TIMES, &loss).unwrap();
+        same(&gradients(value.clone(), &y0, &vars));
+        same(&gradients(value, &y0, &vars));
+        let constant = ode.loss(&y, &TIMES, &loss).unwrap();
+        let grads = (constant * 3.0).unwrap().backward().unwrap();
+        assert!(vars.all_vars().iter().all(|var| grads.get(var).is_some()));
+    }
+}
+
+#[test]
+fn a_scale_of_the_loss_reaches_cotangents_before_they_are_rounded() {
+    // A gradient that f16 cannot hold, with a scale that it can.
+    let options = OdeOptions {
+        scaling: Scaling::Off,
+        ..with(Precision::f16(), Output::Final)
+    };
+    let vars = VarMap::new();
+    let ode = perceptron(&vars).options(options);
+    let y0 = [Var::from_tensor(&random(&[50, 3], DType::F32)).unwrap()];
+    let target = (ode.solve(y0[0].as_tensor(), &TIMES).unwrap().detach() + 1e-6).unwrap();
+    let loss = RowLoss::MeanSquaredError(target);
+    let scaled = |loss: Tensor| {
+        let grads = (loss * 2f64.powi(30)).unwrap().backward().unwrap();
+        grads.get(&y0[0]).unwrap().clone()
+    };
+    let got = scaled(ode.loss(y0[0].as_tensor(), &TIMES, &loss).unwrap());
+    let states = ode.solve(y0[0].as_tensor(), &TIMES).unwrap();
+    let expected = scaled(loss.of(&states).unwrap());
+    assert!(numbers(&expected).iter().any(|g| *g != 0.0));
+    assert_eq!(numbers(&got), numbers(&expected));
+}
+
+#[test]
+fn a_scaled_loss_whose_gradient_overflows_is_an_error() {
+    let vars = VarMap::new();
+    let ode = perceptron(&vars).options(with(Precision::f32(), Output::Final));
+    let y0 = Var::from_tensor(&random(&[9, 3], DType::F32)).unwrap();
+    let target = (random(&[9, 3], DType::F32) * 1e18).unwrap();
+    let loss = RowLoss::MeanSquaredError(target);
+    let loss = ode.loss(y0.as_tensor(), &TIMES, &loss).unwrap();
+    let error = Error::from((loss * 1e30).unwrap().backward().unwrap_err());
+    assert!(
+        matches!(
+            error,
+            Error::NonFiniteParameterGradient | Error::NonFiniteGradient { .. }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_target_that_is_a_variable_has_its_gradient() {
+    let vars = VarMap::new();
+    let ode = perceptron(&vars).options(with(Precision::f32(), Output::Final));
+    let target = Var::from_tensor(&random(&[9, 3], DType::F32)).unwrap();
+    let loss = RowLoss::MeanSquaredError(target.as_tensor().clone());
+    let loss = ode
+        .loss(&random(&[9, 3], DType::F32), &TIMES, &loss)
+        .unwrap();
+    assert!(loss.backward().unwrap().get(&target).is_some());
 }
 
 #[test]
@@ -186,17 +313,20 @@ fn losses_of_other_states_are_errors() {
     let ode = perceptron(&vars);
     let y0 = random(&[9, 3], DType::F32);
     let classes = RowLoss::CrossEntropy(Tensor::zeros(9, DType::U32, &Device::Cpu).unwrap());
-    for loss in [&classes, &RowLoss::NormalLikelihood] {
+    for loss in [&classes, &RowLoss::GaussianNll] {
         let error = ode.loss(&y0, &TIMES, loss).unwrap_err();
         assert!(matches!(error, Error::LossOutput { .. }), "{error}");
     }
     // The number of elements is right, their order is not.
-    let turned = RowLoss::MeanSquare(random(&[9, 4, 3], DType::F32));
+    let turned = RowLoss::MeanSquaredError(random(&[9, 4, 3], DType::F32));
     let error = ode.loss(&y0, &TIMES, &turned).unwrap_err();
     assert!(matches!(error, Error::LossState { .. }), "{error}");
     let last = ode.options(with(Precision::f32(), Output::Final));
     let few = RowLoss::CrossEntropy(Tensor::zeros(8, DType::U32, &Device::Cpu).unwrap());
     let error = last.loss(&y0, &TIMES, &few).unwrap_err();
+    assert!(matches!(error, Error::LossState { .. }), "{error}");
+    let signed = RowLoss::CrossEntropy(Tensor::zeros(9, DType::I64, &Device::Cpu).unwrap());
+    let error = last.loss(&y0, &TIMES, &signed).unwrap_err();
     assert!(matches!(error, Error::LossState { .. }), "{error}");
     let none = RowLoss::CrossEntropy(Tensor::new(&[3u32; 9], &Device::Cpu).unwrap());
     assert!(last.loss(&y0, &TIMES, &none).is_err());
@@ -211,7 +341,7 @@ fn an_overflow_is_met_in_the_backward_pass_as_without_a_loss() {
         ..with(Precision::f16(), Output::Final)
     });
     let y0 = Var::from_tensor(&random(&[9, 3], DType::F32)).unwrap();
-    let loss = RowLoss::MeanSquare((random(&[9, 3], DType::F32) * 1e15).unwrap());
+    let loss = RowLoss::MeanSquaredError((random(&[9, 3], DType::F32) * 1e15).unwrap());
     let loss = ode.loss(y0.as_tensor(), &TIMES, &loss).unwrap();
     let grads = loss.backward().unwrap();
     assert!(numbers(grads.get(&y0).unwrap()).iter().all(|g| g.is_nan()));
@@ -224,7 +354,7 @@ fn a_solve_that_keeps_nothing_has_a_loss_and_no_gradient() {
         checkpoint: Checkpoint::Nothing,
         ..with(Precision::f32(), Output::Final)
     });
-    let loss = RowLoss::MeanSquare(random(&[9, 3], DType::F32));
+    let loss = RowLoss::MeanSquaredError(random(&[9, 3], DType::F32));
     let loss = ode
         .loss(&random(&[9, 3], DType::F32), &TIMES, &loss)
         .unwrap();

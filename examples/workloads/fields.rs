@@ -115,7 +115,7 @@ impl Ode {
         times: &[f64],
         target: &Tensor,
     ) -> candle_diffeq::Result<Tensor> {
-        let loss = RowLoss::MeanSquare(target.clone());
+        let loss = RowLoss::MeanSquaredError(target.clone());
         match self {
             Self::One(ode) => ode.loss(&y0[0], times, &loss),
             _ => loss.of(&self.solve(y0, times)?),

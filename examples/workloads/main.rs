@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Tensor};
-use candle_diffeq::{Activations, Checkpoint, OdeOptions, Output, Recorder, Stats};
+use candle_diffeq::{ActivationCache, Checkpoint, OdeOptions, Output, Recorder, Stats};
 use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
@@ -91,7 +91,7 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         method: workload.method.clone(),
         precision: Some(args.precision.precision()),
         checkpoint: args.checkpoint,
-        activations: match Activations::within(args.activations << 20) {
+        activation_cache: match ActivationCache::within(args.activations << 20) {
             kept if args.activations_bf16 => kept.in_bf16(),
             kept => kept,
         },

@@ -12,7 +12,7 @@ use crate::simd::Element;
 ///
 /// Takes the place of [`candle_nn::Linear`] in any model: the same names, shapes and initial values.
 /// On the CPU in f32 and f64 the bias is part of the product, gradients are formed by products that
-/// copy nothing, and small products use the AVX-512 unit and wake no other thread; elsewhere it is
+/// copy nothing, and small products use the whole vector unit and wake no other thread; elsewhere it is
 /// candle's product and sum.
 ///
 /// ```
@@ -95,7 +95,8 @@ impl Module for Linear {
 /// x Wᵀ + b of a matrix x, differentiable by candle.
 pub(super) fn affine(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let all = [Some(x), Some(weight), bias];
-    if !ours(&all) {
+    let plain = bias.is_none_or(|b| b.dims() == &weight.dims()[..1]);
+    if !plain || !ours(&all) {
         let y = x.matmul(&weight.t()?)?;
         return match bias {
             Some(bias) => y.broadcast_add(bias),
@@ -173,7 +174,7 @@ impl Form {
             Self::Atb => (a.t(), b),
         };
         let (rows, inner, columns) = (a.rows(), a.columns(), b.columns());
-        if inner != b.rows() || !matches!(start.len(), 0) && start.len() != columns {
+        if inner != b.rows() || !start.is_empty() && start.len() != columns {
             candle_core::bail!(
                 "a product of {rows} x {inner} and {} x {columns}, with {} numbers added to a row",
                 b.rows(),

@@ -8,7 +8,7 @@ use half::bf16;
 use memmap2::MmapMut;
 use pulp::Simd;
 
-use crate::problem::Activations;
+use crate::problem::ActivationCache;
 use crate::simd::{scalars, scalars_mut, Element};
 
 /// A part of what an evaluation keeps in its slot.
@@ -32,42 +32,52 @@ pub(super) struct Selection {
     parts: Vec<Part>,
     /// The first step that each part is kept of, all later ones too: the backward pass begins there.
     from: Vec<usize>,
-    stages: usize,
+    size: Size,
     low: bool,
+}
+
+/// What there is to keep: of so many rows, those that fill up the last tile too.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Size {
+    pub(super) rows: usize,
+    pub(super) stages: usize,
+    pub(super) steps: usize,
 }
 
 impl Selection {
     /// The parts that save most work a byte, of as many steps as the bytes are enough for.  The first
     /// part is the stage, without which no other is of use.
-    pub(super) fn new(
-        parts: Vec<Part>,
-        activations: Activations,
-        rows: usize,
-        number: usize,
-        stages: usize,
-        steps: usize,
-    ) -> Self {
-        let bytes = if activations.low { 2 } else { number };
+    pub(super) fn new<T>(parts: Vec<Part>, cache: ActivationCache, size: Size) -> Self {
         let worth = |p: &usize| match p {
             0 => f64::INFINITY,
             p => parts[*p].work as f64 / parts[*p].size().max(1) as f64,
         };
         let mut order: Vec<_> = (0..parts.len()).collect();
         order.sort_by(|p, q| worth(q).total_cmp(&worth(p)));
-        let mut from = vec![steps; parts.len()];
-        let mut left = activations.bytes;
+        let mut selection = Self {
+            from: vec![size.steps; parts.len()],
+            parts,
+            size,
+            low: cache.low,
+        };
+        let mut left = cache.bytes;
         for p in order {
-            let step = (stages * rows * bytes).saturating_mul(parts[p].size());
-            let kept = (left / step.max(1)).min(steps);
-            from[p] = steps - kept;
+            let number = selection.bytes_of_number::<T>() * size.stages;
+            let step = selection.parts[p].size().saturating_mul(number * size.rows);
+            let most = match p {
+                0 => size.steps,
+                _ => size.steps - selection.from[0],
+            };
+            let kept = (left / step.max(1)).min(most);
+            selection.from[p] = size.steps - kept;
             left -= kept * step;
         }
-        Self {
-            parts,
-            from,
-            stages,
-            low: activations.low,
-        }
+        selection
+    }
+
+    /// Whether the stages of step n are kept.
+    pub(super) fn knows(&self, n: usize) -> bool {
+        self.from[0] <= n
     }
 
     /// Whether each part is kept of step n.
@@ -75,16 +85,21 @@ impl Selection {
         self.from.iter().map(|&from| from <= n).collect()
     }
 
-    /// Numbers kept of the steps up to the last, of so many rows.
-    pub(super) fn numbers(&self, steps: usize, rows: usize) -> usize {
+    /// Bytes kept of all rows.
+    pub(super) fn bytes<T>(&self) -> usize {
+        let Size {
+            stages,
+            steps,
+            rows,
+        } = self.size;
         let parts = self.parts.iter().zip(&self.from);
-        parts
-            .map(|(part, from)| (steps - from) * self.stages * part.size() * rows)
-            .sum()
+        let numbers: usize = parts
+            .map(|(part, from)| (steps - from) * stages * part.size())
+            .sum();
+        numbers * rows * self.bytes_of_number::<T>()
     }
 
-    /// Bytes of a number kept.
-    pub(super) fn bytes<T>(&self) -> usize {
+    fn bytes_of_number<T>(&self) -> usize {
         if self.low {
             size_of::<bf16>()
         } else {
@@ -145,14 +160,15 @@ impl Room {
 
 impl<T: Element> Kept<T> {
     /// Room for a tile of so many rows.
-    pub(super) fn new(selection: &Selection, steps: usize, rows: usize) -> Self {
+    pub(super) fn new(selection: &Selection, rows: usize) -> Self {
+        let Size { stages, steps, .. } = selection.size;
         let (mut starts, mut end) = (vec![], 0);
         for (part, from) in selection.parts.iter().zip(&selection.from) {
             starts.push(end);
-            end += (steps - from) * selection.stages * part.size() * rows;
+            end += (steps - from) * stages * part.size() * rows;
         }
         Self {
-            room: Room::new(end * selection.bytes::<T>()),
+            room: Room::new(end * selection.bytes_of_number::<T>()),
             starts,
             number: PhantomData,
         }
@@ -173,7 +189,7 @@ impl<T: Element> Kept<T> {
             if n < from {
                 continue;
             }
-            let evaluation = (n - from) * selection.stages + stage;
+            let evaluation = (n - from) * selection.size.stages + stage;
             let mut at = self.starts[p] + evaluation * part.size() * rows;
             for features in &part.features {
                 let x = &slot[features.start * rows..features.end * rows];
@@ -205,7 +221,7 @@ impl<T: Element> Kept<T> {
             if n < from {
                 continue;
             }
-            let evaluation = (n - from) * selection.stages + stage;
+            let evaluation = (n - from) * selection.size.stages + stage;
             let mut at = self.starts[p] + evaluation * part.size() * rows;
             for features in &part.features {
                 let x = &mut slot[features.start * rows..features.end * rows];
@@ -245,7 +261,12 @@ mod tests {
     }
 
     fn selection(bytes: usize, low: bool) -> Selection {
-        Selection::new(parts(), Activations { bytes, low }, 10, 4, 4, 5)
+        let size = Size {
+            rows: 10,
+            stages: 4,
+            steps: 5,
+        };
+        Selection::new::<f32>(parts(), ActivationCache { bytes, low }, size)
     }
 
     #[test]
@@ -261,13 +282,26 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_stays_within_the_bytes() {
-        for bytes in (0..60_000).step_by(977) {
+    fn what_is_kept_stays_within_the_bytes_and_is_of_use() {
+        for bytes in (0..60_000).step_by(97) {
             for low in [false, true] {
                 let selection = selection(bytes, low);
-                let kept = selection.numbers(5, 10) * selection.bytes::<f32>();
-                assert!(kept <= bytes, "{kept} of {bytes}");
+                assert!(selection.bytes::<f32>() <= bytes);
+                assert!(selection.from.iter().all(|from| *from >= selection.from[0]));
             }
         }
+        // A rest that is too small for another stage, and enough for a thin layer.
+        let part = |features, work| Part {
+            features: [features, 0..0],
+            work,
+        };
+        let size = Size {
+            rows: 1,
+            stages: 1,
+            steps: 10,
+        };
+        let cache = ActivationCache::within(4 * (3 * 512 + 5 * 8));
+        let thin = Selection::new::<f32>(vec![part(0..512, 0), part(512..520, 9)], cache, size);
+        assert_eq!(thin.from, [7, 7]);
     }
 }

@@ -287,7 +287,8 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
             };
             seed(problem.outputs() - 1, &mut adj);
             let mut scaler = problem.scaler;
-            let mut rewind = trajectory.rewind();
+            // Steps that are known need no state, and no replay.
+            let mut rewind = None;
             let mut counted = Stats::default();
             for n in (0..steps).rev() {
                 let step = problem.plan.step(n);
@@ -295,26 +296,25 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                     at: (steps - n, 0),
                     error,
                 };
-                let mut replayed = 0;
-                let mut kept = Stats::default();
-                let y = {
-                    let replay = |m, y: &_| {
-                        replayed += 1;
-                        stepper.replay(m, y, &mut slot).map_err(|f| f.error)
-                    };
-                    rewind.state(n, replay, &mut kept).map_err(failed)?
-                };
-                counted.kept(kept.states_kept, kept.bytes_kept);
-                counted.recomputed += replayed * stepper.stages.len();
                 window.begin_step::<F>(s, field);
+                let slots = window.next_kept();
                 let known = selection.known(n);
                 if known.contains(&false) {
                     counted.recomputed += stepper.stages.len();
                 }
-                let slots = window.next_kept();
-                if known[0] {
+                if selection.knows(n) {
                     stepper.recall(step, selection, evaluations, &known, slots);
                 } else {
+                    let mut replayed = 0;
+                    let mut kept = Stats::default();
+                    let replay = |m, y: &_| {
+                        replayed += 1;
+                        stepper.replay(m, y, &mut slot).map_err(|f| f.error)
+                    };
+                    let rewind = rewind.get_or_insert_with(|| trajectory.rewind_from(n));
+                    let y = rewind.state(n, replay, &mut kept).map_err(failed)?;
+                    counted.kept(kept.states_kept, kept.bytes_kept);
+                    counted.recomputed += replayed * stepper.stages.len();
                     y.load::<S>(&mut state);
                     stepper.linearize(step, &state, slots);
                 }

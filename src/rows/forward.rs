@@ -13,7 +13,7 @@ use super::tile::{Snapshot, TileField, TileStore};
 use super::{dispatch, numbers, on_all_threads, Failure, Layout, Plan, RowField, Solved};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::problem::{Output, Problem};
+use crate::problem::{ActivationCache, Output, Problem};
 use crate::simd::product::{load, store};
 use crate::simd::{vectors, Element};
 use crate::stats::Stats;
@@ -70,8 +70,7 @@ pub(super) fn run<T: Element, F: RowField>(
     if let Some(tile) = groups.iter().flatten().next() {
         tile.trajectory.record(stats);
     }
-    let kept = selection.numbers(problem.plan.len(), layout.rows) * selection.bytes::<T>();
-    stats.activation_bytes = stats.activation_bytes.max(kept);
+    stats.activation_bytes = stats.activation_bytes.max(selection.bytes::<T>());
     Ok(Some(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         trajectory: Arc::new(Trajectories {
@@ -100,14 +99,13 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
         let shapes = self.plan.problem.packing.shapes();
         let field = self.spec.tiles::<T, S>(shapes)?;
         let problem = self.plan.problem;
-        let selection = Selection::new(
-            field.parts(),
-            problem.activations,
-            self.plan.layout.rows,
-            size_of::<T>(),
-            problem.scheme.evaluations(),
-            problem.plan.len(),
-        );
+        let cache = match problem.stores_state() {
+            true => problem.activation_cache,
+            false => ActivationCache::NONE,
+        };
+        let rows = self.plan.layout.rows;
+        let rows = rows.next_multiple_of(self.plan.batch::<T, S>());
+        let selection = Selection::new::<T>(field.parts(), cache, self.plan.size(rows));
         let groups = self.plan.groups::<T, S>(field.parameters());
         let each = |(): &mut (), group: &Vec<usize>| {
             if T::WIDE && self.plan.is_wide::<T, S>() {
@@ -118,6 +116,7 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
                     y0: self.y0,
                     tiles: group,
                     rooms: vec![],
+                    elements: problem.packing.len(),
                 })
             } else {
                 s.vectorize(Integrate::<T, _, 1> {
@@ -127,6 +126,7 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
                     y0: self.y0,
                     tiles: group,
                     rooms: vec![],
+                    elements: problem.packing.len(),
                 })
             }
         };
@@ -144,6 +144,8 @@ pub(super) struct Integrate<'a, T, F, const V: usize> {
     pub(super) y0: &'a [T],
     /// First rows.
     pub(super) tiles: &'a [usize],
+    /// Elements of all states that are kept at a time, for the statistics.
+    pub(super) elements: usize,
     /// Rooms for what is kept of evaluations, used before new ones are made.
     pub(super) rooms: Vec<Kept<T>>,
 }
@@ -160,7 +162,6 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
         let mut slot = stepper.slot();
         let mut y = vectors::<T, S>(stepper.size);
         let batch = V * T::lanes::<S>();
-        let elements = problem.packing.len();
         let mut group = Group {
             tiles: Vec::with_capacity(self.tiles.len()),
             states: vec![],
@@ -173,7 +174,7 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
                 let numbers = &self.y0[from..from + rows.len() * features];
                 load::<T, S>(numbers, features, batch, &mut y[range]);
             });
-            let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
+            let store = TileStore::new(problem.scheme.roles[0].store.to, self.elements);
             let now = Snapshot::of::<S>(&y);
             let steps = problem.plan.len();
             let mut trajectory =
@@ -189,7 +190,7 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
                 returned(&y, &mut group.states);
             }
             let room = self.rooms.pop();
-            let mut kept = room.unwrap_or_else(|| Kept::new(self.selection, steps, batch));
+            let mut kept = room.unwrap_or_else(|| Kept::new(self.selection, batch));
             for n in 0..steps {
                 let step = problem.plan.step(n);
                 if trajectory.wants(n) {

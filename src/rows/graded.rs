@@ -16,7 +16,7 @@ use super::{
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::loss::{Prepared, RowsOf};
-use crate::problem::{Activations, Problem};
+use crate::problem::{ActivationCache, Problem};
 use crate::simd::{enter, Element};
 use crate::stats::Stats;
 
@@ -50,6 +50,14 @@ impl<T: Element> Reversible for Graded<T> {
         };
         let scaled = |x: &[T]| x.iter().map(|x| *x * c).collect::<Vec<_>>();
         let (y0, gradients) = (scaled(&self.y0), scaled(&self.gradients));
+        let finite = |x: &[T]| x.iter().all(|x| x.to_f64().is_finite());
+        if !finite(&gradients) {
+            return Err(Error::NonFiniteParameterGradient);
+        }
+        if !finite(&y0) {
+            let t = problem.grid.points()[0];
+            return Err(Error::NonFiniteGradient { step: 0, t });
+        }
         backward::adjoint(
             problem,
             (&self.weights, &self.shapes),
@@ -168,9 +176,11 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
     let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
     let groups = plan.groups::<T, S>(field.parameters());
     let rows = V * T::lanes::<S>();
-    let kept = Activations::within(KEPT);
-    let selection = Selection::new(field.parts(), kept, rows, size_of::<T>(), stages, steps);
-    let bytes = selection.numbers(steps, rows) * size_of::<T>();
+    let cache = ActivationCache::within(KEPT);
+    let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows));
+    // A tile of every thread at a time.
+    let alive = groups.len().min(rayon::current_num_threads());
+    let bytes = alive * selection.bytes::<T>();
     let pass = Pass {
         field: &field,
         selection: &selection,
@@ -190,6 +200,7 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
             y0: job.y0,
             tiles: std::slice::from_ref(first),
             rooms: std::mem::take(rooms),
+            elements: alive * rows * plan.layout.dim(),
         })?;
         let (loss, cotangent) = grade(job.loss, plan, &integrated);
         let sweep = Sweep {
@@ -198,7 +209,10 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
             seed: Seed::ByTile(&cotangent),
             window,
         };
-        let swept = enter(s, sweep)?;
+        let mut swept = enter(s, sweep)?;
+        if let Some(tile) = integrated.tiles.first() {
+            tile.trajectory.record(&mut swept.stats);
+        }
         let tiles = integrated.tiles.into_iter();
         let (rows, used) = tiles.map(|tile| (tile.rows, tile.kept)).unzip();
         *rooms = used;

@@ -29,6 +29,7 @@ use crate::problem::Problem;
 use crate::simd::{unit, Element};
 use crate::stats::Stats;
 pub(crate) use activations::Part;
+use activations::Size;
 pub(crate) use tile::{Slot, TileField};
 
 /// A field that the solver may integrate tile by tile.
@@ -177,6 +178,13 @@ fn solve_in<T: Element, F: RowField>(
     let Some(loss) = loss else {
         return forward::run::<T, F>(spec, layout, problem, y0, stats);
     };
+    // What a fixed scale is for, the scale of the loss, is not known yet; and of states that are rounded
+    // when they are kept, the last steps would be linearised at others than the first.
+    let scales =
+        problem.scaler.is_dynamic() || problem.scheme.roles.iter().all(|r| !r.needs_scaling());
+    if !scales || !problem.stores_state() {
+        return Ok(None);
+    }
     match loss.prepared::<T>(problem, &layout)? {
         Some(loss) => graded::run::<T, F>(spec, &layout, problem, &loss, y0, stats),
         None => Ok(None),
@@ -198,6 +206,15 @@ impl<'p> Plan<'p> {
             low: low.collect(),
             problem,
             layout,
+        }
+    }
+
+    /// What there is to keep of so many rows.
+    fn size(&self, rows: usize) -> Size {
+        Size {
+            rows,
+            stages: self.problem.scheme.evaluations(),
+            steps: self.problem.plan.len(),
         }
     }
 

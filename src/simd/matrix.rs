@@ -66,8 +66,8 @@ pub(crate) fn product<T: Element>(a: Matrix<'_, T>, b: Matrix<'_, T>, start: &[T
     if out.is_empty() {
         return out;
     }
-    // Whole blocks of rows, as many as are worth a thread.
-    let rows = (PIECE / (a.columns * b.columns).max(1)).max(1);
+    // Whole blocks of rows, as many as are worth a thread, and a copy of b.
+    let rows = (PIECE / (a.columns * b.columns).max(1)).max(64);
     let piece = |(i, out): (usize, &mut [T])| {
         unit().dispatch(Piece {
             a,
