@@ -193,7 +193,7 @@ impl<S: State + 'static> NeuralOde<S> {
     ///
     /// Where the field is integrated tile by tile, a tile goes forward and backward at once: its
     /// last evaluations are still in cache and need not be repeated, for up to 12 MiB a thread, which saves a
-    /// tenth of the time.  No states are returned, and gradients are formed whether they are asked for or
+    /// tenth of the time or more.  No states are returned, and gradients are formed whether they are asked for or
     /// not.  A fixed scale with f16, a store precision below the state's and a target that has a gradient of
     /// its own are left to two passes.
     ///
