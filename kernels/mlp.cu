@@ -264,7 +264,7 @@ __device__ void stage_state(const Net &net, const Method &method, int i, const S
     if (net.time && warp() == 0) slot[net.dim * PITCH + lane()] = static_cast<float>(step.t + method.c[i] * step.h);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     mlp_forward(const __grid_constant__ Net net, const __grid_constant__ Method method, const __grid_constant__ Solve solve) {
     DYNAMIC_SHARED(room);
     float *weights = room;
@@ -327,7 +327,7 @@ __device__ inline bool give_up(Scaler &s, unsigned attempts, unsigned most) {
     return !s.dynamic || attempts >= most || s.exponent + s.level < -24 || s.exponent <= -SCALE_LIMIT;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     mlp_backward(const __grid_constant__ Net net, const __grid_constant__ Method method, const __grid_constant__ Solve solve) {
     DYNAMIC_SHARED(room);
     __shared__ Scaler scaler;

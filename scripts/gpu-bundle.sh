@@ -8,7 +8,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-target/gpu-bundle}
 export NVCC=${NVCC:-$PWD/scripts/lean-nvcc} CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90}
-export CARGO_PROFILE_RELEASE_STRIP=symbols
 
 rm -rf "$folder"
 mkdir -p "$folder"
@@ -21,12 +20,14 @@ for line in sys.stdin:
         print(kind, message["executable"])'
 }
 {
-    cargo test --release --features cuda --no-run --lib --test cuda --message-format=json
+    cargo test --release --features cuda --no-run --lib --test cuda --test oracles --message-format=json
     cargo build --release --features cuda --example gpu --message-format=json
 } | executables | while read -r name executable; do
-    case $name in unit | cuda | gpu) strip -o "$folder/$name" "$executable"; xz -T0 -6 "$folder/$name" ;; esac
+    case $name in unit | cuda | oracles | gpu) strip -o "$folder/$name" "$executable"; xz -T0 -6 "$folder/$name" ;; esac
 done
 git rev-parse HEAD > "$folder/commit" 2> /dev/null || true
+mkdir -p "$folder/tests/data"
+cp -r tests/data/discrete tests/data/demo_f16 "$folder/tests/data"
 cp scripts/gpu-run.sh "$folder/run.sh"
 chmod +x "$folder/run.sh"
 du -ch "$folder"/* | sort -h

@@ -47,6 +47,7 @@ step() { # name, command …
 # One thread: candle gives every thread a stream of its own.
 step kernels "$work/unit" --test-threads=1 ops::
 step solves "$work/cuda" --test-threads=1
+CARGO_MANIFEST_DIR=$bundle step oracles "$work/oracles" --test-threads=1
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         LIMIT=150 step "kernels-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/unit" --test-threads=1 ops::cuda

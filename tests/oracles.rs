@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
 use candle_diffeq::{Precision, Scaling};
 
 #[path = "../examples/conformance/demo.rs"]
@@ -26,32 +27,52 @@ use oracle::Oracle;
 use outcome::QUANTITIES;
 
 fn data(dir: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data")
-        .join(dir)
+    // Where the test runs, which need not be where it was compiled.
+    let root = std::env::var_os("CARGO_MANIFEST_DIR");
+    let root = root.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    root.join("tests/data").join(dir)
 }
 
-fn problems() -> Vec<Oracle> {
+/// The CPU and, in a build for CUDA, the GPU if there is one.
+fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::Cpu];
+    if cfg!(feature = "cuda") {
+        match Device::new_cuda(0) {
+            Ok(gpu) => devices.push(gpu),
+            Err(error) => {
+                let needed = std::env::var_os("CANDLE_DIFFEQ_NEEDS_GPU").is_some();
+                assert!(!needed, "a GPU is needed: {error}");
+                eprintln!("NOT RUN on CUDA: no device");
+            }
+        }
+    }
+    devices
+}
+
+fn problems(device: &Device) -> Vec<Oracle> {
     let oracles = Oracle::read_all(&data("discrete")).unwrap();
     let (oracles, skipped) = discrete::usable(oracles).unwrap();
     assert_eq!((oracles.len(), skipped.len()), (fields::FIELDS.len(), 0));
-    oracles
+    let there = oracles.into_iter().map(|oracle| oracle.on(device));
+    there.collect::<oracle::Result<_>>().unwrap()
 }
 
 #[test]
 fn f64_solutions_and_all_gradients_are_those_of_the_oracles() {
-    for oracle in &problems() {
-        for method in &discrete::METHODS {
-            let solved = discrete::solved(oracle, method, Precision::f64()).unwrap();
-            let exact = discrete::exact(oracle, method).unwrap();
-            for ((e, part), quantity) in solved.worst_parts(&exact).into_iter().zip(QUANTITIES) {
-                // 22 unit roundoffs measured, over at most 20 steps of 4 stages.
-                assert!(
-                    e <= 64.0 * f64::EPSILON / 2.0,
-                    "{} {} {quantity} {part}: {e:e}",
-                    oracle.file,
-                    method.name()
-                );
+    for device in devices() {
+        // 22 unit roundoffs measured on the CPU, over at most 20 steps of 4 stages.
+        let bound = match device.is_cpu() {
+            true => 64.0 * f64::EPSILON / 2.0,
+            false => 1e-12,
+        };
+        for oracle in &problems(&device) {
+            for method in &discrete::METHODS {
+                let solved = discrete::solved(oracle, method, Precision::f64()).unwrap();
+                let errors = solved.worst_parts(&discrete::exact(oracle, method).unwrap());
+                for ((e, part), quantity) in errors.into_iter().zip(QUANTITIES) {
+                    let (file, method) = (&oracle.file, method.name());
+                    assert!(e <= bound, "{file} {method} {quantity} {part}: {e:e}");
+                }
             }
         }
     }
@@ -59,13 +80,16 @@ fn f64_solutions_and_all_gradients_are_those_of_the_oracles() {
 
 /// Each mean within the bars: at most twice what sums in f32 allow, never above rampde.
 fn holds(recipe: &Recipe) {
-    let rows: Vec<_> = problems()
-        .iter()
-        .map(|oracle| low_precision::errors(oracle, recipe).unwrap())
-        .collect();
-    let (means, bars) = (low_precision::geometric_mean(&rows), recipe.bars());
-    for ((mean, bar), quantity) in means.into_iter().zip(bars).zip(QUANTITIES) {
-        assert!(mean <= bar, "{quantity}: {mean:e} > {bar:e}");
+    for device in devices() {
+        let problems = problems(&device);
+        let rows = problems
+            .iter()
+            .map(|oracle| low_precision::errors(oracle, recipe));
+        let rows: Vec<_> = rows.collect::<oracle::Result<_>>().unwrap();
+        let (means, bars) = (low_precision::geometric_mean(&rows), recipe.bars());
+        for ((mean, bar), quantity) in means.into_iter().zip(bars).zip(QUANTITIES) {
+            assert!(mean <= bar, "{device:?} {quantity}: {mean:e} > {bar:e}");
+        }
     }
 }
 
@@ -83,7 +107,12 @@ fn f16_errors_are_those_of_f32_sums_and_below_rampdes() {
 fn an_adjoint_that_underflows_f16_is_kept_by_scaling_and_lost_without() {
     let oracles = Oracle::read_all(&data("demo_f16")).unwrap();
     assert_eq!(oracles.len(), 7);
-    for oracle in &oracles {
+    let everywhere = devices().into_iter().flat_map(|device| {
+        let read = Oracle::read_all(&data("demo_f16")).unwrap();
+        read.into_iter()
+            .map(move |oracle| oracle.on(&device).unwrap())
+    });
+    for oracle in &everywhere.collect::<Vec<_>>() {
         let bar = demo::bar(oracle);
         let scaled = demo::run(oracle, Scaling::Auto).unwrap();
         let unscaled = demo::run(oracle, Scaling::Off).unwrap();

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use candle_diffeq::{
     NeuralOde, OdeOptions, Precision, Tableau, EULER, HEUN, MIDPOINT, RK4, RK4_38,
 };
@@ -152,7 +152,7 @@ where
         })
     };
     Ok((
-        NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?,
+        NeuralOde::from_field(&vars, "", dtype, &oracle.device(), build)?,
         vars,
     ))
 }

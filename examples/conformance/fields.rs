@@ -117,7 +117,7 @@ impl AffineInTime {
     fn new(weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
         let states = weight.dim(1)?.saturating_sub(1);
         Ok(Self {
-            of_state: weight.narrow(1, 0, states)?,
+            of_state: weight.narrow(1, 0, states)?.contiguous()?,
             of_time: weight.narrow(1, states, 1)?.squeeze(1)?,
             bias,
         })

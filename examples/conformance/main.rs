@@ -7,6 +7,8 @@
 //! * `… -- --demo DIR`: adjoints that underflow in f16, with and without scaling; the last line is
 //!   `worst scaled <figure>`.  Seconds.
 //!
+//! `--cuda` computes on the first GPU (in a build with `--features cuda`).
+//!
 //! Exits with 1 when an error exceeds its bound, or when a file cannot be used.
 
 mod demo;
@@ -19,6 +21,7 @@ mod outcome;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use candle_core::Device;
 use candle_diffeq::{Precision, Scaling};
 use clap::{Parser, ValueEnum};
 
@@ -42,6 +45,9 @@ struct Args {
     /// Directory of f16 demonstrations, which are run instead.
     #[arg(long, value_name = "DIR", conflicts_with = "dir")]
     demo: Option<PathBuf>,
+    /// Compute on the first GPU, in low precision natively.
+    #[arg(long)]
+    cuda: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -84,24 +90,21 @@ impl Verdict {
     }
 }
 
-fn main() -> ExitCode {
-    let verdict = match Args::parse() {
-        Args {
-            demo: Some(dir), ..
-        } => demos(&dir),
-        Args {
-            dir: Some(dir),
-            compute: Some(compute),
-            ..
-        } => low(&dir, &compute.recipe()),
-        Args {
-            dir: Some(dir),
-            tol,
-            ..
-        } => double(&dir, tol),
-        _ => Err("no directory given".into()),
+fn verdict(args: &Args) -> Result<Verdict> {
+    let device = match args.cuda {
+        true => Device::new_cuda(0)?,
+        false => Device::Cpu,
     };
-    match verdict {
+    match (&args.demo, &args.dir, args.compute) {
+        (Some(dir), ..) => demos(dir, &device),
+        (_, Some(dir), Some(compute)) => low(dir, &compute.recipe(), &device),
+        (_, Some(dir), None) => double(dir, args.tol, &device),
+        _ => Err("no directory given".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    match verdict(&Args::parse()) {
         Ok(Verdict::Pass) => ExitCode::SUCCESS,
         Ok(Verdict::Fail) => ExitCode::FAILURE,
         Err(error) => {
@@ -112,12 +115,15 @@ fn main() -> ExitCode {
 }
 
 /// The files to check; says which are left out.
-fn oracles(dir: &Path) -> Result<Vec<Oracle>> {
+fn oracles(dir: &Path, device: &Device) -> Result<Vec<Oracle>> {
     let (oracles, skipped) = discrete::usable(Oracle::read_all(dir)?)?;
     for file in skipped {
         println!("skipped {file}");
     }
-    Ok(oracles)
+    oracles
+        .into_iter()
+        .map(|oracle| oracle.on(device))
+        .collect()
 }
 
 /// A row of figures under the heads of [`QUANTITIES`].
@@ -132,8 +138,8 @@ fn head(first: &str, second: &str) -> String {
     )
 }
 
-fn double(dir: &Path, tol: f64) -> Result<Verdict> {
-    let oracles = oracles(dir)?;
+fn double(dir: &Path, tol: f64, device: &Device) -> Result<Verdict> {
+    let oracles = oracles(dir, device)?;
     println!(
         "relative errors, the worst tensor of each quantity\n{}",
         head("file", "method")
@@ -159,8 +165,8 @@ fn double(dir: &Path, tol: f64) -> Result<Verdict> {
     Ok(Verdict::of(worst, tol))
 }
 
-fn low(dir: &Path, recipe: &Recipe) -> Result<Verdict> {
-    let oracles = oracles(dir)?;
+fn low(dir: &Path, recipe: &Recipe, device: &Device) -> Result<Verdict> {
+    let oracles = oracles(dir, device)?;
     println!(
         "relative errors of whole quantities\n{}",
         head("file", "method")
@@ -197,13 +203,14 @@ fn low(dir: &Path, recipe: &Recipe) -> Result<Verdict> {
     Ok(if passed { Verdict::Pass } else { Verdict::Fail })
 }
 
-fn demos(dir: &Path) -> Result<Verdict> {
+fn demos(dir: &Path, device: &Device) -> Result<Verdict> {
     println!(
         "{:<36}{:<9}{:>9}{:>9}{:>12}{:>9}  scales",
         "file", "scaling", "grad_y0", "grad_w", "VJPs/stage", "retries"
     );
     let (mut worst, mut verdict) = (0.0, Verdict::Pass);
     for oracle in Oracle::read_all(dir)? {
+        let oracle = oracle.on(device)?;
         let bar = demo::bar(&oracle);
         let scaled = demo::run(&oracle, Scaling::Auto).map_err(|e| oracle.failed(e))?;
         let unscaled = demo::run(&oracle, Scaling::Off).map_err(|e| oracle.failed(e))?;

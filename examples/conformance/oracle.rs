@@ -65,6 +65,20 @@ impl Oracle {
         paths.iter().map(|path| Self::read(path)).collect()
     }
 
+    /// The same on another device.
+    pub(crate) fn on(mut self, device: &Device) -> Result<Self> {
+        for x in self.tensors.values_mut() {
+            *x = x.to_device(device)?;
+        }
+        Ok(self)
+    }
+
+    /// Where its tensors are.
+    pub(crate) fn device(&self) -> Device {
+        let first = self.tensors.values().next();
+        first.map_or(Device::Cpu, |x| x.device().clone())
+    }
+
     /// The problem's name in `meta`.
     pub(crate) fn problem(&self) -> Option<&str> {
         self.problem.as_deref()

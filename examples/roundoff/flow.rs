@@ -15,8 +15,8 @@ const WIDTH: usize = 128;
 /// Of the last layer against the usual initialisation, with which nothing moves.
 const STRENGTH: f64 = 8.0;
 
-/// y = (z, log p), (16, 3), on [0, 1].
-pub(crate) fn flow(rng: &mut StdRng) -> Result<Problem> {
+/// y = (z, log p), (16, 3), on [0, 1], U multiplied by a factor.
+pub(crate) fn flow(rng: &mut StdRng, factor: f64) -> Result<Problem> {
     let mut weights = vec![];
     for (i, o, strength) in [
         (1, HYPER, 1.0),
@@ -29,6 +29,19 @@ pub(crate) fn flow(rng: &mut StdRng) -> Result<Problem> {
             let draw = uniform(rng, shape, DType::F64, &Device::Cpu)?;
             weights.push(draw.affine(2.0 * bound, -bound)?);
         }
+    }
+    // The rows of U, of weight and bias.
+    for last in &mut weights[4..] {
+        let of_u = |i: usize| match (2 * WIDTH..4 * WIDTH).contains(&i) {
+            true => factor,
+            false => 1.0,
+        };
+        let strengths: Vec<f64> = (0..7 * WIDTH).map(of_u).collect();
+        let rows = Tensor::new(strengths, &Device::Cpu)?;
+        *last = match last.rank() {
+            1 => (&*last * rows)?,
+            _ => last.broadcast_mul(&rows.unsqueeze(1)?)?,
+        };
     }
     let z = normal(rng, (BATCH, 2), DType::F64, &Device::Cpu)?;
     Ok(Problem {

@@ -34,6 +34,9 @@ const GROWTH: f64 = 2.0;
 struct Args {
     #[command(flatten)]
     flags: Flags,
+    /// Of the flow: at 16 points move by about their own size.
+    #[arg(long, default_value_t = 1.0)]
+    strength: f64,
 }
 
 /// How gradients are kept in range, and whose they are.
@@ -84,7 +87,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
-    let problem = flow::flow(&mut generator(args.flags.seed))?.on(device)?;
+    let problem = flow::flow(&mut generator(args.flags.seed), args.strength)?.on(device)?;
     let last = args.flags.size().pick(7, 12, 12);
     let steps: Vec<usize> = (6..=last).map(|k| 1 << k).collect();
     let dtypes = [Dtype::F32, Dtype::Bf16, Dtype::F16];
