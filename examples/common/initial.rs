@@ -37,17 +37,24 @@ pub(crate) fn fans(shape: &Shape) -> (f64, f64) {
     (size(1) * pixels, size(0) * pixels)
 }
 
-/// √(2 / inputs) for weights, for networks with rectifiers (He et al., 2015); zero for biases.
+/// √(2 / inputs) for weights, for networks with rectifiers (He et al., 2015); the rest as `or_zero`.
 pub(crate) fn he(name: &str, shape: &Shape) -> Option<f64> {
-    let weight = (2.0 / fans(shape).0).sqrt();
-    Some(if name.ends_with("bias") { 0.0 } else { weight })
+    or_zero(name, shape, (2.0 / fans(shape).0).sqrt())
 }
 
-/// √(2 / (inputs + outputs)) for weights (Glorot & Bengio, 2010); zero for biases.
+/// √(2 / (inputs + outputs)) for weights (Glorot & Bengio, 2010); the rest as `or_zero`.
 pub(crate) fn xavier(name: &str, shape: &Shape) -> Option<f64> {
     let (inputs, outputs) = fans(shape);
-    let weight = (2.0 / (inputs + outputs)).sqrt();
-    Some(if name.ends_with("bias") { 0.0 } else { weight })
+    or_zero(name, shape, (2.0 / (inputs + outputs)).sqrt())
+}
+
+/// Biases are zero; the weights of a norm, one for each feature, stay.
+fn or_zero(name: &str, shape: &Shape, weight: f64) -> Option<f64> {
+    match (name.ends_with("bias"), shape.rank()) {
+        (true, _) => Some(0.0),
+        (false, 0 | 1) => None,
+        _ => Some(weight),
+    }
 }
 
 /// Values uniform in ±1/√inputs for layers `NAME.weight` and their `NAME.bias`, as PyTorch's linear

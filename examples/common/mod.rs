@@ -5,15 +5,18 @@
 #![allow(dead_code, unused_imports)] // no example needs all of it
 
 pub(crate) mod chart;
+pub(crate) mod conv;
 pub(crate) mod dtype;
 pub(crate) mod environment;
 pub(crate) mod flags;
 pub(crate) mod gradients;
+pub(crate) mod idx;
 pub(crate) mod initial;
 pub(crate) mod jobs;
 pub(crate) mod memory;
 pub(crate) mod mode;
 pub(crate) mod model_equation;
+pub(crate) mod momentum;
 pub(crate) mod problem;
 pub(crate) mod random;
 pub(crate) mod report;

@@ -1,0 +1,145 @@
+//! One training run in one precision.
+
+use std::time::Instant;
+
+use candle_core::{Device, Tensor, D};
+use candle_diffeq::{Recorder, Stats};
+use candle_nn::loss::cross_entropy;
+use candle_nn::Optimizer;
+use indicatif::ProgressBar;
+use rand::seq::SliceRandom;
+
+use crate::common::dtype::Dtype;
+use crate::common::momentum::{cosine, Config, Momentum};
+use crate::common::random::generator;
+use crate::common::{mean, median, Result};
+use crate::data::{Data, Images, CLASSES};
+use crate::network::{Layout, Network};
+
+/// Network and training.
+#[derive(Clone, Debug)]
+pub(crate) struct Setting {
+    pub(crate) layout: Layout,
+    pub(crate) batch: usize,
+    pub(crate) epochs: usize,
+    pub(crate) rate: f64,
+    /// Images are moved by up to so many pixels.
+    pub(crate) shift: usize,
+}
+
+const MOMENTUM: f64 = 0.9;
+/// Images in a batch of the validation.
+const TEST: usize = 250;
+
+/// What an epoch came to.
+pub(crate) struct Epoch {
+    /// Mean cross entropy.
+    pub(crate) loss: f64,
+    /// Share of the validation images.
+    pub(crate) accuracy: f64,
+}
+
+/// What a run came to.
+pub(crate) struct Outcome {
+    pub(crate) dtype: Dtype,
+    pub(crate) epochs: Vec<Epoch>,
+    pub(crate) parameters: usize,
+    pub(crate) iterations: usize,
+    /// Median of an iteration.
+    pub(crate) milliseconds: f64,
+    pub(crate) seconds: f64,
+    /// Of all iterations.
+    pub(crate) stats: Stats,
+    /// How many of each true class (row) were taken for each class (column).
+    pub(crate) confusion: Vec<Vec<f64>>,
+}
+
+impl Outcome {
+    /// After the last epoch: none is picked by the images that it is judged by.
+    pub(crate) fn accuracy(&self) -> f64 {
+        self.epochs.last().map_or(f64::NAN, |e| e.accuracy)
+    }
+
+    pub(crate) fn loss(&self) -> f64 {
+        self.epochs.last().map_or(f64::NAN, |e| e.loss)
+    }
+}
+
+/// Trains; epoch by epoch the same images in the same order for the same seed.
+pub(crate) fn train(
+    data: &Data,
+    dtype: Dtype,
+    setting: &Setting,
+    seed: u64,
+    device: &Device,
+    bar: &ProgressBar,
+) -> Result<Outcome> {
+    let clock = Instant::now();
+    let (mut rng, recorder) = (generator(seed), Recorder::default());
+    let network = Network::new(setting.layout, dtype, device, &recorder, &mut rng)?;
+    let config = Config {
+        rate: setting.rate,
+        momentum: MOMENTUM,
+        decay: 0.0,
+    };
+    let mut optimiser = Momentum::new(network.vars(), config)?;
+    let mut order: Vec<usize> = (0..data.training.len()).collect();
+    let batches = order.len() / setting.batch;
+    let total = batches * setting.epochs;
+    bar.set_length(total as u64);
+    let (mut epochs, mut milliseconds, mut confusion) = (vec![], vec![], vec![]);
+    for epoch in 0..setting.epochs {
+        order.shuffle(&mut rng);
+        let mut losses = vec![];
+        for (n, indices) in order.chunks_exact(setting.batch).enumerate() {
+            let share = (epoch * batches + n) as f64 / total as f64;
+            optimiser.set_learning_rate(cosine(setting.rate, 0.0, share));
+            let (images, labels) = data
+                .training
+                .batch(indices, setting.shift, &mut rng, device)?;
+            let clock = Instant::now();
+            let loss = cross_entropy(&network.train(&images)?, &labels)?;
+            optimiser.backward_step(&loss)?;
+            losses.push(f64::from(loss.to_scalar::<f32>()?));
+            milliseconds.push(1e3 * clock.elapsed().as_secs_f64());
+            bar.inc(1);
+        }
+        confusion = confusions(&network, &data.validation, device)?;
+        let right: f64 = (0..CLASSES).map(|c| confusion[c][c]).sum();
+        epochs.push(Epoch {
+            loss: mean(&losses),
+            accuracy: right / data.validation.len() as f64,
+        });
+        let Epoch { loss, accuracy } = &epochs[epoch];
+        bar.set_message(format!(
+            "loss {loss:.3}, accuracy {:.1} %",
+            100.0 * accuracy
+        ));
+    }
+    Ok(Outcome {
+        dtype,
+        epochs,
+        parameters: network.parameters(),
+        iterations: total,
+        milliseconds: median(milliseconds),
+        seconds: clock.elapsed().as_secs_f64(),
+        stats: recorder.take(),
+        confusion,
+    })
+}
+
+fn confusions(network: &Network, images: &Images, device: &Device) -> Result<Vec<Vec<f64>>> {
+    let mut counts = vec![vec![0.0; CLASSES]; CLASSES];
+    let all: Vec<usize> = (0..images.len()).collect();
+    for indices in all.chunks(TEST) {
+        // Not moved: no random number is drawn that matters.
+        let (batch, labels) = images.batch(indices, 0, &mut generator(0), device)?;
+        let taken: Tensor = network.test(&batch)?.argmax(D::Minus1)?;
+        let both = labels
+            .to_vec1::<u32>()?
+            .into_iter()
+            .zip(taken.to_vec1::<u32>()?);
+        both.for_each(|(truth, taken)| counts[truth as usize][taken as usize] += 1.0);
+    }
+    Ok(counts)
+}
