@@ -353,6 +353,12 @@ pub enum Error {
         /// Shape of the second.
         y: Shape,
     },
+    /// The bandwidth of a kernel is not a positive number.
+    #[error("a kernel needs a positive, finite bandwidth, got {bandwidth}")]
+    Bandwidth {
+        /// What was given.
+        bandwidth: f64,
+    },
     /// An error of candle's.
     #[error(transparent)]
     Candle(candle_core::Error),

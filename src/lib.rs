@@ -7,7 +7,8 @@
 //!
 //! * [`odeint`]: a closure, solved; [`solve`]: the same without a graph.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
-//! * [`nn`]: fields that are integrated tile by tile, an order of magnitude faster on the CPU.
+//! * [`nn`]: layers and fields; perceptrons, their flows and convolutions are integrated tile by tile on
+//!   the CPU, several times faster.
 //! * [`mmd()`], and `datasets` behind a feature: to judge continuous flows by, and to train them on.
 //! * [`OdeOptions`]: method ([`Tableau`]), steps, checkpoints, scaling, statistics.
 //!

@@ -28,7 +28,8 @@ const BLOCK: usize = 1024;
 /// ```
 ///
 /// # Errors
-/// [`Samples`](Error::Samples) if a sample has fewer than two rows, or their features differ.
+/// [`Samples`](Error::Samples) if a sample has fewer than two rows, or their features differ;
+/// [`Bandwidth`](Error::Bandwidth).  Of samples that are not finite it is NaN.
 pub fn mmd(x: &Tensor, y: &Tensor, bandwidth: f64) -> Result<f64> {
     let (&[n, features], &[m, same]) = (x.dims(), y.dims()) else {
         return Err(samples(x, y));
@@ -36,8 +37,17 @@ pub fn mmd(x: &Tensor, y: &Tensor, bandwidth: f64) -> Result<f64> {
     if n < 2 || m < 2 || features != same {
         return Err(samples(x, y));
     }
+    if !(bandwidth.is_finite() && bandwidth > 0.0) {
+        return Err(Error::Bandwidth { bandwidth });
+    }
     let plain = |s: &Tensor| s.detach().to_dtype(DType::F64);
     let (x, y) = (plain(x)?, plain(y)?);
+    // Below, a maximum with zero would take NaN for a distance of zero.
+    for sample in [&x, &y] {
+        if !(sample * 0.0)?.sum_all()?.to_scalar::<f64>()?.is_finite() {
+            return Ok(f64::NAN);
+        }
+    }
     let sum = |x: &Tensor, y: &Tensor| kernel_sum(x, y, -0.5 / (bandwidth * bandwidth));
     let (n, m) = (n as f64, m as f64);
     // The diagonal's are ones.

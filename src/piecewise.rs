@@ -18,7 +18,8 @@ use crate::time::{Time, Times};
 /// At a break the field that begins there is in force, so that a stage at the end of a step that
 /// ends on a break (the last of RK4) reads the next field's weights.  A method keeps its order
 /// within an interval; across a jump of f it has order one.  Where that matters, chain one solve
-/// an interval.
+/// an interval, which is also integrated tile by tile where the field can be: this one never is.
+/// Build it on a grid in the direction of the solve.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -389,6 +389,19 @@ fn samples_that_cannot_be_compared_are_refused() {
 }
 
 #[test]
+fn a_kernel_without_width_is_none_and_nan_is_no_distance() {
+    let x = Tensor::randn(0f32, 1.0, (9, 2), &Device::Cpu).unwrap();
+    for bandwidth in [0.0, -1.0, f64::INFINITY] {
+        let expected = Error::Bandwidth { bandwidth };
+        assert_is(error(candle_diffeq::mmd(&x, &x, bandwidth)), expected);
+    }
+    for bad in [f32::NAN, f32::INFINITY] {
+        let bad = Tensor::cat(&[&x, &Tensor::new(&[[0.0, bad]], &Device::Cpu).unwrap()], 0);
+        assert!(candle_diffeq::mmd(&bad.unwrap(), &x, 1.0).unwrap().is_nan());
+    }
+}
+
+#[test]
 fn a_tableau_that_is_no_method_of_its_order_does_not_come_into_being() {
     let invalid = |defect| Error::InvalidTableau {
         name: "mine".into(),

@@ -27,6 +27,10 @@ use crate::training::{train, Outcome, Setting};
 
 /// How far scaled f16 may end from f32.
 const CLOSE: f64 = 0.02;
+/// What a likelihood must come down to, in parts of the first loss.
+const LEARNT: f64 = 0.9;
+/// And of the eight Gaussians, whose entropy is 2.84.
+const EIGHT_GAUSSIANS: f64 = 2.84 * 1.03;
 
 /// Trains continuous normalising flows on densities in the plane.
 #[derive(Parser)]
@@ -58,11 +62,8 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         [] => Density::ALL.to_vec(),
         asked => asked.to_vec(),
     };
-    let modes = Mode::of(
-        &args
-            .flags
-            .precisions(&[Dtype::F32, Dtype::Bf16, Dtype::F16]),
-    );
+    let all = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+    let modes = Mode::of(&args.flags.precisions_among(&all, &all)?);
     let pairs = densities
         .iter()
         .flat_map(|d| modes.iter().map(move |m| (*d, *m)));
@@ -153,8 +154,19 @@ fn json(o: &Outcome) -> serde_json::Value {
     })
 }
 
-/// Scaled f16 must learn as well as f32.  NaN misses.
+/// Every run must learn, and scaled f16 as well as f32.  NaN misses.
 fn demands(by_density: &[&[Outcome]], report: &mut Report) {
+    for o in by_density.iter().copied().flatten() {
+        let first = o.losses.first().copied().unwrap_or(f64::NAN);
+        let highest = match o.density {
+            Density::EightGaussians => EIGHT_GAUSSIANS,
+            _ => LEARNT * first,
+        };
+        report.demand(o.nll <= highest, || {
+            let (density, mode, nll) = (o.density, o.mode.name, o.nll);
+            format!("{density}, {mode}: a likelihood of {nll:.3}, not {highest:.3} or less")
+        });
+    }
     for of in by_density {
         let exact = of.iter().find(|o| o.mode.dtype == Dtype::F32);
         let scaled = of.iter().find(|o| o.mode.is_scaled_f16());

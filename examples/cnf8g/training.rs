@@ -157,7 +157,7 @@ pub(crate) fn train(
         if i == setting.iterations / 2 {
             optimiser.set_learning_rate(0.1 * LEARNING_RATE);
         }
-        let x = density.sample(setting.batch, (seed << 20) + i as u64, device)?;
+        let x = density.sample(setting.batch, (seed << 20).wrapping_add(i as u64), device)?;
         let clock = Instant::now();
         let loss = flow.log_density(&x, 1.0)?.mean_all()?.neg()?;
         losses.push(f64::from(loss.to_scalar::<f32>()?));
@@ -192,7 +192,7 @@ pub(crate) fn train(
 /// Fills in what the flow has learnt, all of it computed in f32.
 fn judge(mut outcome: Outcome, setting: &Setting, seed: u64) -> Result<Outcome> {
     let (flow, device) = (&outcome.flow, &outcome.flow.device);
-    let seed = JUDGED + seed;
+    let seed = JUDGED.wrapping_add(seed);
     let x = outcome.density.sample(setting.points, seed, device)?;
     let mean = flow.log_density(&x, 1.0)?.mean_all()?;
     let data = outcome.density.sample(setting.sample, seed + 1, device)?;

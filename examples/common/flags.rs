@@ -73,6 +73,30 @@ impl Flags {
         }
     }
 
+    /// The same where only some can be.
+    ///
+    /// # Errors
+    /// Another was asked for.
+    pub(crate) fn precisions_among(
+        &self,
+        default: &[Dtype],
+        can_be: &[Dtype],
+    ) -> Result<Vec<Dtype>> {
+        let asked = self.precisions(default);
+        match asked.iter().find(|dtype| !can_be.contains(dtype)) {
+            None => Ok(asked),
+            Some(other) => {
+                let names: Vec<_> = can_be.iter().map(|dtype| dtype.name()).collect();
+                let names = names.join(", ");
+                Err(format!(
+                    "--precision {}: this example computes in {names}",
+                    other.name()
+                )
+                .into())
+            }
+        }
+    }
+
     /// The device.
     ///
     /// # Errors

@@ -19,6 +19,7 @@ pub(crate) fn run<J: Sync, R: Send>(
     job: impl Fn(&J) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
     let threads = std::env::var(THREADS).ok().and_then(|n| n.parse().ok());
+    let threads = threads.filter(|n| *n > 0);
     let workers = match device.is_cpu() {
         true => threads.unwrap_or(1).min(jobs.len()),
         false => 1,
@@ -40,10 +41,10 @@ pub(crate) fn run<J: Sync, R: Send>(
             }
         }
     };
+    // Joined one by one: what panicked is said by the results that are missing.
     std::thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(work);
-        }
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().for_each(|thread| drop(thread.join()));
     });
     if workers > 1 {
         std::env::set_var(THREADS, workers.to_string());

@@ -75,7 +75,8 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let problem = problem()?;
     let last = args.flags.size().pick(8, 13, 13);
     let steps: Vec<usize> = (5..=last).map(|k| 1 << k).collect();
-    let dtypes = args.flags.precisions(&[Dtype::Bf16, Dtype::F16]);
+    let dtypes = [Dtype::Bf16, Dtype::F16];
+    let dtypes = args.flags.precisions_among(&dtypes, &dtypes)?;
     let (mut rows, bar) = (vec![], progress("solves", dtypes.len() * steps.len())?);
     for &dtype in &dtypes {
         for &n in &steps {

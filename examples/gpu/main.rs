@@ -1,7 +1,7 @@
 //! Times solves of perceptrons on a GPU, forward and forward + backward, in one launch each way where
 //! the network is small enough and step by step, and compares gradients with those in f64.
 //!
-//! `cargo run --release --features cuda --example gpu -- [--json FILE] [--smoke]` (a minute on an H200)
+//! `cargo run --release --features cuda --example gpu -- [--json FILE] [--smoke]`
 //!
 //! Milliseconds are medians of repeated runs after two that are not counted, the device synchronised
 //! before the clock starts and before it stops; megabytes are what one run takes at most, as seen

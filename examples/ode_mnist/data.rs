@@ -155,7 +155,11 @@ fn pair(dir: &Path, half: &str) -> Result<Option<Images>> {
         (Some(images), Some(labels)) => {
             Images::from_files(&idx::read(&images)?, &idx::read(&labels)?).map(Some)
         }
-        _ => Ok(None),
+        (None, None) => Ok(None),
+        (images, _) => {
+            let missing = if images.is_some() { "labels" } else { "images" };
+            Err(format!("{}: {half}-{missing} are missing", dir.display()).into())
+        }
     }
 }
 

@@ -30,7 +30,7 @@ use crate::training::{train, Outcome};
 /// How far scaled f16 may end from f32.
 const CLOSE: f64 = 0.02;
 /// How far from its inverse a map may be, in f32.
-const INVERSE: f64 = 1e-2;
+const INVERSE: f64 = 1e-5;
 
 /// Learns densities by optimal transport.
 #[derive(Parser)]
@@ -59,11 +59,8 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             ..problem
         }
     });
-    let modes = Mode::of(
-        &args
-            .flags
-            .precisions(&[Dtype::F32, Dtype::Bf16, Dtype::F16]),
-    );
+    let all = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+    let modes = Mode::of(&args.flags.precisions_among(&all, &all)?);
     let runs = problems
         .iter()
         .flat_map(|p| modes.iter().map(move |m| (*p, *m)));

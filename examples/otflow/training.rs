@@ -151,7 +151,7 @@ pub(crate) fn train(
         let halvings = i * (problem.halvings + 1) / problem.iterations;
         optimiser.set_learning_rate(problem.learning_rate * 0.5f64.powi(halvings as i32));
         if i > 0 && i % problem.reuse == 0 {
-            x = problem.sample(problem.batch, (seed << 20) + i as u64, device)?;
+            x = problem.sample(problem.batch, (seed << 20).wrapping_add(i as u64), device)?;
         }
         let clock = Instant::now();
         let costs = flow.costs(&x)?;
@@ -175,7 +175,7 @@ pub(crate) fn train(
         ..Default::default()
     };
     let flow = Flow::new(&vars, &problem, single, device)?;
-    let judged = judge(&problem, &flow, &own, JUDGED + seed)?;
+    let judged = judge(&problem, &flow, &own, JUDGED.wrapping_add(seed))?;
     Ok(Outcome {
         problem,
         mode,

@@ -160,7 +160,7 @@ impl View {
     fn of(&self, image: &[u8], side: usize) -> Vec<f32> {
         let samples = (SIDE / side).max(1);
         let fine = side * samples;
-        // Nearest pixels on the finer grid; bilinear where it is finer than the image.
+        // Bilinear between the pixels of the image.
         let at = |start: f64, length: f64, i: usize| {
             (start + length * (i as f64 + 0.5) / fine as f64 - 0.5).clamp(0.0, (SIDE - 1) as f64)
         };

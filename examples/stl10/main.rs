@@ -22,7 +22,7 @@ use clap::Parser;
 use serde_json::json;
 
 use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
+use crate::common::flags::{Flags, Size};
 use crate::common::random::generator;
 use crate::common::report::{self, Report};
 use crate::common::table::Table;
@@ -73,8 +73,8 @@ struct Args {
     #[command(flatten)]
     flags: Flags,
     /// The folder of train_X.bin, train_y.bin, test_X.bin and test_y.bin.
-    #[arg(long, value_name = "DIR", default_value = "data/stl10_binary")]
-    data: PathBuf,
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
     /// Epochs [default: of the size].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     epochs: Option<u32>,
@@ -100,9 +100,10 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         true => Sign::Unstable,
         false => Sign::Stable,
     };
-    let data = load(args, &setting);
+    let data = load(args, &setting)?;
     let mut outcomes = vec![];
-    for dtype in flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    let can_be = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+    for dtype in flags.precisions_among(&can_be[..2], &can_be)? {
         let bar = progress(dtype.name(), 0)?;
         outcomes.push(train(
             &data, dtype, sign, &setting, flags.seed, device, &bar,
@@ -119,16 +120,19 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
 }
 
 /// The files, or the stand-in.
-fn load(args: &Args, setting: &Setting) -> Data {
+fn load(args: &Args, setting: &Setting) -> Result<Data> {
+    const WHERE: &str =
+        "Unpack https://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz and say \
+                         where: --data DIR";
     let mut rng = generator(args.flags.seed);
-    match Data::read(&args.data, setting.counts, &mut rng) {
-        Ok(data) => data,
-        Err(error) => {
-            eprintln!(
-                "{error}\n\nNOT STL-10: what follows is of drawn stripes.  Unpack \
-                 https://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz and say where: --data DIR\n"
-            );
-            Data::stand_in(setting.counts, &mut rng)
+    match (&args.data, args.flags.size()) {
+        (Some(dir), _) => Data::read(dir, setting.counts, &mut rng),
+        (None, Size::Full) => {
+            Err(format!("the published size is for STL-10 alone.  {WHERE}").into())
+        }
+        (None, _) => {
+            eprintln!("NOT STL-10: what follows is of drawn stripes.  {WHERE}\n");
+            Ok(Data::stand_in(setting.counts, &mut rng))
         }
     }
 }
@@ -149,7 +153,7 @@ fn print(data: &Data, setting: &Setting, outcomes: &[Outcome]) {
     };
     let parameters = outcomes.first().map_or(0, |o| o.parameters);
     line("here", &data.name, setting, parameters);
-    let all = "STL-10, 4000 + 1000 + 8000 images";
+    let all = "STL-10, 4000 + 1000 images";
     line("published", all, &PUBLISHED, 12_565_002);
     println!();
     let mut table = Table::new([
