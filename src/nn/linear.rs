@@ -320,20 +320,18 @@ mod tests {
         Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap()
     }
 
+    fn wide(x: &Tensor) -> Tensor {
+        x.detach().to_dtype(DType::F64).unwrap()
+    }
+
+    fn largest(x: &Tensor) -> f64 {
+        let x = wide(x).abs().unwrap().flatten_all().unwrap();
+        x.max(0).unwrap().to_scalar().unwrap()
+    }
+
     /// max |x − y| / max |y|.
     fn distance(x: &Tensor, y: &Tensor) -> f64 {
-        let max = |x: Tensor| -> f64 {
-            let x = x.to_dtype(DType::F64).unwrap().abs().unwrap();
-            x.flatten_all()
-                .unwrap()
-                .max(0)
-                .unwrap()
-                .to_scalar()
-                .unwrap()
-        };
-        let x = x.to_dtype(DType::F64).unwrap();
-        let y = y.to_dtype(DType::F64).unwrap();
-        max((&x - &y).unwrap()) / max(y).max(1e-300)
+        largest(&(wide(x) - wide(y)).unwrap()) / largest(y).max(1e-300)
     }
 
     proptest! {
@@ -351,8 +349,8 @@ mod tests {
             let b = bias.then(|| variable(&[outputs], dtype));
             let g = variable(&[batch, outputs], dtype);
             // The reference is f64 whatever the dtype of the layer.
-            let wide = |x: &Var| Var::from_tensor(&x.to_dtype(DType::F64).unwrap()).unwrap();
-            let (x64, w64, b64) = (wide(&x), wide(&w), b.as_ref().map(wide));
+            let double = |x: &Var| Var::from_tensor(&wide(x)).unwrap();
+            let (x64, w64, b64) = (double(&x), double(&w), b.as_ref().map(double));
             let layer = Linear {
                 weight: w.as_tensor().clone(),
                 bias: b.as_ref().map(|b| b.as_tensor().clone()),
@@ -363,16 +361,28 @@ mod tests {
             );
             let (y, y64) = (layer.forward(&x).unwrap(), reference.forward(&x64).unwrap());
             prop_assert_eq!(y.dims(), y64.dims());
-            let bound = |terms: usize| 4.0 * (terms as f64 + 8.0).sqrt() * unit;
-            prop_assert!(distance(&y, &y64) <= bound(inputs));
+            // Sums of n terms are off by n roundoffs of the sum of their sizes.
+            let size = |x: &Tensor| wide(x).abs().unwrap();
+            let (xs, ws, gs) = (size(&x), size(&w), size(&g));
+            let holds = |got: &Tensor, exact: &Tensor, sizes: Tensor, terms: usize| {
+                let error = largest(&(wide(got) - wide(exact)).unwrap());
+                error <= (terms + 2) as f64 * unit * largest(&sizes)
+            };
+            let mut sizes = xs.matmul(&ws.t().unwrap()).unwrap();
+            if let Some(b) = &b {
+                sizes = sizes.broadcast_add(&size(b)).unwrap();
+            }
+            prop_assert!(holds(&y, &y64, sizes, inputs + 1));
             let grads = (y * g.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
-            let g64 = g.to_dtype(DType::F64).unwrap();
-            let grads64 = (y64 * g64).unwrap().sum_all().unwrap().backward().unwrap();
-            let mut pairs = vec![(&x, &x64, outputs), (&w, &w64, batch)];
-            pairs.extend(b.iter().zip(&b64).map(|(b, b64)| (b, b64, batch)));
-            for (of, of64, terms) in pairs {
-                let error = distance(grads.get(of).unwrap(), grads64.get(of64).unwrap());
-                prop_assert!(error <= bound(terms), "{:e} of {:?}", error, of.dims());
+            let grads64 = (y64 * wide(&g)).unwrap().sum_all().unwrap().backward().unwrap();
+            let of = |x: &Var, x64: &Var| (grads.get(x).unwrap().clone(), grads64.get(x64).unwrap().clone());
+            let (got, exact) = of(&x, &x64);
+            prop_assert!(holds(&got, &exact, gs.matmul(&ws).unwrap(), outputs));
+            let (got, exact) = of(&w, &w64);
+            prop_assert!(holds(&got, &exact, gs.t().unwrap().matmul(&xs).unwrap(), batch));
+            if let (Some(b), Some(b64)) = (&b, &b64) {
+                let (got, exact) = of(b, b64);
+                prop_assert!(holds(&got, &exact, gs.sum(0).unwrap(), batch));
             }
         }
     }
