@@ -84,10 +84,11 @@ impl CustomOp2 for Pull {
     }
 }
 
-fn numbers<'a, T>(x: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+/// The numbers of a contiguous operand.
+pub(super) fn numbers<'a, T>(x: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&x[start..end]),
-        None => candle_core::bail!("an activation of a tensor that is not contiguous"),
+        None => candle_core::bail!("a fused operation of a tensor that is not contiguous"),
     }
 }
 

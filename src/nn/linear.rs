@@ -5,6 +5,7 @@ use candle_core::{
 };
 use candle_nn::VarBuilder;
 
+use super::elementwise::numbers;
 use crate::simd::matrix::{column_sums, product, Matrix};
 use crate::simd::Element;
 
@@ -188,13 +189,6 @@ impl Form {
 fn matrix<'a, T: Element>(x: &'a [T], layout: &Layout) -> Result<Matrix<'a, T>> {
     let (rows, columns) = layout.shape().dims2()?;
     Ok(Matrix::new(numbers(x, layout)?, rows, columns))
-}
-
-fn numbers<'a, T>(x: &'a [T], layout: &Layout) -> Result<&'a [T]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&x[start..end]),
-        None => candle_core::bail!("a product of a tensor that is not contiguous"),
-    }
 }
 
 /// Two operands.
