@@ -12,7 +12,7 @@ use candle_diffeq::{
     HEUN, RK4,
 };
 use candle_nn::{Linear, VarBuilder, VarMap};
-use common::{all, error_of, relative, scattered, values, var, worst, U_BF16};
+use common::{all, error_of, fill, relative, scattered, values, var, worst, U_BF16};
 use proptest::prelude::*;
 
 /// Both sides add the same few thousand terms, in different orders.
@@ -55,17 +55,6 @@ impl Shape {
         let ode = NeuralOde::from_field(&vars, "flow", dtype, &Device::Cpu, flow).unwrap();
         fill(&vars);
         (vars, ode.options(options))
-    }
-}
-
-/// Scattered values, of a size that keeps the layers' outputs near one.
-fn fill(vars: &VarMap) {
-    for (seed, (_, var)) in all(vars).into_iter().enumerate() {
-        let size = 1.2 / (var.dims()[var.rank() - 1] as f64).sqrt().min(4.0);
-        // The values of f32, so that both dtypes see the same.
-        let x = scattered(var.dims(), size, seed).to_dtype(DType::F32);
-        let x = x.and_then(|x| x.to_dtype(var.dtype()));
-        var.set(&x.unwrap()).unwrap();
     }
 }
 

@@ -1,5 +1,7 @@
 //! A loss that the solve looks at row by row is the loss of its states, and so are its gradients.
 
+mod common;
+
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{
@@ -7,23 +9,24 @@ use candle_diffeq::{
     Scaling, State, DOPRI5,
 };
 use candle_nn::{VarBuilder, VarMap};
+use common::{fill, scattered, values};
 
 const TIMES: [f64; 4] = [0.0, 0.2, 0.5, 0.9];
 
 fn random(shape: &[usize], dtype: DType) -> Tensor {
-    let x = Tensor::randn(0f64, 0.5, shape, &Device::Cpu).unwrap();
-    x.to_dtype(dtype).unwrap()
+    scattered(shape, 0.8, shape.len()).to_dtype(dtype).unwrap()
 }
 
-fn numbers(x: &Tensor) -> Vec<f64> {
-    let x = x.to_dtype(DType::F64).unwrap();
-    x.flatten_all().unwrap().to_vec1().unwrap()
+fn goal(shape: &[usize], dtype: DType) -> Tensor {
+    scattered(shape, 0.8, 20 + shape.len())
+        .to_dtype(dtype)
+        .unwrap()
 }
 
 /// ‖x − y‖ / ‖y‖.
 fn distance(x: &Tensor, y: &Tensor) -> f64 {
     let norm = |x: Vec<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
-    norm(numbers(&(x - y).unwrap())) / norm(numbers(y)).max(1e-12)
+    norm(values(&(x - y).unwrap())) / norm(values(y)).max(1e-12)
 }
 
 /// The loss, and the gradients of 3 times it, of y0 and all variables by name.
@@ -44,6 +47,7 @@ fn check<S: State + 'static>(
     options: &OdeOptions,
     bound: f64,
 ) {
+    fill(vars);
     let recorder = Recorder::default();
     let ode = ode.options(OdeOptions {
         recorder: Some(recorder.clone()),
@@ -68,10 +72,11 @@ fn check<S: State + 'static>(
 }
 
 fn perceptron(vars: &VarMap) -> NeuralOde {
-    NeuralOde::new(vars, "f", &Device::Cpu, |vb: VarBuilder<'_>| {
+    let ode = NeuralOde::new(vars, "f", &Device::Cpu, |vb: VarBuilder<'_>| {
         Mlp::new(&[3, 24, 24, 3], Activation::Tanh, vb)
-    })
-    .unwrap()
+    });
+    fill(vars);
+    ode.unwrap()
 }
 
 const PRECISIONS: [(Precision, f64); 4] = [
@@ -96,7 +101,7 @@ fn mean_squares_and_their_gradients_are_those_of_the_states() {
     for (precision, bound) in PRECISIONS {
         for (output, target) in [(Output::All, &[4, 70, 3][..]), (Output::Final, &[70, 3])] {
             let vars = VarMap::new();
-            let loss = RowLoss::MeanSquaredError(random(target, precision.state));
+            let loss = RowLoss::MeanSquaredError(goal(target, precision.state));
             let y0 = [random(&[70, 3], DType::F32)
                 .to_dtype(precision.state)
                 .unwrap()];
@@ -152,13 +157,14 @@ fn images_have_losses_too() {
         ConvField::new(&[2, 5, 2], 3, Activation::Silu, vb)
     });
     let y0 = [random(&[5, 2, 6, 7], DType::F32)];
-    let loss = RowLoss::MeanSquaredError(random(&[5, 2, 6, 7], DType::F32));
+    let loss = RowLoss::MeanSquaredError(goal(&[5, 2, 6, 7], DType::F32));
     let options = with(Precision::f32(), Output::Final);
     check(ode.unwrap(), &vars, &y0, &loss, &options, 4e-6);
 }
 
 /// The loss and its gradients, tile by tile and on the general path.
 fn same_on_the_general_path(shape: &[usize], loss: &RowLoss, ode: NeuralOde, vars: &VarMap) {
+    fill(vars);
     let y0 = [Var::from_tensor(&random(shape, DType::F32)).unwrap()];
     let options = with(Precision::f32(), Output::Final);
     let ode = ode.options(options.clone());
@@ -178,7 +184,7 @@ fn same_on_the_general_path(shape: &[usize], loss: &RowLoss, ode: NeuralOde, var
 fn every_loss_is_that_of_the_general_path() {
     let classes: Vec<u32> = (0..40).map(|i| i % 3).collect();
     let losses = [
-        RowLoss::MeanSquaredError(random(&[40, 3], DType::F32)),
+        RowLoss::MeanSquaredError(goal(&[40, 3], DType::F32)),
         RowLoss::GaussianNll,
         RowLoss::CrossEntropy(Tensor::new(classes, &Device::Cpu).unwrap()),
     ];
@@ -189,7 +195,7 @@ fn every_loss_is_that_of_the_general_path() {
     // Rows of a likelihood of images are not the images.
     for loss in [
         RowLoss::GaussianNll,
-        RowLoss::MeanSquaredError(random(&[3, 2, 5, 4], DType::F32)),
+        RowLoss::MeanSquaredError(goal(&[3, 2, 5, 4], DType::F32)),
     ] {
         let vars = VarMap::new();
         let ode = NeuralOde::new(&vars, "f", &Device::Cpu, |vb: VarBuilder<'_>| {
@@ -205,7 +211,7 @@ fn large_batches_have_the_same_loss_on_any_number_of_threads() {
     let ode = perceptron(&vars).options(with(Precision::f32(), Output::All));
     let rows = 2100;
     let y0 = [Var::from_tensor(&random(&[rows, 3], DType::F32)).unwrap()];
-    let loss = RowLoss::MeanSquaredError(random(&[4, rows, 3], DType::F32));
+    let loss = RowLoss::MeanSquaredError(goal(&[4, rows, 3], DType::F32));
     let states = ode.solve(y0[0].as_tensor(), &TIMES).unwrap();
     let expected = gradients(loss.of(&states).unwrap(), &y0, &vars);
     let on = |threads: usize| -> Vec<Vec<f64>> {
@@ -221,7 +227,7 @@ fn large_batches_have_the_same_loss_on_any_number_of_threads() {
         for (got, expected) in results.iter().zip(&expected) {
             assert!(distance(got, expected) <= 4e-6);
         }
-        results.iter().map(numbers).collect()
+        results.iter().map(values).collect()
     };
     let one = on(1);
     for threads in [2, 3, 5] {
@@ -234,10 +240,10 @@ fn memory_plans_second_passes_and_constants_change_nothing() {
     let vars = VarMap::new();
     let y = random(&[50, 3], DType::F32);
     let y0 = [Var::from_tensor(&y).unwrap()];
-    let loss = RowLoss::MeanSquaredError(random(&[50, 3], DType::F32));
+    let loss = RowLoss::MeanSquaredError(goal(&[50, 3], DType::F32));
     let mut expected: Option<Vec<Vec<f64>>> = None;
     let mut same = |results: &[Tensor]| {
-        let results: Vec<_> = results.iter().map(numbers).collect();
+        let results: Vec<_> = results.iter().map(values).collect();
         assert_eq!(*expected.get_or_insert(results.clone()), results);
     };
     for checkpoint in [Checkpoint::All, Checkpoint::Every(2), Checkpoint::States(1)] {
@@ -273,8 +279,8 @@ fn a_scale_of_the_loss_reaches_cotangents_before_they_are_rounded() {
     let got = scaled(ode.loss(y0[0].as_tensor(), &TIMES, &loss).unwrap());
     let states = ode.solve(y0[0].as_tensor(), &TIMES).unwrap();
     let expected = scaled(loss.of(&states).unwrap());
-    assert!(numbers(&expected).iter().any(|g| *g != 0.0));
-    assert_eq!(numbers(&got), numbers(&expected));
+    assert!(values(&expected).iter().any(|g| *g != 0.0));
+    assert_eq!(values(&got), values(&expected));
 }
 
 #[test]
@@ -282,7 +288,7 @@ fn a_scaled_loss_whose_gradient_overflows_is_an_error() {
     let vars = VarMap::new();
     let ode = perceptron(&vars).options(with(Precision::f32(), Output::Final));
     let y0 = Var::from_tensor(&random(&[9, 3], DType::F32)).unwrap();
-    let target = (random(&[9, 3], DType::F32) * 1e18).unwrap();
+    let target = (goal(&[9, 3], DType::F32) * 1e18).unwrap();
     let loss = RowLoss::MeanSquaredError(target);
     let loss = ode.loss(y0.as_tensor(), &TIMES, &loss).unwrap();
     let error = Error::from((loss * 1e30).unwrap().backward().unwrap_err());
@@ -299,7 +305,7 @@ fn a_scaled_loss_whose_gradient_overflows_is_an_error() {
 fn a_target_that_is_a_variable_has_its_gradient() {
     let vars = VarMap::new();
     let ode = perceptron(&vars).options(with(Precision::f32(), Output::Final));
-    let target = Var::from_tensor(&random(&[9, 3], DType::F32)).unwrap();
+    let target = Var::from_tensor(&goal(&[9, 3], DType::F32)).unwrap();
     let loss = RowLoss::MeanSquaredError(target.as_tensor().clone());
     let loss = ode
         .loss(&random(&[9, 3], DType::F32), &TIMES, &loss)
@@ -318,7 +324,7 @@ fn losses_of_other_states_are_errors() {
         assert!(matches!(error, Error::LossOutput { .. }), "{error}");
     }
     // The number of elements is right, their order is not.
-    let turned = RowLoss::MeanSquaredError(random(&[9, 4, 3], DType::F32));
+    let turned = RowLoss::MeanSquaredError(goal(&[9, 4, 3], DType::F32));
     let error = ode.loss(&y0, &TIMES, &turned).unwrap_err();
     assert!(matches!(error, Error::LossState { .. }), "{error}");
     let last = ode.options(with(Precision::f32(), Output::Final));
@@ -341,10 +347,10 @@ fn an_overflow_is_met_in_the_backward_pass_as_without_a_loss() {
         ..with(Precision::f16(), Output::Final)
     });
     let y0 = Var::from_tensor(&random(&[9, 3], DType::F32)).unwrap();
-    let loss = RowLoss::MeanSquaredError((random(&[9, 3], DType::F32) * 1e15).unwrap());
+    let loss = RowLoss::MeanSquaredError((goal(&[9, 3], DType::F32) * 1e15).unwrap());
     let loss = ode.loss(y0.as_tensor(), &TIMES, &loss).unwrap();
     let grads = loss.backward().unwrap();
-    assert!(numbers(grads.get(&y0).unwrap()).iter().all(|g| g.is_nan()));
+    assert!(values(grads.get(&y0).unwrap()).iter().all(|g| g.is_nan()));
 }
 
 #[test]
@@ -354,7 +360,7 @@ fn a_solve_that_keeps_nothing_has_a_loss_and_no_gradient() {
         checkpoint: Checkpoint::Nothing,
         ..with(Precision::f32(), Output::Final)
     });
-    let loss = RowLoss::MeanSquaredError(random(&[9, 3], DType::F32));
+    let loss = RowLoss::MeanSquaredError(goal(&[9, 3], DType::F32));
     let loss = ode
         .loss(&random(&[9, 3], DType::F32), &TIMES, &loss)
         .unwrap();

@@ -71,6 +71,17 @@ pub(crate) fn scatter(vars: &VarMap) {
     }
 }
 
+/// Gives every variable of a map scattered values of a size that keeps the layers' outputs near one.
+pub(crate) fn fill(vars: &VarMap) {
+    for (seed, (_, var)) in all(vars).into_iter().enumerate() {
+        let size = 1.2 / (var.dims()[var.rank() - 1] as f64).sqrt().min(4.0);
+        // The values of f32, so that both dtypes see the same.
+        let x = scattered(var.dims(), size, seed).to_dtype(DType::F32);
+        let x = x.and_then(|x| x.to_dtype(var.dtype()));
+        var.set(&x.unwrap()).unwrap();
+    }
+}
+
 /// A variable of a map, by name.
 pub(crate) fn named(vars: &VarMap, name: &str) -> Var {
     vars.data().lock().unwrap()[name].clone()
