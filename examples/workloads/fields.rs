@@ -2,8 +2,8 @@
 //! operations.
 
 use candle_core::{DType, Device, Module, Result, Tensor, D};
-use candle_diffeq::nn::{self, Activation, Cnf, ConvField, Mlp};
-use candle_diffeq::{NeuralOde, OdeOptions, RowLoss, Tableau, Time};
+use candle_diffeq::nn::{self, Activation, Cnf, ConvField, HyperCnf, Mlp};
+use candle_diffeq::{NeuralOde, OdeOptions, RowLoss, State, Tableau, Time, VectorField};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
 /// A kind of field.
@@ -16,7 +16,7 @@ pub(crate) struct Kind {
 }
 
 /// Every kind.
-pub(crate) const KINDS: [Kind; 3] = [
+pub(crate) const KINDS: [Kind; 4] = [
     Kind {
         name: "mlp",
         plain: mlp,
@@ -32,7 +32,35 @@ pub(crate) const KINDS: [Kind; 3] = [
         plain: cnf,
         ours: Some(our_cnf),
     },
+    Kind {
+        name: "hyper",
+        plain: hyper,
+        ours: Some(our_hyper),
+    },
 ];
+
+/// Where the variables are, of what dtype, and the features of the state.
+pub(crate) struct Place<'a> {
+    pub(crate) vars: &'a VarMap,
+    pub(crate) dtype: DType,
+    pub(crate) device: &'a Device,
+    pub(crate) features: usize,
+}
+
+impl Place<'_> {
+    fn ode<S: State + 'static, F: VectorField<S> + Send + Sync + 'static>(
+        &self,
+        field: impl Fn(VarBuilder<'_>) -> Result<F> + Send + Sync + 'static,
+        options: OdeOptions,
+    ) -> candle_diffeq::Result<NeuralOde<S>> {
+        let ode = NeuralOde::from_field(self.vars, "", self.dtype, self.device, field)?;
+        Ok(ode.options(options))
+    }
+
+    fn builder(&self) -> VarBuilder<'_> {
+        VarBuilder::from_varmap(self.vars, self.dtype, self.device)
+    }
+}
 
 /// Weights: matrix or kernel, bias, matrix or kernel, bias, ….
 type Layers = Vec<(Tensor, Tensor)>;
@@ -67,7 +95,7 @@ pub(crate) const DROP_IN: Parts = Parts {
     tanh: |x| Activation::Tanh.forward(x),
 };
 
-type Ours = fn(&VarMap, DType, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
+type Ours = fn(&Place<'_>, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
 
 /// A neural ODE whose state has one part, or several.
 pub(crate) enum Ode {
@@ -149,14 +177,8 @@ fn unrolled(field: &Field, tableau: &Tableau, y0: &[Tensor], times: &[f64]) -> R
 }
 
 /// The plain field on a tape.
-pub(crate) fn tape(
-    build: Plain,
-    vars: &VarMap,
-    dtype: DType,
-    ask: Ask,
-    options: &OdeOptions,
-) -> Result<Ode> {
-    let layers = ask(VarBuilder::from_varmap(vars, dtype, &Device::Cpu))?;
+pub(crate) fn tape(build: Plain, place: &Place<'_>, ask: Ask, options: &OdeOptions) -> Result<Ode> {
+    let layers = ask(place.builder())?;
     Ok(Ode::Tape(build(layers, CANDLES)?, options.method.clone()))
 }
 
@@ -164,36 +186,30 @@ pub(crate) fn tape(
 pub(crate) fn plain(
     build: Plain,
     parts: Parts,
-    vars: &VarMap,
-    dtype: DType,
+    place: &Place<'_>,
     ask: Ask,
     options: OdeOptions,
 ) -> candle_diffeq::Result<Ode> {
     let field = move |vb: VarBuilder<'_>| build(ask(vb)?, parts);
-    let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
-    Ok(Ode::Several(ode.options(options)))
+    Ok(Ode::Several(place.ode(field, options)?))
 }
 
-fn our_mlp(
-    vars: &VarMap,
-    dtype: DType,
-    ask: Ask,
-    options: OdeOptions,
-) -> candle_diffeq::Result<Ode> {
+fn our_mlp(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
     let field = move |vb: VarBuilder<'_>| perceptron(ask(vb)?);
-    let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
-    Ok(Ode::One(ode.options(options)))
+    Ok(Ode::One(place.ode(field, options)?))
 }
 
-fn our_cnf(
-    vars: &VarMap,
-    dtype: DType,
-    ask: Ask,
-    options: OdeOptions,
-) -> candle_diffeq::Result<Ode> {
+fn our_cnf(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
     let field = move |vb: VarBuilder<'_>| Cnf::new(perceptron(ask(vb)?)?);
-    let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
-    Ok(Ode::Two(ode.options(options)))
+    Ok(Ode::Two(place.ode(field, options)?))
+}
+
+fn our_hyper(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
+    let layers = ask(place.builder())?;
+    let (hidden, numbers) = (layers[0].0.dim(0)?, layers[layers.len() - 1].0.dim(0)?);
+    let (features, width) = (place.features, numbers / (3 * place.features + 1));
+    let field = move |vb: VarBuilder<'_>| HyperCnf::new(features, width, hidden, vb);
+    Ok(Ode::Two(place.ode(field, options)?))
 }
 
 fn perceptron(layers: Layers) -> Result<Mlp> {
@@ -201,12 +217,7 @@ fn perceptron(layers: Layers) -> Result<Mlp> {
     Mlp::from_layers(&layers.collect::<Vec<_>>(), Activation::Tanh, false)
 }
 
-fn our_conv(
-    vars: &VarMap,
-    dtype: DType,
-    ask: Ask,
-    options: OdeOptions,
-) -> candle_diffeq::Result<Ode> {
+fn our_conv(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
     let field = move |vb: VarBuilder<'_>| {
         let layer = |(w, b): (Tensor, Tensor)| {
             let config = Conv2dConfig {
@@ -221,8 +232,7 @@ fn our_conv(
             .collect::<Result<Vec<_>>>()?;
         ConvField::from_layers(&layers, Activation::Relu)
     };
-    let ode = NeuralOde::from_field(vars, "", dtype, &Device::Cpu, field)?;
-    Ok(Ode::One(ode.options(options)))
+    Ok(Ode::One(place.ode(field, options)?))
 }
 
 /// Layers with tanh between them.
@@ -271,5 +281,25 @@ fn cnf(layers: Layers, parts: Parts) -> Result<Field> {
             trace = trace.broadcast_add(&tangent.narrow(1, i, 1)?)?;
         }
         Ok(vec![x, trace.neg()?])
+    }))
+}
+
+/// z' = 1/m Σ_j u_j tanh(w_j·z + b_j), (log p)' = −tr ∂z'/∂z, with weights that the layers compute from
+/// time, as [`HyperCnf`] has it.
+fn hyper(layers: Layers, parts: Parts) -> Result<Field> {
+    Ok(Box::new(move |t, y| {
+        let (z, log) = (&y[0], &y[1]);
+        let mut x = t.tensor()?.to_dtype(z.dtype())?.reshape((1, 1))?;
+        for (i, layer) in layers.iter().enumerate() {
+            x = (parts.affine)(&if i > 0 { (parts.tanh)(&x)? } else { x }, layer)?;
+        }
+        let d = z.dim(1)?;
+        let m = x.dim(1)? / (3 * d + 1);
+        let block = |i: usize| x.narrow(1, i * m * d, m * d)?.reshape((m, d));
+        let (w, bias) = (block(0)?, x.narrow(1, 3 * m * d, m)?);
+        let u = ((block(1)? * candle_nn::ops::sigmoid(&block(2)?)?)? / m as f64)?;
+        let h = (parts.tanh)(&z.matmul(&w.t()?)?.broadcast_add(&bias)?)?;
+        let trace = (h.sqr()? - 1.0)?.matmul(&(&u * w)?.sum_keepdim(1)?)?;
+        Ok(vec![h.matmul(&u)?, trace.to_dtype(log.dtype())?])
     }))
 }

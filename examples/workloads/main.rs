@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_diffeq::{ActivationCache, Checkpoint, OdeOptions, Output, Recorder, Stats};
 use candle_nn::VarMap;
 use clap::Parser;
@@ -82,7 +82,7 @@ fn checkpoint(text: &str) -> std::result::Result<Checkpoint, String> {
 
 /// The JSON line.
 fn run(args: &Args) -> Result<serde_json::Value> {
-    let workload = Workload::read(&args.file)?;
+    let workload = Workload::read(&args.file, &Device::Cpu)?;
     let vars = VarMap::new();
     let state = args.precision.state();
     workload.fill(&vars, state)?;

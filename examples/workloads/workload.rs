@@ -1,5 +1,5 @@
 //! A workload file: weights p0, p1, …, y0, t, target, and the reference's loss and gradients in f64;
-//! in its header `kind` (mlp, conv, cnf) and `method`.
+//! in its header `kind` (mlp, conv, cnf, hyper) and `method`.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -11,7 +11,7 @@ use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 
 use crate::common::Result;
-use crate::fields::{self, Kind, Ode, Whose, KINDS};
+use crate::fields::{self, Kind, Ode, Place, Whose, KINDS};
 
 /// What a file says.
 pub(crate) struct Workload {
@@ -22,6 +22,7 @@ pub(crate) struct Workload {
     /// Weights p0, p1, … in this order.
     weights: usize,
     tensors: HashMap<String, Tensor>,
+    device: Device,
 }
 
 /// The initial state: the variable of the data, and the parts of the state of which it is one.
@@ -32,7 +33,7 @@ pub(crate) struct Initial {
 
 impl Workload {
     /// Reads a file.
-    pub(crate) fn read(path: &Path) -> Result<Self> {
+    pub(crate) fn read(path: &Path, device: &Device) -> Result<Self> {
         let failed = |what: &dyn std::fmt::Display| format!("{}: {what}", path.display());
         let bytes = std::fs::read(path).map_err(|e| failed(&e))?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| failed(&e))?;
@@ -43,35 +44,41 @@ impl Workload {
                 .ok_or_else(|| failed(&format!("no `{key}` in its header")))?;
             serde_json::from_str::<String>(json).map_err(|e| failed(&format!("`{key}`: {e}")))
         };
-        let (kind, method) = (text("kind")?, text("method")?);
-        let known = KINDS.iter().find(|known| known.name == kind);
-        let kind = known.ok_or_else(|| failed(&format!("unknown kind `{kind}`")))?;
-        let tableau = Tableau::ALL.into_iter().find(|t| t.name() == method);
-        let tableau = tableau.ok_or_else(|| failed(&format!("unknown method `{method}`")))?;
         let tensors =
-            candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| failed(&e))?;
+            candle_core::safetensors::load_buffer(&bytes, device).map_err(|e| failed(&e))?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        Self::new(&name, &text("kind")?, &text("method")?, tensors, device)
+            .map_err(|e| failed(&e).into())
+    }
+
+    /// Of tensors by their names in a file; the reference may be missing.
+    pub(crate) fn new(
+        name: &str,
+        kind: &str,
+        method: &str,
+        tensors: HashMap<String, Tensor>,
+        device: &Device,
+    ) -> Result<Self> {
+        let known = KINDS.iter().find(|known| known.name == kind);
+        let kind = known.ok_or_else(|| format!("unknown kind `{kind}`"))?;
+        let tableau = Tableau::ALL.into_iter().find(|t| t.name() == method);
+        let method = tableau.ok_or_else(|| format!("unknown method `{method}`"))?;
         let weights = (0..)
             .take_while(|i| tensors.contains_key(&format!("p{i}")))
             .count();
         if weights == 0 || weights % 2 == 1 {
-            return Err(failed(&"its weights are not pairs p0, p1, …").into());
+            return Err("its weights are not pairs p0, p1, …".into());
         }
         let mut workload = Self {
-            name: path
-                .file_stem()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
+            name: name.to_owned(),
             times: vec![],
-            method: tableau,
+            method,
             kind,
             weights,
             tensors,
+            device: device.clone(),
         };
-        workload.times = workload
-            .tensor("t", DType::F64)?
-            .to_vec1()
-            .map_err(|e| failed(&e))?;
+        workload.times = workload.tensor("t", DType::F64)?.to_vec1()?;
         Ok(workload)
     }
 
@@ -88,9 +95,8 @@ impl Workload {
             .lock()
             .map_err(|_| "the variables are poisoned")?;
         for i in 0..self.weights {
-            let name = format!("p{i}");
-            let var = Var::from_tensor(&self.tensor(&name, dtype)?)?;
-            data.insert(name, var);
+            let var = Var::from_tensor(&self.tensor(&format!("p{i}"), dtype)?)?;
+            data.insert(variable(i), var);
         }
         Ok(())
     }
@@ -107,16 +113,22 @@ impl Workload {
             .map(|i| Ok(self.tensor(&format!("p{i}"), dtype)?.shape().clone()))
             .collect::<Result<_>>()?;
         let layers = move |vb: VarBuilder<'_>| -> candle_core::Result<Vec<_>> {
-            let get = |i: usize| vb.get(shapes[i].clone(), &format!("p{i}"));
+            let get = |i: usize| vb.get(shapes[i].clone(), &variable(i));
             let pairs = (0..shapes.len()).step_by(2);
             pairs.map(|i| Ok((get(i)?, get(i + 1)?))).collect()
         };
+        let place = Place {
+            vars,
+            dtype,
+            device: &self.device,
+            features: self.tensor("y0", dtype)?.dim(1)?,
+        };
         let (ask, plain) = (Box::new(layers), self.kind.plain);
         Ok(match (whose, self.kind.ours) {
-            (Whose::Tape, _) => fields::tape(plain, vars, dtype, ask, &options)?,
-            (Whose::Ours, Some(build)) => build(vars, dtype, ask, options)?,
-            (Whose::DropIn, _) => fields::plain(plain, fields::DROP_IN, vars, dtype, ask, options)?,
-            _ => fields::plain(plain, fields::CANDLES, vars, dtype, ask, options)?,
+            (Whose::Tape, _) => fields::tape(plain, &place, ask, &options)?,
+            (Whose::Ours, Some(build)) => build(&place, ask, options)?,
+            (Whose::DropIn, _) => fields::plain(plain, fields::DROP_IN, &place, ask, options)?,
+            _ => fields::plain(plain, fields::CANDLES, &place, ask, options)?,
         })
     }
 
@@ -125,13 +137,14 @@ impl Workload {
         let var = Var::from_tensor(&self.tensor("y0", dtype)?)?;
         let mut leaves = vec![var.as_tensor().clone()];
         if self.is_density() {
-            leaves.push(Tensor::zeros((var.dim(0)?, 1), dtype, &Device::Cpu)?);
+            leaves.push(Tensor::zeros((var.dim(0)?, 1), dtype, &self.device)?);
         }
         Ok(Initial { var, leaves })
     }
 
-    fn is_density(&self) -> bool {
-        self.kind.name == "cnf"
+    /// Whether the state has its log-density beside it.
+    pub(crate) fn is_density(&self) -> bool {
+        matches!(self.kind.name, "cnf" | "hyper")
     }
 
     /// What the final state should be, where the loss asks for it.
@@ -167,33 +180,45 @@ impl Workload {
         let flat = |x: &Tensor| -> Result<Vec<f64>> {
             Ok(x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
         };
-        let grad = |var: &Var, name: &str| -> Result<Vec<f64>> {
-            flat(
-                grads
-                    .get(var)
-                    .ok_or_else(|| format!("no gradient of {name}"))?,
-            )
-        };
         let reference = |name: &str| flat(&self.tensor(name, DType::F64)?);
         let (mut got, mut expected) = (vec![], vec![]);
-        let vars = vars
-            .data()
-            .lock()
-            .map_err(|_| "the variables are poisoned")?;
-        for i in 0..self.weights {
-            let name = format!("p{i}");
-            let var = vars
-                .get(&name)
-                .ok_or_else(|| format!("no variable {name}"))?;
-            got.extend(grad(var, &name)?);
-            expected.extend(reference(&format!("grad.{name}"))?);
+        let mut gradients = self.gradients(vars, y0, grads)?;
+        let y0 = gradients.pop().ok_or("no gradients")?;
+        for (name, gradient) in &gradients {
+            got.extend(flat(gradient)?);
+            expected.extend(reference(name)?);
         }
         Ok([
             distance(&flat(loss)?, &reference("loss")?)?,
             distance(&got, &expected)?,
-            distance(&grad(y0, "y0")?, &reference("grad.y0")?)?,
+            distance(&flat(&y0.1)?, &reference(&y0.0)?)?,
         ])
     }
+
+    /// Gradients of the weights and, last, of y0, by their names in a file.
+    pub(crate) fn gradients(
+        &self,
+        vars: &VarMap,
+        y0: &Var,
+        grads: &GradStore,
+    ) -> Result<Vec<(String, Tensor)>> {
+        let vars = vars.data().lock();
+        let vars = vars.map_err(|_| "the variables are poisoned")?;
+        let of = |name: String, var: Option<&Var>| {
+            let gradient = var.and_then(|var| grads.get(var));
+            let gradient = gradient.ok_or_else(|| format!("{}: no {name}", self.name))?;
+            Ok((name, gradient.clone()))
+        };
+        let weights = (0..self.weights).map(|i| of(format!("grad.p{i}"), vars.get(&variable(i))));
+        weights
+            .chain([of("grad.y0".to_owned(), Some(y0))])
+            .collect()
+    }
+}
+
+/// The name of the i-th weight as a variable.
+fn variable(i: usize) -> String {
+    format!("{}.{}", i / 2, ["weight", "bias"][i % 2])
 }
 
 /// ‖x − y‖ / ‖y‖.
