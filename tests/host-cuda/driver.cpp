@@ -6,6 +6,7 @@
 // that depend on the order of threads between barriers differ then.
 #include "device.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <string>
@@ -137,6 +138,7 @@ struct Function {
 
 constexpr size_t GUARD = 256;
 std::map<char *, size_t> allocations;
+uint64_t used = 0, most_used = 0;
 std::vector<char> shared_room;
 std::recursive_mutex driver;
 using Lock = std::lock_guard<std::recursive_mutex>;
@@ -150,6 +152,8 @@ int allocate(uint64_t *p, size_t bytes) {
     std::memset(base + GUARD, 0xff, bytes);
     std::memset(base + GUARD + bytes, 0xa5, GUARD);
     allocations[base + GUARD] = bytes;
+    used += bytes;
+    most_used = std::max(most_used, used);
     *p = reinterpret_cast<uint64_t>(base + GUARD);
     return SUCCESS;
 }
@@ -165,6 +169,7 @@ int release_memory(uint64_t p) {
         if (!before || !after) fail("a write beside an allocation");
     }
     allocations.erase(found);
+    used -= bytes;
     std::memset(at, 0xff, bytes);
     std::free(at - GUARD);
     return SUCCESS;
@@ -230,7 +235,21 @@ API cuDeviceGetAttribute(int *value, int attribute, int) {
     return SUCCESS;
 }
 API cuDeviceGetDefaultMemPool(void **pool, int) { *pool = nullptr; return SUCCESS; }
-API cuMemPoolSetAttribute(void *, int, void *) { return SUCCESS; }
+API cuMemPoolSetAttribute(void *, int attribute, void *) {
+    Lock lock(driver);
+    if (attribute == 8) most_used = used; // the high-water mark
+    return SUCCESS;
+}
+API cuMemPoolGetAttribute(void *, int attribute, void *value) {
+    Lock lock(driver);
+    switch (attribute) {
+    case 5:                                                            // reserved
+    case 7: *static_cast<uint64_t *>(value) = used; return SUCCESS;      // used
+    case 6:                                                            // the most of either
+    case 8: *static_cast<uint64_t *>(value) = most_used; return SUCCESS;
+    default: return INVALID_VALUE;
+    }
+}
 API cuGetErrorName(int, const char **text) { *text = "an error of the host's driver"; return SUCCESS; }
 API cuGetErrorString(int, const char **text) { *text = "an error of the host's driver"; return SUCCESS; }
 
