@@ -1,9 +1,14 @@
 """Fields, classic steps and losses, written once for torch and JAX.
 
-`ops` holds what the two call by different names: linear, conv, tanh, relu, zeros_like.
+`ops` holds what the two call by different names: linear, conv, tanh, relu, sigmoid, zeros_like, and
+`time(t, like)`, t as a 1 × 1 matrix.
 """
 
 from typing import Any, Callable, NamedTuple
+
+
+#: Kinds whose state is (z, log p).
+DENSITIES = ("cnf", "hyper")
 
 
 class Cell(NamedTuple):
@@ -13,11 +18,14 @@ class Cell(NamedTuple):
     both: Callable[[], Any]
     numbers: Callable[[Any], tuple[float, list]]  # loss, gradients of weights and y0 by `both`
     buffers_mb: Callable[[], float | None] = lambda: None  # compiled scratch memory
+    clear: Callable[[], None] = lambda: None  # drops gradients
 
 
-def velocity(kind: str, ops, weights: list, y):
-    """dy/dt; of a `cnf`, whose state is (z, log p), with the exact trace by forward tangents."""
+def velocity(kind: str, ops, weights: list, t, y):
+    """dy/dt; of a `cnf` with the exact trace by forward tangents."""
     *hidden, last = zip(weights[::2], weights[1::2])
+    if kind == "hyper":
+        return hyper(ops, [*hidden, last], t, y[0])
     if kind == "conv":
         return ops.conv(ops.relu(ops.conv(y, *hidden[0])), *last)
     h, slopes = y[0] if kind == "cnf" else y, []
@@ -37,27 +45,40 @@ def velocity(kind: str, ops, weights: list, y):
     return out, -trace
 
 
+def hyper(ops, layers: list, t, z):
+    """dz/dt = 1/m Σ u tanh(w·z + b) and minus its trace, of weights that layers compute from time."""
+    x = ops.time(t, z)
+    for i, layer in enumerate(layers):
+        x = ops.linear(ops.tanh(x) if i else x, *layer)
+    d = z.shape[-1]
+    m = x.shape[-1] // (3 * d + 1)
+    w, u, gate = (x[0, i * m * d : (i + 1) * m * d].reshape(m, d) for i in range(3))
+    u = u * ops.sigmoid(gate) / m
+    h = ops.tanh(ops.linear(z, w, x[0, 3 * m * d :]))
+    return h @ u, (h * h - 1) @ (u * w).sum(axis=-1, keepdims=True)
+
+
 def initial(kind: str, ops, y0):
     """The state at the start."""
-    return (y0, ops.zeros_like(y0[:, :1])) if kind == "cnf" else y0
+    return (y0, ops.zeros_like(y0[:, :1])) if kind in DENSITIES else y0
 
 
 def loss(kind: str, y, target):
     """Mean square distance, or mean negative log-likelihood up to a constant."""
-    if kind == "cnf":
+    if kind in DENSITIES:
         return (0.5 * (y[0] ** 2).sum(axis=-1, keepdims=True) + y[1]).mean()
     return ((y - target) ** 2).mean()
 
 
-def step(method: str, f: Callable, y, h):
+def step(method: str, f: Callable, t, y, h):
     """One step of Euler or of classic RK4."""
     move = lambda k, h: each(lambda y, k: y + k * h, y, k)
-    k1 = f(y)
+    k1 = f(t, y)
     if method == "euler":
         return move(k1, h)
-    k2 = f(move(k1, h / 2))
-    k3 = f(move(k2, h / 2))
-    k4 = f(move(k3, h))
+    k2 = f(t + h / 2, move(k1, h / 2))
+    k3 = f(t + h / 2, move(k2, h / 2))
+    k4 = f(t + h, move(k3, h))
     return move(each(lambda a, b, c, d: a + 2 * (b + c) + d, k1, k2, k3, k4), h / 6)
 
 

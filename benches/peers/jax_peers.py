@@ -19,7 +19,8 @@ def conv(x, weight, bias):
 
 
 OPS = SimpleNamespace(linear=lambda x, w, b: x @ w.T if b is None else x @ w.T + b, conv=conv,
-                      tanh=jnp.tanh, relu=jax.nn.relu, zeros_like=jnp.zeros_like)
+                      tanh=jnp.tanh, relu=jax.nn.relu, sigmoid=jax.nn.sigmoid, zeros_like=jnp.zeros_like,
+                      time=lambda t, like: jnp.full((1, 1), t, like.dtype))
 
 
 class Rk4(diffrax.AbstractERK):
@@ -43,14 +44,14 @@ def build(peer: str, precision: str, work: Workload) -> Cell:
     times, steps = array(work.tensors["t"]), array(np.diff(work.tensors["t"]))
     variables = [array(x) for x in work.weights], array(work.tensors["y0"])
     target = array(work.tensors["target"])
-    field = lambda t, y, weights: velocity(work.kind, OPS, weights, y)
+    field = lambda t, y, weights: velocity(work.kind, OPS, weights, t, y)
     method = diffrax.Euler() if work.method == "euler" else Rk4()
 
     def solve(variables):
         weights, y = variables[0], initial(work.kind, OPS, variables[1])
         if peer == "jax scan":
-            once = lambda y, h: (step(work.method, lambda y: field(None, y, weights), y, h), None)
-            return jax.lax.scan(once, y, steps)[0]
+            once = lambda y, th: (step(work.method, lambda t, y: field(t, y, weights), th[0], y, th[1]), None)
+            return jax.lax.scan(once, y, (times[:-1], steps))[0]
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field), method, times[0], times[-1], None, y, args=weights,
             stepsize_controller=diffrax.StepTo(ts=times), max_steps=len(steps))

@@ -16,15 +16,6 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
     failed = {key: lines[-1]["error"] for key, lines in results.items() if "error" in lines[-1]}
     good = {key: lines for key, lines in results.items() if key not in failed}
 
-    def table(title: str, cell: Callable[[list[dict]], str]) -> str:
-        names, rows = (list(dict.fromkeys(map(part, results))) for part in (lambda k: k[0], lambda k: k[1:]))
-        lines = [f"**{title}**\n", f"| | | {' | '.join(names)} |", "|---|---|" + "--:|" * len(names)]
-        for row in rows:
-            keys = [(name, *row) for name in names]
-            cells = [cell(good[key]) if key in good else "failed" if key in failed else "" for key in keys]
-            lines.append(f"| {' | '.join([*row, *cells])} |")
-        return "\n".join(lines)
-
     def spread(part: str) -> Callable[[list[dict]], str]:
         def cell(lines: list[dict]) -> str:
             times = [line[part] for line in lines]
@@ -40,13 +31,24 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
     return "\n\n".join([
         f"{cpu()}; threads: {threads}; {packages}; rounds in turn: {rounds}.",
         bars(good),
-        table("Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
-        table("Forward alone, ms", spread("fwd_ms")),
-        table("Peak RSS less RSS before the first call, MB (buffers of XLA); W0 is the fixed part", memory),
-        table("Relative errors of loss, ∂θ, ∂y0 against the f64 reference",
+        table(results, "Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
+        table(results, "Forward alone, ms", spread("fwd_ms")),
+        table(results, "Peak RSS less RSS before the first call, MB (buffers of XLA); W0 is the fixed part", memory),
+        table(results, "Relative errors of loss, ∂θ, ∂y0 against the f64 reference",
               lambda lines: ", ".join(f"{lines[-1][part]:.0e}" for part in ERROR_BARS)),
         *(f"{' '.join(key)} failed: {error}" for key, error in failed.items()),
     ])
+
+
+def table(results: dict[tuple, list[dict]], title: str, cell: Callable[[list[dict]], str]) -> str:
+    """A row for each (library, precision) and a column for each workload, `cell` of the lines of a key."""
+    names, rows = (list(dict.fromkeys(map(part, results))) for part in (lambda k: k[0], lambda k: k[1:]))
+    lines = [f"**{title}**\n", f"| | | {' | '.join(names)} |", "|---|---|" + "--:|" * len(names)]
+    for row in rows:
+        found = [results.get((name, *row)) for name in names]
+        cells = ["" if not lines else "failed" if "error" in lines[-1] else cell(lines) for lines in found]
+        lines.append(f"| {' | '.join([*row, *cells])} |")
+    return "\n".join(lines)
 
 
 def bars(good: dict[tuple, list[dict]]) -> str:

@@ -8,11 +8,19 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from field import Cell, each, initial, loss, step, velocity
+from field import DENSITIES, Cell, each, initial, loss, step, velocity
 from workload import Workload
 
+def time(t, like: torch.Tensor) -> torch.Tensor:
+    """A number is written on the device, where no copy waits."""
+    if torch.is_tensor(t):
+        return t.to(like.dtype).reshape(1, 1)
+    return torch.full((1, 1), t, dtype=like.dtype, device=like.device)
+
+
 OPS = SimpleNamespace(linear=F.linear, conv=lambda x, w, b: F.conv2d(x, w, b, padding=1),
-                      tanh=torch.tanh, relu=torch.relu, zeros_like=torch.zeros_like)
+                      tanh=torch.tanh, relu=torch.relu, sigmoid=torch.sigmoid, zeros_like=torch.zeros_like,
+                      time=time)
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -26,20 +34,20 @@ class Field(torch.nn.Module):
 
     def forward(self, t, y, args=None):
         """torchdyn, which knows no tuples, gives `args` and has the parts side by side."""
-        if args is None or self.kind != "cnf":
-            return velocity(self.kind, OPS, self.weights, y)
-        return torch.cat(velocity("cnf", OPS, self.weights, (y[:, :-1], y[:, -1:])), -1)
+        if args is None or self.kind not in DENSITIES:
+            return velocity(self.kind, OPS, self.weights, t, y)
+        return torch.cat(velocity(self.kind, OPS, self.weights, t, (y[:, :-1], y[:, -1:])), -1)
 
 
 def solver(peer: str, field: Field, method: str, times: torch.Tensor) -> Callable:
     """The function from initial to final state."""
     name, _, variant = peer.partition(" ")
     if name == "torch":
-        steps = times.diff().tolist()
+        times = times.tolist()
 
         def unrolled(y):
-            for h in steps:
-                y = step(method, lambda y: field(None, y), y, h)
+            for t, end in zip(times, times[1:]):
+                y = step(method, field, t, y, end - t)
             return y
 
         return unrolled
@@ -48,7 +56,7 @@ def solver(peer: str, field: Field, method: str, times: torch.Tensor) -> Callabl
 
         ode = NeuralODE(field, solver=method, solver_adjoint=method, sensitivity=variant or "autograd",
                         return_t_eval=False).to(times.dtype)
-        if field.kind != "cnf":
+        if field.kind not in DENSITIES:
             return lambda y: ode(y, times)[-1]
         return lambda y: ode(torch.cat(y, -1), times)[-1].split([y[0].shape[-1], 1], -1)
     options = {}
@@ -64,29 +72,36 @@ def solver(peer: str, field: Field, method: str, times: torch.Tensor) -> Callabl
     return lambda y: each(lambda x: x[-1], odeint(field, y, times, method=method, **options))
 
 
-def build(peer: str, precision: str, work: Workload) -> Cell:
-    """f64 and f32 throughout; bf16 and f16 by autocast over f32."""
+def build(peer: str, precision: str, work: Workload, device: str = "cpu", scale: float = 1.0) -> Cell:
+    """f64 and f32 throughout, without TF32; bf16 and f16 by autocast over f32, with the loss scaled for f16."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dtype = DTYPES[precision]
     state, context = dtype, nullcontext
     if dtype.itemsize < 4:
-        state, context = torch.float32, lambda: torch.autocast("cpu", dtype=dtype)
-    tensor = lambda x: torch.tensor(x, dtype=state)
+        state, context = torch.float32, lambda: torch.autocast(device, dtype=dtype)
+    tensor = lambda x: torch.tensor(x, dtype=state, device=device)
     field = Field(work.kind, [tensor(x) for x in work.weights])
     y0, target = tensor(work.tensors["y0"]).requires_grad_(), tensor(work.tensors["target"])
-    variables = [*field.weights, y0]
+    variables, seed = [*field.weights, y0], tensor(scale)
     solve = solver(peer, field, work.method, tensor(work.tensors["t"]))
 
     def forward():
         with torch.no_grad(), context():
             return solve(initial(work.kind, OPS, y0))
 
-    def both():
+    def clear():
         for x in variables:
             x.grad = None
+
+    def both():
+        clear()
         with context():
             value = loss(work.kind, solve(initial(work.kind, OPS, y0)), target)
-        value.backward()
+        value.backward(seed.to(value.dtype))
         return value
 
-    return Cell(forward, both, lambda value: (value.item(), [x.grad.double().numpy() for x in variables]))
+    def numbers(value):
+        return value.item(), [(x.grad.double() / scale).cpu().numpy() for x in variables]
+
+    return Cell(forward, both, numbers, clear=clear)

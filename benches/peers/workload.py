@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-#: What `make` writes.  W0 is one small step: the fixed cost of a library.
+#: For CPUs.  W0 is one small step: the fixed cost of a library.
 SPECS = {
     "W0": dict(kind="mlp", dims=[2, 64, 64, 2], batch=8, steps=1, method="rk4", seed=10),
     "W1": dict(kind="mlp", dims=[2, 64, 64, 2], batch=512, steps=100, method="rk4", seed=11),
@@ -18,9 +18,17 @@ SPECS = {
     "W5": dict(kind="mlp", dims=[2, 64, 64, 2], batch=64, steps=2000, method="euler", seed=15),
 }
 
+#: For GPUs.  G4 is the flow of torchdiffeq's example of one, at 128 times; `rows` go through the reference at once.
+GPU_SPECS = {
+    "G1": dict(kind="mlp", dims=[2, 64, 64, 2], batch=65536, steps=100, method="rk4", seed=21, rows=8192),
+    "G2": dict(kind="mlp", dims=[512, 2048, 2048, 512], batch=4096, steps=40, method="rk4", seed=22, rows=1024),
+    "G3": dict(kind="conv", dims=[64, 64, 64], hw=56, batch=64, steps=8, method="rk4", seed=23, rows=16),
+    "G4": dict(kind="hyper", dims=[1, 32, 32, 896], features=2, batch=1024, steps=127, method="rk4", seed=24),
+}
+
 
 class Workload(NamedTuple):
-    """Kind of field (mlp, conv, cnf), method (rk4, euler), and tensors by name."""
+    """Kind of field (mlp, conv, cnf, hyper), method (rk4, euler), and tensors by name."""
 
     kind: str
     method: str
@@ -49,24 +57,51 @@ def random(spec: dict) -> Workload:
         tensors[f"p{2 * layer}"] = source.uniform(-bound, bound, [width, fan, *kernel])
         tensors[f"p{2 * layer + 1}"] = source.uniform(-bound, bound, width)
     for name in ("y0", "target"):
-        tensors[name] = source.randn(spec["batch"], dims[0], *image)
+        tensors[name] = source.randn(spec["batch"], spec.get("features", dims[0]), *image)
     tensors = {name: x.astype(np.float32) for name, x in tensors.items()}
-    tensors["t"] = np.linspace(0.0, 1.0, spec["steps"] + 1)
+    # A flow whose weights are functions of time goes from data, at 1, to noise.
+    ends = (1.0, 0.0) if spec["kind"] == "hyper" else (0.0, 1.0)
+    tensors["t"] = np.linspace(*ends, spec["steps"] + 1)
     return Workload(spec["kind"], spec["method"], tensors)
 
 
-def make(directory: Path) -> None:
-    """Writes W0 … W5 with the reference: f64 autograd through the unrolled solve."""
+def small(spec: dict) -> dict:
+    """The same kind of problem, for a try."""
+    small = spec | dict(batch=min(spec["batch"], 12), steps=min(spec["steps"], 4), rows=8)
+    if spec["kind"] == "hyper":
+        return small | dict(dims=[1, 8, 8, 35])
+    widest, image = (8, {"hw": 6}) if spec["kind"] == "conv" else (144, {})
+    return small | image | dict(dims=[min(n, widest) for n in spec["dims"]])
+
+
+def make(directory: Path, specs: dict[str, dict] = SPECS, device: str = "cpu") -> None:
+    """Writes files with their reference."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, spec in specs.items():
+        work = random(spec)
+        tensors = work.tensors | reference(work, device, spec.get("rows", spec["batch"]))
+        save_file(tensors, directory / f"{name}.safetensors", {key: json.dumps(x) for key, x in spec.items()})
+
+
+def reference(work: Workload, device: str, rows: int) -> dict[str, np.ndarray]:
+    """Loss and gradients: f64 autograd through the unrolled solve, so many rows at a time.
+
+    Losses are means over rows: those of parts count by their rows."""
     from torch_peers import build
 
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, spec in SPECS.items():
-        work = random(spec)
-        reference = build("torch", "f64", work)
-        loss, grads = reference.numbers(reference.both())
-        names = [f"grad.p{i}" for i in range(len(work.weights))] + ["grad.y0"]
-        tensors = work.tensors | dict(zip(names, grads)) | {"loss": np.array([loss])}
-        save_file(tensors, directory / f"{name}.safetensors", {key: json.dumps(x) for key, x in spec.items()})
+    batch = len(work.tensors["y0"])
+    names = [f"grad.p{i}" for i in range(len(work.weights))]
+    sums, y0 = {"loss": np.zeros(1)} | {name: 0.0 for name in names}, []
+    for start in range(0, batch, rows):
+        part = {name: work.tensors[name][start : start + rows] for name in ("y0", "target")}
+        cell = build("torch", "f64", work._replace(tensors=work.tensors | part), device)
+        share = len(part["y0"]) / batch
+        loss, grads = cell.numbers(cell.both())
+        sums["loss"] += loss * share
+        for name, grad in zip(names, grads):
+            sums[name] = sums[name] + grad * share
+        y0.append(grads[-1] * share)
+    return sums | {"grad.y0": np.concatenate(y0)}
 
 
 def errors(work: Workload, loss: float, grads: list[np.ndarray]) -> dict[str, float]:
