@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Packs what proves the CUDA path on a machine with a GPU, which needs no cargo there: tests, the
-# precision tables, the benchmark, and a run.sh that runs them.
+# benchmark, its peers in Python, and a run.sh that runs them.
 #
 #   . TOOLKIT/env.sh && scripts/gpu-bundle.sh [FOLDER]      # default: target/gpu-bundle
-#   FOLDER/run.sh [RESULTS]                                 # there
+#   RAMPDE=CHECKOUT scripts/gpu-bundle.sh                   # with rampde, for a machine that lacks it
+#   FOLDER/run.sh                                           # there
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-target/gpu-bundle}
@@ -25,9 +26,14 @@ for line in sys.stdin:
 } | executables | while read -r name executable; do
     case $name in unit | cuda | oracles | gpu) strip -o "$folder/$name" "$executable"; xz -T0 -6 "$folder/$name" ;; esac
 done
-git rev-parse HEAD > "$folder/commit" 2> /dev/null || true
-mkdir -p "$folder/tests/data"
+git describe --always --dirty --abbrev=12 > "$folder/commit" 2> /dev/null || true
+mkdir -p "$folder/tests/data" "$folder/peers"
 cp -r tests/data/discrete tests/data/demo_f16 "$folder/tests/data"
+cp benches/peers/{gpu,gpu_report,report,workload,field,torch_peers}.py "$folder/peers"
+if [ -n "${RAMPDE:-}" ]; then
+    mkdir "$folder/python"
+    cp -r "$RAMPDE/rampde" "$folder/python"
+fi
 cp scripts/gpu-run.sh "$folder/run.sh"
 chmod +x "$folder/run.sh"
 du -ch "$folder"/* | sort -h
