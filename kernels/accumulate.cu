@@ -1,6 +1,7 @@
 // θ̄ += c/S Σ dθ over all parameters in one launch, and the same for a single pair without a scaler.
-#include "scaler.cuh"
+#include "clock.cuh"
 #include "common.cuh"
+#include "scaler.cuh"
 
 constexpr int MOST_PAIRS = 64;
 
@@ -15,9 +16,10 @@ struct Pairs {
     int count;
 };
 
-// Where `scaler` is given, c is divided by S, and nothing happens once the sweep has stopped nor in a
-// step that overflowed.
-template <class A> __device__ void accumulate(const Pairs &pairs, double c, const Scaler *scaler) {
+// Where a clock is given, c is multiplied by its h.  Where `scaler` is given, c is divided by S, and nothing
+// happens once the sweep has stopped nor in a step that overflowed.
+template <class A> __device__ void accumulate(const Pairs &pairs, double c, const Scaler *scaler, const Clock *clock) {
+    if (clock != nullptr) c *= clock->h;
     if (scaler != nullptr) {
         if (scaler->stopped || scaler->overflow != NOTHING) return;
         c *= scaler->inverse;
@@ -36,9 +38,11 @@ template <class A> __device__ void accumulate(const Pairs &pairs, double c, cons
     store<A>(Sink{pairs.acc[p], own, own}, i, count, sums);
 }
 
-extern "C" __global__ void accumulate_f32(const __grid_constant__ Pairs pairs, double c, const Scaler *scaler) {
-    accumulate<float>(pairs, c, scaler);
+extern "C" __global__ void accumulate_f32(const __grid_constant__ Pairs pairs, double c, const Scaler *scaler,
+                                          const Clock *clock) {
+    accumulate<float>(pairs, c, scaler, clock);
 }
-extern "C" __global__ void accumulate_f64(const __grid_constant__ Pairs pairs, double c, const Scaler *scaler) {
-    accumulate<double>(pairs, c, scaler);
+extern "C" __global__ void accumulate_f64(const __grid_constant__ Pairs pairs, double c, const Scaler *scaler,
+                                          const Clock *clock) {
+    accumulate<double>(pairs, c, scaler, clock);
 }

@@ -6,7 +6,7 @@
 // The first term is λ; the w_i follow, then ȳ_n where there is one.
 template <class A>
 __device__ void adjoint(const Terms &terms, Scaler *scaler, A *adj, const void *incoming, int incoming_type,
-                        unsigned look, int can_overflow, uint64_t n) {
+                        unsigned look, const Clock *clock, int can_overflow, uint64_t n) {
     if (scaler->stopped || scaler->overflow != NOTHING) return;
     const uint64_t i = first_element();
     const int count = elements_from(i, n);
@@ -28,7 +28,7 @@ __device__ void adjoint(const Terms &terms, Scaler *scaler, A *adj, const void *
             size = bits > size ? bits : size;
         }
     }
-    report(Look{&scaler->first, look}, bad);
+    report(Look{&scaler->first, clock == nullptr ? nullptr : &clock->look, look}, bad);
     size = block_max(size);
     if (threadIdx.x == 0) {
         atomicMax(&scaler->all, size);
@@ -37,10 +37,10 @@ __device__ void adjoint(const Terms &terms, Scaler *scaler, A *adj, const void *
 }
 
 extern "C" __global__ void adjoint_f32(const __grid_constant__ Terms terms, Scaler *scaler, float *adj, const void *incoming,
-                                       int incoming_type, unsigned look, int can_overflow, uint64_t n) {
-    adjoint<float>(terms, scaler, adj, incoming, incoming_type, look, can_overflow, n);
+                                       int incoming_type, unsigned look, const Clock *clock, int can_overflow, uint64_t n) {
+    adjoint<float>(terms, scaler, adj, incoming, incoming_type, look, clock, can_overflow, n);
 }
 extern "C" __global__ void adjoint_f64(const __grid_constant__ Terms terms, Scaler *scaler, double *adj, const void *incoming,
-                                       int incoming_type, unsigned look, int can_overflow, uint64_t n) {
-    adjoint<double>(terms, scaler, adj, incoming, incoming_type, look, can_overflow, n);
+                                       int incoming_type, unsigned look, const Clock *clock, int can_overflow, uint64_t n) {
+    adjoint<double>(terms, scaler, adj, incoming, incoming_type, look, clock, can_overflow, n);
 }

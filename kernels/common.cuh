@@ -170,13 +170,20 @@ __device__ inline int elements_from(uint64_t i, uint64_t n) {
 // A look for NaN and infinity: the least index of a look that found one stays in `first`.
 struct Look {
     unsigned *first;
+    // In a step that is replayed, the index of its first look.
+    const unsigned *from;
     unsigned index;
 };
+
+// To be called by one thread.
+__device__ inline void found(const Look &look) {
+    atomicMin(look.first, look.from == nullptr ? look.index : *look.from + look.index);
+}
 
 // To be called by all threads of a block.
 __device__ inline void report(const Look &look, bool bad) {
     if (look.first == nullptr) return;
-    if (__syncthreads_or(bad) && threadIdx.x == 0) atomicMin(look.first, look.index);
+    if (__syncthreads_or(bad) && threadIdx.x == 0) found(look);
 }
 
 // The largest value in a block, in its first thread; to be called by all of THREADS threads.

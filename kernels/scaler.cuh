@@ -19,6 +19,7 @@ struct Scaler {
     unsigned step; // where it stopped
     unsigned first; // the first look at λ that found NaN or infinity
     unsigned watched; // the first of other looks, gathered at the end
+    unsigned set; // S is chosen for the first step: it goes on after an overflow
 };
 
 constexpr unsigned NOTHING = 0xffffffffu;

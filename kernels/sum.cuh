@@ -1,6 +1,7 @@
 // Σ c_j x_j over tensors of one size, each of its own dtype.
 #pragma once
 
+#include "clock.cuh"
 #include "common.cuh"
 
 constexpr int MOST_TERMS = 16;
@@ -10,7 +11,10 @@ struct Terms {
     const void *x[MOST_TERMS];
     double c[MOST_TERMS];
     int type[MOST_TERMS];
+    // Where h is, if terms from `stepped_from` on are still to be multiplied by it.
+    const Clock *clock;
     int count;
+    int stepped_from;
     // Terms from this one on are multiplied by 1/S as well.
     int scaled_from;
 };
@@ -23,7 +27,11 @@ __device__ inline void sum(const Terms &terms, double inverse, uint64_t i, int c
     for (int j = 0; j < terms.count; ++j) {
         A x[FOUR];
         load<A>(terms.x[j], terms.type[j], i, count, x);
-        const A c = static_cast<A>(j < terms.scaled_from ? terms.c[j] : terms.c[j] * inverse);
+        // In the order in which the host multiplies, so that a replay gives the same bits.
+        double exact = terms.c[j];
+        if (terms.clock != nullptr && j >= terms.stepped_from) exact *= terms.clock->h;
+        if (j >= terms.scaled_from) exact *= inverse;
+        const A c = static_cast<A>(exact);
 #pragma unroll
         for (int e = 0; e < FOUR; ++e) sums[e] = fused(c, x[e], sums[e]);
     }

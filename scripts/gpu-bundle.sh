@@ -21,10 +21,10 @@ for line in sys.stdin:
         print(kind, message["executable"])'
 }
 {
-    cargo test --release --features cuda --no-run --lib --test cuda --test oracles --message-format=json
+    cargo test --release --features cuda --no-run --lib --test cuda --test graphs --test oracles --message-format=json
     cargo build --release --features cuda --example gpu --message-format=json
 } | executables | while read -r name executable; do
-    case $name in unit | cuda | oracles | gpu) strip -o "$folder/$name" "$executable"; xz -T0 -6 "$folder/$name" ;; esac
+    case $name in unit | cuda | graphs | oracles | gpu) strip -o "$folder/$name" "$executable"; xz -T0 -6 "$folder/$name" ;; esac
 done
 git describe --always --dirty --abbrev=12 > "$folder/commit" 2> /dev/null || true
 mkdir -p "$folder/tests/data" "$folder/peers"

@@ -90,6 +90,7 @@ run() { # part
         tests)
             ours kernels "$work/unit" --test-threads=1 ops::
             ours solves "$work/cuda" --test-threads=1
+            ours graphs "$work/graphs" --test-threads=1
             ours oracles "$work/oracles" --test-threads=1
             ;;
         sanitizer)

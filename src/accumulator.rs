@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 use crate::error::Result;
 use crate::ops;
 #[cfg(feature = "cuda")]
-use crate::ops::cuda::{self, SweepState};
+use crate::ops::cuda::{self, Clock, SweepState};
 
 /// Terms in a block: √n at 16 000 evaluations.
 const BLOCK: usize = 128;
@@ -48,13 +48,15 @@ impl Accumulator {
         Ok(())
     }
 
-    /// `θ̄_i += c/S · grad_i` for all parameters that have one, while the sweep goes on.
+    /// `θ̄_i += c/S · grad_i` for all parameters that have one, while the sweep goes on; c is multiplied by
+    /// the h of a clock if there is one.  Blocks stay open until [`end_step`](Self::end_step).
     #[cfg(feature = "cuda")]
     pub(crate) fn add_all(
         &mut self,
         c: f64,
         grads: &[Option<Tensor>],
         sweep: &SweepState,
+        clock: Option<&Clock>,
     ) -> Result<()> {
         for (block, grad) in self.block.iter_mut().zip(grads) {
             if let (None, Some(grad)) = (&block, grad) {
@@ -63,15 +65,45 @@ impl Accumulator {
         }
         let open = self.block.iter().zip(grads);
         let pairs = open.filter_map(|(block, grad)| Some((&block.as_ref()?.0, grad.as_ref()?)));
-        cuda::accumulate_all(&pairs.collect::<Vec<_>>(), c, Some(sweep))?;
-        for ((block, total), grad) in self.block.iter_mut().zip(&mut self.total).zip(grads) {
-            let Some((sum, terms)) = block.as_mut().filter(|_| grad.is_some()) else {
-                continue;
-            };
+        cuda::accumulate_all(&pairs.collect::<Vec<_>>(), c, Some(sweep), clock)?;
+        let with_grad = self.block.iter_mut().zip(grads);
+        for (_, terms) in
+            with_grad.filter_map(|(block, grad)| block.as_mut().filter(|_| grad.is_some()))
+        {
             *terms += 1;
-            if *terms == BLOCK {
-                ops::accumulate(total, 1.0, sum)?;
-                *block = None;
+        }
+        Ok(())
+    }
+
+    /// Adds up what is full.  Blocks keep their memory, which steps that are replayed add to.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn end_step(&mut self) -> Result<()> {
+        self.close(BLOCK)
+    }
+
+    /// Terms in each open block.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn terms(&self) -> Vec<usize> {
+        let terms = |block: &Option<(Tensor, usize)>| block.as_ref().map_or(0, |(_, terms)| *terms);
+        self.block.iter().map(terms).collect()
+    }
+
+    /// Counts the terms that a replay has added, or that were not added after all.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn set_terms(&mut self, terms: impl Iterator<Item = usize>) {
+        for (block, count) in self.block.iter_mut().zip(terms) {
+            if let Some((_, terms)) = block {
+                *terms = count;
+            }
+        }
+    }
+
+    /// Opens a block for every parameter, so that none need be made on the way.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn open_all(&mut self) -> Result<()> {
+        for (block, total) in self.block.iter_mut().zip(&self.total) {
+            if block.is_none() {
+                *block = Some((total.zeros_like()?, 0));
             }
         }
         Ok(())
@@ -85,12 +117,20 @@ impl Accumulator {
 
     /// θ̄ as far as it has been summed; more may follow.
     pub(crate) fn so_far(&mut self) -> Result<&[Tensor]> {
+        self.close(1)?;
+        Ok(&self.total)
+    }
+
+    /// Adds up blocks of so many terms at least, and empties them.
+    fn close(&mut self, least: usize) -> Result<()> {
         for (total, block) in self.total.iter_mut().zip(&mut self.block) {
-            if let Some((sum, _)) = block.take() {
-                ops::accumulate(total, 1.0, &sum)?;
+            if let Some((sum, terms)) = block.as_mut().filter(|(_, terms)| *terms >= least) {
+                ops::accumulate(total, 1.0, sum)?;
+                sum.zero_set()?;
+                *terms = 0;
             }
         }
-        Ok(&self.total)
+        Ok(())
     }
 }
 

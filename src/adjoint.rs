@@ -14,6 +14,8 @@
 
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(feature = "cuda")]
+mod replay;
 
 use candle_core::{DType, Tensor};
 
@@ -23,6 +25,8 @@ use crate::ops;
 use crate::precision::{Roles, Rounding};
 use crate::pullback;
 use crate::scaler::{Outcome, Scaler};
+#[cfg(feature = "cuda")]
+use crate::stats::NotReplayed;
 use crate::stats::Stats;
 use crate::step::{located, Field, Linear, Scheme};
 use crate::time::{Step, StepPlan};
@@ -40,6 +44,7 @@ pub(crate) struct Adjoint {
 }
 
 /// What the sweep needs to know of the solve.
+#[derive(Clone, Copy)]
 pub(crate) struct Sweep<'a> {
     pub(crate) scheme: &'a Scheme,
     pub(crate) plan: &'a StepPlan,
@@ -49,6 +54,9 @@ pub(crate) struct Sweep<'a> {
     pub(crate) theta: &'a [Tensor],
     pub(crate) scaler: Scaler,
     pub(crate) differentiate_time: bool,
+    /// Whether steps may be replayed.
+    #[cfg(feature = "cuda")]
+    pub(crate) graphs: bool,
 }
 
 /// w_i as the pull-back left it, and what it still has to be multiplied with.
@@ -67,6 +75,10 @@ impl Sweep<'_> {
         #[cfg(feature = "cuda")]
         if self.scheme.device.is_cuda() && !self.differentiate_time {
             return self.run_on_device(last, earlier, watch, stats);
+        }
+        #[cfg(feature = "cuda")]
+        if self.graphs && self.scheme.device.is_cuda() {
+            stats.not_replayed = Some(NotReplayed::TimeGradients);
         }
         let steps = self.plan.len();
         let mut scaler = self.scaler;

@@ -249,6 +249,10 @@ pub enum Error {
     /// A parameter that a closure reads was changed between forward and backward.
     #[error("a parameter was written between the solve and its backward pass: call backward before the optimiser's step")]
     ParametersChanged,
+    /// The field kept a tensor of a step that was captured as a CUDA graph, which has memory of its own:
+    /// see [`OdeOptions::graphs`](crate::OdeOptions::graphs).
+    #[error("the field keeps a tensor that it made in a step captured as a CUDA graph: solve it without OdeOptions::graphs")]
+    KeptInGraph,
     /// The factory's field reads a variable that the factory did not ask for.
     #[error("the velocity at t = {t} reads a variable that its factory did not ask the VarBuilder for: it would get no gradient")]
     ForeignParameter {

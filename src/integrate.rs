@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::problem::{Output, Problem};
+use crate::replay::Stepper;
 use crate::rows::{Reversible, Solved};
 use crate::state::Packing;
 use crate::stats::Stats;
@@ -80,11 +81,14 @@ pub(crate) fn integrate(
     if problem.output == Output::All {
         outputs.push(Packing::pack(&y, problem.state())?);
     }
+    let copies = trajectory.keeps_copies();
+    let mut stepper = Stepper::new(scheme, copies, problem.graphs, plan.len());
     for n in 0..plan.len() {
         let step = plan.step(n);
         trajectory.offer_stored(n, &y, stored)?;
-        let copies = trajectory.keeps_copies();
-        (y, stored) = scheme.advance_and_store(field, step, &y, copies, &mut watch)?;
+        let returned = n + 1 == plan.len() || problem.output == Output::All && step.ends_interval();
+        let kept = returned || !copies && trajectory.wants(n + 1);
+        (y, stored) = stepper.advance(field, step, &y, kept, &mut watch, stats)?;
         stats.steps += 1;
         stats.evaluations += scheme.evaluations();
         if problem.output == Output::All && step.ends_interval() {

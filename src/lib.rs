@@ -35,8 +35,9 @@
 //! `state`, `field` and `autograd` (f and its default pull-back), `piecewise` (one field after the
 //! other in time), `stats`, `watch` (for NaN); `step` (one step and its linearisation), `pullback`
 //! (checks of what one returns), `trajectory` (what is kept), `scaler`, `problem` (what both passes
-//! know), `integrate` (the forward loop), `accumulator` and `adjoint` (the backward sweep),
-//! `parameters` (θ), `odeint` and `neural_ode` (public entries; the node in candle's graph).
+//! know), `replay` (steps one after the other, also as CUDA graphs), `integrate` (the forward loop),
+//! `accumulator` and `adjoint` (the backward sweep), `parameters` (θ), `odeint` and `neural_ode`
+//! (public entries; the node in candle's graph).
 //! With the feature `cuda`, `ops` has kernels for NVIDIA GPUs and `nn` whole solves in one launch.
 //! Beside the loops over whole batches stand `simd` (kernels), `rows` (both passes over one tile of
 //! rows after the other) and [`nn`] (fields that can be integrated so).
@@ -69,6 +70,7 @@ mod piecewise;
 mod precision;
 mod problem;
 mod pullback;
+mod replay;
 mod rows;
 mod scaler;
 mod simd;
@@ -94,7 +96,7 @@ pub use problem::{ActivationCache, OdeOptions, Output};
 pub use pullback::{Argument, PullbackDefect};
 pub use scaler::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
 pub use state::State;
-pub use stats::{Recorder, Stats};
+pub use stats::{NotReplayed, Recorder, Stats};
 pub use tableau::{
     Tableau, TableauDefect, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG45, HEUN, MIDPOINT, RALSTON, RK3,
     RK4, RK4_38, SSP_RK3, TSIT5,

@@ -235,6 +235,8 @@ fn pull_back(
         theta: &theta.leaves,
         scaler: problem.scaler,
         differentiate_time,
+        #[cfg(feature = "cuda")]
+        graphs: problem.graphs,
     };
     let row = |i| problem.packing.unpack(&cotangent.get(i)?);
     let earlier = |i| match problem.output {

@@ -124,6 +124,15 @@ pub struct OdeOptions {
     /// integrated tile by tile on the CPU, and small ones in one launch on CUDA.  Default: yes.
     /// Results agree to rounding.
     pub fusion: bool,
+    /// Whether a step on CUDA is captured as a graph and launched as one from then on, forward and
+    /// backward, to the same bits.  Default: no.  Without effect on other devices, and where the whole
+    /// solve is one launch.
+    ///
+    /// The field's own code runs in two steps of a pass only, so it must do the same in every step: read
+    /// time by [`Time::tensor`](crate::Time::tensor), and keep nothing of an evaluation.  Where a step
+    /// cannot be captured it is launched operation by operation: [`Stats::replayed`](crate::Stats::replayed)
+    /// counts, [`Stats::not_replayed`](crate::Stats::not_replayed) says why.
+    pub graphs: bool,
     /// Scaling of the adjoint.  Default: dynamic in f16, otherwise none.
     pub scaling: Scaling,
     /// What happens when gradients overflow.  Default: an error.
@@ -143,6 +152,7 @@ impl Default for OdeOptions {
             checkpoint: Checkpoint::default(),
             activation_cache: ActivationCache::NONE,
             fusion: true,
+            graphs: false,
             scaling: Scaling::default(),
             on_overflow: OnOverflow::default(),
             recorder: None,
@@ -161,6 +171,7 @@ pub(crate) struct Problem {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) activation_cache: ActivationCache,
     pub(crate) fusion: bool,
+    pub(crate) graphs: bool,
     pub(crate) scaler: Scaler,
     pub(crate) on_overflow: OnOverflow,
     pub(crate) recorder: Recorder,
@@ -218,6 +229,8 @@ impl Problem {
                 tableau: options.method.clone(),
                 roles,
                 device,
+                #[cfg(feature = "cuda")]
+                fixture: None,
             },
             plan,
             grid,
@@ -229,6 +242,7 @@ impl Problem {
                 _ => options.activation_cache,
             },
             fusion: options.fusion,
+            graphs: options.graphs,
             on_overflow: options.on_overflow,
             recorder: options.recorder.clone().unwrap_or_default(),
             theta,

@@ -34,6 +34,43 @@ pub struct Stats {
     /// How often the solver waited for a device and read from it; what fields read is not counted.
     /// Zero on the CPU.
     pub host_reads: usize,
+    /// Steps, forward and backward, that were launched as one CUDA graph each; see
+    /// [`OdeOptions::graphs`](crate::OdeOptions::graphs).
+    pub replayed: usize,
+    /// Why others were not although that was asked for: the last reason.
+    pub not_replayed: Option<NotReplayed>,
+}
+
+/// Why steps were launched operation by operation although
+/// [`OdeOptions::graphs`](crate::OdeOptions::graphs) is set.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotReplayed {
+    /// A graph does not pay for so few steps.
+    #[error("there are {steps} steps, and a graph pays from {least} on")]
+    FewSteps {
+        /// Steps of the solve.
+        steps: usize,
+        /// Fewest steps that are replayed.
+        least: usize,
+    },
+    /// The field reads [`Time::value`](crate::Time::value), which a graph would keep as it was; it can
+    /// read [`Time::tensor`](crate::Time::tensor).
+    #[error("the field reads Time::value; Time::tensor can be replayed")]
+    TimeValue,
+    /// Gradients of the times are wanted.
+    #[error("gradients of the times are wanted")]
+    TimeGradients,
+    /// The device has a stream of its own and orders it by events, until
+    /// `CudaDevice::disable_event_tracking` is called.
+    #[error("the device orders its stream by events: disable_event_tracking turns that off")]
+    EventTracking,
+    /// The field copies from or to the memory of the host.
+    #[error("the field copies from or to the memory of the host")]
+    HostMemory,
+    /// What the field, candle or the driver said when a step was captured.
+    #[error("a step cannot be captured: {0}")]
+    Capture(String),
 }
 
 impl Stats {
@@ -67,6 +104,10 @@ impl Stats {
         self.vjps += pass.vjps;
         self.retries += pass.retries;
         self.host_reads += pass.host_reads;
+        self.replayed += pass.replayed;
+        if pass.not_replayed.is_some() {
+            self.not_replayed.clone_from(&pass.not_replayed);
+        }
         self.see(pass);
     }
 

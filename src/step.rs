@@ -6,20 +6,28 @@
 //!
 //! Every sum is formed in state precision from the state-precision y_n, so nothing piles up.
 
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::field::{Pullback, VectorField};
 use crate::ops;
 #[cfg(feature = "cuda")]
-use crate::ops::cuda;
-use crate::precision::Roles;
+use crate::ops::cuda::{self, Clock};
+use crate::precision::{Roles, Rounding};
+#[cfg(feature = "cuda")]
+use crate::replay::Fixture;
 use crate::tableau::Tableau;
 use crate::time::{Step, Time};
 use crate::watch::Watch;
 
 /// A field over the leaves of a state.
 pub(crate) type Field<'f> = dyn VectorField<Vec<Tensor>> + 'f;
+
+/// y_{n+1} and, if copies are wanted and come with it, ŷ_{n+1}.
+pub(crate) type Next = (Vec<Tensor>, Option<Vec<Tensor>>);
 
 /// A method at a precision: what turns y_n into y_{n+1}.
 #[derive(Clone, Debug)]
@@ -30,6 +38,9 @@ pub(crate) struct Scheme {
     /// Roles of each leaf.
     pub(crate) roles: Vec<Roles>,
     pub(crate) device: Device,
+    /// Where steps read h and t if they are replayed.
+    #[cfg(feature = "cuda")]
+    pub(crate) fixture: Option<Arc<Fixture>>,
 }
 
 /// A stage linearised: its velocity and its pull-back.
@@ -66,7 +77,7 @@ impl Scheme {
         y: &[Tensor],
         copies: bool,
         watch: &mut Watch,
-    ) -> Result<(Vec<Tensor>, Option<Vec<Tensor>>)> {
+    ) -> Result<Next> {
         let stages = self.tableau.stages();
         let mut ks: Vec<Option<Vec<Tensor>>> = Vec::with_capacity(stages);
         for i in 0..stages {
@@ -76,10 +87,11 @@ impl Scheme {
             }
             let at = step.at(self.tableau.c()[i]);
             let stage = self.stage(i, step.h, y, &ks)?;
-            let time = Time::new(at, self.roles[0].state, &self.device);
+            let time = self.time(i, at, false)?;
             let k = field
                 .velocity(&time, &stage)
                 .map_err(|e| located(e.into(), step, i, at))?;
+            self.note(&time);
             self.check(&stage, &k)?;
             let k = self.rounded(&k)?;
             watch.see(&k, || Error::NonFiniteVelocity {
@@ -117,13 +129,13 @@ impl Scheme {
             &Tensor,
             &mut dyn FnMut(&mut cuda::Looks) -> Result<(Tensor, Option<Tensor>)>,
         ) -> Result<(Tensor, Option<Tensor>)>,
-    ) -> Result<(Vec<Tensor>, Option<Vec<Tensor>>)> {
+    ) -> Result<Next> {
         let (mut next, mut stored) = (vec![], vec![]);
         for (leaf, roles) in self.roles.iter().enumerate() {
-            let terms = terms(leaf, h, y, self.tableau.b(), ks);
+            let terms = terms(leaf, self.pace(h), y, self.tableau.b(), ks);
             let store = (copies && roles.store != roles.state()).then_some(roles.store);
             let (y, copy) = look(&y[leaf], &mut |looks| {
-                cuda::update(&terms, roles.state(), store, looks)
+                cuda::update(&terms, roles.state(), store, looks, self.clock())
             })?;
             stored.push(match copy {
                 Some(copy) => copy,
@@ -153,21 +165,80 @@ impl Scheme {
             }
             let at = step.at(self.tableau.c()[i]);
             let stage = self.stage(i, step.h, y, &ks)?;
-            let dtype = self.roles[0].state;
-            let t = if differentiate_time {
-                Time::differentiable(at, dtype, &self.device)
-            } else {
-                Time::new(at, dtype, &self.device)
-            };
+            let t = self.time(i, at, differentiate_time)?;
             let (k, pull) = field
                 .vjp(&t, &stage)
                 .map_err(|e| located(e.into(), step, i, at))?;
+            self.note(&t);
             self.check(&stage, &k)?;
             let k = self.rounded(&k)?;
             ks.push(Some(k.clone()));
             linear.push(Some(Linear { t: at, k, pull }));
         }
         Ok(linear)
+    }
+
+    /// The time of stage i.
+    fn time(&self, i: usize, t: f64, differentiable: bool) -> Result<Time> {
+        let dtype = self.roles[0].state;
+        #[cfg(feature = "cuda")]
+        if let Some(fixture) = &self.fixture {
+            return Ok(Time::shown_by(t, fixture.clock.time(i)?));
+        }
+        let _ = i;
+        Ok(match differentiable {
+            true => Time::differentiable(t, dtype, &self.device),
+            false => Time::new(t, dtype, &self.device),
+        })
+    }
+
+    /// Notes what the field did with its time, if that decides about a replay.
+    fn note(&self, time: &Time) {
+        #[cfg(feature = "cuda")]
+        if let Some(fixture) = &self.fixture {
+            fixture.note(time);
+        }
+        let _ = time;
+    }
+
+    /// The clock that steps are replayed by, if they are.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn clock(&self) -> Option<&Clock> {
+        self.fixture.as_ref().map(|fixture| &fixture.clock)
+    }
+
+    /// What coefficients are to be multiplied by: h, or one where kernels read it from a clock.
+    pub(crate) fn pace(&self, h: f64) -> f64 {
+        #[cfg(feature = "cuda")]
+        if self.fixture.is_some() {
+            return 1.0;
+        }
+        h
+    }
+
+    /// What the looks of [`advance`](Self::advance) mean, in their order.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn meanings(&self, step: Step) -> Vec<Error> {
+        let active = (0..self.tableau.stages()).filter(|&i| self.active[i]);
+        let velocities = active.map(|i| Error::NonFiniteVelocity {
+            step: step.index,
+            stage: i,
+            t: step.at(self.tableau.c()[i]),
+        });
+        let states = self.roles.iter().map(|_| Error::NonFiniteSolution {
+            step: step.index,
+            t: step.t + step.h,
+        });
+        velocities.chain(states).collect()
+    }
+
+    /// Σ of terms, all but the first with a factor h, in one leaf.
+    fn sum(&self, terms: &[(f64, &Tensor)], out: Rounding) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(clock) = self.clock() {
+            return cuda::stage(terms, out, clock);
+        }
+        ops::combine(terms, 1.0, out)
     }
 
     /// Y_i = Q(y + h Σ_{j<i} a_ij k_j).
@@ -179,10 +250,10 @@ impl Scheme {
         ks: &[Option<Vec<Tensor>>],
     ) -> Result<Vec<Tensor>> {
         let of_leaf = |(leaf, roles): (usize, &Roles)| {
-            let terms = terms(leaf, h, y, self.tableau.a(i), ks);
+            let terms = terms(leaf, self.pace(h), y, self.tableau.a(i), ks);
             match terms.as_slice() {
                 [(_, y)] => roles.compute.round(y),
-                terms => ops::combine(terms, 1.0, roles.compute),
+                terms => self.sum(terms, roles.compute),
             }
         };
         self.roles.iter().enumerate().map(of_leaf).collect()

@@ -5,7 +5,7 @@
 //! m equal steps (m = 1 unless asked otherwise, torchdiffeq's rule for fixed grids), so that every
 //! output time ends a step and nothing is interpolated.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -19,6 +19,8 @@ pub struct Time {
     device: Device,
     differentiable: bool,
     tensor: OnceCell<Tensor>,
+    /// Whether the field asked for the value.
+    read: Cell<bool>,
 }
 
 impl Time {
@@ -30,6 +32,16 @@ impl Time {
             device: device.clone(),
             differentiable: false,
             tensor: OnceCell::new(),
+            read: Cell::new(false),
+        }
+    }
+
+    /// The same, with a tensor that shows t whenever it is read.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn shown_by(t: f64, tensor: Tensor) -> Self {
+        Self {
+            tensor: tensor.clone().into(),
+            ..Self::new(t, tensor.dtype(), tensor.device())
         }
     }
 
@@ -45,7 +57,14 @@ impl Time {
     /// respect to time do not see what was computed from it; use [`tensor`](Self::tensor) for
     /// that.
     pub fn value(&self) -> f64 {
+        self.read.set(true);
         self.value
+    }
+
+    /// Whether [`value`](Self::value) has been asked for.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn was_read(&self) -> bool {
+        self.read.get()
     }
 
     /// t as a 0-d tensor in **state** dtype, tracked when time gradients are wanted.  In low

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use crate::error::{Error, Result};
 use crate::ops;
 #[cfg(feature = "cuda")]
-use crate::ops::cuda::{Looks, SweepState};
+use crate::ops::cuda::{Clock, Looks, SweepState};
 
 /// Looks that are kept before they are read: few enough to cost nothing, many enough that waiting
 /// for them does not either.
@@ -46,12 +46,49 @@ impl Watch {
         error: Error,
         take: impl FnOnce(&mut Looks) -> Result<R>,
     ) -> Result<R> {
-        let (looks, errors) = match &mut self.looks {
-            Some(looks) => looks,
-            none => none.insert((Looks::new(x)?, vec![])),
-        };
-        errors.push(error);
+        let (looks, errors) = self.looks(x)?;
+        if !looks.is_replayed() {
+            errors.push(error);
+        }
         take(looks)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn looks(&mut self, x: &Tensor) -> Result<&mut (Looks, Vec<Error>)> {
+        match &mut self.looks {
+            Some(looks) => Ok(looks),
+            none => Ok(none.insert((Looks::new(x)?, vec![]))),
+        }
+    }
+
+    /// The number of the next look at tensors like x.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn taken(&mut self, x: &Tensor) -> Result<u32> {
+        Ok(self.looks(x)?.0.taken())
+    }
+
+    /// Runs a step that is replayed later: its looks count from what the clock shows, and are taken when
+    /// [`replayed`](Self::replayed) says so.  Returns how many there are, too.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn in_replay<R>(
+        &mut self,
+        x: &Tensor,
+        clock: &Clock,
+        step: impl FnOnce(&mut Self) -> Result<R>,
+    ) -> Result<(R, usize)> {
+        self.looks(x)?.0.begin_replayed(clock);
+        let result = step(self);
+        let looks = self.looks(x)?.0.end_replayed();
+        Ok((result?, looks))
+    }
+
+    /// The looks of a step have been taken by a replay, with these meanings.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn replayed(&mut self, x: &Tensor, meanings: Vec<Error>) -> Result<()> {
+        let (looks, errors) = self.looks(x)?;
+        looks.skip(meanings.len());
+        errors.extend(meanings);
+        Ok(())
     }
 
     /// Leaves what looks found to a sweep, which reads it with what it found itself.

@@ -6,11 +6,13 @@
 
 use candle_core::Tensor;
 
+use super::replay::Replay;
 use super::{gradient, Adjoint, Grads, Sweep};
 use crate::accumulator::Accumulator;
 use crate::error::{Error, Result};
 use crate::ops::cuda::{Finding, Stop, SweepState};
 use crate::precision::Roles;
+use crate::replay::Stepper;
 use crate::scaler::{Outcome, Scaler};
 use crate::stats::Stats;
 use crate::step::{Linear, Scheme};
@@ -22,8 +24,28 @@ struct Start {
     /// Steps still to be taken back.
     steps: usize,
     scaler: Scaler,
-    /// Whether S is set for the first of them.
-    resumed: bool,
+}
+
+/// What a sweep takes from step to step.
+pub(super) struct Way<'a> {
+    /// λ, updated in place: the cotangent is the caller's.
+    pub(super) adj: Vec<Tensor>,
+    pub(super) state: SweepState,
+    pub(super) theta: Accumulator,
+    /// Steps forward, between checkpoints.
+    stepper: Stepper<'a>,
+    replay: Replay,
+}
+
+/// One step back.
+pub(super) struct Back<'a> {
+    pub(super) step: Step,
+    /// ŷ_n.
+    pub(super) y: &'a [Tensor],
+    /// ȳ_n, where the loss looks.
+    pub(super) incoming: Option<&'a [Tensor]>,
+    /// Number of the look at λ.
+    pub(super) look: usize,
 }
 
 impl Sweep<'_> {
@@ -35,18 +57,23 @@ impl Sweep<'_> {
         mut watch: Watch,
         stats: &mut Stats,
     ) -> Result<Adjoint> {
-        // λ is updated in place, and the cotangent is the caller's.
-        let adj = last.iter().map(Tensor::copy);
+        let adj = last.iter().map(Tensor::force_contiguous);
         let adj = adj.collect::<candle_core::Result<Vec<_>>>()?;
-        let mut theta = Accumulator::new(self.theta, self.scheme.roles[0].state)?;
+        let (steps, can_overflow) = (self.plan.len(), self.can_overflow());
+        let mut way = Way {
+            state: SweepState::new(self.scaler, &adj, &can_overflow)?,
+            theta: Accumulator::new(self.theta, self.scheme.roles[0].state)?,
+            stepper: Stepper::new(self.scheme, false, self.graphs, steps),
+            replay: Replay::new(self.graphs, steps),
+            adj,
+        };
         let mut start = Start {
-            steps: self.plan.len(),
+            steps,
             scaler: self.scaler,
-            resumed: false,
         };
         let mut attempts = (usize::MAX, 0);
         loop {
-            let found = self.descend(&start, &adj, &earlier, &mut theta, &mut watch, stats)?;
+            let found = self.descend(&start, &earlier, &mut way, &mut watch, stats)?;
             if let Some((smallest, largest)) = found.scales.filter(|_| self.scaler.is_on()) {
                 stats.used_scale(smallest);
                 stats.used_scale(largest);
@@ -65,12 +92,18 @@ impl Sweep<'_> {
                 _ => (stop.step, 1),
             };
             start = self.resume(stop, attempts.1, stats)?;
+            way.state.resume(start.scaler)?;
         }
         Ok(Adjoint {
-            y0: adj,
-            theta: theta.finish()?,
+            y0: way.adj,
+            theta: way.theta.finish()?,
             times: vec![],
         })
+    }
+
+    /// Leaves whose cotangents can.
+    fn can_overflow(&self) -> Vec<bool> {
+        self.scheme.roles.iter().map(Roles::needs_scaling).collect()
     }
 
     /// Where to go on after an overflow.
@@ -89,7 +122,6 @@ impl Sweep<'_> {
         Ok(Start {
             steps: stop.step + 1,
             scaler,
-            resumed: true,
         })
     }
 
@@ -97,49 +129,83 @@ impl Sweep<'_> {
     fn descend(
         &self,
         start: &Start,
-        adj: &[Tensor],
         earlier: &impl Fn(usize) -> Result<Option<Vec<Tensor>>>,
-        theta: &mut Accumulator,
+        way: &mut Way<'_>,
         watch: &mut Watch,
         stats: &mut Stats,
     ) -> Result<Finding> {
-        let can_overflow: Vec<_> = self.scheme.roles.iter().map(Roles::needs_scaling).collect();
-        let dynamic = start.scaler.is_dynamic();
-        let state = SweepState::new(start.scaler, adj, &can_overflow, start.resumed)?;
         let mut rewind = self.trajectory.rewind_from(start.steps.saturating_sub(1));
         for n in (0..start.steps).rev() {
             let step = self.plan.step(n);
-            let replay = |m, y: &Vec<Tensor>| self.replay(m, y, watch, stats);
+            let stepper = &mut way.stepper;
+            let replay = |m, y: &Vec<Tensor>| {
+                stats.recomputed += self.scheme.evaluations();
+                let step = self.plan.step(m);
+                let (next, _) = stepper.advance(self.field, step, y, true, watch, stats)?;
+                Ok(next)
+            };
             let mut kept = Stats::default();
             let y = rewind.state(n, replay, &mut kept)?;
             stats.kept(kept.states_kept, kept.bytes_kept);
-            let is_set = start.resumed && n + 1 == start.steps;
-            if self.scaler.is_on() && !is_set {
-                state.aim()?;
-            }
-            let linear = self.scheme.linearize(self.field, step, &y, false)?;
-            stats.recomputed += self.scheme.evaluations();
-            let (ws, waiting) = self.pull_stages(step, adj, &linear, &state, theta, stats)?;
             let incoming = match step.span.0 {
                 0.0 => earlier(step.interval)?,
                 _ => None,
             };
-            for (leaf, adj) in adj.iter().enumerate() {
-                let ws: Vec<_> = ws.iter().flatten().map(|w| (step.h, &w[leaf])).collect();
-                let incoming = incoming.as_ref().map(|y| &y[leaf]);
-                let look = start.steps - 1 - n;
-                state.update(adj, &ws, incoming, look, can_overflow[leaf])?;
+            let back = Back {
+                step,
+                y: &y,
+                incoming: incoming.as_deref(),
+                look: start.steps - 1 - n,
+            };
+            let Way {
+                adj,
+                state,
+                theta,
+                replay,
+                ..
+            } = way;
+            if !replay.step_back(self, &back, adj, state, theta, stats)? {
+                self.step_back(&back, adj, state, theta, stats)?;
             }
-            for grads in &waiting {
-                theta.add_all(step.h, grads, &state)?;
-            }
-            if dynamic {
-                state.settle(n)?;
-            }
+            theta.end_step()?;
         }
-        watch.see(theta.so_far()?, || Error::NonFiniteParameterGradient)?;
-        watch.leave_to(&state)?;
-        state.read(start.scaler)
+        watch.see(way.theta.so_far()?, || Error::NonFiniteParameterGradient)?;
+        watch.leave_to(&way.state)?;
+        way.state.read(start.scaler)
+    }
+
+    /// λ_n from λ_{n+1}, in place, and what the step adds to θ̄.
+    pub(super) fn step_back(
+        &self,
+        back: &Back<'_>,
+        adj: &[Tensor],
+        state: &SweepState,
+        theta: &mut Accumulator,
+        stats: &mut Stats,
+    ) -> Result<()> {
+        let (step, h, clock) = (
+            back.step,
+            self.scheme.pace(back.step.h),
+            self.scheme.clock(),
+        );
+        if self.scaler.is_on() {
+            state.aim()?;
+        }
+        let linear = self.scheme.linearize(self.field, step, back.y, false)?;
+        stats.recomputed += self.scheme.evaluations();
+        let (ws, waiting) = self.pull_stages(step, adj, &linear, state, theta, stats)?;
+        for (leaf, (adj, can_overflow)) in adj.iter().zip(self.can_overflow()).enumerate() {
+            let ws: Vec<_> = ws.iter().flatten().map(|w| (h, &w[leaf])).collect();
+            let incoming = back.incoming.map(|y| &y[leaf]);
+            state.update(adj, &ws, incoming, back.look, can_overflow, clock)?;
+        }
+        for grads in &waiting {
+            theta.add_all(h, grads, state, clock)?;
+        }
+        match self.scaler.is_dynamic() {
+            true => state.settle(step.index, clock),
+            false => Ok(()),
+        }
     }
 
     /// w_i of every stage, still multiplied by S, and the parameter gradients that have to wait for
@@ -171,7 +237,8 @@ impl Sweep<'_> {
                 state.look(pulled, Outcome::ParameterOverflow, &full)?;
                 waiting.push(grads);
             } else {
-                theta.add_all(step.h, &grads, state)?;
+                let (h, clock) = (self.scheme.pace(step.h), self.scheme.clock());
+                theta.add_all(h, &grads, state, clock)?;
             }
             ws[i] = Some(y);
         }
@@ -188,16 +255,16 @@ fn seeds(
     ws: &[Option<Vec<Tensor>>],
     state: &SweepState,
 ) -> Result<Vec<Tensor>> {
-    let b = scheme.tableau.b()[i];
+    let (b, h, clock) = (scheme.tableau.b()[i], scheme.pace(step.h), scheme.clock());
     let of_leaf = |(leaf, adj): (usize, &Tensor)| {
         let later = ws.iter().enumerate().skip(i + 1).filter_map(|(j, w)| {
             let a = scheme.tableau.a(j)[i];
-            Some((step.h * a, &w.as_ref()?[leaf])).filter(|_| a != 0.0)
+            Some((h * a, &w.as_ref()?[leaf])).filter(|_| a != 0.0)
         });
         let first = (b != 0.0).then_some((b, adj));
         let scaled_from = usize::from(first.is_some());
         let terms: Vec<_> = first.into_iter().chain(later).collect();
-        state.seed(&terms, scaled_from, scheme.roles[leaf].compute)
+        state.seed(&terms, scaled_from, scheme.roles[leaf].compute, clock)
     };
     adj.iter().enumerate().map(of_leaf).collect()
 }

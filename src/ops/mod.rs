@@ -37,7 +37,7 @@ pub(crate) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return cuda::accumulate_all(&[(acc, x)], c, None);
+        return cuda::accumulate_all(&[(acc, x)], c, None, None);
     }
     chain::accumulate(acc, c, x)
 }

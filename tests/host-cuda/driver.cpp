@@ -4,10 +4,14 @@
 // Memory is checked rather than fast: fresh and freed memory is NaN, and a write beside an allocation
 // aborts when it is freed.  HOST_CUDA_ORDER=reverse lets the last thread of a block go first: results
 // that depend on the order of threads between barriers differ then.
+//
+// A stream that captures records work instead of doing it, under the driver's rules: see "streams".
 #include "device.h"
 
 #include <algorithm>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <ucontext.h>
@@ -17,7 +21,18 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
-enum Status { SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, NOT_SUPPORTED = 801 };
+enum Status {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    ILLEGAL_STATE = 401,
+    NOT_FOUND = 500,
+    NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_ISOLATION = 905,
+    CAPTURE_IMPLICIT = 906,
+    CAPTURED_EVENT = 907,
+};
 
 [[noreturn]] void fail(const char *what) {
     std::fprintf(stderr, "host CUDA: %s\n", what);
@@ -119,8 +134,13 @@ void run_block(unsigned count) {
 
 // --- modules -------------------------------------------------------------------------------------
 
-std::map<std::string, void (*)(void **)> &registry() {
-    static std::map<std::string, void (*)(void **)> kernels;
+struct Kernel {
+    void (*call)(void **);
+    std::vector<size_t> sizes; // of the arguments
+};
+
+std::map<std::string, Kernel> &registry() {
+    static std::map<std::string, Kernel> kernels;
     return kernels;
 }
 
@@ -129,7 +149,7 @@ struct Module {
 };
 
 struct Function {
-    void (*call)(void **);
+    Kernel kernel;
     bool has_barriers;
     int shared;
 };
@@ -158,16 +178,20 @@ int allocate(uint64_t *p, size_t bytes) {
     return SUCCESS;
 }
 
-int release_memory(uint64_t p) {
-    Lock lock(driver);
-    auto found = allocations.find(reinterpret_cast<char *>(p));
-    if (found == allocations.end()) fail("memory freed that was not allocated");
-    auto [at, bytes] = *found;
+void check_guards(const char *at, size_t bytes) {
     for (size_t i = 0; i < GUARD; ++i) {
         const bool before = static_cast<unsigned char>(at[-1 - static_cast<ptrdiff_t>(i)]) == 0xa5;
         const bool after = static_cast<unsigned char>(at[bytes + i]) == 0xa5;
         if (!before || !after) fail("a write beside an allocation");
     }
+}
+
+int release_memory(uint64_t p) {
+    Lock lock(driver);
+    auto found = allocations.find(reinterpret_cast<char *>(p));
+    if (found == allocations.end()) fail("memory freed that was not allocated");
+    auto [at, bytes] = *found;
+    check_guards(at, bytes);
     allocations.erase(found);
     used -= bytes;
     std::memset(at, 0xff, bytes);
@@ -175,16 +199,196 @@ int release_memory(uint64_t p) {
     return SUCCESS;
 }
 
-// A range must lie in one allocation.
 int copy(void *to, const void *from, size_t bytes) {
     Lock lock(driver);
     std::memmove(to, from, bytes);
     return SUCCESS;
 }
 
+// --- streams -------------------------------------------------------------------------------------
+//
+// While a stream captures, in the mode of its thread: work is recorded; memory is allocated and freed by
+// nodes, and what was there before must not be freed; waiting for the stream, for the context or for
+// what was recorded before, and calls that wait implicitly, are errors, after which there is no graph.
+// The legacy stream cannot capture, nor be used by a thread that does.
+
+enum NodeType { KERNEL_NODE = 0, MEMCPY_NODE = 1, MEMSET_NODE = 2, ALLOC_NODE = 10, FREE_NODE = 11 };
+enum MemoryType { NO_MEMORY = 0, HOST_MEMORY = 1, DEVICE_MEMORY = 2 };
+
+struct Node {
+    int type;
+    std::function<int()> work;
+    int from = NO_MEMORY, to = NO_MEMORY;
+};
+
+// Memory of a graph: there from one of its nodes to another, NaN before and after.
+struct Owned {
+    size_t bytes;
+    bool live, freed_inside;
+};
+std::map<char *, Owned> owned;
+
+struct Graph {
+    std::vector<std::unique_ptr<Node>> nodes;
+    std::vector<char *> memory;
+    ~Graph() {
+        for (char *at : memory) {
+            // What the graph does not free itself stays known, so that freeing it is an error and no crash.
+            if (owned[at].live || !owned[at].freed_inside) continue;
+            owned.erase(at);
+            std::free(at - GUARD);
+        }
+    }
+};
+using Shared = std::shared_ptr<Graph>;
+
+struct Capture {
+    uint64_t id;
+    bool valid;
+    Shared graph;
+};
+
+struct Stream {
+    std::unique_ptr<Capture> capture;
+};
+Stream legacy;
+thread_local Stream per_thread;
+// The capture that this thread began.
+thread_local Capture *capturing = nullptr;
+
+struct Event {
+    bool recorded;
+    uint64_t capture;
+};
+
+Stream &stream_of(void *stream) {
+    switch (reinterpret_cast<uintptr_t>(stream)) {
+    case 0: case 1: return legacy;
+    case 2: return per_thread;
+    default: return *static_cast<Stream *>(stream);
+    }
+}
+
+int spoil(Capture &capture, int status) {
+    capture.valid = false;
+    return status;
+}
+
+// For calls that may wait for everything.
+int safe() { return capturing == nullptr ? SUCCESS : spoil(*capturing, CAPTURE_UNSUPPORTED); }
+
+// The capture that a stream's work goes to, or none; or an error.
+int capture_of(void *stream, Capture *&capture) {
+    Stream &given = stream_of(stream);
+    if (&given == &legacy && capturing != nullptr) return spoil(*capturing, CAPTURE_IMPLICIT);
+    capture = given.capture.get();
+    return capture == nullptr || capture->valid ? SUCCESS : CAPTURE_INVALIDATED;
+}
+
+// Does work, or records it.
+int submit(void *stream, Node node) {
+    Lock lock(driver);
+    Capture *capture = nullptr;
+    if (int status = capture_of(stream, capture)) return status;
+    if (capture == nullptr) return node.work();
+    capture->graph->nodes.push_back(std::make_unique<Node>(std::move(node)));
+    return SUCCESS;
+}
+
+int submit_copy(void *stream, void *to, int to_type, const void *from, int from_type, size_t bytes) {
+    return submit(stream, {MEMCPY_NODE, [=] { return copy(to, from, bytes); }, from_type, to_type});
+}
+
+int allocate_on(uint64_t *p, size_t bytes, void *stream) {
+    Lock lock(driver);
+    Capture *capture = nullptr;
+    if (int status = capture_of(stream, capture)) return status;
+    if (int status = allocate(p, bytes)) return capture == nullptr ? status : spoil(*capture, status);
+    if (capture == nullptr) return SUCCESS;
+    auto at = reinterpret_cast<char *>(*p);
+    // Graphs have a pool of their own.
+    allocations.erase(at);
+    used -= bytes;
+    owned[at] = {bytes, false, false};
+    capture->graph->memory.push_back(at);
+    return submit(stream, {ALLOC_NODE, [=] {
+        owned[at].live = true;
+        std::memset(at, 0xff, bytes);
+        return SUCCESS;
+    }});
+}
+
+int free_owned(char *at) {
+    check_guards(at, owned[at].bytes);
+    std::memset(at, 0xff, owned[at].bytes);
+    owned[at].live = false;
+    return SUCCESS;
+}
+
+int free_on(uint64_t p, void *stream) {
+    Lock lock(driver);
+    Capture *capture = nullptr;
+    if (int status = capture_of(stream, capture)) return status;
+    auto at = reinterpret_cast<char *>(p);
+    auto found = owned.find(at);
+    if (capture == nullptr) {
+        if (found == owned.end()) return release_memory(p);
+        return found->second.live ? free_owned(at) : INVALID_VALUE;
+    }
+    bool own = false;
+    for (char *known : capture->graph->memory) own |= known == at;
+    if (!own || found->second.freed_inside) return spoil(*capture, INVALID_VALUE);
+    found->second.freed_inside = true;
+    return submit(stream, {FREE_NODE, [=] { return free_owned(at); }});
+}
+
+// --- launches ------------------------------------------------------------------------------------
+
+struct Grid {
+    Index blocks, threads;
+    unsigned shared;
+};
+
+int run(const Function &function, const Grid &grid, void **arguments) {
+    gridDim = grid.blocks;
+    blockDim = grid.threads;
+    block.kernel = function.kernel.call;
+    block.arguments = arguments;
+    block.on_fibers = function.has_barriers;
+    const auto [gx, gy, gz] = grid.blocks;
+    for (unsigned b = 0; b < gx * gy * gz; ++b) {
+        blockIdx = {b % gx, b / gx % gy, b / (gx * gy)};
+        shared_room.assign(grid.shared + 16, static_cast<char>(0xff));
+        run_block(blockDim.x * blockDim.y * blockDim.z);
+        for (unsigned i = 0; i < 16; ++i) {
+            if (static_cast<unsigned char>(shared_room[grid.shared + i]) != 0xff) fail("a write beyond shared memory");
+        }
+    }
+    return SUCCESS;
+}
+
+// Copies of a launch's arguments, as aligned as any.
+struct Arguments {
+    std::vector<std::unique_ptr<char, void (*)(void *)>> values;
+    Arguments(const std::vector<size_t> &sizes, void **given) {
+        for (size_t i = 0; i < sizes.size(); ++i) {
+            auto room = static_cast<char *>(std::aligned_alloc(64, (sizes[i] + 63) / 64 * 64));
+            std::memcpy(room, given[i], sizes[i]);
+            values.emplace_back(room, std::free);
+        }
+    }
+    std::vector<void *> pointers() const {
+        std::vector<void *> all;
+        for (auto &value : values) all.push_back(value.get());
+        return all;
+    }
+};
+
 } // namespace
 
-Registered::Registered(const char *name, void (*call)(void **)) { registry()[name] = call; }
+Registered::Registered(const char *name, void (*call)(void **), std::vector<size_t> sizes) {
+    registry()[name] = {call, std::move(sizes)};
+}
 
 void __syncthreads() { wait(At::Block); }
 
@@ -220,7 +424,7 @@ API cuDevicePrimaryCtxRetain(void **context, int) { static int primary; *context
 API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API cuCtxSetCurrent(void *) { return SUCCESS; }
 API cuCtxGetCurrent(void **context) { return cuDevicePrimaryCtxRetain(context, 0); }
-API cuCtxSynchronize() { return SUCCESS; }
+API cuCtxSynchronize() { return safe(); }
 API cuDeviceGetAttribute(int *value, int attribute, int) {
     switch (attribute) {
     case 1: *value = 1024; break;          // threads of a block
@@ -253,39 +457,160 @@ API cuMemPoolGetAttribute(void *, int attribute, void *value) {
 API cuGetErrorName(int, const char **text) { *text = "an error of the host's driver"; return SUCCESS; }
 API cuGetErrorString(int, const char **text) { *text = "an error of the host's driver"; return SUCCESS; }
 
-API cuStreamCreate(void **stream, unsigned) { static int only; *stream = &only; return SUCCESS; }
-API cuStreamDestroy_v2(void *) { return SUCCESS; }
-API cuStreamSynchronize(void *) { return SUCCESS; }
-API cuStreamWaitEvent(void *, void *, unsigned) { return SUCCESS; }
-API cuStreamIsCapturing(void *, int *status) { *status = 0; return SUCCESS; }
-API cuEventCreate(void **event, unsigned) { static int any; *event = &any; return SUCCESS; }
-API cuEventDestroy_v2(void *) { return SUCCESS; }
-API cuEventRecord(void *, void *) { return SUCCESS; }
-API cuEventQuery(void *) { return SUCCESS; }
-API cuEventSynchronize(void *) { return SUCCESS; }
-API cuEventElapsedTime(float *ms, void *, void *) { *ms = 0; return SUCCESS; }
-API cuEventElapsedTime_v2(float *ms, void *, void *) { *ms = 0; return SUCCESS; }
+API cuStreamCreate(void **stream, unsigned) { *stream = new Stream; return SUCCESS; }
+API cuStreamDestroy_v2(void *stream) { delete static_cast<Stream *>(stream); return SUCCESS; }
+API cuStreamSynchronize(void *stream) {
+    Lock lock(driver);
+    Capture *capture = nullptr;
+    if (int status = capture_of(stream, capture)) return status;
+    return capture == nullptr ? SUCCESS : spoil(*capture, CAPTURE_UNSUPPORTED);
+}
+API cuStreamIsCapturing(void *stream, int *status) {
+    const auto &capture = stream_of(stream).capture;
+    *status = capture == nullptr ? 0 : capture->valid ? 1 : 2;
+    return SUCCESS;
+}
+API cuStreamBeginCapture_v2(void *stream, int mode) {
+    Lock lock(driver);
+    Stream &given = stream_of(stream);
+    if (&given == &legacy || mode != 1) return CAPTURE_UNSUPPORTED; // captures of a thread are all that is here
+    if (given.capture != nullptr || capturing != nullptr) return ILLEGAL_STATE;
+    static uint64_t captures = 0;
+    given.capture = std::make_unique<Capture>(Capture{++captures, true, std::make_shared<Graph>()});
+    capturing = given.capture.get();
+    return SUCCESS;
+}
+API cuStreamEndCapture(void *stream, void **graph) {
+    Lock lock(driver);
+    *graph = nullptr;
+    Stream &given = stream_of(stream);
+    if (given.capture == nullptr || given.capture.get() != capturing) return ILLEGAL_STATE;
+    auto capture = std::move(given.capture);
+    capturing = nullptr;
+    if (!capture->valid) return CAPTURE_INVALIDATED;
+    *graph = new Shared(capture->graph);
+    return SUCCESS;
+}
+API cuStreamWaitEvent(void *stream, void *awaited, unsigned) {
+    Lock lock(driver);
+    Capture *capture = nullptr;
+    if (int status = capture_of(stream, capture)) return status;
+    auto event = static_cast<Event *>(awaited);
+    if (!event->recorded || event->capture == (capture == nullptr ? 0 : capture->id)) return SUCCESS;
+    return capture == nullptr ? CAPTURED_EVENT : spoil(*capture, CAPTURE_ISOLATION);
+}
+API cuEventCreate(void **event, unsigned) { *event = new Event{false, 0}; return SUCCESS; }
+API cuEventDestroy_v2(void *event) { delete static_cast<Event *>(event); return SUCCESS; }
+API cuEventRecord(void *event, void *stream) {
+    Lock lock(driver);
+    Capture *capture = nullptr;
+    if (int status = capture_of(stream, capture)) return status;
+    *static_cast<Event *>(event) = {true, capture == nullptr ? 0 : capture->id};
+    return SUCCESS;
+}
+API cuEventQuery(void *) { return safe(); }
+API cuEventSynchronize(void *) { return safe(); }
+API cuEventElapsedTime(float *ms, void *, void *) { *ms = 0; return safe(); }
+API cuEventElapsedTime_v2(float *ms, void *, void *) { *ms = 0; return safe(); }
 
-API cuMemAlloc_v2(uint64_t *p, size_t bytes) { return allocate(p, bytes); }
-API cuMemAllocAsync(uint64_t *p, size_t bytes, void *) { return allocate(p, bytes); }
-API cuMemFree_v2(uint64_t p) { return release_memory(p); }
-API cuMemFreeAsync(uint64_t p, void *) { return release_memory(p); }
+API cuGraphGetNodes(void *graph, void **nodes, size_t *count) {
+    auto &all = (*static_cast<Shared *>(graph))->nodes;
+    if (nodes != nullptr) {
+        for (size_t i = 0; i < *count; ++i) nodes[i] = i < all.size() ? all[i].get() : nullptr;
+    }
+    *count = nodes == nullptr || all.size() < *count ? all.size() : *count;
+    return SUCCESS;
+}
+API cuGraphNodeGetType(void *node, int *type) { *type = static_cast<Node *>(node)->type; return SUCCESS; }
+// CUDA_MEMCPY3D, as far as it is looked at.
+struct Copied {
+    size_t from_at[4];
+    int from_type;
+    const void *from_host;
+    uint64_t from_device;
+    void *from_array, *reserved;
+    size_t from_pitch, from_height, to_at[4];
+    int to_type;
+    void *to_host;
+    uint64_t to_device;
+    void *to_array, *reserved_too;
+    size_t to_pitch, to_height, width, height, depth;
+};
+static_assert(sizeof(Copied) == 200);
+API cuGraphMemcpyNodeGetParams(void *given, Copied *copied) {
+    auto node = static_cast<Node *>(given);
+    if (node->type != MEMCPY_NODE) return INVALID_VALUE;
+    *copied = {};
+    copied->from_type = node->from;
+    copied->to_type = node->to;
+    return SUCCESS;
+}
+API cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long flags) {
+    if (flags != 0) return NOT_SUPPORTED;
+    *exec = new Shared(*static_cast<Shared *>(graph));
+    return SUCCESS;
+}
+API cuGraphLaunch(void *exec, void *stream) {
+    Lock lock(driver);
+    Capture *capture = nullptr;
+    if (int status = capture_of(stream, capture)) return status;
+    if (capture != nullptr) return spoil(*capture, CAPTURE_UNSUPPORTED); // no graphs in graphs here
+    const Graph &graph = **static_cast<Shared *>(exec);
+    for (char *at : graph.memory) {
+        if (owned[at].live) return INVALID_VALUE; // what an earlier launch allocated is still there
+    }
+    for (auto &node : graph.nodes) {
+        if (node->from == HOST_MEMORY || node->to == HOST_MEMORY) fail("a graph with addresses of the host is launched");
+        if (int status = node->work()) return status;
+    }
+    return SUCCESS;
+}
+API cuGraphExecDestroy(void *exec) { Lock lock(driver); delete static_cast<Shared *>(exec); return SUCCESS; }
+API cuGraphDestroy(void *graph) { Lock lock(driver); delete static_cast<Shared *>(graph); return SUCCESS; }
+
+API cuMemAlloc_v2(uint64_t *p, size_t bytes) { int status = safe(); return status ? status : allocate(p, bytes); }
+API cuMemAllocAsync(uint64_t *p, size_t bytes, void *stream) { return allocate_on(p, bytes, stream); }
+API cuMemFree_v2(uint64_t p) { int status = safe(); return status ? status : release_memory(p); }
+API cuMemFreeAsync(uint64_t p, void *stream) { return free_on(p, stream); }
 API cuMemGetInfo_v2(size_t *free, size_t *total) {
     Lock lock(driver);
     *total = *free = size_t{1} << 36;
     for (auto [at, bytes] : allocations) *free -= bytes;
+    for (auto [at, memory] : owned) *free -= memory.bytes;
     return SUCCESS;
 }
-API cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes) { return copy(reinterpret_cast<void *>(to), from, bytes); }
-API cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *) { return cuMemcpyHtoD_v2(to, from, bytes); }
-API cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) { return copy(to, reinterpret_cast<void *>(from), bytes); }
-API cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *) { return cuMemcpyDtoH_v2(to, from, bytes); }
-API cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t bytes) { return copy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes); }
-API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) { return cuMemcpyDtoD_v2(to, from, bytes); }
-API cuMemsetD8_v2(uint64_t to, unsigned char value, size_t bytes) { std::memset(reinterpret_cast<void *>(to), value, bytes); return SUCCESS; }
-API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *) { return cuMemsetD8_v2(to, value, bytes); }
+API cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
+    return submit_copy(stream, reinterpret_cast<void *>(to), DEVICE_MEMORY, from, HOST_MEMORY, bytes);
+}
+API cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
+    return submit_copy(stream, to, HOST_MEMORY, reinterpret_cast<void *>(from), DEVICE_MEMORY, bytes);
+}
+API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *stream) {
+    return submit_copy(stream, reinterpret_cast<void *>(to), DEVICE_MEMORY, reinterpret_cast<void *>(from), DEVICE_MEMORY, bytes);
+}
+API cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes) {
+    int status = safe();
+    return status ? status : copy(reinterpret_cast<void *>(to), from, bytes);
+}
+API cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
+    int status = safe();
+    return status ? status : copy(to, reinterpret_cast<void *>(from), bytes);
+}
+API cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t bytes) {
+    int status = safe();
+    return status ? status : copy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes);
+}
+API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
+    return submit(stream, {MEMSET_NODE, [=] { std::memset(reinterpret_cast<void *>(to), value, bytes); return SUCCESS; }});
+}
+API cuMemsetD8_v2(uint64_t to, unsigned char value, size_t bytes) {
+    int status = safe();
+    if (status == SUCCESS) std::memset(reinterpret_cast<void *>(to), value, bytes);
+    return status;
+}
 
 API cuModuleLoadData(void **module, const void *image) {
+    if (int status = safe()) return status;
     const std::string ptx(static_cast<const char *>(image));
     const auto has = [&](const char *text) { return ptx.find(text) != std::string::npos; };
     *module = new Module{has("bar.sync") || has("bar.red") || has("barrier.") || has("shfl.") || has("bar.warp")};
@@ -309,24 +634,20 @@ API cuFuncGetAttribute(int *value, int, void *) { *value = 0; return SUCCESS; }
 API cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *, int, size_t) { *blocks = 1; return SUCCESS; }
 
 API cuLaunchKernel(void *launched, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void *, void **arguments, void **) {
+                   unsigned shared, void *stream, void **arguments, void **) {
     Lock lock(driver);
-    auto function = static_cast<Function *>(launched);
+    const Function function = *static_cast<Function *>(launched);
     const unsigned count = bx * by * bz;
     if (gx * gy * gz == 0 || gy > 65535 || gz > 65535 || count == 0 || count > 1024) return INVALID_VALUE;
-    if (shared > static_cast<unsigned>(function->shared)) return INVALID_VALUE;
-    gridDim = {gx, gy, gz};
-    blockDim = {bx, by, bz};
-    block.kernel = function->call;
-    block.arguments = arguments;
-    block.on_fibers = function->has_barriers;
-    for (unsigned b = 0; b < gx * gy * gz; ++b) {
-        blockIdx = {b % gx, b / gx % gy, b / (gx * gy)};
-        shared_room.assign(shared + 16, static_cast<char>(0xff));
-        run_block(count);
-        for (unsigned i = 0; i < 16; ++i) {
-            if (static_cast<unsigned char>(shared_room[shared + i]) != 0xff) fail("a write beyond shared memory");
-        }
-    }
-    return SUCCESS;
+    if (shared > static_cast<unsigned>(function.shared)) return INVALID_VALUE;
+    const Grid grid{{gx, gy, gz}, {bx, by, bz}, shared};
+    // Arguments are taken at the launch, whenever it runs.
+    auto taken = std::make_shared<Arguments>(function.kernel.sizes, arguments);
+    return submit(stream, {KERNEL_NODE, [=] { return run(function, grid, taken->pointers().data()); }});
+}
+
+// Work of the other libraries, which they would launch kernels for: `work` is called with a copy of `data`.
+extern "C" __attribute__((visibility("default"))) int host_cuda_submit(void *stream, void (*work)(const void *), const void *data, size_t bytes) {
+    auto taken = std::make_shared<std::vector<char>>(static_cast<const char *>(data), static_cast<const char *>(data) + bytes);
+    return submit(stream, {KERNEL_NODE, [=] { work(taken->data()); return SUCCESS; }});
 }

@@ -12,6 +12,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Storage, StorageRef, Tensor};
 use half::{bf16, f16};
 
+use super::clock::Clock;
 use crate::error::{Error, Result};
 use crate::ops::note_host_read;
 use crate::precision::Rounding;
@@ -51,6 +52,7 @@ modules! {
     SEED = "seed": "seed_f32" "seed_f64";
     ADJOINT = "adjoint": "adjoint_f32" "adjoint_f64";
     ACCUMULATE = "accumulate": "accumulate_f32" "accumulate_f64";
+    CLOCK = "clock": "clock_tick";
     LOOK = "look": "look" "magnitude";
     DOT = "dot": "dot_parts" "dot_total";
     SCALER = "scaler": "scaler_aim" "scaler_settle" "scaler_gather";
@@ -99,6 +101,13 @@ pub(super) fn grid(blocks: u32) -> LaunchConfig {
         shared_mem_bytes: 0,
     }
 }
+
+/// One thread.
+pub(super) const ONE: LaunchConfig = LaunchConfig {
+    grid_dim: (1, 1, 1),
+    block_dim: (1, 1, 1),
+    shared_mem_bytes: 0,
+};
 
 /// A kernel, loaded, and the stream that it will run on.
 pub(super) struct Kernel {
@@ -161,7 +170,7 @@ impl<'a> Operand<'a> {
     }
 }
 
-fn elsewhere() -> Error {
+pub(super) fn elsewhere() -> Error {
     candle_core::Error::Msg("a kernel was given a tensor of another device".into()).into()
 }
 
@@ -248,11 +257,13 @@ impl Sink {
     };
 }
 
-/// A look for NaN and infinity: the least index of one that found some stays at `first`.
+/// A look for NaN and infinity: the least index of one that found some stays at `first`.  It counts from
+/// the number at `from`, if that is an address.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Look {
     pub(super) first: u64,
+    pub(super) from: u64,
     pub(super) index: u32,
 }
 
@@ -345,6 +356,8 @@ pub(crate) struct Looks {
     device: CudaDevice,
     first: CudaSlice<u32>,
     taken: u32,
+    /// Within a step that is replayed: where the number of its first look is, and the next one's there.
+    replayed: Option<(u64, u32)>,
 }
 
 impl Looks {
@@ -356,17 +369,47 @@ impl Looks {
             device,
             first,
             taken: 0,
+            replayed: None,
         })
     }
 
     /// The next look, for a kernel that looks on its way.
     pub(super) fn next(&mut self) -> Look {
-        let index = self.taken;
-        self.taken += 1;
+        let (from, next) = match &mut self.replayed {
+            Some((from, next)) => (*from, next),
+            None => (0, &mut self.taken),
+        };
+        *next += 1;
         Look {
             first: pointer(&self.first),
-            index,
+            from,
+            index: *next - 1,
         }
+    }
+
+    /// Looks from now on are those of a step that is replayed, and count from what the clock shows.
+    pub(crate) fn begin_replayed(&mut self, clock: &Clock) {
+        self.replayed = Some((clock.look(), 0));
+    }
+
+    /// Whether they do.
+    pub(crate) fn is_replayed(&self) -> bool {
+        self.replayed.is_some()
+    }
+
+    /// The step is at its end; how many looks it takes.
+    pub(crate) fn end_replayed(&mut self) -> usize {
+        self.replayed.take().map_or(0, |(_, taken)| taken as usize)
+    }
+
+    /// The number of the next look.
+    pub(crate) fn taken(&self) -> u32 {
+        self.taken
+    }
+
+    /// So many looks have been taken in a replay.
+    pub(crate) fn skip(&mut self, looks: usize) {
+        self.taken += looks as u32;
     }
 
     /// Looks at tensors.

@@ -5,6 +5,8 @@
 //! they are made, and memory that is freed is reused by later ones only.
 #![allow(unsafe_code)]
 
+mod clock;
+mod graph;
 mod launch;
 mod layer;
 pub(crate) mod mlp;
@@ -14,8 +16,10 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use clock::Clock;
+pub(crate) use graph::{capture, keep_uploads, obstacle, Captured, Graph};
 pub(super) use launch::magnitude;
 pub(crate) use launch::Looks;
 pub(crate) use layer::{activate, pull};
-pub(crate) use sums::{accumulate_all, combine, dot, update};
+pub(crate) use sums::{accumulate_all, combine, dot, stage, update};
 pub(crate) use sweep::{Finding, Stop, SweepState};

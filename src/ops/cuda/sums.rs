@@ -4,6 +4,7 @@ use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, PushKernelArg};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Tensor};
 
+use super::clock::Clock;
 use super::launch::{
     blocks, device_of, grid, in_f64, load, pointer, Look, Looks, Operand, Room, Sink, ACCUMULATE,
     DOT, STAGE, UPDATE,
@@ -22,7 +23,9 @@ pub(super) struct Terms {
     x: [u64; MOST_TERMS],
     c: [f64; MOST_TERMS],
     dtype: [i32; MOST_TERMS],
+    clock: u64,
     count: i32,
+    stepped_from: i32,
     scaled_from: i32,
 }
 
@@ -39,8 +42,8 @@ pub(super) struct Sum<'a> {
 }
 
 impl<'a> Sum<'a> {
-    /// All x_j contiguous and of one size; terms from `scaled_from` on are divided by S too.
-    pub(super) fn new(coefficients: &[f64], xs: &'a [Tensor], scaled_from: usize) -> Result<Self> {
+    /// All x_j contiguous and of one size.
+    pub(super) fn new(coefficients: &[f64], xs: &'a [Tensor]) -> Result<Self> {
         let operands = xs.iter().map(Operand::new).collect::<Result<Vec<_>>>()?;
         let n = operands.first().map_or(0, |x| x.n);
         if operands.len() > MOST_TERMS || operands.iter().any(|x| x.n != n) {
@@ -53,8 +56,10 @@ impl<'a> Sum<'a> {
             x: [0; MOST_TERMS],
             c: [0.0; MOST_TERMS],
             dtype: [0; MOST_TERMS],
+            clock: 0,
             count: operands.len() as i32,
-            scaled_from: scaled_from as i32,
+            stepped_from: MOST_TERMS as i32,
+            scaled_from: MOST_TERMS as i32,
         };
         for (j, (x, &c)) in operands.iter().zip(coefficients).enumerate() {
             (terms.x[j], terms.c[j], terms.dtype[j]) = (x.pointer, c, x.dtype);
@@ -65,6 +70,19 @@ impl<'a> Sum<'a> {
             n,
             _operands: operands,
         })
+    }
+
+    /// The same with terms from this one on divided by S.
+    pub(super) fn scaled_from(mut self, term: usize) -> Self {
+        self.terms.scaled_from = term as i32;
+        self
+    }
+
+    /// The same with terms from this one on multiplied by the h of a clock, if there is one.
+    pub(super) fn stepped_from(mut self, term: usize, clock: Option<&Clock>) -> Self {
+        self.terms.clock = clock.map_or(0, Clock::pointer);
+        self.terms.stepped_from = term as i32;
+        self
     }
 }
 
@@ -80,14 +98,37 @@ fn fits(terms: &[(f64, &Tensor)]) -> bool {
     (1..=MOST_TERMS).contains(&terms.len()) && terms[0].1.elem_count() > 0
 }
 
+/// An error where one launch cannot do what a clock is to be read for.
+fn too_many(terms: &[(f64, &Tensor)]) -> crate::Error {
+    let message = format!("{} terms in a sum that is replayed", terms.len());
+    candle_core::Error::Msg(message).into()
+}
+
 /// `round(scale · Σ c_j x_j)`.
 pub(crate) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
-    if !fits(terms) {
-        return chain::combine(terms, scale, out);
+    match fits(terms) {
+        true => sum_in_one(terms, scale, out, None),
+        false => chain::combine(terms, scale, out),
     }
+}
+
+/// `round(c_0 x_0 + h Σ c_j x_j)` with the h that a clock shows.
+pub(crate) fn stage(terms: &[(f64, &Tensor)], out: Rounding, clock: &Clock) -> Result<Tensor> {
+    match fits(terms) {
+        true => sum_in_one(terms, 1.0, out, Some(clock)),
+        false => Err(too_many(terms)),
+    }
+}
+
+fn sum_in_one(
+    terms: &[(f64, &Tensor)],
+    scale: f64,
+    out: Rounding,
+    clock: Option<&Clock>,
+) -> Result<Tensor> {
     let (first, (coefficients, xs)) = (terms[0].1, split(terms)?);
     let device = device_of(first)?;
-    let sum = Sum::new(&coefficients, &xs, MOST_TERMS)?;
+    let sum = Sum::new(&coefficients, &xs)?.stepped_from(1, clock);
     let room = Room::new(device, out.held, first.elem_count())?;
     let sink = Sink::new(&room, out)?;
     let kernel = load(device, &STAGE, in_f64(sum.wide, ["stage_f32", "stage_f64"]))?;
@@ -99,13 +140,18 @@ pub(crate) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
 }
 
 /// `Σ c_j x_j` in state precision and, where asked for, as it is stored, looked at for NaN on the way.
+/// With a clock, all c_j but the first are multiplied by the h that it shows.
 pub(crate) fn update(
     terms: &[(f64, &Tensor)],
     state: Rounding,
     store: Option<Rounding>,
     looks: &mut Looks,
+    clock: Option<&Clock>,
 ) -> Result<(Tensor, Option<Tensor>)> {
     if !fits(terms) {
+        if clock.is_some() {
+            return Err(too_many(terms));
+        }
         let y = chain::combine(terms, 1.0, state)?;
         looks.see(std::slice::from_ref(&y))?;
         let stored = store.map(|store| store.round(&y)).transpose()?;
@@ -113,7 +159,7 @@ pub(crate) fn update(
     }
     let (first, (coefficients, xs)) = (terms[0].1, split(terms)?);
     let device = device_of(first)?;
-    let sum = Sum::new(&coefficients, &xs, MOST_TERMS)?;
+    let sum = Sum::new(&coefficients, &xs)?.stepped_from(1, clock);
     let room = |rounding: Rounding| Room::new(device, rounding.held, first.elem_count());
     let y = room(state)?;
     let stored = store
@@ -160,13 +206,15 @@ struct Pairs {
 // SAFETY: plain numbers, laid out as in kernels/accumulate.cu.
 unsafe impl DeviceRepr for Pairs {}
 
-/// `acc_p += c · x_p`, or `c/S · x_p` while `sweep` goes on: all pairs in one launch.  The acc_p are
-/// contiguous, all f32 or all f64, and no two the same.
+/// `acc_p += c · x_p`, or `c/S · x_p` while `sweep` goes on, c multiplied by the h of a clock if there is
+/// one: all pairs in one launch.  The acc_p are contiguous, all f32 or all f64, and no two the same.
 pub(crate) fn accumulate_all(
     pairs: &[(&Tensor, &Tensor)],
     c: f64,
     sweep: Option<&SweepState>,
+    clock: Option<&Clock>,
 ) -> Result<()> {
+    let clock = clock.map_or(0, Clock::pointer);
     let full = pairs.iter().filter(|(acc, _)| acc.elem_count() > 0);
     let xs = full.clone().map(|(_, x)| x.contiguous());
     let xs = xs.collect::<candle_core::Result<Vec<_>>>()?;
@@ -209,7 +257,7 @@ pub(crate) fn accumulate_all(
             in_f64(wide, ["accumulate_f32", "accumulate_f64"]),
         )?;
         let mut arguments = kernel.builder();
-        arguments.arg(&pairs).arg(&c).arg(&scaler);
+        arguments.arg(&pairs).arg(&c).arg(&scaler).arg(&clock);
         // SAFETY: both tensors of a pair have n elements; sums are of the entry's dtype.
         unsafe { arguments.launch(grid(first)) }.w()?;
     }

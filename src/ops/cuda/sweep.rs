@@ -1,15 +1,14 @@
 //! What a backward sweep keeps on the device: S, the counts behind it, and whether a pull-back
 //! overflowed, so that the host need not look until the end.
 
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, DeviceRepr, LaunchConfig, PushKernelArg,
-};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr, PushKernelArg};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 
+use super::clock::Clock;
 use super::launch::{
     blocks, device_of, grid, in_f64, load, look, pointer, raise, Look, Looks, Operand, Room, Sink,
-    ADJOINT, SCALER, SEED,
+    ADJOINT, ONE, SCALER, SEED,
 };
 use super::sums::{split, Sum};
 use crate::error::{Error, Result};
@@ -41,6 +40,7 @@ pub(super) struct DeviceScaler {
     step: u32,
     first: u32,
     watched: u32,
+    set: u32,
 }
 
 // SAFETY: plain numbers, laid out as in kernels/scaler.cuh.
@@ -80,6 +80,7 @@ impl DeviceScaler {
             step: 0,
             first: NOTHING,
             watched: NOTHING,
+            set: resumed.into(),
         }
     }
 }
@@ -116,24 +117,19 @@ pub(crate) struct Stop {
 }
 
 impl SweepState {
-    /// A sweep that starts with this scaler, from this λ; `resumed` at a step for which S is set.
-    pub(crate) fn new(
-        scaler: Scaler,
-        adj: &[Tensor],
-        can_overflow: &[bool],
-        resumed: bool,
-    ) -> Result<Self> {
+    /// A sweep that starts with this scaler, from this λ.
+    pub(crate) fn new(scaler: Scaler, adj: &[Tensor], can_overflow: &[bool]) -> Result<Self> {
         let Some(x) = adj.first() else {
             return Err(Error::EmptyState);
         };
         let device = device_of(x)?.clone();
-        let start = DeviceScaler::new(&scaler, resumed);
+        let start = DeviceScaler::new(&scaler, false);
         let state = Self {
             scaler: device.clone_htod(&[start])?,
             device,
             start,
         };
-        if scaler.is_dynamic() && !resumed {
+        if scaler.is_dynamic() {
             let low = std::mem::offset_of!(DeviceScaler, low) as u64;
             let all = std::mem::offset_of!(DeviceScaler, all) as u64;
             let looked_at = adj.iter().zip(can_overflow).filter(|(_, can)| **can);
@@ -144,12 +140,19 @@ impl SweepState {
         Ok(state)
     }
 
+    /// Goes on after an overflow, where it is, at a step for which S is set.
+    pub(crate) fn resume(&mut self, scaler: Scaler) -> Result<()> {
+        self.start = DeviceScaler::new(&scaler, true);
+        self.device.memcpy_htod(&[self.start], &mut self.scaler)?;
+        Ok(())
+    }
+
     /// Where it is.
     pub(super) fn pointer(&self) -> u64 {
         pointer(&self.scaler)
     }
 
-    /// Aims S at max|λ| before a step.
+    /// Aims S at max|λ| before a step, unless it is set.
     pub(crate) fn aim(&self) -> Result<()> {
         let at = self.pointer();
         let kernel = load(&self.device, &SCALER, "scaler_aim")?;
@@ -160,27 +163,31 @@ impl SweepState {
         Ok(())
     }
 
-    /// Counts a step as clean, or stops the sweep there.
-    pub(crate) fn settle(&self, step: usize) -> Result<()> {
-        let (at, step) = (self.pointer(), step as u32);
+    /// Counts a step, or the one that a clock shows, as clean, or stops the sweep there.
+    pub(crate) fn settle(&self, step: usize, clock: Option<&Clock>) -> Result<()> {
+        let (at, step, clock) = (self.pointer(), step as u32, clock.map_or(0, Clock::pointer));
         let kernel = load(&self.device, &SCALER, "scaler_settle")?;
         let mut arguments = kernel.builder();
-        arguments.arg(&at).arg(&step);
-        // SAFETY: the kernel reads and writes the scaler alone.
+        arguments.arg(&at).arg(&step).arg(&clock);
+        // SAFETY: the kernel reads and writes the scaler, and reads the clock.
         unsafe { arguments.launch(ONE) }.w()?;
         Ok(())
     }
 
-    /// `round(S Σ c_j x_j)`, terms from `scaled_from` on divided by S first.
+    /// `round(S Σ c_j x_j)`, terms from `scaled_from` on divided by S first, and multiplied by the h of a
+    /// clock if there is one.
     pub(crate) fn seed(
         &self,
         terms: &[(f64, &Tensor)],
         scaled_from: usize,
         out: Rounding,
+        clock: Option<&Clock>,
     ) -> Result<Tensor> {
         let (coefficients, xs) = split(terms)?;
         let first = &xs[0];
-        let sum = Sum::new(&coefficients, &xs, scaled_from)?;
+        let sum = Sum::new(&coefficients, &xs)?
+            .scaled_from(scaled_from)
+            .stepped_from(scaled_from, clock);
         let room = Room::new(&self.device, out.held, first.elem_count())?;
         let (sink, at) = (Sink::new(&room, out)?, self.pointer());
         let kernel = load(
@@ -201,10 +208,12 @@ impl SweepState {
         let parameters = u32::from(outcome == Outcome::ParameterOverflow);
         let index = 2 * pulled as u32 + parameters;
         let first = self.pointer() + overflow;
-        look(&self.device, xs, Look { first, index })
+        let from = 0;
+        look(&self.device, xs, Look { first, from, index })
     }
 
-    /// λ + Σ c_j/S w_j + ȳ in place, unless the sweep has stopped.  `terms` begin with λ.
+    /// λ + Σ c_j/S w_j + ȳ in place, unless the sweep has stopped, with look `index`.  With a clock the
+    /// c_j are multiplied by its h, and looks count from the one that it shows.
     pub(crate) fn update(
         &self,
         adj: &Tensor,
@@ -212,12 +221,15 @@ impl SweepState {
         incoming: Option<&Tensor>,
         index: usize,
         can_overflow: bool,
+        clock: Option<&Clock>,
     ) -> Result<()> {
         let terms: Vec<_> = std::iter::once((1.0, adj))
             .chain(ws.iter().copied())
             .collect();
         let (coefficients, xs) = split(&terms)?;
-        let sum = Sum::new(&coefficients, &xs, 1)?;
+        let sum = Sum::new(&coefficients, &xs)?
+            .scaled_from(1)
+            .stepped_from(1, clock);
         let incoming = incoming.map(Tensor::contiguous).transpose()?;
         let incoming = incoming.as_ref().map(Operand::new).transpose()?;
         if incoming.as_ref().is_some_and(|y| y.n != sum.n) {
@@ -229,6 +241,7 @@ impl SweepState {
         let wide = adj.dtype() == DType::F64;
         let to = Operand::new(adj)?;
         let (at, index, can_overflow) = (self.pointer(), index as u32, i32::from(can_overflow));
+        let clock = clock.map_or(0, Clock::pointer);
         let kernel = load(
             &self.device,
             &ADJOINT,
@@ -240,6 +253,7 @@ impl SweepState {
             .arg(&given)
             .arg(&given_dtype)
             .arg(&index)
+            .arg(&clock)
             .arg(&can_overflow)
             .arg(&sum.n);
         // SAFETY: all operands have n elements of the dtypes given, and λ is of the entry's dtype;
@@ -287,10 +301,3 @@ impl SweepState {
         })
     }
 }
-
-/// One thread.
-const ONE: LaunchConfig = LaunchConfig {
-    grid_dim: (1, 1, 1),
-    block_dim: (1, 1, 1),
-    shared_mem_bytes: 0,
-};

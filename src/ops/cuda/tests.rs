@@ -3,10 +3,14 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::sweep::SweepState;
-use super::{accumulate_all, activate, pull, update, Looks};
+use super::{
+    accumulate_all, activate, capture, keep_uploads, pull, stage, update, Captured, Clock, Looks,
+};
+use crate::error::Error;
 use crate::ops::tests::{gpu, roundoff, values};
 use crate::precision::Rounding;
 use crate::scaler::{DynamicScaling, Outcome, Scaler, Scaling};
+use crate::stats::NotReplayed;
 
 const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 
@@ -37,7 +41,8 @@ fn an_update_is_summed_once_and_stored_from_the_sum() {
             terms.extend(ks.iter().map(|k| (0.17, k)));
             let mut looks = Looks::new(&y).unwrap();
             let store = Some(Rounding::cast(DType::BF16));
-            let (next, stored) = update(&terms, Rounding::cast(state), store, &mut looks).unwrap();
+            let (next, stored) =
+                update(&terms, Rounding::cast(state), store, &mut looks, None).unwrap();
             assert_eq!(looks.read().unwrap(), None);
             let stored = stored.unwrap();
             assert_eq!(stored.dtype(), DType::BF16);
@@ -66,8 +71,8 @@ fn the_first_look_that_found_something_is_reported() {
         let mut looks = Looks::new(&good).unwrap();
         let state = Rounding::cast(DType::F32);
         looks.see(&[good.clone(), good.clone()]).unwrap();
-        update(&[(1.0, &good)], state, None, &mut looks).unwrap();
-        update(&[(1.0, &bad)], state, None, &mut looks).unwrap();
+        update(&[(1.0, &good)], state, None, &mut looks, None).unwrap();
+        update(&[(1.0, &bad)], state, None, &mut looks, None).unwrap();
         looks.see(&[good, bad]).unwrap();
         assert_eq!(looks.read().unwrap(), Some(2));
     }
@@ -94,7 +99,7 @@ fn all_parameters_are_added_to_in_one_launch_and_more_in_several() {
         let grads = new(2.5, |p| FLOATS[p % 4]);
         let before: Vec<_> = accs.iter().map(on_host).collect();
         let pairs: Vec<_> = accs.iter().zip(&grads).collect();
-        accumulate_all(&pairs, -1.7, None).unwrap();
+        accumulate_all(&pairs, -1.7, None, None).unwrap();
         for ((acc, before), grad) in accs.iter().zip(before).zip(&grads) {
             for ((after, before), grad) in on_host(acc).iter().zip(before).zip(on_host(grad)) {
                 assert!((after - (before - 1.7 * grad)).abs() <= 6.0 * roundoff(state));
@@ -213,7 +218,7 @@ fn the_scaler_on_the_device_decides_as_the_one_on_the_host() {
     let mut host = Scaler::new(Scaling::Dynamic(rule), true).unwrap();
     for (step, (size, outcome)) in HISTORY.into_iter().enumerate() {
         let adj = Tensor::from_vec(vec![size, -size / 2.0, 0.0], 3, &gpu).unwrap();
-        let state = SweepState::new(host, std::slice::from_ref(&adj), &[true], false).unwrap();
+        let state = SweepState::new(host, std::slice::from_ref(&adj), &[true]).unwrap();
         state.aim().unwrap();
         let before = host.aimed(f64::from(size));
         let bad = Tensor::from_vec(vec![1.0, f32::INFINITY], 2, &gpu).unwrap();
@@ -228,7 +233,7 @@ fn the_scaler_on_the_device_decides_as_the_one_on_the_host() {
         }
         // Q(S λ), and λ + h/S w, untouched by a step that overflowed.
         let seed = state
-            .seed(&[(1.0, &adj)], 1, Rounding::cast(DType::F32))
+            .seed(&[(1.0, &adj)], 1, Rounding::cast(DType::F32), None)
             .unwrap();
         assert_eq!(on_host(&seed)[0], f64::from(size) * before.scale());
         state
@@ -238,6 +243,7 @@ fn the_scaler_on_the_device_decides_as_the_one_on_the_host() {
                 Some(&fine.get(0).unwrap().broadcast_as(3).unwrap()),
                 0,
                 true,
+                None,
             )
             .unwrap();
         let clean = outcome == Outcome::Clean;
@@ -247,7 +253,7 @@ fn the_scaler_on_the_device_decides_as_the_one_on_the_host() {
             f64::from(size)
         };
         assert!((on_host(&adj)[0] - expected).abs() <= 4.0 * roundoff(DType::F32) * expected);
-        state.settle(step).unwrap();
+        state.settle(step, None).unwrap();
         let found = state.read(host).unwrap();
         assert_eq!(found.bad, None);
         assert_eq!(found.scales, Some((before.scale(), before.scale())));
@@ -263,4 +269,92 @@ fn the_scaler_on_the_device_decides_as_the_one_on_the_host() {
             }
         };
     }
+}
+
+#[test]
+fn a_graph_does_its_work_at_each_launch_with_what_the_clock_shows() {
+    let Some(gpu) = gpu() else { return };
+    let clock = Clock::new(&gpu, DType::F64, 3).unwrap();
+    let x = numbers(1500, 0.3, DType::F64, &gpu);
+    let (y, t) = (x.zeros_like().unwrap(), clock.time(1).unwrap());
+    let work = || {
+        let y_next = stage(&[(1.0, &y), (2.0, &x)], Rounding::cast(DType::F64), &clock)?;
+        let y_next = y_next.broadcast_add(&t)?;
+        Ok(y.slice_set(&y_next, 0, 0)?)
+    };
+    // Once before, so that candle's kernels and shapes are on the device.
+    {
+        let _uploads = keep_uploads(&gpu).unwrap();
+        work().unwrap();
+    }
+    let Captured::Graph(graph) = capture(&gpu, work).unwrap() else {
+        panic!("nothing there to refuse");
+    };
+    assert!(on_host(&y).iter().all(|y| *y == 0.0));
+    let mut expected = vec![0.0; 1500];
+    for h in [0.1, 0.7, -0.3] {
+        clock.tick(h, &[7.0, 10.0 * h, 8.0], 0, 0).unwrap();
+        graph.launch().unwrap();
+        for (y, x) in expected.iter_mut().zip(on_host(&x)) {
+            *y = f64::mul_add(2.0 * h, x, *y) + 10.0 * h;
+        }
+        assert_eq!(on_host(&y), expected);
+    }
+}
+
+#[test]
+fn what_cannot_be_repeated_is_refused_and_the_device_goes_on() {
+    let Some(gpu) = gpu() else { return };
+    let Device::Cuda(on) = &gpu else { return };
+    let x = numbers(5, 0.3, DType::F32, &gpu);
+    let refused = |work: &mut dyn FnMut() -> crate::Result<()>| {
+        let captured = capture(&gpu, work).unwrap();
+        assert_eq!(on_host(&(&x + &x).unwrap())[0], 2.0 * on_host(&x)[0]);
+        match captured {
+            Captured::Graph(_) => panic!("captured"),
+            Captured::Refused(reason) => reason,
+        }
+    };
+    let said = |reason| matches!(reason, NotReplayed::Capture(_));
+    // Memory that was there before is freed.
+    let mut before = Some(x.affine(1.0, 1.0).unwrap());
+    assert!(said(refused(&mut || {
+        before = None;
+        Ok(())
+    })));
+    // The host waits, or reads, or has an opinion.
+    assert!(said(refused(&mut || Ok(gpu.synchronize()?))));
+    assert!(said(refused(&mut || Ok(x.to_vec1::<f32>().map(|_| ())?))));
+    assert!(said(refused(&mut || Err(Error::NoSteps))));
+    // Bytes of the host are copied.
+    let reason = refused(&mut || {
+        let copied = on.cuda_stream().clone_htod(&[1f32, 2.0]);
+        Ok(copied.map(|_| ()).map_err(candle_core::Error::wrap)?)
+    });
+    assert_eq!(reason, NotReplayed::HostMemory);
+    // Something stays.
+    let mut kept = None;
+    let keeps = capture(&gpu, || {
+        kept = Some(x.affine(2.0, 0.0)?);
+        Ok(())
+    });
+    assert!(matches!(keeps.err(), Some(Error::KeptInGraph)));
+    drop(kept);
+    let _ = on.cuda_stream().context().check_err();
+    // A capture within a capture, and one that unwinds.
+    assert!(said(refused(&mut || {
+        match capture(&gpu, || Ok(()))? {
+            Captured::Graph(_) => Ok(()),
+            Captured::Refused(_) => Err(Error::NoSteps),
+        }
+    })));
+    let unwinds = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _ = capture(&gpu, || panic!("on purpose"));
+    }));
+    assert!(unwinds.is_err());
+    assert_eq!(on_host(&(&x + &x).unwrap())[0], 2.0 * on_host(&x)[0]);
+    // The legacy stream has no captures.
+    let legacy = on.cuda_stream().context().default_stream();
+    let mode = candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    assert!(legacy.begin_capture(mode).is_err());
 }

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define HOST_CUDA
 #define __CUDA_ARCH__ 800
@@ -181,12 +182,13 @@ template <class T> using numeric_limits = ::std::numeric_limits<T>;
 
 // Kernels by name, with their arguments as launches give them.
 struct Registered {
-    Registered(const char *name, void (*call)(void **));
+    Registered(const char *name, void (*call)(void **), std::vector<size_t> sizes);
 };
+template <class... A> std::vector<size_t> sizes_of(void (*)(A...)) { return {sizeof(std::remove_reference_t<A>)...}; }
 template <class... A, size_t... I> void unpack(void (*kernel)(A...), void **arguments, std::index_sequence<I...>) {
     kernel(*static_cast<std::remove_reference_t<A> *>(arguments[I])...);
 }
 template <class... A> void unpack(void (*kernel)(A...), void **arguments) {
     unpack(kernel, arguments, std::index_sequence_for<A...>());
 }
-#define REGISTER(name) static Registered registered_##name(#name, [](void **arguments) { unpack(name, arguments); });
+#define REGISTER(name) static Registered registered_##name(#name, [](void **arguments) { unpack(name, arguments); }, sizes_of(name));

@@ -1,0 +1,269 @@
+//! Steps forward as a CUDA graph.
+//!
+//! The first step is launched operation by operation, but already from and to the memory that the graph
+//! will use and with h and t read from there: what it needs is then on the device.  The second is captured
+//! and launched, the others are launched.  Only what is kept is copied out.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor, TensorId};
+
+use crate::error::Result;
+use crate::ops::cuda::{capture, keep_uploads, obstacle, Captured, Clock, Graph};
+use crate::stats::{NotReplayed, Stats};
+use crate::step::{Field, Next, Scheme};
+use crate::time::{Step, Time};
+use crate::watch::Watch;
+
+/// Fewest steps of a solve that are replayed: one is taken to learn, one to capture.
+const LEAST: usize = 4;
+
+/// Why a solve of so many steps is not replayed, whatever its field is.
+pub(crate) fn refusal(scheme: &Scheme, steps: usize) -> Option<NotReplayed> {
+    if steps < LEAST {
+        let least = LEAST;
+        return Some(NotReplayed::FewSteps { steps, least });
+    }
+    obstacle(&scheme.device)
+}
+
+/// What steps that are replayed have in common.
+#[derive(Debug)]
+pub(crate) struct Fixture {
+    pub(crate) clock: Clock,
+    value_read: AtomicBool,
+}
+
+impl Fixture {
+    /// For the steps of a scheme.
+    pub(crate) fn new(scheme: &Scheme) -> Result<Self> {
+        let (dtype, stages): (DType, _) = (scheme.roles[0].state, scheme.tableau.stages());
+        Ok(Self {
+            clock: Clock::new(&scheme.device, dtype, stages)?,
+            value_read: AtomicBool::new(false),
+        })
+    }
+
+    /// Notes whether a field read the value of its time.
+    pub(crate) fn note(&self, time: &Time) {
+        self.value_read.fetch_or(time.was_read(), Ordering::Relaxed);
+    }
+
+    /// Whether any did.
+    pub(crate) fn value_was_read(&self) -> bool {
+        self.value_read.load(Ordering::Relaxed)
+    }
+
+    /// Shows a step, and the number of its first look.
+    pub(crate) fn show(&self, scheme: &Scheme, step: Step, look: u32) -> Result<()> {
+        let times: Vec<_> = scheme.tableau.c().iter().map(|&c| step.at(c)).collect();
+        self.clock.tick(step.h, &times, look, step.index)
+    }
+}
+
+/// x ← value, in x's own memory.
+pub(crate) fn overwrite(x: &Tensor, value: &Tensor) -> Result<()> {
+    Ok(x.flatten_all()?
+        .slice_set(&value.contiguous()?.flatten_all()?, 0, 0)?)
+}
+
+/// An evaluation to be made: the field, and where.
+pub(super) struct At<'a> {
+    pub(super) field: &'a Field<'a>,
+    pub(super) step: Step,
+    pub(super) y: &'a [Tensor],
+}
+
+/// How far a pass has come.
+pub(super) enum Replay {
+    /// Every step is launched operation by operation.
+    Off,
+    /// The next step is the first.
+    Asked(usize),
+    /// The next step is captured.
+    Warm(Box<Steps>),
+    Ready(Box<Steps>, Graph),
+}
+
+impl Replay {
+    pub(super) fn new(scheme: &Scheme, graphs: bool, steps: usize) -> Self {
+        match graphs && scheme.device.is_cuda() {
+            true => Self::Asked(steps),
+            false => Self::Off,
+        }
+    }
+
+    /// The step as a graph, or as one that becomes one; `None` if it is to be launched otherwise.
+    pub(super) fn advance(
+        &mut self,
+        scheme: &Scheme,
+        copies: bool,
+        at: &At<'_>,
+        kept: bool,
+        watch: &mut Watch,
+        stats: &mut Stats,
+    ) -> Result<Option<Next>> {
+        let (mut steps, graph) = match std::mem::replace(self, Self::Off) {
+            Self::Off => return Ok(None),
+            Self::Asked(count) => match Steps::begin(scheme, copies, count, at.y) {
+                Ok(mut steps) => {
+                    steps.warm_up(at, watch)?;
+                    let next = steps.next(kept)?;
+                    match steps.fixture.value_was_read() {
+                        true => stats.not_replayed = Some(NotReplayed::TimeValue),
+                        false => *self = Self::Warm(Box::new(steps)),
+                    }
+                    return Ok(Some(next));
+                }
+                Err(reason) => {
+                    stats.not_replayed = Some(reason);
+                    return Ok(None);
+                }
+            },
+            Self::Warm(mut steps) => match steps.capture(at, watch)? {
+                Captured::Graph(graph) => (steps, graph),
+                Captured::Refused(reason) => {
+                    stats.not_replayed = Some(reason);
+                    return Ok(None);
+                }
+            },
+            Self::Ready(steps, graph) => (steps, graph),
+        };
+        steps.show(at, watch)?;
+        graph.launch()?;
+        steps.looked(at, watch)?;
+        stats.replayed += 1;
+        let next = steps.next(kept)?;
+        *self = Self::Ready(steps, graph);
+        Ok(Some(next))
+    }
+}
+
+/// Steps that begin and end in the same memory.
+pub(super) struct Steps {
+    scheme: Scheme,
+    fixture: Arc<Fixture>,
+    /// y_n, then y_{n+1}.
+    y: Vec<Tensor>,
+    /// The tensors outside that have the same values.
+    like: Vec<TensorId>,
+    /// ŷ_{n+1} where it is not the same; empty until the first step has been taken.
+    stored: Vec<Option<Tensor>>,
+    copies: bool,
+}
+
+impl Steps {
+    fn begin(
+        scheme: &Scheme,
+        copies: bool,
+        count: usize,
+        y: &[Tensor],
+    ) -> std::result::Result<Self, NotReplayed> {
+        if let Some(reason) = refusal(scheme, count) {
+            return Err(reason);
+        }
+        let ready = || -> Result<Self> {
+            let fixture = Arc::new(Fixture::new(scheme)?);
+            let own = y.iter().map(Tensor::force_contiguous);
+            Ok(Self {
+                scheme: Scheme {
+                    fixture: Some(fixture.clone()),
+                    ..scheme.clone()
+                },
+                fixture,
+                y: own.collect::<candle_core::Result<_>>()?,
+                like: y.iter().map(Tensor::id).collect(),
+                stored: vec![],
+                copies,
+            })
+        };
+        ready().map_err(|error| NotReplayed::Capture(error.to_string()))
+    }
+
+    /// Puts y_n in place and sets the clock.
+    fn show(&self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
+        for ((own, like), y) in self.y.iter().zip(&self.like).zip(at.y) {
+            if y.id() != *like && y.id() != own.id() {
+                overwrite(own, y)?;
+            }
+        }
+        let look = watch.taken(&self.y[0])?;
+        self.fixture.show(&self.scheme, at.step, look)
+    }
+
+    /// The step itself.
+    fn run(&mut self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
+        let Self { scheme, y, .. } = &*self;
+        let ((next, stored), looks) = watch.in_replay(&y[0], &self.fixture.clock, |watch| {
+            scheme.advance_and_store(at.field, at.step, y, self.copies, watch)
+        })?;
+        debug_assert_eq!(looks, self.scheme.meanings(at.step).len());
+        if let Some(stored) = stored {
+            if self.stored.is_empty() {
+                let slot = |(stored, next): (&Tensor, &Tensor)| {
+                    let differs = stored.id() != next.id();
+                    differs.then(|| stored.force_contiguous()).transpose()
+                };
+                let slots = stored.iter().zip(&next).map(slot);
+                self.stored = slots.collect::<candle_core::Result<_>>()?;
+            }
+            for (slot, stored) in self.stored.iter().zip(&stored) {
+                if let Some(slot) = slot {
+                    overwrite(slot, stored)?;
+                }
+            }
+        }
+        // Last: a velocity may be the state itself.
+        let mut ends = self.y.iter().zip(&next);
+        ends.try_for_each(|(y, next)| overwrite(y, next))
+    }
+
+    /// The first step, which brings to the device what the others need.
+    fn warm_up(&mut self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
+        self.show(at, watch)?;
+        {
+            let _uploads = keep_uploads(&self.scheme.device)?;
+            self.run(at, watch)?;
+        }
+        self.looked(at, watch)
+    }
+
+    fn capture(&mut self, at: &At<'_>, watch: &mut Watch) -> Result<Captured> {
+        let device = self.scheme.device.clone();
+        let captured = capture(&device, || self.run(at, watch))?;
+        Ok(match self.fixture.value_was_read() {
+            true => Captured::Refused(NotReplayed::TimeValue),
+            false => captured,
+        })
+    }
+
+    /// The step has looked for NaN.
+    fn looked(&self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
+        watch.replayed(&self.y[0], self.scheme.meanings(at.step))
+    }
+
+    /// y_{n+1}, with memory of its own if it is kept, and ŷ_{n+1} if copies are wanted.
+    fn next(&mut self, kept: bool) -> Result<Next> {
+        let y: Vec<Tensor> = match kept {
+            true => self
+                .y
+                .iter()
+                .map(Tensor::force_contiguous)
+                .collect::<candle_core::Result<_>>()?,
+            false => self.y.clone(),
+        };
+        self.like = y.iter().map(Tensor::id).collect();
+        if !self.copies {
+            return Ok((y, None));
+        }
+        let copy = |(slot, y): (&Option<Tensor>, &Tensor)| match slot {
+            Some(slot) => slot.force_contiguous(),
+            None if kept => Ok(y.clone()),
+            None => y.force_contiguous(),
+        };
+        let stored = self.stored.iter().zip(&y).map(copy);
+        let stored = stored.collect::<candle_core::Result<_>>()?;
+        Ok((y, Some(stored)))
+    }
+}
