@@ -31,8 +31,8 @@ mkdir -p "$folder/tests/data" "$folder/peers"
 cp -r tests/data/discrete tests/data/demo_f16 "$folder/tests/data"
 cp benches/peers/{gpu,gpu_report,report,workload,field,torch_peers}.py "$folder/peers"
 if [ -n "${RAMPDE:-}" ]; then
-    mkdir "$folder/python"
-    cp -r "$RAMPDE/rampde" "$folder/python"
+    mkdir -p "$folder/python/rampde"
+    cp "$RAMPDE"/rampde/*.py "$folder/python/rampde"
 fi
 cp scripts/gpu-run.sh "$folder/run.sh"
 chmod +x "$folder/run.sh"

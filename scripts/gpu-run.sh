@@ -47,7 +47,7 @@ for packed in "$bundle"/*.xz; do
     else
         "$python" -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], "wb"))' "$packed" "$work/$name"
     fi
-    chmod +x "$work/$name"
+    chmod +x "$work/$name" && [ -s "$work/$name" ] || exit 1
 done
 
 # CUDA's libraries: of the toolkit, of Python packages, of the driver.
@@ -132,4 +132,7 @@ section=$work/section
 } > "$section"
 cat "$section" >> "$report"
 cat "$section"
+# Once more, where an end is all that is seen.
+cat "$summary"
+sed -n '/^| | measured/,/^$/p' "$section"
 exit $failed

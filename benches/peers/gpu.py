@@ -84,7 +84,11 @@ def ask(command: list[str], timeout: float):
         yield {"error": "not reached in the time there was"} | said
         return
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        except OSError as error:
+            yield {"error": error.strerror} | said
+            return
         late = threading.Event()
         timer = threading.Timer(timeout, lambda: (late.set(), process.kill()))
         timer.start()
