@@ -59,6 +59,7 @@ pub mod datasets;
 mod error;
 mod field;
 mod integrate;
+mod link;
 mod loss;
 mod mmd;
 mod neural_ode;

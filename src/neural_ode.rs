@@ -218,7 +218,7 @@ impl<S: State + 'static> NeuralOde<S> {
     pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
         let (problem, field, theta, forward, y0) = self.run(y0, times, Some(loss))?;
         if forward.is_loss {
-            return Ok(in_graph(problem, field, theta, forward, &y0)?.reshape(())?);
+            return Ok(in_graph(Arc::new(problem), field, theta, forward, &y0)?.reshape(())?);
         }
         loss.of(&node::<S>(problem, field, theta, forward, &y0)?)
     }
@@ -245,32 +245,32 @@ impl<S: State + 'static> NeuralOde<S> {
             loss.check(&problem)?;
         }
         let masters = self.masters()?;
-        let named = masters
-            .iter()
-            .map(|(name, var)| (name.clone(), var.as_tensor()));
-        parameters::check(named, problem.device())?;
-        let mut variables = HashMap::new();
+        let all = masters.iter().map(|(_, var)| var.as_tensor());
+        parameters::check(all, |i| masters[i].0.clone(), problem.device())?;
+        let mut leaves = Vec::with_capacity(masters.len());
         let mut origin = HashMap::<TensorId, Tensor>::new();
-        for (name, master) in &masters {
-            let leaf = Var::from_tensor(&problem.theta.round(master)?)?.into_inner();
-            origin.insert(leaf.id(), master.as_tensor().clone());
-            variables.insert(name.clone(), leaf);
+        for (name, master) in masters {
+            let leaf = Var::from_tensor(&problem.theta.round(&master)?)?.into_inner();
+            origin.insert(leaf.id(), master.into_inner());
+            leaves.push((name, leaf));
         }
-        let constants = variables
-            .iter()
-            .map(|(name, leaf)| (name.clone(), leaf.detach()))
-            .collect();
-        let dtype = problem.theta.held;
-        let build =
-            |tensors| (self.factory)(VarBuilder::from_tensors(tensors, dtype, &self.device));
-        let field = build(variables)?;
+        let build = |of: fn(&Tensor) -> Tensor| {
+            let named = leaves.iter().map(|(name, leaf)| (name.clone(), of(leaf)));
+            let dtype = problem.theta.held;
+            (self.factory)(VarBuilder::from_tensors(
+                named.collect(),
+                dtype,
+                &self.device,
+            ))
+        };
+        let field = build(Tensor::clone)?;
         let packed = Packing::pack(&y0, problem.state())?;
         let plain;
         let observed = if field.known().is_some() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
             Observed::closure(&*field, true)
         } else {
-            plain = build(constants)?;
+            plain = build(Tensor::detach)?;
             Observed::twins(&*field, &*plain, origin.keys().copied().collect())
         };
         if let Some(listed) = observed.parameters() {

@@ -10,6 +10,7 @@ use crate::adjoint::{Adjoint, Sweep};
 use crate::error::{Error, Result};
 use crate::field::{Leaves, VectorField};
 use crate::integrate::{integrate, Forward, Kept};
+use crate::link::{self, Handover};
 use crate::loss::RowLoss;
 use crate::nn;
 use crate::ops;
@@ -256,13 +257,14 @@ pub(crate) fn node<S: State>(
     forward: Forward,
     y0: &Tensor,
 ) -> Result<S> {
-    let packed = in_graph(problem.clone(), field, theta, forward, y0)?;
+    let problem = Arc::new(problem);
+    let packed = in_graph(Arc::clone(&problem), field, theta, forward, y0)?;
     returned(&problem, &packed)
 }
 
 /// The same as candle holds it: the packed states, or the loss.
 pub(crate) fn in_graph(
-    problem: Problem,
+    problem: Arc<Problem>,
     field: SharedField,
     theta: Theta,
     forward: Forward,
@@ -273,31 +275,29 @@ pub(crate) fn in_graph(
     if !tracked {
         return Ok(packed);
     }
-    let nothing = || Tensor::zeros(1, problem.state(), problem.device());
-    let parameters = match theta.pack(problem.state())? {
-        Some(parameters) => parameters,
-        None => nothing()?,
-    };
+    let (token, handover) = link::chain(&theta.masters, problem.state(), problem.device())?;
     let times = match problem.grid.tensor() {
         // A graph lives on one device; candle carries the gradient back.
         Some(times) if times.track_op() => times.to_device(problem.device())?,
-        _ => nothing()?,
+        _ => token.detach(),
     };
     let node = Node {
         problem,
         field,
         theta,
+        handover,
         kept,
         packed: Mutex::new(Some(packed)),
     };
-    Ok(y0.apply_op3(&parameters, &times, node)?)
+    Ok(y0.apply_op3(&token, &times, node)?)
 }
 
-/// The solve as a custom op of (y0, θ, t), each one vector.
+/// The solve as a custom op of y0 and t, each one vector, and the token of θ.
 struct Node {
-    problem: Problem,
+    problem: Arc<Problem>,
     field: SharedField,
     theta: Theta,
+    handover: Handover,
     kept: Kept,
     /// The result, computed before the op is applied, until candle has taken it.
     packed: Mutex<Option<Tensor>>,
@@ -312,28 +312,25 @@ impl Node {
         }
     }
 
-    /// Gradients of y0, θ and t as vectors.
+    /// Gradients of y0 as a vector, of θ and of t.
     fn gradients(
         &self,
         cotangent: &Tensor,
         times: bool,
-    ) -> Result<(Tensor, Option<Tensor>, Vec<f64>)> {
+    ) -> Result<(Tensor, Vec<Tensor>, Vec<f64>)> {
         let Self { problem, theta, .. } = self;
         let adjoint = adjoint(problem, &*self.field, theta, &self.kept, cotangent, times);
         match adjoint {
             Ok(adjoint) => {
                 let y0 = Packing::pack(&adjoint.y0, problem.state())?;
-                let theta = match adjoint.theta.as_slice() {
-                    [] => None,
-                    grads => Some(Theta::pack_gradients(grads)?),
-                };
-                Ok((y0, theta, adjoint.times))
+                Ok((y0, adjoint.theta, adjoint.times))
             }
             Err(error) if error.is_overflow() && problem.on_overflow == OnOverflow::SkipUpdate => {
-                let nan = |n: usize| nan(&Shape::from(n), problem.state(), cotangent);
-                let parameters = theta.leaves.iter().map(Tensor::elem_count).sum();
+                let nan = |shape: &Shape| nan(shape, problem.state(), cotangent);
+                let parameters = theta.leaves.iter().map(|p| nan(p.shape()));
                 let times = problem.grid.points().iter().map(|_| f64::NAN).collect();
-                Ok((nan(problem.packing.len())?, Some(nan(parameters)?), times))
+                let y0 = nan(&Shape::from(problem.packing.len()))?;
+                Ok((y0, parameters.collect::<Result<_>>()?, times))
             }
             Err(error) => Err(error),
         }
@@ -387,15 +384,18 @@ impl CustomOp3 for Node {
     fn bwd(
         &self,
         y0: &Tensor,
-        theta: &Tensor,
+        token: &Tensor,
         times: &Tensor,
         _: &Tensor,
         cotangent: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (y0_grad, theta_grad, time_grad) = self.gradients(cotangent, times.track_op())?;
+        let (y0_grad, theta_grads, time_grad) = self.gradients(cotangent, times.track_op())?;
         // candle expects a gradient for what it tracks, and stores one for whatever it is given.
         let y0_grad = y0.track_op().then_some(y0_grad);
-        let theta_grad = theta_grad.filter(|_| theta.track_op());
+        let token_grad = token.track_op().then(|| {
+            self.handover.leave(theta_grads);
+            token.detach()
+        });
         let time_grad = match times.track_op() {
             true => {
                 let n = time_grad.len();
@@ -404,7 +404,7 @@ impl CustomOp3 for Node {
             }
             false => None,
         };
-        Ok((y0_grad, theta_grad, time_grad))
+        Ok((y0_grad, token_grad, time_grad))
     }
 }
 

@@ -221,11 +221,8 @@ pub(crate) struct Theta {
 impl Theta {
     /// Parameters that a closure captured.
     pub(crate) fn captured(variables: Vec<Tensor>, state: DType, device: &Device) -> Result<Self> {
-        let named = variables.iter().enumerate();
-        check(
-            named.map(|(i, p)| (format!("{i} of the closure"), p)),
-            device,
-        )?;
+        let name = |i| format!("{i} of the closure");
+        check(variables.iter(), name, device)?;
         let mut theta = Self {
             leaves: variables.clone(),
             masters: variables,
@@ -244,8 +241,8 @@ impl Theta {
         }
     }
 
-    /// All masters as one vector in `dtype`, in candle's graph; `None` without parameters.
-    pub(crate) fn pack(&self, dtype: DType) -> Result<Option<Tensor>> {
+    /// All masters as one vector in `dtype`; `None` without parameters.
+    fn pack(&self, dtype: DType) -> Result<Option<Tensor>> {
         if self.masters.is_empty() {
             return Ok(None);
         }
@@ -257,16 +254,12 @@ impl Theta {
         Ok(Some(Tensor::cat(&flat, 0)?))
     }
 
-    /// Gradients as one vector, in the order of [`pack`](Self::pack).
-    pub(crate) fn pack_gradients(grads: &[Tensor]) -> Result<Tensor> {
-        let flat = grads.iter().map(Tensor::flatten_all);
-        let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&flat, 0)?)
-    }
-
     /// Makes sure that captured parameters still are what the solve read.
     pub(crate) fn check_unchanged(&self, state: DType) -> Result<()> {
-        let (Some(then), Some(now)) = (&self.snapshot, self.pack(state)?) else {
+        let Some(then) = &self.snapshot else {
+            return Ok(());
+        };
+        let Some(now) = self.pack(state)? else {
             return Ok(());
         };
         let changed = then.ne(&now.detach())?.to_dtype(DType::F32)?.sum_all()?;
@@ -278,33 +271,34 @@ impl Theta {
     }
 }
 
-/// Parameters are floating-point, of one dtype, on the state's device.
+/// Parameters are floating-point, of one dtype, on the state's device; by number they have names.
 pub(crate) fn check<'p>(
-    parameters: impl Iterator<Item = (String, &'p Tensor)>,
+    parameters: impl Iterator<Item = &'p Tensor>,
+    name: impl Fn(usize) -> String,
     device: &Device,
 ) -> Result<()> {
     let mut expected = None;
-    for (name, p) in parameters {
+    for (i, p) in parameters.enumerate() {
         if !matches!(
             p.dtype(),
             DType::F16 | DType::BF16 | DType::F32 | DType::F64
         ) {
             return Err(Error::ParameterDtype {
-                name,
+                name: name(i),
                 dtype: p.dtype(),
             });
         }
         let expected = *expected.get_or_insert(p.dtype());
         if p.dtype() != expected {
             return Err(Error::MixedParameters {
-                name,
+                name: name(i),
                 expected,
                 got: p.dtype(),
             });
         }
         if !p.device().same_device(device) {
             return Err(Error::DeviceMismatch {
-                what: format!("parameter {name}"),
+                what: format!("parameter {}", name(i)),
                 expected: device.location(),
                 got: p.device().location(),
             });

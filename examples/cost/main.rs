@@ -56,8 +56,8 @@ impl Solve {
         (4 * 4 * layers * self.batch) as f64
     }
 
-    /// Microseconds of a step, forward and backward: the median of some solves.
-    fn microseconds(self, dtype: Dtype, device: &Device) -> Result<f64> {
+    /// The solve, forward and backward, ready to be run.
+    fn prepared(self, dtype: Dtype, device: &Device) -> Result<Run> {
         let vars = VarMap::new();
         let ode = NeuralOde::from_field(&vars, "f", dtype.state(), device, move |vb| {
             Mlp::new(
@@ -76,18 +76,50 @@ impl Solve {
         let times: Vec<_> = (0..=self.steps)
             .map(|n| n as f64 / self.steps as f64)
             .collect();
-        let once = || -> Result<f64> {
-            let clock = Instant::now();
+        Ok(Box::new(move || {
             let loss = ode.solve(y0.as_tensor(), &times)?.sqr()?.mean_all()?;
             loss.backward()?;
             loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            Ok(clock.elapsed().as_secs_f64() * 1e6 / self.steps as f64)
-        };
-        let first = once()? * self.steps as f64;
-        // A quarter of a second, and three solves at least.
-        let repeats = (0.25e6 / first).clamp(3.0, 200.0) as usize;
-        Ok(median((0..repeats).map(|_| once()).collect::<Result<_>>()?))
+            Ok(())
+        }))
     }
+}
+
+/// One run of a solve.
+type Run = Box<dyn Fn() -> Result<()>>;
+
+/// Seconds that a measurement takes at least, of as many runs as that needs.
+const SPAN: f64 = 0.05;
+
+/// Microseconds of a step for each solve: medians of rounds in which all take their turn, so that what
+/// else the machine does meets all of them.
+fn microseconds(
+    solves: &[Solve],
+    dtype: Dtype,
+    device: &Device,
+    rounds: usize,
+) -> Result<Vec<f64>> {
+    let seconds = |run: &Run, times: usize| -> Result<f64> {
+        let clock = Instant::now();
+        (0..times).try_for_each(|_| run())?;
+        Ok(clock.elapsed().as_secs_f64() / times as f64)
+    };
+    let mut runs = vec![];
+    for solve in solves {
+        let run = solve.prepared(dtype, device)?;
+        run()?;
+        let times = (SPAN / seconds(&run, 1)?).clamp(1.0, 1000.0) as usize;
+        runs.push((run, times, vec![]));
+    }
+    for _ in 0..rounds {
+        for (run, times, measured) in &mut runs {
+            measured.push(seconds(run, *times)?);
+        }
+    }
+    let per_step = |(solve, (_, _, measured)): (&Solve, (_, _, Vec<f64>))| {
+        1e6 * median(measured) / solve.steps as f64
+    };
+    Ok(solves.iter().zip(runs).map(per_step).collect())
 }
 
 /// One quantity that grows.
@@ -153,12 +185,16 @@ fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result<()> {
             .into_iter()
             .enumerate()
         {
-            let mut points = vec![];
-            for &size in &sweep.sizes {
-                let solve = (sweep.solve)(size);
-                let us = solve.microseconds(dtype, device)?;
-                points.push((size as f64, us / (sweep.per)(solve), us));
-            }
+            let solves: Vec<_> = sweep
+                .sizes
+                .iter()
+                .map(|&size| (sweep.solve)(size))
+                .collect();
+            let costs = microseconds(&solves, dtype, device, flags.size().pick(3, 7, 5))?;
+            let of = |((size, solve), us): ((&usize, &Solve), f64)| {
+                (*size as f64, us / (sweep.per)(*solve), us)
+            };
+            let points: Vec<_> = sweep.sizes.iter().zip(&solves).zip(costs).map(of).collect();
             print(&sweep, dtype, &points);
             let figures: Vec<_> = points
                 .iter()

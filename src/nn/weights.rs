@@ -46,8 +46,8 @@ impl<T: Element> Weights<T> {
         Self {
             inputs,
             outputs,
-            forward: Packed::new::<S>(outputs, inputs, |o, i| weight[o * inputs + i]),
-            adjoint: Packed::new::<S>(pulled, outputs, |i, o| weight[o * inputs + i]),
+            forward: Packed::of_rows::<S>(outputs, inputs, weight),
+            adjoint: Packed::of_columns::<S>(pulled, inputs, weight),
         }
     }
 
@@ -107,13 +107,24 @@ impl<T: Element> Weights<T> {
     /// Appends the sums as dW, `[output][input]`.
     pub(super) fn gradient<S: Simd>(&self, sums: &[T::Vector<S>], to: &mut Vec<T>) {
         let sums = scalars::<T, S>(sums);
-        let (across, down) = if self.is_wide::<S>() {
-            (1, padded::<T, S>(self.outputs))
-        } else {
-            (self.inputs, 1)
-        };
-        for o in 0..self.outputs {
-            to.extend((0..self.inputs).map(|i| sums[o * across + i * down]));
+        let size = self.outputs * self.inputs;
+        if !self.is_wide::<S>() {
+            to.extend_from_slice(&sums[..size]);
+            return;
+        }
+        let from = to.len();
+        to.resize(from + size, T::default());
+        let across = padded::<T, S>(self.outputs);
+        // A vector's outputs at a time, so that what is read at once lies together.
+        let blocks = to[from..].chunks_mut(T::lanes::<S>() * self.inputs);
+        for (block, rows) in blocks.enumerate() {
+            let first = block * T::lanes::<S>();
+            for i in 0..self.inputs {
+                let column = &sums[i * across + first..];
+                for (row, x) in rows.chunks_exact_mut(self.inputs).zip(column) {
+                    row[i] = *x;
+                }
+            }
         }
     }
 }

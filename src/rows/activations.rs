@@ -34,12 +34,16 @@ pub(super) struct Selection {
     from: Vec<usize>,
     size: Size,
     low: bool,
+    /// Whether slots are kept as they are, and need not be copied.
+    whole: bool,
 }
 
 /// What there is to keep: of so many rows, those that fill up the last tile too.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Size {
     pub(super) rows: usize,
+    /// Features of a slot.
+    pub(super) features: usize,
     pub(super) stages: usize,
     pub(super) steps: usize,
 }
@@ -59,6 +63,7 @@ impl Selection {
             parts,
             size,
             low: cache.low,
+            whole: false,
         };
         let mut left = cache.bytes;
         for p in order {
@@ -72,7 +77,15 @@ impl Selection {
             selection.from[p] = size.steps - kept;
             left -= kept * step;
         }
+        let features: usize = selection.parts.iter().map(Part::size).sum();
+        let alike = selection.from.iter().all(|&from| from == selection.from[0]);
+        selection.whole = alike && !cache.low && features == size.features;
         selection
+    }
+
+    /// Whether the slots of step n are kept as they are.
+    pub(super) fn has_whole(&self, n: usize) -> bool {
+        self.whole && self.knows(n)
     }
 
     /// Whether the stages of step n are kept.
@@ -91,6 +104,7 @@ impl Selection {
             stages,
             steps,
             rows,
+            ..
         } = self.size;
         let parts = self.parts.iter().zip(&self.from);
         let numbers: usize = parts
@@ -108,7 +122,8 @@ impl Selection {
     }
 }
 
-/// What is kept of the evaluations of one tile, part by part, `[step][stage][feature][row]`.
+/// What is kept of the evaluations of one tile, part by part, `[step][stage][feature][row]`; whole
+/// slots are one part.
 pub(super) struct Kept<T> {
     room: Room,
     /// Where each part begins, in numbers.
@@ -118,10 +133,15 @@ pub(super) struct Kept<T> {
 
 /// Zeroed memory that costs nothing until it is written.
 enum Room {
-    Heap(Vec<u64>),
+    Heap(Vec<Line>),
     /// Large pages where the system has them: faults on small ones cost more than what they hold.
     Pages(MmapMut),
 }
+
+/// Memory that vectors of any unit may begin at.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u64; 8]);
 
 /// Bytes from which on large pages are asked for.
 const LARGE: usize = 2 << 20;
@@ -139,20 +159,20 @@ impl Room {
                 let _ = pages.advise(memmap2::Advice::HugePage);
                 Self::Pages(pages)
             }
-            None => Self::Heap(bytemuck::zeroed_vec(bytes.div_ceil(size_of::<u64>()))),
+            None => Self::Heap(bytemuck::zeroed_vec(bytes.div_ceil(size_of::<Line>()))),
         }
     }
 
     fn numbers<N: Pod>(&self) -> &[N] {
         match self {
-            Self::Heap(words) => bytemuck::cast_slice(words),
+            Self::Heap(lines) => bytemuck::cast_slice(lines),
             Self::Pages(pages) => bytemuck::cast_slice(pages),
         }
     }
 
     fn numbers_mut<N: Pod>(&mut self) -> &mut [N] {
         match self {
-            Self::Heap(words) => bytemuck::cast_slice_mut(words),
+            Self::Heap(lines) => bytemuck::cast_slice_mut(lines),
             Self::Pages(pages) => bytemuck::cast_slice_mut(pages),
         }
     }
@@ -174,7 +194,45 @@ impl<T: Element> Kept<T> {
         }
     }
 
-    /// Keeps what is wanted of an evaluation.
+    /// Where the slot of an evaluation is kept as it is, in vectors.
+    fn place(
+        &self,
+        selection: &Selection,
+        (n, stage): (usize, usize),
+        vectors: usize,
+    ) -> Option<Range<usize>> {
+        let size = selection.size.features * vectors;
+        let evaluation = n.checked_sub(selection.from[0])? * selection.size.stages + stage;
+        selection
+            .whole
+            .then_some(evaluation * size..(evaluation + 1) * size)
+    }
+
+    /// The slot of an evaluation, if it is kept as it is.
+    #[inline(always)]
+    pub(super) fn slot<S: Simd>(
+        &self,
+        selection: &Selection,
+        at: (usize, usize),
+        vectors: usize,
+    ) -> Option<&[T::Vector<S>]> {
+        let place = self.place(selection, at, vectors)?;
+        Some(&self.room.numbers::<T::Vector<S>>()[place])
+    }
+
+    /// The same to write.
+    #[inline(always)]
+    pub(super) fn slot_mut<S: Simd>(
+        &mut self,
+        selection: &Selection,
+        at: (usize, usize),
+        vectors: usize,
+    ) -> Option<&mut [T::Vector<S>]> {
+        let place = self.place(selection, at, vectors)?;
+        Some(&mut self.room.numbers_mut::<T::Vector<S>>()[place])
+    }
+
+    /// Keeps what is wanted of an evaluation, in parts.
     #[inline(always)]
     pub(super) fn save<S: Simd>(
         &mut self,
@@ -263,6 +321,7 @@ mod tests {
     fn selection(bytes: usize, low: bool) -> Selection {
         let size = Size {
             rows: 10,
+            features: 36,
             stages: 4,
             steps: 5,
         };
@@ -282,6 +341,34 @@ mod tests {
     }
 
     #[test]
+    fn slots_are_kept_whole_where_all_of_them_is_kept_of_the_same_steps() {
+        let step = 4 * 10 * 4 * 36;
+        for (bytes, low, whole) in [
+            (usize::MAX, false, [true; 5]),
+            (usize::MAX, true, [false; 5]),
+            (3 * step, false, [false; 5]),
+        ] {
+            let selection = selection(bytes, low);
+            assert_eq!([0, 1, 2, 3, 4].map(|n| selection.has_whole(n)), whole);
+        }
+        // One part that is all there is, of the last three steps.
+        let size = Size {
+            rows: 10,
+            features: 36,
+            stages: 4,
+            steps: 5,
+        };
+        let part = Part {
+            features: [0..20, 20..36],
+            work: 0,
+        };
+        let cache = ActivationCache::within(3 * step);
+        let selection = Selection::new::<f32>(vec![part], cache, size);
+        let whole = [false, false, true, true, true];
+        assert_eq!([0, 1, 2, 3, 4].map(|n| selection.has_whole(n)), whole);
+    }
+
+    #[test]
     fn what_is_kept_stays_within_the_bytes_and_is_of_use() {
         for bytes in (0..60_000).step_by(97) {
             for low in [false, true] {
@@ -297,6 +384,7 @@ mod tests {
         };
         let size = Size {
             rows: 1,
+            features: 520,
             stages: 1,
             steps: 10,
         };

@@ -10,7 +10,7 @@
 use candle_core::{Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
-use super::activations::Selection;
+use super::activations::{Kept, Selection};
 use super::forward::{each_leaf, Tile};
 use super::stepper::{add, combine, is_finite, Stepper};
 use super::tile::{Slot, TileField};
@@ -27,7 +27,7 @@ use crate::time::Step;
 use crate::trajectory::Checkpoint;
 
 /// Evaluations in a window, at least, where its slots are small.
-const WINDOW: usize = 8;
+const WINDOW: usize = 4;
 
 /// Bytes of a slot that may wait in a window; where slots are larger, every evaluation is collected
 /// at once, as long as a part of it is in cache.
@@ -62,16 +62,14 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
         let plan = Plan::new(problem, &self.layout);
         let cotangent = numbers::<T>(cotangent)?;
         let mut y0 = vec![T::default(); problem.packing.len()];
-        let mut gradients = vec![T::default(); self.shapes.iter().map(Shape::elem_count).sum()];
+        let mut gradients = vec![];
         let mut counted = Stats::default();
         let fold = |g: usize, group: Group<T>| {
             let mut tiles = group.y0.as_slice();
             for tile in &self.groups[g] {
                 tiles = self.layout.place(&tile.rows, tiles, &mut y0);
             }
-            for (sum, part) in gradients.iter_mut().zip(&group.gradients) {
-                *sum += *part;
-            }
+            add_up(&mut gradients, group.gradients);
             counted.join(&group.stats);
         };
         let pass = Pass {
@@ -89,17 +87,23 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
         // The forward pass ran on the same unit.
         dispatch(job).ok_or(Error::NothingKept)??;
         stats.add(&counted);
-        if gradients.iter().any(|g| !g.to_f64().is_finite()) {
+        // Without a branch, so that many are looked at at a time.
+        let finite = |all: bool, g: &T| all & g.to_f64().is_finite();
+        if !gradients.iter().fold(true, finite) {
             return Err(Error::NonFiniteParameterGradient);
         }
+        adjoint(problem, (&self.weights, &self.shapes), theta, y0, gradients)
+    }
+}
 
-        adjoint(
-            problem,
-            (&self.weights, &self.shapes),
-            theta,
-            y0,
-            &gradients,
-        )
+/// Adds a group's gradients to the sum, which is empty before the first.
+pub(super) fn add_up<T: Element>(sum: &mut Vec<T>, group: Vec<T>) {
+    if sum.is_empty() {
+        *sum = group;
+        return;
+    }
+    for (sum, part) in sum.iter_mut().zip(group) {
+        *sum += part;
     }
 }
 
@@ -109,21 +113,24 @@ pub(super) fn adjoint<T: Element>(
     (weights, shapes): (&[TensorId], &[Shape]),
     theta: &[Tensor],
     y0: Vec<T>,
-    gradients: &[T],
+    mut gradients: Vec<T>,
 ) -> Result<Adjoint> {
-    let mut by_weight = vec![];
-    let mut rest = gradients;
+    let device = problem.device();
+    // None are there where none were wanted.
+    gradients.resize(shapes.iter().map(Shape::elem_count).sum(), T::default());
+    let count = gradients.len();
+    let all = Tensor::from_vec(gradients, count, device)?;
+    let (mut at, mut by_weight) = (0, vec![]);
     for shape in shapes {
-        let part;
-        (part, rest) = rest.split_at(shape.elem_count());
-        by_weight.push(part);
+        by_weight.push(all.narrow(0, at, shape.elem_count())?.reshape(shape)?);
+        at += shape.elem_count();
     }
     let tensor = |(position, p): (Option<usize>, &Tensor)| match position {
-        Some(i) => Ok(Tensor::from_slice(by_weight[i], p.shape(), p.device())?),
-        None => Ok(Tensor::zeros(p.shape(), T::DTYPE, p.device())?),
+        Some(i) => Ok(by_weight[i].clone()),
+        None => Ok(Tensor::zeros(p.shape(), T::DTYPE, device)?),
     };
     let positions = positions(weights, theta).into_iter().zip(theta);
-    let y0 = Tensor::from_vec(y0, problem.packing.len(), problem.device())?;
+    let y0 = Tensor::from_vec(y0, problem.packing.len(), device)?;
     Ok(Adjoint {
         y0: problem.packing.unpack(&y0)?,
         theta: positions.map(tensor).collect::<Result<_>>()?,
@@ -290,30 +297,36 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
             // Steps that are known need no state, and no replay.
             let mut rewind = None;
             let mut counted = Stats::default();
+            let kept = KeptBy {
+                selection,
+                evaluations,
+            };
             for n in (0..steps).rev() {
                 let step = problem.plan.step(n);
                 let failed = |error| Failure {
                     at: (steps - n, 0),
                     error,
                 };
-                window.begin_step::<F>(s, field);
+                window.begin_step::<F>(s, field, &kept);
                 let slots = window.next_kept();
                 let known = selection.known(n);
                 if known.contains(&false) {
                     counted.recomputed += stepper.stages.len();
                 }
-                if selection.knows(n) {
+                if selection.has_whole(n) {
+                    // They are read where they are.
+                } else if selection.knows(n) {
                     stepper.recall(step, selection, evaluations, &known, slots);
                 } else {
                     let mut replayed = 0;
-                    let mut kept = Stats::default();
+                    let mut states = Stats::default();
                     let replay = |m, y: &_| {
                         replayed += 1;
                         stepper.replay(m, y, &mut slot).map_err(|f| f.error)
                     };
                     let rewind = rewind.get_or_insert_with(|| trajectory.rewind_from(n));
-                    let y = rewind.state(n, replay, &mut kept).map_err(failed)?;
-                    counted.kept(kept.states_kept, kept.bytes_kept);
+                    let y = rewind.state(n, replay, &mut states).map_err(failed)?;
+                    counted.kept(states.states_kept, states.bytes_kept);
                     counted.recomputed += replayed * stepper.stages.len();
                     y.load::<S>(&mut state);
                     stepper.linearize(step, &state, slots);
@@ -324,8 +337,18 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 }
                 for stage in (0..stepper.stages.len()).rev() {
                     let i = stepper.stages[stage];
+                    let at = (i, stage);
                     scaler = pull
-                        .stage::<F, V>(&stepper, step, i, stage, &adj, window, scaler, &mut counted)
+                        .stage::<F, V>(
+                            &stepper,
+                            step,
+                            at,
+                            &adj,
+                            window,
+                            &kept,
+                            scaler,
+                            &mut counted,
+                        )
                         .map_err(failed)?;
                 }
                 scaler = scaler.after_step();
@@ -339,7 +362,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 }
                 window.end_step();
             }
-            window.flush::<F>(s, field);
+            window.flush::<F>(s, field, &kept);
             each_leaf(layout, V, |_, features, range| {
                 let at = y0.len();
                 y0.resize(at + rows.len() * features, T::default());
@@ -417,10 +440,10 @@ impl<T: Element, S: Simd> Pull<T, S> {
         &mut self,
         stepper: &Stepper<'_, T, S, F, V>,
         step: Step,
-        i: usize,
-        at: usize,
+        (i, at): (usize, usize),
         adj: &[T::Vector<S>],
         window: &mut Window<T, S, V>,
+        kept: &KeptBy<'_, T>,
         mut scaler: Scaler,
         stats: &mut Stats,
     ) -> Result<Scaler> {
@@ -435,8 +458,11 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 stats.used_scale(scale);
             }
             attempts += 1;
-            window.scaled_by::<F>(s, stepper.field, scale);
-            let OpenSlot { kept, cotangents } = window.slot(at);
+            window.scaled_by::<F>(s, stepper.field, kept, scale);
+            let OpenSlot {
+                kept: values,
+                cotangents,
+            } = window.slot((step.index, at), kept);
             let v = &mut cotangents[..size];
             // S h v_i, or h Q(S v_i) where compute precision is low.
             let factor = if rounds { scale } else { scale * step.h };
@@ -446,7 +472,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 scale_by::<T, S>(s, v, step.h);
             }
             let w = &mut self.ws[i * size..][..size];
-            stepper.field.vjp::<S, V>(s, kept, cotangents, w);
+            stepper.field.vjp::<S, V>(s, values, cotangents, w);
             if rounds {
                 scale_by::<T, S>(s, w, 1.0 / step.h);
                 stepper.round(w);
@@ -460,7 +486,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 if unscale != 1.0 {
                     scale_by::<T, S>(s, w, unscale);
                 }
-                window.push::<F>(s, stepper.field, at);
+                window.push::<F>(s, stepper.field, (step.index, at), kept);
                 return Ok(scaler);
             }
             scaler = scaler.after(outcome);
@@ -485,6 +511,19 @@ fn scale_by<T: Element, S: Simd>(s: S, x: &mut [T::Vector<S>], c: f64) {
     }
 }
 
+/// What is kept of the evaluations of a tile.
+struct KeptBy<'a, T> {
+    selection: &'a Selection,
+    evaluations: &'a Kept<T>,
+}
+
+/// An evaluation in a window: its slot there, and its step and stage.
+#[derive(Clone, Copy)]
+struct Pending {
+    slot: usize,
+    at: (usize, usize),
+}
+
 /// What was kept of an evaluation, and room for its cotangents.
 struct OpenSlot<'a, X> {
     kept: &'a [X],
@@ -507,13 +546,14 @@ pub(super) struct Window<T: Element, S: Simd, const V: usize> {
     at_once: bool,
     /// First slot of the step at hand.
     base: usize,
-    /// Slots that are full and not yet collected.
-    pending: Vec<usize>,
+    /// What is not yet collected.
+    pending: Vec<Pending>,
     room: Vectors<T, S>,
     /// S times the gradients of the block of windows at hand.
     part: Vectors<T, S>,
     windows: usize,
     scale: f64,
+    /// The sum of the blocks before; empty as long as there is none.
     total: Vectors<T, S>,
 }
 
@@ -551,23 +591,25 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
             part: vectors(sums),
             windows: 0,
             scale: 1.0,
-            total: vectors(sums),
+            total: vectors(0),
         }
     }
 
     /// Forgets everything: another group begins.
     fn clear(&mut self) {
         self.pending.clear();
-        self.part.fill(T::zeros::<S>());
-        self.total.fill(T::zeros::<S>());
+        if self.windows > 0 || !self.total.is_empty() {
+            self.part.fill(T::zeros::<S>());
+            self.total.clear();
+        }
         (self.base, self.windows, self.scale) = (0, 0, 1.0);
     }
 
     /// Makes room for the slots of a step.
     #[inline(always)]
-    fn begin_step<F: TileField<T>>(&mut self, s: S, field: &F) {
+    fn begin_step<F: TileField<T>>(&mut self, s: S, field: &F, kept: &KeptBy<'_, T>) {
         if self.base + self.stages > self.capacity {
-            self.flush(s, field);
+            self.flush(s, field, kept);
             self.base = 0;
         }
     }
@@ -576,21 +618,27 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         &mut self.kept[self.base * self.kept_size..][..self.stages * self.kept_size]
     }
 
-    /// What was kept of the step's stage, and room for its cotangents.
-    fn slot(&mut self, at: usize) -> OpenSlot<'_, T::Vector<S>> {
-        let slot = self.base + at;
+    /// What was kept of a stage of the step, and room for its cotangents.
+    fn slot<'a>(
+        &'a mut self,
+        at: (usize, usize),
+        kept: &'a KeptBy<'_, T>,
+    ) -> OpenSlot<'a, T::Vector<S>> {
+        let slot = self.base + at.1;
         let pair = if self.at_once { 0 } else { slot };
+        let whole = kept.evaluations.slot::<S>(kept.selection, at, V);
         OpenSlot {
-            kept: &self.kept[slot * self.kept_size..][..self.kept_size],
+            kept: whole.unwrap_or(&self.kept[slot * self.kept_size..][..self.kept_size]),
             cotangents: &mut self.cotangents[pair * self.cotangent_size..][..self.cotangent_size],
         }
     }
 
     #[inline(always)]
-    fn push<F: TileField<T>>(&mut self, s: S, field: &F, at: usize) {
-        self.pending.push(self.base + at);
+    fn push<F: TileField<T>>(&mut self, s: S, field: &F, at: (usize, usize), kept: &KeptBy<'_, T>) {
+        let slot = self.base + at.1;
+        self.pending.push(Pending { slot, at });
         if self.at_once {
-            self.flush(s, field);
+            self.flush(s, field, kept);
         }
     }
 
@@ -600,9 +648,9 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
 
     /// From now on, cotangents carry this scale.
     #[inline(always)]
-    fn scaled_by<F: TileField<T>>(&mut self, s: S, field: &F, scale: f64) {
+    fn scaled_by<F: TileField<T>>(&mut self, s: S, field: &F, kept: &KeptBy<'_, T>, scale: f64) {
         if self.scale != scale {
-            self.flush(s, field);
+            self.flush(s, field, kept);
             self.promote(s);
             self.scale = scale;
         }
@@ -610,12 +658,13 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
 
     /// Collects the gradients of what is pending.
     #[inline(always)]
-    fn flush<F: TileField<T>>(&mut self, s: S, field: &F) {
+    fn flush<F: TileField<T>>(&mut self, s: S, field: &F, kept: &KeptBy<'_, T>) {
         if self.differentiate && !self.pending.is_empty() {
-            let slot = |&slot: &usize| {
+            let slot = |&Pending { slot, at }: &Pending| {
                 let pair = if self.at_once { 0 } else { slot };
+                let whole = kept.evaluations.slot::<S>(kept.selection, at, V);
                 Slot {
-                    kept: &self.kept[slot * self.kept_size..][..self.kept_size],
+                    kept: whole.unwrap_or(&self.kept[slot * self.kept_size..][..self.kept_size]),
                     cotangents: &self.cotangents[pair * self.cotangent_size..]
                         [..self.cotangent_size],
                 }
@@ -633,6 +682,12 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     /// Adds the partial sums to the total.
     #[inline(always)]
     fn promote(&mut self, s: S) {
+        if self.windows == 0 {
+            return;
+        }
+        if self.total.is_empty() {
+            self.total = vectors::<T, S>(self.part.len());
+        }
         let unscale = T::splat(s, T::of(1.0 / self.scale));
         for (total, part) in self.total.iter_mut().zip(self.part.iter_mut()) {
             *total = T::mul_add(s, unscale, *part, *total);
@@ -641,14 +696,16 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         self.windows = 0;
     }
 
+    /// The gradients of a group, of which a single block is not copied.
     #[inline(always)]
     fn finish<F: TileField<T>>(&mut self, s: S, field: &F) -> Vec<T> {
-        self.flush(s, field);
-        self.promote(s);
-        if self.differentiate {
-            field.gradients(s, &self.total)
-        } else {
-            vec![]
+        if !self.differentiate {
+            return vec![];
         }
+        if self.total.is_empty() && (self.scale == 1.0 || self.windows == 0) {
+            return field.gradients(s, &self.part);
+        }
+        self.promote(s);
+        field.gradients(s, &self.total)
     }
 }

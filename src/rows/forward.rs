@@ -105,7 +105,8 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
         };
         let rows = self.plan.layout.rows;
         let rows = rows.next_multiple_of(self.plan.batch::<T, S>());
-        let selection = Selection::new::<T>(field.parts(), cache, self.plan.size(rows));
+        let selection =
+            Selection::new::<T>(field.parts(), cache, self.plan.size(rows, field.kept()));
         let groups = self.plan.groups::<T, S>(field.parameters());
         let each = |(): &mut (), group: &Vec<usize>| {
             if T::WIDE && self.plan.is_wide::<T, S>() {

@@ -7,7 +7,7 @@ use candle_core::{Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
 use super::activations::{Kept, Selection};
-use super::backward::{self, Pass, Seed, Sweep, Window};
+use super::backward::{self, add_up, Pass, Seed, Sweep, Window};
 use super::forward::{self, Integrate};
 use super::tile::TileField;
 use super::{
@@ -58,13 +58,7 @@ impl<T: Element> Reversible for Graded<T> {
             let t = problem.grid.points()[0];
             return Err(Error::NonFiniteGradient { step: 0, t });
         }
-        backward::adjoint(
-            problem,
-            (&self.weights, &self.shapes),
-            theta,
-            y0,
-            &gradients,
-        )
+        backward::adjoint(problem, (&self.weights, &self.shapes), theta, y0, gradients)
     }
 }
 
@@ -81,7 +75,7 @@ pub(super) fn run<T: Element, F: RowField>(
     let weights = spec.weights();
     let mut graded = Graded {
         y0: vec![T::default(); y0.len()],
-        gradients: vec![T::default(); weights.iter().map(Tensor::elem_count).sum()],
+        gradients: vec![],
         weights: weights.iter().map(Tensor::id).collect(),
         shapes: weights.iter().map(|w| w.shape().clone()).collect(),
     };
@@ -92,9 +86,7 @@ pub(super) fn run<T: Element, F: RowField>(
         for rows in &group.rows {
             tiles = layout.place(rows, tiles, &mut graded.y0);
         }
-        for (sum, part) in graded.gradients.iter_mut().zip(&group.swept.gradients) {
-            *sum += *part;
-        }
+        add_up(&mut graded.gradients, group.swept.gradients);
         counted.join(&group.swept.stats);
         counted.activation_bytes = counted.activation_bytes.max(group.bytes);
     };
@@ -137,9 +129,7 @@ impl<T: Element> Group<T> {
         self.loss += next.loss;
         self.rows.extend(next.rows);
         self.swept.y0.extend(next.swept.y0);
-        for (sum, part) in self.swept.gradients.iter_mut().zip(next.swept.gradients) {
-            *sum += part;
-        }
+        add_up(&mut self.swept.gradients, next.swept.gradients);
         self.swept.stats.join(&next.swept.stats);
         self
     }
@@ -177,7 +167,7 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
     let groups = plan.groups::<T, S>(field.parameters());
     let rows = V * T::lanes::<S>();
     let cache = ActivationCache::within(KEPT);
-    let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows));
+    let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows, field.kept()));
     // A tile of every thread at a time.
     let alive = groups.len().min(rayon::current_num_threads());
     let bytes = alive * selection.bytes::<T>();

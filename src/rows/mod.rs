@@ -209,10 +209,11 @@ impl<'p> Plan<'p> {
         }
     }
 
-    /// What there is to keep of so many rows.
-    fn size(&self, rows: usize) -> Size {
+    /// What there is to keep of so many rows, in slots of so many features.
+    fn size(&self, rows: usize, features: usize) -> Size {
         Size {
             rows,
+            features,
             stages: self.problem.scheme.evaluations(),
             steps: self.problem.plan.len(),
         }

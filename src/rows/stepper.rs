@@ -71,10 +71,19 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
     ) -> Result<(), Failure> {
         for at in 0..self.stages.len() {
             let i = self.stages[at];
-            self.stage(step, i, y, slot);
-            self.evaluate(step, i, slot);
-            if let Some((selection, kept)) = &mut kept {
-                kept.save::<S>(selection, (step.index, at), slot, V);
+            let place = match &mut kept {
+                Some((selection, kept)) => kept.slot_mut::<S>(selection, (step.index, at), V),
+                None => None,
+            };
+            if let Some(place) = place {
+                self.stage(step, i, y, place);
+                self.evaluate(step, i, place);
+            } else {
+                self.stage(step, i, y, slot);
+                self.evaluate(step, i, slot);
+                if let Some((selection, kept)) = &mut kept {
+                    kept.save::<S>(selection, (step.index, at), slot, V);
+                }
             }
             let k = &self.ks[i * self.size..][..self.size];
             if !is_finite::<T, S>(self.s, k) {

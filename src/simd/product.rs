@@ -59,6 +59,53 @@ impl<T: Element> Packed<T> {
             data,
         }
     }
+
+    /// Packs a matrix, `[row][column]`.
+    pub(crate) fn of_rows<S: Simd>(rows: usize, columns: usize, matrix: &[T]) -> Self {
+        Self::by_block::<S>(rows, columns, |first, height, block| {
+            let matrix = matrix[first * columns..].chunks_exact(columns);
+            for (r, row) in matrix.take(height).enumerate() {
+                for (column, x) in block.chunks_exact_mut(height).zip(row) {
+                    column[r] = *x;
+                }
+            }
+        })
+    }
+
+    /// Packs the first `rows` rows of a matrix given as `[column][row]`, of so many rows in all.
+    pub(crate) fn of_columns<S: Simd>(rows: usize, all: usize, matrix: &[T]) -> Self {
+        let columns = matrix.len().checked_div(all).unwrap_or(0);
+        Self::by_block::<S>(rows, columns, |first, height, block| {
+            let matrix = matrix.chunks_exact(all);
+            for (column, from) in block.chunks_exact_mut(height).zip(matrix) {
+                for (x, from) in column.iter_mut().zip(&from[first..]) {
+                    *x = *from;
+                }
+            }
+        })
+    }
+
+    /// Packs a matrix block by block: first row, height, and the place of it.
+    fn by_block<S: Simd>(
+        rows: usize,
+        columns: usize,
+        mut fill: impl FnMut(usize, usize, &mut [T]),
+    ) -> Self {
+        let mut data = vec![T::default(); rows * columns];
+        let (mut first, mut rest) = (0, data.as_mut_slice());
+        while first < rows && columns > 0 {
+            let height = block(rows - first, largest_block::<S>());
+            let place;
+            (place, rest) = rest.split_at_mut(height * columns);
+            fill(first, height, place);
+            first += height;
+        }
+        Self {
+            rows,
+            columns,
+            data,
+        }
+    }
 }
 
 /// `out = W x + start`, start by row (a bias) or zero.
