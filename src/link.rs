@@ -1,18 +1,18 @@
 //! The parameters of a solve in candle's graph.
 //!
-//! An op of candle takes three tensors at most, so θ hangs on a chain of ops, each of which takes one
-//! parameter and gives a token, a tensor of one element, to the next:
+//! An op of candle takes three tensors at most, so θ hangs on a chain of ops, each of which takes two
+//! parameters and gives a token, a tensor of one element, to the next:
 //!
-//! token_0 → link(θ_1) → link(θ_2) → … → solve(y0, token, t).
+//! token_0 → link(θ_1, θ_2) → link(θ_3, θ_4) → … → solve(y0, token, t).
 //!
-//! Backward, the solve leaves θ̄ with the chain and each link hands its own parameter's gradient on.
+//! Backward, the solve leaves θ̄ with the chain and each link hands its own parameters' gradients on.
 //! No parameter is copied, as it would be to bring all of them into one tensor.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Shape, Tensor};
 
 use crate::error::Result;
 
@@ -66,31 +66,49 @@ pub(crate) fn chain(
 ) -> Result<(Tensor, Handover)> {
     let handover = Handover::default();
     let mut token = Tensor::zeros(1, dtype, device)?;
-    for (index, parameter) in parameters.iter().enumerate() {
+    for (number, pair) in parameters.chunks(2).enumerate() {
         let link = Link {
-            index,
+            first: 2 * number,
             handover: handover.clone(),
         };
-        token = token.apply_op2(parameter, link)?;
+        let nothing = token.detach();
+        let second = pair.get(1).unwrap_or(&nothing);
+        token = token.apply_op3(&pair[0], second, link)?;
     }
     Ok((token, handover))
 }
 
-/// One parameter of the chain.
+/// Two parameters of the chain, or the last one and nothing.
 struct Link {
-    index: usize,
+    /// Number of the first.
+    first: usize,
     handover: Handover,
 }
 
-impl CustomOp2 for Link {
+impl Link {
+    /// The gradient of a parameter; `None` of nothing.
+    fn gradient(&self, number: usize, of: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        if !of.track_op() {
+            return Ok(None);
+        }
+        match self.handover.take(number) {
+            Some(gradient) => gradient.to_dtype(of.dtype()).map(Some),
+            None => candle_core::bail!("a parameter of a solve was asked for its gradient twice"),
+        }
+    }
+}
+
+impl CustomOp3 for Link {
     fn name(&self) -> &'static str {
-        "odeint-parameter"
+        "odeint-parameters"
     }
 
     fn cpu_fwd(
         &self,
         token: &CpuStorage,
         layout: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
@@ -103,6 +121,8 @@ impl CustomOp2 for Link {
         layout: &Layout,
         _: &CudaStorage,
         _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
         Ok((token.try_clone(layout)?, layout.shape().clone()))
     }
@@ -110,15 +130,16 @@ impl CustomOp2 for Link {
     fn bwd(
         &self,
         token: &Tensor,
-        parameter: &Tensor,
+        one: &Tensor,
+        two: &Tensor,
         _: &Tensor,
         gradient: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let Some(own) = self.handover.take(self.index) else {
-            candle_core::bail!("a parameter of a solve was asked for its gradient twice");
-        };
-        let own = own.to_dtype(parameter.dtype())?;
-        Ok((token.track_op().then(|| gradient.clone()), Some(own)))
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        Ok((
+            token.track_op().then(|| gradient.clone()),
+            self.gradient(self.first, one)?,
+            self.gradient(self.first + 1, two)?,
+        ))
     }
 }
 
@@ -128,10 +149,10 @@ mod tests {
 
     use super::*;
 
-    /// What two parameters are handed where a solve leaves c and 2c.
+    /// What three parameters are handed where a solve leaves c, 2c and 3c.
     fn pulled(token: &Tensor, handover: &Handover, parameters: &[Var], c: f32) -> Vec<f32> {
         let leave = |c: f32| Tensor::new(c, &Device::Cpu).unwrap();
-        handover.leave(vec![leave(c), leave(2.0 * c)]);
+        handover.leave(vec![leave(c), leave(2.0 * c), leave(3.0 * c)]);
         let grads = token.sum_all().unwrap().backward().unwrap();
         let of = |p: &Var| grads.get(p).unwrap().to_scalar().unwrap();
         parameters.iter().map(of).collect()
@@ -139,7 +160,7 @@ mod tests {
 
     #[test]
     fn every_parameter_is_handed_its_own_gradient_in_every_thread() {
-        let parameters = [0f32, 1.0].map(|x| Var::new(x, &Device::Cpu).unwrap());
+        let parameters = [0f32, 1.0, 2.0].map(|x| Var::new(x, &Device::Cpu).unwrap());
         let tensors: Vec<_> = parameters.iter().map(|p| p.as_tensor().clone()).collect();
         let (token, handover) = chain(&tensors, DType::F32, &Device::Cpu).unwrap();
         thread::scope(|scope| {
@@ -148,7 +169,8 @@ mod tests {
                 scope.spawn(move || {
                     for i in 0..200 {
                         let c = (1000 * c + i) as f32;
-                        assert_eq!(pulled(token, handover, parameters, c), [c, 2.0 * c]);
+                        let handed = pulled(token, handover, parameters, c);
+                        assert_eq!(handed, [c, 2.0 * c, 3.0 * c]);
                     }
                 });
             }
