@@ -3,11 +3,10 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use bytemuck::Pod;
 use half::bf16;
-use memmap2::MmapMut;
 use pulp::Simd;
 
+use super::room::Room;
 use crate::problem::ActivationCache;
 use crate::simd::{scalars, scalars_mut, Element};
 
@@ -129,53 +128,6 @@ pub(super) struct Kept<T> {
     /// Where each part begins, in numbers.
     starts: Vec<usize>,
     number: PhantomData<T>,
-}
-
-/// Zeroed memory that costs nothing until it is written.
-enum Room {
-    Heap(Vec<Line>),
-    /// Large pages where the system has them: faults on small ones cost more than what they hold.
-    Pages(MmapMut),
-}
-
-/// Memory that vectors of any unit may begin at.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u64; 8]);
-
-/// Bytes from which on large pages are asked for.
-const LARGE: usize = 2 << 20;
-
-impl Room {
-    fn new(bytes: usize) -> Self {
-        let pages = match bytes {
-            LARGE.. => MmapMut::map_anon(bytes).ok(),
-            _ => None,
-        };
-        match pages {
-            Some(pages) => {
-                // A wish: small pages hold the same.
-                #[cfg(target_os = "linux")]
-                let _ = pages.advise(memmap2::Advice::HugePage);
-                Self::Pages(pages)
-            }
-            None => Self::Heap(bytemuck::zeroed_vec(bytes.div_ceil(size_of::<Line>()))),
-        }
-    }
-
-    fn numbers<N: Pod>(&self) -> &[N] {
-        match self {
-            Self::Heap(lines) => bytemuck::cast_slice(lines),
-            Self::Pages(pages) => bytemuck::cast_slice(pages),
-        }
-    }
-
-    fn numbers_mut<N: Pod>(&mut self) -> &mut [N] {
-        match self {
-            Self::Heap(lines) => bytemuck::cast_slice_mut(lines),
-            Self::Pages(pages) => bytemuck::cast_slice_mut(pages),
-        }
-    }
 }
 
 impl<T: Element> Kept<T> {

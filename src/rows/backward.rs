@@ -12,6 +12,7 @@ use pulp::{Simd, WithSimd};
 
 use super::activations::{Kept, Selection};
 use super::forward::{each_leaf, Tile};
+use super::room::Room;
 use super::stepper::{add, combine, is_finite, Stepper};
 use super::tile::{Slot, TileField};
 use super::{dispatch, numbers, on_all_threads, positions, Failure, Layout, Plan, Reversible};
@@ -537,8 +538,8 @@ pub(super) struct Window<T: Element, S: Simd, const V: usize> {
     /// Vectors of a slot.
     kept_size: usize,
     cotangent_size: usize,
-    kept: Vectors<T, S>,
-    cotangents: Vectors<T, S>,
+    kept: Room,
+    cotangents: Room,
     /// Slots of this step, and how many there are in all.
     stages: usize,
     capacity: usize,
@@ -550,11 +551,11 @@ pub(super) struct Window<T: Element, S: Simd, const V: usize> {
     pending: Vec<Pending>,
     room: Vectors<T, S>,
     /// S times the gradients of the block of windows at hand.
-    part: Vectors<T, S>,
+    part: Room,
     windows: usize,
     scale: f64,
-    /// The sum of the blocks before; empty as long as there is none.
-    total: Vectors<T, S>,
+    /// The sum of the blocks before, once there is one.
+    total: Option<Room>,
 }
 
 impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
@@ -570,38 +571,38 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         let several = WINDOW.div_ceil(stages.max(1)).min(steps.max(1));
         let capacity = if at_once { 1 } else { several } * stages;
         let pairs = if at_once { 1 } else { capacity };
-        let vectors = vectors::<T, S>;
+        let memory = |vectors| Room::new(vectors * size_of::<T::Vector<S>>());
         let sums = if differentiate { field.sums::<S>() } else { 0 };
         Self {
             differentiate,
             kept_size: kept,
             cotangent_size: cotangents,
-            kept: vectors(capacity * kept),
-            cotangents: vectors(pairs * cotangents),
+            kept: memory(capacity * kept),
+            cotangents: memory(pairs * cotangents),
             stages,
             capacity,
             at_once,
             base: 0,
             pending: Vec::with_capacity(capacity),
-            room: vectors(if differentiate {
+            room: vectors::<T, S>(if differentiate {
                 field.room::<S, V>(pairs)
             } else {
                 0
             }),
-            part: vectors(sums),
+            part: memory(sums),
             windows: 0,
             scale: 1.0,
-            total: vectors(0),
+            total: None,
         }
     }
 
     /// Forgets everything: another group begins.
     fn clear(&mut self) {
         self.pending.clear();
-        if self.windows > 0 || !self.total.is_empty() {
-            self.part.fill(T::zeros::<S>());
-            self.total.clear();
+        if self.windows > 0 {
+            self.part.numbers_mut().fill(T::zeros::<S>());
         }
+        self.total = None;
         (self.base, self.windows, self.scale) = (0, 0, 1.0);
     }
 
@@ -615,7 +616,8 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     }
 
     fn next_kept(&mut self) -> &mut [T::Vector<S>] {
-        &mut self.kept[self.base * self.kept_size..][..self.stages * self.kept_size]
+        let slots = self.base * self.kept_size..(self.base + self.stages) * self.kept_size;
+        &mut self.kept.numbers_mut()[slots]
     }
 
     /// What was kept of a stage of the step, and room for its cotangents.
@@ -628,8 +630,10 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         let pair = if self.at_once { 0 } else { slot };
         let whole = kept.evaluations.slot::<S>(kept.selection, at, V);
         OpenSlot {
-            kept: whole.unwrap_or(&self.kept[slot * self.kept_size..][..self.kept_size]),
-            cotangents: &mut self.cotangents[pair * self.cotangent_size..][..self.cotangent_size],
+            kept: whole
+                .unwrap_or_else(|| &self.kept.numbers()[slot * self.kept_size..][..self.kept_size]),
+            cotangents: &mut self.cotangents.numbers_mut()[pair * self.cotangent_size..]
+                [..self.cotangent_size],
         }
     }
 
@@ -664,13 +668,15 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
                 let pair = if self.at_once { 0 } else { slot };
                 let whole = kept.evaluations.slot::<S>(kept.selection, at, V);
                 Slot {
-                    kept: whole.unwrap_or(&self.kept[slot * self.kept_size..][..self.kept_size]),
-                    cotangents: &self.cotangents[pair * self.cotangent_size..]
+                    kept: whole.unwrap_or_else(|| {
+                        &self.kept.numbers()[slot * self.kept_size..][..self.kept_size]
+                    }),
+                    cotangents: &self.cotangents.numbers()[pair * self.cotangent_size..]
                         [..self.cotangent_size],
                 }
             };
             let slots: Vec<_> = self.pending.iter().map(slot).collect();
-            field.accumulate::<S, V>(s, &slots, &mut self.room, &mut self.part);
+            field.accumulate::<S, V>(s, &slots, &mut self.room, self.part.numbers_mut());
             self.windows += 1;
         }
         self.pending.clear();
@@ -685,11 +691,12 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         if self.windows == 0 {
             return;
         }
-        if self.total.is_empty() {
-            self.total = vectors::<T, S>(self.part.len());
-        }
+        let part = self.part.numbers_mut::<T::Vector<S>>();
+        let total = self
+            .total
+            .get_or_insert_with(|| Room::new(size_of_val(part)));
         let unscale = T::splat(s, T::of(1.0 / self.scale));
-        for (total, part) in self.total.iter_mut().zip(self.part.iter_mut()) {
+        for (total, part) in total.numbers_mut().iter_mut().zip(part) {
             *total = T::mul_add(s, unscale, *part, *total);
             *part = T::zeros::<S>();
         }
@@ -702,10 +709,10 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         if !self.differentiate {
             return vec![];
         }
-        if self.total.is_empty() && (self.scale == 1.0 || self.windows == 0) {
-            return field.gradients(s, &self.part);
+        if self.scale != 1.0 || self.total.is_some() {
+            self.promote(s);
         }
-        self.promote(s);
-        field.gradients(s, &self.total)
+        let sums = self.total.as_ref().unwrap_or(&self.part);
+        field.gradients(s, sums.numbers())
     }
 }

@@ -11,6 +11,7 @@ mod activations;
 mod backward;
 mod forward;
 mod graded;
+mod room;
 mod stepper;
 mod tile;
 

@@ -1,0 +1,53 @@
+//! Memory that goes back to the system when it is free: in an allocator's heap of a thread it would leave
+//! holes between what other passes leave there.
+
+use bytemuck::Pod;
+use memmap2::MmapMut;
+
+/// Zeroed memory that costs nothing until it is written.
+pub(super) enum Room {
+    Heap(Vec<Line>),
+    /// Large pages where the system has them: faults on small ones cost more than what they hold.
+    Pages(MmapMut),
+}
+
+/// Memory that vectors of any unit may begin at.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+pub(super) struct Line([u64; 8]);
+
+/// Bytes from which on pages are asked for: what is less, the allocator has at hand.
+const LARGE: usize = 1 << 20;
+
+impl Room {
+    /// So many bytes, or some more.
+    pub(super) fn new(bytes: usize) -> Self {
+        let pages = match bytes {
+            LARGE.. => MmapMut::map_anon(bytes).ok(),
+            _ => None,
+        };
+        match pages {
+            Some(pages) => {
+                // A wish: small pages hold the same.
+                #[cfg(target_os = "linux")]
+                let _ = pages.advise(memmap2::Advice::HugePage);
+                Self::Pages(pages)
+            }
+            None => Self::Heap(bytemuck::zeroed_vec(bytes.div_ceil(size_of::<Line>()))),
+        }
+    }
+
+    pub(super) fn numbers<N: Pod>(&self) -> &[N] {
+        match self {
+            Self::Heap(lines) => bytemuck::cast_slice(lines),
+            Self::Pages(pages) => bytemuck::cast_slice(pages),
+        }
+    }
+
+    pub(super) fn numbers_mut<N: Pod>(&mut self) -> &mut [N] {
+        match self {
+            Self::Heap(lines) => bytemuck::cast_slice_mut(lines),
+            Self::Pages(pages) => bytemuck::cast_slice_mut(pages),
+        }
+    }
+}
