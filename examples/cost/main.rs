@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release --example cost` (two minutes; `--smoke`: seconds).  A tanh network d-w-w-d with
 //! RK4, forward and backward, on the CPU: microseconds for a step, for a row of the batch in a step, and
-//! for a product of numbers.  `--full` goes to 10⁵ steps.
+//! for a product of numbers.  `--full` goes to 10⁵ steps
+//! (minutes), `--sweep steps` does only that.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -29,6 +30,9 @@ use crate::common::{median, Result};
 struct Args {
     #[command(flatten)]
     flags: Flags,
+    /// Only what grows so; everything by default.
+    #[arg(long, value_parser = ["steps", "batch", "width"])]
+    sweep: Option<String>,
 }
 
 /// One solve.
@@ -172,13 +176,15 @@ fn sweeps(flags: &Flags) -> [Sweep; 3] {
 fn main() -> ExitCode {
     let args = Args::parse();
     report::run("cost", &args.flags, |device, report| {
-        run(&args.flags, device, report)
+        run(&args, device, report)
     })
 }
 
-fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result<()> {
+fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    let flags = &args.flags;
     let mut panels = vec![];
-    for sweep in sweeps(flags) {
+    let wanted = |sweep: &Sweep| args.sweep.as_ref().is_none_or(|name| name == sweep.name);
+    for sweep in sweeps(flags).into_iter().filter(wanted) {
         let (mut curves, mut most) = (vec![], 0.0f64);
         for (i, dtype) in flags
             .precisions(&[Dtype::F32, Dtype::Bf16])
@@ -190,7 +196,7 @@ fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result<()> {
                 .iter()
                 .map(|&size| (sweep.solve)(size))
                 .collect();
-            let costs = microseconds(&solves, dtype, device, flags.size().pick(3, 7, 5))?;
+            let costs = microseconds(&solves, dtype, device, flags.size().pick(3, 7, 3))?;
             let of = |((size, solve), us): ((&usize, &Solve), f64)| {
                 (*size as f64, us / (sweep.per)(*solve), us)
             };
@@ -225,8 +231,9 @@ fn print(sweep: &Sweep, dtype: Dtype, points: &[(f64, f64, f64)]) {
 }
 
 fn draw(path: &std::path::Path, panels: Vec<Panel>) -> Result<()> {
-    chart::picture(path, (1260, 420), |area| {
-        let mut areas = area.split_evenly((1, 3)).into_iter().zip(panels);
+    let columns = panels.len();
+    chart::picture(path, (420 * columns as u32, 420), |area| {
+        let mut areas = area.split_evenly((1, columns)).into_iter().zip(panels);
         areas.try_for_each(|(area, panel)| panel.draw(&area))
     })
 }
