@@ -8,7 +8,7 @@ use candle_diffeq::Precision;
 use rand::rngs::StdRng;
 
 use crate::common::{random, Result};
-use crate::pass::Pass;
+use crate::pass::{Pass, OURS};
 use crate::workload::Workload;
 
 /// A field by kind and widths, rows, pixels along an image's edge, and steps.
@@ -65,13 +65,13 @@ pub(crate) const CELLS: [Cell; 9] = [
 /// Every kind of field, small; perceptrons that go in one launch, and that do not.
 pub(crate) const SMOKE: [Cell; 5] = [
     cell("thin", "mlp", &[2, 8, 2], 40, 2),
-    cell("wide", "mlp", &[3, 130, 3], 5, 2),
+    cell("wide", "mlp", &[3, 130, 3], 5, 6),
     Cell {
         image: Some(5),
         ..cell("conv", "conv", &[2, 3, 2], 2, 2)
     },
     cell("cnf", "cnf", &[2, 8, 8, 2], 6, 2),
-    cell("hyper", "hyper", &[1, 4, 4, 35], 6, 2),
+    cell("hyper", "hyper", &[1, 4, 4, 35], 6, 6),
 ];
 
 impl Cell {
@@ -80,7 +80,7 @@ impl Cell {
         let mut tensors = self.tensors(device)?;
         let build = |tensors| Workload::new(self.name, self.kind, self.method, tensors, device);
         let plain = build(tensors.clone())?;
-        let pass = Pass::new(&plain, Precision::f64(), true)?;
+        let pass = Pass::new(&plain, Precision::f64(), OURS)?;
         let loss = pass.loss()?;
         tensors.extend(plain.gradients(&pass.vars, &pass.y0.var, &loss.backward()?)?);
         tensors.insert("loss".to_owned(), loss.detach());

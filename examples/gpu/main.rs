@@ -37,7 +37,7 @@ use crate::common::dtype::Dtype;
 use crate::common::environment::Environment;
 use crate::common::table::{sci, Table};
 use crate::common::{use_every_core, Result};
-use crate::pass::{products, Pass, Patience};
+use crate::pass::{products, Pass, Patience, GRAPHS, OURS, UNFUSED};
 use crate::pool::Pool;
 use crate::workload::Workload;
 
@@ -55,6 +55,9 @@ struct Args {
     /// Measures small perceptrons step by step, too.
     #[arg(long)]
     unfused: bool,
+    /// Measures everything else with CUDA graphs, too.
+    #[arg(long)]
+    graphs: bool,
     /// Trains the first of the cells for so many iterations, in place of timing.
     #[arg(long)]
     training: Option<usize>,
@@ -158,9 +161,14 @@ fn own(args: &Args) -> impl Iterator<Item = &'static Cell> + '_ {
 fn cells(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let mut measure = |workload: &Workload| -> Result<()> {
         for dtype in &args.precision {
-            for fusion in [true, false] {
-                let figures = Pass::new(workload, dtype.precision(), fusion).and_then(|pass| {
-                    let wanted = fusion || (args.unfused && pass.goes_in_one_launch()?);
+            for way in [OURS, UNFUSED, GRAPHS] {
+                let figures = Pass::new(workload, dtype.precision(), way).and_then(|pass| {
+                    let in_one = pass.goes_in_one_launch()?;
+                    let wanted = match (way.fusion, way.graphs) {
+                        (false, _) => args.unfused && in_one,
+                        (_, true) => args.graphs && !in_one && device.is_cuda(),
+                        _ => true,
+                    };
                     let measured = wanted.then(|| pass.measure(args.patience()));
                     measured.transpose()
                 });
@@ -170,7 +178,7 @@ fn cells(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
                     Err(error) => (json!({ "error": error.to_string() }), false),
                 };
                 line["workload"] = json!(workload.name);
-                line["library"] = json!(if fusion { "ours" } else { "ours unfused" });
+                line["library"] = json!(way.name);
                 report.add(line, *dtype, good)?;
             }
         }

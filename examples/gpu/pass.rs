@@ -23,6 +23,31 @@ pub(crate) struct Pass<'a> {
     device: Device,
 }
 
+/// How a problem is solved.
+#[derive(Clone, Copy)]
+pub(crate) struct Way {
+    pub(crate) name: &'static str,
+    pub(crate) fusion: bool,
+    pub(crate) graphs: bool,
+}
+
+/// As it is by default, and what else there is.
+pub(crate) const OURS: Way = Way {
+    name: "ours",
+    fusion: true,
+    graphs: false,
+};
+pub(crate) const UNFUSED: Way = Way {
+    name: "ours unfused",
+    fusion: false,
+    ..OURS
+};
+pub(crate) const GRAPHS: Way = Way {
+    name: "ours graphs",
+    graphs: true,
+    ..OURS
+};
+
 /// How long a figure may take.
 #[derive(Clone, Copy)]
 pub(crate) struct Patience {
@@ -35,7 +60,7 @@ pub(crate) struct Patience {
 impl<'a> Pass<'a> {
     /// The log-density of a flow is summed in state precision; the trajectory is kept in compute
     /// precision.
-    pub(crate) fn new(workload: &'a Workload, precision: Precision, fusion: bool) -> Result<Self> {
+    pub(crate) fn new(workload: &'a Workload, precision: Precision, way: Way) -> Result<Self> {
         let (vars, recorder) = (VarMap::new(), Recorder::default());
         workload.fill(&vars, precision.state)?;
         let precision = precision.store(precision.compute);
@@ -47,7 +72,8 @@ impl<'a> Pass<'a> {
                 false => vec![],
             },
             output: Output::Final,
-            fusion,
+            fusion: way.fusion,
+            graphs: way.graphs,
             recorder: Some(recorder.clone()),
             ..Default::default()
         };
@@ -101,6 +127,7 @@ impl<'a> Pass<'a> {
             "peak_mb": self.peak()?,
             "err_loss": loss, "err_grad_w": weights, "err_grad_y0": y0,
             "reads_fwd": forward_reads, "reads_bwd": stats.host_reads, "retries": stats.retries,
+            "replayed": stats.replayed, "not_replayed": stats.not_replayed.map(|why| why.to_string()),
         }))
     }
 

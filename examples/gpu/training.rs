@@ -6,7 +6,7 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use serde_json::{json, Value};
 
 use crate::common::Result;
-use crate::pass::Pass;
+use crate::pass::{Pass, OURS};
 use crate::pool::{Bytes, Pool};
 use crate::workload::Workload;
 
@@ -22,7 +22,7 @@ pub(crate) fn memory(
     device: &Device,
 ) -> Result<Value> {
     let pool = Pool::of(device)?.ok_or("--training: the memory of a GPU is looked at")?;
-    let pass = Pass::new(workload, precision, true)?;
+    let pass = Pass::new(workload, precision, OURS)?;
     let mut optimiser = AdamW::new(pass.vars.all_vars(), ParamsAdamW::default())?;
     pool.forget_peak()?;
     let mut seen = vec![];

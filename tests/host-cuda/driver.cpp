@@ -159,6 +159,7 @@ struct Function {
 constexpr size_t GUARD = 256;
 std::map<char *, size_t> allocations;
 uint64_t used = 0, most_used = 0;
+uint64_t used_by_graphs = 0, most_used_by_graphs = 0;
 std::vector<char> shared_room;
 std::recursive_mutex driver;
 using Lock = std::lock_guard<std::recursive_mutex>;
@@ -235,6 +236,7 @@ struct Graph {
         for (char *at : memory) {
             // What the graph does not free itself stays known, so that freeing it is an error and no crash.
             if (owned[at].live || !owned[at].freed_inside) continue;
+            used_by_graphs -= owned[at].bytes;
             owned.erase(at);
             std::free(at - GUARD);
         }
@@ -309,6 +311,8 @@ int allocate_on(uint64_t *p, size_t bytes, void *stream) {
     // Graphs have a pool of their own.
     allocations.erase(at);
     used -= bytes;
+    used_by_graphs += bytes;
+    most_used_by_graphs = std::max(most_used_by_graphs, used_by_graphs);
     owned[at] = {bytes, false, false};
     capture->graph->memory.push_back(at);
     return submit(stream, {ALLOC_NODE, [=] {
@@ -453,6 +457,17 @@ API cuMemPoolGetAttribute(void *, int attribute, void *value) {
     case 8: *static_cast<uint64_t *>(value) = most_used; return SUCCESS;
     default: return INVALID_VALUE;
     }
+}
+// As if graphs held their memory from the capture on.
+API cuDeviceGetGraphMemAttribute(int, int attribute, void *value) {
+    Lock lock(driver);
+    *static_cast<uint64_t *>(value) = attribute % 2 == 0 ? used_by_graphs : most_used_by_graphs;
+    return SUCCESS;
+}
+API cuDeviceSetGraphMemAttribute(int, int, void *) {
+    Lock lock(driver);
+    most_used_by_graphs = used_by_graphs;
+    return SUCCESS;
 }
 API cuGetErrorName(int, const char **text) { *text = "an error of the host's driver"; return SUCCESS; }
 API cuGetErrorString(int, const char **text) { *text = "an error of the host's driver"; return SUCCESS; }
