@@ -97,20 +97,15 @@ const SPAN: f64 = 0.05;
 
 /// Microseconds of a step for each solve: medians of rounds in which all take their turn, so that what
 /// else the machine does meets all of them.
-fn microseconds(
-    solves: &[Solve],
-    dtype: Dtype,
-    device: &Device,
-    rounds: usize,
-) -> Result<Vec<f64>> {
+fn microseconds(solves: &[(Dtype, Solve)], device: &Device, rounds: usize) -> Result<Vec<f64>> {
     let seconds = |run: &Run, times: usize| -> Result<f64> {
         let clock = Instant::now();
         (0..times).try_for_each(|_| run())?;
         Ok(clock.elapsed().as_secs_f64() / times as f64)
     };
     let mut runs = vec![];
-    for solve in solves {
-        let run = solve.prepared(dtype, device)?;
+    for (dtype, solve) in solves {
+        let run = solve.prepared(*dtype, device)?;
         run()?;
         let times = (SPAN / seconds(&run, 1)?).clamp(1.0, 1000.0) as usize;
         runs.push((run, times, vec![]));
@@ -120,7 +115,7 @@ fn microseconds(
             measured.push(seconds(run, *times)?);
         }
     }
-    let per_step = |(solve, (_, _, measured)): (&Solve, (_, _, Vec<f64>))| {
+    let per_step = |((_, solve), (_, _, measured)): (&(Dtype, Solve), (_, _, Vec<f64>))| {
         1e6 * median(measured) / solve.steps as f64
     };
     Ok(solves.iter().zip(runs).map(per_step).collect())
@@ -186,21 +181,22 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let wanted = |sweep: &Sweep| args.sweep.as_ref().is_none_or(|name| name == sweep.name);
     for sweep in sweeps(flags).into_iter().filter(wanted) {
         let (mut curves, mut most) = (vec![], 0.0f64);
-        for (i, dtype) in flags
-            .precisions(&[Dtype::F32, Dtype::Bf16])
+        let dtypes = flags.precisions(&[Dtype::F32, Dtype::Bf16]);
+        let solves: Vec<_> = dtypes
+            .iter()
+            .flat_map(|&dtype| sweep.sizes.iter().map(move |&size| (dtype, size)))
+            .map(|(dtype, size)| (dtype, (sweep.solve)(size)))
+            .collect();
+        let costs = microseconds(&solves, device, flags.size().pick(3, 7, 3))?;
+        for (i, (dtype, costs)) in dtypes
             .into_iter()
+            .zip(costs.chunks(sweep.sizes.len()))
             .enumerate()
         {
-            let solves: Vec<_> = sweep
-                .sizes
-                .iter()
-                .map(|&size| (sweep.solve)(size))
-                .collect();
-            let costs = microseconds(&solves, dtype, device, flags.size().pick(3, 7, 3))?;
-            let of = |((size, solve), us): ((&usize, &Solve), f64)| {
-                (*size as f64, us / (sweep.per)(*solve), us)
+            let of = |(&size, &us): (&usize, &f64)| {
+                (size as f64, us / (sweep.per)((sweep.solve)(size)), us)
             };
-            let points: Vec<_> = sweep.sizes.iter().zip(&solves).zip(costs).map(of).collect();
+            let points: Vec<_> = sweep.sizes.iter().zip(costs).map(of).collect();
             print(&sweep, dtype, &points);
             let figures: Vec<_> = points
                 .iter()
