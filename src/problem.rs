@@ -128,7 +128,7 @@ pub struct OdeOptions {
     /// backward, to the same bits.  Default: no.  Without effect on other devices, and where the whole
     /// solve is one launch.
     ///
-    /// The field's own code runs in two steps of a pass only, so it must do the same in every step: read
+    /// The field's own code runs in the first steps of a pass only, so it must do the same in every step: read
     /// time by [`Time::tensor`](crate::Time::tensor), and keep nothing of an evaluation.  Where a step
     /// cannot be captured it is launched operation by operation: [`Stats::replayed`](crate::Stats::replayed)
     /// counts, [`Stats::not_replayed`](crate::Stats::not_replayed) says why.

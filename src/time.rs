@@ -55,7 +55,7 @@ impl Time {
 
     /// t as f64: for tables, schedules and coefficients formed on the host.  Gradients with
     /// respect to time do not see what was computed from it; use [`tensor`](Self::tensor) for
-    /// that.
+    /// that, and where steps are to be replayed ([`OdeOptions::graphs`](crate::OdeOptions::graphs)).
     pub fn value(&self) -> f64 {
         self.read.set(true);
         self.value

@@ -105,6 +105,7 @@ fn every_error_has_a_test() {
     // Here, or beside the tests of what alone returns it.
     let tests = [
         include_str!("errors.rs"),
+        include_str!("graphs.rs"),
         include_str!("piecewise.rs"),
         include_str!("row_loss.rs"),
     ];

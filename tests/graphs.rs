@@ -12,13 +12,13 @@ use candle_core::cuda_backend::cudarc::driver::result::mem_get_info;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Module, Shape, Tensor, Var,
 };
-use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, HyperCnf, Linear, Mlp};
 use candle_diffeq::{
     odeint, solve, Checkpoint, DynamicScaling, Error, NeuralOde, NotReplayed, OdeOptions, Output,
     PiecewiseConstant, Precision, Recorder, Result, Scaling, State, Stats, Steps, Time,
     VectorField, BOSH3, DOPRI5, EULER,
 };
-use candle_nn::VarMap;
+use candle_nn::{VarBuilder, VarMap};
 use common::{bits, scattered, var, worst};
 
 /// The GPU, for one test at a time: one looks at its memory.
@@ -125,7 +125,16 @@ fn counts(stats: &Stats) -> [usize; 6] {
 
 /// Both ways give the same bits and counts; how many steps were replayed, forward and backward.
 fn same(plain: &Outcome, replayed: &Outcome, what: &str) -> [usize; 2] {
-    assert!(plain.bits == replayed.bits, "{what}: other bits");
+    for (i, (plain, replayed)) in plain.bits.iter().zip(&replayed.bits).enumerate() {
+        let others = plain.iter().zip(replayed).filter(|(a, b)| a != b).count();
+        assert_eq!(
+            others,
+            0,
+            "{what}: bits of {others} in result {i} {:?} {:?}",
+            f64::from_bits(plain[0]),
+            f64::from_bits(replayed[0])
+        );
+    }
     let finite = |x: &Vec<u64>| worst(x.iter().map(|&x| f64::from_bits(x))).is_finite();
     assert!(plain.bits.iter().all(finite), "{what}");
     for (plain, replayed) in plain.stats.iter().zip(&replayed.stats) {
@@ -188,7 +197,9 @@ fn every_method_can_be_replayed_and_blocks_of_gradients_are_summed_as_ever() {
         };
         let run = |graphs| trained(&gpu, true, &[1.0, 0.0], 1.0, graphs, &options).unwrap();
         let [forward, backward] = same(&run(false), &run(true), options.method.name());
-        assert_eq!([forward, backward], [steps - 1; 2]);
+        // Two evaluations come first.
+        let first = if steps == 150 { 2 } else { 1 };
+        assert_eq!([forward, backward], [steps - first, steps - 1]);
     }
 }
 
@@ -320,6 +331,84 @@ fn a_velocity_may_be_the_state_itself() {
         }
     };
     assert_eq!(same(&run(false), &run(true), "two leaves"), [8, 16]);
+}
+
+/// Solves with a field of this crate both ways, and holds them to the same bits.
+fn field_is_replayed<S, F>(
+    device: &Device,
+    shapes: &[&[usize]],
+    build: impl Fn(VarBuilder<'_>) -> candle_core::Result<F> + Clone + Send + Sync + 'static,
+) where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+{
+    let what = std::any::type_name::<F>();
+    // The names, from a model on the CPU: nothing is drawn by chance.
+    let named = VarMap::new();
+    NeuralOde::<S>::from_field(&named, "f", DType::F32, &Device::Cpu, build.clone()).unwrap();
+    let here = |shape: &[usize], seed| {
+        let x = scattered(shape, 0.6, seed).to_dtype(DType::F32).unwrap();
+        x.to_device(device).unwrap()
+    };
+    let run = |graphs| {
+        let (options, recorder) = with_recorder(&steps(), graphs);
+        let vars = VarMap::new();
+        let mut names: Vec<_> = named.data().lock().unwrap().clone().into_iter().collect();
+        names.sort_by(|a, b| a.0.cmp(&b.0));
+        for (i, (name, var)) in names.iter().enumerate() {
+            let var = Var::from_tensor(&here(var.dims(), i)).unwrap();
+            vars.data().lock().unwrap().insert(name.clone(), var);
+        }
+        let ode = NeuralOde::<S>::from_field(&vars, "f", DType::F32, device, build.clone());
+        let y0 = shapes
+            .iter()
+            .enumerate()
+            .map(|(i, shape)| here(shape, 10 + i));
+        let y0 = S::from_leaves(y0.collect()).unwrap();
+        let leaves = ode
+            .unwrap()
+            .options(options)
+            .solve(&y0, &TIMES)
+            .unwrap()
+            .leaves();
+        let forward = recorder.take();
+        let squares = leaves.iter().map(|y| y.sqr()?.mean_all());
+        let squares: candle_core::Result<Vec<_>> = squares.collect();
+        let loss = Tensor::stack(&squares.unwrap(), 0).unwrap().sum_all();
+        let grads = loss.unwrap().backward().unwrap();
+        let data = vars.data().lock().unwrap();
+        let grads = names.iter().filter_map(|(name, _)| grads.get(&data[name]));
+        Outcome {
+            bits: leaves.iter().chain(grads).map(bits).collect(),
+            stats: [forward, recorder.take()],
+        }
+    };
+    let replayed = run(true);
+    let reasons = replayed.stats.each_ref().map(|s| s.not_replayed.clone());
+    assert_eq!(reasons, [None, None], "{what}");
+    assert_eq!(same(&run(false), &replayed, what), [8, 8], "{what}");
+}
+
+#[test]
+fn fields_of_this_crate_are_replayed() {
+    let Some((gpu, _alone)) = gpu() else { return };
+    type Flow = (Tensor, Tensor);
+    field_is_replayed::<Tensor, _>(&gpu, &[&[4, 3]], |vb| {
+        let layers = [
+            Linear::new(3, 8, vb.pp("a"))?,
+            Linear::without_bias(8, 3, vb.pp("b"))?,
+        ];
+        Ok(move |_: &Time, y: &Tensor| {
+            layers[1].forward(&Activation::Gelu.forward(&layers[0].forward(y)?)?)
+        })
+    });
+    field_is_replayed::<Flow, _>(&gpu, &[&[4, 2], &[4, 1]], |vb| {
+        Cnf::new(Mlp::with_time(&[2, 8, 2], Activation::Tanh, vb)?)
+    });
+    field_is_replayed::<Flow, _>(&gpu, &[&[4, 2], &[4, 1]], |vb| HyperCnf::new(2, 4, 5, vb));
+    field_is_replayed::<Tensor, _>(&gpu, &[&[2, 2, 5, 5]], |vb| {
+        ConvField::new(&[2, 3, 2], 3, Activation::Silu, vb)
+    });
 }
 
 /// Runs a closure both ways; the reason why each pass was not replayed, if it was not.

@@ -1,8 +1,8 @@
 //! Steps forward as a CUDA graph.
 //!
-//! The first step is launched operation by operation, but already from and to the memory that the graph
-//! will use and with h and t read from there: what it needs is then on the device.  The second is captured
-//! and launched, the others are launched.  Only what is kept is copied out.
+//! The first step (or two, of one evaluation each) is launched operation by operation, but already from and
+//! to the memory that the graph will use and with h and t read from there: what it needs is then on the
+//! device.  The next is captured and launched, the others are launched.  Only what is kept is copied out.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -18,6 +18,9 @@ use crate::watch::Watch;
 
 /// Fewest steps of a solve that are replayed: one is taken to learn, one to capture.
 const LEAST: usize = 4;
+
+/// Evaluations after which all that a field uses is on the device: the first is traced, later ones need not.
+const SEEN: usize = 2;
 
 /// Why a solve of so many steps is not replayed, whatever its field is.
 pub(crate) fn refusal(scheme: &Scheme, steps: usize) -> Option<NotReplayed> {
@@ -121,6 +124,12 @@ impl Replay {
                     return Ok(None);
                 }
             },
+            Self::Warm(mut steps) if steps.evaluations < SEEN => {
+                steps.warm_up(at, watch)?;
+                let next = steps.next(kept)?;
+                *self = Self::Warm(steps);
+                return Ok(Some(next));
+            }
             Self::Warm(mut steps) => match steps.capture(at, watch)? {
                 Captured::Graph(graph) => (steps, graph),
                 Captured::Refused(reason) => {
@@ -151,6 +160,8 @@ pub(super) struct Steps {
     /// ŷ_{n+1} where it is not the same; empty until the first step has been taken.
     stored: Vec<Option<Tensor>>,
     copies: bool,
+    /// So far, operation by operation.
+    evaluations: usize,
 }
 
 impl Steps {
@@ -176,6 +187,7 @@ impl Steps {
                 like: y.iter().map(Tensor::id).collect(),
                 stored: vec![],
                 copies,
+                evaluations: 0,
             })
         };
         ready().map_err(|error| NotReplayed::Capture(error.to_string()))
@@ -219,13 +231,14 @@ impl Steps {
         ends.try_for_each(|(y, next)| overwrite(y, next))
     }
 
-    /// The first step, which brings to the device what the others need.
+    /// A step operation by operation, which brings to the device what the others need.
     fn warm_up(&mut self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
         self.show(at, watch)?;
         {
             let _uploads = keep_uploads(&self.scheme.device)?;
             self.run(at, watch)?;
         }
+        self.evaluations += self.scheme.evaluations();
         self.looked(at, watch)
     }
 
