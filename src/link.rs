@@ -1,18 +1,20 @@
 //! The parameters of a solve in candle's graph.
 //!
-//! An op of candle takes three tensors at most, so θ hangs on a chain of ops, each of which takes two
-//! parameters and gives a token, a tensor of one element, to the next:
+//! An op of candle takes three tensors at most, so θ hangs on a tree of ops, each of which takes three
+//! parameters or tokens and gives a token, a tensor of one element; the root's goes into the solve:
 //!
-//! token_0 → link(θ_1, θ_2) → link(θ_3, θ_4) → … → solve(y0, token, t).
+//! link(link(θ_1, θ_2, θ_3), link(θ_4, θ_5, θ_6), …) → solve(y0, token, t).
 //!
-//! Backward, the solve leaves θ̄ with the chain and each link hands its own parameters' gradients on.
+//! Backward, the solve leaves θ̄ with the tree and each link hands its own parameters' gradients on.
 //! No parameter is copied, as it would be to bring all of them into one tensor.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Shape, Tensor};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Shape, Storage, Tensor,
+};
 
 use crate::error::Result;
 
@@ -29,11 +31,11 @@ struct Left {
 }
 
 impl Handover {
-    /// Leaves the gradients, in the order of the chain.
-    pub(crate) fn leave(&self, gradients: Vec<Tensor>) {
+    /// Leaves the gradients, in the order of the parameters; `None` of one that nobody will ask for.
+    pub(crate) fn leave(&self, gradients: Vec<Option<Tensor>>) {
         let left = Left {
             thread: thread::current().id(),
-            gradients: gradients.into_iter().map(Some).collect(),
+            gradients,
         };
         let mut all = self.all();
         // What a pass that failed has left behind.
@@ -58,42 +60,54 @@ impl Handover {
     }
 }
 
-/// The token at the end of the chain of these parameters, and where their gradients are to be left.
-pub(crate) fn chain(
+/// The token at the root of the tree of these parameters, and where their gradients are to be left.
+pub(crate) fn tree(
     parameters: &[Tensor],
     dtype: DType,
     device: &Device,
 ) -> Result<(Tensor, Handover)> {
     let handover = Handover::default();
-    let mut token = Tensor::zeros(1, dtype, device)?;
-    for (number, pair) in parameters.chunks(2).enumerate() {
+    let token = Tensor::zeros(1, dtype, device)?;
+    let link = |branches: &[(Tensor, Option<usize>)]| -> Result<_> {
+        let branch = |i: usize| branches.get(i).map_or(&token, |(branch, _)| branch);
+        let numbers = |i: usize| branches.get(i).and_then(|(_, number)| *number);
         let link = Link {
-            first: 2 * number,
+            token: token.clone(),
+            parameters: [0, 1, 2].map(numbers),
             handover: handover.clone(),
         };
-        let nothing = token.detach();
-        let second = pair.get(1).unwrap_or(&nothing);
-        token = token.apply_op3(&pair[0], second, link)?;
+        let joined = branch(0).apply_op3(branch(1), branch(2), link)?;
+        Ok((joined, None))
+    };
+    let numbered = parameters.iter().cloned().zip((0..).map(Some));
+    let mut level: Vec<_> = numbered.collect();
+    while level.len() > 1 || level.iter().any(|(_, number)| number.is_some()) {
+        level = level.chunks(3).map(&link).collect::<Result<_>>()?;
     }
-    Ok((token, handover))
+    let root = level.pop().map(|(root, _)| root);
+    Ok((root.unwrap_or(token), handover))
 }
 
-/// Two parameters of the chain, or the last one and nothing.
+/// Up to three parameters, tokens or nothing.
 struct Link {
-    /// Number of the first.
-    first: usize,
+    token: Tensor,
+    /// Numbers of those that are parameters.
+    parameters: [Option<usize>; 3],
     handover: Handover,
 }
 
 impl Link {
-    /// The gradient of a parameter; `None` of nothing.
-    fn gradient(&self, number: usize, of: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    /// The gradient of a branch; `None` where it has none.
+    fn gradient(&self, branch: usize, of: &Tensor) -> candle_core::Result<Option<Tensor>> {
         if !of.track_op() {
             return Ok(None);
         }
+        let Some(number) = self.parameters[branch] else {
+            return Ok(Some(self.token.clone()));
+        };
         match self.handover.take(number) {
             Some(gradient) => gradient.to_dtype(of.dtype()).map(Some),
-            None => candle_core::bail!("a parameter of a solve was asked for its gradient twice"),
+            None => candle_core::bail!("no gradient was left for a parameter of a solve"),
         }
     }
 }
@@ -105,40 +119,48 @@ impl CustomOp3 for Link {
 
     fn cpu_fwd(
         &self,
-        token: &CpuStorage,
-        layout: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
         _: &CpuStorage,
         _: &Layout,
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((token.try_clone(layout)?, layout.shape().clone()))
+        let (storage, layout) = self.token.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(token) => Ok((token.try_clone(layout)?, layout.shape().clone())),
+            _ => candle_core::bail!("the token of a solve changed device"),
+        }
     }
 
     fn cuda_fwd(
         &self,
-        token: &CudaStorage,
-        layout: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
         _: &CudaStorage,
         _: &Layout,
         _: &CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        Ok((token.try_clone(layout)?, layout.shape().clone()))
+        let (storage, layout) = self.token.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(token) => Ok((token.try_clone(layout)?, layout.shape().clone())),
+            _ => candle_core::bail!("the token of a solve changed device"),
+        }
     }
 
     fn bwd(
         &self,
-        token: &Tensor,
         one: &Tensor,
         two: &Tensor,
+        three: &Tensor,
         _: &Tensor,
-        gradient: &Tensor,
+        _: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         Ok((
-            token.track_op().then(|| gradient.clone()),
-            self.gradient(self.first, one)?,
-            self.gradient(self.first + 1, two)?,
+            self.gradient(0, one)?,
+            self.gradient(1, two)?,
+            self.gradient(2, three)?,
         ))
     }
 }
@@ -149,10 +171,10 @@ mod tests {
 
     use super::*;
 
-    /// What three parameters are handed where a solve leaves c, 2c and 3c.
+    /// What parameters are handed where a solve leaves c, 2c, 3c, ….
     fn pulled(token: &Tensor, handover: &Handover, parameters: &[Var], c: f32) -> Vec<f32> {
-        let leave = |c: f32| Tensor::new(c, &Device::Cpu).unwrap();
-        handover.leave(vec![leave(c), leave(2.0 * c), leave(3.0 * c)]);
+        let leave = |n: usize| Some(Tensor::new(n as f32 * c, &Device::Cpu).unwrap());
+        handover.leave((1..=parameters.len()).map(leave).collect());
         let grads = token.sum_all().unwrap().backward().unwrap();
         let of = |p: &Var| grads.get(p).unwrap().to_scalar().unwrap();
         parameters.iter().map(of).collect()
@@ -160,29 +182,38 @@ mod tests {
 
     #[test]
     fn every_parameter_is_handed_its_own_gradient_in_every_thread() {
-        let parameters = [0f32, 1.0, 2.0].map(|x| Var::new(x, &Device::Cpu).unwrap());
-        let tensors: Vec<_> = parameters.iter().map(|p| p.as_tensor().clone()).collect();
-        let (token, handover) = chain(&tensors, DType::F32, &Device::Cpu).unwrap();
-        thread::scope(|scope| {
-            for c in 1..5 {
-                let (token, handover, parameters) = (&token, &handover, &parameters);
-                scope.spawn(move || {
-                    for i in 0..200 {
-                        let c = (1000 * c + i) as f32;
-                        let handed = pulled(token, handover, parameters, c);
-                        assert_eq!(handed, [c, 2.0 * c, 3.0 * c]);
-                    }
-                });
-            }
-        });
-        assert!(handover.all().is_empty());
+        for count in [1, 2, 3, 4, 9, 10, 29] {
+            let variable = |n: usize| Var::new(n as f32, &Device::Cpu).unwrap();
+            let parameters: Vec<_> = (0..count).map(variable).collect();
+            let tensors: Vec<_> = parameters.iter().map(|p| p.as_tensor().clone()).collect();
+            let (token, handover) = tree(&tensors, DType::F32, &Device::Cpu).unwrap();
+            thread::scope(|scope| {
+                for c in 1..4 {
+                    let (token, handover, parameters) = (&token, &handover, &parameters);
+                    scope.spawn(move || {
+                        for i in 0..50 {
+                            let c = (1000 * c + i) as f32;
+                            let expected: Vec<_> = (1..=count).map(|n| n as f32 * c).collect();
+                            assert_eq!(pulled(token, handover, parameters, c), expected);
+                        }
+                    });
+                }
+            });
+            assert!(handover.all().is_empty());
+        }
+    }
+
+    #[test]
+    fn without_parameters_there_is_nothing_to_track() {
+        let (token, _) = tree(&[], DType::F32, &Device::Cpu).unwrap();
+        assert!(!token.track_op());
     }
 
     #[test]
     fn a_gradient_that_nobody_left_is_an_error() {
         let parameter = Var::new(1f32, &Device::Cpu).unwrap();
         let tensors = [parameter.as_tensor().clone()];
-        let (token, _) = chain(&tensors, DType::F32, &Device::Cpu).unwrap();
+        let (token, _) = tree(&tensors, DType::F32, &Device::Cpu).unwrap();
         assert!(token.sum_all().unwrap().backward().is_err());
     }
 }

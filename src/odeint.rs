@@ -275,7 +275,7 @@ pub(crate) fn in_graph(
     if !tracked {
         return Ok(packed);
     }
-    let (token, handover) = link::chain(&theta.masters, problem.state(), problem.device())?;
+    let (token, handover) = link::tree(&theta.masters, problem.state(), problem.device())?;
     let times = match problem.grid.tensor() {
         // A graph lives on one device; candle carries the gradient back.
         Some(times) if times.track_op() => times.to_device(problem.device())?,
@@ -393,7 +393,9 @@ impl CustomOp3 for Node {
         // candle expects a gradient for what it tracks, and stores one for whatever it is given.
         let y0_grad = y0.track_op().then_some(y0_grad);
         let token_grad = token.track_op().then(|| {
-            self.handover.leave(theta_grads);
+            let masters = self.theta.masters.iter().zip(theta_grads);
+            let tracked = masters.map(|(p, grad)| p.track_op().then_some(grad));
+            self.handover.leave(tracked.collect());
             token.detach()
         });
         let time_grad = match times.track_op() {

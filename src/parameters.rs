@@ -62,11 +62,14 @@ impl<'f> Observed<'f> {
         }
     }
 
-    /// The parameters, in the order in which they were met.
+    /// The parameters, in the order in which they were met, each once: layers may share one.
     pub(crate) fn into_parameters(self) -> Vec<Tensor> {
-        self.tracked
-            .parameters()
-            .unwrap_or_else(|| self.seen.into_inner().variables)
+        let Some(mut listed) = self.tracked.parameters() else {
+            return self.seen.into_inner().variables;
+        };
+        let mut ids = HashSet::new();
+        listed.retain(|p| ids.insert(p.id()));
+        listed
     }
 
     /// The first evaluation, on leaves of our own, which tells whether candle can trace the field.

@@ -435,6 +435,58 @@ fn many_tiny_terms_do_not_drift() {
 }
 
 #[test]
+fn a_layer_that_is_used_twice_has_the_sum_of_both_gradients() {
+    let weight = Var::from_tensor(&(scattered((3, 3), DType::F64) * 0.4).unwrap()).unwrap();
+    let bias = Var::from_tensor(&scattered(3, DType::F64)).unwrap();
+    let layer = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()));
+    let tied = Mlp::from_layers(&[layer.clone(), layer.clone()], Activation::Tanh, false).unwrap();
+    let plain = move |_: &Time, y: &Tensor| layer.forward(&layer.forward(y)?.tanh()?);
+    let y0 = scattered((5, 3), DType::F64);
+    let gradients = |states: candle_diffeq::Result<Tensor>| {
+        let grads = states.unwrap().sin().and_then(|x| x.sum_all()?.backward());
+        let grads = grads.unwrap();
+        [&weight, &bias].map(|p| grads.get(p).unwrap().clone())
+    };
+    let exact = gradients(odeint(plain, &y0, &TIMES, &OdeOptions::default()));
+    for fusion in [true, false] {
+        let options = OdeOptions {
+            fusion,
+            ..Default::default()
+        };
+        let got = gradients(odeint(tied.clone(), &y0, &TIMES, &options));
+        for (got, exact) in got.iter().zip(&exact) {
+            assert!(distance(got, exact) <= 1e-13);
+        }
+    }
+}
+
+#[test]
+fn threads_that_go_back_through_one_graph_have_gradients_of_their_own() {
+    let (vars, field, y0) = spiral(DType::F64);
+    let y0 = Var::from_tensor(&y0).unwrap();
+    let states = odeint(field, y0.as_tensor(), &TIMES, &OdeOptions::default()).unwrap();
+    let gradients = |factor: f64| -> Vec<f64> {
+        let loss = (&states * factor).and_then(|x| x.sum_all());
+        let grads = loss.and_then(|loss| loss.backward()).unwrap();
+        let all = vars.all_vars().into_iter().chain([y0.clone()]);
+        all.flat_map(|p| values(grads.get(&p).unwrap())).collect()
+    };
+    // Powers of two, so that gradients are multiples to the bit.
+    let one = gradients(1.0);
+    std::thread::scope(|scope| {
+        for factor in [2.0, 4.0, 8.0] {
+            let (one, gradients) = (&one, &gradients);
+            scope.spawn(move || {
+                for _ in 0..20 {
+                    let scaled: Vec<_> = one.iter().map(|g| g * factor).collect();
+                    assert_eq!(gradients(factor), scaled);
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn a_module_is_what_its_layers_are() -> Result<()> {
     let (vars, field, y0) = spiral(DType::F64);
     let data = vars.data().lock().unwrap();

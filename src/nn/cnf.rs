@@ -9,6 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor};
 use pulp::Simd;
 
+use super::add_gradient;
 use super::linear::{matmul, sum_of_rows, transposed_matmul};
 use super::mlp::Affine;
 use super::Mlp;
@@ -155,10 +156,14 @@ impl Evaluation {
             if weight.track_op() {
                 let trace = &bent.weights[l];
                 let trace = trace.pad_with_zeros(1, 0, layer.inputs() - trace.dim(1)?)?;
-                params.insert(weight, (transposed_matmul(&g, &self.inputs[l])? + trace)?);
+                add_gradient(
+                    &mut params,
+                    weight,
+                    (transposed_matmul(&g, &self.inputs[l])? + trace)?,
+                )?;
             }
             if bias.track_op() {
-                params.insert(bias, sum_of_rows(&g)?);
+                add_gradient(&mut params, bias, sum_of_rows(&g)?)?;
             }
             g = matmul(&g, &layer.weight)?;
         }

@@ -8,6 +8,7 @@ use candle_nn::{Conv2d, Conv2dConfig, Init, VarBuilder};
 use pulp::Simd;
 
 use super::activation::{Apply, Pull};
+use super::add_gradient;
 use super::mlp::numbers;
 use super::Activation;
 use crate::error::Error;
@@ -278,7 +279,7 @@ impl ConvField {
             let mut found = |p: &Tensor, grad: &dyn Fn() -> Result<Tensor>| {
                 // A layer that is frozen has no gradient.
                 if p.track_op() {
-                    params.insert(p, grad()?);
+                    add_gradient(params, p, grad()?)?;
                 }
                 Ok::<_, candle_core::Error>(())
             };

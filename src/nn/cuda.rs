@@ -8,6 +8,7 @@ use candle_core::backprop::GradStore;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Shape, Tensor, TensorId};
 
+use super::add_gradient;
 use super::mlp::{Affine, Mlp};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
@@ -228,10 +229,7 @@ impl Reversible for Trajectory {
         if let Some(failure) = told.failure {
             return Err(backward_error(failure, problem));
         }
-        let of = |p: &Tensor| match self.weights.iter().position(|w| *w == p.id()) {
-            Some(i) => Ok(gradients[i].clone()),
-            None => Ok(Tensor::zeros(p.shape(), DType::F32, p.device())?),
-        };
+        let of = |p: &Tensor| gradient_of(p, &self.weights, &gradients, DType::F32);
         Ok(Adjoint {
             y0: problem.packing.unpack(&y0)?,
             theta: theta.iter().map(of).collect::<Result<_>>()?,
@@ -300,10 +298,10 @@ pub(crate) fn vjp<'f>(
             let sums;
             (g, sums) = pull(&g, slopes.get(l))?;
             if weight.track_op() {
-                params.insert(weight, g.t()?.matmul(&inputs[l])?);
+                add_gradient(&mut params, weight, g.t()?.matmul(&inputs[l])?)?;
             }
             if bias.track_op() {
-                params.insert(bias, sums);
+                add_gradient(&mut params, bias, sums)?;
             }
             g = g.matmul(&weight.detach())?;
             if let Some(skipped) = skipped {

@@ -8,6 +8,7 @@ use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
 use super::activation::{Apply, Pull};
+use super::add_gradient;
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
 use super::weights::{fill, Place, Weights};
 use super::Activation;
@@ -225,10 +226,10 @@ impl VectorField<Tensor> for Mlp {
                 }
                 let Affine { weight, bias } = &self.layers[l];
                 if weight.track_op() {
-                    params.insert(weight, transposed_matmul(&g, &inputs[l])?);
+                    add_gradient(&mut params, weight, transposed_matmul(&g, &inputs[l])?)?;
                 }
                 if bias.track_op() {
-                    params.insert(bias, sum_of_rows(&g)?);
+                    add_gradient(&mut params, bias, sum_of_rows(&g)?)?;
                 }
                 g = matmul(&g, &layer.weight)?;
                 if let Some(skipped) = skipped {

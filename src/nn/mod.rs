@@ -30,6 +30,7 @@ pub use ot_flow::OtFlow;
 
 use std::any::Any;
 
+use candle_core::backprop::GradStore;
 use candle_core::Tensor;
 
 use crate::field::VectorField;
@@ -51,4 +52,14 @@ pub(crate) fn field_of(module: &dyn Any) -> Option<&dyn VectorField<Tensor>> {
     let conv = module.downcast_ref::<ConvField>();
     mlp.map(|mlp| mlp as &dyn VectorField<Tensor>)
         .or(conv.map(|conv| conv as &dyn VectorField<Tensor>))
+}
+
+/// Adds to the gradient of a parameter, which layers may share.
+fn add_gradient(params: &mut GradStore, p: &Tensor, gradient: Tensor) -> candle_core::Result<()> {
+    let sum = match params.remove(p) {
+        Some(before) => (before + gradient)?,
+        None => gradient,
+    };
+    params.insert(p, sum);
+    Ok(())
 }

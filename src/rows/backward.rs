@@ -10,12 +10,12 @@
 use candle_core::{Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
-use super::activations::{Kept, Selection};
+use super::activations::Selection;
 use super::forward::{each_leaf, Tile};
-use super::room::Room;
 use super::stepper::{add, combine, is_finite, Stepper};
-use super::tile::{Slot, TileField};
-use super::{dispatch, numbers, on_all_threads, positions, Failure, Layout, Plan, Reversible};
+use super::tile::TileField;
+use super::window::{KeptBy, OpenSlot, Window};
+use super::{dispatch, gradient_of, numbers, on_all_threads, Failure, Layout, Plan, Reversible};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::precision::Low;
@@ -26,16 +26,6 @@ use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 use crate::stats::Stats;
 use crate::time::Step;
 use crate::trajectory::Checkpoint;
-
-/// Evaluations in a window, at least, where its slots are small.
-const WINDOW: usize = 4;
-
-/// Bytes of a slot that may wait in a window; where slots are larger, every evaluation is collected
-/// at once, as long as a part of it is in cache.
-const CACHED: usize = 1 << 20;
-
-/// Windows in a partial sum, before it is added to the total; see [`crate::accumulator`].
-const BLOCK: usize = 64;
 
 /// What a forward pass over tiles leaves for the way back.
 pub(super) struct Trajectories<T, F> {
@@ -126,15 +116,13 @@ pub(super) fn adjoint<T: Element>(
         by_weight.push(all.narrow(0, at, shape.elem_count())?.reshape(shape)?);
         at += shape.elem_count();
     }
-    let tensor = |(position, p): (Option<usize>, &Tensor)| match position {
-        Some(i) => Ok(by_weight[i].clone()),
-        None => Ok(Tensor::zeros(p.shape(), T::DTYPE, device)?),
-    };
-    let positions = positions(weights, theta).into_iter().zip(theta);
     let y0 = Tensor::from_vec(y0, problem.packing.len(), device)?;
     Ok(Adjoint {
         y0: problem.packing.unpack(&y0)?,
-        theta: positions.map(tensor).collect::<Result<_>>()?,
+        theta: theta
+            .iter()
+            .map(|p| gradient_of(p, weights, &by_weight, T::DTYPE))
+            .collect::<Result<_>>()?,
         times: vec![],
     })
 }
@@ -509,210 +497,5 @@ fn scale_by<T: Element, S: Simd>(s: S, x: &mut [T::Vector<S>], c: f64) {
     let c = T::splat(s, T::of(c));
     for x in x {
         *x = T::times(s, *x, c);
-    }
-}
-
-/// What is kept of the evaluations of a tile.
-struct KeptBy<'a, T> {
-    selection: &'a Selection,
-    evaluations: &'a Kept<T>,
-}
-
-/// An evaluation in a window: its slot there, and its step and stage.
-#[derive(Clone, Copy)]
-struct Pending {
-    slot: usize,
-    at: (usize, usize),
-}
-
-/// What was kept of an evaluation, and room for its cotangents.
-struct OpenSlot<'a, X> {
-    kept: &'a [X],
-    cotangents: &'a mut [X],
-}
-
-/// Evaluations with their cotangents, from which parameter gradients are collected.
-pub(super) struct Window<T: Element, S: Simd, const V: usize> {
-    /// Whether gradients of parameters are wanted at all.
-    differentiate: bool,
-    /// Vectors of a slot.
-    kept_size: usize,
-    cotangent_size: usize,
-    kept: Room,
-    cotangents: Room,
-    /// Slots of this step, and how many there are in all.
-    stages: usize,
-    capacity: usize,
-    /// Whether every evaluation is collected at once, so that all share the room for cotangents.
-    at_once: bool,
-    /// First slot of the step at hand.
-    base: usize,
-    /// What is not yet collected.
-    pending: Vec<Pending>,
-    room: Vectors<T, S>,
-    /// S times the gradients of the block of windows at hand.
-    part: Room,
-    windows: usize,
-    scale: f64,
-    /// The sum of the blocks before, once there is one.
-    total: Option<Room>,
-}
-
-impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
-    pub(super) fn new<F: TileField<T>>(
-        field: &F,
-        stages: usize,
-        steps: usize,
-        differentiate: bool,
-    ) -> Self {
-        let (kept, cotangents) = (field.kept() * V, field.cotangents::<S>() * V);
-        let slot = (kept + cotangents) * size_of::<T::Vector<S>>();
-        let at_once = slot > CACHED;
-        let several = WINDOW.div_ceil(stages.max(1)).min(steps.max(1));
-        let capacity = if at_once { 1 } else { several } * stages;
-        let pairs = if at_once { 1 } else { capacity };
-        let memory = |vectors| Room::new(vectors * size_of::<T::Vector<S>>());
-        let sums = if differentiate { field.sums::<S>() } else { 0 };
-        Self {
-            differentiate,
-            kept_size: kept,
-            cotangent_size: cotangents,
-            kept: memory(capacity * kept),
-            cotangents: memory(pairs * cotangents),
-            stages,
-            capacity,
-            at_once,
-            base: 0,
-            pending: Vec::with_capacity(capacity),
-            room: vectors::<T, S>(if differentiate {
-                field.room::<S, V>(pairs)
-            } else {
-                0
-            }),
-            part: memory(sums),
-            windows: 0,
-            scale: 1.0,
-            total: None,
-        }
-    }
-
-    /// Forgets everything: another group begins.
-    fn clear(&mut self) {
-        self.pending.clear();
-        if self.windows > 0 {
-            self.part.numbers_mut().fill(T::zeros::<S>());
-        }
-        self.total = None;
-        (self.base, self.windows, self.scale) = (0, 0, 1.0);
-    }
-
-    /// Makes room for the slots of a step.
-    #[inline(always)]
-    fn begin_step<F: TileField<T>>(&mut self, s: S, field: &F, kept: &KeptBy<'_, T>) {
-        if self.base + self.stages > self.capacity {
-            self.flush(s, field, kept);
-            self.base = 0;
-        }
-    }
-
-    fn next_kept(&mut self) -> &mut [T::Vector<S>] {
-        let slots = self.base * self.kept_size..(self.base + self.stages) * self.kept_size;
-        &mut self.kept.numbers_mut()[slots]
-    }
-
-    /// What was kept of a stage of the step, and room for its cotangents.
-    fn slot<'a>(
-        &'a mut self,
-        at: (usize, usize),
-        kept: &'a KeptBy<'_, T>,
-    ) -> OpenSlot<'a, T::Vector<S>> {
-        let slot = self.base + at.1;
-        let pair = if self.at_once { 0 } else { slot };
-        let whole = kept.evaluations.slot::<S>(kept.selection, at, V);
-        OpenSlot {
-            kept: whole
-                .unwrap_or_else(|| &self.kept.numbers()[slot * self.kept_size..][..self.kept_size]),
-            cotangents: &mut self.cotangents.numbers_mut()[pair * self.cotangent_size..]
-                [..self.cotangent_size],
-        }
-    }
-
-    #[inline(always)]
-    fn push<F: TileField<T>>(&mut self, s: S, field: &F, at: (usize, usize), kept: &KeptBy<'_, T>) {
-        let slot = self.base + at.1;
-        self.pending.push(Pending { slot, at });
-        if self.at_once {
-            self.flush(s, field, kept);
-        }
-    }
-
-    fn end_step(&mut self) {
-        self.base += self.stages;
-    }
-
-    /// From now on, cotangents carry this scale.
-    #[inline(always)]
-    fn scaled_by<F: TileField<T>>(&mut self, s: S, field: &F, kept: &KeptBy<'_, T>, scale: f64) {
-        if self.scale != scale {
-            self.flush(s, field, kept);
-            self.promote(s);
-            self.scale = scale;
-        }
-    }
-
-    /// Collects the gradients of what is pending.
-    #[inline(always)]
-    fn flush<F: TileField<T>>(&mut self, s: S, field: &F, kept: &KeptBy<'_, T>) {
-        if self.differentiate && !self.pending.is_empty() {
-            let slot = |&Pending { slot, at }: &Pending| {
-                let pair = if self.at_once { 0 } else { slot };
-                let whole = kept.evaluations.slot::<S>(kept.selection, at, V);
-                Slot {
-                    kept: whole.unwrap_or_else(|| {
-                        &self.kept.numbers()[slot * self.kept_size..][..self.kept_size]
-                    }),
-                    cotangents: &self.cotangents.numbers()[pair * self.cotangent_size..]
-                        [..self.cotangent_size],
-                }
-            };
-            let slots: Vec<_> = self.pending.iter().map(slot).collect();
-            field.accumulate::<S, V>(s, &slots, &mut self.room, self.part.numbers_mut());
-            self.windows += 1;
-        }
-        self.pending.clear();
-        if self.windows >= BLOCK {
-            self.promote(s);
-        }
-    }
-
-    /// Adds the partial sums to the total.
-    #[inline(always)]
-    fn promote(&mut self, s: S) {
-        if self.windows == 0 {
-            return;
-        }
-        let part = self.part.numbers_mut::<T::Vector<S>>();
-        let total = self
-            .total
-            .get_or_insert_with(|| Room::new(size_of_val(part)));
-        let unscale = T::splat(s, T::of(1.0 / self.scale));
-        for (total, part) in total.numbers_mut().iter_mut().zip(part) {
-            *total = T::mul_add(s, unscale, *part, *total);
-            *part = T::zeros::<S>();
-        }
-        self.windows = 0;
-    }
-
-    /// The gradients of a group, of which a single block is not copied.
-    #[inline(always)]
-    fn finish<F: TileField<T>>(&mut self, s: S, field: &F) -> Vec<T> {
-        if !self.differentiate {
-            return vec![];
-        }
-        if self.scale != 1.0 || self.total.is_some() {
-            self.promote(s);
-        }
-        let sums = self.total.as_ref().unwrap_or(&self.part);
-        field.gradients(s, sums.numbers())
     }
 }

@@ -7,9 +7,10 @@ use candle_core::{Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
 use super::activations::{Kept, Selection};
-use super::backward::{self, add_up, Pass, Seed, Sweep, Window};
+use super::backward::{self, add_up, Pass, Seed, Sweep};
 use super::forward::{self, Integrate};
 use super::tile::TileField;
+use super::window::Window;
 use super::{
     dispatch, numbers, on_all_threads, Failure, Layout, Plan, Reversible, RowField, Solved,
 };

@@ -14,6 +14,7 @@ mod graded;
 mod room;
 mod stepper;
 mod tile;
+mod window;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -351,10 +352,19 @@ fn numbers<T: Element>(packed: &Tensor) -> Result<Vec<T>> {
     Ok(packed.flatten_all()?.to_vec1::<T>()?)
 }
 
-/// Where each weight stands among the parameters that gradients are wanted of.
-fn positions(weights: &[TensorId], theta: &[Tensor]) -> Vec<Option<usize>> {
-    theta
-        .iter()
-        .map(|p| weights.iter().position(|w| *w == p.id()))
-        .collect()
+/// The gradient of a parameter: the sum over all weights that are this parameter, zero if there is
+/// none.
+pub(crate) fn gradient_of(
+    p: &Tensor,
+    weights: &[TensorId],
+    gradients: &[Tensor],
+    dtype: DType,
+) -> Result<Tensor> {
+    let shares = weights.iter().zip(gradients);
+    let mut shares = shares.filter(|(w, _)| **w == p.id()).map(|(_, g)| g);
+    let first = match shares.next() {
+        Some(gradient) => gradient.clone(),
+        None => Tensor::zeros(p.shape(), dtype, p.device())?,
+    };
+    Ok(shares.try_fold(first, |sum, gradient| sum + gradient)?)
 }

@@ -1,13 +1,14 @@
-//! Memory that goes back to the system when it is free: in an allocator's heap of a thread it would leave
-//! holes between what other passes leave there.
+//! Memory for vectors.  Much of it goes back to the system when it is free: in an allocator's heap of a
+//! thread it would leave holes between what other passes leave there.
 
 use bytemuck::Pod;
 use memmap2::MmapMut;
 
-/// Zeroed memory that costs nothing until it is written.
+/// Zeroed memory.
 pub(super) enum Room {
     Heap(Vec<Line>),
-    /// Large pages where the system has them: faults on small ones cost more than what they hold.
+    /// Costs nothing until it is written; large pages where the system has them, because faults on small
+    /// ones cost more than what they hold.
     Pages(MmapMut),
 }
 

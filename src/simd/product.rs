@@ -44,20 +44,13 @@ impl<T: Element> Packed<T> {
         columns: usize,
         at: impl Fn(usize, usize) -> T,
     ) -> Self {
-        let mut data = Vec::with_capacity(rows * columns);
-        let mut first = 0;
-        while first < rows {
-            let height = block(rows - first, largest_block::<S>());
-            for column in 0..columns {
-                data.extend((first..first + height).map(|row| at(row, column)));
+        Self::by_block::<S>(rows, columns, |first, height, block| {
+            for (column, block) in block.chunks_exact_mut(height).enumerate() {
+                for (row, x) in (first..).zip(block) {
+                    *x = at(row, column);
+                }
             }
-            first += height;
-        }
-        Self {
-            rows,
-            columns,
-            data,
-        }
+        })
     }
 
     /// Packs a matrix, `[row][column]`.
