@@ -16,7 +16,7 @@ use crate::field::{Cotangents, Pullback};
 use crate::ops::cuda::mlp::{Backward, Failure, Forward, LayerOf, SmallNet, Step};
 use crate::ops::cuda::{activate, pull};
 use crate::problem::{Output, Problem};
-use crate::rows::{Reversible, Solved};
+use crate::rows::{gradient_of, Reversible, Solved};
 use crate::stats::Stats;
 use crate::time::Time;
 use crate::trajectory::Checkpoint;

@@ -117,7 +117,8 @@ impl Evaluation {
         let v = v.reshape(((), self.of.features()))?;
         let g_x = (of_x.broadcast_mul(&narrow(&c_transport)?)? - v)?;
         let g = Tensor::cat(&[&g_x, &narrow(&c_residual)?], 1)?;
-        self.pull_derivatives(&g, &costs.narrow(1, 0, 1)?)
+        // Products on CUDA read no column of a wider tensor.
+        self.pull_derivatives(&g, &costs.narrow(1, 0, 1)?.contiguous()?)
     }
 
     /// The same of cotangents `g` of ∇Φ and `c` of the trace.
