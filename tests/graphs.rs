@@ -12,7 +12,7 @@ use candle_core::cuda_backend::cudarc::driver::result::mem_get_info;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Module, Shape, Tensor, Var,
 };
-use candle_diffeq::nn::{Activation, Cnf, ConvField, HyperCnf, Linear, Mlp};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, HyperCnf, Linear, Mlp, OtFlow};
 use candle_diffeq::{
     odeint, solve, Checkpoint, DynamicScaling, Error, NeuralOde, NotReplayed, OdeOptions, Output,
     PiecewiseConstant, Precision, Recorder, Result, Scaling, State, Stats, Steps, Time,
@@ -406,6 +406,7 @@ fn fields_of_this_crate_are_replayed() {
         Cnf::new(Mlp::with_time(&[2, 8, 2], Activation::Tanh, vb)?)
     });
     field_is_replayed::<Flow, _>(&gpu, &[&[4, 2], &[4, 1]], |vb| HyperCnf::new(2, 4, 5, vb));
+    field_is_replayed::<Flow, _>(&gpu, &[&[4, 2], &[4, 3]], |vb| OtFlow::new(2, 8, 3, vb));
     field_is_replayed::<Tensor, _>(&gpu, &[&[2, 2, 5, 5]], |vb| {
         ConvField::new(&[2, 3, 2], 3, Activation::Silu, vb)
     });
