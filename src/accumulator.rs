@@ -126,7 +126,9 @@ impl Accumulator {
         for (total, block) in self.total.iter_mut().zip(&mut self.block) {
             if let Some((sum, terms)) = block.as_mut().filter(|(_, terms)| *terms >= least) {
                 ops::accumulate(total, 1.0, sum)?;
-                sum.zero_set()?;
+                if sum.elem_count() > 0 {
+                    sum.zero_set()?;
+                }
                 *terms = 0;
             }
         }

@@ -251,7 +251,7 @@ pub enum Error {
     ParametersChanged,
     /// The field kept a tensor of a step that was captured as a CUDA graph, which has memory of its own:
     /// see [`OdeOptions::graphs`](crate::OdeOptions::graphs).
-    #[error("the field keeps a tensor that it made in a step captured as a CUDA graph: solve it without OdeOptions::graphs")]
+    #[error("the field keeps a tensor that it made in a step captured as a CUDA graph, which has no memory outside it: build the field anew, and solve without OdeOptions::graphs")]
     KeptInGraph,
     /// The factory's field reads a variable that the factory did not ask for.
     #[error("the velocity at t = {t} reads a variable that its factory did not ask the VarBuilder for: it would get no gradient")]

@@ -104,7 +104,7 @@ pub(crate) fn capture(device: &Device, work: impl FnOnce() -> Result<()>) -> Res
     let refused = |error: &dyn std::fmt::Display| {
         Ok(Captured::Refused(NotReplayed::Capture(error.to_string())))
     };
-    // Other threads may do as they like.
+    // Other threads may do as they like, but for the legacy stream of the same context.
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     if let Err(error) = stream.begin_capture(mode) {
         return refused(&error);
