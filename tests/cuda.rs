@@ -562,3 +562,65 @@ fn training_takes_no_more_memory_with_every_step() {
         );
     }
 }
+
+/// The relative error of the bias gradient of a layer of a batch in bf16, whose exact value is known.
+fn error_of_bias<F>(
+    device: &Device,
+    rows: usize,
+    build: impl Fn(candle_nn::VarBuilder<'_>) -> candle_core::Result<F> + Send + Sync + 'static,
+) -> f64
+where
+    F: candle_diffeq::VectorField<Tensor> + Send + Sync + 'static,
+{
+    let vars = VarMap::new();
+    for (name, shape) in [("weight", vec![8, 8]), ("bias", vec![8])] {
+        let value = (scattered(shape, DType::F32, device) * 0.3).unwrap();
+        let var = Var::from_tensor(&value).unwrap();
+        vars.data().lock().unwrap().insert(format!("f.{name}"), var);
+    }
+    let ode = NeuralOde::from_field(&vars, "f", DType::F32, device, build).unwrap();
+    let ode = ode.options(OdeOptions {
+        method: EULER,
+        precision: Some(Precision::bf16().arithmetic(Arithmetic::Native)),
+        output: Output::Final,
+        ..Default::default()
+    });
+    let y0 = scattered((rows, 8), DType::F32, device);
+    // Numbers of bf16 between 1 and 2, that a sum in bf16 cannot hold.
+    let bits = |i: usize| (i as u32).wrapping_mul(2_654_435_761) >> 25;
+    let number = |i: usize| 1.0 + bits(i) as f32 / 128.0;
+    let g: Vec<f32> = (0..rows * 8).map(number).collect();
+    let column = |c: usize| g.iter().skip(c).step_by(8).map(|&g| f64::from(g)).sum();
+    let exact: Vec<f64> = (0..8).map(column).collect();
+    let g = Tensor::from_vec(g, (rows, 8), device).unwrap();
+    let states = ode.solve(&y0, &[0.0, 1.0]).unwrap();
+    let loss = (states * g).and_then(|x| x.sum_all()).unwrap();
+    let grads = loss.backward().unwrap();
+    let data = vars.data().lock().unwrap();
+    let bias = data
+        .iter()
+        .find(|(name, _)| name.ends_with("bias"))
+        .unwrap()
+        .1;
+    let pairs = values(grads.get(bias).unwrap()).into_iter().zip(exact);
+    pairs
+        .map(|(b, exact)| (b / exact - 1.0).abs())
+        .fold(0.0, f64::max)
+}
+
+#[test]
+fn bias_gradients_of_large_batches_keep_their_digits_in_layers_of_this_crate() {
+    let Some(gpu) = gpu() else { return };
+    for rows in [512, 4096, 65_536] {
+        let layer = |vb: candle_nn::VarBuilder<'_>| candle_nn::linear(8, 8, vb);
+        let ours = error_of_bias(&gpu, rows, move |vb| {
+            Mlp::from_layers(&[layer(vb)?], Activation::Tanh, false)
+        });
+        let candles = error_of_bias(&gpu, rows, move |vb| {
+            let layer = layer(vb)?;
+            Ok(move |_: &Time, y: &Tensor| candle_core::Module::forward(&layer, y))
+        });
+        println!("{rows} rows: {ours:.1e} by Mlp, {candles:.1e} by candle_nn::linear");
+        assert!(ours <= 2f64.powi(-9), "{ours:e}");
+    }
+}
