@@ -88,6 +88,24 @@ pub(crate) fn tree(
     Ok((root.unwrap_or(token), handover))
 }
 
+/// A tensor that is there already, as an op on the CPU returns it.
+pub(crate) fn on_cpu(x: &Tensor) -> candle_core::Result<(CpuStorage, Shape)> {
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(x) => Ok((x.try_clone(layout)?, layout.shape().clone())),
+        _ => candle_core::bail!("what a solve hands over is not on the CPU"),
+    }
+}
+
+/// The same on CUDA.
+pub(crate) fn on_cuda(x: &Tensor) -> candle_core::Result<(CudaStorage, Shape)> {
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(x) => Ok((x.try_clone(layout)?, layout.shape().clone())),
+        _ => candle_core::bail!("what a solve hands over is not on CUDA"),
+    }
+}
+
 /// Up to three parameters, tokens or nothing.
 struct Link {
     token: Tensor,
@@ -126,11 +144,7 @@ impl CustomOp3 for Link {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (storage, layout) = self.token.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(token) => Ok((token.try_clone(layout)?, layout.shape().clone())),
-            _ => candle_core::bail!("the token of a solve changed device"),
-        }
+        on_cpu(&self.token)
     }
 
     fn cuda_fwd(
@@ -142,11 +156,7 @@ impl CustomOp3 for Link {
         _: &CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        let (storage, layout) = self.token.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(token) => Ok((token.try_clone(layout)?, layout.shape().clone())),
-            _ => candle_core::bail!("the token of a solve changed device"),
-        }
+        on_cuda(&self.token)
     }
 
     fn bwd(

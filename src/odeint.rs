@@ -2,9 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Tensor};
 
 use crate::adjoint::{Adjoint, Sweep};
 use crate::error::{Error, Result};
@@ -356,12 +355,7 @@ impl CustomOp3 for Node {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let packed = self.result()?;
-        let (storage, layout) = packed.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, packed.shape().clone())),
-            _ => candle_core::bail!("the result of a solve changed device"),
-        }
+        link::on_cpu(&self.result()?)
     }
 
     fn cuda_fwd(
@@ -373,12 +367,7 @@ impl CustomOp3 for Node {
         _: &CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        let packed = self.result()?;
-        let (storage, layout) = packed.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, packed.shape().clone())),
-            _ => candle_core::bail!("the result of a solve changed device"),
-        }
+        link::on_cuda(&self.result()?)
     }
 
     fn bwd(

@@ -2,6 +2,8 @@
 //! `CANDLE_DIFFEQ_NEEDS_GPU` is set.
 #![cfg(feature = "cuda")]
 
+mod common;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, IndexOp, Shape, Tensor, Var};
@@ -11,6 +13,7 @@ use candle_diffeq::{
     Precision, Recorder, Scaling, Stats, Steps, Time, BOSH3, DOPRI5, EULER, RK4,
 };
 use candle_nn::VarMap;
+use common::descend;
 
 /// The GPU, for one test at a time: some look at its memory.
 struct Gpu {
@@ -547,13 +550,9 @@ fn training_takes_no_more_memory_with_every_step() {
         let mut after = vec![];
         for _ in 0..30 {
             let ys: Tensor = ode.solve(&y0, &TIMES).unwrap();
-            let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
-            for var in vars.all_vars() {
-                let step = (grads.get(&var).unwrap() * 1e-3).unwrap();
-                var.set(&(var.as_tensor() - step).unwrap()).unwrap();
-            }
+            descend(&vars, &ys);
             gpu.synchronize().unwrap();
-            drop((ys, grads));
+            drop(ys);
             after.push(free());
         }
         assert!(

@@ -19,7 +19,7 @@ use candle_diffeq::{
     VectorField, BOSH3, DOPRI5, EULER,
 };
 use candle_nn::{VarBuilder, VarMap};
-use common::{bits, scattered, var, worst};
+use common::{bits, descend, scattered, var, worst};
 
 /// The GPU, for one test at a time: one looks at its memory.
 fn gpu() -> Option<(Device, MutexGuard<'static, ()>)> {
@@ -650,13 +650,9 @@ fn training_with_graphs_takes_no_more_memory_with_every_step() {
     let mut free = vec![];
     for _ in 0..20 {
         let ys: Tensor = ode.solve(&y0, &TIMES).unwrap();
-        let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
-        for var in vars.all_vars() {
-            let step = (grads.get(&var).unwrap() * 1e-3).unwrap();
-            var.set(&(var.as_tensor() - step).unwrap()).unwrap();
-        }
+        descend(&vars, &ys);
         gpu.synchronize().unwrap();
-        drop((ys, grads));
+        drop(ys);
         free.push(mem_get_info().unwrap().0);
     }
     assert_eq!(recorder.take().replayed, 20 * 16);

@@ -55,13 +55,18 @@ impl Replay {
                 }
             },
         };
-        let place = Place { adj, state };
+        let at = At {
+            sweep,
+            back,
+            adj,
+            state,
+        };
         let refusal = match is_first {
             true => {
-                steps.warm_up(sweep, back, &place, theta, stats)?;
+                steps.warm_up(&at, theta, stats)?;
                 None
             }
-            false => steps.replay(sweep, back, &place, theta, stats)?,
+            false => steps.replay(&at, theta, stats)?,
         };
         let read = steps.fixture.value_was_read();
         let reason = refusal.clone().or(read.then_some(NotReplayed::TimeValue));
@@ -73,8 +78,10 @@ impl Replay {
     }
 }
 
-/// What steps change in place.
-struct Place<'a> {
+/// A step back: of which sweep, from where, and what it changes in place.
+struct At<'a> {
+    sweep: &'a Sweep<'a>,
+    back: &'a Back<'a>,
     adj: &'a [Tensor],
     state: &'a SweepState,
 }
@@ -138,38 +145,28 @@ impl Steps {
     }
 
     /// The step itself.
-    fn run(
-        &self,
-        sweep: &Sweep<'_>,
-        back: &Back<'_>,
-        place: &Place<'_>,
-        theta: &mut Accumulator,
-        stats: &mut Stats,
-    ) -> Result<()> {
+    fn run(&self, at: &At<'_>, theta: &mut Accumulator, stats: &mut Stats) -> Result<()> {
         let scheme = &self.scheme;
         let own = Back {
             y: &self.y,
-            incoming: back.incoming.map(|_| self.incoming.as_slice()),
+            incoming: at.back.incoming.map(|_| self.incoming.as_slice()),
             // The clock says from where it counts.
             look: 0,
-            ..*back
+            ..*at.back
         };
-        Sweep { scheme, ..*sweep }.step_back(&own, place.adj, place.state, theta, stats)
+        Sweep {
+            scheme,
+            ..*at.sweep
+        }
+        .step_back(&own, at.adj, at.state, theta, stats)
     }
 
     /// The first step, which brings to the device what the others need.
-    fn warm_up(
-        &mut self,
-        sweep: &Sweep<'_>,
-        back: &Back<'_>,
-        place: &Place<'_>,
-        theta: &mut Accumulator,
-        stats: &mut Stats,
-    ) -> Result<()> {
-        self.show(back)?;
+    fn warm_up(&mut self, at: &At<'_>, theta: &mut Accumulator, stats: &mut Stats) -> Result<()> {
+        self.show(at.back)?;
         let _uploads = keep_uploads(&self.scheme.device)?;
         let (before, mut counts) = (theta.terms(), Stats::default());
-        self.run(sweep, back, place, theta, &mut counts)?;
+        self.run(at, theta, &mut counts)?;
         let added = theta.terms().into_iter().zip(before);
         self.terms = added.map(|(after, before)| after - before).collect();
         stats.add(&counts);
@@ -180,18 +177,14 @@ impl Steps {
     /// The step as a graph, captured if there is none yet; or why not, and nothing was done.
     fn replay(
         &mut self,
-        sweep: &Sweep<'_>,
-        back: &Back<'_>,
-        place: &Place<'_>,
+        at: &At<'_>,
         theta: &mut Accumulator,
         stats: &mut Stats,
     ) -> Result<Option<NotReplayed>> {
-        let (kind, before) = (usize::from(back.incoming.is_some()), theta.terms());
+        let (kind, before) = (usize::from(at.back.incoming.is_some()), theta.terms());
         if self.graphs[kind].is_none() {
             let device = &self.scheme.device;
-            let captured = capture(device, || {
-                self.run(sweep, back, place, theta, &mut Stats::default())
-            });
+            let captured = capture(device, || self.run(at, theta, &mut Stats::default()));
             theta.set_terms(before.iter().copied());
             match captured? {
                 Captured::Graph(_) if self.fixture.value_was_read() => {
@@ -201,7 +194,7 @@ impl Steps {
                 Captured::Refused(reason) => return Ok(Some(reason)),
             }
         }
-        self.show(back)?;
+        self.show(at.back)?;
         if let Some(graph) = &self.graphs[kind] {
             graph.launch()?;
         }

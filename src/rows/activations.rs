@@ -92,6 +92,11 @@ impl Selection {
         self.from[0] <= n
     }
 
+    /// Whether every part is kept of step n.
+    pub(super) fn knows_all(&self, n: usize) -> bool {
+        self.from.iter().all(|&from| from <= n)
+    }
+
     /// Whether each part is kept of step n.
     pub(super) fn known(&self, n: usize) -> Vec<bool> {
         self.from.iter().map(|&from| from <= n).collect()

@@ -298,14 +298,13 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 };
                 window.begin_step::<F>(s, field, &kept);
                 let slots = window.next_kept();
-                let known = selection.known(n);
-                if known.contains(&false) {
+                if !selection.knows_all(n) {
                     counted.recomputed += stepper.stages.len();
                 }
                 if selection.has_whole(n) {
                     // They are read where they are.
                 } else if selection.knows(n) {
-                    stepper.recall(step, selection, evaluations, &known, slots);
+                    stepper.recall(step, selection, evaluations, slots);
                 } else {
                     let mut replayed = 0;
                     let mut states = Stats::default();

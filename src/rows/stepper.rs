@@ -134,15 +134,15 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
         step: Step,
         selection: &Selection,
         kept: &Kept<T>,
-        known: &[bool],
         slots: &mut [T::Vector<S>],
     ) {
+        let known = selection.known(step.index);
         let size = self.field.kept() * V;
         for (at, slot) in (0..self.stages.len()).zip(slots.chunks_exact_mut(size)) {
             let i = self.stages[at];
             kept.load::<S>(selection, (step.index, at), slot, V);
             let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
-            self.field.recall::<S, V>(self.s, t, slot, known);
+            self.field.recall::<S, V>(self.s, t, slot, &known);
         }
     }
 

@@ -82,6 +82,15 @@ pub(crate) fn fill(vars: &VarMap) {
     }
 }
 
+/// A step of gradient descent on Σ y².
+pub(crate) fn descend(vars: &VarMap, ys: &Tensor) {
+    let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    for var in vars.all_vars() {
+        let step = (grads.get(&var).unwrap() * 1e-3).unwrap();
+        var.set(&(var.as_tensor() - step).unwrap()).unwrap();
+    }
+}
+
 /// A variable of a map, by name.
 pub(crate) fn named(vars: &VarMap, name: &str) -> Var {
     vars.data().lock().unwrap()[name].clone()
