@@ -3,11 +3,12 @@
 //! An op of candle takes three tensors at most, so θ hangs on a tree of ops, each of which takes three
 //! parameters or tokens and gives a token, a tensor of one element; the root's goes into the solve:
 //!
-//! link(link(θ_1, θ_2, θ_3), link(θ_4, θ_5, θ_6), …) → solve(y0, token, t).
+//! link(θ_4, θ_5, link(θ_1, θ_2, θ_3)) → solve(y0, token, t), of five of them.
 //!
 //! Backward, the solve leaves θ̄ with the tree and each link hands its own parameters' gradients on.
 //! No parameter is copied, as it would be to bring all of them into one tensor.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
@@ -79,12 +80,15 @@ pub(crate) fn tree(
         let joined = branch(0).apply_op3(branch(1), branch(2), link)?;
         Ok((joined, None))
     };
+    // Those that wait longest are linked next, so that the tree is low and no link but one has room.
     let numbered = parameters.iter().cloned().zip((0..).map(Some));
-    let mut level: Vec<_> = numbered.collect();
-    while level.len() > 1 || level.iter().any(|(_, number)| number.is_some()) {
-        level = level.chunks(3).map(&link).collect::<Result<_>>()?;
+    let mut waiting: VecDeque<_> = numbered.collect();
+    while waiting.len() > 1 || waiting.iter().any(|(_, number)| number.is_some()) {
+        let next = waiting.len().min(3);
+        let branches = waiting.drain(..next).collect::<Vec<_>>();
+        waiting.push_back(link(&branches)?);
     }
-    let root = level.pop().map(|(root, _)| root);
+    let root = waiting.pop_front().map(|(root, _)| root);
     Ok((root.unwrap_or(token), handover))
 }
 

@@ -2,7 +2,9 @@
 //!
 //! The model's constructor is called on a `VarBuilder` of ours: once to record which names it asks
 //! for, and at every solve to build it over private copies of these variables, rounded to compute
-//! precision.  The user's variables are read once a solve and never written.
+//! precision.  The user's variables are read once a solve and never written.  A field of ours that is
+//! integrated tile by tile in the variables' own precision packs them from where they are: no model is
+//! built for the solve.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -19,9 +21,9 @@ use crate::field::{Leaves, Pullback, VectorField};
 use crate::integrate::Forward;
 use crate::loss::RowLoss;
 use crate::nn;
-use crate::odeint::{in_graph, node, run, SharedField, Solution};
+use crate::odeint::{in_graph, node, run, run_tiles, SharedField, Solution};
 use crate::parameters::{self, Observed, Theta};
-use crate::precision::Precision;
+use crate::precision::{Low, Precision};
 use crate::problem::{OdeOptions, Problem};
 use crate::state::{Packing, State};
 use crate::tableau::Tableau;
@@ -34,8 +36,8 @@ type Factory = dyn Fn(VarBuilder<'_>) -> candle_core::Result<SharedField> + Send
 /// θ is exactly the names that the constructor asks for under its prefix.  Several of them, and
 /// any other layers, may share one `VarMap`.
 ///
-/// The constructor is called several times: here once, which creates the variables, and twice at
-/// every solve.  It must build the same model each time, from nothing but the `VarBuilder`.  Build
+/// The constructor is called several times: here once, which creates the variables, and up to twice
+/// at every solve.  It must build the same model each time, from nothing but the `VarBuilder`.  Build
 /// the optimiser after the `NeuralOde`: before, `vars` does not hold its variables yet.
 ///
 /// ```
@@ -63,6 +65,7 @@ pub struct NeuralOde<S = Tensor> {
     names: Vec<String>,
     device: Device,
     factory: Box<Factory>,
+    packable: Option<Packable>,
     options: OdeOptions,
     state: PhantomData<fn() -> S>,
 }
@@ -138,20 +141,28 @@ impl<S: State + 'static> NeuralOde<S> {
             device.clone(),
         ));
         let asked = std::mem::take(&mut *asked.lock().unwrap_or_else(PoisonError::into_inner));
-        if let Err(error) = built {
-            let mut data = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
-            data.retain(|name, _| !asked.created.contains(name));
-            return Err(error.into());
-        }
-        let names = asked.names;
-        Ok(Self {
+        let field = match built {
+            Ok(field) => field,
+            Err(error) => {
+                let mut data = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+                data.retain(|name, _| !asked.created.contains(name));
+                return Err(error.into());
+            }
+        };
+        let mut ode = Self {
             vars: vars.clone(),
-            names,
+            names: asked.names,
             device: device.clone(),
             factory: Box::new(factory),
+            packable: None,
             options: OdeOptions::default(),
             state: PhantomData,
-        })
+        };
+        if field.known().and_then(nn::rows_of).is_some() {
+            let ids = ode.masters()?.iter().map(|var| var.id()).collect();
+            ode.packable = Some(Packable { field, ids });
+        }
+        Ok(ode)
     }
 
     /// Another method.
@@ -218,7 +229,7 @@ impl<S: State + 'static> NeuralOde<S> {
     pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
         let (problem, field, theta, forward, y0) = self.run(y0, times, Some(loss))?;
         if forward.is_loss {
-            return Ok(in_graph(Arc::new(problem), field, theta, forward, &y0)?.reshape(())?);
+            return in_graph(Arc::new(problem), field, theta, forward, &y0);
         }
         loss.of(&node::<S>(problem, field, theta, forward, &y0)?)
     }
@@ -245,17 +256,27 @@ impl<S: State + 'static> NeuralOde<S> {
             loss.check(&problem)?;
         }
         let masters = self.masters()?;
-        let all = masters.iter().map(|(_, var)| var.as_tensor());
-        parameters::check(all, |i| masters[i].0.clone(), problem.device())?;
+        let all = masters.iter().map(|var| var.as_tensor());
+        parameters::check(all, |i| self.names[i].clone(), problem.device())?;
+        let y0 = Packing::join(&y0, problem.state())?;
+        if let Some(field) = self.packable(&problem, &masters) {
+            if let Some(forward) = run_tiles(&problem, &*field, &y0, loss)? {
+                let theta = Observed::closure(&*field, true).into_parameters();
+                let theta = Theta::copied(theta.clone(), theta);
+                return Ok((problem, field, theta, forward, y0));
+            }
+        }
         let mut leaves = Vec::with_capacity(masters.len());
         let mut origin = HashMap::<TensorId, Tensor>::new();
-        for (name, master) in masters {
+        for (name, master) in self.names.iter().zip(masters) {
             let leaf = Var::from_tensor(&problem.theta.round(&master)?)?.into_inner();
             origin.insert(leaf.id(), master.into_inner());
             leaves.push((name, leaf));
         }
         let build = |of: fn(&Tensor) -> Tensor| {
-            let named = leaves.iter().map(|(name, leaf)| (name.clone(), of(leaf)));
+            let named = leaves
+                .iter()
+                .map(|(name, leaf)| (String::clone(name), of(leaf)));
             let dtype = problem.theta.held;
             (self.factory)(VarBuilder::from_tensors(
                 named.collect(),
@@ -264,7 +285,6 @@ impl<S: State + 'static> NeuralOde<S> {
             ))
         };
         let field = build(Tensor::clone)?;
-        let packed = Packing::pack(&y0, problem.state())?;
         let plain;
         let observed = if field.known().is_some() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
@@ -276,26 +296,29 @@ impl<S: State + 'static> NeuralOde<S> {
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }
-        let forward = run(&problem, &observed, &packed, loss)?;
+        let forward = run(&problem, &observed, &y0, loss)?;
         let (leaves, masters) = with_masters(observed.into_parameters(), &origin)?;
-        Ok((
-            problem,
-            field,
-            Theta::copied(leaves, masters),
-            forward,
-            packed,
-        ))
+        Ok((problem, field, Theta::copied(leaves, masters), forward, y0))
     }
 
-    /// The user's variables, by name.
-    fn masters(&self) -> Result<Vec<(String, Var)>> {
+    /// The field over the user's variables themselves, where a solve may read them: on the CPU, where
+    /// they still are what it was built over, and are not to be rounded.
+    fn packable(&self, problem: &Problem, masters: &[Var]) -> Option<SharedField> {
+        let Packable { field, ids } = self.packable.as_ref()?;
+        let same = masters.iter().map(|var| var.id()).eq(ids.iter().copied());
+        let as_they_are = problem.theta.low() == Low::None && problem.device().is_cpu();
+        (same && as_they_are).then(|| Arc::clone(field))
+    }
+
+    /// The user's variables, in the order of their names.
+    fn masters(&self) -> Result<Vec<Var>> {
         let data = self
             .vars
             .data()
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let of = |name: &String| match data.get(name) {
-            Some(var) => Ok((name.clone(), var.clone())),
+            Some(var) => Ok(var.clone()),
             None => Err(candle_core::Error::CannotFindTensor { path: name.clone() }.into()),
         };
         self.names.iter().map(of).collect()
@@ -360,6 +383,14 @@ impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
     fn known(&self) -> Option<&dyn Any> {
         self.ours()?.known()
     }
+}
+
+/// A field that was built over the user's variables.  A solve tile by tile packs them when it begins, so
+/// that writing to them later changes nothing.
+struct Packable {
+    field: SharedField,
+    /// The variables, in the order of their names: a `VarMap` may be given others.
+    ids: Vec<TensorId>,
 }
 
 /// A `VarMap` that notes the names it is asked for.

@@ -67,12 +67,12 @@ where
     let y0 = y0.leaves();
     let problem = Problem::new(&y0, times.to_grid()?, options)?;
     let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));
-    let packed = Packing::pack(&y0, problem.state())?;
+    let y0 = Packing::join(&y0, problem.state())?;
     let observed = Observed::closure(&*field, true);
-    let forward = run(&problem, &observed, &packed, None)?;
+    let forward = run(&problem, &observed, &y0, None)?;
     let theta = observed.into_parameters();
     let theta = Theta::captured(theta, problem.state(), problem.device())?;
-    node(problem, field, theta, forward, &packed)
+    node(problem, field, theta, forward, &y0)
 }
 
 /// Solves without candle's graph: the field may be borrowed and need not cross threads, and
@@ -106,69 +106,84 @@ where
     let y0 = y0.leaves();
     let problem = Problem::new(&y0, times.to_grid()?, options)?;
     let field: Box<Field<'f>> = Box::new(Leaves::<&'f F, S>::new(field));
-    let packed = Packing::pack(&y0, problem.state())?;
+    let y0 = Packing::join(&y0, problem.state())?;
     let observed = Observed::closure(&*field, false);
-    let forward = run(&problem, &observed, &packed, None)?;
+    let forward = run(&problem, &observed, &y0, None)?;
     let theta = observed.into_parameters();
     let theta = Theta::captured(theta, problem.state(), problem.device())?;
     Solution::new(problem, field, theta, forward)
 }
 
-/// The forward pass from a packed y0, on a copy: the user's own may be written before backward.  A
+/// The forward pass from y0, joined, on a copy: the user's own may be written before backward.  A
 /// loss is formed where the field is integrated tile by tile.
 pub(crate) fn run(
     problem: &Problem,
     field: &Field<'_>,
-    packed: &Tensor,
+    y0: &Tensor,
     loss: Option<&RowLoss>,
 ) -> Result<Forward> {
-    let mut stats = Stats::default();
-    let before = ops::host_reads();
-    let forward = advance(problem, field, packed, loss, &mut stats);
-    stats.host_reads = ops::host_reads() - before;
-    problem.recorder.add(&stats);
-    forward
+    counted(problem, |stats| {
+        if let Some(forward) = advance_tiles(problem, field, y0, loss, stats)? {
+            return Ok(forward);
+        }
+        let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
+        integrate(problem, field, y0, stats)
+    })
 }
 
-/// Tile by tile where the field allows it, otherwise step by step.
-fn advance(
+/// The same where the field is integrated tile by tile, otherwise nothing.
+pub(crate) fn run_tiles(
     problem: &Problem,
     field: &Field<'_>,
-    packed: &Tensor,
+    y0: &Tensor,
     loss: Option<&RowLoss>,
-    stats: &mut Stats,
-) -> Result<Forward> {
-    #[cfg(feature = "cuda")]
-    if let Some(known) = field.known().filter(|_| problem.device().is_cuda()) {
-        if let Some(solved) = nn::cuda::solve(known, problem, &packed.detach(), stats)? {
-            return Ok(Forward::of_rows(solved));
-        }
-    }
-    if let Some(rows) = field.known().and_then(nn::rows_of) {
-        if loss.is_some() && problem.checkpoint != Checkpoint::Nothing {
-            match rows.solve(problem, &packed.detach(), loss, stats) {
-                Ok(Some(solved)) => return Ok(Forward::graded(solved)),
-                Ok(None) => {}
-                // To be met again where the user expects it: in the backward pass.
-                Err(error) if error.is_overflow() => {}
-                Err(error) => return Err(error),
-            }
-        }
-        if let Some(solved) = rows.solve(problem, &packed.detach(), None, stats)? {
-            return Ok(Forward::of_rows(solved));
-        }
-    }
-    let y0 = problem.packing.unpack(&packed.detach().copy()?)?;
-    integrate(problem, field, y0, stats)
+) -> Result<Option<Forward>> {
+    counted(problem, |stats| {
+        advance_tiles(problem, field, y0, loss, stats)
+    })
 }
 
-/// `(outputs, elements)` to the leaves that the user gets.
-fn returned<S: State>(problem: &Problem, packed: &Tensor) -> Result<S> {
-    let packed = match problem.output {
-        Output::All => packed.clone(),
-        Output::Final => packed.squeeze(0)?,
+/// A pass, whose statistics go to the recorder, failed or not.
+fn counted<R>(problem: &Problem, pass: impl FnOnce(&mut Stats) -> Result<R>) -> Result<R> {
+    let mut stats = Stats::default();
+    let before = ops::host_reads();
+    let result = pass(&mut stats);
+    stats.host_reads = ops::host_reads() - before;
+    problem.recorder.add(&stats);
+    result
+}
+
+/// Tile by tile, or in one launch, where the field allows it.
+fn advance_tiles(
+    problem: &Problem,
+    field: &Field<'_>,
+    y0: &Tensor,
+    loss: Option<&RowLoss>,
+    stats: &mut Stats,
+) -> Result<Option<Forward>> {
+    let Some(known) = field.known() else {
+        return Ok(None);
     };
-    S::from_leaves(problem.packing.unpack(&packed)?)
+    let packed = y0.detach().flatten_all()?;
+    #[cfg(feature = "cuda")]
+    if problem.device().is_cuda() {
+        let solved = nn::cuda::solve(known, problem, &packed, stats)?;
+        return Ok(solved.map(Forward::of_rows));
+    }
+    let Some(rows) = nn::rows_of(known) else {
+        return Ok(None);
+    };
+    if loss.is_some() && problem.checkpoint != Checkpoint::Nothing {
+        match rows.solve(problem, &packed, loss, stats) {
+            Ok(Some(solved)) => return Ok(Some(Forward::graded(solved))),
+            Ok(None) => {}
+            // To be met again where the user expects it: in the backward pass.
+            Err(error) if error.is_overflow() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let solved = rows.solve(problem, &packed, None, stats)?;
+    Ok(solved.map(Forward::of_rows))
 }
 
 /// The backward pass of a solve.  `cotangent`: `(outputs, elements)`.
@@ -180,20 +195,17 @@ fn adjoint(
     cotangent: &Tensor,
     differentiate_time: bool,
 ) -> Result<Adjoint> {
-    let mut stats = Stats::default();
-    let before = ops::host_reads();
-    let adjoint = pull_back(
-        problem,
-        field,
-        theta,
-        kept,
-        cotangent,
-        differentiate_time,
-        &mut stats,
-    );
-    stats.host_reads = ops::host_reads() - before;
-    problem.recorder.add(&stats);
-    adjoint
+    counted(problem, |stats| {
+        pull_back(
+            problem,
+            field,
+            theta,
+            kept,
+            cotangent,
+            differentiate_time,
+            stats,
+        )
+    })
 }
 
 /// Tile by tile or step by step, as the forward pass went.
@@ -257,11 +269,11 @@ pub(crate) fn node<S: State>(
     y0: &Tensor,
 ) -> Result<S> {
     let problem = Arc::new(problem);
-    let packed = in_graph(Arc::clone(&problem), field, theta, forward, y0)?;
-    returned(&problem, &packed)
+    let states = in_graph(Arc::clone(&problem), field, theta, forward, y0)?;
+    S::from_leaves(problem.packing.split(&states)?)
 }
 
-/// The same as candle holds it: the packed states, or the loss.
+/// The same as candle holds it: the states, joined, or the loss.
 pub(crate) fn in_graph(
     problem: Arc<Problem>,
     field: SharedField,
@@ -270,9 +282,13 @@ pub(crate) fn in_graph(
     y0: &Tensor,
 ) -> Result<Tensor> {
     let Forward { packed, kept, .. } = forward;
+    let result = match forward.is_loss {
+        true => packed.reshape(())?,
+        false => packed.reshape(problem.returned())?,
+    };
     let tracked = y0.track_op() || problem.grid.is_tracked() || !theta.masters.is_empty();
     if !tracked {
-        return Ok(packed);
+        return Ok(result);
     }
     let (token, handover) = link::tree(&theta.masters, problem.state(), problem.device())?;
     let times = match problem.grid.tensor() {
@@ -286,49 +302,53 @@ pub(crate) fn in_graph(
         theta,
         handover,
         kept,
-        packed: Mutex::new(Some(packed)),
+        packed: packed.shape().clone(),
+        result: Mutex::new(Some(result)),
     };
     Ok(y0.apply_op3(&token, &times, node)?)
 }
 
-/// The solve as a custom op of y0 and t, each one vector, and the token of θ.
+/// The solve as a custom op of y0, joined, the token of θ, and t.
 struct Node {
     problem: Arc<Problem>,
     field: SharedField,
     theta: Theta,
     handover: Handover,
     kept: Kept,
+    /// The shape of the result as passes see it.
+    packed: Shape,
     /// The result, computed before the op is applied, until candle has taken it.
-    packed: Mutex<Option<Tensor>>,
+    result: Mutex<Option<Tensor>>,
 }
 
 impl Node {
     fn result(&self) -> candle_core::Result<Tensor> {
-        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        match packed.take() {
-            Some(packed) => packed.contiguous(),
+        let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
+        match result.take() {
+            Some(result) => result.contiguous(),
             None => candle_core::bail!("the result of a solve was taken twice"),
         }
     }
 
-    /// Gradients of y0 as a vector, of θ and of t.
+    /// Gradients of y0, joined, of θ and of t.
     fn gradients(
         &self,
         cotangent: &Tensor,
         times: bool,
     ) -> Result<(Tensor, Vec<Tensor>, Vec<f64>)> {
         let Self { problem, theta, .. } = self;
+        let cotangent = &cotangent.reshape(&self.packed)?;
         let adjoint = adjoint(problem, &*self.field, theta, &self.kept, cotangent, times);
         match adjoint {
             Ok(adjoint) => {
-                let y0 = Packing::pack(&adjoint.y0, problem.state())?;
+                let y0 = Packing::join(&adjoint.y0, problem.state())?;
                 Ok((y0, adjoint.theta, adjoint.times))
             }
             Err(error) if error.is_overflow() && problem.on_overflow == OnOverflow::SkipUpdate => {
                 let nan = |shape: &Shape| nan(shape, problem.state(), cotangent);
                 let parameters = theta.leaves.iter().map(|p| nan(p.shape()));
                 let times = problem.grid.points().iter().map(|_| f64::NAN).collect();
-                let y0 = nan(&Shape::from(problem.packing.len()))?;
+                let y0 = nan(&Shape::from(problem.packing.joined()))?;
                 Ok((y0, parameters.collect::<Result<_>>()?, times))
             }
             Err(error) => Err(error),
@@ -415,8 +435,9 @@ impl<'f, S: State> Solution<'f, S> {
         theta: Theta,
         forward: Forward,
     ) -> Result<Self> {
+        let states = forward.packed.reshape(problem.returned())?;
         Ok(Self {
-            states: returned(&problem, &forward.packed)?,
+            states: S::from_leaves(problem.packing.split(&states)?)?,
             problem,
             field,
             theta,

@@ -264,6 +264,15 @@ impl Problem {
         &self.scheme.device
     }
 
+    /// The shape of the returned states, joined.
+    pub(crate) fn returned(&self) -> Vec<usize> {
+        let state = self.packing.joined();
+        match self.output {
+            Output::All => [vec![self.outputs()], state].concat(),
+            Output::Final => state,
+        }
+    }
+
     /// Number of states returned.
     pub(crate) fn outputs(&self) -> usize {
         match self.output {

@@ -97,6 +97,30 @@ impl Packing {
         self.shapes.iter().map(Shape::elem_count).sum()
     }
 
+    /// Leaves to one tensor in `dtype`: a single one as it is, several as a vector; differentiable.
+    pub(crate) fn join(leaves: &[Tensor], dtype: DType) -> Result<Tensor> {
+        match leaves {
+            [one] => Ok(one.to_dtype(dtype)?),
+            _ => Self::pack(leaves, dtype),
+        }
+    }
+
+    /// `(…, len)`, or `(…, shape)` of a single leaf, to leaves `(…, shape)`; differentiable.
+    pub(crate) fn split(&self, joined: &Tensor) -> Result<Vec<Tensor>> {
+        match self.shapes.as_slice() {
+            [_] => Ok(vec![joined.clone()]),
+            _ => self.unpack(joined),
+        }
+    }
+
+    /// The dimensions of what [`join`](Self::join) makes of the leaves.
+    pub(crate) fn joined(&self) -> Vec<usize> {
+        match self.shapes.as_slice() {
+            [one] => one.dims().to_vec(),
+            _ => vec![self.len()],
+        }
+    }
+
     /// Leaves to one vector in `dtype`; differentiable.
     pub(crate) fn pack(leaves: &[Tensor], dtype: DType) -> Result<Tensor> {
         let flat = leaves

@@ -350,9 +350,18 @@ impl StepPlan {
         self.points.len()
     }
 
+    /// The interval that step n < len is in.
+    fn interval(&self, n: usize) -> usize {
+        // Where all have as many steps it is this one.
+        let intervals = self.points.len() - 1;
+        let even = n.checked_mul(intervals).map(|n| n / self.len());
+        let even = even.filter(|&i| self.first[i] <= n && n < self.first[i + 1]);
+        even.unwrap_or_else(|| self.first.partition_point(|&f| f <= n) - 1)
+    }
+
     /// Step n < len.
     pub(crate) fn step(&self, n: usize) -> Step {
-        let interval = self.first.partition_point(|&f| f <= n) - 1;
+        let interval = self.interval(n);
         let (t0, t1) = (self.points[interval], self.points[interval + 1]);
         let parts = (self.first[interval + 1] - self.first[interval]) as f64;
         let j = (n - self.first[interval]) as f64;

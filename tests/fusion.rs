@@ -543,3 +543,65 @@ fn layers_that_do_not_fit_are_an_error() {
     );
     assert!(of(&[bare], false).is_err());
 }
+
+/// The gradients of Σ y(1)² with respect to what the map holds, by name.
+fn gradients_of(ode: &NeuralOde, vars: &VarMap, between: impl FnOnce()) -> Vec<(String, Vec<f64>)> {
+    let y0 = scattered((5, 2), DType::F32);
+    let loss = ode.solve(&y0, &[0.0, 1.0]).unwrap().sqr().unwrap();
+    let loss = loss.sum_all().unwrap();
+    between();
+    let grads = loss.backward().unwrap();
+    let data = vars.data().lock().unwrap();
+    let mut found: Vec<_> = data
+        .iter()
+        .map(|(name, var)| (name.clone(), values(grads.get(var.as_tensor()).unwrap())))
+        .collect();
+    found.sort_by(|(a, _), (b, _)| a.cmp(b));
+    found
+}
+
+fn small_ode(vars: &VarMap) -> NeuralOde {
+    NeuralOde::new(vars, "", &Device::Cpu, |vb| {
+        Mlp::new(&[2, 8, 2], Activation::Tanh, vb)
+    })
+    .unwrap()
+}
+
+#[test]
+fn a_variable_that_is_written_before_the_backward_pass_changes_nothing() {
+    let vars = VarMap::new();
+    mlp(&vars, &[2, 8, 2], Activation::Tanh, false, DType::F32);
+    let ode = small_ode(&vars);
+    let expected = gradients_of(&ode, &vars, || {});
+    let written = gradients_of(&ode, &vars, || {
+        for var in vars.all_vars() {
+            var.set(&(var.as_tensor() * 7.0).unwrap()).unwrap();
+        }
+    });
+    assert_eq!(written, expected);
+    // The next solve reads what was written.
+    assert_ne!(gradients_of(&ode, &vars, || {}), expected);
+}
+
+#[test]
+fn variables_that_a_map_is_given_later_are_those_that_are_read() {
+    let (vars, others) = (VarMap::new(), VarMap::new());
+    mlp(&vars, &[2, 8, 2], Activation::Tanh, false, DType::F32);
+    let ode = small_ode(&vars);
+    let before = gradients_of(&ode, &vars, || {});
+    for (name, var) in vars.data().lock().unwrap().iter_mut() {
+        *var = Var::from_tensor(&(var.as_tensor() * 0.5).unwrap()).unwrap();
+        others
+            .data()
+            .lock()
+            .unwrap()
+            .insert(name.clone(), var.clone());
+    }
+    let after = gradients_of(&ode, &vars, || {});
+    assert_ne!(after, before);
+    assert_eq!(
+        after,
+        gradients_of(&small_ode(&others), &others, || {}),
+        "as of a model that was built over them"
+    );
+}

@@ -237,7 +237,11 @@ impl RowField for Cnf {
         })
     }
 
-    fn tiles<T: Element, S: Simd>(&self, _: &[Shape]) -> std::result::Result<CnfTiles<T>, Error> {
-        Ok(CnfTiles::new::<S>(&self.mlp)?)
+    fn tiles<T: Element, S: Simd>(
+        &self,
+        s: S,
+        _: &[Shape],
+    ) -> std::result::Result<CnfTiles<T>, Error> {
+        Ok(CnfTiles::new(s, &self.mlp)?)
     }
 }

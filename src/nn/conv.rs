@@ -9,7 +9,8 @@ use pulp::Simd;
 
 use super::activation::{Apply, Pull};
 use super::add_gradient;
-use super::mlp::numbers;
+use super::mlp::{numbers, with_numbers};
+use super::weights::append_totals;
 use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
@@ -393,6 +394,7 @@ impl RowField for ConvField {
 
     fn tiles<T: Element, S: Simd>(
         &self,
+        _: S,
         shapes: &[Shape],
     ) -> std::result::Result<ConvTiles<T>, Error> {
         let (_, _, height, width) = match shapes {
@@ -402,13 +404,12 @@ impl RowField for ConvField {
         let mut layers = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let shape = layer.shape();
-            let weight = numbers::<T>(&layer.weight)?;
             layers.push(TileLayer {
                 outputs: shape[0],
                 inputs: shape[1],
                 size: shape[2],
-                forward: filters::<T, S>(shape, &weight),
-                adjoint: adjoint_filters::<T, S>(shape, &weight),
+                forward: with_numbers(&layer.weight, |w| filters::<T, S>(shape, w))?,
+                adjoint: with_numbers(&layer.weight, |w| adjoint_filters::<T, S>(shape, w))?,
                 bias: numbers(&layer.bias)?,
             });
         }
@@ -638,6 +639,7 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
         }
     }
 
+    #[inline(always)]
     fn gradients<S: Simd>(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
         let mut gradients = Vec::with_capacity(self.parameters());
         let mut rest = sums;
@@ -647,7 +649,7 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
             (biases, rest) = rest.split_at(layer.outputs);
             let shape = [layer.outputs, layer.inputs, layer.size];
             gradients.extend(filter_totals::<T, S>(s, shape, filters));
-            gradients.extend(biases.iter().map(|b| T::total(s, *b)));
+            append_totals::<T, S>(s, biases, &mut gradients);
         }
         gradients
     }

@@ -3,14 +3,14 @@
 use std::any::Any;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Module, Result, Shape, Tensor, D};
+use candle_core::{Module, Result, Shape, Storage, Tensor, D};
 use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
 use super::activation::{Apply, Pull};
 use super::add_gradient;
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
-use super::weights::{fill, Place, Weights};
+use super::weights::{append_totals, fill, Place, Weights};
 use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
@@ -276,14 +276,20 @@ impl RowField for Mlp {
         })
     }
 
-    fn tiles<T: Element, S: Simd>(&self, _: &[Shape]) -> std::result::Result<MlpTiles<T>, Error> {
+    fn tiles<T: Element, S: Simd>(
+        &self,
+        s: S,
+        _: &[Shape],
+    ) -> std::result::Result<MlpTiles<T>, Error> {
         let mut layers = Vec::with_capacity(self.layers.len());
         // Of the first layer, Wᵀ leaves out what belongs to time.
         let mut dim = self.features();
         for (l, layer) in self.layers.iter().enumerate() {
             let (inputs, outputs) = (layer.inputs(), layer.outputs());
             layers.push(TileLayer {
-                weights: Weights::new::<S>(&numbers(&layer.weight)?, outputs, inputs, dim),
+                weights: with_numbers(&layer.weight, |weight| {
+                    Weights::new(s, weight, outputs, inputs, dim)
+                })?,
                 bias: numbers(&layer.bias)?,
                 skips: l + 1 < self.layers.len() && self.skips(l),
             });
@@ -317,9 +323,22 @@ struct TileLayer<T> {
 /// Products that take as long as an activation.
 const ACTIVATION: usize = 16;
 
-/// All elements, in T.
+/// What is made of all elements, in T: they are read where they are, if they are such.
+pub(super) fn with_numbers<T: Element, R>(x: &Tensor, see: impl FnOnce(&[T]) -> R) -> Result<R> {
+    let x = match x.dtype() == T::DTYPE {
+        true => x.clone(),
+        false => x.detach().to_dtype(T::DTYPE)?,
+    };
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(all), Some((start, end))) => Ok(see(&all.as_slice::<T>()?[start..end])),
+        _ => Ok(see(&x.flatten_all()?.to_vec1::<T>()?)),
+    }
+}
+
+/// A copy of them.
 pub(super) fn numbers<T: Element>(x: &Tensor) -> Result<Vec<T>> {
-    x.detach().to_dtype(T::DTYPE)?.flatten_all()?.to_vec1::<T>()
+    with_numbers(x, <[T]>::to_vec)
 }
 
 impl<T: Element> TileLayer<T> {
@@ -608,6 +627,7 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         }
     }
 
+    #[inline(always)]
     fn gradients<S: Simd>(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
         let mut gradients = Vec::with_capacity(self.parameters());
         let mut rest = sums;
@@ -615,8 +635,8 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
             let (weights, biases);
             (weights, rest) = rest.split_at(layer.weights.sums::<S>());
             (biases, rest) = rest.split_at(layer.weights.outputs);
-            layer.weights.gradient::<S>(weights, &mut gradients);
-            gradients.extend(biases.iter().map(|b| T::total(s, *b)));
+            layer.weights.gradient(s, weights, &mut gradients);
+            append_totals::<T, S>(s, biases, &mut gradients);
         }
         gradients
     }

@@ -3,8 +3,8 @@
 use pulp::Simd;
 
 use crate::rows::Slot;
-use crate::simd::product::{outer_room, padded, Dot, Outer, Packed, Pair};
-use crate::simd::{enter, scalars, scalars_mut, Element};
+use crate::simd::product::{outer_room, padded, Dot, Outer, Packed, Pair, Turn};
+use crate::simd::{enter, Element};
 
 /// W of `outputs` rows and `inputs` columns.
 pub(super) struct Weights<T> {
@@ -42,11 +42,17 @@ pub(super) fn fill<'a, X, const V: usize>(
 
 impl<T: Element> Weights<T> {
     /// Packs `weight`, `[output][input]`; cotangents go back to the first `pulled` inputs.
-    pub(super) fn new<S: Simd>(weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self {
+    pub(super) fn new<S: Simd>(
+        s: S,
+        weight: &[T],
+        outputs: usize,
+        inputs: usize,
+        pulled: usize,
+    ) -> Self {
         Self {
             inputs,
             outputs,
-            forward: Packed::of_rows::<S>(outputs, inputs, weight),
+            forward: Packed::of_rows(s, outputs, inputs, weight),
             adjoint: Packed::of_columns::<S>(pulled, inputs, weight),
         }
     }
@@ -58,12 +64,11 @@ impl<T: Element> Weights<T> {
 
     /// Vectors of the sums of dW.
     pub(super) fn sums<S: Simd>(&self) -> usize {
-        let numbers = if self.is_wide::<S>() {
-            self.inputs * padded::<T, S>(self.outputs)
+        if self.is_wide::<S>() {
+            self.inputs * padded::<T, S>(self.outputs) / T::lanes::<S>()
         } else {
-            (self.inputs * self.outputs).next_multiple_of(T::lanes::<S>())
-        };
-        numbers / T::lanes::<S>()
+            self.inputs * self.outputs
+        }
     }
 
     /// Vectors of room that [`accumulate`](Self::accumulate) needs.
@@ -98,33 +103,37 @@ impl<T: Element> Weights<T> {
                 inputs: self.inputs,
                 outputs: self.outputs,
                 window: pairs,
-                sums: scalars_mut::<T, S>(sums),
+                sums,
             };
             enter(s, dot);
         }
     }
 
     /// Appends the sums as dW, `[output][input]`.
-    pub(super) fn gradient<S: Simd>(&self, sums: &[T::Vector<S>], to: &mut Vec<T>) {
-        let sums = scalars::<T, S>(sums);
+    #[inline(always)]
+    pub(super) fn gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
         let size = self.outputs * self.inputs;
         if !self.is_wide::<S>() {
-            to.extend_from_slice(&sums[..size]);
-            return;
+            return append_totals::<T, S>(s, sums, to);
         }
         let from = to.len();
         to.resize(from + size, T::default());
-        let across = padded::<T, S>(self.outputs);
-        // A vector's outputs at a time, so that what is read at once lies together.
-        let blocks = to[from..].chunks_mut(T::lanes::<S>() * self.inputs);
-        for (block, rows) in blocks.enumerate() {
-            let first = block * T::lanes::<S>();
-            for i in 0..self.inputs {
-                let column = &sums[i * across + first..];
-                for (row, x) in rows.chunks_exact_mut(self.inputs).zip(column) {
-                    row[i] = *x;
-                }
-            }
-        }
+        let turn = Turn::<T, S> {
+            rows: self.inputs,
+            columns: self.outputs,
+            from: sums,
+            to: &mut to[from..],
+        };
+        enter(s, turn);
+    }
+}
+
+/// Appends the sum of the lanes of each.
+#[inline(always)]
+pub(super) fn append_totals<T: Element, S: Simd>(s: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
+    let from = to.len();
+    to.resize(from + sums.len(), T::default());
+    for (to, sum) in to[from..].iter_mut().zip(sums) {
+        *to = T::total(s, *sum);
     }
 }

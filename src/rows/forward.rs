@@ -97,7 +97,7 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
         let shapes = self.plan.problem.packing.shapes();
-        let field = self.spec.tiles::<T, S>(shapes)?;
+        let field = self.spec.tiles(s, shapes)?;
         let problem = self.plan.problem;
         let cache = match problem.stores_state() {
             true => problem.activation_cache,

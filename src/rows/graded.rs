@@ -163,7 +163,7 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
     job: Job<'_, T, F, O>,
 ) -> Result<()> {
     let (plan, problem) = (job.plan, job.plan.problem);
-    let field = job.spec.tiles::<T, S>(problem.packing.shapes())?;
+    let field = job.spec.tiles(s, problem.packing.shapes())?;
     let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
     let groups = plan.groups::<T, S>(field.parameters());
     let rows = V * T::lanes::<S>();

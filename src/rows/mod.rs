@@ -47,7 +47,7 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
     fn layout(&self, shapes: &[Shape]) -> Option<Layout>;
 
     /// Packs the weights for a vector unit, for states of these shapes.
-    fn tiles<T: Element, S: Simd>(&self, shapes: &[Shape]) -> Result<Self::Tiles<T>>;
+    fn tiles<T: Element, S: Simd>(&self, s: S, shapes: &[Shape]) -> Result<Self::Tiles<T>>;
 }
 
 /// Rows of a state, and the features of a row by leaf.

@@ -328,6 +328,7 @@ fn place(
 }
 
 /// The sums of [`Correlation`] over all lanes, `[output][input][size][size]`.
+#[inline(always)]
 pub(crate) fn filter_totals<T: Element, S: Simd>(
     s: S,
     [outputs, inputs, size]: [usize; 3],

@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::{scalars, scalars_mut, Element, Kernel};
+use super::transpose::turned;
+use super::{enter, scalars, scalars_mut, Element, Kernel};
 
 /// A matrix packed for [`Layer`].
 #[derive(Debug, Clone)]
@@ -54,26 +55,34 @@ impl<T: Element> Packed<T> {
     }
 
     /// Packs a matrix, `[row][column]`.
-    pub(crate) fn of_rows<S: Simd>(rows: usize, columns: usize, matrix: &[T]) -> Self {
+    pub(crate) fn of_rows<S: Simd>(s: S, rows: usize, columns: usize, matrix: &[T]) -> Self {
         Self::by_block::<S>(rows, columns, |first, height, block| {
-            let matrix = matrix[first * columns..].chunks_exact(columns);
-            for (r, row) in matrix.take(height).enumerate() {
-                for (column, x) in block.chunks_exact_mut(height).zip(row) {
-                    column[r] = *x;
-                }
+            let matrix = &matrix[first * columns..];
+            match height {
+                8 => enter(s, TurnRows::<T, 8> { matrix, block }),
+                4 => enter(s, TurnRows::<T, 4> { matrix, block }),
+                2 => enter(s, TurnRows::<T, 2> { matrix, block }),
+                _ => block.copy_from_slice(&matrix[..columns]),
             }
         })
     }
 
     /// Packs the first `rows` rows of a matrix given as `[column][row]`, of so many rows in all.
     pub(crate) fn of_columns<S: Simd>(rows: usize, all: usize, matrix: &[T]) -> Self {
+        fn take<T: Copy, const R: usize>(all: usize, matrix: &[T], block: &mut [T]) {
+            let columns = matrix.chunks(all).filter_map(<[T]>::first_chunk::<R>);
+            for (to, from) in block.as_chunks_mut::<R>().0.iter_mut().zip(columns) {
+                *to = *from;
+            }
+        }
         let columns = matrix.len().checked_div(all).unwrap_or(0);
         Self::by_block::<S>(rows, columns, |first, height, block| {
-            let matrix = matrix.chunks_exact(all);
-            for (column, from) in block.chunks_exact_mut(height).zip(matrix) {
-                for (x, from) in column.iter_mut().zip(&from[first..]) {
-                    *x = *from;
-                }
+            let matrix = &matrix[first..];
+            match height {
+                8 => take::<T, 8>(all, matrix, block),
+                4 => take::<T, 4>(all, matrix, block),
+                2 => take::<T, 2>(all, matrix, block),
+                _ => take::<T, 1>(all, matrix, block),
             }
         })
     }
@@ -97,6 +106,77 @@ impl<T: Element> Packed<T> {
             rows,
             columns,
             data,
+        }
+    }
+}
+
+/// `block[column][row] = matrix[row][column]`, of R rows.
+struct TurnRows<'a, T, const R: usize> {
+    matrix: &'a [T],
+    block: &'a mut [T],
+}
+
+impl<T: Element, S: Simd, const R: usize> Kernel<S> for TurnRows<'_, T, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let block = self.block.as_chunks_mut::<R>().0;
+        let (columns, lanes) = (block.len(), T::lanes::<S>());
+        if R > lanes {
+            for (column, to) in block.iter_mut().enumerate() {
+                for (r, to) in to.iter_mut().enumerate() {
+                    *to = self.matrix[r * columns + column];
+                }
+            }
+            return;
+        }
+        for (i, block) in block.chunks_mut(lanes).enumerate() {
+            let from = &self.matrix[i * lanes..];
+            let turned = turned::<T, S>(s, from, columns, (R, block.len()));
+            for (to, column) in block.iter_mut().zip(&turned) {
+                let column = scalars::<T, S>(std::slice::from_ref(column));
+                if let Some(column) = column.first_chunk::<R>() {
+                    *to = *column;
+                }
+            }
+        }
+    }
+}
+
+/// `to[column][row] = from[row][column]`; the rows of `from` are whole vectors.
+pub(crate) struct Turn<'a, T: Element, S: Simd> {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) from: &'a [T::Vector<S>],
+    pub(crate) to: &'a mut [T],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Turn<'_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let lanes = T::lanes::<S>();
+        let stride = padded::<T, S>(self.columns);
+        let from = scalars::<T, S>(self.from);
+        for column in (0..self.columns).step_by(lanes) {
+            let columns = lanes.min(self.columns - column);
+            for row in (0..self.rows).step_by(lanes) {
+                let rows = lanes.min(self.rows - row);
+                let turned =
+                    turned::<T, S>(s, &from[row * stride + column..], stride, (rows, lanes));
+                for (c, turned) in turned[..columns].iter().enumerate() {
+                    let turned = scalars::<T, S>(std::slice::from_ref(turned));
+                    let to = &mut self.to[(column + c) * self.rows + row..];
+                    // Of a length that the compiler knows, where it can be.
+                    if rows == lanes {
+                        to[..lanes].copy_from_slice(turned);
+                    } else {
+                        to[..rows].copy_from_slice(&turned[..rows]);
+                    }
+                }
+            }
         }
     }
 }
@@ -321,14 +401,14 @@ impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
     }
 }
 
-/// `dW[output][input] += Σ g[output] x[input]`, the batch in the lanes: for layers that are too
+/// `dW[output][input] += Σ g[output] x[input]` by lane, the batch in the lanes: for layers that are too
 /// thin for [`Outer`].
 pub(crate) struct Dot<'a, T: Element, S: Simd, const V: usize> {
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
     pub(crate) window: &'a [Pair<'a, T::Vector<S>>],
     /// `[output][input]`.
-    pub(crate) sums: &'a mut [T],
+    pub(crate) sums: &'a mut [T::Vector<S>],
 }
 
 impl<T: Element, S: Simd, const V: usize> Kernel<S> for Dot<'_, T, S, V> {
@@ -369,6 +449,10 @@ impl<T: Element, S: Simd, const V: usize> Dot<'_, T, S, V> {
     #[inline(always)]
     fn block<const R: usize, const C: usize>(&mut self, s: S, output: usize, input: usize) {
         let mut sums = [[T::zeros::<S>(); C]; R];
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let at = (output + r) * self.inputs + input;
+            sums.copy_from_slice(&self.sums[at..][..C]);
+        }
         for pair in self.window {
             let x = &pair.x[input * V..][..C * V];
             let g = &pair.g[output * V..][..R * V];
@@ -382,10 +466,8 @@ impl<T: Element, S: Simd, const V: usize> Dot<'_, T, S, V> {
             }
         }
         for (r, sums) in sums.iter().enumerate() {
-            let out = &mut self.sums[(output + r) * self.inputs + input..][..C];
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out += T::total(s, *sum);
-            }
+            let at = (output + r) * self.inputs + input;
+            self.sums[at..][..C].copy_from_slice(sums);
         }
     }
 }

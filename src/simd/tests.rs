@@ -4,7 +4,9 @@ use proptest::prelude::*;
 use pulp::{Scalar, Simd, WithSimd};
 
 use super::matrix::{Matrix, Piece};
-use super::product::{add_rows, load, outer_room, padded, store, Dot, Layer, Outer, Packed, Pair};
+use super::product::{
+    add_rows, load, outer_room, padded, store, Dot, Layer, Outer, Packed, Pair, Turn,
+};
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
 
@@ -247,6 +249,13 @@ impl Products<'_> {
         let start = self.numbers::<T>(7, rows);
         let x = vectors::<T, S>(&self.numbers::<T>(3, columns * batch));
         let packed = Packed::new::<S>(rows, columns, |r, c| weights[r * columns + c]);
+        let of_rows = Packed::of_rows(s, rows, columns, &weights);
+        assert_eq!(of_rows.data, packed.data);
+        // Of more rows than are wanted.
+        let beyond = self.numbers::<T>(5, columns * (rows + 3));
+        let columns_of = Packed::of_columns::<S>(rows, rows + 3, &beyond);
+        let wanted = Packed::new::<S>(rows, columns, |r, c| beyond[c * (rows + 3) + r]);
+        assert_eq!(columns_of.data, wanted.data);
         for start in [&start[..], &[]] {
             let mut out = vec![T::zeros::<S>(); rows * V];
             let layer = Layer::<T, S, V> {
@@ -296,7 +305,7 @@ impl Products<'_> {
             sums: &mut wide,
         };
         enter(s, outer);
-        let mut thin = vec![T::default(); inputs * outputs];
+        let mut thin = vec![T::zeros::<S>(); inputs * outputs];
         let dot = Dot::<T, S, V> {
             inputs,
             outputs,
@@ -306,7 +315,14 @@ impl Products<'_> {
         enter(s, dot);
         let mut biases = vec![T::zeros::<S>(); outputs];
         add_rows::<T, S, V>(s, &window, &mut biases);
-        let wide = scalars::<T, S>(&wide);
+        let mut turned = vec![T::default(); outputs * inputs];
+        let turn = Turn::<T, S> {
+            rows: inputs,
+            columns: outputs,
+            from: &wide[..inputs * padded::<T, S>(outputs) / lanes],
+            to: &mut turned,
+        };
+        enter(s, turn);
         let at = |tile: &[T::Vector<S>], i: usize, b: usize| -> f64 {
             scalars::<T, S>(tile)[i * batch + b].to_f64()
         };
@@ -316,7 +332,8 @@ impl Products<'_> {
             for i in 0..inputs {
                 let terms_of = all().map(|(p, b)| at(&xs[p], i, b) * at(&gs[p], o, b));
                 let (exact, size) = terms_of.fold((0.0, 0.0), |(e, s), t| (e + t, s + t.abs()));
-                for got in [wide[i * across + o], thin[o * inputs + i]] {
+                let thin = T::total(s, thin[o * inputs + i]);
+                for got in [turned[o * inputs + i], thin] {
                     let error = (got.to_f64() - exact).abs();
                     assert!(error <= terms * unit * size, "{error:e}");
                 }

@@ -4,6 +4,35 @@ use pulp::Simd;
 
 use super::{scalars, scalars_mut, Element};
 
+/// Lanes of the widest vector there is.
+const MOST_LANES: usize = 16;
+
+/// A square of numbers, `[row][column]` at such a stride, turned: a column to a vector.  Where there are
+/// fewer rows or columns than lanes, the rest is zero.
+#[inline(always)]
+pub(super) fn turned<T: Element, S: Simd>(
+    s: S,
+    from: &[T],
+    stride: usize,
+    (rows, columns): (usize, usize),
+) -> [T::Vector<S>; MOST_LANES] {
+    let lanes = T::lanes::<S>();
+    let (mut square, mut turned) = ([T::zeros::<S>(); MOST_LANES], [T::zeros::<S>(); MOST_LANES]);
+    let (rows, columns) = (rows.min(lanes), columns.min(lanes));
+    for r in 0..rows {
+        let row = &from[r * stride..];
+        let to = scalars_mut::<T, S>(std::slice::from_mut(&mut square[r]));
+        // Of a length that the compiler knows, where it can be.
+        if columns == lanes {
+            to.copy_from_slice(&row[..lanes]);
+        } else {
+            to[..columns].copy_from_slice(&row[..columns]);
+        }
+    }
+    T::transpose(s, &square, 1, &mut turned, 1);
+    turned
+}
+
 /// Number by number; for units without a kernel of their own.
 #[inline(always)]
 fn one_by_one<T: Element, S: Simd>(

@@ -5,7 +5,7 @@ use pulp::Simd;
 
 use crate::nn::activation::{Bend, Expand};
 use crate::nn::mlp::numbers;
-use crate::nn::weights::{fill, Place, Weights};
+use crate::nn::weights::{append_totals, fill, Place, Weights};
 use crate::nn::{Activation, Mlp};
 use crate::rows::{Slot, TileField};
 use crate::simd::product::{add_rows, Layer};
@@ -49,14 +49,14 @@ struct Kept<'a, X> {
 }
 
 impl<T: Element> CnfTiles<T> {
-    pub(super) fn new<S: Simd>(mlp: &Mlp) -> Result<Self> {
+    pub(super) fn new<S: Simd>(s: S, mlp: &Mlp) -> Result<Self> {
         let mut layers = Vec::with_capacity(mlp.layers.len());
         let mut dim = mlp.features();
         for layer in &mlp.layers {
             let (inputs, outputs) = (layer.inputs(), layer.outputs());
             let rows = numbers(&layer.weight)?;
             layers.push(TileLayer {
-                weights: Weights::new::<S>(&rows, outputs, inputs, dim),
+                weights: Weights::new(s, &rows, outputs, inputs, dim),
                 bias: numbers(&layer.bias)?,
                 rows,
             });
@@ -64,7 +64,7 @@ impl<T: Element> CnfTiles<T> {
         }
         let (b, left, right) = coupling(&layers, mlp.features());
         Ok(Self {
-            coupling: Weights::new::<S>(&b, left, right, right),
+            coupling: Weights::new(s, &b, left, right, right),
             layers,
             activation: mlp.activation,
             features: mlp.features(),
@@ -444,6 +444,7 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
         self.coupling.accumulate::<S, V>(s, &pairs, room, rest);
     }
 
+    #[inline(always)]
     fn gradients<S: Simd>(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
         let (mut weights, mut biases) = (vec![], vec![]);
         let mut rest = sums;
@@ -452,19 +453,17 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
             (of_weights, rest) = rest.split_at(layer.weights.sums::<S>());
             (of_bias, rest) = rest.split_at(layer.weights.outputs);
             let mut gradient = Vec::with_capacity(layer.rows.len());
-            layer.weights.gradient::<S>(of_weights, &mut gradient);
+            layer.weights.gradient(s, of_weights, &mut gradient);
             weights.push(gradient);
             biases.push(of_bias);
         }
         let mut b = vec![];
-        self.coupling.gradient::<S>(rest, &mut b);
+        self.coupling.gradient(s, rest, &mut b);
         self.add_coupling(&b, &mut weights);
         let mut gradients = Vec::with_capacity(self.parameters());
         for (weight, bias) in weights.iter().zip(biases) {
             gradients.extend(weight);
-            for b in bias {
-                gradients.push(T::total(s, *b));
-            }
+            append_totals::<T, S>(s, bias, &mut gradients);
         }
         gradients
     }
