@@ -3,8 +3,8 @@
 
 #include <math.h>
 
-// As `Activation` in src/nn/activation.rs.
-enum Activation : int { TANH, SIGMOID, SOFTPLUS, RELU, SILU, GELU, SIN };
+// As `Activation` in src/nn/activation.rs, and of a last layer none.
+enum Activation : int { TANH, SIGMOID, SOFTPLUS, RELU, SILU, GELU, SIN, NONE };
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
@@ -52,6 +52,9 @@ template <class A> __device__ inline A activate(int activation, A z, A &slope) {
         slope = normal + z * density;
         return z * normal;
     }
+    case NONE:
+        slope = A(1);
+        return z;
     default:
         slope = cosine(z);
         return sine(z);

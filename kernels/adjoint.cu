@@ -21,8 +21,11 @@ __device__ void adjoint(const Terms &terms, Scaler *scaler, A *adj, const void *
 #pragma unroll
             for (int e = 0; e < FOUR; ++e) sums[e] += given[e];
         }
-        for (int e = 0; e < count; ++e) {
-            adj[i + e] = sums[e];
+        constexpr int own = sizeof(A) == 8 ? F64 : F32;
+        store<A>(Sink{adj, own, own}, i, count, sums);
+        // Those that are not there are zero.
+#pragma unroll
+        for (int e = 0; e < FOUR; ++e) {
             bad |= !is_finite(sums[e]);
             const unsigned long long bits = size_bits(static_cast<double>(sums[e]));
             size = bits > size ? bits : size;

@@ -68,7 +68,9 @@ template <class A> __device__ inline void load(const void *p, int type, uint64_t
 #pragma unroll
             for (int e = 0; e < FOUR; ++e) x[e] = wide<A>(v.x[e]);
         } else {
-            for (int e = 0; e < count; ++e) x[e] = wide<A>(from[e]);
+#pragma unroll
+            for (int e = 0; e < FOUR; ++e)
+                if (e < count) x[e] = wide<A>(from[e]);
         }
         break;
     }
@@ -79,7 +81,9 @@ template <class A> __device__ inline void load(const void *p, int type, uint64_t
 #pragma unroll
             for (int e = 0; e < FOUR; ++e) x[e] = wide<A>(v.x[e]);
         } else {
-            for (int e = 0; e < count; ++e) x[e] = wide<A>(from[e]);
+#pragma unroll
+            for (int e = 0; e < FOUR; ++e)
+                if (e < count) x[e] = wide<A>(from[e]);
         }
         break;
     }
@@ -89,7 +93,9 @@ template <class A> __device__ inline void load(const void *p, int type, uint64_t
             float4 v = *reinterpret_cast<const float4 *>(from);
             x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
         } else {
-            for (int e = 0; e < count; ++e) x[e] = wide<A>(from[e]);
+#pragma unroll
+            for (int e = 0; e < FOUR; ++e)
+                if (e < count) x[e] = wide<A>(from[e]);
         }
         break;
     }
@@ -99,7 +105,9 @@ template <class A> __device__ inline void load(const void *p, int type, uint64_t
             double2 v = reinterpret_cast<const double2 *>(from)[0], w = reinterpret_cast<const double2 *>(from)[1];
             x[0] = static_cast<A>(v.x), x[1] = static_cast<A>(v.y), x[2] = static_cast<A>(w.x), x[3] = static_cast<A>(w.y);
         } else {
-            for (int e = 0; e < count; ++e) x[e] = wide<A>(from[e]);
+#pragma unroll
+            for (int e = 0; e < FOUR; ++e)
+                if (e < count) x[e] = wide<A>(from[e]);
         }
         break;
     }
@@ -123,7 +131,9 @@ template <class A> __device__ inline void store(const Sink &out, uint64_t i, int
         if (aligned<__half>(to, count)) {
             *reinterpret_cast<Halves *>(to) = v;
         } else {
-            for (int e = 0; e < count; ++e) to[e] = v.x[e];
+#pragma unroll
+            for (int e = 0; e < FOUR; ++e)
+                if (e < count) to[e] = v.x[e];
         }
         break;
     }
@@ -135,7 +145,9 @@ template <class A> __device__ inline void store(const Sink &out, uint64_t i, int
         if (aligned<__nv_bfloat16>(to, count)) {
             *reinterpret_cast<Bfloats *>(to) = v;
         } else {
-            for (int e = 0; e < count; ++e) to[e] = v.x[e];
+#pragma unroll
+            for (int e = 0; e < FOUR; ++e)
+                if (e < count) to[e] = v.x[e];
         }
         break;
     }
@@ -147,13 +159,17 @@ template <class A> __device__ inline void store(const Sink &out, uint64_t i, int
         if (aligned<float>(to, count)) {
             *reinterpret_cast<float4 *>(to) = make_float4(v[0], v[1], v[2], v[3]);
         } else {
-            for (int e = 0; e < count; ++e) to[e] = v[e];
+#pragma unroll
+            for (int e = 0; e < FOUR; ++e)
+                if (e < count) to[e] = v[e];
         }
         break;
     }
     default: {
         auto to = static_cast<double *>(out.p) + i;
-        for (int e = 0; e < count; ++e) to[e] = rounded(static_cast<double>(x[e]), out.to);
+#pragma unroll
+        for (int e = 0; e < FOUR; ++e)
+            if (e < count) to[e] = rounded(static_cast<double>(x[e]), out.to);
         break;
     }
     }

@@ -28,7 +28,9 @@ __device__ inline unsigned long long largest(const Tensors &tensors) {
     if (count > 0) {
         double x[FOUR];
         load<double>(tensors.x[t], tensors.type[t], i, count, x);
-        for (int e = 0; e < count; ++e) size = size_bits(x[e]) > size ? size_bits(x[e]) : size;
+        // Those that are not there are zero.
+#pragma unroll
+        for (int e = 0; e < FOUR; ++e) size = size_bits(x[e]) > size ? size_bits(x[e]) : size;
     }
     return block_max(size);
 }

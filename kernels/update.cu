@@ -11,7 +11,9 @@ __device__ void update(const Terms &terms, const Sink &y, const Sink &stored, co
         sum<A>(terms, 1.0, i, count, sums);
         store<A>(y, i, count, sums);
         if (stored.p != nullptr) store<A>(stored, i, count, sums);
-        for (int e = 0; e < count; ++e) bad |= !is_finite(sums[e]);
+        // Those that are not there are zero.
+#pragma unroll
+        for (int e = 0; e < FOUR; ++e) bad |= !is_finite(sums[e]);
     }
     report(look, bad);
 }

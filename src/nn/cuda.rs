@@ -14,7 +14,7 @@ use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::field::{Cotangents, Pullback};
 use crate::ops::cuda::mlp::{Backward, Failure, Forward, LayerOf, SmallNet, Step};
-use crate::ops::cuda::{activate, pull};
+use crate::ops::cuda::{activate, pull, NONE};
 use crate::problem::{Output, Problem};
 use crate::rows::{gradient_of, Reversible, Solved};
 use crate::stats::Stats;
@@ -268,7 +268,7 @@ impl Mlp {
                     value
                 };
             } else {
-                x = z.broadcast_add(&layer.bias.detach())?;
+                (x, _) = activate(&z, &layer.bias, NONE, false)?;
             }
             x = x.reshape(shape)?;
             inputs.push(flat);

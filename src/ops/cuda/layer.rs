@@ -6,14 +6,18 @@ use candle_core::{DType, Tensor, D};
 
 use super::launch::{blocks, device_of, grid, load, Operand, Room, Sink, LAYER, THREADS};
 use crate::error::Result;
+use crate::nn::Activation;
 use crate::precision::Rounding;
 
 /// Columns of a block of `layer_backward`.
-const COLUMNS: usize = 32;
+const COLUMNS: usize = 128;
 
 /// Rows that a block sums at least, and parts at most.
-const LEAST_ROWS: usize = 256;
+const LEAST_ROWS: usize = 128;
 const MOST_PARTS: usize = 128;
+
+/// σ of a layer that has none, as kernels know it.
+pub(crate) const NONE: i32 = Activation::ALL.len() as i32;
 
 fn entry(wide: bool, entries: [&'static str; 2]) -> &'static str {
     super::launch::in_f64(wide, entries)

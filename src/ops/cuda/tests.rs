@@ -112,7 +112,7 @@ fn all_parameters_are_added_to_in_one_launch_and_more_in_several() {
 fn activations_and_bias_gradients_are_those_of_f64() {
     let Some(gpu) = gpu() else { return };
     use crate::nn::Activation;
-    for (rows, columns) in [(1, 1), (7, 5), (300, 33), (1000, 64)] {
+    for (rows, columns) in [(1, 1), (7, 5), (300, 33), (90, 260), (1000, 64)] {
         for dtype in FLOATS {
             let unit = roundoff(dtype).max(1e-15);
             let z = (numbers(rows * columns, 0.3, dtype, &gpu) * 3.0).unwrap();
@@ -151,6 +151,13 @@ fn activations_and_bias_gradients_are_those_of_f64() {
                         );
                     }
                 }
+            }
+            let (sum, slope) = activate(&z, &bias, super::NONE, false).unwrap();
+            assert!(slope.is_none());
+            let [sums, z, bias] = [&sum, &z, &bias].map(on_host);
+            for (i, got) in sums.into_iter().enumerate() {
+                let exact = z[i] + bias[i % columns];
+                assert!((got - exact).abs() <= 2.0 * unit * exact.abs() + roundoff(DType::F32));
             }
             let g = numbers(rows * columns, 0.9, dtype, &gpu)
                 .reshape((rows, columns))
