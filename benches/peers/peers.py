@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     cpus = sorted(os.sched_getaffinity(0))[: args.threads]
     os.sched_setaffinity(0, cpus)  # inherited, and what every library counts its threads by
     os.environ.pop("RAYON_NUM_THREADS", None)
-    variants = {"ours": ""} | {f"ours {text.split('=')[0]}": text.partition("=")[2] for text in args.variant}
+    variants = {"ours": "--share"} | {f"ours {text.split('=')[0]}": text.partition("=")[2] for text in args.variant}
     peers = [name for name in args.peers if util.find_spec(PEERS[name])]
     commands = {}
     for name in args.only:

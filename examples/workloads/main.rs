@@ -7,6 +7,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod fields;
+mod peak;
 mod workload;
 
 use std::path::PathBuf;
@@ -47,6 +48,10 @@ struct Args {
     /// Whose field, and how.
     #[arg(long, value_enum, default_value_t = Whose::Ours)]
     field: Whose,
+    /// Says which share of the machine's multiply-adds it does, of a perceptron: each repetition is
+    /// followed by a measurement of what there is.
+    #[arg(long)]
+    share: bool,
     /// Timed repetitions after one that is not.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
@@ -114,7 +119,7 @@ fn run(args: &Args) -> Result<serde_json::Value> {
     let grads = solve()?.backward()?;
     let stats = recorder.take();
     let errors = workload.errors(&solve()?, &vars, &y0.var, &grads)?;
-    let (mut forward, mut both) = (vec![], vec![]);
+    let (mut forward, mut both, mut peaks) = (vec![], vec![], vec![]);
     for _ in 0..args.repeats {
         let clock = Instant::now();
         solve()?.detach().to_dtype(DType::F64)?.to_scalar::<f64>()?;
@@ -122,18 +127,23 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         let clock = Instant::now();
         solve()?.backward()?;
         both.push(milliseconds(clock));
+        if args.share {
+            peaks.push(peak::rate());
+        }
     }
     let growth = memory::peak()
         .zip(before)
         .map(|(peak, before)| (peak.saturating_sub(before)) as f64 / f64::from(1 << 20));
-    Ok(line(
-        args,
-        &workload,
-        &stats,
-        &[median(forward), median(both)],
-        growth,
-        errors,
-    ))
+    let times = [median(forward), median(both)];
+    let mut line = line(args, &workload, &stats, &times, growth, errors);
+    if let (true, Some(products)) = (args.share, workload.products()) {
+        // Evaluation, evaluation again, pull-back and gradient.
+        let rate = 4.0 * products * stats.evaluations as f64 / (times[1] * 1e-3);
+        let peak = median(peaks);
+        line["share"] = json!(rate / peak);
+        line["peak_gflops"] = json!(2e-9 * peak);
+    }
+    Ok(line)
 }
 
 fn milliseconds(clock: Instant) -> f64 {

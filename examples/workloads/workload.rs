@@ -82,6 +82,15 @@ impl Workload {
         Ok(workload)
     }
 
+    /// Multiply-adds of the products of one evaluation, of a perceptron.
+    pub(crate) fn products(&self) -> Option<f64> {
+        let weights = (0..self.weights).step_by(2).map(|i| format!("p{i}"));
+        let matrices = weights.filter_map(|name| self.tensors.get(&name));
+        let rows = self.tensors.get("y0")?.dims().first()?;
+        let products: usize = matrices.map(|w| w.elem_count() * rows).sum();
+        (self.kind.name == "mlp").then_some(products as f64)
+    }
+
     fn tensor(&self, name: &str, dtype: DType) -> Result<Tensor> {
         let tensor = self.tensors.get(name);
         let tensor = tensor.ok_or_else(|| format!("{}: no tensor `{name}`", self.name))?;
