@@ -16,6 +16,9 @@ import time
 from importlib import metadata, util
 from pathlib import Path
 from statistics import median
+from typing import Callable
+
+import numpy as np
 
 import report
 import workload
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     cpus = sorted(os.sched_getaffinity(0))[: args.threads]
     os.sched_setaffinity(0, cpus)  # inherited, and what every library counts its threads by
     os.environ.pop("RAYON_NUM_THREADS", None)
-    variants = {"ours": "--share"} | {f"ours {text.split('=')[0]}": text.partition("=")[2] for text in args.variant}
+    variants = {"ours": ""} | {f"ours {text.split('=')[0]}": text.partition("=")[2] for text in args.variant}
     peers = [name for name in args.peers if util.find_spec(PEERS[name])]
     commands = {}
     for name in args.only:
@@ -45,20 +48,46 @@ def run(args: argparse.Namespace) -> None:
             for peer in peers:
                 if peer == "torch" or precision == "f32":
                     commands[name, peer, precision] = [sys.executable, "-Wignore", __file__, "one", peer, *tail]
-    results = {}
+    results, quiet = {}, Quiet(args.quiet)
     try:
         for i in range(args.rounds):
             for key, command in commands.items():
                 lines = results.setdefault(key, [])
                 if not lines or "error" not in lines[-1]:
-                    lines.append(ask(command, args.timeout))
-                    print(f"round {i + 1}:", *key, lines[-1].get("fwdbwd_ms", "failed"), file=sys.stderr)
+                    lines.append(quiet.measure(lambda: ask(command, args.timeout)))
+                    print(f"round {i + 1}:", *key, lines[-1].get("fwdbwd_ms", "failed"),
+                          "" if lines[-1]["quiet"] else "disturbed", file=sys.stderr)
     except KeyboardInterrupt:
         results = {key: lines for key, lines in results.items() if lines}
     ours = re.search('version = "(.*)"', (ROOT / "Cargo.toml").read_text())[1]
     versions = {"candle-diffeq": ours} | {PEERS[name]: version(PEERS[name]) for name in peers}
     text = report.render(results, versions, len(cpus))
     report.insert(args.markdown, text) if args.markdown else print(text)
+
+
+class Quiet:
+    """Whether other jobs leave the machine alone: a product of matrices on all threads takes no more than
+    1.1 times the least that one ever took."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience, self.least = patience, float("inf")
+        self.matrix = np.ones((1024, 1024), np.float32)
+
+    def __bool__(self) -> bool:
+        took = median(clock(lambda: self.matrix @ self.matrix) for _ in range(9))
+        self.least = min(self.least, took)
+        return took <= 1.1 * self.least
+
+    def measure(self, cell: Callable[[], dict]) -> dict:
+        """A cell that began and ended so, or the one that is measured when patience is over."""
+        deadline = time.monotonic() + self.patience
+        while True:
+            while time.monotonic() < deadline and not self:
+                time.sleep(0.2)
+            line = cell()
+            line["quiet"] = bool(self)
+            if "error" in line or line["quiet"] or time.monotonic() >= deadline:
+                return line
 
 
 def ask(command: list[str], timeout: float) -> dict:
@@ -132,6 +161,7 @@ def main() -> None:
     add("--binary", type=Path, default=ROOT / "target/release/examples/workloads", help="ours")
     add("--variant", action="append", default=[], metavar="NAME=ARGS", help="ours once more, with these arguments")
     add("--rounds", type=int, default=5, help="times that every cell has its turn")
+    add("--quiet", type=float, default=0.0, metavar="SECONDS", help="repeats a cell for so long until no other job disturbs it")
     add("--timeout", type=float, default=120.0, help="seconds for one process")
     add("--threads", type=int, help="all that this process may use, unless given")
     add("--markdown", type=Path, metavar="FILE", help="standard output if not given")

@@ -7,7 +7,7 @@ from typing import Callable
 #: Ours over the best peer in f32, forward and backward.
 TIME_BARS = {"W0": 0.5, "W1": 0.25, "W2": 0.92, "W3": 0.8, "W4": 0.35, "W5": 0.15}
 MEMORY_BARS = ["W1", "W2", "W3", "W5"]
-#: Multiply-adds of four passes of products over time, of what the machine does at most.
+#: Multiply-adds of four passes of products over time, of what the machine does at most: --variant "share=--share".
 SHARE_BARS = {"W1": 0.65, "W2": 0.85}
 LOW_BARS = [("W1", "bf16"), ("W1", "f16"), ("W2", "bf16"), ("W2", "f16")]
 ERROR_BARS = {"err_loss": ("loss", 1e-6), "err_grad_w": ("∂θ", 1e-6), "err_grad_y0": ("∂y0", 1e-5)}
@@ -30,8 +30,11 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
 
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     rounds = max(map(len, results.values()))
+    measured = [line for lines in good.values() for line in lines]
+    quiet = sum(line.get("quiet", False) for line in measured) / max(len(measured), 1)
     return "\n\n".join([
-        f"{cpu()}; threads: {threads}; {packages}; rounds in turn: {rounds}.",
+        f"{cpu()}; threads: {threads}; {packages}; rounds in turn: {rounds}; "
+        f"undisturbed by other jobs: {quiet:.0%} of the cells.",
         bars(good),
         table(results, "Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
         table(results, "Forward alone, ms", spread("fwd_ms")),
@@ -81,10 +84,10 @@ def bars(good: dict[tuple, list[dict]]) -> str:
         if low and full:
             bar(f"{name}, ours {precision} / f32", low / full, 1.15)
     for name, bound in SHARE_BARS.items():
-        shares = [line["share"] for line in good.get((name, "ours", "f32"), []) if "share" in line]
-        if shares:
-            bar(f"{name}, ours, share of the multiply-adds of {figure(good[name, 'ours', 'f32'][-1]['peak_gflops'])} GFLOP/s",
-                median(shares), bound, least=True)
+        found = [line for line in good.get((name, "ours share", "f32"), []) if "share" in line]
+        if found:
+            peak = figure(median(line["peak_gflops"] for line in found))
+            bar(f"{name}, share of {peak} GFLOP/s", median(line["share"] for line in found), bound, least=True)
     for part, (what, bound) in ERROR_BARS.items():
         if ours:
             bar(f"largest error of {what}, ours f32", max(good[key][-1][part] for key in ours), bound)

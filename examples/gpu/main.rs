@@ -16,6 +16,7 @@ mod common;
 #[allow(dead_code)]
 #[path = "../workloads/fields.rs"]
 mod fields;
+#[allow(dead_code)]
 #[path = "../workloads/workload.rs"]
 mod workload;
 

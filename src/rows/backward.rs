@@ -14,6 +14,7 @@ use super::activations::Selection;
 use super::forward::{each_leaf, Tile};
 use super::stepper::{add, combine, is_finite, Stepper};
 use super::tile::TileField;
+use super::trajectory::TileTrajectory;
 use super::window::{KeptBy, OpenSlot, Window};
 use super::{dispatch, gradient_of, numbers, on_all_threads, Failure, Layout, Plan, Reversible};
 use crate::adjoint::Adjoint;
@@ -306,17 +307,25 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 } else if selection.knows(n) {
                     stepper.recall(step, selection, evaluations, slots);
                 } else {
-                    let mut replayed = 0;
-                    let mut states = Stats::default();
-                    let replay = |m, y: &_| {
-                        replayed += 1;
-                        stepper.replay(m, y, &mut slot).map_err(|f| f.error)
-                    };
-                    let rewind = rewind.get_or_insert_with(|| trajectory.rewind_from(n));
-                    let y = rewind.state(n, replay, &mut states).map_err(failed)?;
-                    counted.kept(states.states_kept, states.bytes_kept);
-                    counted.recomputed += replayed * stepper.stages.len();
-                    y.load::<S>(&mut state);
+                    match trajectory {
+                        TileTrajectory::All(states) => {
+                            let there = states.load::<S>(n, &mut state);
+                            there.ok_or(Error::NothingKept).map_err(failed)?;
+                        }
+                        TileTrajectory::Planned(planned) => {
+                            let mut replayed = 0;
+                            let mut states = Stats::default();
+                            let replay = |m, y: &_| {
+                                replayed += 1;
+                                stepper.replay(m, y, &mut slot).map_err(|f| f.error)
+                            };
+                            let rewind = rewind.get_or_insert_with(|| planned.rewind_from(n));
+                            let y = rewind.state(n, replay, &mut states).map_err(failed)?;
+                            counted.kept(states.states_kept, states.bytes_kept);
+                            counted.recomputed += replayed * stepper.stages.len();
+                            y.load::<S>(&mut state);
+                        }
+                    }
                     stepper.linearize(step, &state, slots);
                 }
 

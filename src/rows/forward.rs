@@ -9,7 +9,8 @@ use pulp::{Simd, WithSimd};
 use super::activations::{Kept, Selection};
 use super::backward::Trajectories;
 use super::stepper::Stepper;
-use super::tile::{Snapshot, TileField, TileStore};
+use super::tile::TileField;
+use super::trajectory::{TileStore, TileTrajectory};
 use super::{dispatch, numbers, on_all_threads, Failure, Layout, Plan, RowField, Solved};
 use crate::error::{Error, Result};
 use crate::ops;
@@ -17,10 +18,6 @@ use crate::problem::{ActivationCache, Output, Problem};
 use crate::simd::product::{load, store};
 use crate::simd::{vectors, Element};
 use crate::stats::Stats;
-use crate::trajectory::Trajectory;
-
-/// What is kept of one tile.
-pub(super) type TileTrajectory<T> = Trajectory<Snapshot<T>, TileStore>;
 
 /// A tile's rows, its trajectory, and what is kept of its evaluations.
 pub(super) struct Tile<T> {
@@ -176,10 +173,9 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
                 load::<T, S>(numbers, features, batch, &mut y[range]);
             });
             let store = TileStore::new(problem.scheme.roles[0].store.to, self.elements);
-            let now = Snapshot::of::<S>(&y);
             let steps = problem.plan.len();
-            let mut trajectory =
-                TileTrajectory::new(problem.checkpoint, steps, store, &now).map_err(anywhere)?;
+            let trajectory = TileTrajectory::new::<S>(problem.checkpoint, steps, store, &y);
+            let mut trajectory = trajectory.map_err(anywhere)?;
             let returned = |y: &[T::Vector<S>], states: &mut Vec<T>| {
                 each_leaf(layout, V, |_, features, range| {
                     let at = states.len();
@@ -194,10 +190,7 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             let mut kept = room.unwrap_or_else(|| Kept::new(self.selection, batch));
             for n in 0..steps {
                 let step = problem.plan.step(n);
-                if trajectory.wants(n) {
-                    let now = Snapshot::of::<S>(&y);
-                    trajectory.offer(n, &now).map_err(anywhere)?;
-                }
+                trajectory.keep::<S>(n, &y).map_err(anywhere)?;
                 let wanted = Some((self.selection, &mut kept));
                 stepper.advance(step, &mut y, &mut slot, wanted)?;
                 if problem.output == Output::All && step.ends_interval() {

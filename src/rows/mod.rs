@@ -14,6 +14,7 @@ mod graded;
 mod room;
 mod stepper;
 mod tile;
+mod trajectory;
 mod window;
 
 use std::ops::Range;

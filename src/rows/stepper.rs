@@ -3,7 +3,8 @@
 use pulp::Simd;
 
 use super::activations::{Kept, Selection};
-use super::tile::{Snapshot, TileField};
+use super::tile::TileField;
+use super::trajectory::Snapshot;
 use super::{Failure, Plan};
 use crate::error::Error;
 use crate::precision::Low;

@@ -1,0 +1,211 @@
+//! What is kept of a tile's trajectory: by default all states, one after the other in one piece of
+//! memory; otherwise what a checkpoint plan keeps.
+
+use std::sync::Arc;
+
+use candle_core::DType;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use pulp::Simd;
+
+use crate::error::Result;
+use crate::simd::{scalars, scalars_mut, Element};
+use crate::stats::Stats;
+use crate::trajectory::{Checkpoint, Store, Trajectory};
+
+/// The trajectory of a tile.
+pub(super) enum TileTrajectory<T> {
+    All(States<T>),
+    Planned(Trajectory<Snapshot<T>, TileStore>),
+}
+
+impl<T: Element> TileTrajectory<T> {
+    /// An empty one for so many steps from y, which is in state precision.
+    pub(super) fn new<S: Simd>(
+        checkpoint: Checkpoint,
+        steps: usize,
+        store: TileStore,
+        y: &[T::Vector<S>],
+    ) -> Result<Self> {
+        Ok(match checkpoint {
+            Checkpoint::All => Self::All(States::new(store, steps, scalars::<T, S>(y).len())),
+            plan => Self::Planned(Trajectory::new(plan, steps, store, &Snapshot::of::<S>(y))?),
+        })
+    }
+
+    /// Whether a backward pass is possible.
+    pub(super) fn can_rewind(&self) -> bool {
+        match self {
+            Self::All(_) => true,
+            Self::Planned(trajectory) => trajectory.can_rewind(),
+        }
+    }
+
+    /// Keeps y_n at the start of step n if it is wanted; n ascends from 0.
+    #[inline(always)]
+    pub(super) fn keep<S: Simd>(&mut self, n: usize, y: &[T::Vector<S>]) -> Result<()> {
+        match self {
+            Self::All(states) => states.push(scalars::<T, S>(y)),
+            Self::Planned(trajectory) if trajectory.wants(n) => {
+                trajectory.offer(n, &Snapshot::of::<S>(y))?;
+            }
+            Self::Planned(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Notes what is kept.
+    pub(super) fn record(&self, stats: &mut Stats) {
+        match self {
+            Self::All(states) => stats.kept(states.count, states.count * states.bytes()),
+            Self::Planned(trajectory) => trajectory.record(stats),
+        }
+    }
+}
+
+/// States of a tile in store precision, in the order of the steps.
+pub(super) struct States<T> {
+    store: TileStore,
+    numbers: Numbers<T>,
+    /// Numbers of a state.
+    size: usize,
+    count: usize,
+}
+
+enum Numbers<T> {
+    State(Vec<T>),
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+impl<T: Element> States<T> {
+    fn new(store: TileStore, steps: usize, size: usize) -> Self {
+        let room = steps.saturating_mul(size);
+        Self {
+            numbers: match store.dtype {
+                DType::BF16 => Numbers::Bf16(reserved(room)),
+                DType::F16 => Numbers::F16(reserved(room)),
+                _ => Numbers::State(reserved(room)),
+            },
+            store,
+            size,
+            count: 0,
+        }
+    }
+
+    /// Bytes of a state, of the whole batch.
+    fn bytes(&self) -> usize {
+        let number = match self.numbers {
+            Numbers::State(_) => size_of::<T>(),
+            Numbers::Bf16(_) | Numbers::F16(_) => 2,
+        };
+        self.store.elements * number
+    }
+
+    fn push(&mut self, y: &[T]) {
+        match &mut self.numbers {
+            Numbers::State(all) => all.extend_from_slice(y),
+            Numbers::Bf16(all) => all.extend_from_slice(&narrowed(y)),
+            Numbers::F16(all) => all.extend_from_slice(&narrowed(y)),
+        }
+        self.count += 1;
+    }
+
+    /// ŷ_n back into a tile; `None` if it is not there.
+    pub(super) fn load<S: Simd>(&self, n: usize, y: &mut [T::Vector<S>]) -> Option<()> {
+        let y = scalars_mut::<T, S>(y);
+        let place = n * self.size..(n + 1) * self.size;
+        match &self.numbers {
+            Numbers::State(all) => y.copy_from_slice(all.get(place)?),
+            Numbers::Bf16(all) => widen(y, all.get(place)?.iter().map(|x| x.to_f32())),
+            Numbers::F16(all) => widen(y, all.get(place)?.iter().map(|x| x.to_f32())),
+        }
+        Some(())
+    }
+}
+
+/// An empty vector with room for so many numbers, if there is so much; it can grow.
+fn reserved<N>(numbers: usize) -> Vec<N> {
+    let mut room = vec![];
+    let _ = room.try_reserve_exact(numbers);
+    room
+}
+
+/// To bf16 or f16.
+fn narrowed<T: Element, L: Copy + Default>(y: &[T]) -> Vec<L>
+where
+    [L]: HalfFloatSliceExt,
+{
+    let single: Vec<f32> = y.iter().map(|y| y.to_f64() as f32).collect();
+    let mut low = vec![L::default(); y.len()];
+    low.convert_from_f32_slice(&single);
+    low
+}
+
+/// A kept state of a tile, in its store precision.
+#[derive(Clone, Debug)]
+pub(super) enum Snapshot<T> {
+    State(Arc<[T]>),
+    Bf16(Arc<[bf16]>),
+    F16(Arc<[f16]>),
+}
+
+impl<T: Element> Snapshot<T> {
+    /// In state precision.
+    pub(super) fn of<S: Simd>(y: &[T::Vector<S>]) -> Self {
+        Self::State(scalars::<T, S>(y).into())
+    }
+
+    /// Back into a tile.
+    pub(super) fn load<S: Simd>(&self, y: &mut [T::Vector<S>]) {
+        let y = scalars_mut::<T, S>(y);
+        match self {
+            Self::State(kept) => y.copy_from_slice(kept),
+            Self::Bf16(kept) => widen(y, kept.iter().map(|x| x.to_f32())),
+            Self::F16(kept) => widen(y, kept.iter().map(|x| x.to_f32())),
+        }
+    }
+}
+
+fn widen<T: Element>(y: &mut [T], kept: impl Iterator<Item = f32>) {
+    for (y, x) in y.iter_mut().zip(kept) {
+        *y = T::of(x.into());
+    }
+}
+
+/// How the states of a tile are kept: all leaves alike, since they lie in one tile.
+#[derive(Clone, Debug)]
+pub(super) struct TileStore {
+    /// Store precision.
+    dtype: DType,
+    /// Of the whole batch: what is counted is what all tiles keep together.
+    elements: usize,
+}
+
+impl TileStore {
+    /// For states of so many elements, of the whole batch.
+    pub(super) fn new(dtype: DType, elements: usize) -> Self {
+        Self { dtype, elements }
+    }
+}
+
+impl<T: Element> Store<Snapshot<T>> for TileStore {
+    fn stored(&self, y: &Snapshot<T>) -> Result<Snapshot<T>> {
+        let Snapshot::State(state) = y else {
+            return Ok(y.clone());
+        };
+        Ok(match self.dtype {
+            DType::BF16 => Snapshot::Bf16(narrowed(state).into()),
+            DType::F16 => Snapshot::F16(narrowed(state).into()),
+            _ => y.clone(),
+        })
+    }
+
+    fn bytes(&self, y: &Snapshot<T>) -> usize {
+        self.elements
+            * match y {
+                Snapshot::State(_) => size_of::<T>(),
+                Snapshot::Bf16(_) | Snapshot::F16(_) => 2,
+            }
+    }
+}
