@@ -33,6 +33,7 @@ __device__ void activate_rows(const void *z, int z_type, const void *bias, int b
     if (column + FOUR <= columns) {
         load<A>(bias, bias_type, column, FOUR, b);
     } else {
+#pragma unroll
         for (int e = 0; e < FOUR; ++e) b[e] = element<A>(bias, bias_type, (column + e) % static_cast<unsigned>(columns));
     }
 #pragma unroll

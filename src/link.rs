@@ -218,6 +218,18 @@ mod tests {
     }
 
     #[test]
+    fn the_tree_has_no_more_links_than_it_needs() {
+        for count in 2..30 {
+            let variable = |n: usize| Var::new(n as f32, &Device::Cpu).unwrap().into_inner();
+            let parameters: Vec<_> = (0..count).map(variable).collect();
+            let (token, _) = tree(&parameters, DType::F32, &Device::Cpu).unwrap();
+            let nodes = token.sorted_nodes();
+            let links = nodes.iter().filter(|node| !node.is_variable()).count();
+            assert_eq!(links, (count - 1).div_ceil(2), "{count} parameters");
+        }
+    }
+
+    #[test]
     fn without_parameters_there_is_nothing_to_track() {
         let (token, _) = tree(&[], DType::F32, &Device::Cpu).unwrap();
         assert!(!token.track_op());

@@ -23,7 +23,7 @@ use crate::loss::RowLoss;
 use crate::nn;
 use crate::odeint::{in_graph, node, run, run_tiles, SharedField, Solution};
 use crate::parameters::{self, Observed, Theta};
-use crate::precision::{Low, Precision};
+use crate::precision::{Precision, Rounding};
 use crate::problem::{OdeOptions, Problem};
 use crate::state::{Packing, State};
 use crate::tableau::Tableau;
@@ -158,10 +158,13 @@ impl<S: State + 'static> NeuralOde<S> {
             options: OdeOptions::default(),
             state: PhantomData,
         };
-        if field.known().and_then(nn::rows_of).is_some() {
-            let ids = ode.masters()?.iter().map(|var| var.id()).collect();
-            ode.packable = Some(Packable { field, ids });
-        }
+        let ids: Vec<_> = ode.masters()?.iter().map(|var| var.id()).collect();
+        let packable = field.known().and_then(nn::rows_of).is_some_and(|rows| {
+            // What a constructor computes from variables must be computed anew for each solve.
+            let weights = rows.weights();
+            weights.iter().all(|weight| ids.contains(&weight.id()))
+        });
+        ode.packable = packable.then_some(Packable { field, ids });
         Ok(ode)
     }
 
@@ -276,7 +279,7 @@ impl<S: State + 'static> NeuralOde<S> {
         let build = |of: fn(&Tensor) -> Tensor| {
             let named = leaves
                 .iter()
-                .map(|(name, leaf)| (String::clone(name), of(leaf)));
+                .map(|(name, leaf)| ((*name).clone(), of(leaf)));
             let dtype = problem.theta.held;
             (self.factory)(VarBuilder::from_tensors(
                 named.collect(),
@@ -302,12 +305,13 @@ impl<S: State + 'static> NeuralOde<S> {
     }
 
     /// The field over the user's variables themselves, where a solve may read them: on the CPU, where
-    /// they still are what it was built over, and are not to be rounded.
+    /// they still are what it was built over, and are neither to be rounded nor cast.
     fn packable(&self, problem: &Problem, masters: &[Var]) -> Option<SharedField> {
         let Packable { field, ids } = self.packable.as_ref()?;
         let same = masters.iter().map(|var| var.id()).eq(ids.iter().copied());
-        let as_they_are = problem.theta.low() == Low::None && problem.device().is_cpu();
-        (same && as_they_are).then(|| Arc::clone(field))
+        let Rounding { to, held } = problem.theta;
+        let as_they_are = to == held && masters.iter().all(|var| var.dtype() == held);
+        (same && as_they_are && problem.device().is_cpu()).then(|| Arc::clone(field))
     }
 
     /// The user's variables, in the order of their names.
@@ -385,7 +389,7 @@ impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
     }
 }
 
-/// A field that was built over the user's variables.  A solve tile by tile packs them when it begins, so
+/// A field whose weights are the user's variables.  A solve tile by tile packs them when it begins, so
 /// that writing to them later changes nothing.
 struct Packable {
     field: SharedField,

@@ -302,7 +302,7 @@ pub(crate) fn in_graph(
         theta,
         handover,
         kept,
-        packed: packed.shape().clone(),
+        shape: packed.shape().clone(),
         result: Mutex::new(Some(result)),
     };
     Ok(y0.apply_op3(&token, &times, node)?)
@@ -315,8 +315,8 @@ struct Node {
     theta: Theta,
     handover: Handover,
     kept: Kept,
-    /// The shape of the result as passes see it.
-    packed: Shape,
+    /// The shape of the result as passes see it, packed.
+    shape: Shape,
     /// The result, computed before the op is applied, until candle has taken it.
     result: Mutex<Option<Tensor>>,
 }
@@ -337,7 +337,7 @@ impl Node {
         times: bool,
     ) -> Result<(Tensor, Vec<Tensor>, Vec<f64>)> {
         let Self { problem, theta, .. } = self;
-        let cotangent = &cotangent.reshape(&self.packed)?;
+        let cotangent = &cotangent.reshape(&self.shape)?;
         let adjoint = adjoint(problem, &*self.field, theta, &self.kept, cotangent, times);
         match adjoint {
             Ok(adjoint) => {

@@ -605,3 +605,111 @@ fn variables_that_a_map_is_given_later_are_those_that_are_read() {
         "as of a model that was built over them"
     );
 }
+
+/// A perceptron of one layer whose weight a constructor makes of the variable `w`.
+fn made_of(
+    vars: &VarMap,
+    of: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> NeuralOde {
+    NeuralOde::new(vars, "", &Device::Cpu, move |vb| {
+        let w = vb.get_with_hints((2, 2), "w", candle_nn::Init::Const(0.5))?;
+        let bias = vb.get_with_hints(2, "b", candle_nn::Init::Const(0.1))?;
+        let layer = Linear::new(of(&w)?, Some(bias));
+        Mlp::from_layers(&[layer], Activation::Tanh, false)
+    })
+    .unwrap()
+}
+
+#[test]
+fn weights_that_a_constructor_computes_are_computed_for_each_solve() {
+    let y0 = scattered((3, 2), DType::F32);
+    let vars = VarMap::new();
+    let ode = made_of(&vars, |w| Ok((w * 0.5)?.detach()));
+    let end = || values(&ode.solve(&y0, &[0.0, 1.0]).unwrap());
+    let before = end();
+    for var in vars.all_vars() {
+        var.set(&(var.as_tensor() * 3.0).unwrap()).unwrap();
+    }
+    assert_ne!(end(), before);
+}
+
+#[test]
+fn weights_that_are_no_variables_of_the_map_are_an_error_where_they_want_gradients() {
+    let y0 = scattered((3, 2), DType::F32);
+    let foreign = Var::from_tensor(&scattered((2, 2), DType::F32)).unwrap();
+    let foreign = made_of(&VarMap::new(), move |_| Ok(foreign.as_tensor().clone()));
+    let computed = made_of(&VarMap::new(), |w| w * 0.5);
+    for ode in [foreign, computed] {
+        let error = ode.solve(&y0, &[0.0, 1.0]).unwrap_err();
+        assert!(matches!(error, Error::UnknownParameter { index: 0 }));
+    }
+}
+
+#[test]
+fn parameters_follow_the_precision_that_is_theirs_though_the_state_has_another() {
+    let vars = VarMap::new();
+    mlp(&vars, &[2, 8, 2], Activation::Tanh, false, DType::F64);
+    let y0 = scattered((5, 2), DType::F64);
+    let end = |parameters: Precision| {
+        let ode = NeuralOde::from_field(&vars, "", DType::F64, &Device::Cpu, |vb| {
+            Mlp::new(&[2, 8, 2], Activation::Tanh, vb)
+        });
+        let ode = ode.unwrap().options(OdeOptions {
+            precision: Some(parameters),
+            leaf_precision: vec![Precision::f64()],
+            ..Default::default()
+        });
+        ode.solve(&y0, &[0.0, 1.0]).unwrap()
+    };
+    let cast = end(Precision::new(DType::F64, DType::F32));
+    let exact = end(Precision::f64());
+    for var in vars.all_vars() {
+        let low = var
+            .to_dtype(DType::F32)
+            .and_then(|x| x.to_dtype(DType::F64));
+        var.set(&low.unwrap()).unwrap();
+    }
+    assert_eq!(values(&cast), values(&end(Precision::f64())));
+    assert_ne!(values(&cast), values(&exact));
+}
+
+#[test]
+fn one_tensor_of_any_rank_is_solved_as_it_is_and_as_a_vector_of_one() {
+    let decay = |_: &Time, y: &Tensor| y.neg();
+    for shape in [vec![], vec![3], vec![2, 3]] {
+        for output in [Output::All, Output::Final] {
+            let options = OdeOptions {
+                output,
+                ..Default::default()
+            };
+            let times = if output == Output::All {
+                vec![2]
+            } else {
+                vec![]
+            };
+            let y0 = Var::from_tensor(&scattered(shape.clone(), DType::F64)).unwrap();
+            let one = odeint(decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+            assert_eq!(one.dims(), [times, shape.clone()].concat());
+            let grads = one.sum_all().unwrap().backward().unwrap();
+            assert_eq!(grads.get(&y0).unwrap().dims(), shape);
+            let field = |_: &Time, y: &Vec<Tensor>| Ok(vec![y[0].neg()?]);
+            let vector = odeint(field, &vec![y0.as_tensor().clone()], &[0.0, 1.0], &options);
+            assert_eq!(values(&vector.unwrap()[0]), values(&one));
+        }
+    }
+}
+
+#[test]
+fn a_tracked_view_with_strides_has_the_gradient_of_what_it_shows() {
+    let whole = Var::from_tensor(&scattered((2, 5), DType::F32)).unwrap();
+    let vars = VarMap::new();
+    let field = mlp(&vars, &[2, 8, 2], Activation::Tanh, false, DType::F32);
+    let gradient = |y0: &Tensor| {
+        let ys = odeint(field.clone(), y0, &[0.0, 1.0], &OdeOptions::default()).unwrap();
+        let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        values(grads.get(&whole).unwrap())
+    };
+    let view = whole.t().unwrap();
+    assert!(!view.is_contiguous());
+    assert_eq!(gradient(&view), gradient(&view.contiguous().unwrap()));
+}

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
                 if not lines or "error" not in lines[-1]:
                     lines.append(quiet.measure(lambda: ask(command, args.timeout)))
                     print(f"round {i + 1}:", *key, lines[-1].get("fwdbwd_ms", "failed"),
-                          "" if lines[-1]["quiet"] else "disturbed", file=sys.stderr)
+                          "disturbed" if args.quiet and not lines[-1]["quiet"] else "", file=sys.stderr)
     except KeyboardInterrupt:
         results = {key: lines for key, lines in results.items() if lines}
     ours = re.search('version = "(.*)"', (ROOT / "Cargo.toml").read_text())[1]
@@ -67,13 +67,15 @@ def run(args: argparse.Namespace) -> None:
 
 class Quiet:
     """Whether other jobs leave the machine alone: a product of matrices on all threads takes no more than
-    1.1 times the least that one ever took."""
+    1.1 times the least that it took so far (medians of nine)."""
 
     def __init__(self, patience: float) -> None:
         self.patience, self.least = patience, float("inf")
         self.matrix = np.ones((1024, 1024), np.float32)
 
-    def __bool__(self) -> bool:
+    def now(self) -> bool:
+        if not self.patience:
+            return False
         took = median(clock(lambda: self.matrix @ self.matrix) for _ in range(9))
         self.least = min(self.least, took)
         return took <= 1.1 * self.least
@@ -82,10 +84,10 @@ class Quiet:
         """A cell that began and ended so, or the one that is measured when patience is over."""
         deadline = time.monotonic() + self.patience
         while True:
-            while time.monotonic() < deadline and not self:
+            while time.monotonic() < deadline and not self.now():
                 time.sleep(0.2)
             line = cell()
-            line["quiet"] = bool(self)
+            line["quiet"] = self.now()
             if "error" in line or line["quiet"] or time.monotonic() >= deadline:
                 return line
 

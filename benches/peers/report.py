@@ -32,9 +32,9 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
     rounds = max(map(len, results.values()))
     measured = [line for lines in good.values() for line in lines]
     quiet = sum(line.get("quiet", False) for line in measured) / max(len(measured), 1)
+    undisturbed = f"; undisturbed by other jobs: {quiet:.0%} of the cells" if quiet else ""
     return "\n\n".join([
-        f"{cpu()}; threads: {threads}; {packages}; rounds in turn: {rounds}; "
-        f"undisturbed by other jobs: {quiet:.0%} of the cells.",
+        f"{cpu()}; threads: {threads}; {packages}; rounds in turn: {rounds}{undisturbed}.",
         bars(good),
         table(results, "Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
         table(results, "Forward alone, ms", spread("fwd_ms")),

@@ -137,8 +137,9 @@ fn run(args: &Args) -> Result<serde_json::Value> {
     let times = [median(forward), median(both)];
     let mut line = line(args, &workload, &stats, &times, growth, errors);
     if let (true, Some(products)) = (args.share, workload.products()) {
-        // Evaluation, evaluation again, pull-back and gradient.
-        let rate = 4.0 * products * stats.evaluations as f64 / (times[1] * 1e-3);
+        // Evaluation, pull-back and gradient, and what is evaluated again.
+        let passes = 3 * stats.evaluations + stats.recomputed;
+        let rate = products * passes as f64 / (times[1] * 1e-3);
         let peak = median(peaks);
         line["share"] = json!(rate / peak);
         line["peak_gflops"] = json!(2e-9 * peak);

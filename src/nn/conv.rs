@@ -404,12 +404,15 @@ impl RowField for ConvField {
         let mut layers = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let shape = layer.shape();
+            let (forward, adjoint) = with_numbers::<T, _>(&layer.weight, |w| {
+                (filters::<T, S>(shape, w), adjoint_filters::<T, S>(shape, w))
+            })?;
             layers.push(TileLayer {
                 outputs: shape[0],
                 inputs: shape[1],
                 size: shape[2],
-                forward: with_numbers(&layer.weight, |w| filters::<T, S>(shape, w))?,
-                adjoint: with_numbers(&layer.weight, |w| adjoint_filters::<T, S>(shape, w))?,
+                forward,
+                adjoint,
                 bias: numbers(&layer.bias)?,
             });
         }

@@ -325,14 +325,12 @@ const ACTIVATION: usize = 16;
 
 /// What is made of all elements, in T: they are read where they are, if they are such.
 pub(super) fn with_numbers<T: Element, R>(x: &Tensor, see: impl FnOnce(&[T]) -> R) -> Result<R> {
-    let x = match x.dtype() == T::DTYPE {
-        true => x.clone(),
-        false => x.detach().to_dtype(T::DTYPE)?,
-    };
+    // Before the storage is locked, which both read.
+    let x = x.detach().to_dtype(T::DTYPE)?.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (Storage::Cpu(all), Some((start, end))) => Ok(see(&all.as_slice::<T>()?[start..end])),
-        _ => Ok(see(&x.flatten_all()?.to_vec1::<T>()?)),
+        _ => candle_core::bail!("weights of tiles are on the CPU"),
     }
 }
 

@@ -94,6 +94,11 @@ impl<'f> Rows<'f> {
         Self(Box::new(field))
     }
 
+    /// What the field reads when a solve begins.
+    pub(crate) fn weights(&self) -> Vec<Tensor> {
+        self.0.weights()
+    }
+
     /// Solves the problem tile by tile, or leaves it to the general path.  With a loss, the result is
     /// its value.
     pub(crate) fn solve(
@@ -130,6 +135,8 @@ pub(crate) trait Reversible: Send + Sync {
 
 /// [`RowField`] without its type.
 trait Solve {
+    fn weights(&self) -> Vec<Tensor>;
+
     fn solve(
         &self,
         problem: &Problem,
@@ -140,6 +147,10 @@ trait Solve {
 }
 
 impl<F: RowField> Solve for &F {
+    fn weights(&self) -> Vec<Tensor> {
+        RowField::weights(*self)
+    }
+
     fn solve(
         &self,
         problem: &Problem,

@@ -257,7 +257,7 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
             match height {
                 8 => self.blocks::<8, 1>(s, first, weights, columns.clone()),
                 4 => self.blocks::<4, 1>(s, first, weights, columns.clone()),
-                2 => self.blocks::<2, 2>(s, first, weights, columns.clone()),
+                2 => self.blocks::<2, 4>(s, first, weights, columns.clone()),
                 _ => self.blocks::<1, 4>(s, first, weights, columns.clone()),
             }
             first += rows;
@@ -449,10 +449,6 @@ impl<T: Element, S: Simd, const V: usize> Dot<'_, T, S, V> {
     #[inline(always)]
     fn block<const R: usize, const C: usize>(&mut self, s: S, output: usize, input: usize) {
         let mut sums = [[T::zeros::<S>(); C]; R];
-        for (r, sums) in sums.iter_mut().enumerate() {
-            let at = (output + r) * self.inputs + input;
-            sums.copy_from_slice(&self.sums[at..][..C]);
-        }
         for pair in self.window {
             let x = &pair.x[input * V..][..C * V];
             let g = &pair.g[output * V..][..R * V];
@@ -466,8 +462,10 @@ impl<T: Element, S: Simd, const V: usize> Dot<'_, T, S, V> {
             }
         }
         for (r, sums) in sums.iter().enumerate() {
-            let at = (output + r) * self.inputs + input;
-            self.sums[at..][..C].copy_from_slice(sums);
+            let out = &mut self.sums[(output + r) * self.inputs + input..][..C];
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = T::plus(s, *out, *sum);
+            }
         }
     }
 }

@@ -313,6 +313,14 @@ impl Products<'_> {
             sums: &mut thin,
         };
         enter(s, dot);
+        // Once more: what is there is added to.
+        let dot = Dot::<T, S, V> {
+            inputs,
+            outputs,
+            window: &window,
+            sums: &mut thin,
+        };
+        enter(s, dot);
         let mut biases = vec![T::zeros::<S>(); outputs];
         add_rows::<T, S, V>(s, &window, &mut biases);
         let mut turned = vec![T::default(); outputs * inputs];
@@ -332,7 +340,7 @@ impl Products<'_> {
             for i in 0..inputs {
                 let terms_of = all().map(|(p, b)| at(&xs[p], i, b) * at(&gs[p], o, b));
                 let (exact, size) = terms_of.fold((0.0, 0.0), |(e, s), t| (e + t, s + t.abs()));
-                let thin = T::total(s, thin[o * inputs + i]);
+                let thin = T::total(s, thin[o * inputs + i]) * T::of(0.5);
                 for got in [turned[o * inputs + i], thin] {
                     let error = (got.to_f64() - exact).abs();
                     assert!(error <= terms * unit * size, "{error:e}");

@@ -18,7 +18,7 @@ pub(super) fn turned<T: Element, S: Simd>(
 ) -> [T::Vector<S>; MOST_LANES] {
     let lanes = T::lanes::<S>();
     let (mut square, mut turned) = ([T::zeros::<S>(); MOST_LANES], [T::zeros::<S>(); MOST_LANES]);
-    let (rows, columns) = (rows.min(lanes), columns.min(lanes));
+    debug_assert!(rows.max(columns) <= lanes && lanes <= MOST_LANES);
     for r in 0..rows {
         let row = &from[r * stride..];
         let to = scalars_mut::<T, S>(std::slice::from_mut(&mut square[r]));
