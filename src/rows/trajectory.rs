@@ -57,7 +57,11 @@ impl<T: Element> TileTrajectory<T> {
     /// Notes what is kept.
     pub(super) fn record(&self, stats: &mut Stats) {
         match self {
-            Self::All(states) => stats.kept(states.count, states.count * states.bytes()),
+            Self::All(states) => {
+                let TileStore { dtype, elements } = states.store;
+                let bytes = elements * dtype.size_in_bytes();
+                stats.kept(states.count(), states.count() * bytes);
+            }
             Self::Planned(trajectory) => trajectory.record(stats),
         }
     }
@@ -69,7 +73,6 @@ pub(super) struct States<T> {
     numbers: Numbers<T>,
     /// Numbers of a state.
     size: usize,
-    count: usize,
 }
 
 enum Numbers<T> {
@@ -89,17 +92,17 @@ impl<T: Element> States<T> {
             },
             store,
             size,
-            count: 0,
         }
     }
 
-    /// Bytes of a state, of the whole batch.
-    fn bytes(&self) -> usize {
-        let number = match self.numbers {
-            Numbers::State(_) => size_of::<T>(),
-            Numbers::Bf16(_) | Numbers::F16(_) => 2,
+    /// How many there are.
+    fn count(&self) -> usize {
+        let numbers = match &self.numbers {
+            Numbers::State(all) => all.len(),
+            Numbers::Bf16(all) => all.len(),
+            Numbers::F16(all) => all.len(),
         };
-        self.store.elements * number
+        numbers / self.size.max(1)
     }
 
     fn push(&mut self, y: &[T]) {
@@ -108,7 +111,6 @@ impl<T: Element> States<T> {
             Numbers::Bf16(all) => all.extend_from_slice(&narrowed(y)),
             Numbers::F16(all) => all.extend_from_slice(&narrowed(y)),
         }
-        self.count += 1;
     }
 
     /// ŷ_n back into a tile; `None` if it is not there.
@@ -117,8 +119,8 @@ impl<T: Element> States<T> {
         let place = n * self.size..(n + 1) * self.size;
         match &self.numbers {
             Numbers::State(all) => y.copy_from_slice(all.get(place)?),
-            Numbers::Bf16(all) => widen(y, all.get(place)?.iter().map(|x| x.to_f32())),
-            Numbers::F16(all) => widen(y, all.get(place)?.iter().map(|x| x.to_f32())),
+            Numbers::Bf16(all) => widen(y, all.get(place)?),
+            Numbers::F16(all) => widen(y, all.get(place)?),
         }
         Some(())
     }
@@ -161,15 +163,16 @@ impl<T: Element> Snapshot<T> {
         let y = scalars_mut::<T, S>(y);
         match self {
             Self::State(kept) => y.copy_from_slice(kept),
-            Self::Bf16(kept) => widen(y, kept.iter().map(|x| x.to_f32())),
-            Self::F16(kept) => widen(y, kept.iter().map(|x| x.to_f32())),
+            Self::Bf16(kept) => widen(y, kept),
+            Self::F16(kept) => widen(y, kept),
         }
     }
 }
 
-fn widen<T: Element>(y: &mut [T], kept: impl Iterator<Item = f32>) {
+/// The inverse.
+fn widen<T: Element, L: Copy + Into<f32>>(y: &mut [T], kept: &[L]) {
     for (y, x) in y.iter_mut().zip(kept) {
-        *y = T::of(x.into());
+        *y = T::of(f64::from((*x).into()));
     }
 }
 

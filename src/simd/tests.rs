@@ -306,21 +306,16 @@ impl Products<'_> {
         };
         enter(s, outer);
         let mut thin = vec![T::zeros::<S>(); inputs * outputs];
-        let dot = Dot::<T, S, V> {
-            inputs,
-            outputs,
-            window: &window,
-            sums: &mut thin,
-        };
-        enter(s, dot);
-        // Once more: what is there is added to.
-        let dot = Dot::<T, S, V> {
-            inputs,
-            outputs,
-            window: &window,
-            sums: &mut thin,
-        };
-        enter(s, dot);
+        // Twice: what is there is added to.
+        for _ in 0..2 {
+            let dot = Dot::<T, S, V> {
+                inputs,
+                outputs,
+                window: &window,
+                sums: &mut thin,
+            };
+            enter(s, dot);
+        }
         let mut biases = vec![T::zeros::<S>(); outputs];
         add_rows::<T, S, V>(s, &window, &mut biases);
         let mut turned = vec![T::default(); outputs * inputs];
