@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use pulp::Simd;
 
 use super::elementwise;
+use crate::simd::product::Finish;
 use crate::simd::{Element, Kernel};
 
 /// An elementwise activation.
@@ -197,25 +198,60 @@ impl<T: Element, S: Simd> Kernel<S> for Pull<'_, T, S> {
 
     #[inline(always)]
     fn run(self, s: S) {
-        let one = T::splat(s, T::of(1.0));
-        let both = self.g.iter_mut().zip(self.value);
-        match self.activation {
-            Activation::Tanh => {
-                for (g, h) in both {
-                    *g = T::times(s, *g, T::minus(s, one, T::times(s, *h, *h)));
+        for (g, h) in self.g.iter_mut().zip(self.value) {
+            *g = pulled::<T, S>(s, self.activation, *h, *g);
+        }
+    }
+}
+
+/// σ'(z) g of h = σ(z).
+#[inline(always)]
+fn pulled<T: Element, S: Simd>(
+    s: S,
+    activation: Activation,
+    h: T::Vector<S>,
+    g: T::Vector<S>,
+) -> T::Vector<S> {
+    let one = T::splat(s, T::of(1.0));
+    match activation {
+        Activation::Tanh => T::times(s, g, T::minus(s, one, T::times(s, h, h))),
+        Activation::Sigmoid => T::times(s, g, T::times(s, h, T::minus(s, one, h))),
+        Activation::Relu => T::where_positive(s, h, g),
+        Activation::Softplus | Activation::Silu | Activation::Gelu | Activation::Sin => g,
+    }
+}
+
+/// The product that forms g leaves σ'(z) g.
+pub(super) struct Pulled<'a, T: Element, S: Simd> {
+    pub(super) activation: Activation,
+    pub(super) value: &'a [T::Vector<S>],
+    /// Where it is kept, else empty.
+    pub(super) slope: &'a [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd> Finish<T, S> for Pulled<'_, T, S> {
+    #[inline(always)]
+    fn finish<const R: usize, const V: usize>(
+        &self,
+        s: S,
+        at: usize,
+        sums: &mut [[T::Vector<S>; V]; R],
+    ) {
+        let of = |x: &'_ [T::Vector<S>]| -> Option<[[T::Vector<S>; V]; R]> {
+            x.get(at..)?.as_chunks::<V>().0.first_chunk::<R>().copied()
+        };
+        if let Some(slopes) = of(self.slope) {
+            for r in 0..R {
+                for v in 0..V {
+                    sums[r][v] = T::times(s, sums[r][v], slopes[r][v]);
                 }
             }
-            Activation::Sigmoid => {
-                for (g, h) in both {
-                    *g = T::times(s, *g, T::times(s, *h, T::minus(s, one, *h)));
+        } else if let Some(values) = of(self.value) {
+            for r in 0..R {
+                for v in 0..V {
+                    sums[r][v] = pulled::<T, S>(s, self.activation, values[r][v], sums[r][v]);
                 }
             }
-            Activation::Relu => {
-                for (g, h) in both {
-                    *g = T::where_positive(s, *h, *g);
-                }
-            }
-            Activation::Softplus | Activation::Silu | Activation::Gelu | Activation::Sin => {}
         }
     }
 }

@@ -7,7 +7,7 @@ use candle_core::{Module, Result, Shape, Storage, Tensor, D};
 use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
-use super::activation::{Apply, Pull};
+use super::activation::{Apply, Pull, Pulled};
 use super::add_gradient;
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
 use super::weights::{append_totals, fill, Place, Weights};
@@ -15,7 +15,7 @@ use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, Part, RowField, Slot, TileField};
-use crate::simd::product::{add_rows, Layer};
+use crate::simd::product::{add_rows, AsIs, Layer};
 use crate::simd::{enter, Element};
 use crate::time::Time;
 
@@ -414,11 +414,12 @@ impl<T: Element> MlpTiles<T> {
             }
             enter(
                 s,
-                Layer::<T, S, V> {
+                Layer::<T, S, V, _> {
                     weights: &layer.weights.forward,
                     start: &layer.bias,
                     x,
                     out,
+                    finish: AsIs,
                 },
             );
             enter(
@@ -450,11 +451,12 @@ impl<T: Element> MlpTiles<T> {
         if let Some(out) = k {
             enter(
                 s,
-                Layer::<T, S, V> {
+                Layer::<T, S, V, _> {
                     weights: &last.weights.forward,
                     start: &last.bias,
                     x,
                     out,
+                    finish: AsIs,
                 },
             );
         }
@@ -571,28 +573,40 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
             let hidden = if l == 0 { 0 } else { layer.weights.inputs };
             let (below, after) = rest.split_at_mut(hidden * V);
             let out = if l == 0 { &mut *w } else { &mut *below };
-            enter(
-                s,
-                Layer::<T, S, V> {
-                    weights: &layer.weights.adjoint,
-                    start: &[],
-                    x: g,
-                    out,
-                },
-            );
-            if layer.skips {
-                for (out, c) in out.iter_mut().zip(&*carried) {
-                    *out = T::plus(s, *out, *c);
+            let product = Layer::<T, S, V, _> {
+                weights: &layer.weights.adjoint,
+                start: &[],
+                x: g,
+                out,
+                finish: AsIs,
+            };
+            let kept = if self.keeps_slopes() { hidden * V } else { 0 };
+            let slope;
+            (slopes, slope) = slopes.split_at(slopes.len() - kept);
+            let carries = l > 0 && self.layers[l - 1].skips;
+            if l > 0 && !layer.skips && !carries {
+                let activation = self.activation;
+                enter(
+                    s,
+                    product.finished(Pulled::<T, S> {
+                        activation,
+                        value,
+                        slope,
+                    }),
+                );
+            } else {
+                enter(s, product);
+                if layer.skips {
+                    for (out, c) in out.iter_mut().zip(&*carried) {
+                        *out = T::plus(s, *out, *c);
+                    }
                 }
-            }
-            if l > 0 {
-                if self.layers[l - 1].skips {
+                if carries {
                     carried[..out.len()].copy_from_slice(out);
                 }
-                let kept = if self.keeps_slopes() { out.len() } else { 0 };
-                let slope;
-                (slopes, slope) = slopes.split_at(slopes.len() - kept);
-                self.pull(s, value, slope, out);
+                if l > 0 {
+                    self.pull(s, value, slope, out);
+                }
             }
             (g, rest) = (below, after);
         }

@@ -4,6 +4,8 @@
 use bytemuck::Pod;
 use memmap2::MmapMut;
 
+use crate::simd::Line;
+
 /// Zeroed memory.
 pub(super) enum Room {
     Heap(Vec<Line>),
@@ -11,11 +13,6 @@ pub(super) enum Room {
     /// ones cost more than what they hold.
     Pages(MmapMut),
 }
-
-/// Memory that vectors of any unit may begin at.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-pub(super) struct Line([u64; 8]);
 
 /// Bytes from which on pages are asked for: what is less, the allocator has at hand.
 const LARGE: usize = 1 << 20;

@@ -12,9 +12,11 @@ pub(crate) mod product;
 mod tests;
 mod transpose;
 
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 use std::sync::OnceLock;
 
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 use pulp::{Arch, Simd};
 
 use crate::precision::Low;
@@ -95,7 +97,7 @@ pub(crate) trait Element:
 
     /// 0 in all lanes.
     fn zeros<S: Simd>() -> Self::Vector<S> {
-        bytemuck::Zeroable::zeroed()
+        Zeroable::zeroed()
     }
 
     /// f of every lane, one after the other.
@@ -143,12 +145,45 @@ pub(crate) fn enter<S: Simd, K: Kernel<S>>(simd: S, kernel: K) -> K::Output {
     simd.vectorize(Entered { kernel, simd })
 }
 
+/// Memory that vectors of any unit may begin at: one that lies across two lines of a cache costs twice.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub(crate) struct Line([u64; 8]);
+
+/// Owned numbers, from the beginning of a line on.
+pub(crate) struct Aligned<X> {
+    lines: Vec<Line>,
+    len: usize,
+    number: PhantomData<X>,
+}
+
+impl<X: Pod> Deref for Aligned<X> {
+    type Target = [X];
+
+    #[inline(always)]
+    fn deref(&self) -> &[X] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+}
+
+impl<X: Pod> DerefMut for Aligned<X> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [X] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+}
+
 /// Owned vectors.
-pub(crate) type Vectors<T, S> = Vec<<T as Element>::Vector<S>>;
+pub(crate) type Vectors<T, S> = Aligned<<T as Element>::Vector<S>>;
 
 /// n vectors of zeros, in pages that cost nothing until they are touched.
 pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {
-    bytemuck::zeroed_vec(n)
+    let bytes = n * size_of::<T::Vector<S>>();
+    Aligned {
+        lines: bytemuck::zeroed_vec(bytes.div_ceil(size_of::<Line>())),
+        len: n,
+        number: PhantomData,
+    }
 }
 
 /// The numbers in a slice of vectors.

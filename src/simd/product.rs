@@ -181,16 +181,62 @@ impl<T: Element, S: Simd> Kernel<S> for Turn<'_, T, S> {
     }
 }
 
-/// `out = W x + start`, start by row (a bias) or zero.
-pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize> {
+/// What becomes of the sums of a product on their way out.
+pub(crate) trait Finish<T: Element, S: Simd> {
+    /// Of R rows, whose first vector is at this place of the product.
+    fn finish<const R: usize, const V: usize>(
+        &self,
+        s: S,
+        at: usize,
+        sums: &mut [[T::Vector<S>; V]; R],
+    );
+}
+
+/// Nothing.
+pub(crate) struct AsIs;
+
+impl<T: Element, S: Simd> Finish<T, S> for AsIs {
+    #[inline(always)]
+    fn finish<const R: usize, const V: usize>(
+        &self,
+        _: S,
+        _: usize,
+        _: &mut [[T::Vector<S>; V]; R],
+    ) {
+    }
+}
+
+/// `out = W x + start`, start by row (a bias) or zero, finished.
+pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize, E> {
     pub(crate) weights: &'a Packed<T>,
     /// One for each row, or none.
     pub(crate) start: &'a [T],
     pub(crate) x: &'a [T::Vector<S>],
     pub(crate) out: &'a mut [T::Vector<S>],
+    pub(crate) finish: E,
 }
 
-impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
+impl<'a, T: Element, S: Simd, const V: usize> Layer<'a, T, S, V, AsIs> {
+    /// The same with something to finish its sums.
+    pub(crate) fn finished<E>(self, finish: E) -> Layer<'a, T, S, V, E> {
+        let Self {
+            weights,
+            start,
+            x,
+            out,
+            ..
+        } = self;
+        Layer {
+            weights,
+            start,
+            x,
+            out,
+            finish,
+        }
+    }
+}
+
+impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Layer<'_, T, S, V, E> {
     /// The products with some of the columns, in the blocks of R rows from `first` on, `weights`
     /// theirs; each sum in U parts, so that the products of a small block need not wait for each
     /// other.
@@ -202,21 +248,23 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
         weights: &[T],
         columns: Range<usize>,
     ) {
+        let all = self.weights.columns;
         let inputs = &self.x.as_chunks::<V>().0[columns.clone()];
         let starts = self.start.get(first..).unwrap_or(&[]).as_chunks::<R>().0;
         let outs = self.out[first * V..].as_chunks_mut::<V>().0;
         let outs = outs.as_chunks_mut::<R>().0;
-        let blocks = weights.chunks_exact(R * self.weights.columns);
-        for (b, (weights, out)) in blocks.zip(outs).enumerate() {
+        let weights = weights.as_chunks::<R>().0;
+        let blocks = weights.len().checked_div(all).unwrap_or(0);
+        for (b, out) in outs[..blocks].iter_mut().enumerate() {
             let mut sums = [[[T::zeros::<S>(); V]; R]; U];
             if columns.start > 0 {
                 sums[0] = *out;
-            } else if let Some(starts) = starts.get(b) {
+            } else if !starts.is_empty() {
                 for r in 0..R {
-                    sums[0][r] = [T::splat(s, starts[r]); V];
+                    sums[0][r] = [T::splat(s, starts[b][r]); V];
                 }
             }
-            let weights = &weights.as_chunks::<R>().0[columns.clone()];
+            let weights = &weights[b * all + columns.start..][..inputs.len()];
             let ((weights, last_weights), (inputs, last_inputs)) =
                 (weights.as_chunks::<U>(), inputs.as_chunks::<U>());
             for (weights, inputs) in weights.iter().zip(inputs) {
@@ -236,6 +284,9 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
                         sum[r][v] = T::plus(s, sum[r][v], part[r][v]);
                     }
                 }
+            }
+            if columns.end == all {
+                self.finish.finish(s, (first + b * R) * V, &mut sum);
             }
             *out = sum;
         }
@@ -285,7 +336,7 @@ fn add_product<T: Element, S: Simd, const R: usize, const V: usize>(
     }
 }
 
-impl<T: Element, S: Simd, const V: usize> Kernel<S> for Layer<'_, T, S, V> {
+impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Kernel<S> for Layer<'_, T, S, V, E> {
     type Output = ();
 
     #[inline(always)]
@@ -383,13 +434,22 @@ impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
             for r in 1..R {
                 each[r] = &x[r * rows..][..rows];
             }
-            for (b, g) in turned.iter().enumerate() {
+            // By twos: a turn of the loop that is shorter does not keep the multipliers fed.
+            let (twos, last) = turned.as_chunks::<2>();
+            for (b, g) in twos.iter().enumerate() {
+                let mut x = [[T::default(); R]; 2];
                 for r in 0..R {
-                    let x = T::splat(s, each[r][b]);
-                    for w in 0..W {
-                        sums[r][w] = T::mul_add(s, x, g[w], sums[r][w]);
-                    }
+                    (x[0][r], x[1][r]) = (each[r][2 * b], each[r][2 * b + 1]);
                 }
+                add_product(s, &x[0], &g[0], &mut sums);
+                add_product(s, &x[1], &g[1], &mut sums);
+            }
+            if let [g] = last {
+                let mut x = [T::default(); R];
+                for r in 0..R {
+                    x[r] = each[r][rows - 1];
+                }
+                add_product(s, &x, g, &mut sums);
             }
         }
         for (r, sums) in sums.iter().enumerate() {
@@ -477,14 +537,35 @@ pub(crate) fn add_rows<T: Element, S: Simd, const V: usize>(
     window: &[Pair<'_, T::Vector<S>>],
     sums: &mut [T::Vector<S>],
 ) {
-    for (i, sum) in sums.iter_mut().enumerate() {
-        let mut part = T::zeros::<S>();
-        for pair in window {
-            for g in &pair.g[i * V..(i + 1) * V] {
-                part = T::plus(s, part, *g);
+    let (fours, rest) = sums.as_chunks_mut::<4>();
+    let first = 4 * fours.len();
+    for (i, sums) in fours.iter_mut().enumerate() {
+        add_some::<T, S, V, 4>(s, 4 * i, window, sums);
+    }
+    for (i, sum) in (first..).zip(rest) {
+        add_some::<T, S, V, 1>(s, i, window, std::array::from_mut(sum));
+    }
+}
+
+/// [`add_rows`] of R outputs.
+#[inline(always)]
+fn add_some<T: Element, S: Simd, const V: usize, const R: usize>(
+    s: S,
+    output: usize,
+    window: &[Pair<'_, T::Vector<S>>],
+    sums: &mut [T::Vector<S>; R],
+) {
+    let mut parts = [T::zeros::<S>(); R];
+    for pair in window {
+        let g = pair.g[output * V..][..R * V].as_chunks::<V>().0;
+        for r in 0..R {
+            for g in g[r] {
+                parts[r] = T::plus(s, parts[r], g);
             }
         }
-        *sum = T::plus(s, *sum, part);
+    }
+    for r in 0..R {
+        sums[r] = T::plus(s, sums[r], parts[r]);
     }
 }
 

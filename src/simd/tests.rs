@@ -5,7 +5,7 @@ use pulp::{Scalar, Simd, WithSimd};
 
 use super::matrix::{Matrix, Piece};
 use super::product::{
-    add_rows, load, outer_room, padded, store, Dot, Layer, Outer, Packed, Pair, Turn,
+    add_rows, load, outer_room, padded, store, AsIs, Dot, Finish, Layer, Outer, Packed, Pair, Turn,
 };
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
@@ -258,11 +258,12 @@ impl Products<'_> {
         assert_eq!(columns_of.data, wanted.data);
         for start in [&start[..], &[]] {
             let mut out = vec![T::zeros::<S>(); rows * V];
-            let layer = Layer::<T, S, V> {
+            let layer = Layer::<T, S, V, _> {
                 weights: &packed,
                 start,
                 x: &x,
                 out: &mut out,
+                finish: AsIs,
             };
             enter(s, layer);
             let (x, out) = (scalars::<T, S>(&x), scalars::<T, S>(&out));
@@ -369,6 +370,71 @@ proptest! {
     ) {
         everywhere(Products { rows, columns, pairs, numbers: &numbers });
     }
+}
+
+/// Factors by place.
+struct Factors<'a, X>(&'a [X]);
+
+impl<T: Element, S: Simd> Finish<T, S> for Factors<'_, T::Vector<S>> {
+    #[inline(always)]
+    fn finish<const R: usize, const V: usize>(
+        &self,
+        s: S,
+        at: usize,
+        sums: &mut [[T::Vector<S>; V]; R],
+    ) {
+        for (i, x) in sums.iter_mut().flatten().enumerate() {
+            *x = T::times(s, *x, self.0[at + i]);
+        }
+    }
+}
+
+/// Of more columns than are near at a time.
+#[derive(Clone, Copy)]
+struct Finished;
+
+impl Finished {
+    #[inline(always)]
+    fn of<T: Element, S: Simd, const V: usize>(s: S) {
+        let (rows, columns, lanes) = (15, 1500, T::lanes::<S>());
+        let numbers = |n: usize| -> Vec<T> {
+            let at = |i: usize| (i as f64 * 0.37).sin();
+            (0..n).map(|i| T::of(at(i))).collect()
+        };
+        let weights = Packed::of_rows(s, rows, columns, &numbers(rows * columns));
+        let start = numbers(rows);
+        let x = vectors::<T, S>(&numbers(columns * V * lanes));
+        let factors = vectors::<T, S>(&numbers(rows * V * lanes));
+        let mut outs = [(); 2].map(|()| vec![T::zeros::<S>(); rows * V]);
+        let [plain, finished] = &mut outs;
+        let layer = |out| Layer::<T, S, V, _> {
+            weights: &weights,
+            start: &start,
+            x: &x,
+            out,
+            finish: AsIs,
+        };
+        enter(s, layer(plain));
+        enter(s, layer(finished).finished(Factors(&factors)));
+        for (x, factor) in plain.iter_mut().zip(&factors) {
+            *x = T::times(s, *x, *factor);
+        }
+        assert_eq!(scalars::<T, S>(plain), scalars::<T, S>(finished));
+    }
+}
+
+impl Check for Finished {
+    #[inline(always)]
+    fn check<S: Simd>(self, s: S) {
+        Self::of::<f32, S, 1>(s);
+        Self::of::<f32, S, 2>(s);
+        Self::of::<f64, S, 2>(s);
+    }
+}
+
+#[test]
+fn products_are_finished_once_each_in_its_place() {
+    everywhere(Finished);
 }
 
 /// Rows 3 and on of a product of matrices of `rows` × `inner` and `inner` × `columns`.

@@ -89,10 +89,11 @@ pub(super) fn transpose_f32<S: Simd>(
 mod x86 {
     use pulp::bytemuck::cast;
     use pulp::x86::{V3, V4};
-    use pulp::{f32x16, f32x8};
-    use std::arch::x86_64::{__m256, __m512};
+    use pulp::{f32x16, f32x4, f32x8};
+    use std::arch::x86_64::{__m128, __m256};
 
-    /// 16 × 16: pairs of rows are interleaved in ones, in twos, in fours, in eights.
+    /// 16 × 16: quarters of four rows are read into a vector, whose four by four are interleaved in ones
+    /// and in twos.
     #[inline(always)]
     pub(super) fn sixteen(
         s: V4,
@@ -102,41 +103,30 @@ mod x86 {
         to_stride: usize,
     ) {
         let f = s.avx512f;
-        let mut r: [__m512; 16] = [cast(from[0]); 16];
-        for i in 1..16 {
-            r[i] = cast(from[i * from_stride]);
-        }
-        let mut t = r;
-        for i in 0..8 {
-            t[2 * i] = f._mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-            t[2 * i + 1] = f._mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-        }
-        for i in 0..4 {
-            let (a, b) = (
-                f._mm512_castps_pd(t[4 * i]),
-                f._mm512_castps_pd(t[4 * i + 2]),
-            );
-            let (c, d) = (
-                f._mm512_castps_pd(t[4 * i + 1]),
-                f._mm512_castps_pd(t[4 * i + 3]),
-            );
-            r[4 * i] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(a, b));
-            r[4 * i + 1] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(a, b));
-            r[4 * i + 2] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(c, d));
-            r[4 * i + 3] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(c, d));
-        }
-        for j in 0..4 {
-            for half in 0..2 {
-                let (a, b) = (r[8 * half + j], r[8 * half + j + 4]);
-                t[8 * half + j] = f._mm512_shuffle_f32x4::<0x88>(a, b);
-                t[8 * half + j + 4] = f._mm512_shuffle_f32x4::<0xdd>(a, b);
+        let from: &[[f32x4; 4]] = pulp::bytemuck::cast_slice(from);
+        let at = |row: usize, quarter: usize| -> __m128 { cast(from[row * from_stride][quarter]) };
+        for quarter in 0..4 {
+            // A loop, not a closure: a closure is not compiled for the vector unit.
+            let mut r = [f._mm512_setzero_ps(); 4];
+            for (i, r) in r.iter_mut().enumerate() {
+                *r = f._mm512_castps128_ps512(at(i, quarter));
+                *r = f._mm512_insertf32x4::<1>(*r, at(i + 4, quarter));
+                *r = f._mm512_insertf32x4::<2>(*r, at(i + 8, quarter));
+                *r = f._mm512_insertf32x4::<3>(*r, at(i + 12, quarter));
             }
-        }
-        for j in 0..8 {
-            // Columns j and j + 8 are in the even and the odd quarters of two registers.
-            let (a, b) = (t[j], t[j + 8]);
-            to[j * to_stride] = cast(f._mm512_shuffle_f32x4::<0x88>(a, b));
-            to[(j + 8) * to_stride] = cast(f._mm512_shuffle_f32x4::<0xdd>(a, b));
+            let a = f._mm512_castps_pd(f._mm512_unpacklo_ps(r[0], r[1]));
+            let b = f._mm512_castps_pd(f._mm512_unpackhi_ps(r[0], r[1]));
+            let c = f._mm512_castps_pd(f._mm512_unpacklo_ps(r[2], r[3]));
+            let d = f._mm512_castps_pd(f._mm512_unpackhi_ps(r[2], r[3]));
+            let columns = [
+                f._mm512_unpacklo_pd(a, c),
+                f._mm512_unpackhi_pd(a, c),
+                f._mm512_unpacklo_pd(b, d),
+                f._mm512_unpackhi_pd(b, d),
+            ];
+            for (i, column) in columns.into_iter().enumerate() {
+                to[(4 * quarter + i) * to_stride] = cast(column);
+            }
         }
     }
 
