@@ -191,6 +191,28 @@ proptest! {
     }
 }
 
+#[test]
+fn layers_that_are_skipped_meet_layers_that_are_not_in_both_paths() {
+    // Unit roundoffs for three steps of five layers that each may double what was rounded before.
+    let cases = [2f64.powi(-53), 2f64.powi(-24)].map(|u| 256.0 * u);
+    let cases = [(DType::F64, cases[0]), (DType::F32, cases[1])];
+    for widths in [
+        &[5, 5, 5, 8, 5][..],
+        &[20, 40, 40, 40, 20],
+        &[5, 8, 8, 5, 5, 5],
+    ] {
+        for activation in Activation::ALL {
+            for (dtype, bound) in cases {
+                let vars = VarMap::new();
+                let field = mlp(&vars, widths, activation, false, dtype).residual();
+                let y0 = scattered((21, widths[0]), dtype);
+                let options = OdeOptions::default();
+                agree(&field, &vars, &y0, &TIMES, &options, bound);
+            }
+        }
+    }
+}
+
 /// A field on which both paths can be compared in f32, whose batch is no multiple of the lanes.
 fn spiral(dtype: DType) -> (VarMap, Mlp, Tensor) {
     let vars = VarMap::new();

@@ -204,7 +204,7 @@ impl<T: Element, S: Simd> Kernel<S> for Pull<'_, T, S> {
     }
 }
 
-/// σ'(z) g of h = σ(z).
+/// σ'(z) g of h = σ(z), for activations whose slope follows from the value; g for others.
 #[inline(always)]
 fn pulled<T: Element, S: Simd>(
     s: S,
@@ -221,15 +221,15 @@ fn pulled<T: Element, S: Simd>(
     }
 }
 
-/// The product that forms g leaves σ'(z) g.
-pub(super) struct Pulled<'a, T: Element, S: Simd> {
+/// A product that forms g leaves σ'(z) g.
+pub(super) struct TimesSlope<'a, T: Element, S: Simd> {
     pub(super) activation: Activation,
     pub(super) value: &'a [T::Vector<S>],
     /// Where it is kept, else empty.
     pub(super) slope: &'a [T::Vector<S>],
 }
 
-impl<T: Element, S: Simd> Finish<T, S> for Pulled<'_, T, S> {
+impl<T: Element, S: Simd> Finish<T, S> for TimesSlope<'_, T, S> {
     #[inline(always)]
     fn finish<const R: usize, const V: usize>(
         &self,
@@ -237,19 +237,18 @@ impl<T: Element, S: Simd> Finish<T, S> for Pulled<'_, T, S> {
         at: usize,
         sums: &mut [[T::Vector<S>; V]; R],
     ) {
-        let of = |x: &'_ [T::Vector<S>]| -> Option<[[T::Vector<S>; V]; R]> {
-            x.get(at..)?.as_chunks::<V>().0.first_chunk::<R>().copied()
-        };
-        if let Some(slopes) = of(self.slope) {
+        if self.slope.is_empty() {
+            let h = self.value[at..][..R * V].as_chunks::<V>().0;
             for r in 0..R {
                 for v in 0..V {
-                    sums[r][v] = T::times(s, sums[r][v], slopes[r][v]);
+                    sums[r][v] = pulled::<T, S>(s, self.activation, h[r][v], sums[r][v]);
                 }
             }
-        } else if let Some(values) = of(self.value) {
+        } else {
+            let slope = self.slope[at..][..R * V].as_chunks::<V>().0;
             for r in 0..R {
                 for v in 0..V {
-                    sums[r][v] = pulled::<T, S>(s, self.activation, values[r][v], sums[r][v]);
+                    sums[r][v] = T::times(s, sums[r][v], slope[r][v]);
                 }
             }
         }

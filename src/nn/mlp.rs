@@ -7,7 +7,7 @@ use candle_core::{Module, Result, Shape, Storage, Tensor, D};
 use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
-use super::activation::{Apply, Pull, Pulled};
+use super::activation::{Apply, Pull, TimesSlope};
 use super::add_gradient;
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
 use super::weights::{append_totals, fill, Place, Weights};
@@ -588,7 +588,7 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
                 let activation = self.activation;
                 enter(
                     s,
-                    product.finished(Pulled::<T, S> {
+                    product.finished(TimesSlope::<T, S> {
                         activation,
                         value,
                         slope,

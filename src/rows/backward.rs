@@ -251,7 +251,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
         let mut stepper = Stepper::<T, S, F, V>::new(s, field, plan);
         let (size, batch) = (stepper.size, V * T::lanes::<S>());
         let steps = problem.plan.len();
-        // Pages that are not touched are not paid for.
+        // Room for replays, which this plan needs none of.
         let mut slot = match problem.checkpoint {
             Checkpoint::All => vectors::<T, S>(0),
             _ => stepper.slot(),

@@ -176,7 +176,7 @@ impl<X: Pod> DerefMut for Aligned<X> {
 /// Owned vectors.
 pub(crate) type Vectors<T, S> = Aligned<<T as Element>::Vector<S>>;
 
-/// n vectors of zeros, in pages that cost nothing until they are touched.
+/// n vectors of zeros.
 pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {
     let bytes = n * size_of::<T::Vector<S>>();
     Aligned {

@@ -181,9 +181,9 @@ impl<T: Element, S: Simd> Kernel<S> for Turn<'_, T, S> {
     }
 }
 
-/// What becomes of the sums of a product on their way out.
+/// What becomes of the sums of a product before they are stored.
 pub(crate) trait Finish<T: Element, S: Simd> {
-    /// Of R rows, whose first vector is at this place of the product.
+    /// Of R rows, the first of which is stored from the vector `at` of the product on.
     fn finish<const R: usize, const V: usize>(
         &self,
         s: S,
@@ -192,7 +192,7 @@ pub(crate) trait Finish<T: Element, S: Simd> {
     );
 }
 
-/// Nothing.
+/// They are stored as they are.
 pub(crate) struct AsIs;
 
 impl<T: Element, S: Simd> Finish<T, S> for AsIs {
@@ -219,42 +219,34 @@ pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize, E> {
 impl<'a, T: Element, S: Simd, const V: usize> Layer<'a, T, S, V, AsIs> {
     /// The same with something to finish its sums.
     pub(crate) fn finished<E>(self, finish: E) -> Layer<'a, T, S, V, E> {
-        let Self {
-            weights,
-            start,
-            x,
-            out,
-            ..
-        } = self;
         Layer {
-            weights,
-            start,
-            x,
-            out,
+            weights: self.weights,
+            start: self.start,
+            x: self.x,
+            out: self.out,
             finish,
         }
     }
 }
 
 impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Layer<'_, T, S, V, E> {
-    /// The products with some of the columns, in the blocks of R rows from `first` on, `weights`
-    /// theirs; each sum in U parts, so that the products of a small block need not wait for each
+    /// The products with some of the columns, in blocks of R of these rows, `weights` theirs; each sum in U
+    /// parts, so that the products of a small block need not wait for each
     /// other.
     #[inline(always)]
     fn blocks<const R: usize, const U: usize>(
         &mut self,
         s: S,
-        first: usize,
+        rows: Range<usize>,
         weights: &[T],
         columns: Range<usize>,
     ) {
-        let all = self.weights.columns;
+        let (all, first, blocks) = (self.weights.columns, rows.start, rows.len() / R);
         let inputs = &self.x.as_chunks::<V>().0[columns.clone()];
         let starts = self.start.get(first..).unwrap_or(&[]).as_chunks::<R>().0;
         let outs = self.out[first * V..].as_chunks_mut::<V>().0;
         let outs = outs.as_chunks_mut::<R>().0;
         let weights = weights.as_chunks::<R>().0;
-        let blocks = weights.len().checked_div(all).unwrap_or(0);
         for (b, out) in outs[..blocks].iter_mut().enumerate() {
             let mut sums = [[[T::zeros::<S>(); V]; R]; U];
             if columns.start > 0 {
@@ -300,25 +292,24 @@ impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Layer<'_, T, S, V, E>
             columns: all,
             data,
         } = self.weights;
-        let (mut first, mut at) = (0, 0);
+        let mut first = 0;
         while first < *rows {
             let height = block(rows - first, largest_block::<S>());
-            let rows = (rows - first) / height * height;
-            let weights = &data[at..at + rows * all];
+            let last = first + (rows - first) / height * height;
+            let weights = &data[first * all..last * all];
             match height {
-                8 => self.blocks::<8, 1>(s, first, weights, columns.clone()),
-                4 => self.blocks::<4, 1>(s, first, weights, columns.clone()),
-                2 => self.blocks::<2, 4>(s, first, weights, columns.clone()),
-                _ => self.blocks::<1, 4>(s, first, weights, columns.clone()),
+                8 => self.blocks::<8, 1>(s, first..last, weights, columns.clone()),
+                4 => self.blocks::<4, 1>(s, first..last, weights, columns.clone()),
+                2 => self.blocks::<2, 4>(s, first..last, weights, columns.clone()),
+                _ => self.blocks::<1, 4>(s, first..last, weights, columns.clone()),
             }
-            first += rows;
-            at += rows * all;
+            first = last;
         }
     }
 }
 
 /// Bytes of x that stay in the first cache while all rows pass by.
-const NEAR: usize = 32 << 10;
+pub(super) const NEAR: usize = 32 << 10;
 
 /// `sums += w x`, of R rows and one input.
 #[inline(always)]
@@ -379,6 +370,16 @@ pub(crate) fn outer_room<T: Element, S: Simd, const V: usize>(pairs: usize) -> u
     pairs * V * T::lanes::<S>() * 2
 }
 
+/// One number of each row.
+#[inline(always)]
+fn column<T: Copy + Default, const R: usize>(rows: &[&[T]; R], at: usize) -> [T; R] {
+    let mut column = [T::default(); R];
+    for r in 0..R {
+        column[r] = rows[r][at];
+    }
+    column
+}
+
 impl<T: Element, S: Simd, const V: usize> Kernel<S> for Outer<'_, T, S, V> {
     type Output = ();
 
@@ -437,19 +438,11 @@ impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
             // By twos: a turn of the loop that is shorter does not keep the multipliers fed.
             let (twos, last) = turned.as_chunks::<2>();
             for (b, g) in twos.iter().enumerate() {
-                let mut x = [[T::default(); R]; 2];
-                for r in 0..R {
-                    (x[0][r], x[1][r]) = (each[r][2 * b], each[r][2 * b + 1]);
-                }
-                add_product(s, &x[0], &g[0], &mut sums);
-                add_product(s, &x[1], &g[1], &mut sums);
+                add_product(s, &column(&each, 2 * b), &g[0], &mut sums);
+                add_product(s, &column(&each, 2 * b + 1), &g[1], &mut sums);
             }
             if let [g] = last {
-                let mut x = [T::default(); R];
-                for r in 0..R {
-                    x[r] = each[r][rows - 1];
-                }
-                add_product(s, &x, g, &mut sums);
+                add_product(s, &column(&each, rows - 1), g, &mut sums);
             }
         }
         for (r, sums) in sums.iter().enumerate() {

@@ -92,6 +92,12 @@ mod x86 {
     use pulp::{f32x16, f32x4, f32x8};
     use std::arch::x86_64::{__m128, __m256};
 
+    /// A quarter of a vector.
+    #[inline(always)]
+    fn four(from: &[[f32x4; 4]], at: usize, quarter: usize) -> __m128 {
+        cast(from[at][quarter])
+    }
+
     /// 16 × 16: quarters of four rows are read into a vector, whose four by four are interleaved in ones
     /// and in twos.
     #[inline(always)]
@@ -104,15 +110,14 @@ mod x86 {
     ) {
         let f = s.avx512f;
         let from: &[[f32x4; 4]] = pulp::bytemuck::cast_slice(from);
-        let at = |row: usize, quarter: usize| -> __m128 { cast(from[row * from_stride][quarter]) };
         for quarter in 0..4 {
-            // A loop, not a closure: a closure is not compiled for the vector unit.
+            // A loop and a function that is inlined: a closure is not compiled for the vector unit.
             let mut r = [f._mm512_setzero_ps(); 4];
             for (i, r) in r.iter_mut().enumerate() {
-                *r = f._mm512_castps128_ps512(at(i, quarter));
-                *r = f._mm512_insertf32x4::<1>(*r, at(i + 4, quarter));
-                *r = f._mm512_insertf32x4::<2>(*r, at(i + 8, quarter));
-                *r = f._mm512_insertf32x4::<3>(*r, at(i + 12, quarter));
+                *r = f._mm512_castps128_ps512(four(from, i * from_stride, quarter));
+                *r = f._mm512_insertf32x4::<1>(*r, four(from, (i + 4) * from_stride, quarter));
+                *r = f._mm512_insertf32x4::<2>(*r, four(from, (i + 8) * from_stride, quarter));
+                *r = f._mm512_insertf32x4::<3>(*r, four(from, (i + 12) * from_stride, quarter));
             }
             let a = f._mm512_castps_pd(f._mm512_unpacklo_ps(r[0], r[1]));
             let b = f._mm512_castps_pd(f._mm512_unpackhi_ps(r[0], r[1]));
@@ -130,7 +135,7 @@ mod x86 {
         }
     }
 
-    /// 8 × 8, likewise.
+    /// 8 × 8: pairs of rows are interleaved in ones, in twos, in fours.
     #[inline(always)]
     pub(super) fn eight(
         s: V3,
