@@ -6,8 +6,8 @@ use std::ops::Range;
 use half::bf16;
 use pulp::Simd;
 
-use super::room::Room;
 use crate::problem::ActivationCache;
+use crate::simd::room::Room;
 use crate::simd::{scalars, scalars_mut, Element};
 
 /// A part of what an evaluation keeps in its slot.

@@ -11,7 +11,6 @@ mod activations;
 mod backward;
 mod forward;
 mod graded;
-mod room;
 mod stepper;
 mod tile;
 mod trajectory;

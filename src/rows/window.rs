@@ -3,8 +3,8 @@
 use pulp::Simd;
 
 use super::activations::{Kept, Selection};
-use super::room::Room;
 use super::tile::{Slot, TileField};
+use crate::simd::room::Room;
 use crate::simd::{vectors, Element, Vectors};
 
 /// Evaluations in a window, at least, where its slots are small.

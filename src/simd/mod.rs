@@ -8,6 +8,7 @@ pub(crate) mod convolution;
 pub(crate) mod elementary;
 pub(crate) mod matrix;
 pub(crate) mod product;
+pub(crate) mod room;
 #[cfg(test)]
 mod tests;
 mod transpose;
@@ -20,6 +21,7 @@ use bytemuck::{Pod, Zeroable};
 use pulp::{Arch, Simd};
 
 use crate::precision::Low;
+use room::Room;
 
 /// A number that fills vectors.
 pub(crate) trait Element:
@@ -145,14 +147,9 @@ pub(crate) fn enter<S: Simd, K: Kernel<S>>(simd: S, kernel: K) -> K::Output {
     simd.vectorize(Entered { kernel, simd })
 }
 
-/// Memory that vectors of any unit may begin at: one that lies across two lines of a cache costs twice.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub(crate) struct Line([u64; 8]);
-
-/// Owned numbers, from the beginning of a line on.
+/// Owned numbers, from the beginning of a line of the cache on: a vector across two of them costs twice.
 pub(crate) struct Aligned<X> {
-    lines: Vec<Line>,
+    room: Room,
     len: usize,
     number: PhantomData<X>,
 }
@@ -162,14 +159,14 @@ impl<X: Pod> Deref for Aligned<X> {
 
     #[inline(always)]
     fn deref(&self) -> &[X] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        &self.room.numbers()[..self.len]
     }
 }
 
 impl<X: Pod> DerefMut for Aligned<X> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [X] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        &mut self.room.numbers_mut()[..self.len]
     }
 }
 
@@ -178,9 +175,8 @@ pub(crate) type Vectors<T, S> = Aligned<<T as Element>::Vector<S>>;
 
 /// n vectors of zeros.
 pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {
-    let bytes = n * size_of::<T::Vector<S>>();
     Aligned {
-        lines: bytemuck::zeroed_vec(bytes.div_ceil(size_of::<Line>())),
+        room: Room::new(n * size_of::<T::Vector<S>>()),
         len: n,
         number: PhantomData,
     }

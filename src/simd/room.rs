@@ -4,22 +4,25 @@
 use bytemuck::Pod;
 use memmap2::MmapMut;
 
-use crate::simd::Line;
-
 /// Zeroed memory.
-pub(super) enum Room {
+pub(crate) enum Room {
     Heap(Vec<Line>),
     /// Costs nothing until it is written; large pages where the system has them, because faults on small
     /// ones cost more than what they hold.
     Pages(MmapMut),
 }
 
+/// Memory that vectors of any unit may begin at.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+pub(crate) struct Line([u64; 8]);
+
 /// Bytes from which on pages are asked for: what is less, the allocator has at hand.
 const LARGE: usize = 1 << 20;
 
 impl Room {
     /// So many bytes, or some more.
-    pub(super) fn new(bytes: usize) -> Self {
+    pub(crate) fn new(bytes: usize) -> Self {
         let pages = match bytes {
             LARGE.. => MmapMut::map_anon(bytes).ok(),
             _ => None,
@@ -35,14 +38,14 @@ impl Room {
         }
     }
 
-    pub(super) fn numbers<N: Pod>(&self) -> &[N] {
+    pub(crate) fn numbers<N: Pod>(&self) -> &[N] {
         match self {
             Self::Heap(lines) => bytemuck::cast_slice(lines),
             Self::Pages(pages) => bytemuck::cast_slice(pages),
         }
     }
 
-    pub(super) fn numbers_mut<N: Pod>(&mut self) -> &mut [N] {
+    pub(crate) fn numbers_mut<N: Pod>(&mut self) -> &mut [N] {
         match self {
             Self::Heap(lines) => bytemuck::cast_slice_mut(lines),
             Self::Pages(pages) => bytemuck::cast_slice_mut(pages),
