@@ -15,7 +15,7 @@ use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, Part, RowField, Slot, TileField};
-use crate::simd::product::{add_rows, AsIs, Layer};
+use crate::simd::product::{add_rows, Finished, Layer};
 use crate::simd::{enter, Element};
 use crate::time::Time;
 
@@ -357,31 +357,6 @@ impl<T: Element> MlpTiles<T> {
         self.activation.keeps_slope() || self.layers.iter().any(|l| l.skips)
     }
 
-    /// g becomes σ' g, the slope kept or from the value.
-    #[inline(always)]
-    fn pull<S: Simd>(
-        &self,
-        s: S,
-        value: &[T::Vector<S>],
-        slope: &[T::Vector<S>],
-        g: &mut [T::Vector<S>],
-    ) {
-        if self.keeps_slopes() {
-            for (g, d) in g.iter_mut().zip(slope) {
-                *g = T::times(s, *g, *d);
-            }
-        } else {
-            enter(
-                s,
-                Pull::<T, S> {
-                    activation: self.activation,
-                    value,
-                    g,
-                },
-            );
-        }
-    }
-
     /// An evaluation, but for those hidden layers that are known.
     #[inline(always)]
     fn evaluate<S: Simd, const V: usize>(
@@ -414,12 +389,11 @@ impl<T: Element> MlpTiles<T> {
             }
             enter(
                 s,
-                Layer::<T, S, V, _> {
+                Layer::<T, S, V> {
                     weights: &layer.weights.forward,
                     start: &layer.bias,
                     x,
                     out,
-                    finish: AsIs,
                 },
             );
             enter(
@@ -451,12 +425,11 @@ impl<T: Element> MlpTiles<T> {
         if let Some(out) = k {
             enter(
                 s,
-                Layer::<T, S, V, _> {
+                Layer::<T, S, V> {
                     weights: &last.weights.forward,
                     start: &last.bias,
                     x,
                     out,
-                    finish: AsIs,
                 },
             );
         }
@@ -573,27 +546,23 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
             let hidden = if l == 0 { 0 } else { layer.weights.inputs };
             let (below, after) = rest.split_at_mut(hidden * V);
             let out = if l == 0 { &mut *w } else { &mut *below };
-            let product = Layer::<T, S, V, _> {
+            let product = Layer::<T, S, V> {
                 weights: &layer.weights.adjoint,
                 start: &[],
                 x: g,
                 out,
-                finish: AsIs,
             };
             let kept = if self.keeps_slopes() { hidden * V } else { 0 };
             let slope;
             (slopes, slope) = slopes.split_at(slopes.len() - kept);
             let carries = l > 0 && self.layers[l - 1].skips;
             if l > 0 && !layer.skips && !carries {
-                let activation = self.activation;
-                enter(
-                    s,
-                    product.finished(TimesSlope::<T, S> {
-                        activation,
-                        value,
-                        slope,
-                    }),
-                );
+                let finish = TimesSlope::<T, S> {
+                    activation: self.activation,
+                    value,
+                    slope,
+                };
+                enter(s, Finished { product, finish });
             } else {
                 enter(s, product);
                 if layer.skips {
@@ -604,8 +573,9 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
                 if carries {
                     carried[..out.len()].copy_from_slice(out);
                 }
-                if l > 0 {
-                    self.pull(s, value, slope, out);
+                // Where layers are skipped, slopes are kept; the first layer reads none.
+                for (out, d) in out.iter_mut().zip(slope) {
+                    *out = T::times(s, *out, *d);
                 }
             }
             (g, rest) = (below, after);

@@ -193,7 +193,7 @@ pub(crate) trait Finish<T: Element, S: Simd> {
 }
 
 /// They are stored as they are.
-pub(crate) struct AsIs;
+struct AsIs;
 
 impl<T: Element, S: Simd> Finish<T, S> for AsIs {
     #[inline(always)]
@@ -206,37 +206,29 @@ impl<T: Element, S: Simd> Finish<T, S> for AsIs {
     }
 }
 
-/// `out = W x + start`, start by row (a bias) or zero, finished.
-pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize, E> {
+/// `out = W x + start`, start by row (a bias) or zero.
+pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize> {
     pub(crate) weights: &'a Packed<T>,
     /// One for each row, or none.
     pub(crate) start: &'a [T],
     pub(crate) x: &'a [T::Vector<S>],
     pub(crate) out: &'a mut [T::Vector<S>],
+}
+
+/// A product whose sums are finished.
+pub(crate) struct Finished<'a, T: Element, S: Simd, const V: usize, E> {
+    pub(crate) product: Layer<'a, T, S, V>,
     pub(crate) finish: E,
 }
 
-impl<'a, T: Element, S: Simd, const V: usize> Layer<'a, T, S, V, AsIs> {
-    /// The same with something to finish its sums.
-    pub(crate) fn finished<E>(self, finish: E) -> Layer<'a, T, S, V, E> {
-        Layer {
-            weights: self.weights,
-            start: self.start,
-            x: self.x,
-            out: self.out,
-            finish,
-        }
-    }
-}
-
-impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Layer<'_, T, S, V, E> {
+impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
     /// The products with some of the columns, in blocks of R of these rows, `weights` theirs; each sum in U
-    /// parts, so that the products of a small block need not wait for each
-    /// other.
+    /// parts, so that the products of a small block need not wait for each other.
     #[inline(always)]
     fn blocks<const R: usize, const U: usize>(
         &mut self,
         s: S,
+        finish: &impl Finish<T, S>,
         rows: Range<usize>,
         weights: &[T],
         columns: Range<usize>,
@@ -278,7 +270,7 @@ impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Layer<'_, T, S, V, E>
                 }
             }
             if columns.end == all {
-                self.finish.finish(s, (first + b * R) * V, &mut sum);
+                finish.finish(s, (first + b * R) * V, &mut sum);
             }
             *out = sum;
         }
@@ -286,7 +278,7 @@ impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Layer<'_, T, S, V, E>
 
     /// The products with some of the columns, in all rows.
     #[inline(always)]
-    fn part(&mut self, s: S, columns: Range<usize>) {
+    fn part(&mut self, s: S, finish: &impl Finish<T, S>, columns: Range<usize>) {
         let Packed {
             rows,
             columns: all,
@@ -298,10 +290,10 @@ impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Layer<'_, T, S, V, E>
             let last = first + (rows - first) / height * height;
             let weights = &data[first * all..last * all];
             match height {
-                8 => self.blocks::<8, 1>(s, first..last, weights, columns.clone()),
-                4 => self.blocks::<4, 1>(s, first..last, weights, columns.clone()),
-                2 => self.blocks::<2, 4>(s, first..last, weights, columns.clone()),
-                _ => self.blocks::<1, 4>(s, first..last, weights, columns.clone()),
+                8 => self.blocks::<8, 1>(s, finish, first..last, weights, columns.clone()),
+                4 => self.blocks::<4, 1>(s, finish, first..last, weights, columns.clone()),
+                2 => self.blocks::<2, 4>(s, finish, first..last, weights, columns.clone()),
+                _ => self.blocks::<1, 4>(s, finish, first..last, weights, columns.clone()),
             }
             first = last;
         }
@@ -327,16 +319,33 @@ fn add_product<T: Element, S: Simd, const R: usize, const V: usize>(
     }
 }
 
-impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Kernel<S> for Layer<'_, T, S, V, E> {
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for Layer<'_, T, S, V> {
     type Output = ();
 
     #[inline(always)]
-    fn run(mut self, s: S) {
-        let columns = self.weights.columns;
+    fn run(self, s: S) {
+        let plain = Finished {
+            product: self,
+            finish: AsIs,
+        };
+        plain.run(s);
+    }
+}
+
+impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Kernel<S> for Finished<'_, T, S, V, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self {
+            mut product,
+            finish,
+        } = self;
+        let columns = product.weights.columns;
         let most = (NEAR / (V * size_of::<T::Vector<S>>())).max(1);
         let most = columns.div_ceil(columns.div_ceil(most).max(1)).max(1);
         for from in (0..columns.max(1)).step_by(most) {
-            self.part(s, from..columns.min(from + most));
+            product.part(s, &finish, from..columns.min(from + most));
         }
     }
 }

@@ -5,8 +5,8 @@ use pulp::{Scalar, Simd, WithSimd};
 
 use super::matrix::{Matrix, Piece};
 use super::product::{
-    add_rows, load, outer_room, padded, store, AsIs, Dot, Finish, Layer, Outer, Packed, Pair, Turn,
-    NEAR,
+    add_rows, load, outer_room, padded, store, Dot, Finish, Finished, Layer, Outer, Packed, Pair,
+    Turn, NEAR,
 };
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
@@ -260,12 +260,11 @@ impl Products<'_> {
         for start in [&start[..], &[]] {
             // What was there is written over.
             let mut out = vec![T::splat(s, T::of(7.0)); rows * V];
-            let layer = Layer::<T, S, V, _> {
+            let layer = Layer::<T, S, V> {
                 weights: &packed,
                 start,
                 x: &x,
                 out: &mut out,
-                finish: AsIs,
             };
             enter(s, layer);
             let (x, out) = (scalars::<T, S>(&x), scalars::<T, S>(&out));
@@ -393,9 +392,9 @@ impl<T: Element, S: Simd> Finish<T, S> for Factors<'_, T::Vector<S>> {
 
 /// Of more columns than are near at a time.
 #[derive(Clone, Copy)]
-struct Finished;
+struct InPlace;
 
-impl Finished {
+impl InPlace {
     #[inline(always)]
     fn of<T: Element, S: Simd, const V: usize>(s: S) {
         let (rows, lanes) = (31, T::lanes::<S>());
@@ -410,15 +409,16 @@ impl Finished {
         let factors = vectors::<T, S>(&numbers(rows * V * lanes));
         let mut outs = [(); 2].map(|()| vec![T::zeros::<S>(); rows * V]);
         let [plain, finished] = &mut outs;
-        let layer = |out| Layer::<T, S, V, _> {
+        let layer = |out| Layer::<T, S, V> {
             weights: &weights,
             start: &start,
             x: &x,
             out,
-            finish: AsIs,
         };
         enter(s, layer(plain));
-        enter(s, layer(finished).finished(Factors(&factors)));
+        let product = layer(finished);
+        let finish = Factors(&factors);
+        enter(s, Finished { product, finish });
         for (x, factor) in plain.iter_mut().zip(&factors) {
             *x = T::times(s, *x, *factor);
         }
@@ -426,7 +426,7 @@ impl Finished {
     }
 }
 
-impl Check for Finished {
+impl Check for InPlace {
     #[inline(always)]
     fn check<S: Simd>(self, s: S) {
         Self::of::<f32, S, 1>(s);
@@ -437,7 +437,7 @@ impl Check for Finished {
 
 #[test]
 fn products_are_finished_once_each_in_its_place() {
-    everywhere(Finished);
+    everywhere(InPlace);
 }
 
 #[derive(Clone, Copy)]

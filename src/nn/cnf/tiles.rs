@@ -8,7 +8,7 @@ use crate::nn::mlp::numbers;
 use crate::nn::weights::{append_totals, fill, Place, Weights};
 use crate::nn::{Activation, Mlp};
 use crate::rows::{Slot, TileField};
-use crate::simd::product::{add_rows, AsIs, Layer};
+use crate::simd::product::{add_rows, Layer};
 use crate::simd::{enter, Element, Kernel};
 
 /// The layers, and the matrix B of the trace uᵀ B d₁, u being d₂, or 1 with one hidden layer.
@@ -303,12 +303,11 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
             (slope, left) = left.split_at_mut(size);
             let held = if curvatures.is_empty() { 0 } else { size };
             (curvature, curvatures) = curvatures.split_at_mut(held);
-            let product = Layer::<T, S, V, _> {
+            let product = Layer::<T, S, V> {
                 weights: &layer.weights.forward,
                 start: &layer.bias,
                 x,
                 out: z,
-                finish: AsIs,
             };
             enter(s, product);
             let expand = Expand::<T, S> {
@@ -321,22 +320,20 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
             x = z;
         }
         let (first, u) = slopes.split_at(self.coupling.inputs * V);
-        let product = Layer::<T, S, V, _> {
+        let product = Layer::<T, S, V> {
             weights: &self.coupling.forward,
             start: &[],
             x: first,
             out: coupled,
-            finish: AsIs,
         };
         enter(s, product);
         if let Some(k) = k {
             let (velocity, trace) = k.split_at_mut(self.features * V);
-            let product = Layer::<T, S, V, _> {
+            let product = Layer::<T, S, V> {
                 weights: &last.weights.forward,
                 start: &last.bias,
                 x,
                 out: velocity,
-                finish: AsIs,
             };
             enter(s, product);
             let minus = enter(s, MinusDot::<T, S, V> { x: u, y: coupled });
@@ -368,21 +365,19 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
             (values, value) = values.split_at(values.len() - size);
             let held = if curvatures.is_empty() { 0 } else { size };
             (curvatures, curvature) = curvatures.split_at(curvatures.len() - held);
-            let product = Layer::<T, S, V, _> {
+            let product = Layer::<T, S, V> {
                 weights: &layer.weights.adjoint,
                 start: &[],
                 x: g,
                 out,
-                finish: AsIs,
             };
             enter(s, product);
             if l == 1 {
-                let product = Layer::<T, S, V, _> {
+                let product = Layer::<T, S, V> {
                     weights: &self.coupling.adjoint,
                     start: &[],
                     x: u,
                     out: shared,
-                    finish: AsIs,
                 };
                 enter(s, product);
             }
@@ -398,12 +393,11 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
             enter(s, bend);
             g = out;
         }
-        let product = Layer::<T, S, V, _> {
+        let product = Layer::<T, S, V> {
             weights: &self.layers[0].weights.adjoint,
             start: &[],
             x: g,
             out: w,
-            finish: AsIs,
         };
         enter(s, product);
         w[self.features * V..].fill(T::zeros::<S>());
