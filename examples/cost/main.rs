@@ -93,7 +93,7 @@ impl Solve {
 type Run = Box<dyn Fn() -> Result<()>>;
 
 /// Seconds that a measurement takes about, of as many runs as that needs.
-const SPAN: f64 = 0.05;
+const SPAN: f64 = 0.1;
 
 /// Microseconds of a step for each solve: medians of rounds in which all take their turn, so that what
 /// else the machine does meets all of them.
@@ -107,16 +107,17 @@ fn microseconds(solves: &[(Dtype, Solve)], device: &Device, rounds: usize) -> Re
     for (dtype, solve) in solves {
         let run = solve.prepared(*dtype, device)?;
         run()?;
-        let times = (SPAN / seconds(&run, 1)?).clamp(1.0, 1000.0) as usize;
-        runs.push((run, times, vec![]));
+        let alone = seconds(&run, 1)?;
+        runs.push((run, alone, vec![]));
     }
     for _ in 0..rounds {
-        for (run, times, measured) in &mut runs {
-            if *times > 1 {
+        for (run, alone, measured) in &mut runs {
+            if *alone < SPAN {
                 // What a larger one has left in caches and heap is not its cost.
                 run()?;
             }
-            measured.push(seconds(run, *times)?);
+            let times = (SPAN / *alone).clamp(1.0, 1000.0) as usize;
+            measured.push(seconds(run, times)?);
         }
     }
     let per_step = |((_, solve), (_, _, measured)): (&(Dtype, Solve), (_, _, Vec<f64>))| {
