@@ -170,7 +170,7 @@ impl<T: Element, S: Simd> Kernel<S> for Apply<'_, T, S> {
                     let sigmoid = T::sigmoid(s, *z);
                     let value = T::times(s, *z, sigmoid);
                     // σ + zσ(1 − σ)
-                    let rest = T::minus(s, value, T::times(s, value, sigmoid));
+                    let rest = T::less_product(s, value, sigmoid, value);
                     *d = T::plus(s, sigmoid, rest);
                     *z = value;
                 }
@@ -214,8 +214,8 @@ fn pulled<T: Element, S: Simd>(
 ) -> T::Vector<S> {
     let one = T::splat(s, T::of(1.0));
     match activation {
-        Activation::Tanh => T::times(s, g, T::minus(s, one, T::times(s, h, h))),
-        Activation::Sigmoid => T::times(s, g, T::times(s, h, T::minus(s, one, h))),
+        Activation::Tanh => T::times(s, g, T::less_product(s, h, h, one)),
+        Activation::Sigmoid => T::times(s, g, T::less_product(s, h, h, h)),
         Activation::Relu => T::where_positive(s, h, g),
         Activation::Softplus | Activation::Silu | Activation::Gelu | Activation::Sin => g,
     }
@@ -231,26 +231,47 @@ pub(super) struct TimesSlope<'a, T: Element, S: Simd> {
 
 impl<T: Element, S: Simd> Finish<T, S> for TimesSlope<'_, T, S> {
     #[inline(always)]
-    fn finish<const R: usize, const V: usize>(
+    fn store<const R: usize, const V: usize>(
         &self,
         s: S,
         at: usize,
-        sums: &mut [[T::Vector<S>; V]; R],
+        g: [[T::Vector<S>; V]; R],
+        out: &mut [[T::Vector<S>; V]; R],
     ) {
         if self.slope.is_empty() {
             let h = self.value[at..][..R * V].as_chunks::<V>().0;
             for r in 0..R {
                 for v in 0..V {
-                    sums[r][v] = pulled::<T, S>(s, self.activation, h[r][v], sums[r][v]);
+                    out[r][v] = pulled::<T, S>(s, self.activation, h[r][v], g[r][v]);
                 }
             }
         } else {
             let slope = self.slope[at..][..R * V].as_chunks::<V>().0;
             for r in 0..R {
                 for v in 0..V {
-                    sums[r][v] = T::times(s, sums[r][v], slope[r][v]);
+                    out[r][v] = T::times(s, g[r][v], slope[r][v]);
                 }
             }
+        }
+    }
+}
+
+/// A product that forms z leaves tanh z.
+pub(super) struct TanhOf;
+
+impl<T: Element, S: Simd> Finish<T, S> for TanhOf {
+    #[inline(always)]
+    fn store<const R: usize, const V: usize>(
+        &self,
+        s: S,
+        _: usize,
+        z: [[T::Vector<S>; V]; R],
+        out: &mut [[T::Vector<S>; V]; R],
+    ) {
+        *out = z;
+        // Over memory: a loop over the sums is unrolled, and spills them.
+        for z in out.as_flattened_mut() {
+            *z = T::tanh(s, *z);
         }
     }
 }
@@ -342,7 +363,7 @@ fn curvature_of<T: Element, S: Simd>(
     match activation {
         Activation::Tanh => {
             let twice = T::plus(s, value, value);
-            T::minus(s, T::zeros::<S>(), T::times(s, twice, slope))
+            T::less_product(s, twice, slope, T::zeros::<S>())
         }
         Activation::Sigmoid => {
             let twice = T::plus(s, value, value);
@@ -365,14 +386,14 @@ fn kept_curvature<T: Element, S: Simd>(
     match activation {
         Activation::Silu => {
             let sigmoid = T::sigmoid(s, z);
-            let slope = T::minus(s, sigmoid, T::times(s, sigmoid, sigmoid));
+            let slope = T::less_product(s, sigmoid, sigmoid, sigmoid);
             // 1 − 2σ
             let odd = T::minus(s, T::splat(s, T::of(1.0)), T::plus(s, sigmoid, sigmoid));
             T::times(s, slope, T::mul_add(s, z, odd, two))
         }
         Activation::Gelu => {
             let [_, density] = T::normal(s, z);
-            T::times(s, density, T::minus(s, two, T::times(s, z, z)))
+            T::times(s, density, T::less_product(s, z, z, two))
         }
         Activation::Tanh
         | Activation::Sigmoid

@@ -7,7 +7,7 @@ use candle_core::{Module, Result, Shape, Storage, Tensor, D};
 use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
-use super::activation::{Apply, Pull, TimesSlope};
+use super::activation::{Apply, Pull, TanhOf, TimesSlope};
 use super::add_gradient;
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
 use super::weights::{append_totals, fill, Place, Weights};
@@ -387,23 +387,24 @@ impl<T: Element> MlpTiles<T> {
                 (x, rest) = (out, after);
                 continue;
             }
-            enter(
-                s,
-                Layer::<T, S, V> {
-                    weights: &layer.weights.forward,
-                    start: &layer.bias,
-                    x,
-                    out,
-                },
-            );
-            enter(
-                s,
-                Apply::<T, S> {
+            let product = Layer::<T, S, V> {
+                weights: &layer.weights.forward,
+                start: &layer.bias,
+                x,
+                out,
+            };
+            if self.activation == Activation::Tanh {
+                let finish = TanhOf;
+                enter(s, Finished { product, finish });
+            } else {
+                enter(s, product);
+                let apply = Apply::<T, S> {
                     activation: self.activation,
                     z: out,
                     slope,
-                },
-            );
+                };
+                enter(s, apply);
+            }
             if self.keeps_slopes() && !self.activation.keeps_slope() {
                 slope.fill(T::splat(s, T::of(1.0)));
                 enter(

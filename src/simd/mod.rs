@@ -57,6 +57,13 @@ pub(crate) trait Element:
         b: Self::Vector<S>,
         c: Self::Vector<S>,
     ) -> Self::Vector<S>;
+    /// c − a·b, fused where the machine can.
+    fn less_product<S: Simd>(
+        s: S,
+        a: Self::Vector<S>,
+        b: Self::Vector<S>,
+        c: Self::Vector<S>,
+    ) -> Self::Vector<S>;
     /// Sum of the lanes.
     fn total<S: Simd>(s: S, a: Self::Vector<S>) -> Self;
     /// Largest of the lanes, which are no NaN.
@@ -224,6 +231,7 @@ impl Element for f32 {
         larger(a, b) = max_f32s;
         abs(a) = abs_f32s;
         mul_add(a, b, c) = mul_add_e_f32s;
+        less_product(a, b, c) = negate_mul_add_e_f32s;
     }
 
     #[inline(always)]
@@ -309,6 +317,7 @@ impl Element for f64 {
         larger(a, b) = max_f64s;
         abs(a) = abs_f64s;
         mul_add(a, b, c) = mul_add_e_f64s;
+        less_product(a, b, c) = negate_mul_add_e_f64s;
     }
 
     #[inline(always)]

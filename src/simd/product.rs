@@ -181,28 +181,31 @@ impl<T: Element, S: Simd> Kernel<S> for Turn<'_, T, S> {
     }
 }
 
-/// What becomes of the sums of a product before they are stored.
+/// How the sums of a product are stored.
 pub(crate) trait Finish<T: Element, S: Simd> {
-    /// Of R rows, the first of which is stored from the vector `at` of the product on.
-    fn finish<const R: usize, const V: usize>(
+    /// Of R rows, the first of which is the vector `at` of the product.
+    fn store<const R: usize, const V: usize>(
         &self,
         s: S,
         at: usize,
-        sums: &mut [[T::Vector<S>; V]; R],
+        sums: [[T::Vector<S>; V]; R],
+        out: &mut [[T::Vector<S>; V]; R],
     );
 }
 
-/// They are stored as they are.
+/// As they are.
 struct AsIs;
 
 impl<T: Element, S: Simd> Finish<T, S> for AsIs {
     #[inline(always)]
-    fn finish<const R: usize, const V: usize>(
+    fn store<const R: usize, const V: usize>(
         &self,
         _: S,
         _: usize,
-        _: &mut [[T::Vector<S>; V]; R],
+        sums: [[T::Vector<S>; V]; R],
+        out: &mut [[T::Vector<S>; V]; R],
     ) {
+        *out = sums;
     }
 }
 
@@ -270,9 +273,10 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
                 }
             }
             if columns.end == all {
-                finish.finish(s, (first + b * R) * V, &mut sum);
+                finish.store(s, (first + b * R) * V, sum, out);
+            } else {
+                *out = sum;
             }
-            *out = sum;
         }
     }
 

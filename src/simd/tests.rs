@@ -378,14 +378,21 @@ struct Factors<'a, X>(&'a [X]);
 
 impl<T: Element, S: Simd> Finish<T, S> for Factors<'_, T::Vector<S>> {
     #[inline(always)]
-    fn finish<const R: usize, const V: usize>(
+    fn store<const R: usize, const V: usize>(
         &self,
         s: S,
         at: usize,
-        sums: &mut [[T::Vector<S>; V]; R],
+        sums: [[T::Vector<S>; V]; R],
+        out: &mut [[T::Vector<S>; V]; R],
     ) {
-        for (i, x) in sums.iter_mut().flatten().enumerate() {
-            *x = T::times(s, *x, self.0[at + i]);
+        let factors = &self.0[at..];
+        for ((out, sum), factor) in out
+            .iter_mut()
+            .flatten()
+            .zip(sums.iter().flatten())
+            .zip(factors)
+        {
+            *out = T::times(s, *sum, *factor);
         }
     }
 }
