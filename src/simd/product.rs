@@ -237,6 +237,7 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
         columns: Range<usize>,
     ) {
         let (all, first, blocks) = (self.weights.columns, rows.start, rows.len() / R);
+        let far = size_of_val(self.weights.data.as_slice()) > NEAR;
         let inputs = &self.x.as_chunks::<V>().0[columns.clone()];
         let starts = self.start.get(first..).unwrap_or(&[]).as_chunks::<R>().0;
         let outs = self.out[first * V..].as_chunks_mut::<V>().0;
@@ -255,6 +256,10 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
             let ((weights, last_weights), (inputs, last_inputs)) =
                 (weights.as_chunks::<U>(), inputs.as_chunks::<U>());
             for (weights, inputs) in weights.iter().zip(inputs) {
+                if far {
+                    // Of the block after this one, while this one is used.
+                    prefetch(s, weights.as_ptr().wrapping_add(all / U));
+                }
                 for u in 0..U {
                     add_product(s, &weights[u], &inputs[u], &mut sums[u]);
                 }
@@ -302,6 +307,24 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
             first = last;
         }
     }
+}
+
+/// Asks for what is at `place`, which need not exist, to come into the second cache: weights of wide layers
+/// come from beyond it.
+#[inline(always)]
+fn prefetch<S: Simd, X>(s: S, place: *const X) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use pulp::x86::{V3, V4};
+        use std::arch::x86_64::_MM_HINT_T1;
+        let s: &dyn std::any::Any = &s;
+        let v4 = s.downcast_ref::<V4>().map(|s| s.sse);
+        if let Some(sse) = v4.or_else(|| s.downcast_ref::<V3>().map(|s| s.sse)) {
+            sse._mm_prefetch::<_MM_HINT_T1>(place.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (s, place);
 }
 
 /// Bytes of x that stay in the first cache while all rows pass by.
