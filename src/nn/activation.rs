@@ -256,26 +256,6 @@ impl<T: Element, S: Simd> Finish<T, S> for TimesSlope<'_, T, S> {
     }
 }
 
-/// A product that forms z leaves tanh z.
-pub(super) struct TanhOf;
-
-impl<T: Element, S: Simd> Finish<T, S> for TanhOf {
-    #[inline(always)]
-    fn store<const R: usize, const V: usize>(
-        &self,
-        s: S,
-        _: usize,
-        z: [[T::Vector<S>; V]; R],
-        out: &mut [[T::Vector<S>; V]; R],
-    ) {
-        *out = z;
-        // Over memory: a loop over the sums is unrolled, and spills them.
-        for z in out.as_flattened_mut() {
-            *z = T::tanh(s, *z);
-        }
-    }
-}
-
 /// z becomes σ(z), `slope` σ'(z), and `curvature` σ''(z) where it must be kept.
 pub(super) struct Expand<'a, T: Element, S: Simd> {
     pub(super) activation: Activation,

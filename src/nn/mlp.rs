@@ -7,7 +7,7 @@ use candle_core::{Module, Result, Shape, Storage, Tensor, D};
 use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
-use super::activation::{Apply, Pull, TanhOf, TimesSlope};
+use super::activation::{Apply, Pull, TimesSlope};
 use super::add_gradient;
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
 use super::weights::{append_totals, fill, Place, Weights};
@@ -15,7 +15,7 @@ use super::Activation;
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, Part, RowField, Slot, TileField};
-use crate::simd::product::{add_rows, Finished, Layer};
+use crate::simd::product::{add_rows, Finished, Layer, Tanh};
 use crate::simd::{enter, Element};
 use crate::time::Time;
 
@@ -394,7 +394,7 @@ impl<T: Element> MlpTiles<T> {
                 out,
             };
             if self.activation == Activation::Tanh {
-                let finish = TanhOf;
+                let finish = Tanh;
                 enter(s, Finished { product, finish });
             } else {
                 enter(s, product);

@@ -183,7 +183,7 @@ impl<T: Element, S: Simd> Kernel<S> for Turn<'_, T, S> {
 
 /// How the sums of a product are stored.
 pub(crate) trait Finish<T: Element, S: Simd> {
-    /// Of R rows, the first of which is the vector `at` of the product.
+    /// Of R rows, the first of which begins at the vector `at` of the product.
     fn store<const R: usize, const V: usize>(
         &self,
         s: S,
@@ -206,6 +206,26 @@ impl<T: Element, S: Simd> Finish<T, S> for AsIs {
         out: &mut [[T::Vector<S>; V]; R],
     ) {
         *out = sums;
+    }
+}
+
+/// tanh of them.
+pub(crate) struct Tanh;
+
+impl<T: Element, S: Simd> Finish<T, S> for Tanh {
+    #[inline(always)]
+    fn store<const R: usize, const V: usize>(
+        &self,
+        s: S,
+        _: usize,
+        sums: [[T::Vector<S>; V]; R],
+        out: &mut [[T::Vector<S>; V]; R],
+    ) {
+        *out = sums;
+        // Over memory: a loop over the sums is unrolled, and spills them.
+        for x in out.as_flattened_mut() {
+            *x = T::tanh(s, *x);
+        }
     }
 }
 
@@ -237,7 +257,7 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
         columns: Range<usize>,
     ) {
         let (all, first, blocks) = (self.weights.columns, rows.start, rows.len() / R);
-        let far = size_of_val(self.weights.data.as_slice()) > NEAR;
+        let far = size_of_val(self.weights.data.as_slice()) > FAR;
         let inputs = &self.x.as_chunks::<V>().0[columns.clone()];
         let starts = self.start.get(first..).unwrap_or(&[]).as_chunks::<R>().0;
         let outs = self.out[first * V..].as_chunks_mut::<V>().0;
@@ -258,7 +278,7 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
             for (weights, inputs) in weights.iter().zip(inputs) {
                 if far {
                     // Of the block after this one, while this one is used.
-                    prefetch(s, weights.as_ptr().wrapping_add(all / U));
+                    prefetch(s, weights.as_ptr().wrapping_add(all));
                 }
                 for u in 0..U {
                     add_product(s, &weights[u], &inputs[u], &mut sums[u]);
@@ -315,17 +335,21 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
 fn prefetch<S: Simd, X>(s: S, place: *const X) {
     #[cfg(target_arch = "x86_64")]
     {
-        use pulp::x86::{V3, V4};
+        use std::any::Any;
         use std::arch::x86_64::_MM_HINT_T1;
-        let s: &dyn std::any::Any = &s;
-        let v4 = s.downcast_ref::<V4>().map(|s| s.sse);
-        if let Some(sse) = v4.or_else(|| s.downcast_ref::<V3>().map(|s| s.sse)) {
-            sse._mm_prefetch::<_MM_HINT_T1>(place.cast());
+        let s: &dyn Any = &s;
+        if let Some(s) = s.downcast_ref::<pulp::x86::V4>() {
+            s.sse._mm_prefetch::<_MM_HINT_T1>(place.cast());
+        } else if let Some(s) = s.downcast_ref::<pulp::x86::V3>() {
+            s.sse._mm_prefetch::<_MM_HINT_T1>(place.cast());
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (s, place);
 }
+
+/// Bytes of weights that are worth asking for: what is less stays in the second cache.
+pub(super) const FAR: usize = 256 << 10;
 
 /// Bytes of x that stay in the first cache while all rows pass by.
 pub(super) const NEAR: usize = 32 << 10;

@@ -6,7 +6,7 @@ use pulp::{Scalar, Simd, WithSimd};
 use super::matrix::{Matrix, Piece};
 use super::product::{
     add_rows, load, outer_room, padded, store, Dot, Finish, Finished, Layer, Outer, Packed, Pair,
-    Turn, NEAR,
+    Tanh, Turn, FAR, NEAR,
 };
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
@@ -373,6 +373,45 @@ proptest! {
     }
 }
 
+/// c − ab.
+#[derive(Clone, Copy)]
+struct Less;
+
+impl Less {
+    #[inline(always)]
+    fn of<T: Element, S: Simd>(s: S, unit: f64) {
+        let numbers = |phase: f64| -> Vec<T> {
+            let at = |i: usize| (i as f64 * 0.37 + phase).sin();
+            (0..96).map(|i| T::of(at(i))).collect()
+        };
+        let all = [0.0, 1.0, 2.0].map(numbers);
+        let [a, b, c] = [0, 1, 2].map(|i| vectors::<T, S>(&all[i]));
+        for i in 0..a.len() {
+            let less = [T::less_product(s, a[i], b[i], c[i])];
+            let from = i * T::lanes::<S>();
+            for (i, less) in (from..96).zip(scalars::<T, S>(&less)) {
+                let [a, b, c] = [0, 1, 2].map(|n| all[n][i].to_f64());
+                let (exact, size) = (c - a * b, (a * b).abs() + c.abs());
+                let error = (less.to_f64() - exact).abs();
+                assert!(error <= 2.0 * unit * size, "{error:e}");
+            }
+        }
+    }
+}
+
+impl Check for Less {
+    #[inline(always)]
+    fn check<S: Simd>(self, s: S) {
+        Self::of::<f32, S>(s, 2f64.powi(-24));
+        Self::of::<f64, S>(s, 2f64.powi(-53));
+    }
+}
+
+#[test]
+fn a_product_is_taken_off_to_two_roundings() {
+    everywhere(Less);
+}
+
 /// Factors by place.
 struct Factors<'a, X>(&'a [X]);
 
@@ -404,8 +443,16 @@ struct InPlace;
 impl InPlace {
     #[inline(always)]
     fn of<T: Element, S: Simd, const V: usize>(s: S) {
-        let (rows, lanes) = (31, T::lanes::<S>());
         let columns = 2 * NEAR / (V * size_of::<T::Vector<S>>()) + 7;
+        let far = FAR / (columns * size_of::<T>()) + 31;
+        for rows in [31, far] {
+            Self::with::<T, S, V>(s, rows, columns);
+        }
+    }
+
+    #[inline(always)]
+    fn with<T: Element, S: Simd, const V: usize>(s: S, rows: usize, columns: usize) {
+        let lanes = T::lanes::<S>();
         let numbers = |n: usize| -> Vec<T> {
             let at = |i: usize| (i as f64 * 0.37).sin();
             (0..n).map(|i| T::of(at(i))).collect()
@@ -414,8 +461,8 @@ impl InPlace {
         let start = numbers(rows);
         let x = vectors::<T, S>(&numbers(columns * V * lanes));
         let factors = vectors::<T, S>(&numbers(rows * V * lanes));
-        let mut outs = [(); 2].map(|()| vec![T::zeros::<S>(); rows * V]);
-        let [plain, finished] = &mut outs;
+        let mut outs = [(); 3].map(|()| vec![T::zeros::<S>(); rows * V]);
+        let [plain, finished, bent] = &mut outs;
         let layer = |out| Layer::<T, S, V> {
             weights: &weights,
             start: &start,
@@ -426,10 +473,14 @@ impl InPlace {
         let product = layer(finished);
         let finish = Factors(&factors);
         enter(s, Finished { product, finish });
-        for (x, factor) in plain.iter_mut().zip(&factors) {
-            *x = T::times(s, *x, *factor);
+        let product = layer(bent);
+        let finish = Tanh;
+        enter(s, Finished { product, finish });
+        for (i, x) in plain.iter().enumerate() {
+            let expected = [T::times(s, *x, factors[i]), T::tanh(s, *x)];
+            let got = [finished[i], bent[i]];
+            assert_eq!(scalars::<T, S>(&expected), scalars::<T, S>(&got));
         }
-        assert_eq!(scalars::<T, S>(plain), scalars::<T, S>(finished));
     }
 }
 
