@@ -238,7 +238,7 @@ pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize> {
     pub(crate) out: &'a mut [T::Vector<S>],
 }
 
-/// A product whose sums are finished.
+/// A product whose sums are stored as `finish` says.
 pub(crate) struct Finished<'a, T: Element, S: Simd, const V: usize, E> {
     pub(crate) product: Layer<'a, T, S, V>,
     pub(crate) finish: E,
@@ -329,8 +329,7 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
     }
 }
 
-/// Asks for what is at `place`, which need not exist, to come into the second cache: weights of wide layers
-/// come from beyond it.
+/// Asks for what is at `place`, which need not exist, to come into the second cache.
 #[inline(always)]
 fn prefetch<S: Simd, X>(s: S, place: *const X) {
     #[cfg(target_arch = "x86_64")]
@@ -348,8 +347,8 @@ fn prefetch<S: Simd, X>(s: S, place: *const X) {
     let _ = (s, place);
 }
 
-/// Bytes of weights that are worth asking for: what is less stays in the second cache.
-pub(super) const FAR: usize = 256 << 10;
+/// Bytes of weights beyond which they are asked for: what is less stays in the first cache.
+pub(super) const FAR: usize = 32 << 10;
 
 /// Bytes of x that stay in the first cache while all rows pass by.
 pub(super) const NEAR: usize = 32 << 10;

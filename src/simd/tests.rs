@@ -436,23 +436,16 @@ impl<T: Element, S: Simd> Finish<T, S> for Factors<'_, T::Vector<S>> {
     }
 }
 
-/// Of more columns than are near at a time.
+/// Of more columns than are near at a time, and weights that are asked for.
 #[derive(Clone, Copy)]
 struct InPlace;
 
 impl InPlace {
     #[inline(always)]
     fn of<T: Element, S: Simd, const V: usize>(s: S) {
+        let (rows, lanes) = (31, T::lanes::<S>());
         let columns = 2 * NEAR / (V * size_of::<T::Vector<S>>()) + 7;
-        let far = FAR / (columns * size_of::<T>()) + 31;
-        for rows in [31, far] {
-            Self::with::<T, S, V>(s, rows, columns);
-        }
-    }
-
-    #[inline(always)]
-    fn with<T: Element, S: Simd, const V: usize>(s: S, rows: usize, columns: usize) {
-        let lanes = T::lanes::<S>();
+        assert!(rows * columns * size_of::<T>() > FAR);
         let numbers = |n: usize| -> Vec<T> {
             let at = |i: usize| (i as f64 * 0.37).sin();
             (0..n).map(|i| T::of(at(i))).collect()
