@@ -300,7 +300,12 @@ impl<S: State + 'static> NeuralOde<S> {
             with_masters(listed, &origin)?;
         }
         let forward = run(&problem, &observed, &y0, loss)?;
-        let (leaves, masters) = with_masters(observed.into_parameters(), &origin)?;
+        let read = match problem.is_empty() {
+            // Nothing was read: all of them have zero gradients.
+            true => leaves.into_iter().map(|(_, leaf)| leaf).collect(),
+            false => observed.into_parameters(),
+        };
+        let (leaves, masters) = with_masters(read, &origin)?;
         Ok((problem, field, Theta::copied(leaves, masters), forward, y0))
     }
 
