@@ -378,8 +378,8 @@ pub enum Error {
         /// Shape of the second.
         y: Shape,
     },
-    /// The bandwidth of a kernel is not a positive number.
-    #[error("a kernel needs a positive, finite bandwidth, got {bandwidth}")]
+    /// The bandwidth of a kernel is not a positive number, or its square is none.
+    #[error("a kernel needs a positive, finite bandwidth whose square is a number of f64 too, got {bandwidth:e}")]
     Bandwidth {
         /// What was given.
         bandwidth: f64,

@@ -93,7 +93,11 @@ fn nothing(problem: &Problem, field: &Field<'_>, y0: &[Tensor]) -> Result<Forwar
     let Problem { scheme, .. } = problem;
     let time = Time::new(problem.grid.points()[0], problem.state(), problem.device());
     let round = |(y, roles): (&Tensor, &Roles)| roles.compute.round(y);
-    let y = y0.iter().zip(&scheme.roles).map(round).collect::<Result<Vec<_>>>()?;
+    let y = y0
+        .iter()
+        .zip(&scheme.roles)
+        .map(round)
+        .collect::<Result<Vec<_>>>()?;
     match field.velocity(&time, &y).map_err(Error::from) {
         Ok(k) => scheme.check(&y, &k)?,
         Err(Error::Candle(_) | Error::UntrackedVelocity { .. }) => {}

@@ -64,7 +64,10 @@ impl std::fmt::Display for MemoryNeed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let parts = [
             (self.states, "the states that Checkpoint keeps"),
-            (self.evaluations, "the evaluations that ActivationCache keeps"),
+            (
+                self.evaluations,
+                "the evaluations that ActivationCache keeps",
+            ),
             (self.returned, "the states that are returned"),
             (self.times, "the times"),
         ];
@@ -158,7 +161,9 @@ mod tests {
         };
         assert!(need.within(4 << 30).is_ok());
         let error = need.within((4 << 30) - 1).unwrap_err();
-        assert!(matches!(error, Error::OutOfMemory { need: n, available } if n == need && available == (4 << 30) - 1));
+        assert!(
+            matches!(error, Error::OutOfMemory { need: n, available } if n == need && available == (4 << 30) - 1)
+        );
     }
 
     #[test]

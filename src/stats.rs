@@ -199,3 +199,23 @@ impl Recorder {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_that_do_the_same_count_once_and_their_repetitions_add_up() {
+        let tile = |retries| Stats {
+            vjps: 40 + retries,
+            recomputed: 40,
+            retries,
+            ..Default::default()
+        };
+        let mut batch = Stats::default();
+        for retries in [0, 2, 3] {
+            batch.join(&tile(retries));
+        }
+        assert_eq!((batch.vjps, batch.recomputed, batch.retries), (45, 40, 5));
+    }
+}

@@ -488,7 +488,10 @@ mod tests {
             }
         }
         // Where there is room for all, all are kept.
-        assert_eq!(marks(40, 40).collect::<Vec<_>>(), (0..40).collect::<Vec<_>>());
+        assert_eq!(
+            marks(40, 40).collect::<Vec<_>>(),
+            (0..40).collect::<Vec<_>>()
+        );
         assert_eq!(marks(0, 7).count(), 0);
     }
 
@@ -508,7 +511,11 @@ mod tests {
             ] {
                 let (stats, _) = reversed(checkpoint, steps);
                 let (restart, stored) = checkpoint.most(steps, 8);
-                assert_eq!(stats.states_kept, restart + stored, "{checkpoint:?} of {steps}");
+                assert_eq!(
+                    stats.states_kept,
+                    restart + stored,
+                    "{checkpoint:?} of {steps}"
+                );
             }
         }
     }

@@ -113,9 +113,8 @@ impl Selection {
     fn numbers(&self, rows: usize) -> u128 {
         let Size { stages, steps, .. } = self.size;
         let parts = self.parts.iter().zip(&self.from);
-        let of_row = |(part, from): (&Part, &usize)| {
-            (steps - from) as u128 * (stages * part.size()) as u128
-        };
+        let of_row =
+            |(part, from): (&Part, &usize)| (steps - from) as u128 * (stages * part.size()) as u128;
         parts.map(of_row).sum::<u128>() * rows as u128
     }
 

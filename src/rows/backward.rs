@@ -537,7 +537,16 @@ mod tests {
         for h in [1.0, -0.1, 1e-7, 6.1e-8, -1e7] {
             assert_eq!(mantissa(h), (h, 1.0));
         }
-        for h in [1e-8, -1e-20, 1e-39, 1e-300, f64::MIN_POSITIVE, 5e-324, 1e9, -1e308] {
+        for h in [
+            1e-8,
+            -1e-20,
+            1e-39,
+            1e-300,
+            f64::MIN_POSITIVE,
+            5e-324,
+            1e9,
+            -1e308,
+        ] {
             let (m, p) = mantissa(h);
             assert_eq!(m * p, h);
             assert!(m.abs() < 2.0);

@@ -168,7 +168,11 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             states: vec![],
         };
         let anywhere = |error| Failure { at: (0, 0), error };
-        let rows: usize = self.tiles.iter().map(|&t| self.plan.rows(t, batch).len()).sum();
+        let rows: usize = self
+            .tiles
+            .iter()
+            .map(|&t| self.plan.rows(t, batch).len())
+            .sum();
         let numbers = rows.saturating_mul(layout.dim());
         let numbers = numbers.saturating_mul(problem.outputs());
         group.states = room_for("returned states", numbers).map_err(anywhere)?;

@@ -174,7 +174,9 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
     let alive = groups.len().min(rayon::current_num_threads());
     let elements = plan.layout.rows.min(alive * rows) * plan.layout.dim();
     let bytes = alive as u128 * selection.bytes::<T>();
-    plan.need::<T, S>(alive * rows, elements).of(bytes).check()?;
+    plan.need::<T, S>(alive * rows, elements)
+        .of(bytes)
+        .check()?;
     let pass = Pass {
         field: &field,
         selection: &selection,
