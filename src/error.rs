@@ -352,8 +352,8 @@ pub enum Error {
         /// Bytes that can be had.
         available: u64,
     },
-    /// The system did not give memory that was asked for.
-    #[error("the system refused {} of memory for {what}", Bytes(*bytes))]
+    /// Memory that was asked for cannot be had.
+    #[error("there are no {} of memory for {what}", Bytes(*bytes))]
     AllocationFailed {
         /// What for.
         what: &'static str,

@@ -16,8 +16,6 @@ pub struct MemoryNeed {
     pub evaluations: u128,
     /// States that are returned, as [`Output`](crate::Output) says.
     pub returned: u128,
-    /// Times of a grid.
-    pub times: u128,
 }
 
 /// Needs below this are not compared with anything: they cost less than the look would matter.
@@ -30,7 +28,7 @@ impl MemoryNeed {
     /// All together.
     pub fn total(&self) -> u128 {
         let sum = self.states.saturating_add(self.evaluations);
-        sum.saturating_add(self.returned).saturating_add(self.times)
+        sum.saturating_add(self.returned)
     }
 
     /// The same with so many bytes of evaluations.
@@ -69,7 +67,6 @@ impl std::fmt::Display for MemoryNeed {
                 "the evaluations that ActivationCache keeps",
             ),
             (self.returned, "the states that are returned"),
-            (self.times, "the times"),
         ];
         write!(f, "{}", Bytes(self.total()))?;
         let mut between = " (";
@@ -119,6 +116,15 @@ fn available() -> Option<u64> {
     Some(bytes).filter(|&bytes| bytes > 0)
 }
 
+/// An empty vector with room for as many numbers as a user asks for, if the machine has so much.
+pub(crate) fn room_within<N>(what: &'static str, numbers: usize) -> Result<Vec<N>> {
+    let bytes = numbers as u128 * size_of::<N>() as u128;
+    if bytes >= SMALL && available().is_some_and(|there| bytes > there.into()) {
+        return Err(refused::<N>(what, numbers));
+    }
+    room_for(what, numbers)
+}
+
 /// An empty vector with room for so many numbers.
 pub(crate) fn room_for<N>(what: &'static str, numbers: usize) -> Result<Vec<N>> {
     let mut room = vec![];
@@ -160,10 +166,12 @@ mod tests {
             ..Default::default()
         };
         assert!(need.within(4 << 30).is_ok());
-        let error = need.within((4 << 30) - 1).unwrap_err();
-        assert!(
-            matches!(error, Error::OutOfMemory { need: n, available } if n == need && available == (4 << 30) - 1)
-        );
+        assert!(need.within((4 << 30) - 1).is_err());
+        let error = need.within(1 << 30).unwrap_err();
+        let text = "the solve needs 4.0 GiB (3.0 GiB for the states that Checkpoint keeps, \
+                    1.0 GiB for the evaluations that ActivationCache keeps) of memory, \
+                    and 1.0 GiB can be had: ";
+        assert!(error.to_string().starts_with(text), "{error}");
     }
 
     #[test]
@@ -172,10 +180,10 @@ mod tests {
             states: u128::MAX,
             evaluations: 1,
             returned: 1,
-            times: 1,
         };
         assert!(huge.check().is_err());
         assert!(room_for::<u64>("x", usize::MAX).is_err());
+        assert!(room_within::<u64>("x", 1 << 59).is_err());
         assert!(zeros::<u64>("x", usize::MAX).is_err());
     }
 

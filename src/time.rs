@@ -10,7 +10,7 @@ use std::cell::{Cell, OnceCell};
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::error::{Error, Result};
-use crate::memory::{room_for, MemoryNeed};
+use crate::memory::room_within;
 
 /// The time at which a field is evaluated.
 #[derive(Debug)]
@@ -176,19 +176,14 @@ impl TimeGrid {
     /// N points from `start` to `end`, both included.
     ///
     /// # Errors
-    /// As [`TimeGrid::new`], [`Error::OutOfMemory`] and [`Error::AllocationFailed`].
+    /// As [`TimeGrid::new`], and [`Error::AllocationFailed`].
     pub fn linspace(start: f64, end: f64, n: usize) -> Result<Self> {
         let last = n.saturating_sub(1).max(1) as f64;
         let at = |i: usize| {
             let s = i as f64 / last;
             start * (1.0 - s) + end * s
         };
-        let need = MemoryNeed {
-            times: n as u128 * size_of::<f64>() as u128,
-            ..Default::default()
-        };
-        need.check()?;
-        let mut points = room_for("a time grid", n)?;
+        let mut points = room_within("a time grid", n)?;
         points.extend((0..n).map(at));
         Self::new(points)
     }

@@ -240,14 +240,15 @@ impl<'p> Plan<'p> {
         }
     }
 
-    /// What tiles of so many rows hold at once beside their evaluations; budgets count states of so many
-    /// elements.
+    /// What tiles of so many rows hold at once beside their evaluations; so many elements are those of the
+    /// batch.
     fn need<T: Element, S: Simd>(&self, rows: usize, elements: usize) -> MemoryNeed {
         /// Bytes of a state that is kept by itself beside its numbers.
         const STATE: usize = 64;
         let problem = self.problem;
         let bytes = elements.saturating_mul(size_of::<T>());
         let (restart, stored) = problem.checkpoint.most(problem.plan.len(), bytes);
+        // Kept with the lanes that fill up the last tile.
         let numbers = rows as u128 * self.layout.dim() as u128;
         let tiles = rows.div_ceil(self.batch::<T, S>());
         let state = numbers * size_of::<T>() as u128;
@@ -256,7 +257,7 @@ impl<'p> Plan<'p> {
         MemoryNeed {
             states: restart as u128 * single + stored as u128 * numbers * store as u128,
             // As tiles leave them, and as they are handed over.
-            returned: 2 * problem.outputs() as u128 * state,
+            returned: 2 * problem.outputs() as u128 * bytes as u128,
             ..Default::default()
         }
     }
