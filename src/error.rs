@@ -221,12 +221,40 @@ pub enum Error {
         /// Time at its end.
         t: f64,
     },
-    /// candle sees no path from the velocity to the state or to a parameter, or none from a velocity
-    /// tensor to the state although it changes with it.
-    #[error("the velocity at t = {t} is not connected to what it depends on in candle's graph (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
+    /// The velocity changes with the state although candle sees no path between them.
+    #[error("the velocity at t = {t} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
     UntrackedVelocity {
         /// Time of the evaluation.
         t: f64,
+    },
+    /// The pull-back of a field contradicts differences of it; see
+    /// [`check_field`](crate::check_field).
+    #[error("the gradient of the field with respect to {of} at t = {t} is wrong: along a random direction candle's backward gives {pullback:.6e}, differences of the field give {differences:.6e}. Some layers of candle have no backward operation (candle_nn's LayerNorm, RmsNorm, softmax_last_dim) or a wrong one (conv1d): use nn::LayerNorm, nn::RmsNorm, nn::softmax, nn::Conv1d of candle_diffeq (docs/candle-layers.md lists all); a detach() or backward() inside the field does it, too. OdeOptions::check turns this check off")]
+    WrongPullback {
+        /// The state tensor, the parameter by its name, or time.
+        of: String,
+        /// Time of the evaluation.
+        t: f64,
+        /// The derivative as the pull-back has it, per unit of distance.
+        pullback: f64,
+        /// The same by central differences.
+        differences: f64,
+    },
+    /// Two evaluations of a field at the same point differ.
+    #[error("two evaluations of the field at the same point, t = {t}, differ in state tensor {leaf}: the backward pass would linearise another field than was solved. Switch off dropout and other random draws inside the field; a constructor of a NeuralOde is called several times and must build the same model each time: draw fixed numbers outside it, or seed them")]
+    NotDeterministic {
+        /// Index of the tensor in the state.
+        leaf: usize,
+        /// Time of the evaluations.
+        t: f64,
+    },
+    /// Precisions of arguments do not fit the arguments.
+    #[error("{given} precisions were given for {args} tensors of arguments (OdeOptions::args_precision: none, or one for each)")]
+    ArgsPrecisionCount {
+        /// Tensors among the arguments.
+        args: usize,
+        /// Precisions in the options.
+        given: usize,
     },
     /// A parameter is not of a floating-point dtype.
     #[error("parameter {name} is {dtype:?}; only floating-point parameters can be trained")]

@@ -11,7 +11,7 @@ use crate::rows::{Reversible, Solved};
 use crate::state::Packing;
 use crate::stats::Stats;
 use crate::step::Field;
-use crate::trajectory::Trajectory;
+use crate::trajectory::{Checkpoint, Trajectory};
 use crate::watch::Watch;
 
 /// What the forward pass hands on.
@@ -61,11 +61,32 @@ impl Kept {
     }
 }
 
-/// Integrates from y0 (leaves in state precision, our own) over the whole plan.
+/// Integrates from y0 (leaves in state precision, our own) over the whole plan.  What a backward pass needs
+/// is kept if `keep` says so once the field has been evaluated; where it comes to say so later only, the
+/// pass begins anew.
 pub(crate) fn integrate(
     problem: &Problem,
     field: &Field<'_>,
     y0: Vec<Tensor>,
+    keep: &dyn Fn() -> bool,
+    stats: &mut Stats,
+) -> Result<Forward> {
+    let mut counted = Stats::default();
+    let forward = pass(problem, field, y0.clone(), keep, &mut counted)?;
+    let forgot = !forward.kept.can_rewind() && problem.checkpoint != Checkpoint::Nothing;
+    if !(forgot && keep()) {
+        stats.add(&counted);
+        return Ok(forward);
+    }
+    pass(problem, field, y0, &|| true, stats)
+}
+
+/// One pass over all steps.
+fn pass(
+    problem: &Problem,
+    field: &Field<'_>,
+    y0: Vec<Tensor>,
+    keep: &dyn Fn() -> bool,
     stats: &mut Stats,
 ) -> Result<Forward> {
     let Problem { scheme, plan, .. } = problem;
@@ -91,6 +112,10 @@ pub(crate) fn integrate(
         (y, stored) = stepper.advance(field, step, &y, kept, &mut watch, stats)?;
         stats.steps += 1;
         stats.evaluations += scheme.evaluations();
+        if n == 0 && !keep() {
+            let roles = scheme.roles.clone();
+            trajectory = Trajectory::new(Checkpoint::Nothing, plan.len(), roles, &y)?;
+        }
         if problem.output == Output::All && step.ends_interval() {
             outputs.push(Packing::pack(&y, problem.state())?);
         }
