@@ -63,13 +63,18 @@ impl Args {
 
     /// Whether a gradient with respect to one of them is wanted.
     pub(crate) fn is_tracked(&self) -> bool {
-        self.leaves.iter().any(Tensor::is_variable)
+        self.variables().next().is_some()
     }
 
     /// The user's tensor behind one that the field reads, if it is an argument.
     pub(crate) fn master(&self, leaf: &Tensor) -> Option<&Tensor> {
         let at = self.leaves.iter().position(|l| l.id() == leaf.id())?;
         self.masters.get(at)
+    }
+
+    /// Those of which a gradient is wanted.
+    pub(crate) fn variables(&self) -> impl Iterator<Item = Tensor> + '_ {
+        self.leaves.iter().filter(|leaf| leaf.is_variable()).cloned()
     }
 
     /// What an argument is called, if the tensor is one.

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, DeviceLocation, Shape};
 
+use crate::memory::{Bytes, MemoryNeed};
 use crate::pullback::PullbackDefect;
 use crate::tableau::TableauDefect;
 use crate::time::Steps;
@@ -100,17 +101,21 @@ pub enum Error {
         /// Time at its start.
         t: f64,
     },
+    /// A step that begins and ends at one number of the state dtype, in which the field reads time.
+    #[error("step {step} from t = {t} to {end} begins and ends at one number of {dtype:?}, in which the field reads time (Time::tensor): take larger steps, begin the times nearer to zero, or solve with an f64 state")]
+    TimeUnresolved {
+        /// Index of the step.
+        step: usize,
+        /// Time at its start.
+        t: f64,
+        /// Time at its end.
+        end: f64,
+        /// The state dtype.
+        dtype: DType,
+    },
     /// The state has no tensor.
     #[error("the state has no tensor")]
     EmptyState,
-    /// A state tensor has no element.
-    #[error("state tensor {leaf} has no element (shape {shape:?})")]
-    EmptyLeaf {
-        /// Index of the tensor in the state.
-        leaf: usize,
-        /// Its shape.
-        shape: Shape,
-    },
     /// A state tensor is not of a floating-point dtype that can be integrated.
     #[error("state tensor {leaf} is {dtype:?}; f16, bf16, f32 and f64 can be integrated")]
     UnsupportedState {
@@ -367,6 +372,22 @@ pub enum Error {
         /// The least number that will do: 1, or the bytes of one state.
         needed: usize,
     },
+    /// A solve would hold more memory than there is.
+    #[error("the solve needs {need} of memory, and {} can be had: keep fewer states (Checkpoint::Every, States or Bytes) or evaluations (ActivationCache::within), return fewer (Output::Final), or take fewer steps", Bytes((*available).into()))]
+    OutOfMemory {
+        /// What the solve would hold, by what for.
+        need: MemoryNeed,
+        /// Bytes that can be had.
+        available: u64,
+    },
+    /// Memory that was asked for cannot be had.
+    #[error("there are no {} of memory for {what}", Bytes(*bytes))]
+    AllocationFailed {
+        /// What for.
+        what: &'static str,
+        /// Bytes that were asked for.
+        bytes: u128,
+    },
     /// A tableau is not an explicit Runge-Kutta method of its stated order.
     #[error("tableau {name}: {defect}")]
     InvalidTableau {
@@ -385,8 +406,8 @@ pub enum Error {
         /// Shape of the second.
         y: Shape,
     },
-    /// The bandwidth of a kernel is not a positive number.
-    #[error("a kernel needs a positive, finite bandwidth, got {bandwidth}")]
+    /// The bandwidth of a kernel is not a positive number, or its square is none.
+    #[error("a kernel needs a positive, finite bandwidth whose square is a number of f64 too, got {bandwidth:e}")]
     Bandwidth {
         /// What was given.
         bandwidth: f64,
@@ -395,23 +416,6 @@ pub enum Error {
     #[error(transparent)]
     Candle(candle_core::Error),
 }
-
-/// Our error on its way through candle; candle prints wrapped errors by `Debug`.
-struct Carried(Error);
-
-impl std::fmt::Debug for Carried {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(&self.0, f)
-    }
-}
-
-impl std::fmt::Display for Carried {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(&self.0, f)
-    }
-}
-
-impl std::error::Error for Carried {}
 
 impl Error {
     /// Whether gradients overflowed, which [`OnOverflow`](crate::OnOverflow) decides about.
@@ -435,19 +439,15 @@ impl Error {
     pub fn from_candle(error: &candle_core::Error) -> Option<&Error> {
         use candle_core::Error as E;
         match error {
-            E::WrappedContext { wrapped, .. } => {
-                if let Some(Carried(error)) = wrapped.downcast_ref::<Carried>() {
-                    return Some(error);
-                }
-                // candle's `Context` boxes whatever error it is given, ours as it is.
-                match wrapped.downcast_ref::<Error>() {
-                    Some(Error::Candle(inner)) => Self::from_candle(inner),
-                    Some(error) => Some(error),
-                    None => wrapped
-                        .downcast_ref::<candle_core::Error>()
-                        .and_then(Self::from_candle),
-                }
-            }
+            E::Io(carrier) => carrier.get_ref()?.downcast_ref(),
+            // candle's `Context` boxes whatever error it is given, ours as it is.
+            E::WrappedContext { wrapped, .. } => match wrapped.downcast_ref::<Error>() {
+                Some(Error::Candle(inner)) => Self::from_candle(inner),
+                Some(error) => Some(error),
+                None => wrapped
+                    .downcast_ref::<candle_core::Error>()
+                    .and_then(Self::from_candle),
+            },
             E::WithBacktrace { inner, .. }
             | E::Context { inner, .. }
             | E::WithPath { inner, .. } => Self::from_candle(inner),
@@ -456,14 +456,13 @@ impl Error {
     }
 }
 
+/// Of the variants of candle's error that hold any other, so that it can be found again, only this one is
+/// printed as what it holds and nothing else.
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Candle(error) => error,
-            error => candle_core::Error::WrappedContext {
-                wrapped: Box::new(Carried(error)),
-                context: "candle-diffeq".into(),
-            },
+            error => candle_core::Error::Io(std::io::Error::other(error)),
         }
     }
 }
@@ -481,17 +480,18 @@ impl From<candle_core::Error> for Error {
 fn recover(error: candle_core::Error) -> Error {
     use candle_core::Error as E;
     match error {
-        E::WrappedContext { wrapped, context } => match wrapped.downcast::<Carried>() {
-            Ok(carried) => carried.0,
-            Err(wrapped) => match wrapped.downcast::<Error>() {
-                Ok(error) => match *error {
-                    Error::Candle(inner) => recover(inner),
-                    error => error,
-                },
-                Err(wrapped) => match wrapped.downcast::<candle_core::Error>() {
-                    Ok(inner) => recover(*inner),
-                    Err(wrapped) => Error::Candle(E::WrappedContext { wrapped, context }),
-                },
+        E::Io(carrier) => match carrier.downcast::<Error>() {
+            Ok(error) => error,
+            Err(carrier) => Error::Candle(E::Io(carrier)),
+        },
+        E::WrappedContext { wrapped, context } => match wrapped.downcast::<Error>() {
+            Ok(error) => match *error {
+                Error::Candle(inner) => recover(inner),
+                error => error,
+            },
+            Err(wrapped) => match wrapped.downcast::<candle_core::Error>() {
+                Ok(inner) => recover(*inner),
+                Err(wrapped) => Error::Candle(E::WrappedContext { wrapped, context }),
             },
         },
         E::WithBacktrace { inner, .. } | E::Context { inner, .. } | E::WithPath { inner, .. } => {

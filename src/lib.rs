@@ -64,6 +64,7 @@ mod field;
 mod integrate;
 mod link;
 mod loss;
+mod memory;
 mod mmd;
 mod neural_ode;
 pub mod nn;
@@ -92,6 +93,7 @@ pub use field::{
     autonomous, constant, Autonomous, Constant, Cotangents, FieldWithArgs, Pullback, VectorField,
 };
 pub use loss::RowLoss;
+pub use memory::MemoryNeed;
 pub use mmd::mmd;
 pub use neural_ode::{Given, NeuralOde};
 pub use odeint::{odeint, odeint_with, predict, solve, solve_with, Gradients, Solution};

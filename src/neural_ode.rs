@@ -372,8 +372,8 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             origin.insert(leaf.id(), master.into_inner());
             leaves.push(leaf);
         }
-        for (leaf, master) in args.leaves.iter().zip(&args.masters) {
-            if leaf.is_variable() {
+        for leaf in args.variables() {
+            if let Some(master) = args.master(&leaf) {
                 origin.insert(leaf.id(), master.clone());
             }
         }
@@ -398,17 +398,17 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             FieldCheck::Once => !self.checked.load(Ordering::Relaxed),
             FieldCheck::Always => true,
         };
-        let checks = checks && in_graph && keep();
+        let checks = checks && in_graph && keep() && !problem.is_empty();
         let observed = observed.solving(&problem, checks);
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }
         let forward = run(&problem, &observed, &y0, loss, &keep)?;
         if let (true, Some(plain)) = (checks, &plain) {
-            let of_args = |(i, leaf): (usize, &Tensor)| Parameter {
-                name: format!("argument {i}"),
-                tensor: leaf.clone(),
-            };
+            let of_args = args.variables().map(|leaf| Parameter {
+                name: args.name(&leaf).unwrap_or_default(),
+                tensor: leaf,
+            });
             let parameters = self
                 .names
                 .iter()
@@ -417,8 +417,6 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
                     name: format!("parameter {name}"),
                     tensor: leaf.clone(),
                 });
-            let of_args = args.leaves.iter().enumerate().map(of_args);
-            let of_args = of_args.filter(|p| p.tensor.is_variable());
             let build = |values: &[Tensor]| {
                 let (leaves, args) = values.split_at(leaves.len());
                 builder.build(leaves, args)
@@ -438,7 +436,12 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             subject.check_all(&observed.points(), problem.state(), problem.device())?;
             self.checked.store(true, Ordering::Relaxed);
         }
-        let (read, masters) = with_masters(observed.into_parameters(), &origin)?;
+        let read = match problem.is_empty() {
+            // Nothing was read: all of them have zero gradients.
+            true => leaves.iter().cloned().chain(args.variables()).collect(),
+            false => observed.into_parameters(),
+        };
+        let (read, masters) = with_masters(read, &origin)?;
         let args = args.leaves;
         let rebuild = move || builder.build(&leaves, &args);
         Ok(Solve {

@@ -144,7 +144,7 @@ fn closure_in_graph<S: State>(
     let tracked = joined.track_op() || problem.grid.is_tracked() || args.is_tracked();
     let keep = || tracked || observed.reads_variables();
     let forward = run(&problem, &observed, &joined, None, &keep)?;
-    if checks && keep() {
+    if checks && keep() && !problem.is_empty() {
         let read = observed.parameters_so_far();
         let key = check::key(kind, &[&y0, &args.leaves, &read]);
         if options.check == FieldCheck::Always || !check::is_checked(key) {
@@ -726,13 +726,13 @@ impl<'f, S: State> Solution<'f, S> {
             theta,
             &self.kept,
             &packed,
-            problem.grid.tensor().is_some(),
+            problem.grid.is_tracked(),
         )?;
         let mut params = GradStore::default();
         for (master, grad) in theta.masters.iter().zip(adjoint.theta) {
             params.insert(master, grad);
         }
-        let times = match problem.grid.tensor() {
+        let times = match problem.grid.tensor().filter(|t| t.track_op()) {
             Some(t) => Some(Tensor::new(adjoint.times, t.device())?.to_dtype(t.dtype())?),
             None => None,
         };
@@ -751,6 +751,6 @@ pub struct Gradients<S> {
     pub y0: S,
     /// ∂L/∂θ in state dtype, by the user's variable; those that no evaluation read have none.
     pub params: GradStore,
-    /// ∂L/∂t_i in the grid's dtype, for grids that were given as a tensor.
+    /// ∂L/∂t_i in the grid's dtype, for grids that were given as a tensor that candle tracks.
     pub times: Option<Tensor>,
 }

@@ -49,7 +49,8 @@ pub struct ActivationCache {
 impl ActivationCache {
     /// Nothing: the backward pass evaluates every stage again.
     pub const NONE: Self = Self::within(0);
-    /// Everything.
+    /// Everything.  What the machine has no memory for is refused before the first step
+    /// ([`Error::OutOfMemory`]).
     pub const ALL: Self = Self::within(usize::MAX);
 
     /// As much as fits into so many bytes, of the whole batch.
@@ -180,6 +181,8 @@ pub(crate) struct Problem {
     pub(crate) activation_cache: ActivationCache,
     pub(crate) fusion: bool,
     pub(crate) graphs: bool,
+    /// Whether no step can begin and end at one number of the state dtype.
+    pub(crate) resolved: bool,
     pub(crate) scaler: Scaler,
     pub(crate) on_overflow: OnOverflow,
     pub(crate) recorder: Recorder,
@@ -230,6 +233,11 @@ impl Problem {
                 other: other.state,
             });
         }
+        let packing = Packing::new(y0);
+        let resolved = plan.is_resolved_in(common.state);
+        // Tiles have rows, and multiply by h in state precision.
+        let moderate = common.state == DType::F64 || plan.is_moderate();
+        let tiles = packing.len() > 0 && moderate;
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
             scheme: Scheme {
@@ -242,15 +250,16 @@ impl Problem {
             },
             plan,
             grid,
-            packing: Packing::new(y0),
+            packing,
             output: options.output,
             checkpoint: options.checkpoint,
             activation_cache: match options.checkpoint {
                 Checkpoint::Nothing => ActivationCache::NONE,
                 _ => options.activation_cache,
             },
-            fusion: options.fusion,
-            graphs: options.graphs,
+            fusion: options.fusion && tiles,
+            graphs: options.graphs && tiles && resolved,
+            resolved,
             on_overflow: options.on_overflow,
             recorder: options.recorder.clone().unwrap_or_default(),
             theta,
@@ -270,6 +279,11 @@ impl Problem {
     pub(crate) fn stores_state(&self) -> bool {
         let mut roles = self.scheme.roles.iter();
         roles.all(|roles| roles.store.to == roles.state)
+    }
+
+    /// Whether no tensor of the state has an element: an empty batch.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.packing.len() == 0
     }
 
     /// Dtype of every sum.
@@ -325,12 +339,6 @@ fn check_leaf(leaf: usize, y: &Tensor, device: &Device) -> Result<()> {
         return Err(Error::UnsupportedState {
             leaf,
             dtype: y.dtype(),
-        });
-    }
-    if y.elem_count() == 0 {
-        return Err(Error::EmptyLeaf {
-            leaf,
-            shape: y.shape().clone(),
         });
     }
     if !y.device().same_device(device) {

@@ -229,6 +229,10 @@ impl RowField for Cnf {
         self.mlp.tensors().cloned().collect()
     }
 
+    fn reads_time(&self) -> bool {
+        self.mlp.time
+    }
+
     fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
         let [z, l] = shapes else { return None };
         self.fits(z.dims(), l.dims()).then(|| Layout {

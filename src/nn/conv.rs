@@ -380,6 +380,10 @@ impl RowField for ConvField {
         self.tensors().cloned().collect()
     }
 
+    fn reads_time(&self) -> bool {
+        false
+    }
+
     fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
         let [shape] = shapes else { return None };
         let &[rows, channels, height, width] = shape.dims() else {

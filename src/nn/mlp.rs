@@ -267,6 +267,10 @@ impl RowField for Mlp {
         self.tensors().cloned().collect()
     }
 
+    fn reads_time(&self) -> bool {
+        self.time
+    }
+
     fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
         let [shape] = shapes else { return None };
         let (last, rows) = shape.dims().split_last()?;

@@ -26,6 +26,7 @@ use pulp::{Simd, WithSimd};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::loss::RowLoss;
+use crate::memory::MemoryNeed;
 use crate::precision::Low;
 use crate::problem::Problem;
 use crate::simd::{unit, Element};
@@ -41,6 +42,9 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
 
     /// The parameters, in the order in which [`TileField::gradients`] returns their gradients.
     fn weights(&self) -> Vec<Tensor>;
+
+    /// Whether velocities depend on time.
+    fn reads_time(&self) -> bool;
 
     /// Rows and features of each leaf of a state of these shapes; `None` if they are not the
     /// field's.
@@ -160,7 +164,11 @@ impl<F: RowField> Solve for &F {
         let Some(layout) = self.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
-        if !problem.fusion || !problem.device().is_cpu() || problem.grid.tensor().is_some() {
+        if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
+            return Ok(None);
+        }
+        // That time stands still for a field that reads it is found where steps are taken one by one.
+        if self.reads_time() && !problem.resolved {
             return Ok(None);
         }
         let roles = &problem.scheme.roles;
@@ -229,6 +237,28 @@ impl<'p> Plan<'p> {
             features,
             stages: self.problem.scheme.evaluations(),
             steps: self.problem.plan.len(),
+        }
+    }
+
+    /// What tiles of so many rows hold at once beside their evaluations; so many elements are those of the
+    /// batch.
+    fn need<T: Element, S: Simd>(&self, rows: usize, elements: usize) -> MemoryNeed {
+        /// Bytes of a state that is kept by itself beside its numbers.
+        const STATE: usize = 64;
+        let problem = self.problem;
+        let bytes = elements.saturating_mul(size_of::<T>());
+        let (restart, stored) = problem.checkpoint.most(problem.plan.len(), bytes);
+        // Kept with the lanes that fill up the last tile.
+        let numbers = rows as u128 * self.layout.dim() as u128;
+        let tiles = rows.div_ceil(self.batch::<T, S>());
+        let state = numbers * size_of::<T>() as u128;
+        let store = problem.scheme.roles[0].store.to.size_in_bytes();
+        let single = state + (tiles * STATE) as u128;
+        MemoryNeed {
+            states: restart as u128 * single + stored as u128 * numbers * store as u128,
+            // As tiles leave them, and as they are handed over.
+            returned: 2 * problem.outputs() as u128 * bytes as u128,
+            ..Default::default()
         }
     }
 

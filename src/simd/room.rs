@@ -38,6 +38,16 @@ impl Room {
         }
     }
 
+    /// The same, `None` where the system does not give it.
+    pub(crate) fn try_new(bytes: usize) -> Option<Self> {
+        if bytes < LARGE {
+            return Some(Self::new(bytes));
+        }
+        // `new` asks the system for pages, and aborts only where it then does not even get a heap.
+        drop(MmapMut::map_anon(bytes).ok()?);
+        Some(Self::new(bytes))
+    }
+
     pub(crate) fn numbers<N: Pod>(&self) -> &[N] {
         match self {
             Self::Heap(lines) => bytemuck::cast_slice(lines),
