@@ -5,7 +5,7 @@
 
 use crate::error::{Error, Result};
 
-/// What a solve holds at once, in bytes; at least, since what a field itself needs is not known.
+/// What a solve holds at once, in bytes, at least: what a field itself needs is not known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryNeed {
@@ -18,10 +18,12 @@ pub struct MemoryNeed {
     pub returned: u128,
 }
 
-/// Needs below this are not compared with anything: they cost less than the look would matter.
+/// What is less than this is not compared with what there is: a small solve would take longer to ask for it
+/// than to run.
 const SMALL: u128 = 64 << 20;
 
-/// Bytes of a tensor of candle's beside its numbers: its shape, its strides, its locks.
+/// Bytes that a tensor of candle's takes at least beside its numbers, for its shape, its strides and its
+/// locks: 400 measured, of which the allocator's share varies.
 pub(crate) const TENSOR: u128 = 384;
 
 impl MemoryNeed {
