@@ -12,6 +12,8 @@ mod backward;
 mod forward;
 mod graded;
 mod stepper;
+#[cfg(test)]
+mod tests;
 mod tile;
 mod trajectory;
 mod window;
@@ -210,6 +212,9 @@ struct Plan<'p> {
     layout: &'p Layout,
     /// What the compute precision of each leaf rounds to.
     low: Vec<Low>,
+    /// Whether tiles have two vectors, where a test says so.
+    #[cfg(test)]
+    forced: Option<bool>,
 }
 
 impl<'p> Plan<'p> {
@@ -217,6 +222,8 @@ impl<'p> Plan<'p> {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {
             low: low.collect(),
+            #[cfg(test)]
+            forced: width::here(),
             problem,
             layout,
         }
@@ -239,6 +246,10 @@ impl<'p> Plan<'p> {
 
     /// Whether there are rows enough for tiles of two vectors, and the tiles stay small.
     fn is_wide<T: Element, S: Simd>(&self) -> bool {
+        #[cfg(test)]
+        if let Some(wide) = self.forced {
+            return T::WIDE && wide;
+        }
         T::WIDE && self.layout.rows >= 4 * T::lanes::<S>() && self.layout.dim() <= WIDEST
     }
 
@@ -258,6 +269,32 @@ impl<'p> Plan<'p> {
     /// Rows of the tile that begins at `first`.
     fn rows(&self, first: usize, batch: usize) -> Range<usize> {
         first..self.layout.rows.min(first + batch)
+    }
+}
+
+/// Tiles of another width than the batch would choose, for tests.
+#[cfg(test)]
+mod width {
+    use std::cell::Cell;
+
+    thread_local! {
+        static WIDE: Cell<Option<bool>> = const { Cell::new(None) };
+    }
+
+    pub(super) fn here() -> Option<bool> {
+        WIDE.get()
+    }
+
+    /// Runs `f`, whose solves on this thread have tiles of two vectors, or of one.
+    pub(super) fn forced<R>(wide: bool, f: impl FnOnce() -> R) -> R {
+        struct Restored(Option<bool>);
+        impl Drop for Restored {
+            fn drop(&mut self) {
+                WIDE.set(self.0);
+            }
+        }
+        let _restored = Restored(WIDE.replace(Some(wide)));
+        f()
     }
 }
 
@@ -344,18 +381,18 @@ impl<R, F: FnMut(usize, R)> Folded<R, F> {
     }
 }
 
-/// Runs on the machine's vector unit; without one, solves are left to the general path.
-fn dispatch<J: WithSimd>(job: J) -> Option<J::Output> {
-    match unit() {
+/// Runs on the vector unit; without one, solves are left to the general path.
+fn dispatch<J: WithSimd>(job: J) -> Result<Option<J::Output>> {
+    // Not by [`Arch::dispatch`](pulp::Arch::dispatch), which would compile everything for scalars too.
+    Ok(match unit()? {
         #[cfg(target_arch = "x86_64")]
         pulp::Arch::V4(s) => Some(Simd::vectorize(s, job)),
         #[cfg(target_arch = "x86_64")]
         pulp::Arch::V3(s) => Some(Simd::vectorize(s, job)),
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(target_arch = "aarch64")]
+        pulp::Arch::Neon(s) => Some(Simd::vectorize(s, job)),
         _ => None,
-        #[cfg(not(target_arch = "x86_64"))]
-        arch => Some(arch.dispatch(job)),
-    }
+    })
 }
 
 /// The numbers of a packed tensor of T.
