@@ -223,7 +223,7 @@ impl<'p> Plan<'p> {
         Self {
             low: low.collect(),
             #[cfg(test)]
-            forced: width::here(),
+            forced: tests::width::here(),
             problem,
             layout,
         }
@@ -269,32 +269,6 @@ impl<'p> Plan<'p> {
     /// Rows of the tile that begins at `first`.
     fn rows(&self, first: usize, batch: usize) -> Range<usize> {
         first..self.layout.rows.min(first + batch)
-    }
-}
-
-/// Tiles of another width than the batch would choose, for tests.
-#[cfg(test)]
-mod width {
-    use std::cell::Cell;
-
-    thread_local! {
-        static WIDE: Cell<Option<bool>> = const { Cell::new(None) };
-    }
-
-    pub(super) fn here() -> Option<bool> {
-        WIDE.get()
-    }
-
-    /// Runs `f`, whose solves on this thread have tiles of two vectors, or of one.
-    pub(super) fn forced<R>(wide: bool, f: impl FnOnce() -> R) -> R {
-        struct Restored(Option<bool>);
-        impl Drop for Restored {
-            fn drop(&mut self) {
-                WIDE.set(self.0);
-            }
-        }
-        let _restored = Restored(WIDE.replace(Some(wide)));
-        f()
     }
 }
 

@@ -9,13 +9,37 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use proptest::prelude::*;
 
-use super::width;
 use crate::nn::{Activation, Cnf, ConvField, Mlp};
 use crate::simd::unit::{allowed, Cap};
 use crate::{
     ActivationCache, Checkpoint, NeuralOde, OdeOptions, Output, RowLoss, State, Steps, DOPRI5,
     EULER, HEUN, RK4,
 };
+
+/// Tiles of another width than the batch would choose, for this thread.
+pub(super) mod width {
+    use std::cell::Cell;
+
+    thread_local! {
+        static WIDE: Cell<Option<bool>> = const { Cell::new(None) };
+    }
+
+    pub(in crate::rows) fn here() -> Option<bool> {
+        WIDE.get()
+    }
+
+    /// Runs `f`, whose solves on this thread have tiles of two vectors, or of one.
+    pub(super) fn forced<R>(wide: bool, f: impl FnOnce() -> R) -> R {
+        struct Restored(Option<bool>);
+        impl Drop for Restored {
+            fn drop(&mut self) {
+                WIDE.set(self.0);
+            }
+        }
+        let _restored = Restored(WIDE.replace(Some(wide)));
+        f()
+    }
+}
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
@@ -185,8 +209,12 @@ impl Case {
 
     /// Checks all units and both widths of tiles.
     fn check(&self) {
-        let exact = self.answers(DType::F64, false);
-        let general = errors(&self.answers(DType::F32, false), &exact);
+        // candle's operations on one thread: waking another takes longer than they.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+        let pool = pool.unwrap();
+        let general = |dtype| pool.install(|| self.answers(dtype, false));
+        let exact = general(DType::F64);
+        let general = errors(&general(DType::F32), &exact);
         let of = |unit: f64| 2.0 * self.terms() as f64 * unit;
         for cap in allowed::all() {
             let double = allowed::under(cap, || self.answers(DType::F64, true));
