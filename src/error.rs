@@ -17,6 +17,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The environment variable `CANDLE_DIFFEQ_SIMD` names no vector unit.  It is read once, when a
+    /// process first computes on the CPU.
+    #[error("the environment variable CANDLE_DIFFEQ_SIMD is {given:?}: set it to avx512, avx2 or none, or leave it unset")]
+    UnknownVectorUnit {
+        /// Its value.
+        given: String,
+    },
     /// The time grid has no point.
     #[error("the time grid is empty")]
     EmptyGrid,

@@ -6,6 +6,7 @@ use crate::check::FieldCheck;
 use crate::error::{Error, Result};
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
+use crate::simd;
 use crate::state::Packing;
 use crate::stats::Recorder;
 use crate::step::Scheme;
@@ -193,6 +194,8 @@ pub(crate) struct Problem {
 impl Problem {
     /// Validates everything that does not need an evaluation of the field.
     pub(crate) fn new(y0: &[Tensor], grid: TimeGrid, options: &OdeOptions) -> Result<Self> {
+        // A unit that is misspelt is met before the first step, whatever the field computes with.
+        simd::unit()?;
         let Some(first) = y0.first() else {
             return Err(Error::EmptyState);
         };
