@@ -221,6 +221,28 @@ pub enum Error {
         /// Time at its end.
         t: f64,
     },
+    /// A field of [`nn`](crate::nn) was given a state of other shapes than it has.
+    #[error("{field} needs {needs}, got {got:?}")]
+    FieldState {
+        /// The field, with its widths.
+        field: String,
+        /// The shapes that it needs.
+        needs: String,
+        /// Shapes that were given.
+        got: Vec<Shape>,
+    },
+    /// A layer that exists does not fit where it is to stand.
+    #[error("{layer}: {tensor} is {got}, expected {expected}")]
+    LayerTensor {
+        /// The layer.
+        layer: String,
+        /// Which of its tensors.
+        tensor: &'static str,
+        /// What would do.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
     /// candle sees no path from the velocity to the state or to a parameter, or none from a velocity
     /// tensor to the state although it changes with it.
     #[error("the velocity at t = {t} is not connected to what it depends on in candle's graph (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
@@ -281,12 +303,24 @@ pub enum Error {
         got: Shape,
     },
     /// A [`RowLoss`](crate::RowLoss) of states that it is no loss of.
-    #[error("{loss} is no loss of states of shapes {shapes:?}")]
+    #[error("{loss} is no loss of states of shapes {shapes:?}: it needs {needs}")]
     LossState {
         /// The loss.
         loss: String,
+        /// The states that it needs.
+        needs: &'static str,
         /// Shapes of the returned states.
         shapes: Vec<Vec<usize>>,
+    },
+    /// A class that the states have no column for.
+    #[error("row {row} is of class {class}, but states have {classes} classes, 0 to {last}", last = classes - 1)]
+    NoSuchClass {
+        /// Index of the row.
+        row: usize,
+        /// Its class.
+        class: u32,
+        /// Classes of the state.
+        classes: usize,
     },
     /// A [`RowLoss`](crate::RowLoss) of the last state, of a solve that returns all.
     #[error("{loss} looks at the last state: it needs Output::Final")]
