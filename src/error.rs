@@ -221,10 +221,10 @@ pub enum Error {
         /// Time at its end.
         t: f64,
     },
-    /// A field of [`nn`](crate::nn) was given a state of other shapes than it has.
-    #[error("{field} needs {needs}, got {got:?}")]
+    /// A field or layer of [`nn`](crate::nn) was given tensors of other shapes than it has.
+    #[error("{field} needs {needs}, got {}", listed(got))]
     FieldState {
-        /// The field, with its widths.
+        /// The field or layer, with its widths.
         field: String,
         /// The shapes that it needs.
         needs: String,
@@ -400,6 +400,12 @@ pub enum Error {
     /// An error of candle's.
     #[error(transparent)]
     Candle(candle_core::Error),
+}
+
+/// Shapes, with words between them.
+fn listed(shapes: &[Shape]) -> String {
+    let shapes: Vec<_> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
+    shapes.join(" and ")
 }
 
 /// Our error on its way through candle; candle prints wrapped errors by `Debug`.

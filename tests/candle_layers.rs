@@ -30,8 +30,10 @@ enum Finding {
     Overwrites,
     /// A gradient that is none.
     Wrong,
-    /// No gradient, and no error.
+    /// No gradient of one of its inputs at least, and no error.
     None,
+    /// Drawn anew at every evaluation.
+    Draws,
     /// An error.
     Refused,
     /// A panic.
@@ -47,6 +49,7 @@ impl Finding {
             Self::Overwrites => "overwrites",
             Self::Wrong => "wrong",
             Self::None => "none",
+            Self::Draws => "draws",
             Self::Refused => "refused",
             Self::Panics => "panics",
         }
@@ -113,6 +116,10 @@ fn measure(case: &Case) -> Result<Finding> {
 }
 
 fn measure_in(case: &Case, dtype: DType) -> Result<Finding> {
+    let again = || Ok::<_, candle_core::Error>(values(&(case.layer)(&case.inputs)?));
+    if again()? != again()? {
+        return Ok(Finding::Draws);
+    }
     let exact = differences(case, dtype)?;
     let vars = case.inputs.iter().map(Var::from_tensor);
     let vars = vars.collect::<Result<Vec<_>>>()?;
@@ -266,6 +273,9 @@ fn activations() -> Result<Vec<Case>> {
         case("ops::replication_pad2d", vec![x(&[2, 1, 3, 2], 0)?], |x| {
             ops::replication_pad2d(&x[0], 1)
         }),
+        case("Dropout in training", vec![x(&[2, 6], 0)?], |x| {
+            candle_nn::Dropout::new(0.5).forward(&x[0], true)
+        }),
         case("Dropout in inference", vec![x(&[2, 6], 0)?], |x| {
             candle_nn::Dropout::new(0.5).forward(&x[0], false)
         }),
@@ -388,6 +398,14 @@ fn layers() -> Result<Vec<Case>> {
         conv1("Conv1d with dilation", 2, 2, C1 { dilation: 2, ..c1 })?,
         conv1("Conv1d with groups", 2, 1, C1 { groups: 2, ..c1 })?,
         conv2("Conv2d", 2, 2, C2 { padding: 1, ..c2 })?,
+        case(
+            "Conv2d of a tensor that is not contiguous",
+            vec![x(&[5, 2, 4, 2], 0)?, x(&[3, 2, 3, 3], 1)?],
+            |x| {
+                let turned = x[0].permute((3, 1, 0, 2))?;
+                candle_nn::Conv2d::new(x[1].transpose(2, 3)?, None, C2::default()).forward(&turned)
+            },
+        ),
         conv2("Conv2d of a batch of one", 1, 2, C2 { padding: 1, ..c2 })?,
         conv2(
             "Conv2d with stride",
@@ -425,6 +443,15 @@ fn layers() -> Result<Vec<Case>> {
             },
         )?,
         turned2("ConvTranspose2d with dilation", T2 { dilation: 2, ..t2 })?,
+        case(
+            "quantized::QMatMul",
+            vec![scattered(&[2, 32], 1.0, 1)?],
+            |x| {
+                use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
+                let weight = scattered(&[4, 32], 1.0, 2)?.to_dtype(DType::F32)?;
+                QMatMul::from_qtensor(QTensor::quantize(&weight, GgmlDType::Q8_0)?)?.forward(&x[0])
+            },
+        ),
         case("Embedding", vec![x(&[5, 3], 0)?], |x| {
             candle_nn::Embedding::new(x[0].clone(), 3).forward(&indices(&[4, 1, 1, 0], &[2, 2])?)
         }),
@@ -471,6 +498,18 @@ fn layers() -> Result<Vec<Case>> {
                 )
             },
         ),
+        packed("attention::flash_attn_varlen_cpu", |x, n| {
+            let all = candle_nn::attention::flash_attn_varlen_cpu;
+            all(
+                &x[0], &x[1], &x[2], None, n, n, 3, 3, 0.5, false, None, None,
+            )
+        })?,
+        packed("attention::flash_attn_varlen_unfused", |x, n| {
+            let all = candle_nn::attention::flash_attn_varlen_unfused;
+            all(
+                &x[0], &x[1], &x[2], None, n, n, 3, 3, 0.5, false, None, None,
+            )
+        })?,
         case(
             "kv_cache::KvCache",
             vec![x(&[1, 2, 3], 0)?, x(&[1, 2, 3], 1)?],
@@ -510,6 +549,17 @@ fn layers() -> Result<Vec<Case>> {
             candle_nn::loss::huber(&x[0], &scattered(&[2, 3], 2.5, 9)?, 0.6)
         }),
     ])
+}
+
+/// Attention over sequences of lengths 2 and 3, one after the other.
+fn packed(
+    name: &'static str,
+    run: impl Fn(&[Tensor], &Tensor) -> Result<Tensor> + 'static,
+) -> Result<Case> {
+    let inputs = vec![x(&[5, 2, 4], 0)?, x(&[5, 2, 4], 1)?, x(&[5, 2, 4], 2)?];
+    Ok(case(name, inputs, move |x| {
+        run(x, &indices(&[2, 3], &[2])?)
+    }))
 }
 
 /// A recurrent layer, by its input and its variables.
@@ -636,6 +686,16 @@ fn operations() -> Result<Vec<Case>> {
             a.scatter(&indices(&[2, 0, 0, 1], i.dims())?, b, 1)
         })?,
         placed("scatter_add", |a, b, i| a.scatter_add(i, b, 1))?,
+        case(
+            "scatter of a whole row",
+            vec![x(&[2, 2], 0)?, x(&[2, 2], 1)?],
+            |x| x[0].scatter(&indices(&[1, 0, 0, 1], &[2, 2])?, &x[1], 1),
+        ),
+        case(
+            "scatter_add of a whole row",
+            vec![x(&[2, 2], 0)?, x(&[2, 2], 1)?],
+            |x| x[0].scatter_add(&indices(&[1, 0, 0, 0], &[2, 2])?, &x[1], 1),
+        ),
         placed("index_add", |a, b, _| {
             a.index_add(&indices(&[2, 2], &[2])?, b, 1)
         })?,
@@ -704,6 +764,54 @@ fn operations() -> Result<Vec<Case>> {
             x.upsample_bilinear2d(8, 8, false)
         })?,
     ])
+}
+
+/// What the page says to use, beside what it is to replace.
+fn replacements() -> Result<Vec<(Case, Case)>> {
+    let image = || x(&[2, 2, 4, 4], 0);
+    let pool = case("max_pool2d", vec![image()?], |x| {
+        x[0].reshape((2, 2, 2, 2, 2, 2))?.max(5)?.max(3)
+    });
+    let mean = case("avg_pool2d with a rest", vec![image()?], |x| {
+        x[0].narrow(2, 0, 3)?.narrow(3, 0, 3)?.avg_pool2d(3)
+    });
+    let grow = case("upsample_nearest2d", vec![image()?], |x| {
+        let wide = x[0]
+            .reshape((2, 2, 4, 1, 4, 1))?
+            .broadcast_as((2, 2, 4, 2, 4, 2))?;
+        wide.reshape((2, 2, 8, 8))
+    });
+    let windows = case("unfold", vec![x(&[2, 6], 0)?], |x| {
+        Tensor::stack(&[x[0].narrow(1, 0, 3)?, x[0].narrow(1, 2, 3)?], 1)
+    });
+    let turned = vec![x(&[2, 2, 4], 0)?, x(&[2, 3, 3], 1)?, x(&[3], 2)?];
+    let turned = case("ConvTranspose1d", turned, |x| {
+        let (y, w) = (x[0].unsqueeze(2)?, x[1].unsqueeze(2)?);
+        let y = y.conv_transpose2d(&w, 0, 0, 1, 1)?.squeeze(2)?;
+        y.broadcast_add(&x[2].reshape((3, 1))?)
+    });
+    let all: Vec<_> = [activations()?, norms()?, layers()?, operations()?].into();
+    let mut all: Vec<_> = all.into_iter().flatten().collect();
+    let mut pairs = vec![];
+    for ours in [pool, mean, grow, windows, turned] {
+        let at = all.iter().position(|case| case.name == ours.name);
+        pairs.push((ours, all.swap_remove(at.expect("a case of this name"))));
+    }
+    Ok(pairs)
+}
+
+#[test]
+fn what_the_page_says_to_use_instead_is_the_same_function_and_right() {
+    for (ours, theirs) in replacements().unwrap() {
+        let (got, wanted) = ((ours.layer)(&ours.inputs), (theirs.layer)(&theirs.inputs));
+        let off = (values(&got.unwrap())
+            .into_iter()
+            .zip(values(&wanted.unwrap())))
+        .map(|(got, wanted)| got - wanted);
+        let off = worst(off);
+        assert!(off <= 64.0 * common::U_F64, "{}: {off:e}", ours.name);
+        assert_eq!(measure(&ours).unwrap(), Finding::Right, "{}", ours.name);
+    }
 }
 
 /// The page's rows: name and first word of what happens.

@@ -20,6 +20,7 @@ mod common {
 #[allow(dead_code)]
 mod studies;
 
+use candle_nn::Optimizer;
 use common::problem;
 
 /// Unit roundoff of f16 and bf16.

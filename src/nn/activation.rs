@@ -66,8 +66,8 @@ impl Activation {
             Self::Sigmoid => sigmoid(x),
             Self::Softplus => x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?,
             Self::Relu => relu(x),
-            Self::Silu => x.maximum(-FAR)? * sigmoid(x)?,
-            Self::Gelu => x.maximum(-FAR)? * normal(x)?,
+            Self::Silu => (near(x)? * sigmoid(x)?)? + beyond(x)?,
+            Self::Gelu => (near(x)? * normal(x)?)? + beyond(x)?,
             Self::Sin => x.sin(),
         }
     }
@@ -412,6 +412,11 @@ fn near(z: &Tensor) -> Result<Tensor> {
     z.clamp(-FAR, FAR)
 }
 
+/// What lies above the nearer part, where σ is one.
+fn beyond(z: &Tensor) -> Result<Tensor> {
+    (z - FAR)?.relu()
+}
+
 /// max(x, 0) with NaN for NaN, in value and slope; candle's has 0.
 fn relu(x: &Tensor) -> Result<Tensor> {
     let (plain, none) = (x.detach(), x.detach().zeros_like()?);
@@ -426,6 +431,7 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
+    use crate::simd::{enter, scalars, scalars_mut, vectors};
 
     /// Numbers between −3 and 3, the same in every run.
     fn scattered(n: usize) -> Tensor {
@@ -463,6 +469,72 @@ mod tests {
                 }
             }
         }
+    }
+
+    struct LanesOfNan;
+
+    impl pulp::WithSimd for LanesOfNan {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, s: S) {
+            lanes_of_nan::<f32, S>(s);
+            lanes_of_nan::<f64, S>(s);
+        }
+    }
+
+    #[inline(always)]
+    fn lanes_of_nan<T: Element, S: Simd>(s: S) {
+        let lanes = T::lanes::<S>();
+        for (activation, at) in Activation::ALL
+            .into_iter()
+            .flat_map(|activation| (0..lanes).map(move |at| (activation, at)))
+        {
+            let mut all = [(); 3].map(|()| vectors::<T, S>(1));
+            let [z, slope, curvature] = &mut all;
+            scalars_mut::<T, S>(z).fill(T::of(0.5));
+            scalars_mut::<T, S>(z)[at] = T::of(f64::NAN);
+            // The rest of what a tile holds may be far away.
+            scalars_mut::<T, S>(z)[(at + 1) % lanes] = T::of(2e4);
+            if lanes == 1 {
+                scalars_mut::<T, S>(z)[at] = T::of(f64::NAN);
+            }
+            let expand = Expand::<T, S> {
+                activation,
+                z,
+                slope,
+                curvature: match activation.keeps_curvature() {
+                    true => curvature,
+                    false => &mut [],
+                },
+            };
+            enter(s, expand);
+            let held = 2 + usize::from(activation.keeps_curvature());
+            for x in &all[..held] {
+                for (i, x) in scalars::<T, S>(x).iter().enumerate() {
+                    assert_eq!(x.to_f64().is_nan(), i == at, "{activation:?} {x:?}");
+                }
+            }
+            let sine = scalars::<T, S>(&all[0])[(at + 1) % lanes].to_f64();
+            if activation == Activation::Sin && lanes > 1 {
+                assert!((sine - 2e4f64.sin()).abs() < 1e-6, "{sine}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_nan_stays_one_in_its_own_lane_on_every_unit() {
+        pulp::Scalar::new().vectorize(LanesOfNan);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(unit) = pulp::x86::V3::try_new() {
+                Simd::vectorize(unit, LanesOfNan);
+            }
+            if let Some(unit) = pulp::x86::V4::try_new() {
+                Simd::vectorize(unit, LanesOfNan);
+            }
+        }
+        pulp::Arch::new().dispatch(LanesOfNan);
     }
 
     #[test]

@@ -129,6 +129,12 @@ fn channel_sums(x: &Tensor) -> Result<Tensor> {
 }
 
 impl Norm {
+    /// `(batch, group, its numbers)`, also of no image.
+    fn grouped(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, channels, height, width) = x.dims4()?;
+        x.reshape((batch, self.groups, channels / self.groups * height * width))
+    }
+
     /// γ n + β, and n.
     fn forward(&self, z: &Tensor) -> Result<(Tensor, Normed)> {
         // As candle_nn does: low precision is normed in f32.
@@ -136,7 +142,7 @@ impl Norm {
             DType::F16 | DType::BF16 => DType::F32,
             dtype => dtype,
         };
-        let grouped = z.to_dtype(inner)?.reshape((z.dim(0)?, self.groups, ()))?;
+        let grouped = self.grouped(&z.to_dtype(inner)?)?;
         let centred = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
         let variance = centred.sqr()?.mean_keepdim(2)?;
         let scale = (variance + EPSILON)?.sqrt()?.recip()?;
@@ -150,7 +156,7 @@ impl Norm {
     /// The cotangent of z of that of y.
     fn pull(&self, normed: &Normed, g: &Tensor) -> Result<Tensor> {
         let inner = normed.scale.dtype();
-        let grouped = |x: &Tensor| x.to_dtype(inner)?.reshape((x.dim(0)?, self.groups, ()));
+        let grouped = |x: &Tensor| self.grouped(&x.to_dtype(inner)?);
         let n = grouped(&normed.normal)?;
         let g_n = grouped(&g.broadcast_mul(&by_channel(&self.weight)?)?)?;
         let along = n.broadcast_mul(&(&g_n * &n)?.mean_keepdim(2)?)?;
