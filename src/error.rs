@@ -233,6 +233,28 @@ pub enum Error {
         /// Time at its end.
         t: f64,
     },
+    /// A field or layer of [`nn`](crate::nn) was given tensors of other shapes than it has.
+    #[error("{field} needs {needs}, got {}", listed(got))]
+    FieldState {
+        /// The field or layer, with its widths.
+        field: String,
+        /// The shapes that it needs.
+        needs: String,
+        /// Shapes that were given.
+        got: Vec<Shape>,
+    },
+    /// A layer that exists does not fit where it is to stand.
+    #[error("{layer}: {tensor} is {got}, expected {expected}")]
+    LayerTensor {
+        /// The layer.
+        layer: String,
+        /// Which of its tensors.
+        tensor: &'static str,
+        /// What would do.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
     /// The velocity changes with the state although candle sees no path between them.
     #[error("the velocity at t = {t} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
     UntrackedVelocity {
@@ -321,12 +343,24 @@ pub enum Error {
         got: Shape,
     },
     /// A [`RowLoss`](crate::RowLoss) of states that it is no loss of.
-    #[error("{loss} is no loss of states of shapes {shapes:?}")]
+    #[error("{loss} is no loss of states of shapes {shapes:?}: it needs {needs}")]
     LossState {
         /// The loss.
         loss: String,
+        /// The states that it needs.
+        needs: &'static str,
         /// Shapes of the returned states.
         shapes: Vec<Vec<usize>>,
+    },
+    /// A class that the states have no column for.
+    #[error("row {row} is of class {class}, but states have {classes} classes, 0 to {last}", last = classes - 1)]
+    NoSuchClass {
+        /// Index of the row.
+        row: usize,
+        /// Its class.
+        class: u32,
+        /// Classes of the state.
+        classes: usize,
     },
     /// A [`RowLoss`](crate::RowLoss) of the last state, of a solve that returns all.
     #[error("{loss} looks at the last state: it needs Output::Final")]
@@ -422,6 +456,12 @@ pub enum Error {
     /// An error of candle's.
     #[error(transparent)]
     Candle(candle_core::Error),
+}
+
+/// Shapes, with words between them.
+fn listed(shapes: &[Shape]) -> String {
+    let shapes: Vec<_> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
+    shapes.join(" and ")
 }
 
 impl Error {

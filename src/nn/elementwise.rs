@@ -87,6 +87,8 @@ impl CustomOp2 for Pull {
 /// The numbers of a contiguous operand.
 pub(super) fn numbers<'a, T>(x: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
+        // The offset of an empty part may lie behind the end.
+        Some((start, end)) if start == end => Ok(&[]),
         Some((start, end)) => Ok(&x[start..end]),
         None => candle_core::bail!("a fused operation of a tensor that is not contiguous"),
     }

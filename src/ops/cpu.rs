@@ -32,6 +32,8 @@ impl<'a> Slice<'a> {
         let Some((start, end)) = layout.contiguous_offsets() else {
             candle_core::bail!("a fused operation needs a contiguous operand")
         };
+        // The offset of an empty part may lie behind the end.
+        let (start, end) = if start == end { (0, 0) } else { (start, end) };
         match storage {
             CpuStorage::F16(x) => Ok(Self::F16(&x[start..end])),
             CpuStorage::BF16(x) => Ok(Self::Bf16(&x[start..end])),

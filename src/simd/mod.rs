@@ -80,12 +80,12 @@ pub(crate) trait Element:
     fn normal<S: Simd>(s: S, x: Self::Vector<S>) -> [Self::Vector<S>; 2];
     /// sin x and cos x.
     fn sin_cos<S: Simd>(s: S, x: Self::Vector<S>) -> [Self::Vector<S>; 2];
-    /// x where the condition's lanes are positive, otherwise 0.
-    fn where_positive<S: Simd>(
-        s: S,
-        condition: Self::Vector<S>,
-        x: Self::Vector<S>,
-    ) -> Self::Vector<S>;
+    /// max(x, 0); a NaN stays one.
+    fn positive_part<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
+    /// x where the lanes of a positive part are positive; elsewhere the part itself, which is 0 or NaN.
+    fn where_positive<S: Simd>(s: S, part: Self::Vector<S>, x: Self::Vector<S>) -> Self::Vector<S>;
+    /// x, but not below −1000 nor above 1000; a NaN stays one.
+    fn bounded<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
 
     /// Rounded to `low`, held in this number.
     fn round<S: Simd>(s: S, low: Low, x: Self::Vector<S>) -> Self::Vector<S>;
@@ -263,9 +263,19 @@ impl Element for f32 {
     }
 
     #[inline(always)]
-    fn where_positive<S: Simd>(s: S, condition: S::f32s, x: S::f32s) -> S::f32s {
-        let zero = s.splat_f32s(0.0);
-        s.select_f32s(s.greater_than_f32s(condition, zero), x, zero)
+    fn positive_part<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+        elementary::at_least(s, 0.0, x)
+    }
+
+    #[inline(always)]
+    fn where_positive<S: Simd>(s: S, part: S::f32s, x: S::f32s) -> S::f32s {
+        let positive = s.greater_than_f32s(part, s.splat_f32s(0.0));
+        s.select_f32s(positive, x, part)
+    }
+
+    #[inline(always)]
+    fn bounded<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+        elementary::at_least(s, -1000.0, elementary::at_most(s, 1000.0, x))
     }
 
     #[inline(always)]
@@ -358,9 +368,21 @@ impl Element for f64 {
     }
 
     #[inline(always)]
-    fn where_positive<S: Simd>(s: S, condition: S::f64s, x: S::f64s) -> S::f64s {
+    fn positive_part<S: Simd>(s: S, x: S::f64s) -> S::f64s {
         let zero = s.splat_f64s(0.0);
-        s.select_f64s(s.greater_than_f64s(condition, zero), x, zero)
+        // Not positive: zero where that can be said, else NaN.
+        s.select_f64s(s.less_than_or_equal_f64s(x, zero), zero, x)
+    }
+
+    #[inline(always)]
+    fn where_positive<S: Simd>(s: S, part: S::f64s, x: S::f64s) -> S::f64s {
+        let positive = s.greater_than_f64s(part, s.splat_f64s(0.0));
+        s.select_f64s(positive, x, part)
+    }
+
+    #[inline(always)]
+    fn bounded<S: Simd>(_: S, x: S::f64s) -> S::f64s {
+        Self::map::<S>(x, |x| x.clamp(-1000.0, 1000.0))
     }
 
     #[inline(always)]
