@@ -30,23 +30,33 @@ impl Dt {
         }
     }
 
-    /// The nearest number of the dtype.
+    /// The nearest number of the dtype, to even where two are as near.
     pub(crate) fn round(self, x: f64) -> f64 {
-        match self {
-            Self::F64 => x,
-            Self::F32 => f64::from(x as f32),
-            Self::Bf16 => half::bf16::from_f64(x).to_f64(),
-            Self::F16 => half::f16::from_f64(x).to_f64(),
+        let least = match self {
+            Self::F64 => return x,
+            Self::F32 => return f64::from(x as f32),
+            Self::Bf16 => -126,
+            Self::F16 => -14,
+        };
+        let rounded = self.round_above(x, least);
+        match rounded.abs() > self.largest() {
+            true => f64::INFINITY.copysign(x),
+            false => rounded,
         }
     }
 
     /// The nearest number of as many significant bits, whatever its exponent.
     fn round_digits(self, x: f64) -> f64 {
+        self.round_above(x, -900)
+    }
+
+    /// The same with the spacing of numbers from 2^least on at least.
+    fn round_above(self, x: f64, least: i32) -> f64 {
         if x == 0.0 || !x.is_finite() || self == Self::F64 {
             return x;
         }
         let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1023;
-        let scale = 2f64.powi((self.digits() - 1 - exponent).clamp(-1000, 1000));
+        let scale = 2f64.powi(self.digits() - 1 - exponent.max(least));
         (x * scale).round_ties_even() / scale
     }
 
@@ -114,10 +124,6 @@ impl Balls {
     pub(crate) fn least_of_most(&self) -> f64 {
         let sizes = self.x.iter().zip(&self.e).map(|(x, e)| x.abs() - e);
         sizes.fold(0.0, f64::max)
-    }
-
-    pub(crate) fn is_finite(&self) -> bool {
-        self.x.iter().chain(&self.e).all(|x| x.is_finite())
     }
 
     /// Rounds to the numbers of a dtype.  A bound that no neighbour is within reach of becomes zero: the

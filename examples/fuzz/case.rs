@@ -244,7 +244,9 @@ impl Field {
             Self::Closure { .. } => false,
             Self::Mlp { .. } => true,
             Self::Cnf { widths, .. } => matches!(widths.len(), 3 | 4),
-            Self::Conv { groups, .. } => *groups == 0,
+            Self::Conv {
+                groups, channels, ..
+            } => *groups == 0 || channels.len() == 2,
         }
     }
 }

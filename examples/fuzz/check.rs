@@ -40,6 +40,7 @@ pub(crate) enum Kind {
     TimeGradient,
     Bits,
     BadInput,
+    Still,
 }
 
 /// What the self-test breaks in the reference.

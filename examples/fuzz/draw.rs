@@ -17,8 +17,8 @@ pub(crate) fn case(seed: u64) -> Case {
     let rng = &mut rng;
     // Multiply-adds of one evaluation times evaluations; one case in fifty is large.
     let most = match one_in(rng, 50) {
-        true => 3e7,
-        false => 10f64.powf(rng.random_range(3.0..6.3)),
+        true => 2e8,
+        false => 10f64.powf(rng.random_range(3.5..7.2)),
     };
     let field = field(rng);
     let case = Case {

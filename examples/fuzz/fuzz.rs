@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use crate::bad;
 use crate::ball::Dt;
-use crate::case::Case;
+use crate::case::{Case, Field};
 use crate::check::{self, Failure, Pools, Sabotage, Verdict};
 use crate::draw;
+use crate::fields;
 use crate::shrink::shrunk;
+use crate::still;
 
 /// How long to go on.
 #[derive(Clone, Copy, Debug)]
@@ -18,8 +20,8 @@ pub(crate) enum Until {
     Elapsed(Duration),
 }
 
-/// One case in so many is a bad input.
-const BAD: u64 = 12;
+/// One case in so many is a bad input, and one is of rows that stand still.
+const OTHERS: u64 = 12;
 
 /// Failures that are shrunk; of further ones a line is printed.
 const SHRUNK: u64 = 25;
@@ -27,7 +29,7 @@ const SHRUNK: u64 = 25;
 #[derive(Default)]
 struct Report {
     cases: u64,
-    bad_inputs: u64,
+    others: u64,
     failures: u64,
     out_of_range: u64,
     /// Bounds over numbers by compute dtype.
@@ -95,11 +97,15 @@ fn unit() -> String {
 
 fn one(seed: u64, pools: &Pools, sabotage: Sabotage, report: &Mutex<Report>) {
     let lock = || report.lock().unwrap_or_else(PoisonError::into_inner);
-    if seed % BAD == BAD - 1 {
-        let failure = bad::run(seed);
+    let other = match seed % OTHERS {
+        10 => Some(still::run(seed)),
+        11 => Some(bad::run(seed)),
+        _ => None,
+    };
+    if let Some(failure) = other {
         let mut report = lock();
         report.cases += 1;
-        report.bad_inputs += 1;
+        report.others += 1;
         if let Err(failure) = failure {
             report.failures += 1;
             println!("FAILED seed {seed}: {}", failure.text);
@@ -140,6 +146,10 @@ fn print(case: &Case, failure: &Failure, smaller: Option<&(Case, Failure)>) {
         println!("  case: {case:?}");
         println!("  shrunk: {}", still.text);
         println!("  shrunk case: {smaller:?}");
+        if let Field::Closure { .. } = smaller.field {
+            let program = fields::program(smaller);
+            println!("  its velocity: {:?} of {:?}", program.ops, program.outputs);
+        }
     }
     println!(
         "  again: cargo run --release --example fuzz -- --seed {}",
@@ -150,8 +160,8 @@ fn print(case: &Case, failure: &Failure, smaller: Option<&(Case, Failure)>) {
 impl Report {
     fn print(&self, elapsed: Duration) {
         println!(
-            "{} bad inputs; {} solves that leave the range of their dtype; {:.0} s",
-            self.bad_inputs,
+            "{} bad inputs and rows that stand still; {} solves that leave the range of their dtype; {:.0} s",
+            self.others,
             self.out_of_range,
             elapsed.as_secs_f64()
         );

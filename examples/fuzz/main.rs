@@ -20,6 +20,7 @@ mod problem;
 mod program;
 mod reference;
 mod shrink;
+mod still;
 mod subject;
 mod tape;
 

@@ -150,7 +150,13 @@ impl Problem {
             terms: 0.0,
         };
         let all = self.program.run(exact, 0.0, &self.y0, &self.params);
-        let most: Vec<f64> = all.iter().map(Balls::most).collect();
+        let mut most: Vec<f64> = all.iter().map(Balls::most).collect();
+        for (most, op) in most.iter_mut().zip(&self.program.ops) {
+            // At other times and states a bounded one is at its bound.
+            if let Op::Act { .. } = op {
+                *most = most.max(1.0);
+            }
+        }
         let row_sums = |w: &Balls| {
             let rows =
                 w.x.chunks(w.cols)

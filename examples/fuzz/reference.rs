@@ -78,6 +78,9 @@ pub(crate) fn solve(p: &Problem) -> Expected {
         ..Default::default()
     };
     let cotangents = p.looks(&mut expected);
+    if let Some(loss) = &expected.loss {
+        solver.within(std::slice::from_ref(loss), 1.0, p.numbers.state);
+    }
     solver.sweep(&steps, &kept, cotangents, &mut expected);
     expected.overflow = solver.overflow;
     expected
@@ -150,6 +153,10 @@ impl Solver<'_> {
         let mut y = y.to_vec();
         if self.p.numbers.store != self.p.numbers.state {
             for y in &mut y {
+                if self.p.numbers.store.is_low() {
+                    // From f64 by way of f32.
+                    y.blur(Dt::F32.unit());
+                }
                 y.round(self.p.numbers.store);
             }
         }
@@ -289,6 +296,7 @@ impl Solver<'_> {
             lambda = self.combine(&terms);
             self.within(&lambda, 1.0, self.p.numbers.state);
         }
+        self.within(&expected.params, 1.0, self.p.numbers.held());
         expected.y0 = lambda;
     }
 

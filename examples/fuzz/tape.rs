@@ -46,7 +46,7 @@ impl Program {
                 Op::Param(p) => y = params[*p].clone(),
                 Op::Time => {
                     y.x[0] = t;
-                    y.e[0] = of.time;
+                    y.e[0] = of.time + of.kept * t.abs();
                 }
                 Op::Column { p, j } => {
                     let p = &params[*p];
