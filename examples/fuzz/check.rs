@@ -247,7 +247,8 @@ fn compared(what: &str, x: &Balls, got: &[f64]) -> Result<f64, String> {
         let (x, e) = (x.x[i], x.e[i]);
         // Numbers below the normal ones of f32 have no relative precision.
         let bound = e + 2f64.powi(-120);
-        if !((got - x).abs() <= bound) {
+        let error = (got - x).abs();
+        if error > bound || error.is_nan() {
             return Err(format!(
                 "{what}[{i}] is {got:e} instead of {x:e} ± {bound:.1e}"
             ));
