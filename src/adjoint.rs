@@ -72,6 +72,9 @@ impl Sweep<'_> {
         mut watch: Watch,
         stats: &mut Stats,
     ) -> Result<Adjoint> {
+        if last.iter().all(|y| y.elem_count() == 0) {
+            return self.nothing(&last);
+        }
         #[cfg(feature = "cuda")]
         if self.scheme.device.is_cuda() && !self.differentiate_time {
             return self.run_on_device(last, earlier, watch, stats);
@@ -121,6 +124,16 @@ impl Sweep<'_> {
             y0: adj,
             theta,
             times: times.finish()?,
+        })
+    }
+
+    /// The gradients of a state without an element, which nothing depends on.
+    fn nothing(&self, last: &[Tensor]) -> Result<Adjoint> {
+        let own = last.iter().map(Tensor::zeros_like);
+        Ok(Adjoint {
+            y0: own.collect::<candle_core::Result<_>>()?,
+            theta: Accumulator::new(self.theta, self.scheme.roles[0].state)?.finish()?,
+            times: TimeGradients::new(self.differentiate_time, self.plan.outputs()).finish()?,
         })
     }
 

@@ -10,6 +10,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
+use crate::memory::room_within;
+
 /// A density in the plane that can be sampled.
 ///
 /// ```
@@ -76,7 +78,7 @@ impl Density {
     /// If the tensor cannot be made on the device.
     pub fn sample(self, n: usize, seed: u64, device: &Device) -> Result<Tensor> {
         let mut rng = StdRng::seed_from_u64(seed);
-        let mut points = Vec::with_capacity(2 * n);
+        let mut points = room_within("points of a density", n.saturating_mul(2))?;
         for _ in 0..n {
             points.extend(self.point(&mut rng).map(|x| x as f32));
         }

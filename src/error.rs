@@ -2,6 +2,7 @@
 
 use candle_core::{DType, DeviceLocation, Shape};
 
+use crate::memory::{Bytes, MemoryNeed};
 use crate::pullback::PullbackDefect;
 use crate::tableau::TableauDefect;
 use crate::time::Steps;
@@ -16,6 +17,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The environment variable `CANDLE_DIFFEQ_SIMD` names no vector unit.  It is read once, when a
+    /// process first computes on the CPU.
+    #[error("the environment variable CANDLE_DIFFEQ_SIMD is {given:?}: set it to avx512, avx2 or none, or leave it unset")]
+    UnknownVectorUnit {
+        /// Its value.
+        given: String,
+    },
     /// The time grid has no point.
     #[error("the time grid is empty")]
     EmptyGrid,
@@ -100,17 +108,21 @@ pub enum Error {
         /// Time at its start.
         t: f64,
     },
+    /// A step that begins and ends at one number of the state dtype, in which the field reads time.
+    #[error("step {step} from t = {t} to {end} begins and ends at one number of {dtype:?}, in which the field reads time (Time::tensor): take larger steps, begin the times nearer to zero, or solve with an f64 state")]
+    TimeUnresolved {
+        /// Index of the step.
+        step: usize,
+        /// Time at its start.
+        t: f64,
+        /// Time at its end.
+        end: f64,
+        /// The state dtype.
+        dtype: DType,
+    },
     /// The state has no tensor.
     #[error("the state has no tensor")]
     EmptyState,
-    /// A state tensor has no element.
-    #[error("state tensor {leaf} has no element (shape {shape:?})")]
-    EmptyLeaf {
-        /// Index of the tensor in the state.
-        leaf: usize,
-        /// Its shape.
-        shape: Shape,
-    },
     /// A state tensor is not of a floating-point dtype that can be integrated.
     #[error("state tensor {leaf} is {dtype:?}; f16, bf16, f32 and f64 can be integrated")]
     UnsupportedState {
@@ -221,12 +233,40 @@ pub enum Error {
         /// Time at its end.
         t: f64,
     },
-    /// candle sees no path from the velocity to the state or to a parameter, or none from a velocity
-    /// tensor to the state although it changes with it.
-    #[error("the velocity at t = {t} is not connected to what it depends on in candle's graph (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
+    /// The velocity changes with the state although candle sees no path between them.
+    #[error("the velocity at t = {t} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
     UntrackedVelocity {
         /// Time of the evaluation.
         t: f64,
+    },
+    /// The pull-back of a field contradicts differences of it; see
+    /// [`check_field`](crate::check_field).
+    #[error("the gradient of the field with respect to {of} at t = {t} is wrong: along a random direction candle's backward gives {pullback:.6e}, differences of the field give {differences:.6e}. Some layers of candle have no backward operation (candle_nn's LayerNorm, RmsNorm, softmax_last_dim) or a wrong one (conv1d): use nn::LayerNorm, nn::RmsNorm, nn::softmax, nn::Conv1d of candle_diffeq (docs/candle-layers.md lists all); a detach() or backward() inside the field does it, too. OdeOptions::check turns this check off")]
+    WrongPullback {
+        /// The state tensor, the parameter by its name, or time.
+        of: String,
+        /// Time of the evaluation.
+        t: f64,
+        /// The derivative as the pull-back has it, per unit of distance.
+        pullback: f64,
+        /// The same by central differences.
+        differences: f64,
+    },
+    /// Two evaluations of a field at the same point differ.
+    #[error("two evaluations of the field at the same point, t = {t}, differ in state tensor {leaf}: the backward pass would linearise another field than was solved. Switch off dropout and other random draws inside the field; a constructor of a NeuralOde is called several times and must build the same model each time: draw fixed numbers outside it, or seed them")]
+    NotDeterministic {
+        /// Index of the tensor in the state.
+        leaf: usize,
+        /// Time of the evaluations.
+        t: f64,
+    },
+    /// Precisions of arguments do not fit the arguments.
+    #[error("{given} precisions were given for {args} tensors of arguments (OdeOptions::args_precision: none, or one for each)")]
+    ArgsPrecisionCount {
+        /// Tensors among the arguments.
+        args: usize,
+        /// Precisions in the options.
+        given: usize,
     },
     /// A parameter is not of a floating-point dtype.
     #[error("parameter {name} is {dtype:?}; only floating-point parameters can be trained")]
@@ -339,6 +379,22 @@ pub enum Error {
         /// The least number that will do: 1, or the bytes of one state.
         needed: usize,
     },
+    /// A solve would hold more memory than there is.
+    #[error("the solve needs {need} of memory, and {} can be had: keep fewer states (Checkpoint::Every, States or Bytes) or evaluations (ActivationCache::within), return fewer (Output::Final), or take fewer steps", Bytes((*available).into()))]
+    OutOfMemory {
+        /// What the solve would hold, by what for.
+        need: MemoryNeed,
+        /// Bytes that can be had.
+        available: u64,
+    },
+    /// Memory that was asked for cannot be had.
+    #[error("there are no {} of memory for {what}", Bytes(*bytes))]
+    AllocationFailed {
+        /// What for.
+        what: &'static str,
+        /// Bytes that were asked for.
+        bytes: u128,
+    },
     /// A tableau is not an explicit Runge-Kutta method of its stated order.
     #[error("tableau {name}: {defect}")]
     InvalidTableau {
@@ -357,8 +413,8 @@ pub enum Error {
         /// Shape of the second.
         y: Shape,
     },
-    /// The bandwidth of a kernel is not a positive number.
-    #[error("a kernel needs a positive, finite bandwidth, got {bandwidth}")]
+    /// The bandwidth of a kernel is not a positive number, or its square is none.
+    #[error("a kernel needs a positive, finite bandwidth whose square is a number of f64 too, got {bandwidth:e}")]
     Bandwidth {
         /// What was given.
         bandwidth: f64,
@@ -367,23 +423,6 @@ pub enum Error {
     #[error(transparent)]
     Candle(candle_core::Error),
 }
-
-/// Our error on its way through candle; candle prints wrapped errors by `Debug`.
-struct Carried(Error);
-
-impl std::fmt::Debug for Carried {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(&self.0, f)
-    }
-}
-
-impl std::fmt::Display for Carried {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(&self.0, f)
-    }
-}
-
-impl std::error::Error for Carried {}
 
 impl Error {
     /// Whether gradients overflowed, which [`OnOverflow`](crate::OnOverflow) decides about.
@@ -407,19 +446,15 @@ impl Error {
     pub fn from_candle(error: &candle_core::Error) -> Option<&Error> {
         use candle_core::Error as E;
         match error {
-            E::WrappedContext { wrapped, .. } => {
-                if let Some(Carried(error)) = wrapped.downcast_ref::<Carried>() {
-                    return Some(error);
-                }
-                // candle's `Context` boxes whatever error it is given, ours as it is.
-                match wrapped.downcast_ref::<Error>() {
-                    Some(Error::Candle(inner)) => Self::from_candle(inner),
-                    Some(error) => Some(error),
-                    None => wrapped
-                        .downcast_ref::<candle_core::Error>()
-                        .and_then(Self::from_candle),
-                }
-            }
+            E::Io(carrier) => carrier.get_ref()?.downcast_ref(),
+            // candle's `Context` boxes whatever error it is given, ours as it is.
+            E::WrappedContext { wrapped, .. } => match wrapped.downcast_ref::<Error>() {
+                Some(Error::Candle(inner)) => Self::from_candle(inner),
+                Some(error) => Some(error),
+                None => wrapped
+                    .downcast_ref::<candle_core::Error>()
+                    .and_then(Self::from_candle),
+            },
             E::WithBacktrace { inner, .. }
             | E::Context { inner, .. }
             | E::WithPath { inner, .. } => Self::from_candle(inner),
@@ -428,14 +463,13 @@ impl Error {
     }
 }
 
+/// Of the variants of candle's error that hold any other, so that it can be found again, only this one is
+/// printed as what it holds and nothing else.
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Candle(error) => error,
-            error => candle_core::Error::WrappedContext {
-                wrapped: Box::new(Carried(error)),
-                context: "candle-diffeq".into(),
-            },
+            error => candle_core::Error::Io(std::io::Error::other(error)),
         }
     }
 }
@@ -453,17 +487,18 @@ impl From<candle_core::Error> for Error {
 fn recover(error: candle_core::Error) -> Error {
     use candle_core::Error as E;
     match error {
-        E::WrappedContext { wrapped, context } => match wrapped.downcast::<Carried>() {
-            Ok(carried) => carried.0,
-            Err(wrapped) => match wrapped.downcast::<Error>() {
-                Ok(error) => match *error {
-                    Error::Candle(inner) => recover(inner),
-                    error => error,
-                },
-                Err(wrapped) => match wrapped.downcast::<candle_core::Error>() {
-                    Ok(inner) => recover(*inner),
-                    Err(wrapped) => Error::Candle(E::WrappedContext { wrapped, context }),
-                },
+        E::Io(carrier) => match carrier.downcast::<Error>() {
+            Ok(error) => error,
+            Err(carrier) => Error::Candle(E::Io(carrier)),
+        },
+        E::WrappedContext { wrapped, context } => match wrapped.downcast::<Error>() {
+            Ok(error) => match *error {
+                Error::Candle(inner) => recover(inner),
+                error => error,
+            },
+            Err(wrapped) => match wrapped.downcast::<candle_core::Error>() {
+                Ok(inner) => recover(*inner),
+                Err(wrapped) => Error::Candle(E::WrappedContext { wrapped, context }),
             },
         },
         E::WithBacktrace { inner, .. } | E::Context { inner, .. } | E::WithPath { inner, .. } => {

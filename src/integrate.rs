@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Shape, Tensor};
 
 use crate::error::{Error, Result};
+use crate::memory::{MemoryNeed, TENSOR};
+use crate::precision::Roles;
 use crate::problem::{Output, Problem};
 use crate::replay::Stepper;
 use crate::rows::{Reversible, Solved};
 use crate::state::Packing;
 use crate::stats::Stats;
 use crate::step::Field;
-use crate::trajectory::Trajectory;
+use crate::time::Time;
+use crate::trajectory::{Checkpoint, Trajectory};
 use crate::watch::Watch;
 
 /// What the forward pass hands on.
@@ -61,13 +64,92 @@ impl Kept {
     }
 }
 
-/// Integrates from y0 (leaves in state precision, our own) over the whole plan.
+/// What a solve step by step holds at once.
+fn need(problem: &Problem, checkpoint: Checkpoint) -> MemoryNeed {
+    let roles = &problem.scheme.roles;
+    let bytes = |dtype: fn(&Roles) -> DType| {
+        let leaves = problem.packing.shapes().iter().zip(roles);
+        let of = |(shape, roles): (&Shape, &Roles)| {
+            shape.elem_count() as u128 * dtype(roles).size_in_bytes() as u128
+        };
+        // The numbers of a device are in memory of its own.
+        let here = problem.device().is_cpu();
+        let numbers: u128 = leaves.map(of).sum();
+        roles.len() as u128 * TENSOR + if here { numbers } else { 0 }
+    };
+    let (state, store) = (bytes(|roles| roles.state), bytes(|roles| roles.store.to));
+    let whole = problem.packing.len() * problem.state().size_in_bytes();
+    let (restart, stored) = checkpoint.most(problem.plan.len(), whole);
+    MemoryNeed {
+        states: restart as u128 * state + stored as u128 * store,
+        returned: problem.outputs() as u128 * state,
+        ..Default::default()
+    }
+}
+
+/// A state without an element: its solution has none, and no step is taken.  The field is evaluated once,
+/// for the variables that it reads, unless its layers refuse such a batch, as some of candle's do.
+fn nothing(problem: &Problem, field: &Field<'_>, y0: &[Tensor]) -> Result<Forward> {
+    let Problem { scheme, .. } = problem;
+    let time = Time::new(problem.grid.points()[0], problem.state(), problem.device());
+    let round = |(y, roles): (&Tensor, &Roles)| roles.compute.round(y);
+    let y = y0
+        .iter()
+        .zip(&scheme.roles)
+        .map(round)
+        .collect::<Result<Vec<_>>>()?;
+    match field.velocity(&time, &y).map_err(Error::from) {
+        Ok(k) => scheme.check(&y, &k)?,
+        Err(Error::Candle(_) | Error::UntrackedVelocity { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    let y0 = y0.to_vec();
+    let trajectory = Trajectory::new(problem.checkpoint, 0, scheme.roles.clone(), &y0)?;
+    Ok(Forward {
+        packed: Tensor::zeros((problem.outputs(), 0), problem.state(), problem.device())?,
+        kept: Kept::Steps(trajectory),
+        is_loss: false,
+    })
+}
+
+/// Integrates from y0 (leaves in state precision, our own) over the whole plan.  What a backward pass needs
+/// is kept if `keep` says so once the field has been evaluated; where it comes to say so later only, the
+/// pass begins anew.
 pub(crate) fn integrate(
     problem: &Problem,
     field: &Field<'_>,
     y0: Vec<Tensor>,
+    keep: &dyn Fn() -> bool,
     stats: &mut Stats,
 ) -> Result<Forward> {
+    let mut counted = Stats::default();
+    let forward = pass(problem, field, y0.clone(), keep, &mut counted)?;
+    let forgot = !forward.kept.can_rewind() && problem.checkpoint != Checkpoint::Nothing;
+    if !(forgot && keep()) {
+        stats.add(&counted);
+        return Ok(forward);
+    }
+    pass(problem, field, y0, &|| true, stats)
+}
+
+/// One pass over all steps.
+fn pass(
+    problem: &Problem,
+    field: &Field<'_>,
+    y0: Vec<Tensor>,
+    keep: &dyn Fn() -> bool,
+    stats: &mut Stats,
+) -> Result<Forward> {
+    if problem.is_empty() {
+        return nothing(problem, field, &y0);
+    }
+    // What is not known to be kept yet is reckoned after the first step.
+    let known = keep();
+    let plan_of = |keeps| match keeps {
+        true => problem.checkpoint,
+        false => Checkpoint::Nothing,
+    };
+    need(problem, plan_of(known)).check()?;
     let Problem { scheme, plan, .. } = problem;
     let mut watch = Watch::default();
     for (leaf, y) in y0.iter().enumerate() {
@@ -91,6 +173,12 @@ pub(crate) fn integrate(
         (y, stored) = stepper.advance(field, step, &y, kept, &mut watch, stats)?;
         stats.steps += 1;
         stats.evaluations += scheme.evaluations();
+        if n == 0 && !known && keep() {
+            need(problem, problem.checkpoint).check()?;
+        } else if n == 0 && !known {
+            let roles = scheme.roles.clone();
+            trajectory = Trajectory::new(Checkpoint::Nothing, plan.len(), roles, &y)?;
+        }
         if problem.output == Output::All && step.ends_interval() {
             outputs.push(Packing::pack(&y, problem.state())?);
         }

@@ -30,7 +30,8 @@ const HALF_LN_TAU: f64 = 0.918_938_533_204_672_8;
 
 impl RowLoss {
     /// The loss of returned states, a scalar of their dtype in candle's graph.  Of states at several
-    /// times, `(times, …)`, every one counts as a row.
+    /// times, `(times, …)`, every one counts as a row.  The mean over no row at all, of an empty batch, is NaN,
+    /// as candle's is, with zero gradients.
     ///
     /// # Errors
     /// [`Error::LossState`] if these are not states that it is a loss of.
@@ -52,6 +53,8 @@ impl RowLoss {
                 }
                 Ok(((sum / rows as f64)? + HALF_LN_TAU * features as f64)?)
             }
+            // candle's refuses it.
+            Self::CrossEntropy(_) if first.elem_count() == 0 => Ok((first.sum_all()? / 0.0)?),
             Self::CrossEntropy(classes) => Ok(cross_entropy(first, classes)?),
         }
     }

@@ -37,7 +37,8 @@ pub fn mmd(x: &Tensor, y: &Tensor, bandwidth: f64) -> Result<f64> {
     if n < 2 || m < 2 || features != same {
         return Err(samples(x, y));
     }
-    if !(bandwidth.is_finite() && bandwidth > 0.0) {
+    // The kernel divides by the square.
+    if !(bandwidth > 0.0 && (bandwidth * bandwidth).is_normal()) {
         return Err(Error::Bandwidth { bandwidth });
     }
     let plain = |s: &Tensor| s.detach().to_dtype(DType::F64);

@@ -2,9 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::check::FieldCheck;
 use crate::error::{Error, Result};
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
+use crate::simd;
 use crate::state::Packing;
 use crate::stats::Recorder;
 use crate::step::Scheme;
@@ -48,7 +50,8 @@ pub struct ActivationCache {
 impl ActivationCache {
     /// Nothing: the backward pass evaluates every stage again.
     pub const NONE: Self = Self::within(0);
-    /// Everything.
+    /// Everything.  What the machine has no memory for is refused before the first step
+    /// ([`Error::OutOfMemory`]).
     pub const ALL: Self = Self::within(usize::MAX);
 
     /// As much as fits into so many bytes, of the whole batch.
@@ -137,6 +140,11 @@ pub struct OdeOptions {
     pub scaling: Scaling,
     /// What happens when gradients overflow.  Default: an error.
     pub on_overflow: OnOverflow,
+    /// Dtype roles by tensor of the arguments, of which the compute dtype is the one that counts; empty or
+    /// one for each.  Default: the compute dtype of parameters.
+    pub args_precision: Vec<Precision>,
+    /// When the pull-back of the field is compared with differences.  Default: once.
+    pub check: FieldCheck,
     /// Where statistics go.  Default: nowhere.
     pub recorder: Option<Recorder>,
 }
@@ -155,6 +163,8 @@ impl Default for OdeOptions {
             graphs: false,
             scaling: Scaling::default(),
             on_overflow: OnOverflow::default(),
+            args_precision: vec![],
+            check: FieldCheck::default(),
             recorder: None,
         }
     }
@@ -172,6 +182,8 @@ pub(crate) struct Problem {
     pub(crate) activation_cache: ActivationCache,
     pub(crate) fusion: bool,
     pub(crate) graphs: bool,
+    /// Whether no step can begin and end at one number of the state dtype.
+    pub(crate) resolved: bool,
     pub(crate) scaler: Scaler,
     pub(crate) on_overflow: OnOverflow,
     pub(crate) recorder: Recorder,
@@ -182,6 +194,8 @@ pub(crate) struct Problem {
 impl Problem {
     /// Validates everything that does not need an evaluation of the field.
     pub(crate) fn new(y0: &[Tensor], grid: TimeGrid, options: &OdeOptions) -> Result<Self> {
+        // A unit that is misspelt is met before the first step, whatever the field computes with.
+        simd::unit()?;
         let Some(first) = y0.first() else {
             return Err(Error::EmptyState);
         };
@@ -222,6 +236,11 @@ impl Problem {
                 other: other.state,
             });
         }
+        let packing = Packing::new(y0);
+        let resolved = plan.is_resolved_in(common.state);
+        // Tiles have rows, and multiply by h in state precision.
+        let moderate = common.state == DType::F64 || plan.is_moderate();
+        let tiles = packing.len() > 0 && moderate;
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
             scheme: Scheme {
@@ -234,25 +253,40 @@ impl Problem {
             },
             plan,
             grid,
-            packing: Packing::new(y0),
+            packing,
             output: options.output,
             checkpoint: options.checkpoint,
             activation_cache: match options.checkpoint {
                 Checkpoint::Nothing => ActivationCache::NONE,
                 _ => options.activation_cache,
             },
-            fusion: options.fusion,
-            graphs: options.graphs,
+            fusion: options.fusion && tiles,
+            graphs: options.graphs && tiles && resolved,
+            resolved,
             on_overflow: options.on_overflow,
             recorder: options.recorder.clone().unwrap_or_default(),
             theta,
         })
     }
 
+    /// The same solve, of which nothing is kept.
+    pub(crate) fn keeping_nothing(&self) -> Self {
+        Self {
+            checkpoint: Checkpoint::Nothing,
+            activation_cache: ActivationCache::NONE,
+            ..self.clone()
+        }
+    }
+
     /// Whether states are kept as they are, so that evaluations of both passes are the same.
     pub(crate) fn stores_state(&self) -> bool {
         let mut roles = self.scheme.roles.iter();
         roles.all(|roles| roles.store.to == roles.state)
+    }
+
+    /// Whether no tensor of the state has an element: an empty batch.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.packing.len() == 0
     }
 
     /// Dtype of every sum.
@@ -308,12 +342,6 @@ fn check_leaf(leaf: usize, y: &Tensor, device: &Device) -> Result<()> {
         return Err(Error::UnsupportedState {
             leaf,
             dtype: y.dtype(),
-        });
-    }
-    if y.elem_count() == 0 {
-        return Err(Error::EmptyLeaf {
-            leaf,
-            shape: y.shape().clone(),
         });
     }
     if !y.device().same_device(device) {

@@ -367,7 +367,9 @@ impl LossScaler {
     /// `growth_interval` finite steps.
     pub fn update(&mut self, finite: bool) {
         if !finite {
-            self.scale = (self.scale * 0.5).max(f64::from(f32::MIN_POSITIVE));
+            // Whatever a caller has set it to.
+            let (least, most) = (f32::MIN_POSITIVE.into(), 2f64.powi(LIMIT));
+            self.scale = (self.scale * 0.5).max(least).min(most);
             self.clean = 0;
             return;
         }

@@ -3,6 +3,12 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Counts since the [`Recorder`] was last taken.
+///
+/// Steps, evaluations and pull-backs are those of the whole batch: where a field is integrated tile by tile
+/// (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)), one of every tile is one, so that both ways
+/// report the same numbers for the same solve.  What only some tiles do, a pull-back repeated with a
+/// smaller scale, is counted for each of them.  Counts add up over passes and solves; what is said to be the largest or the smallest
+/// is that of any one of them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stats {
     /// Steps of the forward pass.
@@ -11,13 +17,15 @@ pub struct Stats {
     /// the field, one where a velocity does not read the whole state, are not among them.
     pub evaluations: usize,
     /// Velocities evaluated again by the backward pass, to linearise steps and to replay segments
-    /// between checkpoints.
+    /// between checkpoints.  Fewer where an [`ActivationCache`](crate::ActivationCache) keeps them, which only
+    /// tiles do: a step of which all is kept counts none, one of which a part is kept counts whole.
     pub recomputed: usize,
-    /// Pull-backs, repeated ones included.
+    /// Pull-backs, repeated ones included: steps × stages + `retries`.
     pub vjps: usize,
-    /// Pull-backs repeated with a smaller adjoint scale.
+    /// Pull-backs repeated with a smaller adjoint scale.  Tiles have a scale each, and each repeats its own:
+    /// this is the sum over them, and may differ from that of the batch under one scale.
     pub retries: usize,
-    /// Smallest and largest adjoint scale that a pull-back used; `None` where scaling is off.
+    /// Smallest and largest adjoint scale that a pull-back used, of any tile; `None` where scaling is off.
     pub scale_range: Option<(f64, f64)>,
     /// (t, S) at the stages at which the adjoint scale S became another, in the order of the backward
     /// pass.  Only of a [`Recorder::tracing`], and not of fields that are integrated tile by tile,
@@ -26,10 +34,15 @@ pub struct Stats {
     /// Largest number of states kept at once by any one solve, by its forward pass for the backward
     /// pass and by the backward pass itself.  Several solves that are alive together keep more.
     pub states_kept: usize,
-    /// Bytes of those states.
+    /// Bytes of the numbers of those states, of all rows that were kept at once: of the batch, or, for
+    /// [`NeuralOde::loss`](crate::NeuralOde::loss) tile by tile, of a tile for each thread.  Not counted is what
+    /// keeping them costs beside their numbers: on the general path some 400 bytes for each tensor, which is
+    /// most of it where states are small; in tiles the lanes that fill up the last one.
     pub bytes_kept: usize,
     /// Largest number of bytes of evaluations that any one solve kept, see
-    /// [`ActivationCache`](crate::ActivationCache).
+    /// [`ActivationCache`](crate::ActivationCache): of all tiles, the lanes that fill up the last one included,
+    /// or of those that are integrated at a time ([`NeuralOde::loss`](crate::NeuralOde::loss)).  Zero on the
+    /// general path.
     pub activation_bytes: usize,
     /// How often the solver waited for a device and read from it; what fields read is not counted.
     /// Zero on the CPU.
@@ -88,11 +101,14 @@ impl Stats {
         }
     }
 
-    /// Joins the counts of another part of the same batch, which went through the same steps.
+    /// Joins the counts of another part of the same batch, which went through the same steps: what every
+    /// part does counts once, what is repeated for one of them counts for each.
     pub(crate) fn join(&mut self, part: &Self) {
+        let once = |stats: &Self| stats.vjps - stats.retries;
+        let once = once(self).max(once(part));
         self.recomputed = self.recomputed.max(part.recomputed);
-        self.vjps = self.vjps.max(part.vjps);
-        self.retries = self.retries.max(part.retries);
+        self.retries += part.retries;
+        self.vjps = once + self.retries;
         self.see(part);
     }
 
@@ -118,6 +134,12 @@ impl Stats {
         }
         self.kept(other.states_kept, other.bytes_kept);
         self.activation_bytes = self.activation_bytes.max(other.activation_bytes);
+    }
+
+    /// Notes how much is kept of evaluations.
+    pub(crate) fn kept_evaluations(&mut self, bytes: u128) {
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.activation_bytes = self.activation_bytes.max(bytes);
     }
 
     /// Notes how much is kept at this moment.
@@ -175,5 +197,25 @@ impl Recorder {
 
     fn lock(&self) -> MutexGuard<'_, Stats> {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_that_do_the_same_count_once_and_their_repetitions_add_up() {
+        let tile = |retries| Stats {
+            vjps: 40 + retries,
+            recomputed: 40,
+            retries,
+            ..Default::default()
+        };
+        let mut batch = Stats::default();
+        for retries in [0, 2, 3] {
+            batch.join(&tile(retries));
+        }
+        assert_eq!((batch.vjps, batch.recomputed, batch.retries), (45, 40, 5));
     }
 }

@@ -92,6 +92,7 @@ impl Scheme {
                 .velocity(&time, &stage)
                 .map_err(|e| located(e.into(), step, i, at))?;
             self.note(&time);
+            self.check_time(step, &time)?;
             self.check(&stage, &k)?;
             let k = self.rounded(&k)?;
             watch.see(&k, || Error::NonFiniteVelocity {
@@ -199,6 +200,20 @@ impl Scheme {
             fixture.note(time);
         }
         let _ = time;
+    }
+
+    /// For a field that reads time as a tensor, time must not stand still.
+    fn check_time(&self, step: Step, time: &Time) -> Result<()> {
+        let dtype = self.roles[0].state;
+        if !(time.was_shown() && step.stands_still_in(dtype)) {
+            return Ok(());
+        }
+        Err(Error::TimeUnresolved {
+            step: step.index,
+            t: step.t,
+            end: step.t + step.h,
+            dtype,
+        })
     }
 
     /// The clock that steps are replayed by, if they are.

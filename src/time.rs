@@ -10,6 +10,7 @@ use std::cell::{Cell, OnceCell};
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::error::{Error, Result};
+use crate::memory::room_within;
 
 /// The time at which a field is evaluated.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub struct Time {
     tensor: OnceCell<Tensor>,
     /// Whether the field asked for the value.
     read: Cell<bool>,
+    /// Whether it asked for the tensor.
+    shown: Cell<bool>,
 }
 
 impl Time {
@@ -33,6 +36,7 @@ impl Time {
             differentiable: false,
             tensor: OnceCell::new(),
             read: Cell::new(false),
+            shown: Cell::new(false),
         }
     }
 
@@ -61,14 +65,28 @@ impl Time {
         self.value
     }
 
+    /// The value, without noting that it was read.
+    pub(crate) fn peek(&self) -> f64 {
+        self.value
+    }
+
+    /// Dtype and device of the tensor.
+    pub(crate) fn kind(&self) -> (DType, Device) {
+        (self.dtype, self.device.clone())
+    }
+
     /// Whether [`value`](Self::value) has been asked for.
-    #[cfg(feature = "cuda")]
     pub(crate) fn was_read(&self) -> bool {
         self.read.get()
     }
 
     /// t as a 0-d tensor in **state** dtype, tracked when time gradients are wanted.  In low
     /// precision form coefficients from it first and cast the product, not t.
+    ///
+    /// It is t rounded to that dtype, in which numbers near t have a spacing: of f32, 2⁻²³ near 1 and 8
+    /// near 10⁸.  A step of a solve that begins and ends at one such number is refused where the field
+    /// asks for this tensor ([`Error::TimeUnresolved`]): for it, time would stand still.  Stages inside a
+    /// step may round to one number; that is the rounding of t, as everywhere.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -81,6 +99,7 @@ impl Time {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn tensor(&self) -> candle_core::Result<Tensor> {
+        self.shown.set(true);
         if let Some(tensor) = self.tensor.get() {
             return Ok(tensor.clone());
         }
@@ -91,6 +110,11 @@ impl Time {
             tensor
         };
         Ok(self.tensor.get_or_init(|| tensor).clone())
+    }
+
+    /// Whether [`tensor`](Self::tensor) has been asked for.
+    pub(crate) fn was_shown(&self) -> bool {
+        self.shown.get()
     }
 
     /// The tracked tensor, if time gradients are wanted and the field asked for it.
@@ -135,7 +159,8 @@ impl TimeGrid {
         })
     }
 
-    /// A grid from a 1-D f32 or f64 tensor, read once; tracked, it receives time gradients.
+    /// A grid from a 1-D f32 or f64 tensor, read once; tracked (a [`Var`], or computed from one), it
+    /// receives time gradients.
     ///
     /// # Errors
     /// As [`TimeGrid::new`], and [`Error::GridShape`], [`Error::GridDtype`].
@@ -160,14 +185,16 @@ impl TimeGrid {
     /// N points from `start` to `end`, both included.
     ///
     /// # Errors
-    /// As [`TimeGrid::new`].
+    /// As [`TimeGrid::new`], and [`Error::AllocationFailed`].
     pub fn linspace(start: f64, end: f64, n: usize) -> Result<Self> {
         let last = n.saturating_sub(1).max(1) as f64;
         let at = |i: usize| {
             let s = i as f64 / last;
             start * (1.0 - s) + end * s
         };
-        Self::new((0..n).map(at).collect())
+        let mut points = room_within("a time grid", n)?;
+        points.extend((0..n).map(at));
+        Self::new(points)
     }
 
     /// The output times.
@@ -186,7 +213,19 @@ impl TimeGrid {
     }
 }
 
-/// What can be given as output times: `&[f64]`, arrays, `Vec<f64>`, a 1-D tensor, a [`TimeGrid`].
+/// What can be given as output times: slices, arrays and `Vec`s of f64 or f32, a 1-D tensor, a
+/// [`TimeGrid`], and references to any of them.
+///
+/// An f32 is read as the number that it is, without a further rounding: `0.1f32` is
+/// 0.100000001490116…, as a time too.
+///
+/// ```
+/// use candle_diffeq::Times;
+/// let (single, double) = (vec![0f32, 0.5, 1.0], [0.0, 0.5, 1.0]);
+/// assert_eq!(single.to_grid()?.points(), double.to_grid()?.points());
+/// assert_eq!(single[1..].to_grid()?.points(), (&&double[1..]).to_grid()?.points());
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
 pub trait Times {
     /// Validates the times.
     ///
@@ -210,6 +249,30 @@ impl<const N: usize> Times for [f64; N] {
 impl Times for Vec<f64> {
     fn to_grid(&self) -> Result<TimeGrid> {
         TimeGrid::new(self.clone())
+    }
+}
+
+impl Times for [f32] {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        TimeGrid::new(self.iter().map(|&t| t.into()).collect())
+    }
+}
+
+impl<const N: usize> Times for [f32; N] {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        self.as_slice().to_grid()
+    }
+}
+
+impl Times for Vec<f32> {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        self.as_slice().to_grid()
+    }
+}
+
+impl<T: Times + ?Sized> Times for &T {
+    fn to_grid(&self) -> Result<TimeGrid> {
+        (**self).to_grid()
     }
 }
 
@@ -265,6 +328,15 @@ impl Step {
     /// Time of a stage at abscissa c.
     pub(crate) fn at(&self, c: f64) -> f64 {
         self.t + c * self.h
+    }
+
+    /// Whether it begins and ends at one number of this dtype.
+    pub(crate) fn stands_still_in(&self, dtype: DType) -> bool {
+        let end = self.t + self.h;
+        match dtype {
+            DType::F64 => self.t == end,
+            _ => self.t as f32 == end as f32,
+        }
     }
 
     /// Whether an output time ends the step.
@@ -338,6 +410,31 @@ impl StepPlan {
             }
         }
         Ok(plan)
+    }
+
+    /// Whether no step can begin and end at one number of this dtype.
+    pub(crate) fn is_resolved_in(&self, dtype: DType) -> bool {
+        if dtype == DType::F64 {
+            // Or the plan would not be.
+            return true;
+        }
+        let intervals = 0..self.points.len() - 1;
+        intervals.into_iter().all(|i| {
+            let (t0, t1) = (self.points[i], self.points[i + 1]);
+            let parts = (self.first[i + 1] - self.first[i]) as f64;
+            let largest = t0.abs().max(t1.abs()) as f32;
+            let spacing = largest.next_up() - largest;
+            ((t1 - t0) / parts).abs() > spacing.into()
+        })
+    }
+
+    /// Whether every step is far from the ends of the range of f32.
+    pub(crate) fn is_moderate(&self) -> bool {
+        let far = 2f64.powi(100);
+        let moderate = 1.0 / far..=far;
+        let intervals = self.points.windows(2).zip(self.first.windows(2));
+        let size = |(t, n): (&[f64], &[usize])| ((t[1] - t[0]) / (n[1] - n[0]) as f64).abs();
+        intervals.map(size).all(|h| moderate.contains(&h))
     }
 
     /// Number of steps.

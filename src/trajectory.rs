@@ -30,10 +30,25 @@ pub enum Checkpoint {
     /// are replayed.  A first backward pass uses up what the forward pass kept, all but y_0; a
     /// further one of the same solve replays from there, to the same bits.
     States(usize),
-    /// As many states as fit into this many bytes, placed as by [`Checkpoint::States`].
+    /// As many states as fit into this many bytes, placed as by [`Checkpoint::States`].  What counts is the
+    /// numbers of the states, of the whole batch, as in [`Stats::bytes_kept`](crate::Stats::bytes_kept).
     Bytes(usize),
     /// Nothing: the solution has no gradients, and its backward pass is an error.
     Nothing,
+}
+
+impl Checkpoint {
+    /// The most states that are kept at once of N steps, forward or backward: in state precision, of so
+    /// many bytes each, and in store precision.
+    pub(crate) fn most(self, steps: usize, bytes: usize) -> (usize, usize) {
+        match self {
+            Self::All => (0, steps),
+            Self::Every(k) => (steps.div_ceil(k.max(1)), k.min(steps)),
+            Self::States(b) => (b.min(steps), 0),
+            Self::Bytes(b) => (steps.min(b / bytes.max(1)), 0),
+            Self::Nothing => (0, 0),
+        }
+    }
 }
 
 /// A [`Checkpoint`] for N steps of a given size.
@@ -72,8 +87,8 @@ pub(crate) struct Trajectory<Y = Vec<Tensor>, K = Vec<Roles>> {
     store: K,
     /// Ascending.  A pass of the budget plan takes all but y_0, which any number of passes share.
     kept: Mutex<Vec<(usize, Y)>>,
-    /// Steps whose start the budget plan keeps from the forward pass, ascending.
-    marks: Vec<usize>,
+    /// The next step whose start the budget plan keeps from the forward pass.
+    mark: Option<Mark>,
 }
 
 impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
@@ -95,15 +110,15 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
             Checkpoint::Bytes(b) if b < needed => return Err(invalid("Bytes", b, needed)),
             Checkpoint::Bytes(b) => Plan::States(b / needed.max(1)),
         };
-        let marks = match plan {
-            Plan::States(budget) => marks(steps, budget),
-            _ => vec![],
+        let mark = match plan {
+            Plan::States(budget) => Mark::first(steps, budget),
+            _ => None,
         };
         Ok(Self {
             plan,
             store,
             kept: Mutex::default(),
-            marks,
+            mark,
         })
     }
 
@@ -117,7 +132,7 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
         match self.plan {
             Plan::All => true,
             Plan::Every(k) => n.is_multiple_of(k),
-            Plan::States(_) => self.marks.binary_search(&n).is_ok(),
+            Plan::States(_) => self.mark.is_some_and(|mark| mark.at == n),
             Plan::Nothing => false,
         }
     }
@@ -141,6 +156,7 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
                 _ => y.clone(),
             };
             self.kept().push((n, y));
+            self.mark = self.mark.and_then(Mark::next);
         }
         Ok(())
     }
@@ -258,19 +274,34 @@ fn size<Y, K: Store<Y>>(store: &K, kept: &[(usize, Y)]) -> (usize, usize) {
     (kept.len(), bytes)
 }
 
-/// Steps of which the forward pass keeps the start, for `budget` states and N steps.
-fn marks(steps: usize, budget: usize) -> Vec<usize> {
-    let mut marks = vec![];
-    let mut at = 0;
-    while at < steps && marks.len() < budget {
-        marks.push(at);
-        let free = budget - marks.len();
-        if free == 0 || at + 1 == steps {
-            break;
-        }
-        at += split(steps - at, free + 1);
+/// A step of which the forward pass of the budget plan keeps the start.  The next is computed from it, so
+/// that no number of steps takes memory.
+#[derive(Clone, Copy, Debug)]
+struct Mark {
+    at: usize,
+    /// States that may still be kept, this one included.
+    left: usize,
+    steps: usize,
+}
+
+impl Mark {
+    fn first(steps: usize, budget: usize) -> Option<Self> {
+        let first = Self {
+            at: 0,
+            left: budget,
+            steps,
+        };
+        (steps > 0 && budget > 0).then_some(first)
     }
-    marks
+
+    fn next(self) -> Option<Self> {
+        let rest = self.steps - self.at;
+        (self.left > 1 && rest > 1).then(|| Self {
+            at: self.at + split(rest, self.left),
+            left: self.left - 1,
+            ..self
+        })
+    }
 }
 
 /// β(s, r) = C(s + r, s), saturating.
@@ -440,6 +471,53 @@ mod tests {
         }
         let m = split(l, s);
         m + replayed(l - m, s - 1) + replayed(m, s)
+    }
+
+    #[test]
+    fn no_number_of_steps_takes_memory_or_overflows() {
+        let marks = |steps, budget| {
+            std::iter::successors(Mark::first(steps, budget), |mark| mark.next()).map(|m| m.at)
+        };
+        for steps in [1, 2, 1 << 34, 1 << 40, (1 << 53) - 1] {
+            for budget in [1, 3, 100, 1 << 33, usize::MAX] {
+                let first: Vec<_> = marks(steps, budget).take(100).collect();
+                assert_eq!(first[0], 0);
+                assert!(first.windows(2).all(|w| w[0] < w[1]));
+                assert!(first.iter().all(|&at| at < steps));
+                assert_eq!(first.len(), budget.min(steps).min(100));
+            }
+        }
+        // Where there is room for all, all are kept.
+        assert_eq!(
+            marks(40, 40).collect::<Vec<_>>(),
+            (0..40).collect::<Vec<_>>()
+        );
+        assert_eq!(marks(0, 7).count(), 0);
+    }
+
+    #[test]
+    fn a_plan_says_how_many_states_it_keeps_at_most() {
+        for steps in [0, 1, 2, 7, 30, 64] {
+            for checkpoint in [
+                Checkpoint::All,
+                Checkpoint::Every(1),
+                Checkpoint::Every(8),
+                Checkpoint::Every(usize::MAX),
+                Checkpoint::States(1),
+                Checkpoint::States(12),
+                Checkpoint::States(usize::MAX),
+                Checkpoint::Bytes(100),
+                Checkpoint::Bytes(usize::MAX),
+            ] {
+                let (stats, _) = reversed(checkpoint, steps);
+                let (restart, stored) = checkpoint.most(steps, 8);
+                assert_eq!(
+                    stats.states_kept,
+                    restart + stored,
+                    "{checkpoint:?} of {steps}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -182,7 +182,7 @@ impl VectorField<(Tensor, Tensor)> for Cnf {
     fn velocity(&self, t: &Time, y: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         self.check(y)?;
         let input = self.mlp.input(t, &y.0)?;
-        Evaluation::new(self.mlp.clone(), input)?.velocities(&y.1)
+        Evaluation::new(self.mlp.like(&y.0)?, input)?.velocities(&y.1)
     }
 
     fn vjp<'f>(
@@ -192,7 +192,7 @@ impl VectorField<(Tensor, Tensor)> for Cnf {
     ) -> Result<((Tensor, Tensor), Pullback<'f, (Tensor, Tensor)>)> {
         self.check(y)?;
         let input = self.mlp.input(t, &y.0)?.detach();
-        let at = Evaluation::new(self.mlp.detached(), input)?;
+        let at = Evaluation::new(self.mlp.detached().like(&y.0)?, input)?;
         let k = at.velocities(&y.1)?;
         let (shape, l) = (y.0.shape().clone(), y.1.detach());
         let pull = move |v: &(Tensor, Tensor)| {
@@ -227,6 +227,10 @@ impl RowField for Cnf {
 
     fn weights(&self) -> Vec<Tensor> {
         self.mlp.tensors().cloned().collect()
+    }
+
+    fn reads_time(&self) -> bool {
+        self.mlp.time
     }
 
     fn layout(&self, shapes: &[Shape]) -> Option<Layout> {

@@ -101,16 +101,20 @@ impl Filter {
         [&self.weight, &self.bias].into_iter().chain(norm).collect()
     }
 
-    fn detach(&self) -> Self {
-        Self {
-            weight: self.weight.detach(),
-            bias: self.bias.detach(),
-            norm: self.norm.as_ref().map(|norm| Norm {
+    /// The same of other tensors.
+    fn map(&self, of: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let norm = |norm: &Norm| {
+            Ok::<_, candle_core::Error>(Norm {
                 groups: norm.groups,
-                weight: norm.weight.detach(),
-                bias: norm.bias.detach(),
-            }),
-        }
+                weight: of(&norm.weight)?,
+                bias: of(&norm.bias)?,
+            })
+        };
+        Ok(Self {
+            weight: of(&self.weight)?,
+            bias: of(&self.bias)?,
+            norm: self.norm.as_ref().map(norm).transpose()?,
+        })
     }
 }
 
@@ -270,10 +274,16 @@ impl ConvField {
         })
     }
 
-    /// vᵀ∂f/∂y, and the gradients of the parameters into `params`.
-    fn pull(&self, at: &Evaluation, v: &Tensor, params: &mut GradStore) -> Result<Tensor> {
+    /// vᵀ∂f/∂y, and the gradients of the parameters into `params`, as those of the layers `of`.
+    fn pull(
+        &self,
+        of: &[Filter],
+        at: &Evaluation,
+        v: &Tensor,
+        params: &mut GradStore,
+    ) -> Result<Tensor> {
         let mut g = v.contiguous()?;
-        for (l, layer) in self.layers.iter().enumerate().rev() {
+        for (l, (layer, of)) in self.layers.iter().zip(of).enumerate().rev() {
             if let Some(z) = at.hidden.get(l) {
                 g = self.activation.pull(z, &g)?;
             }
@@ -284,17 +294,28 @@ impl ConvField {
                 }
                 Ok::<_, candle_core::Error>(())
             };
-            if let (Some(norm), Some(Some(normed))) = (&layer.norm, at.normed.get(l)) {
-                found(&norm.weight, &|| channel_sums(&(&g * &normed.normal)?))?;
-                found(&norm.bias, &|| channel_sums(&g))?;
+            if let (Some(norm), Some(of), Some(Some(normed))) =
+                (&layer.norm, &of.norm, at.normed.get(l))
+            {
+                found(&of.weight, &|| channel_sums(&(&g * &normed.normal)?))?;
+                found(&of.bias, &|| channel_sums(&g))?;
                 g = norm.pull(normed, &g)?.detach();
             }
-            found(&layer.weight, &|| weight_gradient(&at.inputs[l], &g, layer))?;
-            found(&layer.bias, &|| channel_sums(&g))?;
-            let adjoint = layer.weight.detach().transpose(0, 1)?.contiguous()?;
+            found(&of.weight, &|| weight_gradient(&at.inputs[l], &g, layer))?;
+            found(&of.bias, &|| channel_sums(&g))?;
+            let adjoint = layer.weight.transpose(0, 1)?.contiguous()?;
             g = convolve(&g, &adjoint.flip(&[2, 3])?)?;
         }
         Ok(g)
+    }
+
+    /// The same of other tensors: parameters may have a precision of their own.
+    fn map(&self, of: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| layer.map(&of));
+        Ok(Self {
+            layers: layers.collect::<Result<_>>()?,
+            ..*self
+        })
     }
 
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
@@ -345,19 +366,16 @@ impl ConvField {
 
 impl VectorField<Tensor> for ConvField {
     fn velocity(&self, _: &Time, y: &Tensor) -> Result<Tensor> {
-        self.forward(y)
+        self.map(|p| p.to_dtype(y.dtype()))?.forward(y)
     }
 
     fn vjp<'f>(&'f self, _: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
-        let plain = Self {
-            layers: self.layers.iter().map(Filter::detach).collect(),
-            ..*self
-        };
+        let plain = self.map(|p| p.detach().to_dtype(y.dtype()))?;
         let at = plain.run(y.detach())?;
         let velocity = at.velocity.clone();
         let pull = move |v: &Tensor| {
             let mut params = GradStore::default();
-            let y = self.pull(&at, v, &mut params)?;
+            let y = plain.pull(&self.layers, &at, v, &mut params)?;
             Ok(Cotangents { y, t: None, params })
         };
         Ok((velocity, Box::new(pull)))
@@ -378,6 +396,10 @@ impl RowField for ConvField {
 
     fn weights(&self) -> Vec<Tensor> {
         self.tensors().cloned().collect()
+    }
+
+    fn reads_time(&self) -> bool {
+        false
     }
 
     fn layout(&self, shapes: &[Shape]) -> Option<Layout> {

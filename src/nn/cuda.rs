@@ -109,7 +109,9 @@ fn suits(mlp: &Mlp, problem: &Problem) -> bool {
     let widths = mlp.layers.iter().flat_map(|l| [l.inputs(), l.outputs()]);
     problem.fusion
         && problem.device().is_cuda()
-        && problem.grid.tensor().is_none()
+        && !problem.grid.is_tracked()
+        && (problem.resolved || !mlp.time)
+        && problem.plan.len() <= MOST_STEPS
         && matches!(problem.checkpoint, Checkpoint::All | Checkpoint::Nothing)
         && roles.state == DType::F32
         && low(roles.compute.to)
@@ -117,6 +119,9 @@ fn suits(mlp: &Mlp, problem: &Problem) -> bool {
         && shape.dims().last() == Some(&mlp.features())
         && widths.into_iter().all(|width| width <= WIDEST)
 }
+
+/// Steps that kernels are given a list of.
+const MOST_STEPS: usize = 1 << 24;
 
 /// The steps, with the outputs at their ends.
 fn in_order(problem: &Problem) -> Vec<Step> {

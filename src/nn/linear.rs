@@ -182,7 +182,7 @@ impl Form {
                 start.len()
             )
         }
-        Ok((product(a, b, start), Shape::from((rows, columns))))
+        Ok((product(a, b, start)?, Shape::from((rows, columns))))
     }
 }
 

@@ -182,6 +182,20 @@ impl Mlp {
         self.layers.iter().flat_map(|l| [&l.weight, &l.bias])
     }
 
+    /// The same with weights in the dtype of a state: parameters may have a precision of their own.
+    pub(super) fn like(&self, y: &Tensor) -> Result<Self> {
+        let cast = |l: &Affine| {
+            Ok(Affine {
+                weight: l.weight.to_dtype(y.dtype())?,
+                bias: l.bias.to_dtype(y.dtype())?,
+            })
+        };
+        Ok(Self {
+            layers: self.layers.iter().map(cast).collect::<Result<_>>()?,
+            ..*self
+        })
+    }
+
     /// The same without history.
     pub(super) fn detached(&self) -> Self {
         let plain = |l: &Affine| Affine {
@@ -208,11 +222,11 @@ impl Module for Mlp {
 
 impl VectorField<Tensor> for Mlp {
     fn velocity(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
-        Ok(self.run(self.input(t, y)?)?.0)
+        Ok(self.like(y)?.run(self.input(t, y)?)?.0)
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
-        let plain = self.detached();
+        let plain = self.detached().like(y)?;
         let (k, inputs, hidden) = plain.run(plain.input(t, y)?.detach())?;
         let shape = y.shape().clone();
         let pull = move |v: &Tensor| {
@@ -265,6 +279,10 @@ impl RowField for Mlp {
 
     fn weights(&self) -> Vec<Tensor> {
         self.tensors().cloned().collect()
+    }
+
+    fn reads_time(&self) -> bool {
+        self.time
     }
 
     fn layout(&self, shapes: &[Shape]) -> Option<Layout> {

@@ -29,12 +29,15 @@ pub use mlp::Mlp;
 pub use ot_flow::OtFlow;
 
 use std::any::Any;
+use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::Tensor;
 
-use crate::field::VectorField;
+use crate::field::{Leaves, VectorField};
+use crate::odeint::SharedField;
 use crate::rows::Rows;
+use crate::state::State;
 
 /// A field of ours as one that can be integrated tile by tile.
 pub(crate) fn rows_of(field: &dyn Any) -> Option<Rows<'_>> {
@@ -44,6 +47,20 @@ pub(crate) fn rows_of(field: &dyn Any) -> Option<Rows<'_>> {
     let cnf = field.downcast_ref::<Cnf>();
     let cnf = cnf.filter(|cnf| cnf.has_tiles()).map(Rows::new);
     mlp.or(conv).or(cnf)
+}
+
+/// A field of ours as one that other threads may use.
+pub(crate) fn shared(field: &dyn Any) -> Option<SharedField> {
+    fn share<S: State, F: VectorField<S> + Clone + Send + Sync + 'static>(field: &F) -> SharedField
+    where
+        S: 'static,
+    {
+        Arc::new(Leaves::<Box<F>, S>::new(Box::new(field.clone())))
+    }
+    let mlp = field.downcast_ref::<Mlp>().map(share::<Tensor, _>);
+    let conv = field.downcast_ref::<ConvField>().map(share::<Tensor, _>);
+    let cnf = field.downcast_ref::<Cnf>();
+    mlp.or(conv).or(cnf.map(share::<(Tensor, Tensor), _>))
 }
 
 /// The vector field that a module of ours is.

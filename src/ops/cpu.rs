@@ -298,9 +298,10 @@ fn sum<A: Real, H: Held>(
     like: &Tensor,
 ) -> Result<Tensor> {
     let terms: Vec<_> = terms.iter().map(|&(c, x)| (A::of(c), x)).collect();
+    let unit = unit()?;
     let mut out = vec![H::zero(); like.elem_count()];
     by_piece(&mut out, |at, out| {
-        unit().dispatch(Sum {
+        unit.dispatch(Sum {
             terms: &terms,
             scale: A::of(scale),
             to,
@@ -347,10 +348,31 @@ pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
         return Err(candle_core::Error::Msg("a sum of tensors of different sizes".into()).into());
     }
     let pairs: Vec<_> = terms.iter().map(|&(c, _)| c).zip(slices).collect();
-    if pairs.iter().any(|(_, x)| matches!(x, Slice::F64(_))) {
+    let wide = |(c, x): &(f64, Slice<'_>)| matches!(x, Slice::F64(_)) || !is_single(*c);
+    if pairs.iter().any(wide) {
         sum_in::<f64>(&pairs, scale, out, like)
     } else {
         sum_in::<f32>(&pairs, scale, out, like)
+    }
+}
+
+/// Whether f32 holds a coefficient to its precision: not those of steps of 1e-39.
+fn is_single(c: f64) -> bool {
+    c == 0.0 || (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&c.abs())
+}
+
+/// `acc += c · x` with a coefficient that f32 does not hold.
+fn add_wide(acc: &mut [f32], c: f64, x: Slice<'_>) {
+    for (i, acc) in acc.chunks_mut(BLOCK).enumerate() {
+        let mut wide = [0f64; BLOCK];
+        let sums = &mut wide[..acc.len()];
+        for (sum, acc) in sums.iter_mut().zip(&*acc) {
+            *sum = f64::from(*acc);
+        }
+        f64::axpy(sums, c, x.part(i * BLOCK, acc.len()));
+        for (acc, sum) in acc.iter_mut().zip(sums) {
+            *acc = *sum as f32;
+        }
     }
 }
 
@@ -358,14 +380,16 @@ pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
 struct Axpy(f64);
 
 impl Axpy {
-    fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) {
+    fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) -> Result<()> {
+        let unit = unit()?;
         by_piece(acc, |at, acc| {
-            unit().dispatch(Add {
+            unit.dispatch(Add {
                 c: A::of(self.0),
                 x: x.part(at, acc.len()),
                 acc,
             });
         });
+        Ok(())
     }
 }
 
@@ -412,8 +436,9 @@ impl InplaceOp2 for Axpy {
             )
         }
         match acc {
-            CpuStorage::F32(acc) => self.run(&mut acc[start..end], x),
-            CpuStorage::F64(acc) => self.run(&mut acc[start..end], x),
+            CpuStorage::F32(acc) if !is_single(self.0) => add_wide(&mut acc[start..end], self.0, x),
+            CpuStorage::F32(acc) => self.run(&mut acc[start..end], x)?,
+            CpuStorage::F64(acc) => self.run(&mut acc[start..end], x)?,
             _ => candle_core::bail!("an accumulator must be f32 or f64"),
         }
         Ok(())
@@ -428,10 +453,10 @@ pub(super) fn magnitude(x: &Tensor) -> Result<f64> {
     let tensors = [x.contiguous()?];
     let operands = Operands::new(&tensors);
     let x = operands.slices()?[0];
-    let pieces = x.len().div_ceil(PIECE);
+    let (unit, pieces) = (unit()?, x.len().div_ceil(PIECE));
     let of_piece = |i: usize| {
         let at = i * PIECE;
-        unit().dispatch(Largest(x.part(at, PIECE.min(x.len() - at))))
+        unit.dispatch(Largest(x.part(at, PIECE.min(x.len() - at))))
     };
     let bits = match pieces {
         0 | 1 => (0..pieces).map(of_piece).max(),

@@ -6,6 +6,7 @@ use std::ops::Range;
 use half::bf16;
 use pulp::Simd;
 
+use crate::error::{Error, Result};
 use crate::problem::ActivationCache;
 use crate::simd::room::Room;
 use crate::simd::{scalars, scalars_mut, Element};
@@ -67,7 +68,8 @@ impl Selection {
         let mut left = cache.bytes;
         for p in order {
             let number = selection.bytes_of_number::<T>() * size.stages;
-            let step = selection.parts[p].size().saturating_mul(number * size.rows);
+            let step = number.saturating_mul(size.rows);
+            let step = selection.parts[p].size().saturating_mul(step);
             let most = match p {
                 0 => size.steps,
                 _ => size.steps - selection.from[0],
@@ -103,18 +105,17 @@ impl Selection {
     }
 
     /// Bytes kept of all rows.
-    pub(super) fn bytes<T>(&self) -> usize {
-        let Size {
-            stages,
-            steps,
-            rows,
-            ..
-        } = self.size;
+    pub(super) fn bytes<T>(&self) -> u128 {
+        self.numbers(self.size.rows) * self.bytes_of_number::<T>() as u128
+    }
+
+    /// Numbers kept of so many rows.
+    fn numbers(&self, rows: usize) -> u128 {
+        let Size { stages, steps, .. } = self.size;
         let parts = self.parts.iter().zip(&self.from);
-        let numbers: usize = parts
-            .map(|(part, from)| (steps - from) * stages * part.size())
-            .sum();
-        numbers * rows * self.bytes_of_number::<T>()
+        let of_row =
+            |(part, from): (&Part, &usize)| (steps - from) as u128 * (stages * part.size()) as u128;
+        parts.map(of_row).sum::<u128>() * rows as u128
     }
 
     fn bytes_of_number<T>(&self) -> usize {
@@ -137,18 +138,22 @@ pub(super) struct Kept<T> {
 
 impl<T: Element> Kept<T> {
     /// Room for a tile of so many rows.
-    pub(super) fn new(selection: &Selection, rows: usize) -> Self {
+    pub(super) fn new(selection: &Selection, rows: usize) -> Result<Self> {
+        let bytes = selection.numbers(rows) * selection.bytes_of_number::<T>() as u128;
+        let what = "kept evaluations";
+        let room = usize::try_from(bytes).ok().and_then(Room::try_new);
+        let room = room.ok_or(Error::AllocationFailed { what, bytes })?;
         let Size { stages, steps, .. } = selection.size;
         let (mut starts, mut end) = (vec![], 0);
         for (part, from) in selection.parts.iter().zip(&selection.from) {
             starts.push(end);
             end += (steps - from) * stages * part.size() * rows;
         }
-        Self {
-            room: Room::new(end * selection.bytes_of_number::<T>()),
+        Ok(Self {
+            room,
             starts,
             number: PhantomData,
-        }
+        })
     }
 
     /// Where the slot of an evaluation is kept as it is, in vectors.
@@ -330,7 +335,7 @@ mod tests {
         for bytes in (0..60_000).step_by(97) {
             for low in [false, true] {
                 let selection = selection(bytes, low);
-                assert!(selection.bytes::<f32>() <= bytes);
+                assert!(selection.bytes::<f32>() <= bytes as u128);
                 assert!(selection.from.iter().all(|from| *from >= selection.from[0]));
             }
         }

@@ -5,7 +5,9 @@
 //! v_i = b_i λ + Σ_{j>i} a_ji w'_j,  w'_i = (∂f/∂y)ᵀ (h v_i),  θ̄ += (∂f/∂θ)ᵀ (h v_i),
 //! λ ← λ + Σ_i w'_i + ȳ_n,
 //!
-//! so that what one step leaves for θ̄ needs no further factor and a window may span steps.
+//! so that what one step leaves for θ̄ needs no further factor and a window may span steps.  Where h is
+//! very small or very large it is cut into m p, p a power of two: v_i takes m only, so that it stays in the
+//! range of f32, and p comes with the scale of the window and of w'_i.
 
 use candle_core::{Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
@@ -15,14 +17,14 @@ use super::forward::{each_leaf, Tile};
 use super::stepper::{add, combine, is_finite, Stepper};
 use super::tile::TileField;
 use super::trajectory::TileTrajectory;
-use super::window::{KeptBy, OpenSlot, Window};
+use super::window::{in_range, power, KeptBy, OpenSlot, Window};
 use super::{dispatch, gradient_of, numbers, on_all_threads, Failure, Layout, Plan, Reversible};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::precision::Low;
 use crate::problem::{Output, Problem};
 use crate::scaler::{Outcome, Scaler};
-use crate::simd::product::{load, store};
+use crate::simd::product::{load, store, Idle};
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 use crate::stats::Stats;
 use crate::time::Step;
@@ -77,7 +79,7 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
             fold,
         };
         // The forward pass ran on the same unit.
-        dispatch(job).ok_or(Error::NothingKept)??;
+        dispatch(job)?.ok_or(Error::NothingKept)??;
         stats.add(&counted);
         // Without a branch, so that many are looked at at a time.
         let finite = |all: bool, g: &T| all & g.to_f64().is_finite();
@@ -279,7 +281,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
             let seed = |output: usize, to: &mut [T::Vector<S>]| {
                 each_leaf(layout, V, |leaf, features, range| {
                     let numbers = self.seed.of(problem, layout, output, leaf, (rows, at));
-                    load::<T, S>(numbers, features, batch, &mut to[range]);
+                    load::<T, S>(numbers, features, batch, Idle::Zeros, &mut to[range]);
                 });
             };
             seed(problem.outputs() - 1, &mut adj);
@@ -447,6 +449,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
         let (s, size) = (stepper.s, stepper.size);
         let b = stepper.plan.problem.scheme.tableau.b()[i];
         let rounds = stepper.plan.low.iter().any(|low| *low != Low::None);
+        let (m, p) = mantissa(step.h);
         let mut attempts = 0;
         loop {
             let scale = scaler.scale();
@@ -455,23 +458,23 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 stats.used_scale(scale);
             }
             attempts += 1;
-            window.scaled_by::<F>(s, stepper.field, kept, scale);
+            window.scaled_by::<F>(s, stepper.field, kept, scale / p);
             let OpenSlot {
                 kept: values,
                 cotangents,
             } = window.slot((step.index, at), kept);
             let v = &mut cotangents[..size];
-            // S h v_i, or h Q(S v_i) where compute precision is low.
-            let factor = if rounds { scale } else { scale * step.h };
+            // S m v_i, or m Q(S v_i) where compute precision is low.
+            let factor = if rounds { scale } else { scale * m };
             combine::<T, S>(s, v, (factor * b, adj), factor, &self.a[i], &self.ws);
             if rounds {
                 stepper.round(v);
-                scale_by::<T, S>(s, v, step.h);
+                scale_by::<T, S>(s, v, m);
             }
             let w = &mut self.ws[i * size..][..size];
             stepper.field.vjp::<S, V>(s, values, cotangents, w);
             if rounds {
-                scale_by::<T, S>(s, w, 1.0 / step.h);
+                scale_by::<T, S>(s, w, 1.0 / m);
                 stepper.round(w);
             }
             let outcome = match scaler.is_dynamic() && !is_finite::<T, S>(s, w) {
@@ -479,7 +482,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 false => Outcome::Clean,
             };
             if outcome == Outcome::Clean {
-                let unscale = if rounds { step.h / scale } else { 1.0 / scale };
+                let unscale = if rounds { step.h / scale } else { p / scale };
                 if unscale != 1.0 {
                     scale_by::<T, S>(s, w, unscale);
                 }
@@ -502,8 +505,67 @@ impl<T: Element, S: Simd> Pull<T, S> {
 
 #[inline(always)]
 fn scale_by<T: Element, S: Simd>(s: S, x: &mut [T::Vector<S>], c: f64) {
-    let c = T::splat(s, T::of(c));
-    for x in x {
-        *x = T::times(s, *x, c);
+    let (a, b) = in_range::<T>(c);
+    let a = T::splat(s, T::of(a));
+    for x in &mut *x {
+        *x = T::times(s, *x, a);
+    }
+    if b != 1.0 {
+        let b = T::splat(s, T::of(b));
+        for x in x {
+            *x = T::times(s, *x, b);
+        }
+    }
+}
+
+/// h as m p, p a power of two, which is one where h is neither very small nor very large.
+fn mantissa(h: f64) -> (f64, f64) {
+    const MODERATE: f64 = (1 << 24) as f64;
+    if (1.0 / MODERATE..=MODERATE).contains(&h.abs()) {
+        return (h, 1.0);
+    }
+    let p = power(h);
+    (h / p, p)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_cut_exactly_and_stay_whole_where_they_are_moderate() {
+        for h in [1.0, -0.1, 1e-7, 6.1e-8, -1e7] {
+            assert_eq!(mantissa(h), (h, 1.0));
+        }
+        for h in [
+            1e-8,
+            -1e-20,
+            1e-39,
+            1e-300,
+            f64::MIN_POSITIVE,
+            5e-324,
+            1e9,
+            -1e308,
+        ] {
+            let (m, p) = mantissa(h);
+            assert_eq!(m * p, h);
+            assert!(m.abs() < 2.0);
+            assert_eq!(p.log2().fract(), 0.0);
+        }
+    }
+
+    #[test]
+    fn factors_that_f32_does_not_hold_are_products_of_two_that_it_holds() {
+        for c in [0.0, 1.0, -0.3, 1e-37, 1e38] {
+            assert_eq!(in_range::<f32>(c), (c, 1.0));
+        }
+        for c in [1e-39, -1e-60, 1e39, 1e60] {
+            let (a, b) = in_range::<f32>(c);
+            assert_eq!(a * b, c);
+            for factor in [a, b] {
+                assert!((f32::MIN_POSITIVE..=f32::MAX).contains(&(factor.abs() as f32)));
+            }
+            assert_eq!(in_range::<f64>(c), (c, 1.0));
+        }
     }
 }

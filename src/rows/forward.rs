@@ -13,9 +13,10 @@ use super::tile::TileField;
 use super::trajectory::{TileStore, TileTrajectory};
 use super::{dispatch, numbers, on_all_threads, Failure, Layout, Plan, RowField, Solved};
 use crate::error::{Error, Result};
+use crate::memory::{room_for, zeros};
 use crate::ops;
 use crate::problem::{ActivationCache, Output, Problem};
-use crate::simd::product::{load, store};
+use crate::simd::product::{load, store, Idle};
 use crate::simd::{vectors, Element};
 use crate::stats::Stats;
 
@@ -55,10 +56,10 @@ pub(super) fn run<T: Element, F: RowField>(
         spec,
         plan: &plan,
         y0: &y0,
-    });
+    })?;
     let Some(done) = done else { return Ok(None) };
     let (field, selection, groups) = done?;
-    let packed = assemble(&plan, &groups);
+    let packed = assemble(&plan, &groups)?;
     let shape = (problem.outputs(), problem.packing.len());
     let weights = spec.weights();
     let groups: Vec<_> = groups.into_iter().map(|g| g.tiles).collect();
@@ -67,7 +68,7 @@ pub(super) fn run<T: Element, F: RowField>(
     if let Some(tile) = groups.iter().flatten().next() {
         tile.trajectory.record(stats);
     }
-    stats.activation_bytes = stats.activation_bytes.max(selection.bytes::<T>());
+    stats.kept_evaluations(selection.bytes::<T>());
     Ok(Some(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         trajectory: Arc::new(Trajectories {
@@ -104,6 +105,8 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
         let rows = rows.next_multiple_of(self.plan.batch::<T, S>());
         let selection =
             Selection::new::<T>(field.parts(), cache, self.plan.size(rows, field.kept()));
+        let need = self.plan.need::<T, S>(rows, problem.packing.len());
+        need.of(selection.bytes::<T>()).check()?;
         let groups = self.plan.groups::<T, S>(field.parameters());
         let each = |(): &mut (), group: &Vec<usize>| {
             if T::WIDE && self.plan.is_wide::<T, S>() {
@@ -165,12 +168,20 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             states: vec![],
         };
         let anywhere = |error| Failure { at: (0, 0), error };
+        let rows: usize = self
+            .tiles
+            .iter()
+            .map(|&t| self.plan.rows(t, batch).len())
+            .sum();
+        let numbers = rows.saturating_mul(layout.dim());
+        let numbers = numbers.saturating_mul(problem.outputs());
+        group.states = room_for("returned states", numbers).map_err(anywhere)?;
         for &first in self.tiles {
             let rows = self.plan.rows(first, batch);
             each_leaf(layout, V, |leaf, features, range| {
                 let from = layout.offset(leaf, first);
                 let numbers = &self.y0[from..from + rows.len() * features];
-                load::<T, S>(numbers, features, batch, &mut y[range]);
+                load::<T, S>(numbers, features, batch, Idle::Copies, &mut y[range]);
             });
             let store = TileStore::new(problem.scheme.roles[0].store.to, self.elements);
             let steps = problem.plan.len();
@@ -186,8 +197,10 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             if problem.output == Output::All {
                 returned(&y, &mut group.states);
             }
-            let room = self.rooms.pop();
-            let mut kept = room.unwrap_or_else(|| Kept::new(self.selection, batch));
+            let mut kept = match self.rooms.pop() {
+                Some(room) => room,
+                None => Kept::new(self.selection, batch).map_err(anywhere)?,
+            };
             for n in 0..steps {
                 let step = problem.plan.step(n);
                 trajectory.keep::<S>(n, &y).map_err(anywhere)?;
@@ -225,10 +238,11 @@ pub(super) fn each_leaf(
 }
 
 /// Brings the states of all tiles into the order of the packed state, output by output.
-fn assemble<T: Element>(plan: &Plan<'_>, groups: &[Group<T>]) -> Vec<T> {
+fn assemble<T: Element>(plan: &Plan<'_>, groups: &[Group<T>]) -> Result<Vec<T>> {
     let (problem, layout) = (plan.problem, plan.layout);
     let elements = problem.packing.len();
-    let mut packed = vec![T::default(); problem.outputs() * elements];
+    let numbers = problem.outputs().saturating_mul(elements);
+    let mut packed = zeros::<T>("returned states", numbers)?;
     for group in groups {
         let mut states = group.states.as_slice();
         for Tile { rows, .. } in &group.tiles {
@@ -238,5 +252,5 @@ fn assemble<T: Element>(plan: &Plan<'_>, groups: &[Group<T>]) -> Vec<T> {
             }
         }
     }
-    packed
+    Ok(packed)
 }

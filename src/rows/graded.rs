@@ -17,6 +17,7 @@ use super::{
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::loss::{Prepared, RowsOf};
+use crate::memory::zeros;
 use crate::problem::{ActivationCache, Problem};
 use crate::simd::{enter, Element};
 use crate::stats::Stats;
@@ -89,7 +90,7 @@ pub(super) fn run<T: Element, F: RowField>(
         }
         add_up(&mut graded.gradients, group.swept.gradients);
         counted.join(&group.swept.stats);
-        counted.activation_bytes = counted.activation_bytes.max(group.bytes);
+        counted.kept_evaluations(group.bytes);
     };
     let job = Job {
         spec,
@@ -99,7 +100,7 @@ pub(super) fn run<T: Element, F: RowField>(
         differentiate: weights.iter().any(Tensor::track_op),
         fold,
     };
-    let Some(done) = dispatch(job) else {
+    let Some(done) = dispatch(job)? else {
         return Ok(None);
     };
     done?;
@@ -121,7 +122,7 @@ struct Group<T> {
     loss: f64,
     rows: Vec<std::ops::Range<usize>>,
     swept: backward::Group<T>,
-    bytes: usize,
+    bytes: u128,
 }
 
 impl<T: Element> Group<T> {
@@ -169,9 +170,13 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
     let rows = V * T::lanes::<S>();
     let cache = ActivationCache::within(KEPT);
     let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows, field.kept()));
-    // A tile of every thread at a time.
+    // A tile of every thread at a time; what fills up the last one is not of the batch.
     let alive = groups.len().min(rayon::current_num_threads());
-    let bytes = alive * selection.bytes::<T>();
+    let elements = plan.layout.rows.min(alive * rows) * plan.layout.dim();
+    let bytes = alive as u128 * selection.bytes::<T>();
+    plan.need::<T, S>(alive * rows, elements)
+        .of(bytes)
+        .check()?;
     let pass = Pass {
         field: &field,
         selection: &selection,
@@ -191,9 +196,10 @@ fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, co
             y0: job.y0,
             tiles: std::slice::from_ref(first),
             rooms: std::mem::take(rooms),
-            elements: alive * rows * plan.layout.dim(),
+            elements,
         })?;
-        let (loss, cotangent) = grade(job.loss, plan, &integrated);
+        let anywhere = |error| Failure { at: (0, 0), error };
+        let (loss, cotangent) = grade(job.loss, plan, &integrated).map_err(anywhere)?;
         let sweep = Sweep {
             pass: &pass,
             tiles: &integrated.tiles,
@@ -227,9 +233,9 @@ fn grade<T: Element>(
     loss: &Prepared<T>,
     plan: &Plan<'_>,
     group: &forward::Group<T>,
-) -> (f64, Vec<T>) {
+) -> Result<(f64, Vec<T>)> {
     let outputs = plan.problem.outputs();
-    let mut cotangents = vec![T::default(); group.states.len()];
+    let mut cotangents = zeros::<T>("the cotangents of a loss", group.states.len())?;
     let (mut total, mut at) = (0.0, 0);
     for tile in &group.tiles {
         let size = tile.rows.len() * plan.layout.dim();
@@ -243,5 +249,5 @@ fn grade<T: Element>(
             at += size;
         }
     }
-    (total, cotangents)
+    Ok((total, cotangents))
 }

@@ -12,6 +12,8 @@ mod backward;
 mod forward;
 mod graded;
 mod stepper;
+#[cfg(test)]
+mod tests;
 mod tile;
 mod trajectory;
 mod window;
@@ -26,6 +28,7 @@ use pulp::{Simd, WithSimd};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::loss::RowLoss;
+use crate::memory::MemoryNeed;
 use crate::precision::Low;
 use crate::problem::Problem;
 use crate::simd::{unit, Element};
@@ -41,6 +44,9 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
 
     /// The parameters, in the order in which [`TileField::gradients`] returns their gradients.
     fn weights(&self) -> Vec<Tensor>;
+
+    /// Whether velocities depend on time.
+    fn reads_time(&self) -> bool;
 
     /// Rows and features of each leaf of a state of these shapes; `None` if they are not the
     /// field's.
@@ -160,7 +166,11 @@ impl<F: RowField> Solve for &F {
         let Some(layout) = self.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
-        if !problem.fusion || !problem.device().is_cpu() || problem.grid.tensor().is_some() {
+        if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
+            return Ok(None);
+        }
+        // That time stands still for a field that reads it is found where steps are taken one by one.
+        if self.reads_time() && !problem.resolved {
             return Ok(None);
         }
         let roles = &problem.scheme.roles;
@@ -210,6 +220,9 @@ struct Plan<'p> {
     layout: &'p Layout,
     /// What the compute precision of each leaf rounds to.
     low: Vec<Low>,
+    /// Whether tiles have two vectors, where a test says so.
+    #[cfg(test)]
+    forced: Option<bool>,
 }
 
 impl<'p> Plan<'p> {
@@ -217,6 +230,8 @@ impl<'p> Plan<'p> {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {
             low: low.collect(),
+            #[cfg(test)]
+            forced: tests::width::here(),
             problem,
             layout,
         }
@@ -232,6 +247,28 @@ impl<'p> Plan<'p> {
         }
     }
 
+    /// What tiles of so many rows hold at once beside their evaluations; so many elements are those of the
+    /// batch.
+    fn need<T: Element, S: Simd>(&self, rows: usize, elements: usize) -> MemoryNeed {
+        /// Bytes of a state that is kept by itself beside its numbers.
+        const STATE: usize = 64;
+        let problem = self.problem;
+        let bytes = elements.saturating_mul(size_of::<T>());
+        let (restart, stored) = problem.checkpoint.most(problem.plan.len(), bytes);
+        // Kept with the lanes that fill up the last tile.
+        let numbers = rows as u128 * self.layout.dim() as u128;
+        let tiles = rows.div_ceil(self.batch::<T, S>());
+        let state = numbers * size_of::<T>() as u128;
+        let store = problem.scheme.roles[0].store.to.size_in_bytes();
+        let single = state + (tiles * STATE) as u128;
+        MemoryNeed {
+            states: restart as u128 * single + stored as u128 * numbers * store as u128,
+            // As tiles leave them, and as they are handed over.
+            returned: 2 * problem.outputs() as u128 * bytes as u128,
+            ..Default::default()
+        }
+    }
+
     /// Rows of every tile but the last.
     fn batch<T: Element, S: Simd>(&self) -> usize {
         T::lanes::<S>() * if self.is_wide::<T, S>() { 2 } else { 1 }
@@ -239,6 +276,10 @@ impl<'p> Plan<'p> {
 
     /// Whether there are rows enough for tiles of two vectors, and the tiles stay small.
     fn is_wide<T: Element, S: Simd>(&self) -> bool {
+        #[cfg(test)]
+        if let Some(wide) = self.forced {
+            return T::WIDE && wide;
+        }
         T::WIDE && self.layout.rows >= 4 * T::lanes::<S>() && self.layout.dim() <= WIDEST
     }
 
@@ -344,18 +385,18 @@ impl<R, F: FnMut(usize, R)> Folded<R, F> {
     }
 }
 
-/// Runs on the machine's vector unit; without one, solves are left to the general path.
-fn dispatch<J: WithSimd>(job: J) -> Option<J::Output> {
-    match unit() {
+/// Runs on the vector unit; without one, solves are left to the general path.
+fn dispatch<J: WithSimd>(job: J) -> Result<Option<J::Output>> {
+    // Not by [`Arch::dispatch`](pulp::Arch::dispatch), which would compile everything for scalars too.
+    Ok(match unit()? {
         #[cfg(target_arch = "x86_64")]
         pulp::Arch::V4(s) => Some(Simd::vectorize(s, job)),
         #[cfg(target_arch = "x86_64")]
         pulp::Arch::V3(s) => Some(Simd::vectorize(s, job)),
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(target_arch = "aarch64")]
+        pulp::Arch::Neon(s) => Some(Simd::vectorize(s, job)),
         _ => None,
-        #[cfg(not(target_arch = "x86_64"))]
-        arch => Some(arch.dispatch(job)),
-    }
+    })
 }
 
 /// The numbers of a packed tensor of T.

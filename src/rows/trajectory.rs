@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use pulp::Simd;
 
 use crate::error::Result;
+use crate::memory::room_for;
 use crate::simd::{scalars, scalars_mut, Element};
 use crate::stats::Stats;
 use crate::trajectory::{Checkpoint, Store, Trajectory};
@@ -28,7 +29,7 @@ impl<T: Element> TileTrajectory<T> {
         y: &[T::Vector<S>],
     ) -> Result<Self> {
         Ok(match checkpoint {
-            Checkpoint::All => Self::All(States::new(store, steps, scalars::<T, S>(y).len())),
+            Checkpoint::All => Self::All(States::new(store, steps, scalars::<T, S>(y).len())?),
             plan => Self::Planned(Trajectory::new(plan, steps, store, &Snapshot::of::<S>(y))?),
         })
     }
@@ -82,17 +83,17 @@ enum Numbers<T> {
 }
 
 impl<T: Element> States<T> {
-    fn new(store: TileStore, steps: usize, size: usize) -> Self {
-        let room = steps.saturating_mul(size);
-        Self {
+    fn new(store: TileStore, steps: usize, size: usize) -> Result<Self> {
+        let (what, room) = ("kept states", steps.saturating_mul(size));
+        Ok(Self {
             numbers: match store.dtype {
-                DType::BF16 => Numbers::Bf16(reserved(room)),
-                DType::F16 => Numbers::F16(reserved(room)),
-                _ => Numbers::State(reserved(room)),
+                DType::BF16 => Numbers::Bf16(room_for(what, room)?),
+                DType::F16 => Numbers::F16(room_for(what, room)?),
+                _ => Numbers::State(room_for(what, room)?),
             },
             store,
             size,
-        }
+        })
     }
 
     /// How many there are.
@@ -124,13 +125,6 @@ impl<T: Element> States<T> {
         }
         Some(())
     }
-}
-
-/// An empty vector with room for so many numbers, if there is so much; it can grow.
-fn reserved<N>(numbers: usize) -> Vec<N> {
-    let mut room = vec![];
-    let _ = room.try_reserve_exact(numbers);
-    room
 }
 
 /// To bf16 or f16.

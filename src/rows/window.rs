@@ -1,5 +1,6 @@
 //! Evaluations with their cotangents, from which parameter gradients are collected window by window.
 
+use candle_core::DType;
 use pulp::Simd;
 
 use super::activations::{Kept, Selection};
@@ -212,9 +213,10 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         let total = self
             .total
             .get_or_insert_with(|| Room::new(size_of_val(part)));
-        let unscale = T::splat(s, T::of(1.0 / self.scale));
+        let (a, b) = in_range::<T>(1.0 / self.scale);
+        let (a, b) = (T::splat(s, T::of(a)), T::splat(s, T::of(b)));
         for (total, part) in total.numbers_mut().iter_mut().zip(part) {
-            *total = T::mul_add(s, unscale, *part, *total);
+            *total = T::mul_add(s, a, T::times(s, b, *part), *total);
             *part = T::zeros::<S>();
         }
         self.windows = 0;
@@ -232,4 +234,21 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         let sums = self.total.as_ref().unwrap_or(&self.part);
         field.gradients(s, sums.numbers())
     }
+}
+
+/// c as a product of two numbers that T holds to its precision; the second is one wherever it can be.
+pub(super) fn in_range<T: Element>(c: f64) -> (f64, f64) {
+    let single = f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX);
+    if T::DTYPE == DType::F64 || c == 0.0 || single.contains(&c.abs()) {
+        return (c, 1.0);
+    }
+    // About the root, and exact.
+    let root = power(c.abs().sqrt());
+    (c / root, root)
+}
+
+/// The largest power of two that is not larger than |c|, of normal numbers.
+pub(super) fn power(c: f64) -> f64 {
+    const EXPONENT: u64 = 0x7ff << (f64::MANTISSA_DIGITS - 1);
+    f64::from_bits(c.to_bits() & EXPONENT).max(f64::MIN_POSITIVE)
 }

@@ -1,7 +1,7 @@
 //! f32 and f64 in the lanes of whatever vector unit the machine has.
 //!
-//! [`pulp`] chooses AVX-512, AVX2, NEON or scalar code at run time; the bodies here are safe and
-//! the same for all.  What runs inside a `Simd` must be inlined into a function that was entered
+//! AVX-512, AVX2, NEON or scalar code is chosen at run time ([`unit`]), and [`pulp`] compiles it; the
+//! bodies here are safe and the same for all.  What runs inside a `Simd` must be inlined into a function that was entered
 //! through [`Simd::vectorize`], so hot loops are [`WithSimd`](pulp::WithSimd) structs.
 
 pub(crate) mod convolution;
@@ -12,16 +12,17 @@ pub(crate) mod room;
 #[cfg(test)]
 mod tests;
 mod transpose;
+pub(crate) mod unit;
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
-use std::sync::OnceLock;
 
 use bytemuck::{Pod, Zeroable};
-use pulp::{Arch, Simd};
+use pulp::Simd;
 
 use crate::precision::Low;
 use room::Room;
+pub(crate) use unit::unit;
 
 /// A number that fills vectors.
 pub(crate) trait Element:
@@ -119,12 +120,6 @@ pub(crate) trait Element:
     }
 }
 
-/// The machine's vector unit.
-pub(crate) fn unit() -> Arch {
-    static UNIT: OnceLock<Arch> = OnceLock::new();
-    *UNIT.get_or_init(Arch::new)
-}
-
 /// A loop that runs on vectors of S, as a function of its own.
 pub(crate) trait Kernel<S: Simd> {
     type Output;
@@ -157,7 +152,6 @@ pub(crate) fn enter<S: Simd, K: Kernel<S>>(simd: S, kernel: K) -> K::Output {
 /// Owned numbers, from the beginning of a line of the cache on: a vector across two of them costs twice.
 pub(crate) struct Aligned<X> {
     room: Room,
-    len: usize,
     number: PhantomData<X>,
 }
 
@@ -166,14 +160,14 @@ impl<X: Pod> Deref for Aligned<X> {
 
     #[inline(always)]
     fn deref(&self) -> &[X] {
-        &self.room.numbers()[..self.len]
+        self.room.numbers()
     }
 }
 
 impl<X: Pod> DerefMut for Aligned<X> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [X] {
-        &mut self.room.numbers_mut()[..self.len]
+        self.room.numbers_mut()
     }
 }
 
@@ -184,7 +178,6 @@ pub(crate) type Vectors<T, S> = Aligned<<T as Element>::Vector<S>>;
 pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {
     Aligned {
         room: Room::new(n * size_of::<T::Vector<S>>()),
-        len: n,
         number: PhantomData,
     }
 }

@@ -1,0 +1,197 @@
+//! Memory: what a solve is going to hold, reckoned before its first step, and what there is.
+//!
+//! Systems promise more memory than they have, so an allocation that succeeds proves nothing: a solve
+//! that cannot fit would fill the machine and be killed.
+
+use crate::error::{Error, Result};
+
+/// What a solve holds at once, in bytes, at least: what a field itself needs is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemoryNeed {
+    /// States that are kept for the backward pass, as [`Checkpoint`](crate::Checkpoint) says, and what
+    /// keeping one costs beside its numbers.
+    pub states: u128,
+    /// Evaluations that are kept, as [`ActivationCache`](crate::ActivationCache) says.
+    pub evaluations: u128,
+    /// States that are returned, as [`Output`](crate::Output) says.
+    pub returned: u128,
+}
+
+/// What is less than this is not compared with what there is: a small solve would take longer to ask for it
+/// than to run.
+const SMALL: u128 = 64 << 20;
+
+/// Bytes that a tensor of candle's takes at least beside its numbers, for its shape, its strides and its
+/// locks: 400 measured, of which the allocator's share varies.
+pub(crate) const TENSOR: u128 = 384;
+
+impl MemoryNeed {
+    /// All together.
+    pub fn total(&self) -> u128 {
+        let sum = self.states.saturating_add(self.evaluations);
+        sum.saturating_add(self.returned)
+    }
+
+    /// The same with so many bytes of evaluations.
+    pub(crate) fn of(self, evaluations: u128) -> Self {
+        Self {
+            evaluations,
+            ..self
+        }
+    }
+
+    /// Refuses what cannot be had.
+    pub(crate) fn check(self) -> Result<()> {
+        if self.total() < SMALL {
+            return Ok(());
+        }
+        self.within(available().unwrap_or(isize::MAX as u64))
+    }
+
+    fn within(self, available: u64) -> Result<()> {
+        match self.total() <= available.into() {
+            true => Ok(()),
+            false => Err(Error::OutOfMemory {
+                need: self,
+                available,
+            }),
+        }
+    }
+}
+
+impl std::fmt::Display for MemoryNeed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let parts = [
+            (self.states, "the states that Checkpoint keeps"),
+            (
+                self.evaluations,
+                "the evaluations that ActivationCache keeps",
+            ),
+            (self.returned, "the states that are returned"),
+        ];
+        write!(f, "{}", Bytes(self.total()))?;
+        let mut between = " (";
+        for (bytes, what) in parts.into_iter().filter(|(bytes, _)| *bytes > 0) {
+            write!(f, "{between}{} for {what}", Bytes(bytes))?;
+            between = ", ";
+        }
+        write!(f, "{}", if between == ", " { ")" } else { "" })
+    }
+}
+
+/// A number of bytes as one reads it.
+pub(crate) struct Bytes(pub(crate) u128);
+
+impl std::fmt::Display for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+        let exponent = self.0.max(1).ilog2() / 10;
+        match (exponent as usize).min(UNITS.len()).checked_sub(1) {
+            None => write!(f, "{} B", self.0),
+            Some(unit) => {
+                let number = self.0 as f64 / 1024f64.powi(unit as i32 + 1);
+                write!(f, "{number:.1} {}", UNITS[unit])
+            }
+        }
+    }
+}
+
+/// What this process can still get, if the system tells: on Linux what is free or can be freed, with what
+/// is free of the swap and within the limit of the control group; elsewhere, where systems make room as
+/// they go, what the machine has.
+fn available() -> Option<u64> {
+    if !sysinfo::IS_SUPPORTED_SYSTEM {
+        return None;
+    }
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    if !cfg!(target_os = "linux") {
+        return Some(system.total_memory()).filter(|&bytes| bytes > 0);
+    }
+    let free = system.available_memory().saturating_add(system.free_swap());
+    let group = system.cgroup_limits().map(|group| {
+        let left = group.total_memory.saturating_sub(group.rss);
+        left.saturating_add(group.free_swap)
+    });
+    let bytes = group.map_or(free, |left| free.min(left));
+    Some(bytes).filter(|&bytes| bytes > 0)
+}
+
+/// An empty vector with room for as many numbers as a user asks for, if the machine has so much.
+pub(crate) fn room_within<N>(what: &'static str, numbers: usize) -> Result<Vec<N>> {
+    let bytes = numbers as u128 * size_of::<N>() as u128;
+    if bytes >= SMALL && available().is_some_and(|there| bytes > there.into()) {
+        return Err(refused::<N>(what, numbers));
+    }
+    room_for(what, numbers)
+}
+
+/// An empty vector with room for so many numbers.
+pub(crate) fn room_for<N>(what: &'static str, numbers: usize) -> Result<Vec<N>> {
+    let mut room = vec![];
+    let reserved = room.try_reserve_exact(numbers);
+    reserved.map_err(|_| refused::<N>(what, numbers))?;
+    Ok(room)
+}
+
+/// So many zeros.
+pub(crate) fn zeros<N: bytemuck::Zeroable>(what: &'static str, numbers: usize) -> Result<Vec<N>> {
+    bytemuck::allocation::try_zeroed_vec(numbers).map_err(|()| refused::<N>(what, numbers))
+}
+
+fn refused<N>(what: &'static str, numbers: usize) -> Error {
+    Error::AllocationFailed {
+        what,
+        bytes: numbers as u128 * size_of::<N>() as u128,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_in_the_largest_unit_that_they_fill() {
+        let text = |bytes: u128| Bytes(bytes).to_string();
+        assert_eq!([0, 1, 1023].map(text), ["0 B", "1 B", "1023 B"]);
+        assert_eq!(text(1024), "1.0 KiB");
+        assert_eq!(text(3 << 39), "1.5 TiB");
+        assert_eq!(text(1 << 75), "32768.0 EiB");
+    }
+
+    #[test]
+    fn what_is_more_than_there_is_is_refused_with_both_numbers() {
+        let need = MemoryNeed {
+            states: 3 << 30,
+            evaluations: 1 << 30,
+            ..Default::default()
+        };
+        assert!(need.within(4 << 30).is_ok());
+        assert!(need.within((4 << 30) - 1).is_err());
+        let error = need.within(1 << 30).unwrap_err();
+        let text = "the solve needs 4.0 GiB (3.0 GiB for the states that Checkpoint keeps, \
+                    1.0 GiB for the evaluations that ActivationCache keeps) of memory, \
+                    and 1.0 GiB can be had: ";
+        assert!(error.to_string().starts_with(text), "{error}");
+    }
+
+    #[test]
+    fn no_machine_has_more_than_an_address_can_name() {
+        let huge = MemoryNeed {
+            states: u128::MAX,
+            evaluations: 1,
+            returned: 1,
+        };
+        assert!(huge.check().is_err());
+        assert!(room_for::<u64>("x", usize::MAX).is_err());
+        assert!(room_within::<u64>("x", 1 << 59).is_err());
+        assert!(zeros::<u64>("x", usize::MAX).is_err());
+    }
+
+    #[test]
+    fn the_system_says_what_there_is() {
+        // Tests run where it can: this one holds a page of it at least.
+        assert!(available().is_none_or(|bytes| bytes > 4096));
+    }
+}

@@ -1,0 +1,715 @@
+//! What is at the edge: solves that do not fit, batches without a row, steps that time cannot tell
+//! apart, step sizes at the ends of the range of numbers, and what the statistics count.
+//!
+//! `cargo test --release --test limits`, a second.
+
+mod common;
+
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
+use candle_diffeq::datasets::Density;
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
+use candle_diffeq::{
+    mmd, odeint, solve, ActivationCache, Checkpoint, DynamicScaling, Error, LossScaler, NeuralOde,
+    OdeOptions, Output, PiecewiseConstant, Precision, Recorder, RowLoss, Scaling, State, Stats,
+    Steps, Time, TimeGrid, Times, VectorField, EULER, RK4,
+};
+use candle_nn::{linear, VarBuilder, VarMap};
+use common::{all, fill, scattered, values, U_BF16, U_F16, U_F32};
+
+/// A perceptron of two features.
+fn perceptron(vars: &VarMap) -> NeuralOde {
+    let build = |vb: VarBuilder<'_>| Mlp::new(&[2, 16, 2], Activation::Tanh, vb);
+    let ode = NeuralOde::new(vars, "f", &Device::Cpu, build).unwrap();
+    fill(vars);
+    ode
+}
+
+fn rows(n: usize) -> Tensor {
+    scattered(&[n, 2], 0.8, n).to_dtype(DType::F32).unwrap()
+}
+
+fn in_steps(steps: usize) -> OdeOptions {
+    OdeOptions {
+        steps: Steps::PerInterval(steps),
+        ..Default::default()
+    }
+}
+
+fn decay(_: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
+    y.neg()
+}
+
+// Memory.
+
+/// What no machine has: both numbers are there, and in the text.
+#[track_caller]
+fn assert_cannot_fit<T>(result: Result<T, Error>) {
+    let Err(error) = result else {
+        panic!("no error");
+    };
+    let Error::OutOfMemory { need, available } = &error else {
+        panic!("{error}");
+    };
+    assert!(need.total() > u128::from(*available));
+    let text = error.to_string();
+    assert!(text.starts_with("the solve needs "), "{text}");
+    assert!(text.contains("iB can be had: "), "{text}");
+    assert!(text.contains("Checkpoint::"), "{text}");
+}
+
+#[test]
+fn a_plan_that_cannot_fit_is_refused_before_the_first_step() {
+    let plans = [
+        Checkpoint::All,
+        Checkpoint::Every(1),
+        Checkpoint::Every(1 << 33),
+        Checkpoint::Every(usize::MAX),
+        Checkpoint::States(1 << 33),
+        Checkpoint::States(usize::MAX),
+        Checkpoint::Bytes(usize::MAX),
+    ];
+    for steps in [1 << 34, 1 << 40, (1 << 53) - 1] {
+        for checkpoint in plans {
+            let options = OdeOptions {
+                checkpoint,
+                ..in_steps(steps)
+            };
+            let vars = VarMap::new();
+            let ode = perceptron(&vars).options(options.clone());
+            assert_cannot_fit(ode.solve(&rows(40), &[0.0, 1.0]));
+            let calls = AtomicUsize::new(0);
+            let field = |t: &Time, y: &Tensor| {
+                calls.fetch_add(1, Ordering::SeqCst);
+                decay(t, y)
+            };
+            assert_cannot_fit(solve(&field, &rows(40), &[0.0, 1.0], &options));
+            assert_eq!(calls.into_inner(), 0);
+        }
+    }
+}
+
+#[test]
+fn evaluations_that_cannot_fit_are_refused_before_the_first_step() {
+    let vars = VarMap::new();
+    for steps in [1 << 34, 1 << 50] {
+        for cache in [
+            ActivationCache::ALL,
+            ActivationCache::ALL.in_bf16(),
+            ActivationCache::within(1 << 62),
+        ] {
+            let ode = perceptron(&vars).options(OdeOptions {
+                activation_cache: cache,
+                checkpoint: Checkpoint::States(4),
+                ..in_steps(steps)
+            });
+            assert_cannot_fit(ode.solve(&rows(40), &[0.0, 1.0]));
+        }
+    }
+}
+
+#[test]
+fn a_loss_of_a_solve_that_cannot_fit_is_refused() {
+    let vars = VarMap::new();
+    for steps in [1 << 34, 1 << 50] {
+        for checkpoint in [Checkpoint::All, Checkpoint::Every(7)] {
+            let ode = perceptron(&vars).options(OdeOptions {
+                output: Output::Final,
+                checkpoint,
+                ..in_steps(steps)
+            });
+            let loss = RowLoss::MeanSquaredError(rows(40));
+            assert_cannot_fit(ode.loss(&rows(40), &[0.0, 1.0], &loss));
+        }
+    }
+}
+
+#[test]
+fn a_grid_that_cannot_fit_is_refused() {
+    for n in [usize::MAX, usize::MAX / 8, 1 << 53] {
+        assert!(matches!(
+            TimeGrid::linspace(0.0, 1.0, n),
+            Err(Error::AllocationFailed { .. })
+        ));
+    }
+}
+
+#[test]
+fn a_loss_takes_every_budget_that_a_solve_takes() {
+    for batch in [1, 3, 17, 40] {
+        let vars = VarMap::new();
+        let row = 8;
+        for (bytes, fits) in [(batch * row, true), (batch * row - 1, false)] {
+            let ode = perceptron(&vars).options(OdeOptions {
+                checkpoint: Checkpoint::Bytes(bytes),
+                output: Output::Final,
+                ..in_steps(5)
+            });
+            let loss = RowLoss::MeanSquaredError(rows(batch));
+            let solved = ode.solve(&rows(batch), &[0.0, 1.0]);
+            assert_eq!(solved.is_ok(), fits, "{batch} rows");
+            let graded = ode.loss(&rows(batch), &[0.0, 1.0], &loss);
+            assert!(graded.is_ok() || !fits, "{batch} rows: {:?}", graded.err());
+            if let Ok(graded) = graded {
+                graded.backward().unwrap();
+            }
+        }
+    }
+}
+
+// Step sizes.
+
+/// Gradients of Σ c y(last) of y0 and all parameters.
+fn gradients(
+    dtype: DType,
+    options: &OdeOptions,
+    times: &[f64],
+    c: f64,
+) -> Result<Vec<Vec<f64>>, Error> {
+    let vars = VarMap::new();
+    let ode = NeuralOde::from_field(&vars, "f", dtype, &Device::Cpu, |vb| {
+        Mlp::new(&[2, 16, 2], Activation::Tanh, vb)
+    })?;
+    fill(&vars);
+    let y0 = Var::from_tensor(&rows(20).to_dtype(dtype)?)?;
+    let ode = ode.options(options.clone());
+    let ys = ode.solve(y0.as_tensor(), times)?;
+    // A cotangent of c, where c Σ y could overflow.
+    let grads = (ys.i(times.len() - 1)? * c)?.sum_all()?.backward()?;
+    let of = |var: &Var| values(grads.get(var).unwrap());
+    let variables = all(&vars);
+    let all = std::iter::once(&y0).chain(variables.iter().map(|(_, var)| var));
+    Ok(all.map(of).collect())
+}
+
+#[test]
+fn steps_of_every_size_have_their_gradients_in_every_precision() {
+    let precisions = [
+        (Precision::f32(), 64.0 * U_F32),
+        (Precision::bf16(), 8.0 * U_BF16),
+        (Precision::f16(), 8.0 * U_F16),
+    ];
+    // Uneven steps, of which the last is far smaller: windows span sizes.
+    let uneven = [0.0, 1.0, 2.5, 2.5 + 1.0 / (1 << 20) as f64];
+    let mut cases = vec![];
+    for h in [
+        1e-44, 1e-39, -1e-39, 1e-35, 1e-30, 1e-25, 1e-15, -1e-9, 1e-7, 1e-3, 0.3,
+    ] {
+        for c in [1e-25, 1.0, 1e6] {
+            cases.push((RK4, uneven.map(|t| t * h).to_vec(), c));
+        }
+    }
+    // One step, since the state is far out after it.
+    for h in [1e5, -1e9, 1e20, 1e35] {
+        for c in [1e-25, 1e-10, 1.0] {
+            cases.push((EULER, vec![0.0, h], c));
+        }
+    }
+    for (method, times, c) in cases {
+        let options = |precision, fusion| OdeOptions {
+            method: method.clone(),
+            precision: Some(precision),
+            fusion,
+            ..Default::default()
+        };
+        let exact = gradients(DType::F64, &options(Precision::f64(), false), &times, c).unwrap();
+        for (precision, bound) in &precisions {
+            for fusion in [true, false] {
+                let case = format!("{:?}, {times:?}, {c:e}, {fusion}", precision.compute);
+                let got = gradients(DType::F32, &options(*precision, fusion), &times, c);
+                let got = got.unwrap_or_else(|error| panic!("{case}: {error}"));
+                for (got, exact) in got.iter().zip(&exact) {
+                    let norm =
+                        |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+                    let error = norm(&mut got.iter().zip(exact).map(|(x, y)| (x - y) / c));
+                    let size = norm(&mut exact.iter().map(|y| y / c));
+                    // Of each number half the spacing of the smallest f32 for each of a few roundings.
+                    let smallest =
+                        16.0 * f64::from(f32::from_bits(1)) * (exact.len() as f64).sqrt();
+                    assert!(
+                        error <= bound * size + smallest / c,
+                        "{case}: {error:e} of {size:e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn steps_that_f32_does_not_hold_are_steps_of_their_size() {
+    // From zero, so that y is all that was added to it.
+    let y0 = Tensor::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
+    let field = |_: &Time, y: &Tensor| y.affine(0.0, 1e30);
+    for h in [1e-39, 1e-42, 1e-50] {
+        let ys = solve(&field, &y0, &[0.0, h], &OdeOptions::default()).unwrap();
+        for y in values(&ys.states().i(1).unwrap()) {
+            assert!((y / (1e30 * h) - 1.0).abs() <= 4.0 * U_F32, "{y:e}");
+        }
+    }
+}
+
+// Time that stands still.
+
+#[track_caller]
+fn assert_unresolved<T>(result: Result<T, Error>, at: usize, from: f64, to: f64) {
+    match result.err() {
+        Some(Error::TimeUnresolved {
+            step,
+            t,
+            end,
+            dtype,
+        }) => {
+            assert_eq!((step, t, end, dtype), (at, from, to, DType::F32));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn steps_that_the_state_dtype_cannot_tell_apart_are_refused_where_the_field_reads_time() {
+    let timed = |t: &Time, y: &Tensor| y.broadcast_mul(&t.tensor()?.to_dtype(y.dtype())?.cos()?);
+    let by_value = |t: &Time, y: &Tensor| y.affine(t.value().cos(), 0.0);
+    let options = OdeOptions::default();
+    let still: [&[f64]; 5] = [
+        &[1e8, 1e8 + 1.0],
+        &[0.0, 1e8, 1e8 + 1.0],
+        &[-1e8, -1e8 - 2.0],
+        &[0.0, 1e-46],
+        &[1e39, 2e39],
+    ];
+    for times in still {
+        let last = times.len() - 2;
+        let (from, to) = (times[last], times[last + 1]);
+        let vars = VarMap::new();
+        let build = |vb: VarBuilder<'_>| Mlp::with_time(&[2, 16, 2], Activation::Tanh, vb);
+        let with_time = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, build);
+        let with_time = with_time.unwrap();
+        let y0 = rows(3);
+        assert_unresolved(solve(&timed, &y0, times, &options), last, from, to);
+        if times[0].abs() < 1e38 {
+            assert_unresolved(with_time.solve(&y0, times), last, from, to);
+        }
+        // No alarm where nobody reads it, or in a dtype that tells them apart.
+        let rest = y0.zeros_like().unwrap();
+        assert!(solve(&decay, &rest, times, &options).is_ok());
+        assert!(solve(&by_value, &rest, times, &options).is_ok());
+        if times[0].abs() < 1e38 {
+            assert!(perceptron(&VarMap::new()).solve(&y0, times).is_ok());
+        }
+        let double = rest.to_dtype(DType::F64).unwrap();
+        assert!(solve(&timed, &double, times, &options).is_ok());
+    }
+    for times in [[1e8, 1e8 + 16.0], [0.0, 1e-44], [1000.0, 1000.0001]] {
+        assert!(solve(&timed, &rows(3), &times, &options).is_ok());
+    }
+}
+
+#[test]
+fn an_autonomous_field_is_integrated_in_tiles_wherever_time_is() {
+    for times in [[1e8, 1e8 + 1.0], [0.0, 1.0]] {
+        let recorder = Recorder::default();
+        let ode = perceptron(&VarMap::new()).options(OdeOptions {
+            activation_cache: ActivationCache::ALL,
+            recorder: Some(recorder.clone()),
+            ..Default::default()
+        });
+        ode.solve(&rows(5), &times).unwrap();
+        assert!(recorder.take().activation_bytes > 0);
+    }
+}
+
+// Times.
+
+#[test]
+fn times_of_f32_are_the_numbers_that_they_are() {
+    let single = [0.1f32, 0.7, 1.3];
+    let exact = single.map(f64::from);
+    let slice: &[f32] = &single;
+    let vector = single.to_vec();
+    let double: &[f64] = &exact;
+    let grids = [
+        single.to_grid(),
+        slice.to_grid(),
+        (&slice).to_grid(),
+        vector.to_grid(),
+        (&vector).to_grid(),
+        double.to_grid(),
+        (&double).to_grid(),
+        exact.to_vec().to_grid(),
+        (&exact.to_vec()).to_grid(),
+    ];
+    for grid in grids {
+        assert_eq!(grid.unwrap().points(), exact);
+    }
+    let options = OdeOptions::default();
+    let expected = values(&odeint(decay, &rows(3), &exact, &options).unwrap());
+    for ys in [
+        odeint(decay, &rows(3), &single, &options),
+        odeint(decay, &rows(3), slice, &options),
+        odeint(decay, &rows(3), &slice, &options),
+        odeint(decay, &rows(3), &vector, &options),
+        odeint(decay, &rows(3), &&vector, &options),
+    ] {
+        assert_eq!(values(&ys.unwrap()), expected);
+    }
+    assert!(matches!(
+        vec![0f32, f32::NAN].to_grid(),
+        Err(Error::NonFiniteTime { index: 1, .. })
+    ));
+}
+
+#[test]
+fn a_grid_that_is_not_tracked_is_a_grid_of_numbers() {
+    let points = [0.0, 0.4, 1.0];
+    let tensor = Tensor::new(&points, &Device::Cpu).unwrap();
+    let tracked = Var::from_tensor(&tensor).unwrap();
+    let recorder = Recorder::default();
+    let vars = VarMap::new();
+    let ode = perceptron(&vars).options(OdeOptions {
+        activation_cache: ActivationCache::ALL,
+        recorder: Some(recorder.clone()),
+        ..Default::default()
+    });
+    let y0 = Var::from_tensor(&rows(5)).unwrap();
+    let cotangent = scattered(&[3, 5, 2], 1.0, 1).to_dtype(DType::F32).unwrap();
+    let expected = ode.solve(y0.as_tensor(), &points).unwrap();
+    let by_numbers = recorder.take();
+    let ys = ode.solve(y0.as_tensor(), &tensor).unwrap();
+    assert_eq!(values(&ys), values(&expected));
+    // In tiles, which are the only ones to keep evaluations.
+    assert_eq!(recorder.take(), by_numbers);
+    assert!(by_numbers.activation_bytes > 0);
+
+    let solution = ode.solution(y0.as_tensor(), &tensor).unwrap();
+    assert!(solution.vjp(&cotangent).unwrap().times.is_none());
+    let solution = ode.solution(y0.as_tensor(), &tracked).unwrap();
+    assert!(solution.vjp(&cotangent).unwrap().times.is_some());
+}
+
+// Empty batches.
+
+const PLANS: [Checkpoint; 5] = [
+    Checkpoint::All,
+    Checkpoint::Every(2),
+    Checkpoint::States(2),
+    Checkpoint::Bytes(0),
+    Checkpoint::Bytes(100),
+];
+
+/// Solves from a state of these shapes in every way: outputs of their shapes, and zero gradients.
+fn check_empty<S: State + 'static, F>(
+    shapes: &[&[usize]],
+    build: impl Fn(VarBuilder<'_>) -> candle_core::Result<F> + Clone + Send + Sync + 'static,
+) where
+    F: VectorField<S> + Send + Sync + 'static,
+{
+    let ways = PLANS
+        .into_iter()
+        .flat_map(|plan| [(plan, true), (plan, false)]);
+    for (checkpoint, fusion) in ways {
+        for output in [Output::All, Output::Final] {
+            let vars = VarMap::new();
+            let (device, build) = (&Device::Cpu, build.clone());
+            let ode = NeuralOde::<S>::from_field(&vars, "f", DType::F32, device, build).unwrap();
+            let ode = ode.options(OdeOptions {
+                checkpoint,
+                fusion,
+                output,
+                activation_cache: ActivationCache::ALL,
+                ..in_steps(3)
+            });
+            let zeros = |shape: &&[usize]| Var::zeros(*shape, DType::F32, device).unwrap();
+            let y0: Vec<Var> = shapes.iter().map(zeros).collect();
+            let start = y0.iter().map(|y| y.as_tensor().clone()).collect();
+            let start = S::from_leaves(start).unwrap();
+            let times = Var::new(&[0.0, 0.5, 1.0], device).unwrap();
+            let ys = ode.solve(&start, &times).unwrap().leaves();
+            let mut loss = Tensor::new(0f32, device).unwrap();
+            for (y, shape) in ys.iter().zip(shapes) {
+                let expected = match output {
+                    Output::All => [&[3], *shape].concat(),
+                    Output::Final => shape.to_vec(),
+                };
+                assert_eq!(y.dims(), expected);
+                loss = (loss + y.sum_all().unwrap()).unwrap();
+            }
+            let grads = loss.backward().unwrap();
+            for (_, var) in all(&vars) {
+                let grad = grads.get(&var).unwrap();
+                assert_eq!(grad.dims(), var.dims());
+                assert!(values(grad).iter().all(|g| *g == 0.0));
+            }
+            for y in &y0 {
+                assert_eq!(grads.get(y).unwrap().dims(), y.dims());
+            }
+            assert_eq!(values(grads.get(&times).unwrap()), [0.0; 3]);
+            let solution = ode.solution(&start, &[0.0, 0.5, 1.0]).unwrap();
+            let pulled = solution.vjp(solution.states()).unwrap();
+            assert_eq!(pulled.y0.leaves()[0].dims(), shapes[0]);
+        }
+    }
+}
+
+#[test]
+fn an_empty_batch_has_a_solution_without_rows_and_zero_gradients() {
+    check_empty::<Tensor, _>(&[&[0, 2]], |vb| Mlp::new(&[2, 8, 2], Activation::Tanh, vb));
+    check_empty::<Tensor, _>(&[&[3, 0, 2]], |vb| {
+        Mlp::with_time(&[2, 8, 2], Activation::Tanh, vb)
+    });
+    check_empty::<(Tensor, Tensor), _>(&[&[0, 2], &[0, 1]], |vb| {
+        Cnf::new(Mlp::with_time(&[2, 8, 2], Activation::Softplus, vb)?)
+    });
+    check_empty::<Tensor, _>(&[&[0, 3, 5, 5]], |vb| {
+        ConvField::new(&[3, 4, 3], 3, Activation::Relu, vb)
+    });
+    // A layer that refuses an empty batch.
+    check_empty::<Tensor, _>(&[&[0, 2]], |vb| {
+        let l = linear(2, 2, vb)?;
+        Ok(move |_: &Time, y: &Tensor| candle_nn::ops::softmax(&l.forward(y)?, 1))
+    });
+    // Rows without a feature.
+    check_empty::<Tensor, _>(&[&[5, 0]], |_| Ok(decay));
+}
+
+#[test]
+fn a_tensor_without_an_element_is_carried_along_beside_others() {
+    let y0 = (
+        Var::from_tensor(&rows(3)).unwrap(),
+        Var::zeros((0, 4), DType::F32, &Device::Cpu).unwrap(),
+    );
+    for checkpoint in PLANS.into_iter().take(3) {
+        let options = OdeOptions {
+            checkpoint,
+            ..in_steps(3)
+        };
+        let start = (y0.0.as_tensor().clone(), y0.1.as_tensor().clone());
+        let field = |_: &Time, (z, e): &(Tensor, Tensor)| Ok((z.neg()?, (e * 2.0)?));
+        let (z, e) = odeint(field, &start, &[0.0, 0.5, 1.0], &options).unwrap();
+        assert_eq!((z.dims(), e.dims()), (&[3, 3, 2][..], &[3, 0, 4][..]));
+        let alone = odeint(decay, &start.0, &[0.0, 0.5, 1.0], &options).unwrap();
+        assert_eq!(values(&z), values(&alone));
+        let of = |ys: &Tensor| {
+            let grads = ys.sum_all().unwrap().backward().unwrap();
+            values(grads.get(&y0.0).unwrap())
+        };
+        assert_eq!(of(&z), of(&alone));
+    }
+}
+
+#[test]
+fn variables_of_a_closure_have_zero_gradients_of_an_empty_batch() {
+    let w = Var::ones((2, 2), DType::F32, &Device::Cpu).unwrap();
+    let y0 = Var::zeros((0, 2), DType::F32, &Device::Cpu).unwrap();
+    let captured = w.clone();
+    let field = move |_: &Time, y: &Tensor| y.matmul(&captured)?.tanh();
+    let ys = odeint(field, y0.as_tensor(), &[0.0, 1.0], &OdeOptions::default()).unwrap();
+    assert_eq!(ys.dims(), [2, 0, 2]);
+    let grads = ys.sum_all().unwrap().backward().unwrap();
+    assert_eq!(values(grads.get(&w).unwrap()), [0.0; 4]);
+    // What a field says against its contract it says here too.
+    let wrong = |_: &Time, y: &Tensor| y.narrow(1, 0, 1);
+    let refused = odeint(wrong, y0.as_tensor(), &[0.0, 1.0], &OdeOptions::default());
+    assert!(matches!(refused, Err(Error::ShapeChanged { .. })));
+    // And a plan that keeps nothing has no gradients of nothing.
+    let options = OdeOptions {
+        checkpoint: Checkpoint::Nothing,
+        ..Default::default()
+    };
+    let solution = solve(&decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+    let refused = solution.vjp(solution.states());
+    assert!(matches!(refused, Err(Error::NothingKept)));
+}
+
+#[test]
+fn the_mean_over_no_rows_is_nan_with_zero_gradients() {
+    let none = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let losses = [
+        RowLoss::MeanSquaredError(none(&[0, 2])),
+        RowLoss::GaussianNll,
+        RowLoss::CrossEntropy(Tensor::zeros(0, DType::U32, &Device::Cpu).unwrap()),
+    ];
+    for loss in losses {
+        let vars = VarMap::new();
+        let ode = perceptron(&vars).options(OdeOptions {
+            output: Output::Final,
+            ..Default::default()
+        });
+        let value = ode.loss(&none(&[0, 2]), &[0.0, 1.0], &loss).unwrap();
+        assert!(value.to_scalar::<f32>().unwrap().is_nan(), "{loss}");
+        let grads = value.backward().unwrap();
+        for (name, var) in all(&vars) {
+            let grad = values(grads.get(&var).unwrap());
+            assert!(grad.iter().all(|g| *g == 0.0), "{loss}: {name}");
+        }
+    }
+}
+
+// Errors out of candle.
+
+/// Every word of it: a child process of [`errors_out_of_backward_say_nothing_else`].
+#[test]
+fn the_text_of_an_error_out_of_backward_is_its_own() {
+    let y0 = Var::from_tensor(&rows(3)).unwrap();
+    let options = OdeOptions {
+        checkpoint: Checkpoint::Nothing,
+        ..Default::default()
+    };
+    let ys = odeint(decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+    let error = ys.sum_all().unwrap().backward().unwrap_err();
+    let text = "the solve kept nothing for a backward pass (Checkpoint::Nothing)";
+    assert_eq!(error.to_string(), text);
+    assert_eq!(format!("{error:?}"), text);
+    assert!(matches!(
+        Error::from_candle(&error),
+        Some(Error::NothingKept)
+    ));
+    assert_eq!(Error::from(error).to_string(), text);
+    // Overflow of a fixed scale, by a loss with a cotangent that is not finite.
+    let ys = odeint(decay, y0.as_tensor(), &[0.0, 1.0], &OdeOptions::default()).unwrap();
+    let loss = (ys.sum_all().unwrap() * f64::INFINITY).unwrap();
+    let error = loss.backward().unwrap_err();
+    assert_eq!(error.to_string(), Error::NonFiniteCotangent.to_string());
+}
+
+#[test]
+fn errors_out_of_backward_say_nothing_else() {
+    let child = "the_text_of_an_error_out_of_backward_is_its_own";
+    for backtrace in [None, Some("1"), Some("full")] {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["--exact", child])
+            .env_remove("RUST_LIB_BACKTRACE");
+        match backtrace {
+            Some(value) => command.env("RUST_BACKTRACE", value),
+            None => command.env_remove("RUST_BACKTRACE"),
+        };
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{backtrace:?}: {said}");
+        assert!(said.contains("1 passed"), "{said}");
+    }
+}
+
+// Statistics.
+
+/// What a pass forward and one backward count.
+fn counted(options: &OdeOptions, loss: bool) -> Stats {
+    let recorder = Recorder::default();
+    let vars = VarMap::new();
+    let ode = perceptron(&vars).options(OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options.clone()
+    });
+    let y0 = Var::from_tensor(&rows(70)).unwrap();
+    let loss = match loss {
+        true => ode
+            .loss(y0.as_tensor(), &[0.0, 1.0], &RowLoss::GaussianNll)
+            .unwrap(),
+        false => ode
+            .solve(y0.as_tensor(), &[0.0, 1.0])
+            .unwrap()
+            .sum_all()
+            .unwrap(),
+    };
+    loss.backward().unwrap();
+    recorder.take()
+}
+
+#[test]
+fn tiles_and_the_general_path_count_alike() {
+    let plans = [
+        Checkpoint::All,
+        Checkpoint::Every(3),
+        Checkpoint::States(3),
+        Checkpoint::Bytes(2000),
+    ];
+    for precision in [
+        Precision::f32(),
+        Precision::bf16(),
+        Precision::f32().store(DType::BF16),
+    ] {
+        for checkpoint in plans {
+            let options = |fusion| OdeOptions {
+                precision: Some(precision),
+                output: Output::Final,
+                checkpoint,
+                fusion,
+                ..in_steps(10)
+            };
+            let [tiles, general] = [true, false].map(|fusion| counted(&options(fusion), false));
+            assert_eq!(tiles, general, "{precision:?}, {checkpoint:?}");
+            assert_eq!((tiles.steps, tiles.evaluations, tiles.vjps), (10, 40, 40));
+            // In one pass, in which nothing of what is recomputed need be.
+            let at_once = counted(&options(true), true);
+            let counts = |s: &Stats| (s.steps, s.evaluations, s.vjps, s.retries);
+            assert_eq!(counts(&at_once), counts(&general));
+        }
+    }
+}
+
+#[test]
+fn pull_backs_are_those_of_the_batch_and_every_repetition() {
+    for fusion in [true, false] {
+        // Cotangents that grow beyond the room that they have.
+        let tight = DynamicScaling {
+            headroom: 1.0,
+            ..Default::default()
+        };
+        let recorder = Recorder::default();
+        let vars = VarMap::new();
+        let ode = perceptron(&vars).options(OdeOptions {
+            precision: Some(Precision::f16()),
+            scaling: Scaling::Dynamic(tight),
+            recorder: Some(recorder.clone()),
+            fusion,
+            ..in_steps(10)
+        });
+        for (_, var) in all(&vars) {
+            var.set(&(var.as_tensor() * 6.0).unwrap()).unwrap();
+        }
+        let y0 = Var::from_tensor(&(rows(70) * 0.1).unwrap()).unwrap();
+        let ys = ode.solve(y0.as_tensor(), &[0.0, 1.0]).unwrap();
+        ys.sum_all().unwrap().backward().unwrap();
+        let stats = recorder.take();
+        assert!(stats.retries > 0, "nothing was repeated");
+        assert_eq!(stats.vjps, 40 + stats.retries, "{stats:?}");
+    }
+}
+
+// Constructors.
+
+#[test]
+fn numbers_that_make_no_sense_are_refused_by_name() {
+    for n in [usize::MAX, usize::MAX / 2, 1 << 60] {
+        assert!(Density::Moons.sample(n, 0, &Device::Cpu).is_err());
+    }
+    for bandwidth in [f64::NAN, f64::INFINITY, 0.0, -1.0, 1e-200, 1e200] {
+        let refused = mmd(&rows(5), &rows(6), bandwidth);
+        assert!(
+            matches!(refused, Err(Error::Bandwidth { .. })),
+            "{bandwidth}"
+        );
+    }
+    assert!(mmd(&rows(5), &rows(6), 1e-100).unwrap().is_finite());
+    for (start, end) in [(0.0, f64::NAN), (f64::NEG_INFINITY, 0.0)] {
+        let refused = TimeGrid::linspace(start, end, 3);
+        assert!(matches!(refused, Err(Error::NonFiniteTime { .. })));
+    }
+    for times in [[0.0, f64::NAN], [0.0, f64::INFINITY], [1.0, 1.0]] {
+        let fields = vec![decay as fn(&Time, &Tensor) -> candle_core::Result<Tensor>];
+        assert!(PiecewiseConstant::new(&times, fields).is_err());
+    }
+}
+
+#[test]
+fn a_loss_scaler_comes_back_from_whatever_its_scale_was_set_to() {
+    for scale in [f64::INFINITY, f64::NAN, 0.0, -1.0, 1e300] {
+        let mut scaler = LossScaler::default();
+        scaler.scale = scale;
+        scaler.update(false);
+        assert!(scaler.scale > 0.0 && scaler.scale.is_finite(), "{scale}");
+    }
+}
