@@ -19,6 +19,9 @@ __device__ inline double cosine(double x) { return cos(x); }
 __device__ inline float complementary_error(float x) { return erfcf(x); }
 __device__ inline double complementary_error(double x) { return erfc(x); }
 
+// z, but not further from zero than the tails reach, so that their products with it are zeros, not ∞ · 0; a NaN stays one.
+template <class A> __device__ inline A bounded(A z) { return z < A(-1000) ? A(-1000) : z > A(1000) ? A(1000) : z; }
+
 template <class A> __device__ inline A sigmoid(A z) { return A(1) / (A(1) + exponential(-z)); }
 
 // σ(z), and σ'(z) in `slope`.
@@ -38,19 +41,20 @@ template <class A> __device__ inline A activate(int activation, A z, A &slope) {
         slope = sigmoid(z);
         return (z > A(0) ? z : A(0)) + logarithm_of_one_and(exponential(z > A(0) ? -z : z));
     case RELU:
-        slope = z > A(0) ? A(1) : A(0);
         // A NaN is to be seen.
+        slope = z > A(0) ? A(1) : z <= A(0) ? A(0) : z;
         return z <= A(0) ? A(0) : z;
     case SILU: {
-        const A s = sigmoid(z);
-        slope = s + z * s * (A(1) - s);
-        return z * s;
+        const A near = bounded(z), s = sigmoid(near);
+        slope = s + near * s * (A(1) - s);
+        return (z > near ? z : near) * s;
     }
     case GELU: {
-        const A normal = A(0.5) * complementary_error(-z * A(0.70710678118654752));
-        const A density = A(0.39894228040143268) * exponential(A(-0.5) * z * z);
-        slope = normal + z * density;
-        return z * normal;
+        const A near = bounded(z);
+        const A normal = A(0.5) * complementary_error(-near * A(0.70710678118654752));
+        const A density = A(0.39894228040143268) * exponential(A(-0.5) * near * near);
+        slope = normal + near * density;
+        return (z > near ? z : near) * normal;
     }
     case NONE:
         slope = A(1);
@@ -66,6 +70,7 @@ template <class A> __device__ inline A slope_of_value(int activation, A h) {
     switch (activation) {
     case TANH: return A(1) - h * h;
     case SIGMOID: return h * (A(1) - h);
-    default: return h > A(0) ? A(1) : A(0);
+    // Not positive, it is 0 or NaN.
+    default: return h > A(0) ? A(1) : h;
     }
 }

@@ -252,7 +252,9 @@ impl Sweep<'_> {
                 (a != 0.0).then(|| (step.h * a * unscale, &w[leaf]))
             });
             let b = tableau.b()[i];
-            let first = (b != 0.0).then_some((b, adj));
+            // A sum is formed in the widest dtype of its operands: with λ among them, in f64 where the
+            // state is.
+            let first = (b != 0.0 || adj.dtype() == DType::F64).then_some((b, adj));
             let terms: Vec<_> = first.into_iter().chain(later).collect();
             ops::combine(&terms, scale, rounding(leaf))
         };

@@ -7,8 +7,9 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Tensor, Var};
 
+use crate::check;
 use crate::error::Error;
-use crate::field::{Cotangents, Pullback, VectorField};
+use crate::field::{Cotangents, Leaves, Pullback, VectorField};
 use crate::state::State;
 use crate::time::Time;
 
@@ -50,26 +51,22 @@ fn seeded(k: &[Tensor], v: &[Tensor]) -> candle_core::Result<Option<Tensor>> {
     Ok(sum)
 }
 
-/// f(t, y) and its pull-back; that candle can trace neither y nor a variable is an error.
+/// f(t, y) and its pull-back.  A velocity that candle can trace to nothing has no derivative; that it
+/// changes with y all the same is an error.
 pub(crate) fn vjp<'f, S: State, F: VectorField<S> + ?Sized>(
     field: &F,
     t: &Time,
     y: &S,
 ) -> candle_core::Result<(S, Pullback<'f, S>)> {
     let traced = trace(field, t, y)?;
-    if !traced.k.iter().any(Tensor::track_op) {
-        return Err(Error::UntrackedVelocity { t: t.value() }.into());
+    if !traced.k.iter().any(Tensor::track_op) && !field.is_constant() {
+        let leaves = Leaves::<&F, S>::new(field);
+        let y = y.leaves();
+        if check::depends_on(&leaves, t, &y, 0..y.len(), 0.0)? {
+            return Err(Error::UntrackedVelocity { t: t.peek() }.into());
+        }
     }
     traced.pullback(field.parameters())
-}
-
-/// The same for a field that is declared constant: what cannot be traced has no derivative.
-pub(crate) fn vjp_of_constant<'f, S: State, F: VectorField<S> + ?Sized>(
-    field: &F,
-    t: &Time,
-    y: &S,
-) -> candle_core::Result<(S, Pullback<'f, S>)> {
-    trace(field, t, y)?.pullback(field.parameters())
 }
 
 /// One evaluation on leaves of our own.

@@ -17,6 +17,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The environment variable `CANDLE_DIFFEQ_SIMD` names no vector unit.  It is read once, when a
+    /// process first computes on the CPU.
+    #[error("the environment variable CANDLE_DIFFEQ_SIMD is {given:?}: set it to avx512, avx2 or none, or leave it unset")]
+    UnknownVectorUnit {
+        /// Its value.
+        given: String,
+    },
     /// The time grid has no point.
     #[error("the time grid is empty")]
     EmptyGrid,
@@ -226,12 +233,62 @@ pub enum Error {
         /// Time at its end.
         t: f64,
     },
-    /// candle sees no path from the velocity to the state or to a parameter, or none from a velocity
-    /// tensor to the state although it changes with it.
-    #[error("the velocity at t = {t} is not connected to what it depends on in candle's graph (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
+    /// A field or layer of [`nn`](crate::nn) was given tensors of other shapes than it has.
+    #[error("{field} needs {needs}, got {}", listed(got))]
+    FieldState {
+        /// The field or layer, with its widths.
+        field: String,
+        /// The shapes that it needs.
+        needs: String,
+        /// Shapes that were given.
+        got: Vec<Shape>,
+    },
+    /// A layer that exists does not fit where it is to stand.
+    #[error("{layer}: {tensor} is {got}, expected {expected}")]
+    LayerTensor {
+        /// The layer.
+        layer: String,
+        /// Which of its tensors.
+        tensor: &'static str,
+        /// What would do.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
+    /// The velocity changes with the state although candle sees no path between them.
+    #[error("the velocity at t = {t} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
     UntrackedVelocity {
         /// Time of the evaluation.
         t: f64,
+    },
+    /// The pull-back of a field contradicts differences of it; see
+    /// [`check_field`](crate::check_field).
+    #[error("the gradient of the field with respect to {of} at t = {t} is wrong: along a random direction candle's backward gives {pullback:.6e}, differences of the field give {differences:.6e}. Some layers of candle have no backward operation (candle_nn's LayerNorm, RmsNorm, softmax_last_dim) or a wrong one (conv1d): use nn::LayerNorm, nn::RmsNorm, nn::softmax, nn::Conv1d of candle_diffeq (docs/candle-layers.md lists all); a detach() or backward() inside the field does it, too. OdeOptions::check turns this check off")]
+    WrongPullback {
+        /// The state tensor, the parameter by its name, or time.
+        of: String,
+        /// Time of the evaluation.
+        t: f64,
+        /// The derivative as the pull-back has it, per unit of distance.
+        pullback: f64,
+        /// The same by central differences.
+        differences: f64,
+    },
+    /// Two evaluations of a field at the same point differ.
+    #[error("two evaluations of the field at the same point, t = {t}, differ in state tensor {leaf}: the backward pass would linearise another field than was solved. Switch off dropout and other random draws inside the field; a constructor of a NeuralOde is called several times and must build the same model each time: draw fixed numbers outside it, or seed them")]
+    NotDeterministic {
+        /// Index of the tensor in the state.
+        leaf: usize,
+        /// Time of the evaluations.
+        t: f64,
+    },
+    /// Precisions of arguments do not fit the arguments.
+    #[error("{given} precisions were given for {args} tensors of arguments (OdeOptions::args_precision: none, or one for each)")]
+    ArgsPrecisionCount {
+        /// Tensors among the arguments.
+        args: usize,
+        /// Precisions in the options.
+        given: usize,
     },
     /// A parameter is not of a floating-point dtype.
     #[error("parameter {name} is {dtype:?}; only floating-point parameters can be trained")]
@@ -286,12 +343,24 @@ pub enum Error {
         got: Shape,
     },
     /// A [`RowLoss`](crate::RowLoss) of states that it is no loss of.
-    #[error("{loss} is no loss of states of shapes {shapes:?}")]
+    #[error("{loss} is no loss of states of shapes {shapes:?}: it needs {needs}")]
     LossState {
         /// The loss.
         loss: String,
+        /// The states that it needs.
+        needs: &'static str,
         /// Shapes of the returned states.
         shapes: Vec<Vec<usize>>,
+    },
+    /// A class that the states have no column for.
+    #[error("row {row} is of class {class}, but states have {classes} classes, 0 to {last}", last = classes - 1)]
+    NoSuchClass {
+        /// Index of the row.
+        row: usize,
+        /// Its class.
+        class: u32,
+        /// Classes of the state.
+        classes: usize,
     },
     /// A [`RowLoss`](crate::RowLoss) of the last state, of a solve that returns all.
     #[error("{loss} looks at the last state: it needs Output::Final")]
@@ -387,6 +456,12 @@ pub enum Error {
     /// An error of candle's.
     #[error(transparent)]
     Candle(candle_core::Error),
+}
+
+/// Shapes, with words between them.
+fn listed(shapes: &[Shape]) -> String {
+    let shapes: Vec<_> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
+    shapes.join(" and ")
 }
 
 impl Error {

@@ -60,6 +60,13 @@ use crate::time::Time;
 /// assert!((grad - 3.0 * 0.5f32.exp()).abs() < 0.02);
 /// # Ok::<(), candle_diffeq::Error>(())
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a vector field over a state `{S}`",
+    label = "not a vector field",
+    note = "wrap a candle module: `autonomous(module)`",
+    note = "give the types of a closure's arguments: `move |t: &Time, y: &Tensor| …`",
+    note = "a field that is kept in candle's graph owns what it reads: clone tensors and models into the closure"
+)]
 pub trait VectorField<S: State = Tensor> {
     /// f(t, y).
     ///
@@ -74,16 +81,16 @@ pub trait VectorField<S: State = Tensor> {
     ///
     /// # Errors
     /// As [`velocity`](Self::velocity), and
-    /// [`UntrackedVelocity`](crate::Error::UntrackedVelocity) when candle sees no path from the
-    /// velocity to y or to a variable.
+    /// [`UntrackedVelocity`](crate::Error::UntrackedVelocity) when the velocity changes with y although
+    /// candle sees no path between them.
     fn vjp<'f>(&'f self, t: &Time, y: &S) -> candle_core::Result<(S, Pullback<'f, S>)> {
         autograd::vjp(self, t, y)
     }
 
     /// The parameters that [`vjp`](Self::vjp) returns gradients of, for fields that bring their
     /// own; `None` (the default) lets the solver find the variables in candle's graph, over all
-    /// evaluations.  To be implemented together with `vjp`: without it a velocity that candle cannot
-    /// trace is an error, and a gradient of a tensor that is not listed is one too.
+    /// evaluations.  To be implemented together with `vjp`: without it the solver asks candle for paths
+    /// from the velocity to the state, and a gradient of a tensor that is not listed is an error.
     fn parameters(&self) -> Option<Vec<Tensor>> {
         None
     }
@@ -93,6 +100,12 @@ pub trait VectorField<S: State = Tensor> {
     #[doc(hidden)]
     fn known(&self) -> Option<&dyn Any> {
         None
+    }
+
+    /// Whether the field is declared not to depend on the state, so that nothing is to be verified.
+    #[doc(hidden)]
+    fn is_constant(&self) -> bool {
+        false
     }
 }
 
@@ -159,13 +172,16 @@ impl<M: Module> VectorField<Tensor> for Autonomous<M> {
     }
 }
 
-/// A field that is declared to depend on nothing but time; see [`constant`].
+/// A field that is declared not to depend on the state; see [`constant`].
 #[derive(Clone, Debug)]
 pub struct Constant<F>(F);
 
-/// Declares that f depends on no state and no parameter, so that these derivatives are zero:
-/// without this, a velocity that candle cannot trace back is an error.  Time gradients see what is
-/// computed from [`Time::tensor`], as always.
+/// Declares that f does not depend on the state, whatever it computes from: the solver then does not
+/// look for a path from the velocity to y in candle's graph, nor compares with differences.  Parameters
+/// and time that f reads receive their gradients as always.
+///
+/// A velocity that is zero, or a table of times, needs no declaration.  This is for a field that does
+/// change with y and whose derivative is meant to be zero, a `detach()` for example.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -189,12 +205,133 @@ where
         (self.0)(t, y)
     }
 
-    fn vjp<'f>(&'f self, t: &Time, y: &S) -> candle_core::Result<(S, Pullback<'f, S>)> {
-        autograd::vjp_of_constant(self, t, y)
+    fn is_constant(&self) -> bool {
+        true
+    }
+}
+
+/// A field f(t, y, a) with arguments: what it reads beside time, state and parameters, such as the
+/// output of an encoder, a condition, or a number of a class.
+///
+/// Every closure `Fn(&Time, &S, &A) -> candle_core::Result<S>` is one.  A is any [`State`].  Arguments are
+/// constant over the solve, and differentiated as parameters are: the solve cuts them off their own
+/// history, sums their gradients in state dtype over all evaluations, and hands them to candle once.  A
+/// closure that captures the tensor instead takes candle back through the whole encoder at every stage.
+/// Floating-point tensors arrive in compute dtype, integers as they are.
+///
+/// See [`odeint_with`](crate::odeint_with), [`solve_with`](crate::solve_with) and
+/// [`NeuralOde::with_args`](crate::NeuralOde::with_args).
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a vector field over a state `{S}` with arguments `{A}`",
+    label = "not a vector field with arguments",
+    note = "give the types of a closure's arguments: `move |t: &Time, y: &Tensor, args: &Tensor| …`"
+)]
+pub trait FieldWithArgs<S: State, A: State> {
+    /// f(t, y, a).
+    ///
+    /// # Errors
+    /// Whatever the model's operations return.
+    fn velocity(&self, t: &Time, y: &S, args: &A) -> candle_core::Result<S>;
+
+    /// f(t, y, a) and v ↦ vᵀ∂f, as [`VectorField::vjp`]; gradients of the arguments' tensors are inserted
+    /// among those of the parameters.  By default candle's autograd over this one evaluation.
+    ///
+    /// # Errors
+    /// As [`VectorField::vjp`].
+    fn vjp<'f>(&'f self, t: &Time, y: &S, args: &A) -> candle_core::Result<(S, Pullback<'f, S>)> {
+        let bound = Bound {
+            field: self,
+            args: args.clone(),
+        };
+        autograd::vjp(&bound, t, y)
+    }
+
+    /// As [`VectorField::parameters`]; arguments need not be listed.
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        None
+    }
+
+    /// As [`VectorField::known`].
+    #[doc(hidden)]
+    fn known(&self) -> Option<&dyn Any> {
+        None
+    }
+
+    /// As [`VectorField::is_constant`].
+    #[doc(hidden)]
+    fn is_constant(&self) -> bool {
+        false
+    }
+}
+
+impl<S, A, F> FieldWithArgs<S, A> for F
+where
+    S: State,
+    A: State,
+    F: Fn(&Time, &S, &A) -> candle_core::Result<S>,
+{
+    fn velocity(&self, t: &Time, y: &S, args: &A) -> candle_core::Result<S> {
+        self(t, y, args)
+    }
+}
+
+/// A field without arguments among those that have some.
+pub(crate) struct Free<F>(pub(crate) F);
+
+impl<S: State, F: VectorField<S>> FieldWithArgs<S, ()> for Free<F> {
+    fn velocity(&self, t: &Time, y: &S, (): &()) -> candle_core::Result<S> {
+        self.0.velocity(t, y)
+    }
+
+    fn vjp<'f>(&'f self, t: &Time, y: &S, (): &()) -> candle_core::Result<(S, Pullback<'f, S>)> {
+        self.0.vjp(t, y)
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
-        Some(vec![])
+        self.0.parameters()
+    }
+
+    fn known(&self) -> Option<&dyn Any> {
+        self.0.known()
+    }
+
+    fn is_constant(&self) -> bool {
+        self.0.is_constant()
+    }
+}
+
+/// A field with the arguments of one solve.
+pub(crate) struct Bound<P, A> {
+    pub(crate) field: P,
+    pub(crate) args: A,
+}
+
+impl<S, A, P> VectorField<S> for Bound<P, A>
+where
+    S: State,
+    A: State,
+    P: std::ops::Deref<Target: FieldWithArgs<S, A>>,
+{
+    fn velocity(&self, t: &Time, y: &S) -> candle_core::Result<S> {
+        self.field.velocity(t, y, &self.args)
+    }
+
+    fn vjp<'f>(&'f self, t: &Time, y: &S) -> candle_core::Result<(S, Pullback<'f, S>)> {
+        self.field.vjp(t, y, &self.args)
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        let mut listed = self.field.parameters()?;
+        listed.extend(self.args.leaves().into_iter().filter(Tensor::is_variable));
+        Some(listed)
+    }
+
+    fn known(&self) -> Option<&dyn Any> {
+        self.field.known()
+    }
+
+    fn is_constant(&self) -> bool {
+        self.field.is_constant()
     }
 }
 
@@ -255,5 +392,9 @@ where
 
     fn known(&self) -> Option<&dyn Any> {
         self.field.known()
+    }
+
+    fn is_constant(&self) -> bool {
+        self.field.is_constant()
     }
 }

@@ -14,7 +14,7 @@ use crate::state::Packing;
 use crate::stats::Stats;
 use crate::step::Field;
 use crate::time::Time;
-use crate::trajectory::Trajectory;
+use crate::trajectory::{Checkpoint, Trajectory};
 use crate::watch::Watch;
 
 /// What the forward pass hands on.
@@ -65,7 +65,7 @@ impl Kept {
 }
 
 /// What a solve step by step holds at once.
-fn need(problem: &Problem) -> MemoryNeed {
+fn need(problem: &Problem, checkpoint: Checkpoint) -> MemoryNeed {
     let roles = &problem.scheme.roles;
     let bytes = |dtype: fn(&Roles) -> DType| {
         let leaves = problem.packing.shapes().iter().zip(roles);
@@ -79,7 +79,7 @@ fn need(problem: &Problem) -> MemoryNeed {
     };
     let (state, store) = (bytes(|roles| roles.state), bytes(|roles| roles.store.to));
     let whole = problem.packing.len() * problem.state().size_in_bytes();
-    let (restart, stored) = problem.checkpoint.most(problem.plan.len(), whole);
+    let (restart, stored) = checkpoint.most(problem.plan.len(), whole);
     MemoryNeed {
         states: restart as u128 * state + stored as u128 * store,
         returned: problem.outputs() as u128 * state,
@@ -112,17 +112,44 @@ fn nothing(problem: &Problem, field: &Field<'_>, y0: &[Tensor]) -> Result<Forwar
     })
 }
 
-/// Integrates from y0 (leaves in state precision, our own) over the whole plan.
+/// Integrates from y0 (leaves in state precision, our own) over the whole plan.  What a backward pass needs
+/// is kept if `keep` says so once the field has been evaluated; where it comes to say so later only, the
+/// pass begins anew.
 pub(crate) fn integrate(
     problem: &Problem,
     field: &Field<'_>,
     y0: Vec<Tensor>,
+    keep: &dyn Fn() -> bool,
+    stats: &mut Stats,
+) -> Result<Forward> {
+    let mut counted = Stats::default();
+    let forward = pass(problem, field, y0.clone(), keep, &mut counted)?;
+    let forgot = !forward.kept.can_rewind() && problem.checkpoint != Checkpoint::Nothing;
+    if !(forgot && keep()) {
+        stats.add(&counted);
+        return Ok(forward);
+    }
+    pass(problem, field, y0, &|| true, stats)
+}
+
+/// One pass over all steps.
+fn pass(
+    problem: &Problem,
+    field: &Field<'_>,
+    y0: Vec<Tensor>,
+    keep: &dyn Fn() -> bool,
     stats: &mut Stats,
 ) -> Result<Forward> {
     if problem.is_empty() {
         return nothing(problem, field, &y0);
     }
-    need(problem).check()?;
+    // What is not known to be kept yet is reckoned after the first step.
+    let known = keep();
+    let plan_of = |keeps| match keeps {
+        true => problem.checkpoint,
+        false => Checkpoint::Nothing,
+    };
+    need(problem, plan_of(known)).check()?;
     let Problem { scheme, plan, .. } = problem;
     let mut watch = Watch::default();
     for (leaf, y) in y0.iter().enumerate() {
@@ -146,6 +173,12 @@ pub(crate) fn integrate(
         (y, stored) = stepper.advance(field, step, &y, kept, &mut watch, stats)?;
         stats.steps += 1;
         stats.evaluations += scheme.evaluations();
+        if n == 0 && !known && keep() {
+            need(problem, problem.checkpoint).check()?;
+        } else if n == 0 && !known {
+            let roles = scheme.roles.clone();
+            trajectory = Trajectory::new(Checkpoint::Nothing, plan.len(), roles, &y)?;
+        }
         if problem.output == Output::All && step.ends_interval() {
             outputs.push(Packing::pack(&y, problem.state())?);
         }

@@ -5,8 +5,10 @@
 //! gradients.  Gradients are exact for the steps that were run, take no tape over steps, and reach
 //! the user's variables through candle's own `loss.backward()`.
 //!
-//! * [`odeint`]: a closure, solved; [`solve`]: the same without a graph.
+//! * [`odeint`]: a closure, solved; [`solve`]: the same without a graph; [`predict`]: without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
+//! * [`FieldWithArgs`]: fields with arguments, such as the output of an encoder.
+//! * [`check_field`]: a field's pull-back compared with differences, which every model is once.
 //! * [`nn`]: layers and fields; perceptrons, their flows and convolutions are integrated tile by tile on
 //!   the CPU, several times faster.
 //! * [`mmd()`], and `datasets` behind a feature: to judge continuous flows by, and to train them on.
@@ -34,26 +36,27 @@
 //! tensor operations), `precision` (dtype roles, the only place that rounds), `tableau`, `time`,
 //! `state`, `field` and `autograd` (f and its default pull-back), `piecewise` (one field after the
 //! other in time), `stats`, `watch` (for NaN); `step` (one step and its linearisation), `pullback`
-//! (checks of what one returns), `trajectory` (what is kept), `scaler`, `problem` (what both passes
-//! know), `replay` (steps one after the other, also as CUDA graphs), `integrate` (the forward loop),
-//! `accumulator` and `adjoint` (the backward sweep), `parameters` (θ), `odeint` and `neural_ode`
-//! (public entries; the node in candle's graph).
+//! (checks of the form of what one returns), `trajectory` (what is kept), `scaler`, `problem` (what both
+//! passes know), `replay` (steps one after the other, also as CUDA graphs), `integrate` (the forward loop),
+//! `accumulator` and `adjoint` (the backward sweep), `arguments` and `parameters` (θ), `check` (pull-backs
+//! against differences), `odeint` and `neural_ode` (public entries; the node in candle's graph).
 //! With the feature `cuda`, `ops` has kernels for NVIDIA GPUs and `nn` whole solves in one launch.
 //! Beside the loops over whole batches stand `simd` (kernels), `rows` (both passes over one tile of
 //! rows after the other) and [`nn`] (fields that can be integrated so).
 //!
 //! # Limits
 //!
-//! Fixed steps.  Second derivatives are not supported: gradients come back without history, so that a
-//! `backward()` on what was computed from them finds nothing, and only a cotangent that is itself
-//! tracked is an error.  A field must be deterministic; a module with dropout or batch statistics
-//! would be linearised at another point than it was evaluated.  Gradients with respect to time see
-//! what a field computes from [`Time::tensor`], not from [`Time::value`].
+//! Fixed steps.  Second derivatives are not supported: returned gradients are detached, and differentiating
+//! them silently yields none; only a cotangent that is itself tracked is an error.  A field must be
+//! deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to
+//! time see what a field computes from [`Time::tensor`], not from [`Time::value`].
 #![deny(missing_docs)]
 
 mod accumulator;
 mod adjoint;
+mod arguments;
 mod autograd;
+mod check;
 #[cfg(feature = "datasets")]
 pub mod datasets;
 mod error;
@@ -84,13 +87,16 @@ mod time;
 mod trajectory;
 mod watch;
 
+pub use check::{check_field, FieldCheck};
 pub use error::{Error, Result};
-pub use field::{autonomous, constant, Autonomous, Constant, Cotangents, Pullback, VectorField};
+pub use field::{
+    autonomous, constant, Autonomous, Constant, Cotangents, FieldWithArgs, Pullback, VectorField,
+};
 pub use loss::RowLoss;
 pub use memory::MemoryNeed;
 pub use mmd::mmd;
-pub use neural_ode::NeuralOde;
-pub use odeint::{odeint, solve, Gradients, Solution};
+pub use neural_ode::{Given, NeuralOde};
+pub use odeint::{odeint, odeint_with, predict, solve, solve_with, Gradients, Solution};
 #[doc(hidden)]
 pub use ops::internals;
 pub use piecewise::PiecewiseConstant;

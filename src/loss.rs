@@ -34,7 +34,7 @@ impl RowLoss {
     /// as candle's is, with zero gradients.
     ///
     /// # Errors
-    /// [`Error::LossState`] if these are not states that it is a loss of.
+    /// [`Error::LossState`] if these are not states that it is a loss of; [`Error::NoSuchClass`].
     pub fn of<S: State>(&self, states: &S) -> Result<Tensor> {
         let leaves = states.leaves();
         let shapes: Vec<_> = leaves.iter().map(|y| y.dims().to_vec()).collect();
@@ -55,7 +55,36 @@ impl RowLoss {
             }
             // candle's refuses it.
             Self::CrossEntropy(_) if first.elem_count() == 0 => Ok((first.sum_all()? / 0.0)?),
-            Self::CrossEntropy(classes) => Ok(cross_entropy(first, classes)?),
+            Self::CrossEntropy(classes) => {
+                self.classes(first.dim(1)?)?;
+                Ok(cross_entropy(first, classes)?)
+            }
+        }
+    }
+
+    /// The classes, where it has some, all below their number.  candle takes the largest u32 for a row
+    /// to leave out, and reads beyond the row's end for others on a GPU.
+    fn classes(&self, count: usize) -> Result<Vec<u32>> {
+        let Self::CrossEntropy(classes) = self else {
+            return Ok(vec![]);
+        };
+        let all = classes.to_vec1::<u32>()?;
+        match all.iter().position(|&class| class as usize >= count) {
+            None => Ok(all),
+            Some(row) => Err(Error::NoSuchClass {
+                row,
+                class: all[row],
+                classes: count,
+            }),
+        }
+    }
+
+    /// The states that it is a loss of, in words.
+    fn needs(&self) -> &'static str {
+        match self {
+            Self::MeanSquaredError(_) => "one tensor, of the target's shape",
+            Self::GaussianNll => "z (…, d), or z and l (…, 1) with the same rows",
+            Self::CrossEntropy(_) => "one tensor (rows, classes), and the classes (rows), U32",
         }
     }
 
@@ -78,6 +107,7 @@ impl RowLoss {
         }
         Err(Error::LossState {
             loss: self.to_string(),
+            needs: self.needs(),
             shapes: shapes.to_vec(),
         })
     }
@@ -94,7 +124,9 @@ impl RowLoss {
             false => state.dims().to_vec(),
         };
         let shapes: Vec<_> = problem.packing.shapes().iter().map(returned).collect();
-        self.fits(&shapes)
+        self.fits(&shapes)?;
+        let last = shapes[0].last().copied();
+        self.classes(last.unwrap_or(0)).map(drop)
     }
 
     /// The loss for tiles of a problem that it fits; `None` where tiles do not have it.
@@ -118,12 +150,7 @@ impl RowLoss {
                 Some(Prepared::MeanSquaredError(target))
             }
             Self::GaussianNll => Some(Prepared::GaussianNll),
-            Self::CrossEntropy(classes) => {
-                let classes = classes.to_vec1::<u32>()?;
-                // A class that is none is left to candle, which says so.
-                let fits = classes.iter().all(|class| (*class as usize) < features);
-                fits.then_some(Prepared::CrossEntropy(classes))
-            }
+            Self::CrossEntropy(_) => Some(Prepared::CrossEntropy(self.classes(features)?)),
         })
     }
 }

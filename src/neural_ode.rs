@@ -9,36 +9,47 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Module, Shape, Tensor, TensorId, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
 
+use crate::arguments::Args;
 use crate::autograd;
+use crate::check::{FieldCheck, Parameter, Rebuilt, Subject};
 use crate::error::{Error, Result};
-use crate::field::{Leaves, Pullback, VectorField};
+use crate::field::{Bound, FieldWithArgs, Free, Leaves, Pullback, VectorField};
 use crate::integrate::Forward;
 use crate::loss::RowLoss;
 use crate::nn;
-use crate::odeint::{in_graph, node, run, run_tiles, SharedField, Solution};
+use crate::odeint::{
+    in_graph, node, run, run_tiles, states, OwnedField, SharedField, Solution, Source,
+};
 use crate::parameters::{self, Observed, Theta};
 use crate::precision::{Precision, Rounding};
 use crate::problem::{OdeOptions, Problem};
 use crate::state::{Packing, State};
+use crate::step::Field;
 use crate::tableau::Tableau;
 use crate::time::{Time, Times};
 
-type Factory = dyn Fn(VarBuilder<'_>) -> candle_core::Result<SharedField> + Send + Sync;
+/// Builds the model, and hands it its arguments; without them it is only built.
+type Factory = dyn Fn(VarBuilder<'_>, Option<Vec<Tensor>>) -> candle_core::Result<Option<OwnedField>>
+    + Send
+    + Sync;
 
 /// A neural ODE y' = f_θ(t, y): a model constructor, its variables, and how to solve.
 ///
 /// θ is exactly the names that the constructor asks for under its prefix.  Several of them, and
 /// any other layers, may share one `VarMap`.
 ///
-/// The constructor is called several times: here once, which creates the variables, and up to twice
-/// at every solve.  It must build the same model each time, from nothing but the `VarBuilder`.  Build
-/// the optimiser after the `NeuralOde`: before, `vars` does not hold its variables yet.
+/// The constructor is called several times: here once, which creates the variables, up to twice at
+/// every solve and once in its backward pass, and for each parameter that is checked against differences
+/// ([`OdeOptions::check`]).  It must build the same model each time, from nothing but the `VarBuilder`.  The
+/// model itself never crosses threads, so it may be candle's `Sequential` or hold boxed modules.  Build the
+/// optimiser after the `NeuralOde`: before, `vars` does not hold its variables yet.
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Tensor};
@@ -60,25 +71,47 @@ type Factory = dyn Fn(VarBuilder<'_>) -> candle_core::Result<SharedField> + Send
 /// optimiser.backward_step(&loss)?;
 /// # Ok::<(), candle_diffeq::Error>(())
 /// ```
-pub struct NeuralOde<S = Tensor> {
+pub struct NeuralOde<S = Tensor, A = ()> {
     vars: VarMap,
     names: Vec<String>,
     device: Device,
-    factory: Box<Factory>,
+    factory: Arc<Factory>,
     packable: Option<Packable>,
     options: OdeOptions,
-    state: PhantomData<fn() -> S>,
+    /// Whether the field was compared with differences.
+    checked: AtomicBool,
+    state: PhantomData<fn() -> (S, A)>,
 }
 
 impl NeuralOde<Tensor> {
     /// A model without time, any candle `Module`.  Variables that `vars` does not hold yet are
     /// created in it, in f32.
     ///
+    /// ```
+    /// use candle_core::{DType, Device, Module, Tensor};
+    /// use candle_diffeq::NeuralOde;
+    /// use candle_nn::{linear, seq, Activation, VarMap};
+    /// let (vars, device) = (VarMap::new(), Device::Cpu);
+    /// let ode = NeuralOde::new(&vars, "f", &device, |vb| {
+    ///     let hidden = seq().add(linear(2, 16, vb.pp(0))?).add(Activation::Silu);
+    ///     Ok(hidden.add(linear(16, 2, vb.pp(1))?))
+    /// })?;
+    /// // A boxed module is called by a closure.
+    /// let boxed = NeuralOde::new(&vars, "g", &device, |vb| {
+    ///     let model: Box<dyn Module> = Box::new(linear(2, 2, vb)?);
+    ///     Ok(move |y: &Tensor| model.forward(y))
+    /// })?;
+    /// let y0 = Tensor::ones((4, 2), DType::F32, &device)?;
+    /// let y = boxed.solve(&ode.solve(&y0, &[0.0, 1.0])?.get(1)?, &[0.0, 1.0])?;
+    /// assert_eq!(y.dims(), [2, 4, 2]);
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// Of the constructor; the variables that it had created are removed again.
     pub fn new<M, B>(vars: &VarMap, prefix: &str, device: &Device, build: B) -> Result<Self>
     where
-        M: Module + Send + Sync + 'static,
+        M: Module + 'static,
         B: Fn(VarBuilder<'_>) -> candle_core::Result<M> + Send + Sync + 'static,
     {
         Self::from_field(vars, prefix, DType::F32, device, move |vb| {
@@ -117,78 +150,10 @@ impl<S: State + 'static> NeuralOde<S> {
         build: B,
     ) -> Result<Self>
     where
-        F: VectorField<S> + Send + Sync + 'static,
+        F: VectorField<S> + 'static,
         B: Fn(VarBuilder<'_>) -> candle_core::Result<F> + Send + Sync + 'static,
     {
-        let prefix = prefix.to_owned();
-        let factory = move |vb: VarBuilder<'_>| -> candle_core::Result<SharedField> {
-            let vb = if prefix.is_empty() {
-                vb
-            } else {
-                vb.pp(&prefix)
-            };
-            let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(build(vb)?)));
-            Ok(field)
-        };
-        let asked = Arc::new(Mutex::new(Asked::default()));
-        let recording = Recording {
-            vars: vars.clone(),
-            asked: asked.clone(),
-        };
-        let built = factory(VarBuilder::from_backend(
-            Box::new(recording),
-            dtype,
-            device.clone(),
-        ));
-        let asked = std::mem::take(&mut *asked.lock().unwrap_or_else(PoisonError::into_inner));
-        let field = match built {
-            Ok(field) => field,
-            Err(error) => {
-                let mut data = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
-                data.retain(|name, _| !asked.created.contains(name));
-                return Err(error.into());
-            }
-        };
-        let mut ode = Self {
-            vars: vars.clone(),
-            names: asked.names,
-            device: device.clone(),
-            factory: Box::new(factory),
-            packable: None,
-            options: OdeOptions::default(),
-            state: PhantomData,
-        };
-        let ids: Vec<_> = ode.masters()?.iter().map(|var| var.id()).collect();
-        let packable = field.known().and_then(nn::rows_of).is_some_and(|rows| {
-            // What a constructor computes from variables must be computed anew for each solve.
-            let weights = rows.weights();
-            weights.iter().all(|weight| ids.contains(&weight.id()))
-        });
-        ode.packable = packable.then_some(Packable { field, ids });
-        Ok(ode)
-    }
-
-    /// Another method.
-    pub fn method(mut self, method: Tableau) -> Self {
-        self.options.method = method;
-        self
-    }
-
-    /// Other dtype roles.
-    pub fn precision(mut self, precision: Precision) -> Self {
-        self.options.precision = Some(precision);
-        self
-    }
-
-    /// All options at once; they replace a method and a precision set before.
-    pub fn options(mut self, options: OdeOptions) -> Self {
-        self.options = options;
-        self
-    }
-
-    /// Names of the parameters in the `VarMap`, in the order in which the constructor asks.
-    pub fn parameters(&self) -> &[String] {
-        &self.names
+        Self::with_args(vars, prefix, dtype, device, move |vb| build(vb).map(Free))
     }
 
     /// The states at `times`, differentiable in y0, every parameter and, if a tracked tensor,
@@ -198,8 +163,7 @@ impl<S: State + 'static> NeuralOde<S> {
     /// As `odeint`, and those of parameters: dtype, device, or read without the constructor having
     /// asked for them.
     pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
-        let (problem, field, theta, forward, y0) = self.run(y0, times, None)?;
-        node(problem, field, theta, forward, &y0)
+        self.given(&()).solve(y0, times)
     }
 
     /// A loss of the states at `times`, a scalar of state dtype, differentiable as [`solve`](Self::solve)
@@ -230,29 +194,149 @@ impl<S: State + 'static> NeuralOde<S> {
     /// # Errors
     /// As [`solve`](Self::solve), [`Error::LossState`] and [`Error::LossOutput`].
     pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
-        let (problem, field, theta, forward, y0) = self.run(y0, times, Some(loss))?;
-        if forward.is_loss {
-            return in_graph(Arc::new(problem), field, theta, forward, &y0);
-        }
-        loss.of(&node::<S>(problem, field, theta, forward, &y0)?)
+        self.given(&()).loss(y0, times, loss)
     }
 
-    /// The same as [`solve`](Self::solve) without a graph; gradients by [`Solution::vjp`].
+    /// The same as [`solve`](Self::solve) without a graph; gradients by [`Solution::vjp`].  What these need is
+    /// kept: where none are wanted, [`predict`](Self::predict).
     ///
     /// # Errors
     /// As [`solve`](Self::solve).
     pub fn solution<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<Solution<'static, S>> {
-        let (problem, field, theta, forward, _) = self.run(y0, times, None)?;
-        let field = Leaves::<SharedField, Vec<Tensor>>::new(field);
-        Solution::new(problem, Box::new(field), theta, forward)
+        self.given(&()).solution(y0, times)
     }
 
+    /// The states at `times` for a model that is used and not trained: without gradients, and nothing is
+    /// kept, so that memory does not grow with the steps.
+    ///
+    /// # Errors
+    /// As [`solve`](Self::solve).
+    pub fn predict<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
+        self.given(&()).predict(y0, times)
+    }
+}
+
+impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
+    /// A model of time, state and arguments: the constructor returns a closure
+    /// `|t: &Time, y: &S, args: &A| …` or any other [`FieldWithArgs`].  Its solves begin with
+    /// [`given`](Self::given).
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Module, Tensor, D};
+    /// use candle_diffeq::{NeuralOde, Time};
+    /// let (vars, device) = (candle_nn::VarMap::new(), Device::Cpu);
+    /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &device);
+    /// let encoder = candle_nn::linear(5, 3, vb.pp("encoder"))?;
+    /// let ode = NeuralOde::with_args(&vars, "f", DType::F32, &device, |vb| {
+    ///     let l = candle_nn::linear(2 + 3, 2, vb)?;
+    ///     Ok(move |_: &Time, y: &Tensor, context: &Tensor| {
+    ///         l.forward(&Tensor::cat(&[y, context], D::Minus1)?)?.tanh()
+    ///     })
+    /// })?;
+    /// let context = encoder.forward(&Tensor::ones((8, 5), DType::F32, &device)?)?;
+    /// let ys = ode.given(&context).solve(&Tensor::zeros((8, 2), DType::F32, &device)?, &[0.0, 1.0])?;
+    /// let grads = ys.get(1)?.sum_all()?.backward()?;                     // one pass through the encoder
+    /// assert_eq!(vars.all_vars().iter().filter(|v| grads.get(v).is_some()).count(), 4);
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Of the constructor; the variables that it had created are removed again.
+    pub fn with_args<F, B>(
+        vars: &VarMap,
+        prefix: &str,
+        dtype: DType,
+        device: &Device,
+        build: B,
+    ) -> Result<Self>
+    where
+        F: FieldWithArgs<S, A> + 'static,
+        B: Fn(VarBuilder<'_>) -> candle_core::Result<F> + Send + Sync + 'static,
+    {
+        let prefix = prefix.to_owned();
+        let factory = move |vb: VarBuilder<'_>, args: Option<Vec<Tensor>>| {
+            let vb = if prefix.is_empty() {
+                vb
+            } else {
+                vb.pp(&prefix)
+            };
+            let field = Box::new(build(vb)?);
+            let Some(args) = args else { return Ok(None) };
+            let args = A::from_leaves(args)?;
+            let bound = Box::new(Bound { field, args });
+            let field: OwnedField = Box::new(Leaves::<Box<_>, S>::new(bound));
+            Ok(Some(field))
+        };
+        let mut asked = Undo {
+            vars: vars.clone(),
+            asked: Arc::default(),
+        };
+        let recording = Recording {
+            vars: vars.clone(),
+            asked: Arc::clone(&asked.asked),
+        };
+        let vb = VarBuilder::from_backend(Box::new(recording), dtype, device.clone());
+        // Only a field without arguments can be looked at before there are some.
+        let none = A::from_leaves(vec![]).is_ok().then(Vec::new);
+        let field = factory(vb, none)?;
+        let mut ode = Self {
+            vars: vars.clone(),
+            names: asked.keep(),
+            device: device.clone(),
+            factory: Arc::new(factory),
+            packable: None,
+            options: OdeOptions::default(),
+            checked: AtomicBool::new(false),
+            state: PhantomData,
+        };
+        let ids: Vec<_> = ode.masters()?.iter().map(|var| var.id()).collect();
+        let known = field.as_ref().and_then(|field| field.known());
+        let packable = known.and_then(nn::rows_of).is_some_and(|rows| {
+            // What a constructor computes from variables must be computed anew for each solve.
+            let weights = rows.weights();
+            weights.iter().all(|weight| ids.contains(&weight.id()))
+        });
+        let field = known.filter(|_| packable).and_then(nn::shared);
+        ode.packable = field.map(|field| Packable { field, ids });
+        Ok(ode)
+    }
+
+    /// Another method.
+    pub fn method(mut self, method: Tableau) -> Self {
+        self.options.method = method;
+        self
+    }
+
+    /// Other dtype roles.
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.options.precision = Some(precision);
+        self
+    }
+
+    /// All options at once; they replace a method and a precision set before.
+    pub fn options(mut self, options: OdeOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Names of the parameters in the `VarMap`, in the order in which the constructor asks.
+    pub fn parameters(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The model with the arguments of a solve, tracked or not; see [`FieldWithArgs`].
+    pub fn given<'a>(&'a self, args: &'a A) -> Given<'a, S, A> {
+        Given { ode: self, args }
+    }
+
+    /// Everything up to the end of the forward pass.
     fn run<T: Times + ?Sized>(
         &self,
-        y0: &S,
+        (y0, args): (&S, &A),
         times: &T,
         loss: Option<&RowLoss>,
-    ) -> Result<(Problem, SharedField, Theta, Forward, Tensor)> {
+        in_graph: bool,
+    ) -> Result<Solve> {
         let y0 = y0.leaves();
         let problem = Problem::new(&y0, times.to_grid()?, &self.options)?;
         if let Some(loss) = loss {
@@ -260,53 +344,143 @@ impl<S: State + 'static> NeuralOde<S> {
         }
         let masters = self.masters()?;
         let all = masters.iter().map(|var| var.as_tensor());
-        parameters::check(all, |i| self.names[i].clone(), problem.device())?;
+        let name = |i: usize| self.names[i].clone();
+        parameters::check_parameters(all, name, problem.device())?;
+        let args = Args::new(args.leaves(), &problem, &self.options, !in_graph)?;
         let y0 = Packing::join(&y0, problem.state())?;
+        let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
+        let keep = !in_graph || tracked || !masters.is_empty();
+        let keep = || keep;
         if let Some(field) = self.packable(&problem, &masters) {
             if let Some(forward) = run_tiles(&problem, &*field, &y0, loss)? {
                 let theta = Observed::closure(&*field, true).into_parameters();
                 let theta = Theta::copied(theta.clone(), theta);
-                return Ok((problem, field, theta, forward, y0));
+                return Ok(Solve {
+                    problem,
+                    field: Box::new(Leaves::<SharedField, Vec<Tensor>>::new(Arc::clone(&field))),
+                    source: Source::Shared(field),
+                    theta,
+                    forward,
+                    y0,
+                });
             }
         }
         let mut leaves = Vec::with_capacity(masters.len());
         let mut origin = HashMap::<TensorId, Tensor>::new();
-        for (name, master) in self.names.iter().zip(masters) {
+        for master in masters {
             let leaf = Var::from_tensor(&problem.theta.round(&master)?)?.into_inner();
             origin.insert(leaf.id(), master.into_inner());
-            leaves.push((name, leaf));
+            leaves.push(leaf);
         }
-        let build = |of: fn(&Tensor) -> Tensor| {
-            let named = leaves
-                .iter()
-                .map(|(name, leaf)| ((*name).clone(), of(leaf)));
-            let dtype = problem.theta.held;
-            (self.factory)(VarBuilder::from_tensors(
-                named.collect(),
-                dtype,
-                &self.device,
-            ))
+        for leaf in args.variables() {
+            if let Some(master) = args.master(&leaf) {
+                origin.insert(leaf.id(), master.clone());
+            }
+        }
+        let builder = Builder {
+            factory: Arc::clone(&self.factory),
+            names: self.names.clone(),
+            dtype: problem.theta.held,
+            device: self.device.clone(),
         };
-        let field = build(Tensor::clone)?;
-        let plain;
-        let observed = if field.known().is_some() {
+        let field = builder.build(&leaves, &args.leaves)?;
+        let plain = match field.known() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
-            Observed::closure(&*field, true)
-        } else {
-            plain = build(Tensor::detach)?;
-            Observed::twins(&*field, &*plain, origin.keys().copied().collect())
+            Some(_) => None,
+            None => Some(builder.build(&detached(&leaves), &detached(&args.leaves))?),
         };
+        let observed = match &plain {
+            None => Observed::closure(&*field, true),
+            Some(plain) => Observed::twins(&*field, &**plain, origin.keys().copied().collect()),
+        };
+        let checks = match self.options.check {
+            FieldCheck::Never => false,
+            FieldCheck::Once => !self.checked.load(Ordering::Relaxed),
+            FieldCheck::Always => true,
+        };
+        let checks = checks && in_graph && keep() && !problem.is_empty();
+        let observed = observed.solving(&problem, checks);
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }
-        let forward = run(&problem, &observed, &y0, loss)?;
+        let forward = run(&problem, &observed, &y0, loss, &keep)?;
+        if let (true, Some(plain)) = (checks, &plain) {
+            let of_args = args.variables().map(|leaf| Parameter {
+                name: args.name(&leaf).unwrap_or_default(),
+                tensor: leaf,
+            });
+            let parameters = self
+                .names
+                .iter()
+                .zip(&leaves)
+                .map(|(name, leaf)| Parameter {
+                    name: format!("parameter {name}"),
+                    tensor: leaf.clone(),
+                });
+            let build = |values: &[Tensor]| {
+                let (leaves, args) = values.split_at(leaves.len());
+                builder.build(leaves, args)
+            };
+            let mover = Rebuilt {
+                parameters: &[leaves.as_slice(), &args.leaves].concat(),
+                build: &build,
+            };
+            let subject = Subject {
+                field: &*field,
+                twin: &**plain,
+                parameters: parameters.chain(of_args).collect(),
+                mover: &mover,
+                reads_time: problem.grid.is_tracked(),
+                reach: observed.reach(),
+            };
+            subject.check_all(&observed.points(), problem.state(), problem.device())?;
+            self.checked.store(true, Ordering::Relaxed);
+        }
         let read = match problem.is_empty() {
             // Nothing was read: all of them have zero gradients.
-            true => leaves.into_iter().map(|(_, leaf)| leaf).collect(),
+            true => leaves.iter().cloned().chain(args.variables()).collect(),
             false => observed.into_parameters(),
         };
-        let (leaves, masters) = with_masters(read, &origin)?;
-        Ok((problem, field, Theta::copied(leaves, masters), forward, y0))
+        let (read, masters) = with_masters(read, &origin)?;
+        let args = args.leaves;
+        let rebuild = move || builder.build(&leaves, &args);
+        Ok(Solve {
+            problem,
+            field,
+            source: Source::Built(Arc::new(rebuild)),
+            theta: Theta::copied(read, masters),
+            forward,
+            y0,
+        })
+    }
+
+    /// The states, and nothing kept.
+    fn predict_given<T: Times + ?Sized>(&self, y0: &S, args: &A, times: &T) -> Result<S> {
+        let y0 = y0.leaves();
+        let problem = Problem::new(&y0, times.to_grid()?, &self.options)?.keeping_nothing();
+        let masters = self.masters()?;
+        let all = masters.iter().map(|var| var.as_tensor());
+        let name = |i: usize| self.names[i].clone();
+        parameters::check_parameters(all, name, problem.device())?;
+        let args = Args::new(args.leaves(), &problem, &self.options, false)?;
+        let y0 = Packing::join(&y0, problem.state())?;
+        if let Some(field) = self.packable(&problem, &masters) {
+            if let Some(forward) = run_tiles(&problem, &*field, &y0, None)? {
+                return states(&problem, forward);
+            }
+        }
+        let rounded = masters.iter().map(|master| problem.theta.round(master));
+        let builder = Builder {
+            factory: Arc::clone(&self.factory),
+            names: self.names.clone(),
+            dtype: problem.theta.held,
+            device: self.device.clone(),
+        };
+        let field = builder.build(
+            &rounded.collect::<Result<Vec<_>>>()?,
+            &detached(&args.leaves),
+        )?;
+        states(&problem, run(&problem, &*field, &y0, None, &|| false)?)
     }
 
     /// The field over the user's variables themselves, where a solve may read them: on the CPU, where
@@ -334,6 +508,101 @@ impl<S: State + 'static> NeuralOde<S> {
     }
 }
 
+/// A model with the arguments of its solves; see [`NeuralOde::given`].
+#[derive(Debug)]
+pub struct Given<'a, S = Tensor, A = ()> {
+    ode: &'a NeuralOde<S, A>,
+    args: &'a A,
+}
+
+impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
+    /// As [`NeuralOde::solve`]; differentiable in the arguments, too.
+    ///
+    /// # Errors
+    /// As [`NeuralOde::solve`], and [`Error::ArgsPrecisionCount`].
+    pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
+        let solve = self.ode.run((y0, self.args), times, None, true)?;
+        node(
+            solve.problem,
+            solve.source,
+            solve.theta,
+            solve.forward,
+            &solve.y0,
+        )
+    }
+
+    /// As [`NeuralOde::loss`]; differentiable in the arguments, too.
+    ///
+    /// # Errors
+    /// As [`NeuralOde::loss`], and [`Error::ArgsPrecisionCount`].
+    pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
+        let Solve {
+            problem,
+            source,
+            theta,
+            forward,
+            y0,
+            ..
+        } = self.ode.run((y0, self.args), times, Some(loss), true)?;
+        if forward.is_loss {
+            return in_graph(Arc::new(problem), source, theta, forward, &y0);
+        }
+        loss.of(&node::<S>(problem, source, theta, forward, &y0)?)
+    }
+
+    /// As [`NeuralOde::solution`]; gradients of all arguments, tracked or not, are among
+    /// [`Gradients::params`](crate::Gradients::params), under the tensors that were given.
+    ///
+    /// # Errors
+    /// As [`NeuralOde::solution`], and [`Error::ArgsPrecisionCount`].
+    pub fn solution<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<Solution<'static, S>> {
+        let solve = self.ode.run((y0, self.args), times, None, false)?;
+        Solution::new(solve.problem, solve.field, solve.theta, solve.forward)
+    }
+
+    /// As [`NeuralOde::predict`].
+    ///
+    /// # Errors
+    /// As [`NeuralOde::predict`], and [`Error::ArgsPrecisionCount`].
+    pub fn predict<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
+        self.ode.predict_given(y0, self.args, times)
+    }
+}
+
+/// A forward pass that is done, and what its backward pass needs.
+struct Solve {
+    problem: Problem,
+    field: Box<Field<'static>>,
+    source: Source,
+    theta: Theta,
+    forward: Forward,
+    y0: Tensor,
+}
+
+/// Builds the model over given values of its parameters and arguments, in any thread.
+struct Builder {
+    factory: Arc<Factory>,
+    names: Vec<String>,
+    dtype: DType,
+    device: Device,
+}
+
+impl Builder {
+    fn build(&self, parameters: &[Tensor], args: &[Tensor]) -> candle_core::Result<OwnedField> {
+        let named = self.names.iter().cloned().zip(parameters.iter().cloned());
+        let vb = VarBuilder::from_tensors(named.collect(), self.dtype, &self.device);
+        match (self.factory)(vb, Some(args.to_vec()))? {
+            Some(field) => Ok(field),
+            None => candle_core::bail!("a model was built without its arguments"),
+        }
+    }
+}
+
+/// The same tensors without history.
+fn detached(tensors: &[Tensor]) -> Vec<Tensor> {
+    tensors.iter().map(Tensor::detach).collect()
+}
+
 /// The tensors that the field reads, and the user's variables behind them.
 fn with_masters(
     leaves: Vec<Tensor>,
@@ -347,7 +616,7 @@ fn with_masters(
     Ok((leaves, masters))
 }
 
-impl<S> std::fmt::Debug for NeuralOde<S> {
+impl<S, A> std::fmt::Debug for NeuralOde<S, A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("NeuralOde")
             .field("parameters", &self.names)
@@ -400,6 +669,36 @@ struct Packable {
     field: SharedField,
     /// The variables, in the order of their names: a `VarMap` may be given others.
     ids: Vec<TensorId>,
+}
+
+/// Removes the variables that a constructor has created, unless it succeeds: not if it fails, and not if it
+/// panics.
+struct Undo {
+    vars: VarMap,
+    asked: Arc<Mutex<Asked>>,
+}
+
+impl Undo {
+    /// It succeeded: the names that it asked for.
+    fn keep(&mut self) -> Vec<String> {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *asked).names
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if asked.created.is_empty() {
+            return;
+        }
+        let mut data = self
+            .vars
+            .data()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        data.retain(|name, _| !asked.created.contains(name));
+    }
 }
 
 /// A `VarMap` that notes the names it is asked for.

@@ -1,13 +1,16 @@
 //! The public entries: a solve that is one node of candle's graph, and a solve without a graph.
 
+use std::any::TypeId;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Tensor};
 
 use crate::adjoint::{Adjoint, Sweep};
+use crate::arguments::Args;
+use crate::check::{self, FieldCheck, Subject};
 use crate::error::{Error, Result};
-use crate::field::{Leaves, VectorField};
+use crate::field::{Bound, FieldWithArgs, Leaves, VectorField};
 use crate::integrate::{integrate, Forward, Kept};
 use crate::link::{self, Handover};
 use crate::loss::RowLoss;
@@ -19,12 +22,15 @@ use crate::scaler::OnOverflow;
 use crate::state::{Packing, State};
 use crate::stats::Stats;
 use crate::step::Field;
-use crate::time::Times;
+use crate::time::{Time, TimeGrid, Times};
 use crate::trajectory::Checkpoint;
 use crate::watch::Watch;
 
 /// A field that may outlive the call and cross threads, as candle's graph asks.
 pub(crate) type SharedField = Arc<dyn VectorField<Vec<Tensor>> + Send + Sync>;
+
+/// A field that stays where it was built.
+pub(crate) type OwnedField = Box<dyn VectorField<Vec<Tensor>>>;
 
 /// Solves y' = f(t, y) from y0 and returns the states at `times`, differentiable with
 /// `loss.backward()`.
@@ -64,15 +70,108 @@ where
     F: VectorField<S> + Send + Sync + 'static,
     T: Times + ?Sized,
 {
-    let y0 = y0.leaves();
-    let problem = Problem::new(&y0, times.to_grid()?, options)?;
-    let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));
-    let y0 = Packing::join(&y0, problem.state())?;
-    let observed = Observed::closure(&*field, true);
-    let forward = run(&problem, &observed, &y0, None)?;
-    let theta = observed.into_parameters();
-    let theta = Theta::captured(theta, problem.state(), problem.device())?;
-    node(problem, field, theta, forward, &y0)
+    let bind = |_| {
+        let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));
+        Ok(field)
+    };
+    let start = (y0.leaves(), vec![], times.to_grid()?);
+    closure_in_graph(start, options, TypeId::of::<F>(), bind)
+}
+
+/// The same for a field f(t, y, a) with arguments; see [`FieldWithArgs`].
+///
+/// * `field`: a closure `|t: &Time, y: &S, args: &A| …`, or any [`FieldWithArgs`].
+/// * `args`: any [`State`], on the device of y0.  Tensors that candle tracks receive gradients, one pass
+///   through their history for the whole solve; integers are handed on as they are.
+///
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor, D};
+/// use candle_diffeq::{odeint_with, OdeOptions, Time};
+/// let vars = candle_nn::VarMap::new();
+/// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let (encoder, field) = (candle_nn::linear(5, 2, vb.pp("encoder"))?, candle_nn::linear(4, 2, vb.pp("f"))?);
+/// let context = encoder.forward(&Tensor::ones((8, 5), DType::F32, &Device::Cpu)?)?;
+/// let f = move |_: &Time, y: &Tensor, context: &Tensor| {
+///     field.forward(&Tensor::cat(&[y, context], D::Minus1)?)?.tanh()
+/// };
+/// let y0 = Tensor::zeros((8, 2), DType::F32, &Device::Cpu)?;
+/// let ys = odeint_with(f, &y0, &context, &[0.0, 1.0], &OdeOptions::default())?;
+/// let grads = ys.get(1)?.sum_all()?.backward()?;
+/// assert_eq!(vars.all_vars().iter().filter(|v| grads.get(v).is_some()).count(), 4);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`odeint`], and [`Error::ArgsPrecisionCount`].
+pub fn odeint_with<S, A, F, T>(
+    field: F,
+    y0: &S,
+    args: &A,
+    times: &T,
+    options: &OdeOptions,
+) -> Result<S>
+where
+    S: State + 'static,
+    A: State + Send + Sync + 'static,
+    F: FieldWithArgs<S, A> + Send + Sync + 'static,
+    T: Times + ?Sized,
+{
+    let bind = |leaves| {
+        let bound = Bound {
+            field: Box::new(field),
+            args: A::from_leaves(leaves)?,
+        };
+        let field: SharedField = Arc::new(Leaves::<Box<_>, S>::new(Box::new(bound)));
+        Ok(field)
+    };
+    let start = (y0.leaves(), args.leaves(), times.to_grid()?);
+    closure_in_graph(start, options, TypeId::of::<F>(), bind)
+}
+
+/// A solve of a closure of some `kind` that becomes part of candle's graph, from y0, arguments and times.
+fn closure_in_graph<S: State>(
+    (y0, args, grid): (Vec<Tensor>, Vec<Tensor>, TimeGrid),
+    options: &OdeOptions,
+    kind: TypeId,
+    bind: impl FnOnce(Vec<Tensor>) -> Result<SharedField>,
+) -> Result<S> {
+    let problem = Problem::new(&y0, grid, options)?;
+    let args = Args::new(args, &problem, options, false)?;
+    let field = bind(args.leaves.clone())?;
+    let joined = Packing::join(&y0, problem.state())?;
+    let checks = options.check != FieldCheck::Never && field.known().is_none();
+    let observed = Observed::closure(&*field, true).solving(&problem, checks);
+    let tracked = joined.track_op() || problem.grid.is_tracked() || args.is_tracked();
+    let keep = || tracked || observed.reads_variables();
+    let forward = run(&problem, &observed, &joined, None, &keep)?;
+    if checks && keep() && !problem.is_empty() {
+        let read = observed.parameters_so_far();
+        let key = check::key(kind, &[&y0, &args.leaves, &read]);
+        if options.check == FieldCheck::Always || !check::is_checked(key) {
+            let mover = check::Private {
+                field: &*field,
+                own: &args.leaves,
+            };
+            let named = |(i, p): (usize, Tensor)| check::Parameter {
+                name: args
+                    .name(&p)
+                    .unwrap_or_else(|| format!("variable {i} that the closure reads")),
+                tensor: p,
+            };
+            let subject = Subject {
+                field: &*field,
+                twin: &*field,
+                parameters: read.into_iter().enumerate().map(named).collect(),
+                mover: &mover,
+                reads_time: problem.grid.is_tracked(),
+                reach: observed.reach(),
+            };
+            subject.check_all(&observed.points(), problem.state(), problem.device())?;
+            check::note_checked(key);
+        }
+    }
+    let theta = Theta::captured(observed.into_parameters(), &args, problem.device())?;
+    node(problem, Source::Shared(field), theta, forward, &joined)
 }
 
 /// Solves without candle's graph: the field may be borrowed and need not cross threads, and
@@ -103,31 +202,127 @@ where
     F: VectorField<S> + 'f,
     T: Times + ?Sized,
 {
-    let y0 = y0.leaves();
-    let problem = Problem::new(&y0, times.to_grid()?, options)?;
-    let field: Box<Field<'f>> = Box::new(Leaves::<&'f F, S>::new(field));
+    let bind = |_| -> Result<Box<Field<'f>>> { Ok(Box::new(Leaves::<&'f F, S>::new(field))) };
+    let start = (y0.leaves(), vec![], times.to_grid()?);
+    without_graph(start, options, bind)
+}
+
+/// The same for a field with arguments; gradients of all of them, tracked or not, are among
+/// [`Gradients::params`], under the tensors that were given.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_diffeq::{solve_with, OdeOptions, Time};
+/// let field = |_: &Time, y: &Tensor, rate: &Tensor| y.broadcast_mul(rate);
+/// let (y0, rate) = (Tensor::new(&[1f64], &Device::Cpu)?, Tensor::new(0.5f64, &Device::Cpu)?);
+/// let solution = solve_with(&field, &y0, &rate, &[0.0, 1.0], &OdeOptions::default())?;
+/// let cotangent = Tensor::new(&[[0f64], [1.0]], &Device::Cpu)?;
+/// let grads = solution.vjp(&cotangent)?;
+/// let grad = grads.params.get(&rate).unwrap().to_scalar::<f64>()?;       // y = e^rate
+/// assert!((grad - 0.5f64.exp()).abs() < 2e-3);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`solve`], and [`Error::ArgsPrecisionCount`].
+pub fn solve_with<'f, S, A, F, T>(
+    field: &'f F,
+    y0: &S,
+    args: &A,
+    times: &T,
+    options: &OdeOptions,
+) -> Result<Solution<'f, S>>
+where
+    S: State + 'f,
+    A: State + 'f,
+    F: FieldWithArgs<S, A> + 'f,
+    T: Times + ?Sized,
+{
+    let bind = |leaves| -> Result<Box<Field<'f>>> {
+        let args = A::from_leaves(leaves)?;
+        let bound = Box::new(Bound { field, args });
+        Ok(Box::new(Leaves::<Box<_>, S>::new(bound)))
+    };
+    let start = (y0.leaves(), args.leaves(), times.to_grid()?);
+    without_graph(start, options, bind)
+}
+
+/// A solve without a graph, from y0, arguments and times.
+fn without_graph<'f, S: State>(
+    (y0, args, grid): (Vec<Tensor>, Vec<Tensor>, TimeGrid),
+    options: &OdeOptions,
+    bind: impl FnOnce(Vec<Tensor>) -> Result<Box<Field<'f>>>,
+) -> Result<Solution<'f, S>> {
+    let problem = Problem::new(&y0, grid, options)?;
+    let args = Args::new(args, &problem, options, true)?;
+    let field = bind(args.leaves.clone())?;
     let y0 = Packing::join(&y0, problem.state())?;
     let observed = Observed::closure(&*field, false);
-    let forward = run(&problem, &observed, &y0, None)?;
-    let theta = observed.into_parameters();
-    let theta = Theta::captured(theta, problem.state(), problem.device())?;
+    let forward = run(&problem, &observed, &y0, None, &|| true)?;
+    let theta = Theta::captured(observed.into_parameters(), &args, problem.device())?;
     Solution::new(problem, field, theta, forward)
 }
 
+/// The states at `times` without gradients: nothing is kept, so that memory does not grow with the steps.
+///
+/// Arguments, result and errors as [`solve`].  [`NeuralOde::predict`](crate::NeuralOde::predict) is the
+/// same for a model.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::{predict, OdeOptions, Output, Steps, Time};
+/// let options = OdeOptions {
+///     steps: Steps::PerInterval(1000),
+///     output: Output::Final,
+///     ..Default::default()
+/// };
+/// let y0 = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
+/// let y = predict(&|_: &Time, y: &Tensor| y.neg(), &y0, &[0.0, 1.0], &options)?;
+/// assert!((y.get(0)?.get(0)?.to_scalar::<f32>()? - (-1f32).exp()).abs() < 1e-6);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`solve`].
+pub fn predict<S, F, T>(field: &F, y0: &S, times: &T, options: &OdeOptions) -> Result<S>
+where
+    S: State,
+    F: VectorField<S>,
+    T: Times + ?Sized,
+{
+    let y0 = y0.leaves();
+    let problem = Problem::new(&y0, times.to_grid()?, options)?.keeping_nothing();
+    let field = Leaves::<&F, S>::new(field);
+    let y0 = Packing::join(&y0, problem.state())?;
+    states(&problem, run(&problem, &field, &y0, None, &|| false)?)
+}
+
+/// The returned states, without history.
+pub(crate) fn states<S: State>(problem: &Problem, forward: Forward) -> Result<S> {
+    let states = forward.packed.reshape(problem.returned())?.detach();
+    S::from_leaves(problem.packing.split(&states)?)
+}
+
 /// The forward pass from y0, joined, on a copy: the user's own may be written before backward.  A
-/// loss is formed where the field is integrated tile by tile.
+/// loss is formed where the field is integrated tile by tile.  What a backward pass needs is kept where
+/// `keep` says so.
 pub(crate) fn run(
     problem: &Problem,
     field: &Field<'_>,
     y0: &Tensor,
     loss: Option<&RowLoss>,
+    keep: &dyn Fn() -> bool,
 ) -> Result<Forward> {
     counted(problem, |stats| {
-        if let Some(forward) = advance_tiles(problem, field, y0, loss, stats)? {
+        let tiles = match field.known().is_some() && !keep() {
+            true => advance_tiles(&problem.keeping_nothing(), field, y0, loss, stats)?,
+            false => advance_tiles(problem, field, y0, loss, stats)?,
+        };
+        if let Some(forward) = tiles {
             return Ok(forward);
         }
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
-        integrate(problem, field, y0, stats)
+        integrate(problem, field, y0, keep, stats)
     })
 }
 
@@ -186,8 +381,47 @@ fn advance_tiles(
     Ok(solved.map(Forward::of_rows))
 }
 
+/// Where a backward pass takes the field from: it may run in another thread than the forward pass.
+pub(crate) enum Source {
+    /// The field that was solved.
+    Shared(SharedField),
+    /// A model that is built anew over the same tensors, so that no model has to be sent to a thread.
+    Built(Arc<dyn Fn() -> candle_core::Result<OwnedField> + Send + Sync>),
+}
+
 /// The backward pass of a solve.  `cotangent`: `(outputs, elements)`.
 fn adjoint(
+    problem: &Problem,
+    source: &Source,
+    theta: &Theta,
+    kept: &Kept,
+    cotangent: &Tensor,
+    differentiate_time: bool,
+) -> Result<Adjoint> {
+    let built;
+    let field = match (source, kept) {
+        (Source::Shared(field), _) => &**field as &Field<'_>,
+        // Tiles have packed what they need.
+        (Source::Built(_), Kept::Rows(_)) => &Unread,
+        (Source::Built(build), Kept::Steps(_)) => {
+            built = build()?;
+            &*built
+        }
+    };
+    adjoint_of(problem, field, theta, kept, cotangent, differentiate_time)
+}
+
+/// A field that nobody evaluates.
+struct Unread;
+
+impl VectorField<Vec<Tensor>> for Unread {
+    fn velocity(&self, _: &Time, _: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+        Err(Error::NothingKept.into())
+    }
+}
+
+/// The same with the field at hand.
+fn adjoint_of(
     problem: &Problem,
     field: &Field<'_>,
     theta: &Theta,
@@ -225,7 +459,7 @@ fn pull_back(
     if !kept.can_rewind() {
         return Err(Error::NothingKept);
     }
-    theta.check_unchanged(problem.state())?;
+    theta.check_unchanged()?;
     let mut watch = Watch::default();
     // Kernels that go back over all steps look for themselves.
     if matches!(kept, Kept::Steps(_)) || cotangent.device().is_cpu() {
@@ -263,20 +497,20 @@ fn pull_back(
 /// that kept nothing is a node too: its backward pass is an error, not a gradient left out.
 pub(crate) fn node<S: State>(
     problem: Problem,
-    field: SharedField,
+    source: Source,
     theta: Theta,
     forward: Forward,
     y0: &Tensor,
 ) -> Result<S> {
     let problem = Arc::new(problem);
-    let states = in_graph(Arc::clone(&problem), field, theta, forward, y0)?;
+    let states = in_graph(Arc::clone(&problem), source, theta, forward, y0)?;
     S::from_leaves(problem.packing.split(&states)?)
 }
 
 /// The same as candle holds it: the states, joined, or the loss.
 pub(crate) fn in_graph(
     problem: Arc<Problem>,
-    field: SharedField,
+    source: Source,
     theta: Theta,
     forward: Forward,
     y0: &Tensor,
@@ -286,7 +520,8 @@ pub(crate) fn in_graph(
         true => packed.reshape(())?,
         false => packed.reshape(problem.returned())?,
     };
-    let tracked = y0.track_op() || problem.grid.is_tracked() || !theta.masters.is_empty();
+    let of_theta = theta.masters.iter().any(Tensor::track_op);
+    let tracked = y0.track_op() || problem.grid.is_tracked() || of_theta;
     if !tracked {
         return Ok(result);
     }
@@ -298,7 +533,7 @@ pub(crate) fn in_graph(
     };
     let node = Node {
         problem,
-        field,
+        source,
         theta,
         handover,
         kept,
@@ -311,7 +546,7 @@ pub(crate) fn in_graph(
 /// The solve as a custom op of y0, joined, the token of θ, and t.
 struct Node {
     problem: Arc<Problem>,
-    field: SharedField,
+    source: Source,
     theta: Theta,
     handover: Handover,
     kept: Kept,
@@ -338,7 +573,7 @@ impl Node {
     ) -> Result<(Tensor, Vec<Tensor>, Vec<f64>)> {
         let Self { problem, theta, .. } = self;
         let cotangent = &cotangent.reshape(&self.shape)?;
-        let adjoint = adjoint(problem, &*self.field, theta, &self.kept, cotangent, times);
+        let adjoint = adjoint(problem, &self.source, theta, &self.kept, cotangent, times);
         match adjoint {
             Ok(adjoint) => {
                 let y0 = Packing::join(&adjoint.y0, problem.state())?;
@@ -485,7 +720,7 @@ impl<'f, S: State> Solution<'f, S> {
                 .to_dtype(problem.state())
         });
         let packed = Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 1)?;
-        let adjoint = adjoint(
+        let adjoint = adjoint_of(
             problem,
             &*self.field,
             theta,

@@ -10,10 +10,13 @@ use std::collections::HashSet;
 
 use candle_core::{DType, Device, Tensor, TensorId, Var};
 
+use crate::arguments::Args;
 use crate::autograd;
+use crate::check::{self, Point};
 use crate::error::{Error, Result};
 use crate::field::{Pullback, VectorField};
 use crate::ops;
+use crate::problem::Problem;
 use crate::step::{alike, Field};
 use crate::time::Time;
 
@@ -25,8 +28,14 @@ pub(crate) struct Observed<'f> {
     plain: Option<&'f Field<'f>>,
     /// All there are to see, if that is known.
     known: Option<HashSet<TensorId>>,
-    /// Whether a velocity that candle cannot trace is an error.
-    must_track: bool,
+    /// Whether the solve becomes part of candle's graph: then a velocity that candle cannot trace back
+    /// to the state it changes with is an error.
+    in_graph: bool,
+    /// How far a state may move for a look whether the velocity changes with it, in multiples of the
+    /// velocity.
+    reach: f64,
+    /// Evaluations whose points are noted, ascending.
+    noted: Vec<usize>,
     seen: RefCell<Seen>,
 }
 
@@ -35,16 +44,21 @@ struct Seen {
     evaluations: usize,
     ids: HashSet<TensorId>,
     variables: Vec<Tensor>,
+    points: Vec<Point>,
+    /// Which tensors of the state velocities were connected to: each pattern that was found sound.
+    connected: HashSet<Vec<bool>>,
 }
 
 impl<'f> Observed<'f> {
     /// A field that reads whatever variables it has captured.
-    pub(crate) fn closure(field: &'f Field<'f>, must_track: bool) -> Self {
+    pub(crate) fn closure(field: &'f Field<'f>, in_graph: bool) -> Self {
         Self {
             tracked: field,
             plain: None,
             known: None,
-            must_track,
+            in_graph,
+            reach: 0.0,
+            noted: vec![],
             seen: RefCell::default(),
         }
     }
@@ -62,6 +76,42 @@ impl<'f> Observed<'f> {
         }
     }
 
+    /// Of a solve of this problem; the points of some evaluations are noted if they are to be checked.
+    pub(crate) fn solving(mut self, problem: &Problem, checked: bool) -> Self {
+        let steps = problem.plan.len();
+        let points = problem.grid.points();
+        if let (Some(first), Some(last)) = (points.first(), points.last()) {
+            self.reach = (last - first).abs() / steps.max(1) as f64;
+        }
+        let all = steps.saturating_mul(problem.scheme.evaluations());
+        self.noted = match (checked, problem.graphs) {
+            (false, _) => vec![],
+            // Memory of a step that is captured as a CUDA graph belongs to the graph.
+            (true, true) => vec![0],
+            (true, false) => vec![0, all / 2, all.saturating_sub(1)],
+        };
+        self.noted.dedup();
+        self
+    }
+
+    /// The points that were noted, in the order of the evaluations.
+    pub(crate) fn points(&self) -> Vec<Point> {
+        self.seen.borrow().points.clone()
+    }
+
+    /// How far a state may move when the field is checked.
+    pub(crate) fn reach(&self) -> f64 {
+        self.reach
+    }
+
+    /// Whether a variable was read so far, or is listed by the field.
+    pub(crate) fn reads_variables(&self) -> bool {
+        match self.tracked.parameters() {
+            Some(listed) => listed.iter().any(Tensor::track_op),
+            None => !self.seen.borrow().variables.is_empty(),
+        }
+    }
+
     /// The parameters, in the order in which they were met, each once: layers may share one.
     pub(crate) fn into_parameters(self) -> Vec<Tensor> {
         let Some(mut listed) = self.tracked.parameters() else {
@@ -72,68 +122,64 @@ impl<'f> Observed<'f> {
         listed
     }
 
-    /// The first evaluation, on leaves of our own, which tells whether candle can trace the field.
-    fn first(&self, t: &Time, y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
-        let leaves = leaves(y.iter().map(Ok))?;
-        let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
-        let k = self.tracked.velocity(t, &leaves)?;
-        alike(y, &k)?;
-        if !k.iter().any(Tensor::track_op) || self.hides_its_state(t, &leaves, &k, &own)? {
-            return Err(Error::UntrackedVelocity { t: t.value() }.into());
+    /// The same, while the field is still observed.
+    pub(crate) fn parameters_so_far(&self) -> Vec<Tensor> {
+        match self.tracked.parameters() {
+            Some(listed) => listed,
+            None => self.seen.borrow().variables.clone(),
         }
-        self.note(t, &k, &own)?;
-        Ok(k)
     }
 
-    /// A later evaluation: what candle cannot trace would be an error of the backward pass, and is
-    /// one here.  The parameters may be constants; a velocity that reads nothing else is evaluated
-    /// again over variables.
-    fn later(&self, field: &Field<'_>, t: &Time, y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
-        let leaves = leaves(y.iter().map(Ok))?;
-        let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
+    /// An evaluation on leaves of our own, which tells what candle can trace the velocity to.  The
+    /// parameters may be constants; a velocity that reads nothing else is evaluated again over variables.
+    fn traced(
+        &self,
+        field: &Field<'_>,
+        t: &Time,
+        y: &[Tensor],
+    ) -> candle_core::Result<Vec<Tensor>> {
+        let leaf = |y: &Tensor| Ok(Var::from_tensor(y)?.into_inner());
+        let leaves = y
+            .iter()
+            .map(leaf)
+            .collect::<candle_core::Result<Vec<_>>>()?;
         let mut k = field.velocity(t, &leaves)?;
         alike(y, &k)?;
         if self.plain.is_some() && !k.iter().any(Tensor::track_op) {
             k = self.tracked.velocity(t, &leaves)?;
+            alike(y, &k)?;
         }
-        if !k.iter().any(Tensor::track_op) {
-            return Err(Error::UntrackedVelocity { t: t.value() }.into());
-        }
-        self.note(t, &k, &own)?;
+        let own: Vec<_> = leaves.iter().map(Tensor::id).collect();
+        let connected = self.note(t, &k, &own)?;
+        self.verify(t, y, connected)?;
         Ok(k)
     }
 
-    /// Whether a velocity tensor changes with the state although candle sees no path between them:
-    /// after a `detach`, or a `backward` inside the field.  Gradients would be silently wrong.
-    /// Costs an evaluation only where the path is missing.
-    fn hides_its_state(
-        &self,
-        t: &Time,
-        y: &[Tensor],
-        k: &[Tensor],
-        own: &HashSet<TensorId>,
-    ) -> candle_core::Result<bool> {
-        let reads = |k: &Tensor| k.sorted_nodes().iter().any(|n| own.contains(&n.id()));
-        if k.iter().all(reads) {
-            return Ok(false);
+    /// Makes sure that the velocity does not change with tensors of the state that candle cannot trace it
+    /// to: after a `detach`, or a `backward` inside the field, gradients would be silently wrong.  Every
+    /// pattern of such tensors is looked at once in a solve.
+    fn verify(&self, t: &Time, y: &[Tensor], connected: Vec<bool>) -> candle_core::Result<()> {
+        let whole = connected.iter().all(|c| *c);
+        if whole || self.tracked.is_constant() || self.seen.borrow().connected.contains(&connected)
+        {
+            return Ok(());
         }
-        let elsewhere = leaves(y.iter().map(|y| y.detach().affine(1.25, 0.25)))?;
-        let moved = self.tracked.velocity(t, &elsewhere)?;
-        for (k, moved) in k.iter().zip(&moved).filter(|(k, _)| !reads(k)) {
-            let changed = k.detach().ne(&moved.detach())?.to_dtype(DType::F32)?;
-            if changed.sum_all()?.to_scalar::<f32>()? > 0.0 {
-                return Ok(true);
-            }
+        let field = self.plain.unwrap_or(self.tracked);
+        let missing = (0..y.len()).filter(|leaf| !connected[*leaf]);
+        if check::depends_on(field, t, y, missing, self.reach)? {
+            return Err(Error::UntrackedVelocity { t: t.peek() }.into());
         }
-        Ok(false)
+        self.seen.borrow_mut().connected.insert(connected);
+        Ok(())
     }
 
-    /// Notes the variables behind k, but for the leaves of our `own`.
-    fn note(&self, t: &Time, k: &[Tensor], own: &HashSet<TensorId>) -> Result<()> {
+    /// Notes the variables behind k; which of our `own` leaves are among them.
+    fn note(&self, t: &Time, k: &[Tensor], own: &[TensorId]) -> Result<Vec<bool>> {
         let mut seen = self.seen.borrow_mut();
-        seen.evaluations += 1;
+        let mut connected = vec![false; own.len()];
         for variable in autograd::variables(k) {
-            if own.contains(&variable.id()) {
+            if let Some(leaf) = own.iter().position(|id| *id == variable.id()) {
+                connected[leaf] = true;
                 continue;
             }
             if self
@@ -141,20 +187,32 @@ impl<'f> Observed<'f> {
                 .as_ref()
                 .is_some_and(|known| !known.contains(&variable.id()))
             {
-                return Err(Error::ForeignParameter { t: t.value() });
+                return Err(Error::ForeignParameter { t: t.peek() });
             }
             if seen.ids.insert(variable.id()) {
                 seen.variables.push(variable);
             }
         }
-        Ok(())
+        Ok(connected)
+    }
+
+    /// Counts an evaluation, and keeps its point if it is wanted.
+    fn count(&self, t: &Time, y: &[Tensor]) {
+        let mut seen = self.seen.borrow_mut();
+        if self.noted.binary_search(&seen.evaluations).is_ok() {
+            seen.points.push(Point {
+                t: t.peek(),
+                y: y.iter().map(Tensor::detach).collect(),
+            });
+        }
+        seen.evaluations += 1;
     }
 
     /// An evaluation of a field that says itself what its parameters are, and need not be traced.
     fn declared(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
         let k = self.plain.unwrap_or(self.tracked).velocity(t, y)?;
         if self.plain.is_some() && k.iter().any(Tensor::track_op) {
-            return Err(Error::ForeignParameter { t: t.value() }.into());
+            return Err(Error::ForeignParameter { t: t.peek() }.into());
         }
         Ok(k)
     }
@@ -169,18 +227,18 @@ impl<'f> Observed<'f> {
 
 impl VectorField<Vec<Tensor>> for Observed<'_> {
     fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+        self.count(t, y);
         if self.tracked.parameters().is_some() {
             return self.declared(t, y);
         }
-        if self.must_track {
+        if self.in_graph {
             return match self.is_complete() {
-                _ if self.seen.borrow().evaluations == 0 => self.first(t, y),
-                true => self.later(self.plain.unwrap_or(self.tracked), t, y),
-                false => self.later(self.tracked, t, y),
+                true => self.traced(self.plain.unwrap_or(self.tracked), t, y),
+                false => self.traced(self.tracked, t, y),
             };
         }
         let k = self.tracked.velocity(t, y)?;
-        self.note(t, &k, &HashSet::new())?;
+        self.note(t, &k, &[])?;
         Ok(k)
     }
 
@@ -201,38 +259,39 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
     }
 }
 
-/// Variables of our own with these values.
-fn leaves<T: std::borrow::Borrow<Tensor>>(
-    y: impl Iterator<Item = candle_core::Result<T>>,
-) -> candle_core::Result<Vec<Tensor>> {
-    y.map(|y| Ok(Var::from_tensor(y?.borrow())?.into_inner()))
-        .collect()
-}
-
-/// θ of one solve: what the field read, and the user's variables behind it, one to one.
+/// θ of one solve: what the field read, parameters and arguments, and the user's tensors behind it, one to
+/// one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Theta {
     /// The tensors that the field reads.
     pub(crate) leaves: Vec<Tensor>,
     /// The user's; the same tensors where a closure captured them.
     pub(crate) masters: Vec<Tensor>,
-    /// All masters in one vector, as they were at the solve; only for captured ones, which could
-    /// be written before the backward pass.
-    snapshot: Option<Tensor>,
+    /// Parameters that a closure captured, and all of them in one vector, as they were at the solve:
+    /// they could be written before the backward pass.
+    captured: Option<(Vec<Tensor>, Tensor)>,
 }
 
 impl Theta {
-    /// Parameters that a closure captured.
-    pub(crate) fn captured(variables: Vec<Tensor>, state: DType, device: &Device) -> Result<Self> {
+    /// Parameters that a closure captured, and copies of its arguments.
+    pub(crate) fn captured(leaves: Vec<Tensor>, args: &Args, device: &Device) -> Result<Self> {
+        let captured = |p: &&Tensor| args.master(p).is_none();
+        let own: Vec<_> = leaves.iter().filter(captured).cloned().collect();
         let name = |i| format!("{i} of the closure");
-        check(variables.iter(), name, device)?;
-        let mut theta = Self {
-            leaves: variables.clone(),
-            masters: variables,
-            snapshot: None,
+        check_parameters(own.iter(), name, device)?;
+        let masters = leaves.iter();
+        let masters = masters
+            .map(|p| args.master(p).unwrap_or(p).clone())
+            .collect();
+        let then = match own.is_empty() {
+            true => None,
+            false => Some(in_one(&own)?.copy()?),
         };
-        theta.snapshot = theta.pack(state)?.map(|p| p.detach().copy()).transpose()?;
-        Ok(theta)
+        Ok(Self {
+            leaves,
+            masters,
+            captured: then.map(|then| (own, then)),
+        })
     }
 
     /// Private leaves, with the masters that they are copies of.
@@ -240,32 +299,20 @@ impl Theta {
         Self {
             leaves,
             masters,
-            snapshot: None,
+            captured: None,
         }
     }
 
-    /// All masters as one vector in `dtype`; `None` without parameters.
-    fn pack(&self, dtype: DType) -> Result<Option<Tensor>> {
-        if self.masters.is_empty() {
-            return Ok(None);
-        }
-        let flat = self
-            .masters
-            .iter()
-            .map(|p| p.flatten_all()?.to_dtype(dtype));
-        let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(Some(Tensor::cat(&flat, 0)?))
-    }
-
-    /// Makes sure that captured parameters still are what the solve read.
-    pub(crate) fn check_unchanged(&self, state: DType) -> Result<()> {
-        let Some(then) = &self.snapshot else {
+    /// Makes sure that captured parameters still are what the solve read, in their own dtype; NaN is as
+    /// good as any other value.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        let Some((parameters, then)) = &self.captured else {
             return Ok(());
         };
-        let Some(now) = self.pack(state)? else {
-            return Ok(());
-        };
-        let changed = then.ne(&now.detach())?.to_dtype(DType::F32)?.sum_all()?;
+        let now = in_one(parameters)?;
+        let differ = then.ne(&now)?;
+        let both_nan = (then.ne(then)? * now.ne(&now)?)?;
+        let changed = differ.gt(&both_nan)?.to_dtype(DType::F32)?.sum_all()?;
         ops::note_host_read(changed.device());
         if changed.to_scalar::<f32>()? > 0.0 {
             return Err(Error::ParametersChanged);
@@ -274,8 +321,15 @@ impl Theta {
     }
 }
 
+/// Parameters of one dtype in one vector.
+fn in_one(parameters: &[Tensor]) -> Result<Tensor> {
+    let flat = parameters.iter().map(|p| p.detach().flatten_all());
+    let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&flat, 0)?)
+}
+
 /// Parameters are floating-point, of one dtype, on the state's device; by number they have names.
-pub(crate) fn check<'p>(
+pub(crate) fn check_parameters<'p>(
     parameters: impl Iterator<Item = &'p Tensor>,
     name: impl Fn(usize) -> String,
     device: &Device,

@@ -2,9 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::check::FieldCheck;
 use crate::error::{Error, Result};
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
+use crate::simd;
 use crate::state::Packing;
 use crate::stats::Recorder;
 use crate::step::Scheme;
@@ -138,6 +140,11 @@ pub struct OdeOptions {
     pub scaling: Scaling,
     /// What happens when gradients overflow.  Default: an error.
     pub on_overflow: OnOverflow,
+    /// Dtype roles by tensor of the arguments, of which the compute dtype is the one that counts; empty or
+    /// one for each.  Default: the compute dtype of parameters.
+    pub args_precision: Vec<Precision>,
+    /// When the pull-back of the field is compared with differences.  Default: once.
+    pub check: FieldCheck,
     /// Where statistics go.  Default: nowhere.
     pub recorder: Option<Recorder>,
 }
@@ -156,6 +163,8 @@ impl Default for OdeOptions {
             graphs: false,
             scaling: Scaling::default(),
             on_overflow: OnOverflow::default(),
+            args_precision: vec![],
+            check: FieldCheck::default(),
             recorder: None,
         }
     }
@@ -185,6 +194,8 @@ pub(crate) struct Problem {
 impl Problem {
     /// Validates everything that does not need an evaluation of the field.
     pub(crate) fn new(y0: &[Tensor], grid: TimeGrid, options: &OdeOptions) -> Result<Self> {
+        // A unit that is misspelt is met before the first step, whatever the field computes with.
+        simd::unit()?;
         let Some(first) = y0.first() else {
             return Err(Error::EmptyState);
         };
@@ -256,6 +267,15 @@ impl Problem {
             recorder: options.recorder.clone().unwrap_or_default(),
             theta,
         })
+    }
+
+    /// The same solve, of which nothing is kept.
+    pub(crate) fn keeping_nothing(&self) -> Self {
+        Self {
+            checkpoint: Checkpoint::Nothing,
+            activation_cache: ActivationCache::NONE,
+            ..self.clone()
+        }
     }
 
     /// Whether states are kept as they are, so that evaluations of both passes are the same.

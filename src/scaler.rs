@@ -340,8 +340,8 @@ impl LossScaler {
         Ok((loss * self.scale)?)
     }
 
-    /// Divides the gradients of `vars` by the scale, in f32 at least, and tells whether all are
-    /// finite.  They keep their dtypes, as optimisers want them.
+    /// Divides the gradients of `vars` by the scale, and tells whether all are finite.  Those of f16 and
+    /// bf16 variables are f32 from here on: in f16 what the scale has saved would be lost again.
     ///
     /// # Errors
     /// Of candle's operations.
@@ -351,12 +351,11 @@ impl LossScaler {
             let Some(grad) = grads.remove(var) else {
                 continue;
             };
-            let dtype = grad.dtype();
-            let grad = match dtype {
+            let grad = match grad.dtype() {
                 DType::F16 | DType::BF16 => grad.to_dtype(DType::F32)?,
                 _ => grad,
             };
-            let grad = (grad.detach() / self.scale)?.to_dtype(dtype)?;
+            let grad = (grad.detach() / self.scale)?;
             finite &= ops::magnitude(&grad)?.is_finite();
             grads.insert(var, grad);
         }
@@ -383,6 +382,9 @@ impl LossScaler {
     /// The whole step: backward through the scaled loss, unscale, and let the optimiser step
     /// unless a gradient of `vars` (those that it trains) overflowed.
     ///
+    /// candle's optimisers step in the dtype of a variable, and are given its gradient in it.  Give
+    /// f16 models variables of f32 that are cast where they are read: then nothing is lost.
+    ///
     /// # Errors
     /// Of the backward pass and of the optimiser.
     pub fn backward_step(
@@ -396,6 +398,11 @@ impl LossScaler {
         self.update(finite);
         if !finite {
             return Ok(Stepped::Skipped);
+        }
+        for var in vars {
+            if let Some(grad) = grads.remove(var) {
+                grads.insert(var, grad.to_dtype(var.dtype())?);
+            }
         }
         optimiser.step(&grads)?;
         Ok(Stepped::Taken)

@@ -4,9 +4,11 @@ use candle_core::{DType, Shape, Tensor};
 
 use crate::error::{Error, Result};
 
-/// What can be integrated: `Tensor`, `Vec<Tensor>`, `[Tensor; N]`, and tuples of two or three.
+/// What can be integrated, or handed to a field as arguments: `Tensor`, `Vec<Tensor>`, `[Tensor; N]`, and
+/// tuples of two or three.
 ///
-/// The tensors ("leaves") may have different shapes and dtypes; they share a device.
+/// The tensors ("leaves") may have different shapes and dtypes; they share a device.  `()` has none: it
+/// stands for a field without arguments.
 pub trait State: Clone {
     /// The tensors, in order; clones share storage.
     fn leaves(&self) -> Vec<Tensor>;
@@ -26,6 +28,16 @@ impl State for Tensor {
     fn from_leaves(leaves: Vec<Tensor>) -> Result<Self> {
         let [leaf] = <[Tensor; 1]>::from_leaves(leaves)?;
         Ok(leaf)
+    }
+}
+
+impl State for () {
+    fn leaves(&self) -> Vec<Tensor> {
+        vec![]
+    }
+
+    fn from_leaves(leaves: Vec<Tensor>) -> Result<Self> {
+        <[Tensor; 0]>::from_leaves(leaves).map(|[]| ())
     }
 }
 

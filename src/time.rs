@@ -65,8 +65,17 @@ impl Time {
         self.value
     }
 
+    /// The value, without noting that it was read.
+    pub(crate) fn peek(&self) -> f64 {
+        self.value
+    }
+
+    /// Dtype and device of the tensor.
+    pub(crate) fn kind(&self) -> (DType, Device) {
+        (self.dtype, self.device.clone())
+    }
+
     /// Whether [`value`](Self::value) has been asked for.
-    #[cfg(feature = "cuda")]
     pub(crate) fn was_read(&self) -> bool {
         self.read.get()
     }

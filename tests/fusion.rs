@@ -1,7 +1,7 @@
 //! Solves tile by tile are the solves of the general path.
 
 use candle_core::{DType, Device, IndexOp, Module, Result, Shape, Tensor, Var};
-use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{
     odeint, Checkpoint, DynamicScaling, Error, NeuralOde, OdeOptions, Output, Precision, Recorder,
     Scaling, Stats, Steps, Time, VectorField, BOSH3, DOPRI5, EULER, RK4,
@@ -681,30 +681,65 @@ fn weights_that_are_no_variables_of_the_map_are_an_error_where_they_want_gradien
 
 #[test]
 fn parameters_follow_the_precision_that_is_theirs_though_the_state_has_another() {
-    let vars = VarMap::new();
-    mlp(&vars, &[2, 8, 2], Activation::Tanh, false, DType::F64);
-    let y0 = scattered((5, 2), DType::F64);
-    let end = |parameters: Precision| {
-        let ode = NeuralOde::from_field(&vars, "", DType::F64, &Device::Cpu, |vb| {
-            Mlp::new(&[2, 8, 2], Activation::Tanh, vb)
-        });
-        let ode = ode.unwrap().options(OdeOptions {
-            precision: Some(parameters),
-            leaf_precision: vec![Precision::f64()],
-            ..Default::default()
-        });
-        ode.solve(&y0, &[0.0, 1.0]).unwrap()
-    };
-    let cast = end(Precision::new(DType::F64, DType::F32));
-    let exact = end(Precision::f64());
-    for var in vars.all_vars() {
-        let low = var
-            .to_dtype(DType::F32)
-            .and_then(|x| x.to_dtype(DType::F64));
-        var.set(&low.unwrap()).unwrap();
+    for fusion in [true, false] {
+        for field in ["Mlp", "Cnf", "ConvField"] {
+            let vars = VarMap::new();
+            // States and gradients.
+            let end = |parameters: Precision| -> Vec<f64> {
+                let rows = [scattered((5, 2), DType::F64), scattered((5, 1), DType::F64)];
+                let image = scattered((3, 2, 3, 3), DType::F64);
+                let options = OdeOptions {
+                    fusion,
+                    precision: Some(parameters),
+                    leaf_precision: vec![Precision::f64()],
+                    ..Default::default()
+                };
+                let mlp = |vb: VarBuilder<'_>| Mlp::new(&[2, 8, 2], Activation::Tanh, vb);
+                let conv = |vb: VarBuilder<'_>| ConvField::new(&[2, 4, 2], 3, Activation::Tanh, vb);
+                let (f64, cpu) = (DType::F64, &Device::Cpu);
+                let states = match field {
+                    "Mlp" => {
+                        let ode = NeuralOde::from_field(&vars, "", f64, cpu, mlp).unwrap();
+                        ode.options(options).solve(&rows[0], &[0.0, 1.0])
+                    }
+                    "Cnf" => {
+                        let flow = move |vb: VarBuilder<'_>| Cnf::new(mlp(vb)?);
+                        let ode = NeuralOde::from_field(&vars, "", f64, cpu, flow).unwrap();
+                        let [z, l] = rows;
+                        let ode = ode.options(OdeOptions {
+                            leaf_precision: vec![Precision::f64(); 2],
+                            ..options
+                        });
+                        let states = ode.solve(&(z, l), &[0.0, 1.0]);
+                        states.and_then(|(z, l)| Ok(Tensor::cat(&[z, l], 2)?))
+                    }
+                    _ => {
+                        let ode = NeuralOde::from_field(&vars, "", f64, cpu, conv).unwrap();
+                        ode.options(options).solve(&image, &[0.0, 1.0])
+                    }
+                };
+                let states = states.unwrap();
+                let grads = states.sqr().and_then(|y| y.sum_all()?.backward()).unwrap();
+                let mut named: Vec<_> = vars.data().lock().unwrap().clone().into_iter().collect();
+                named.sort_by(|a, b| a.0.cmp(&b.0));
+                let all = named.iter().map(|(_, var)| grads.get(var).unwrap());
+                std::iter::once(&states)
+                    .chain(all)
+                    .flat_map(values)
+                    .collect()
+            };
+            let cast = end(Precision::new(DType::F64, DType::F32));
+            let exact = end(Precision::f64());
+            for var in vars.all_vars() {
+                let low = var.to_dtype(DType::F32);
+                let low = low.and_then(|x| x.to_dtype(DType::F64));
+                var.set(&low.unwrap()).unwrap();
+            }
+            let rounded = end(Precision::f64());
+            assert_eq!(cast, rounded, "{field}, fusion {fusion}");
+            assert_ne!(cast, exact, "{field}, fusion {fusion}");
+        }
     }
-    assert_eq!(values(&cast), values(&end(Precision::f64())));
-    assert_ne!(values(&cast), values(&exact));
 }
 
 #[test]

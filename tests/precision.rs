@@ -20,6 +20,7 @@ mod common {
 #[allow(dead_code)]
 mod studies;
 
+use candle_nn::Optimizer;
 use common::problem;
 
 /// Unit roundoff of f16 and bf16.
@@ -347,19 +348,36 @@ fn a_tracing_recorder_keeps_the_scales_of_a_falling_adjoint_and_a_plain_one_does
 }
 
 #[test]
-fn a_loss_scaler_divides_in_f32_whatever_the_gradient_is() {
+fn a_loss_scaler_divides_in_f32_whatever_the_gradient_is_and_leaves_it_there() {
     for dtype in [DType::F16, DType::BF16, DType::F32] {
         let w = Tensor::ones(2, dtype, &Device::Cpu).unwrap();
         let w = Var::from_tensor(&w).unwrap();
         let mut grads = candle_core::backprop::GradStore::default();
         grads.insert(&w, (w.as_detached_tensor() * 1024.0).unwrap());
-        // 2^−26 is nothing in f16, 2^−16 is something.
-        let scaler = LossScaler::new(2f64.powi(26)).unwrap();
+        // 2^−26 is nothing in f16, and neither is 2^−30.
+        let scaler = LossScaler::new(2f64.powi(40)).unwrap();
         assert!(scaler
             .unscale(&mut grads, std::slice::from_ref(&w))
             .unwrap());
         let grad = grads.get(&w).unwrap();
-        assert_eq!(grad.dtype(), dtype);
-        assert_eq!(problem::values(grad).unwrap(), [2f64.powi(-16); 2]);
+        assert_eq!(grad.dtype(), DType::F32);
+        assert_eq!(problem::values(grad).unwrap(), [2f64.powi(-30); 2]);
+    }
+}
+
+#[test]
+fn a_loss_scaler_steps_variables_of_every_dtype() {
+    for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+        let w = Tensor::ones(2, dtype, &Device::Cpu).unwrap();
+        let w = Var::from_tensor(&w).unwrap();
+        let mut sgd = candle_nn::SGD::new(vec![w.clone()], 0.25).unwrap();
+        let mut scaler = LossScaler::new(1024.0).unwrap();
+        let loss = w.as_tensor().sqr().unwrap().sum_all().unwrap();
+        let step = scaler.backward_step(&loss, std::slice::from_ref(&w), &mut sgd);
+        assert_eq!(step.unwrap(), candle_diffeq::Stepped::Taken);
+        assert_eq!(
+            (w.dtype(), problem::values(&w).unwrap()),
+            (dtype, vec![0.5; 2])
+        );
     }
 }

@@ -65,9 +65,9 @@ impl Activation {
             Self::Tanh => x.tanh(),
             Self::Sigmoid => sigmoid(x),
             Self::Softplus => x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?,
-            Self::Relu => x.relu(),
-            Self::Silu => x * sigmoid(x)?,
-            Self::Gelu => x * normal(x)?,
+            Self::Relu => relu(x),
+            Self::Silu => (near(x)? * sigmoid(x)?)? + beyond(x)?,
+            Self::Gelu => (near(x)? * normal(x)?)? + beyond(x)?,
             Self::Sin => x.sin(),
         }
     }
@@ -86,12 +86,13 @@ impl Activation {
             Self::Tanh => 1.0 - value.sqr()?,
             Self::Sigmoid => value * (1.0 - value)?,
             Self::Softplus => sigmoid(z),
-            Self::Relu => z.gt(0.0)?.to_dtype(z.dtype()),
+            // The value is 0 where it is not positive, or NaN.
+            Self::Relu => z.gt(0.0)?.where_cond(&z.ones_like()?, value),
             Self::Silu => {
                 let s = sigmoid(z)?;
-                &s * (((1.0 - &s)? * z)? + 1.0)?
+                &s * (((1.0 - &s)? * near(z)?)? + 1.0)?
             }
-            Self::Gelu => normal(z)? + (z * normal_density(z)?)?,
+            Self::Gelu => normal(z)? + (near(z)? * normal_density(z)?)?,
             Self::Sin => z.cos(),
         }
     }
@@ -105,10 +106,10 @@ impl Activation {
             Self::Relu => z.zeros_like(),
             Self::Silu => {
                 let s = sigmoid(z)?;
-                let bend = ((z * (1.0 - (&s * 2.0)?)?)? + 2.0)?;
+                let bend = ((near(z)? * (1.0 - (&s * 2.0)?)?)? + 2.0)?;
                 (&s * (1.0 - &s)?)? * bend
             }
-            Self::Gelu => normal_density(z)? * (2.0 - z.sqr()?)?,
+            Self::Gelu => normal_density(z)? * (2.0 - near(z)?.sqr()?)?,
             Self::Sin => value.neg(),
         }
     }
@@ -152,7 +153,7 @@ impl<T: Element, S: Simd> Kernel<S> for Apply<'_, T, S> {
             }
             Activation::Relu => {
                 for z in z {
-                    *z = T::where_positive(s, *z, *z);
+                    *z = T::positive_part(s, *z);
                 }
             }
             Activation::Softplus => {
@@ -167,19 +168,22 @@ impl<T: Element, S: Simd> Kernel<S> for Apply<'_, T, S> {
             }
             Activation::Silu => {
                 for (z, d) in both {
-                    let sigmoid = T::sigmoid(s, *z);
-                    let value = T::times(s, *z, sigmoid);
+                    // Where σ vanishes, its product with z does too, however large z is.
+                    let near = T::bounded(s, *z);
+                    let sigmoid = T::sigmoid(s, near);
                     // σ + zσ(1 − σ)
-                    let rest = T::less_product(s, value, sigmoid, value);
+                    let product = T::times(s, near, sigmoid);
+                    let rest = T::less_product(s, product, sigmoid, product);
                     *d = T::plus(s, sigmoid, rest);
-                    *z = value;
+                    *z = T::times(s, T::larger(s, near, *z), sigmoid);
                 }
             }
             Activation::Gelu => {
                 for (z, d) in both {
-                    let [normal, density] = T::normal(s, *z);
-                    *d = T::mul_add(s, *z, density, normal);
-                    *z = T::times(s, *z, normal);
+                    let near = T::bounded(s, *z);
+                    let [normal, density] = T::normal(s, near);
+                    *d = T::mul_add(s, near, density, normal);
+                    *z = T::times(s, T::larger(s, near, *z), normal);
                 }
             }
         }
@@ -362,7 +366,7 @@ fn kept_curvature<T: Element, S: Simd>(
     activation: Activation,
     z: T::Vector<S>,
 ) -> T::Vector<S> {
-    let two = T::splat(s, T::of(2.0));
+    let (z, two) = (T::bounded(s, z), T::splat(s, T::of(2.0)));
     match activation {
         Activation::Silu => {
             let sigmoid = T::sigmoid(s, z);
@@ -394,8 +398,32 @@ fn normal_density(x: &Tensor) -> Result<Tensor> {
     (x.sqr()? * -0.5)?.exp()? / ROOT_OF_TAU
 }
 
+/// candle's own, whose pull-back does not overflow where exp(−x) does.
 fn sigmoid(x: &Tensor) -> Result<Tensor> {
-    (x.neg()?.exp()? + 1.0)?.recip()
+    candle_nn::ops::sigmoid(x)
+}
+
+/// Beyond this the tails of the sigmoid and of the normal distribution are zero in f16 to f32, and the
+/// square is a number in f16.
+const FAR: f64 = 200.0;
+
+/// z, but not further from zero than that: its products with such tails are zeros, not ∞ · 0.
+fn near(z: &Tensor) -> Result<Tensor> {
+    z.clamp(-FAR, FAR)
+}
+
+/// What lies above the nearer part, where σ is one.
+fn beyond(z: &Tensor) -> Result<Tensor> {
+    (z - FAR)?.relu()
+}
+
+/// max(x, 0) with NaN for NaN, in value and slope; candle's has 0.
+fn relu(x: &Tensor) -> Result<Tensor> {
+    let (plain, none) = (x.detach(), x.detach().zeros_like()?);
+    let known = plain.eq(&plain)?;
+    // 1 for numbers.
+    let slope = known.where_cond(&plain.ones_like()?, &plain)?;
+    plain.le(0.0)?.where_cond(&none, &(x * slope)?)
 }
 
 #[cfg(test)]
@@ -403,6 +431,7 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
+    use crate::simd::{enter, scalars, scalars_mut, vectors};
 
     /// Numbers between −3 and 3, the same in every run.
     fn scattered(n: usize) -> Tensor {
@@ -440,6 +469,72 @@ mod tests {
                 }
             }
         }
+    }
+
+    struct LanesOfNan;
+
+    impl pulp::WithSimd for LanesOfNan {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, s: S) {
+            lanes_of_nan::<f32, S>(s);
+            lanes_of_nan::<f64, S>(s);
+        }
+    }
+
+    #[inline(always)]
+    fn lanes_of_nan<T: Element, S: Simd>(s: S) {
+        let lanes = T::lanes::<S>();
+        for (activation, at) in Activation::ALL
+            .into_iter()
+            .flat_map(|activation| (0..lanes).map(move |at| (activation, at)))
+        {
+            let mut all = [(); 3].map(|()| vectors::<T, S>(1));
+            let [z, slope, curvature] = &mut all;
+            scalars_mut::<T, S>(z).fill(T::of(0.5));
+            scalars_mut::<T, S>(z)[at] = T::of(f64::NAN);
+            // The rest of what a tile holds may be far away.
+            scalars_mut::<T, S>(z)[(at + 1) % lanes] = T::of(2e4);
+            if lanes == 1 {
+                scalars_mut::<T, S>(z)[at] = T::of(f64::NAN);
+            }
+            let expand = Expand::<T, S> {
+                activation,
+                z,
+                slope,
+                curvature: match activation.keeps_curvature() {
+                    true => curvature,
+                    false => &mut [],
+                },
+            };
+            enter(s, expand);
+            let held = 2 + usize::from(activation.keeps_curvature());
+            for x in &all[..held] {
+                for (i, x) in scalars::<T, S>(x).iter().enumerate() {
+                    assert_eq!(x.to_f64().is_nan(), i == at, "{activation:?} {x:?}");
+                }
+            }
+            let sine = scalars::<T, S>(&all[0])[(at + 1) % lanes].to_f64();
+            if activation == Activation::Sin && lanes > 1 {
+                assert!((sine - 2e4f64.sin()).abs() < 1e-6, "{sine}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_nan_stays_one_in_its_own_lane_on_every_unit() {
+        pulp::Scalar::new().vectorize(LanesOfNan);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(unit) = pulp::x86::V3::try_new() {
+                Simd::vectorize(unit, LanesOfNan);
+            }
+            if let Some(unit) = pulp::x86::V4::try_new() {
+                Simd::vectorize(unit, LanesOfNan);
+            }
+        }
+        pulp::Arch::new().dispatch(LanesOfNan);
     }
 
     #[test]

@@ -9,10 +9,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor};
 use pulp::Simd;
 
-use super::add_gradient;
 use super::linear::{matmul, sum_of_rows, transposed_matmul};
-use super::mlp::Affine;
-use super::Mlp;
+use super::{wrong_state, Mlp};
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, RowField};
@@ -89,12 +87,10 @@ impl Cnf {
         if self.fits(z.dims(), l.dims()) {
             return Ok(());
         }
-        candle_core::bail!(
-            "a Cnf of {} features needs z (…, {0}) and l (…, 1), got {:?} and {:?}",
-            self.features(),
-            z.shape(),
-            l.shape()
-        )
+        let features = self.features();
+        let field = format!("a Cnf of {features} features");
+        let needs = format!("z (…, {features}) and l (…, 1) with the same rows");
+        Err(wrong_state(field, needs, &[z, l]))
     }
 }
 
@@ -112,16 +108,13 @@ struct Evaluation {
 }
 
 impl Evaluation {
-    /// Of layers that read `input`, the features of z with or without time.
-    fn new(mlp: Mlp, input: Tensor) -> Result<Self> {
-        let (velocity, inputs, hidden) = mlp.run(input)?;
+    /// Of a perceptron [`at`](Mlp::at) a time.
+    fn new(mlp: Mlp, z: &Tensor) -> Result<Self> {
+        let (velocity, inputs, hidden) = mlp.run(z)?;
         let slope = |(z, value)| mlp.activation.slope(z, value);
         let values = hidden.iter().zip(&inputs[1..]);
         let slopes = values.map(slope).collect::<Result<Vec<_>>>()?;
-        let mut weights: Vec<_> = mlp.layers.iter().map(|l| l.weight.clone()).collect();
-        if mlp.time {
-            weights[0] = weights[0].narrow(1, 0, mlp.features())?;
-        }
+        let weights = mlp.layers.iter().map(|l| l.weight.clone()).collect();
         Ok(Self {
             trace: Trace::new(weights, slopes.clone())?,
             mlp,
@@ -139,10 +132,15 @@ impl Evaluation {
         Ok((self.velocity.clone(), k))
     }
 
-    /// vᵀ∂f of `v` = (v_z, v_l), the gradients as those of `layers`: of z and time, `(row, input)`,
-    /// and of the parameters.
-    fn pull(&self, layers: &Mlp, (v, v_l): &(Tensor, Tensor)) -> Result<(Tensor, GradStore)> {
-        let mut params = GradStore::default();
+    /// vᵀ∂f of `v` = (v_z, v_l), the gradients as those of the `layers` that were at time t: of z,
+    /// `(row, feature)`, of time, and of the parameters.
+    fn pull(
+        &self,
+        layers: &Mlp,
+        t: Option<&Tensor>,
+        (v, v_l): &(Tensor, Tensor),
+    ) -> Result<(Tensor, Option<Tensor>, GradStore)> {
+        let (mut params, mut of_time) = (GradStore::default(), None);
         let c = v_l.neg()?.reshape(((), 1))?.to_dtype(v.dtype())?;
         let bent = self.trace.pull(&c)?;
         let mut g = v.reshape(((), self.mlp.features()))?;
@@ -152,22 +150,12 @@ impl Evaluation {
                 let curvature = self.mlp.activation.curvature(z, value, slope)?;
                 g = ((g * slope)? + (curvature * &bent.slopes[l])?)?;
             }
-            let Affine { weight, bias } = &layers.layers[l];
-            if weight.track_op() {
-                let trace = &bent.weights[l];
-                let trace = trace.pad_with_zeros(1, 0, layer.inputs() - trace.dim(1)?)?;
-                add_gradient(
-                    &mut params,
-                    weight,
-                    (transposed_matmul(&g, &self.inputs[l])? + trace)?,
-                )?;
-            }
-            if bias.track_op() {
-                add_gradient(&mut params, bias, sum_of_rows(&g)?)?;
-            }
+            let weight_bar = || transposed_matmul(&g, &self.inputs[l])? + &bent.weights[l];
+            let sums = || sum_of_rows(&g);
+            of_time = layers.add_gradients(l, sums, weight_bar, t, &mut params)?;
             g = matmul(&g, &layer.weight)?;
         }
-        Ok((g, params))
+        Ok((g, of_time, params))
     }
 }
 
@@ -181,8 +169,7 @@ impl Cnf {
 impl VectorField<(Tensor, Tensor)> for Cnf {
     fn velocity(&self, t: &Time, y: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         self.check(y)?;
-        let input = self.mlp.input(t, &y.0)?;
-        Evaluation::new(self.mlp.clone(), input)?.velocities(&y.1)
+        Evaluation::new(self.mlp.at(t)?.like(&y.0)?, &y.0)?.velocities(&y.1)
     }
 
     fn vjp<'f>(
@@ -191,20 +178,15 @@ impl VectorField<(Tensor, Tensor)> for Cnf {
         y: &(Tensor, Tensor),
     ) -> Result<((Tensor, Tensor), Pullback<'f, (Tensor, Tensor)>)> {
         self.check(y)?;
-        let input = self.mlp.input(t, &y.0)?.detach();
-        let at = Evaluation::new(self.mlp.detached(), input)?;
+        let mlp = self.mlp.detached().at(t)?.detached().like(&y.0)?;
+        let at = Evaluation::new(mlp, &y.0.detach())?;
+        let t = self.mlp.time_of(t)?;
         let k = at.velocities(&y.1)?;
         let (shape, l) = (y.0.shape().clone(), y.1.detach());
         let pull = move |v: &(Tensor, Tensor)| {
-            let (g, params) = at.pull(&self.mlp, v)?;
-            let dim = self.features();
-            let t = match self.mlp.time {
-                true => Some(g.narrow(1, dim, 1)?.sum_all()?),
-                false => None,
-            };
-            let z = g.narrow(1, 0, dim)?.contiguous()?.reshape(&shape)?;
+            let (g, t, params) = at.pull(&self.mlp, t.as_ref(), v)?;
             Ok(Cotangents {
-                y: (z, l.zeros_like()?),
+                y: (g.reshape(&shape)?, l.zeros_like()?),
                 t,
                 params,
             })

@@ -8,10 +8,10 @@ use candle_nn::{Conv2d, Conv2dConfig, Init, VarBuilder};
 use pulp::Simd;
 
 use super::activation::{Apply, Pull};
-use super::add_gradient;
 use super::mlp::{numbers, with_numbers};
 use super::weights::append_totals;
 use super::Activation;
+use super::{add_gradient, wrong_state, Checked};
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, RowField, Slot, TileField};
@@ -101,16 +101,20 @@ impl Filter {
         [&self.weight, &self.bias].into_iter().chain(norm).collect()
     }
 
-    fn detach(&self) -> Self {
-        Self {
-            weight: self.weight.detach(),
-            bias: self.bias.detach(),
-            norm: self.norm.as_ref().map(|norm| Norm {
+    /// The same of other tensors.
+    fn map(&self, of: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let norm = |norm: &Norm| {
+            Ok::<_, candle_core::Error>(Norm {
                 groups: norm.groups,
-                weight: norm.weight.detach(),
-                bias: norm.bias.detach(),
-            }),
-        }
+                weight: of(&norm.weight)?,
+                bias: of(&norm.bias)?,
+            })
+        };
+        Ok(Self {
+            weight: of(&self.weight)?,
+            bias: of(&self.bias)?,
+            norm: self.norm.as_ref().map(norm).transpose()?,
+        })
     }
 }
 
@@ -129,6 +133,12 @@ fn channel_sums(x: &Tensor) -> Result<Tensor> {
 }
 
 impl Norm {
+    /// `(batch, group, its numbers)`, also of no image.
+    fn grouped(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, channels, height, width) = x.dims4()?;
+        x.reshape((batch, self.groups, channels / self.groups * height * width))
+    }
+
     /// γ n + β, and n.
     fn forward(&self, z: &Tensor) -> Result<(Tensor, Normed)> {
         // As candle_nn does: low precision is normed in f32.
@@ -136,7 +146,7 @@ impl Norm {
             DType::F16 | DType::BF16 => DType::F32,
             dtype => dtype,
         };
-        let grouped = z.to_dtype(inner)?.reshape((z.dim(0)?, self.groups, ()))?;
+        let grouped = self.grouped(&z.to_dtype(inner)?)?;
         let centred = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
         let variance = centred.sqr()?.mean_keepdim(2)?;
         let scale = (variance + EPSILON)?.sqrt()?.recip()?;
@@ -150,7 +160,7 @@ impl Norm {
     /// The cotangent of z of that of y.
     fn pull(&self, normed: &Normed, g: &Tensor) -> Result<Tensor> {
         let inner = normed.scale.dtype();
-        let grouped = |x: &Tensor| x.to_dtype(inner)?.reshape((x.dim(0)?, self.groups, ()));
+        let grouped = |x: &Tensor| self.grouped(&x.to_dtype(inner)?);
         let n = grouped(&normed.normal)?;
         let g_n = grouped(&g.broadcast_mul(&by_channel(&self.weight)?)?)?;
         let along = n.broadcast_mul(&(&g_n * &n)?.mean_keepdim(2)?)?;
@@ -216,10 +226,24 @@ impl ConvField {
     /// Layers that exist.
     ///
     /// # Errors
-    /// If the layers do not follow on each other, have no bias, or do not keep the image's size:
+    /// [`Error::LayerTensor`] if a bias is not of its outputs, or a tensor of another dtype or device
+    /// than the others.  If the layers do not follow on each other, have no bias, or do not keep the image's size:
     /// filters must be square and odd, of stride, dilation and groups 1, with padding of half
     /// their size.
     pub fn from_layers(layers: &[Conv2d], activation: Activation) -> Result<Self> {
+        let mut checked = Checked::new("ConvField::from_layers");
+        for (l, layer) in layers.iter().enumerate() {
+            let (weight, bias) = (layer.weight(), layer.bias());
+            checked.see((l, "weight"), weight, weight.rank() == 4, || {
+                "filters (outputs, inputs, size, size)".into()
+            })?;
+            let outputs = weight.dims()[0];
+            if let Some(bias) = bias {
+                checked.see((l, "bias"), bias, bias.dims() == [outputs], || {
+                    format!("[{outputs}], a number for each output")
+                })?;
+            }
+        }
         let layers = layers.iter().map(filter).collect::<Result<Vec<_>>>()?;
         let (Some(first), Some(last)) = (layers.first(), layers.last()) else {
             candle_core::bail!("a ConvField needs a layer")
@@ -242,7 +266,20 @@ impl ConvField {
         self.layers.last().map_or(0, |l| l.shape()[0])
     }
 
+    fn check(&self, y: &Tensor) -> Result<()> {
+        let channels = self.channels();
+        match y.dims() {
+            &[_, of, height, width] if of == channels && height * width > 0 => Ok(()),
+            _ => Err(wrong_state(
+                format!("a ConvField of {channels} channels"),
+                format!("y (batch, {channels}, height, width)"),
+                &[y],
+            )),
+        }
+    }
+
     fn run(&self, y: Tensor) -> Result<Evaluation> {
+        self.check(&y)?;
         let (mut x, mut inputs, mut hidden, mut normed) = (y, vec![], vec![], vec![]);
         for (l, layer) in self.layers.iter().enumerate() {
             let mut z = layer.forward(&x)?;
@@ -270,10 +307,16 @@ impl ConvField {
         })
     }
 
-    /// vᵀ∂f/∂y, and the gradients of the parameters into `params`.
-    fn pull(&self, at: &Evaluation, v: &Tensor, params: &mut GradStore) -> Result<Tensor> {
+    /// vᵀ∂f/∂y, and the gradients of the parameters into `params`, as those of the layers `of`.
+    fn pull(
+        &self,
+        of: &[Filter],
+        at: &Evaluation,
+        v: &Tensor,
+        params: &mut GradStore,
+    ) -> Result<Tensor> {
         let mut g = v.contiguous()?;
-        for (l, layer) in self.layers.iter().enumerate().rev() {
+        for (l, (layer, of)) in self.layers.iter().zip(of).enumerate().rev() {
             if let Some(z) = at.hidden.get(l) {
                 g = self.activation.pull(z, &g)?;
             }
@@ -284,17 +327,28 @@ impl ConvField {
                 }
                 Ok::<_, candle_core::Error>(())
             };
-            if let (Some(norm), Some(Some(normed))) = (&layer.norm, at.normed.get(l)) {
-                found(&norm.weight, &|| channel_sums(&(&g * &normed.normal)?))?;
-                found(&norm.bias, &|| channel_sums(&g))?;
+            if let (Some(norm), Some(of), Some(Some(normed))) =
+                (&layer.norm, &of.norm, at.normed.get(l))
+            {
+                found(&of.weight, &|| channel_sums(&(&g * &normed.normal)?))?;
+                found(&of.bias, &|| channel_sums(&g))?;
                 g = norm.pull(normed, &g)?.detach();
             }
-            found(&layer.weight, &|| weight_gradient(&at.inputs[l], &g, layer))?;
-            found(&layer.bias, &|| channel_sums(&g))?;
-            let adjoint = layer.weight.detach().transpose(0, 1)?.contiguous()?;
+            found(&of.weight, &|| weight_gradient(&at.inputs[l], &g, layer))?;
+            found(&of.bias, &|| channel_sums(&g))?;
+            let adjoint = layer.weight.transpose(0, 1)?.contiguous()?;
             g = convolve(&g, &adjoint.flip(&[2, 3])?)?;
         }
         Ok(g)
+    }
+
+    /// The same of other tensors: parameters may have a precision of their own.
+    fn map(&self, of: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| layer.map(&of));
+        Ok(Self {
+            layers: layers.collect::<Result<_>>()?,
+            ..*self
+        })
     }
 
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
@@ -345,19 +399,16 @@ impl ConvField {
 
 impl VectorField<Tensor> for ConvField {
     fn velocity(&self, _: &Time, y: &Tensor) -> Result<Tensor> {
-        self.forward(y)
+        self.map(|p| p.to_dtype(y.dtype()))?.forward(y)
     }
 
     fn vjp<'f>(&'f self, _: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
-        let plain = Self {
-            layers: self.layers.iter().map(Filter::detach).collect(),
-            ..*self
-        };
+        let plain = self.map(|p| p.detach().to_dtype(y.dtype()))?;
         let at = plain.run(y.detach())?;
         let velocity = at.velocity.clone();
         let pull = move |v: &Tensor| {
             let mut params = GradStore::default();
-            let y = self.pull(&at, v, &mut params)?;
+            let y = plain.pull(&self.layers, &at, v, &mut params)?;
             Ok(Cotangents { y, t: None, params })
         };
         Ok((velocity, Box::new(pull)))

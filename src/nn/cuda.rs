@@ -8,8 +8,7 @@ use candle_core::backprop::GradStore;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Shape, Tensor, TensorId};
 
-use super::add_gradient;
-use super::mlp::{Affine, Mlp};
+use super::mlp::Mlp;
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::field::{Cotangents, Pullback};
@@ -257,34 +256,33 @@ type Kept = (Vec<Tensor>, Vec<Tensor>);
 
 impl Mlp {
     /// f(t, y), two launches to a layer beside its product: bias and activation are one.
-    fn in_layers(&self, input: Tensor, keeps: bool) -> Result<(Tensor, Kept)> {
-        let (mut x, mut inputs, mut slopes) = (input, vec![], vec![]);
+    /// Of a field [`at`](Self::at) a time.
+    fn in_layers(&self, y: &Tensor, keeps: bool) -> Result<(Tensor, Kept)> {
+        let (mut inputs, mut slopes) = (vec![], vec![]);
+        let mut x = y.detach().reshape(((), self.features()))?;
         for (l, layer) in self.layers.iter().enumerate() {
-            let flat = x.reshape(((), layer.inputs()))?;
-            let z = flat.matmul(&layer.weight.detach().t()?)?;
-            let rows = x.dims()[..x.rank() - 1].to_vec();
-            let shape = [&rows[..], &[layer.outputs()]].concat();
+            let read = x;
+            let z = read.matmul(&layer.weight.t()?)?;
             if l + 1 < self.layers.len() {
                 let (value, slope) = activate(&z, &layer.bias, self.activation as i32, keeps)?;
                 slopes.extend(slope);
                 x = if skips(self, l) {
-                    (value + &flat)?
+                    (value + &read)?
                 } else {
                     value
                 };
             } else {
                 (x, _) = activate(&z, &layer.bias, NONE, false)?;
             }
-            x = x.reshape(shape)?;
-            inputs.push(flat);
+            inputs.push(read);
         }
-        Ok((x, (inputs, slopes)))
+        Ok((x.reshape(y.shape())?, (inputs, slopes)))
     }
 }
 
 /// f(t, y).
 pub(crate) fn velocity(mlp: &Mlp, t: &Time, y: &Tensor) -> Result<Tensor> {
-    Ok(mlp.in_layers(mlp.input(t, y)?.detach(), false)?.0)
+    Ok(mlp.detached().at(t)?.detached().in_layers(y, false)?.0)
 }
 
 /// f(t, y) and its pull-back: slopes are kept, bias gradients are summed over the batch in f32.
@@ -293,34 +291,27 @@ pub(crate) fn vjp<'f>(
     t: &Time,
     y: &Tensor,
 ) -> Result<(Tensor, Pullback<'f, Vec<Tensor>>)> {
-    let (k, (inputs, slopes)) = mlp.in_layers(mlp.input(t, y)?.detach(), true)?;
+    let (at, t) = (mlp.detached().at(t)?.detached(), mlp.time_of(t)?);
+    let (k, (inputs, slopes)) = at.in_layers(y, true)?;
     let shape: Shape = y.shape().clone();
     let pulled = move |v: &Vec<Tensor>| {
-        let mut params = GradStore::default();
+        let (mut params, mut of_time) = (GradStore::default(), None);
         let mut g = v[0].reshape(((), mlp.features()))?;
-        for (l, Affine { weight, bias }) in mlp.layers.iter().enumerate().rev() {
-            let skipped = (l + 1 < mlp.layers.len() && skips(mlp, l)).then(|| g.clone());
+        for (l, layer) in at.layers.iter().enumerate().rev() {
+            let skipped = (l + 1 < at.layers.len() && skips(&at, l)).then(|| g.clone());
             let sums;
             (g, sums) = pull(&g, slopes.get(l))?;
-            if weight.track_op() {
-                add_gradient(&mut params, weight, g.t()?.matmul(&inputs[l])?)?;
-            }
-            if bias.track_op() {
-                add_gradient(&mut params, bias, sums)?;
-            }
-            g = g.matmul(&weight.detach())?;
+            let weight_bar = || g.t()?.matmul(&inputs[l]);
+            let sums = || Ok(sums);
+            of_time = mlp.add_gradients(l, sums, weight_bar, t.as_ref(), &mut params)?;
+            g = g.matmul(&layer.weight)?;
             if let Some(skipped) = skipped {
                 g = (g + skipped)?;
             }
         }
-        let dim = mlp.features();
-        let t = match mlp.time {
-            true => Some(g.narrow(1, dim, 1)?.sum_all()?),
-            false => None,
-        };
         Ok(Cotangents {
-            y: vec![g.narrow(1, 0, dim)?.contiguous()?.reshape(&shape)?],
-            t,
+            y: vec![g.reshape(&shape)?],
+            t: of_time,
             params,
         })
     };

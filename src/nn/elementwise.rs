@@ -40,8 +40,8 @@ impl CustomOp1 for Value {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let out = match x {
-            CpuStorage::F32(x) => CpuStorage::F32(run(self.0, numbers(x, layout)?, None)),
-            CpuStorage::F64(x) => CpuStorage::F64(run(self.0, numbers(x, layout)?, None)),
+            CpuStorage::F32(x) => CpuStorage::F32(run(self.0, numbers(x, layout)?, None)?),
+            CpuStorage::F64(x) => CpuStorage::F64(run(self.0, numbers(x, layout)?, None)?),
             _ => candle_core::bail!("an activation of numbers that are neither f32 nor f64"),
         };
         Ok((out, layout.shape().clone()))
@@ -72,11 +72,11 @@ impl CustomOp2 for Pull {
         let out = match (x, g) {
             (CpuStorage::F32(x), CpuStorage::F32(g)) => {
                 let g = Some(numbers(g, g_layout)?);
-                CpuStorage::F32(run(self.0, numbers(x, x_layout)?, g))
+                CpuStorage::F32(run(self.0, numbers(x, x_layout)?, g)?)
             }
             (CpuStorage::F64(x), CpuStorage::F64(g)) => {
                 let g = Some(numbers(g, g_layout)?);
-                CpuStorage::F64(run(self.0, numbers(x, x_layout)?, g))
+                CpuStorage::F64(run(self.0, numbers(x, x_layout)?, g)?)
             }
             _ => candle_core::bail!("a cotangent of another dtype than its activation"),
         };
@@ -87,18 +87,21 @@ impl CustomOp2 for Pull {
 /// The numbers of a contiguous operand.
 pub(super) fn numbers<'a, T>(x: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
+        // The offset of an empty part may lie behind the end.
+        Some((start, end)) if start == end => Ok(&[]),
         Some((start, end)) => Ok(&x[start..end]),
         None => candle_core::bail!("a fused operation of a tensor that is not contiguous"),
     }
 }
 
 /// σ(x), or σ'(x) g where g is given.
-fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Vec<T> {
+fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Result<Vec<T>> {
+    let unit = unit()?;
     let mut out = vec![T::default(); x.len()];
     let chunk = |(i, out): (usize, &mut [T])| {
         let part = |all: &'_ [T]| -> (usize, usize) { (i * CHUNK, all.len().min((i + 1) * CHUNK)) };
         let (from, to) = part(x);
-        unit().dispatch(Job {
+        unit.dispatch(Job {
             activation,
             x: &x[from..to],
             g: g.map(|g| &g[from..to]),
@@ -110,7 +113,7 @@ fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Vec<T> {
     } else {
         out.par_chunks_mut(CHUNK).enumerate().for_each(chunk);
     }
-    out
+    Ok(out)
 }
 
 /// One chunk.

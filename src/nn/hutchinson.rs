@@ -1,12 +1,12 @@
 //! A continuous normalising flow of any field that pushes tangents forward, its trace estimated.
 
-use candle_core::{Result, Tensor, D};
+use candle_core::{DType, Result, Tensor, D};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
 use super::spread::{row_sums, spread};
-use super::Mlp;
+use super::{wrong_state, Mlp};
 use crate::field::VectorField;
 use crate::time::Time;
 
@@ -52,14 +52,14 @@ where
 
 impl Jvp for Mlp {
     fn jvp(&self, t: &Time, z: &Tensor, tangent: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.check(z)?;
+        self.check(tangent)?;
         let last = self.layers.len() - 1;
-        let mut x = self.input(t, z)?;
-        x = x.reshape(((), x.dim(D::Minus1)?))?;
+        let mut x = z.reshape(((), self.features()))?;
         let mut e = tangent.reshape(((), self.features()))?;
-        for (l, layer) in self.layers.iter().enumerate() {
-            // Time has no tangent.
-            let read = layer.weight.narrow(1, 0, e.dim(1)?)?;
-            let ahead = e.matmul(&read.t()?)?;
+        // Time has no tangent.
+        for (l, layer) in self.at(t)?.layers.iter().enumerate() {
+            let ahead = e.matmul(&layer.weight.t()?)?;
             let bias = spread(&layer.bias, x.dim(0)?)?;
             let sum = (x.matmul(&layer.weight.t()?)? + bias)?;
             let (value, ahead) = match l == last {
@@ -126,20 +126,32 @@ impl<G: Jvp> VectorField<(Tensor, Tensor, Tensor)> for Hutchinson<G> {
         let rows = |x: &Tensor| x.dims().split_last().map(|(_, rows)| rows.to_vec());
         let thin = l.dims().last() == Some(&1);
         if z.dims() != probe.dims() || rows(z) != rows(l) || !thin {
-            candle_core::bail!(
-                "a Hutchinson flow needs z and its probe (…, features) and l (…, 1), got {:?}, {:?} and {:?}",
-                z.shape(),
-                probe.shape(),
-                l.shape()
-            )
+            let needs =
+                "z and its probe (…, features) and l (…, 1) with the same rows, (z, l, probe)";
+            let got = [z, l, probe];
+            return Err(wrong_state("a Hutchinson flow".into(), needs.into(), &got));
         }
         let probe = probe.detach();
         let (k, tangent) = self.field.jvp(t, z, &probe)?;
         let products = (tangent.to_dtype(l.dtype())? * probe.to_dtype(l.dtype())?)?;
         let products = products.reshape(((), z.dim(D::Minus1)?))?;
         let trace = row_sums(&products)?.reshape(l.shape())?;
+        let trace = beside(&trace, z)?;
         Ok((k, trace.neg()?, probe.zeros_like()?))
     }
+}
+
+/// `trace`, of which candle sees a path to z, of slope zero.
+///
+/// Where the field is linear, or linear in pieces as with ReLU, ∂g/∂z does not change with z, and the
+/// trace has no path of its own: which is right, and not a path that was lost.
+fn beside(trace: &Tensor, z: &Tensor) -> Result<Tensor> {
+    if z.elem_count() == 0 {
+        return Ok(trace.clone());
+    }
+    let column = z.narrow(D::Minus1, 0, 1)?.to_dtype(trace.dtype())?;
+    let always = Tensor::ones(trace.shape(), DType::U8, trace.device())?;
+    always.where_cond(trace, &column)
 }
 
 /// Distributions of probes, of mean 0 and covariance 1.

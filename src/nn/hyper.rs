@@ -4,7 +4,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 use candle_nn::{Linear, Module, VarBuilder};
 
-use super::Activation;
+use super::{coefficients, wrong_state, Activation};
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::time::Time;
 
@@ -77,21 +77,28 @@ impl HyperCnf {
                 return Ok(());
             }
         }
-        candle_core::bail!(
-            "a HyperCnf of {} features needs z (…, {0}) and l (…, 1), got {:?} and {:?}",
-            self.features,
-            z.shape(),
-            l.shape()
-        )
+        let field = format!("a HyperCnf of {} features", self.features);
+        let needs = format!("z (…, {}) and l (…, 1) with the same rows", self.features);
+        Err(wrong_state(field, needs, &[z, l]))
     }
 
     /// The network of time: what its layers read, and what the last one puts out, `(1, numbers)`.
+    /// The first product with t is formed in the precision of t, and rounded once.
     fn weights(&self, t: &Time, like: &Tensor) -> Result<(Vec<Tensor>, Tensor)> {
-        let mut x = t.tensor()?.to_dtype(like.dtype())?.reshape((1, 1))?;
+        let t = t.tensor()?.reshape((1, 1))?;
+        let wide = coefficients(&t, like.dtype());
+        let mut x = t.to_dtype(wide)?;
         let mut inputs = vec![];
         for (l, layer) in self.layers.iter().enumerate() {
             inputs.push(x.clone());
-            x = layer.forward(&x)?;
+            x = match layer.bias() {
+                Some(bias) if l == 0 => {
+                    let weight = layer.weight().t()?.to_dtype(wide)?;
+                    let sum = (x.broadcast_mul(&weight)? + bias.to_dtype(wide)?.unsqueeze(0)?)?;
+                    sum.to_dtype(like.dtype())?
+                }
+                _ => layer.forward(&x)?,
+            };
             if l + 1 < self.layers.len() {
                 x = Activation::Tanh.forward(&x)?;
             }
@@ -200,7 +207,9 @@ impl VectorField<(Tensor, Tensor)> for HyperCnf {
             ..*self
         };
         let (inputs, numbers) = plain.weights(t, &y.0)?;
-        let inputs: Vec<_> = inputs.iter().map(Tensor::detach).collect();
+        // Copies: that of time may be a tensor that shows another time later.
+        let inputs = inputs.iter().map(|x| x.detach().copy());
+        let inputs = inputs.collect::<Result<Vec<_>>>()?;
         let at = plain.evaluate(&numbers.detach(), &y)?;
         let k = at.velocities(&y)?;
         let pull = move |v: &(Tensor, Tensor)| {
@@ -208,13 +217,15 @@ impl VectorField<(Tensor, Tensor)> for HyperCnf {
             let mut params = GradStore::default();
             for (l, layer) in self.layers.iter().enumerate().rev() {
                 let (weight, x) = (layer.weight(), &inputs[l]);
+                // That of time is wider.
+                g = g.to_dtype(x.dtype())?;
                 if weight.track_op() {
                     params.insert(weight, g.t()?.matmul(x)?);
                 }
                 if let Some(bias) = layer.bias().filter(|b| b.track_op()) {
                     params.insert(bias, g.squeeze(0)?);
                 }
-                g = g.matmul(plain.layers[l].weight())?;
+                g = g.matmul(&plain.layers[l].weight().to_dtype(g.dtype())?)?;
                 if l > 0 {
                     g = (g * (1.0 - x.sqr()?)?)?;
                 }

@@ -6,6 +6,8 @@ use candle_core::{
 use candle_nn::VarBuilder;
 
 use super::elementwise::numbers;
+use super::spread::spread;
+use super::{wrong_state, Checked};
 use crate::simd::matrix::{column_sums, product, Matrix};
 use crate::simd::Element;
 
@@ -77,16 +79,23 @@ impl From<candle_nn::Linear> for Linear {
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut checked = Checked::new("nn::Linear");
+        checked.see((0, "weight"), &self.weight, self.weight.rank() == 2, || {
+            "a matrix (outputs, inputs)".into()
+        })?;
         let (outputs, inputs) = self.weight.dims2()?;
-        let Some((&last, rows)) = x.dims().split_last() else {
-            candle_core::bail!("a layer of {inputs} inputs was given a scalar")
-        };
-        if last != inputs {
-            candle_core::bail!(
-                "a layer of {inputs} inputs was given a tensor {:?}",
-                x.dims()
-            )
+        if let Some(bias) = &self.bias {
+            checked.see((0, "bias"), bias, bias.dims() == [outputs], || {
+                format!("[{outputs}], a number for each output")
+            })?;
         }
+        let rows = match x.dims().split_last() {
+            Some((last, rows)) if *last == inputs => rows,
+            _ => {
+                let layer = format!("a Linear layer of {inputs} inputs");
+                return Err(wrong_state(layer, format!("x (…, {inputs})"), &[x]));
+            }
+        };
         let flat = x.reshape((rows.iter().product::<usize>(), inputs))?;
         let y = affine(&flat, &self.weight, self.bias.as_ref())?;
         y.reshape([rows, &[outputs]].concat())
@@ -95,11 +104,13 @@ impl Module for Linear {
 
 /// x Wᵀ + b of a matrix x, differentiable by candle.
 pub(super) fn affine(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let all = [Some(x), Some(weight), bias];
-    let plain = bias.is_none_or(|b| b.dims() == &weight.dims()[..1]);
-    if !plain || !ours(&all) {
+    if !ours(&[Some(x), Some(weight), bias]) {
         let y = x.matmul(&weight.t()?)?;
         return match bias {
+            // The pull-back of a product is summed in f32, that of a broadcast in its own dtype.
+            Some(bias) if bias.track_op() && matches!(y.dtype(), DType::F16 | DType::BF16) => {
+                y + spread(bias, x.dim(0)?)?
+            }
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
         };
@@ -121,11 +132,13 @@ pub(super) fn transposed_matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     multiply(Form::Atb, a, b)
 }
 
-/// Σ over the rows of a matrix, without history.
+/// Σ over the rows of a matrix, without history; in f32 where x is narrower.
 pub(super) fn sum_of_rows(x: &Tensor) -> Result<Tensor> {
-    match ours(&[Some(x)]) {
-        true => x.contiguous()?.apply_op1_no_bwd(&ColumnSums),
-        false => x.detach().sum(0),
+    match x.dtype() {
+        _ if ours(&[Some(x)]) => x.contiguous()?.apply_op1_no_bwd(&ColumnSums),
+        // candle sums bf16 in bf16: of 4096 ones it makes 256.
+        DType::F16 | DType::BF16 => x.detach().to_dtype(DType::F32)?.sum(0),
+        _ => x.detach().sum(0),
     }
 }
 
@@ -182,7 +195,7 @@ impl Form {
                 start.len()
             )
         }
-        Ok((product(a, b, start), Shape::from((rows, columns))))
+        Ok((product(a, b, start)?, Shape::from((rows, columns))))
     }
 }
 

@@ -3,15 +3,15 @@
 use std::any::Any;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Module, Result, Shape, Storage, Tensor, D};
+use candle_core::{Module, Result, Shape, Storage, Tensor};
 use candle_nn::{Linear, VarBuilder};
 use pulp::Simd;
 
 use super::activation::{Apply, Pull, TimesSlope};
-use super::add_gradient;
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
 use super::weights::{append_totals, fill, Place, Weights};
 use super::Activation;
+use super::{add_gradient, coefficients, wrong_state, Checked};
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Layout, Part, RowField, Slot, TileField};
@@ -83,16 +83,30 @@ impl Mlp {
     /// Layers that exist; whether the first reads time as its last input.
     ///
     /// # Errors
-    /// If the layers do not follow on each other, or have no bias.
+    /// [`Error::LayerTensor`] if a weight is no matrix, a bias not of its outputs, or a tensor of another
+    /// dtype or device than the others; if the layers do not follow on each other, or have no bias.
     pub fn from_layers(layers: &[Linear], activation: Activation, time: bool) -> Result<Self> {
-        let affine = |layer: &Linear| match layer.bias() {
-            Some(bias) => Ok(Affine {
-                weight: layer.weight().clone(),
-                bias: bias.clone(),
-            }),
-            None => candle_core::bail!("a layer of an Mlp needs a bias"),
+        let mut checked = Checked::new("Mlp::from_layers");
+        for (l, layer) in layers.iter().enumerate() {
+            let (weight, bias) = (layer.weight(), layer.bias());
+            checked.see((l, "weight"), weight, weight.rank() == 2, || {
+                "a matrix (outputs, inputs)".into()
+            })?;
+            let outputs = weight.dims()[0];
+            let Some(bias) = bias else {
+                candle_core::bail!(
+                    "Mlp::from_layers, layer {l} has no bias: it needs one of [{outputs}]"
+                )
+            };
+            checked.see((l, "bias"), bias, bias.dims() == [outputs], || {
+                format!("[{outputs}], a number for each output")
+            })?;
+        }
+        let affine = |layer: &Linear| {
+            let (weight, bias) = (layer.weight().clone(), layer.bias()?.clone());
+            Some(Affine { weight, bias })
         };
-        let layers = layers.iter().map(affine).collect::<Result<Vec<_>>>()?;
+        let layers: Vec<_> = layers.iter().filter_map(affine).collect();
         let follows = |pair: &[Affine]| pair[0].outputs() == pair[1].inputs();
         let (Some(first), Some(last)) = (layers.first(), layers.last()) else {
             candle_core::bail!("an Mlp needs a layer")
@@ -143,43 +157,118 @@ impl Mlp {
         self.residual && !reads_time && weight.dims()[0] == weight.dims()[1]
     }
 
-    /// The input of the first layer.
-    pub(super) fn input(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
-        if !self.time {
-            return Ok(y.clone());
+    /// Whether y is a state of this field.
+    pub(super) fn check(&self, y: &Tensor) -> Result<()> {
+        let features = self.features();
+        if y.dims().last() == Some(&features) {
+            return Ok(());
         }
-        let mut shape = y.dims().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = 1;
-        }
-        let t = t.tensor()?.to_dtype(y.dtype())?.broadcast_as(shape)?;
-        Tensor::cat(&[y, &t], D::Minus1)
+        let field = format!("an Mlp of {features} features");
+        Err(wrong_state(field, format!("y (…, {features})"), &[y]))
     }
 
-    /// The velocity, what every layer read, and z of every hidden one.
-    pub(super) fn run(&self, input: Tensor) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
-        let (mut x, mut inputs, mut hidden) = (input, vec![], vec![]);
-        for (l, layer) in self.layers.iter().enumerate() {
-            let rows = x.dims()[..x.rank() - 1].to_vec();
-            let flat = x.reshape(((), layer.inputs()))?;
-            let z = affine(&flat, &layer.weight, Some(&layer.bias))?;
-            inputs.push(flat);
-            x = z.reshape([&rows[..], &[layer.outputs()]].concat())?;
-            if l + 1 < self.layers.len() {
-                let value = self.activation.forward(&x)?;
-                hidden.push(z);
-                x = if self.skips(l) {
-                    (value + inputs[l].reshape(x.shape())?)?
-                } else {
-                    value
-                };
-            }
+    /// The perceptron that the field is at time t: its first layer reads the state alone, and adds
+    /// w t + b, w the column that belongs to time, formed in the precision of t and rounded once.
+    pub(super) fn at(&self, t: &Time) -> Result<Self> {
+        let mut at = self.clone();
+        if let (true, Some(first)) = (self.time, at.layers.first_mut()) {
+            let (t, dim) = (t.tensor()?, self.features());
+            let wide = coefficients(&t, first.bias.dtype());
+            let of_time = first.weight.narrow(1, dim, 1)?.squeeze(1)?.to_dtype(wide)?;
+            let of_time = of_time.broadcast_mul(&t.to_dtype(wide)?)?;
+            let bias = (of_time + first.bias.to_dtype(wide)?)?;
+            *first = Affine {
+                weight: first.weight.narrow(1, 0, dim)?.contiguous()?,
+                bias: bias.to_dtype(first.bias.dtype())?,
+            };
         }
-        Ok((x, inputs, hidden))
+        Ok(at)
+    }
+
+    /// A copy of t, which outlives an evaluation, where the field reads it.
+    pub(super) fn time_of(&self, t: &Time) -> Result<Option<Tensor>> {
+        match self.time {
+            true => Ok(Some(t.tensor()?.detach().copy()?)),
+            false => Ok(None),
+        }
+    }
+
+    /// Of the field [`at`](Self::at) a time: the velocity, what every layer read, and z of every
+    /// hidden one.
+    pub(super) fn run(&self, y: &Tensor) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
+        let (mut inputs, mut hidden) = (vec![], vec![]);
+        let mut x = y.reshape(((), self.features()))?;
+        for (l, layer) in self.layers.iter().enumerate() {
+            let z = affine(&x, &layer.weight, Some(&layer.bias))?;
+            let read = x;
+            x = if l + 1 == self.layers.len() {
+                z
+            } else {
+                let value = self.activation.forward(&z)?;
+                hidden.push(z);
+                match self.skips(l) {
+                    true => (value + &read)?,
+                    false => value,
+                }
+            };
+            inputs.push(read);
+        }
+        Ok((x.reshape(y.shape())?, inputs, hidden))
+    }
+
+    /// Adds the gradients of layer l: those of its bias, the sums over the rows of the cotangent of its
+    /// z, and of its weight but for the column of time, both formed where they are asked for.  Returns
+    /// the cotangent of time where the layer reads it.
+    pub(super) fn add_gradients(
+        &self,
+        l: usize,
+        bias_bar: impl FnOnce() -> Result<Tensor>,
+        weight_bar: impl FnOnce() -> Result<Tensor>,
+        t: Option<&Tensor>,
+        params: &mut GradStore,
+    ) -> Result<Option<Tensor>> {
+        let Affine { weight, bias } = &self.layers[l];
+        let Some(t) = t.filter(|_| l == 0) else {
+            if weight.track_op() {
+                add_gradient(params, weight, weight_bar()?)?;
+            }
+            if bias.track_op() {
+                add_gradient(params, bias, bias_bar()?)?;
+            }
+            return Ok(None);
+        };
+        // All that belongs to time follows from the sums over the rows.
+        let wide = coefficients(t, weight.dtype());
+        let sums = bias_bar()?.to_dtype(wide)?;
+        if weight.track_op() {
+            let column = sums.broadcast_mul(&t.to_dtype(wide)?)?.unsqueeze(1)?;
+            let gradient = Tensor::cat(&[&weight_bar()?.to_dtype(wide)?, &column], 1)?;
+            add_gradient(params, weight, gradient)?;
+        }
+        let w = weight.detach().narrow(1, self.features(), 1)?.squeeze(1)?;
+        let of_time = (w.to_dtype(wide)? * &sums)?.sum_all()?;
+        if bias.track_op() {
+            add_gradient(params, bias, sums)?;
+        }
+        Ok(Some(of_time))
     }
 
     pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.layers.iter().flat_map(|l| [&l.weight, &l.bias])
+    }
+
+    /// The same with weights in the dtype of a state: parameters may have a precision of their own.
+    pub(super) fn like(&self, y: &Tensor) -> Result<Self> {
+        let cast = |l: &Affine| {
+            Ok(Affine {
+                weight: l.weight.to_dtype(y.dtype())?,
+                bias: l.bias.to_dtype(y.dtype())?,
+            })
+        };
+        Ok(Self {
+            layers: self.layers.iter().map(cast).collect::<Result<_>>()?,
+            ..*self
+        })
     }
 
     /// The same without history.
@@ -202,48 +291,43 @@ impl Module for Mlp {
                 "an Mlp with time is a vector field, not a module of the state alone"
             )
         }
-        Ok(self.run(y.clone())?.0)
+        self.check(y)?;
+        Ok(self.run(y)?.0)
     }
 }
 
 impl VectorField<Tensor> for Mlp {
     fn velocity(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
-        Ok(self.run(self.input(t, y)?)?.0)
+        self.check(y)?;
+        Ok(self.at(t)?.like(y)?.run(y)?.0)
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
-        let plain = self.detached();
-        let (k, inputs, hidden) = plain.run(plain.input(t, y)?.detach())?;
+        self.check(y)?;
+        let (at, t) = (self.detached().at(t)?.detached(), self.time_of(t)?);
+        let at = at.like(y)?;
+        let (k, inputs, hidden) = at.run(&y.detach())?;
         let shape = y.shape().clone();
         let pull = move |v: &Tensor| {
-            let mut params = GradStore::default();
+            let (mut params, mut of_time) = (GradStore::default(), None);
             let mut g = v.reshape(((), self.features()))?;
-            for (l, layer) in plain.layers.iter().enumerate().rev() {
+            for (l, layer) in at.layers.iter().enumerate().rev() {
                 let mut skipped = None;
                 if let Some(z) = hidden.get(l) {
-                    skipped = plain.skips(l).then(|| g.clone());
-                    g = plain.activation.pull(z, &g)?;
+                    skipped = at.skips(l).then(|| g.clone());
+                    g = at.activation.pull(z, &g)?;
                 }
-                let Affine { weight, bias } = &self.layers[l];
-                if weight.track_op() {
-                    add_gradient(&mut params, weight, transposed_matmul(&g, &inputs[l])?)?;
-                }
-                if bias.track_op() {
-                    add_gradient(&mut params, bias, sum_of_rows(&g)?)?;
-                }
+                let weight_bar = || transposed_matmul(&g, &inputs[l]);
+                let sums = || sum_of_rows(&g);
+                of_time = self.add_gradients(l, sums, weight_bar, t.as_ref(), &mut params)?;
                 g = matmul(&g, &layer.weight)?;
                 if let Some(skipped) = skipped {
                     g = (g + skipped)?;
                 }
             }
-            let dim = self.features();
-            let t = match plain.time {
-                true => Some(g.narrow(1, dim, 1)?.sum_all()?),
-                false => None,
-            };
             Ok(Cotangents {
-                y: g.narrow(1, 0, dim)?.contiguous()?.reshape(&shape)?,
-                t,
+                y: g.reshape(&shape)?,
+                t: of_time,
                 params,
             })
         };
@@ -333,6 +417,7 @@ pub(super) fn with_numbers<T: Element, R>(x: &Tensor, see: impl FnOnce(&[T]) -> 
     let x = x.detach().to_dtype(T::DTYPE)?.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(_), Some((start, end))) if start == end => Ok(see(&[])),
         (Storage::Cpu(all), Some((start, end))) => Ok(see(&all.as_slice::<T>()?[start..end])),
         _ => candle_core::bail!("weights of tiles are on the CPU"),
     }

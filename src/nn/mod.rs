@@ -4,10 +4,15 @@
 //! [`Mlp`], [`Cnf`] and [`ConvField`] have pull-backs written by hand, and the solver integrates them
 //! tile by tile on the CPU.  [`HyperCnf`], [`Hutchinson`] and [`OtFlow`] carry a log-density beside
 //! the state, as `Cnf` does, and run in candle's operations.
+//!
+//! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any
+//! model, in place of candle's where these have no pull-back, a wrong one, or a slow one; which of
+//! candle's layers have which is listed in `docs/candle-layers.md`.
 
 mod activation;
 mod cnf;
 mod conv;
+mod conv1d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 mod elementwise;
@@ -15,6 +20,7 @@ mod hutchinson;
 mod hyper;
 mod linear;
 mod mlp;
+mod norm;
 mod ot_flow;
 mod spread;
 mod weights;
@@ -22,19 +28,27 @@ mod weights;
 pub use activation::Activation;
 pub use cnf::Cnf;
 pub use conv::ConvField;
+pub use conv1d::{conv1d, conv1d_no_bias, Conv1d};
 pub use hutchinson::{Hutchinson, Jvp, Probe};
 pub use hyper::HyperCnf;
 pub use linear::Linear;
 pub use mlp::Mlp;
+pub use norm::{
+    layer_norm, layer_norm_no_bias, rms_norm, softmax, softmax_last_dim, LayerNorm, RmsNorm,
+};
 pub use ot_flow::OtFlow;
 
 use std::any::Any;
+use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use crate::field::VectorField;
+use crate::error::Error;
+use crate::field::{Leaves, VectorField};
+use crate::odeint::SharedField;
 use crate::rows::Rows;
+use crate::state::State;
 
 /// A field of ours as one that can be integrated tile by tile.
 pub(crate) fn rows_of(field: &dyn Any) -> Option<Rows<'_>> {
@@ -46,6 +60,20 @@ pub(crate) fn rows_of(field: &dyn Any) -> Option<Rows<'_>> {
     mlp.or(conv).or(cnf)
 }
 
+/// A field of ours as one that other threads may use.
+pub(crate) fn shared(field: &dyn Any) -> Option<SharedField> {
+    fn share<S: State, F: VectorField<S> + Clone + Send + Sync + 'static>(field: &F) -> SharedField
+    where
+        S: 'static,
+    {
+        Arc::new(Leaves::<Box<F>, S>::new(Box::new(field.clone())))
+    }
+    let mlp = field.downcast_ref::<Mlp>().map(share::<Tensor, _>);
+    let conv = field.downcast_ref::<ConvField>().map(share::<Tensor, _>);
+    let cnf = field.downcast_ref::<Cnf>();
+    mlp.or(conv).or(cnf.map(share::<(Tensor, Tensor), _>))
+}
+
 /// The vector field that a module of ours is.
 pub(crate) fn field_of(module: &dyn Any) -> Option<&dyn VectorField<Tensor>> {
     let mlp = module.downcast_ref::<Mlp>();
@@ -54,9 +82,78 @@ pub(crate) fn field_of(module: &dyn Any) -> Option<&dyn VectorField<Tensor>> {
         .or(conv.map(|conv| conv as &dyn VectorField<Tensor>))
 }
 
+/// That a field was given a state of other shapes than it `needs`.
+fn wrong_state(field: String, needs: String, got: &[&Tensor]) -> candle_core::Error {
+    let got = got.iter().map(|y| y.shape().clone()).collect();
+    Error::FieldState { field, needs, got }.into()
+}
+
+/// The dtype in which coefficients of time are formed, before they are rounded to that of the field:
+/// of both the wider one, f32 at least.
+fn coefficients(t: &Tensor, field: DType) -> DType {
+    match [t.dtype(), field].contains(&DType::F64) {
+        true => DType::F64,
+        false => DType::F32,
+    }
+}
+
+/// The tensors of layers that exist, checked: as many dimensions as they need, and one dtype on one
+/// device for all.
+struct Checked<'a> {
+    /// The constructor that was given them.
+    by: &'static str,
+    /// The first tensor.
+    first: Option<&'a Tensor>,
+}
+
+impl<'a> Checked<'a> {
+    fn new(by: &'static str) -> Self {
+        Self { by, first: None }
+    }
+
+    /// Tensor `what` of layer l, expected to have these dimensions, described as `expected`.
+    fn see(
+        &mut self,
+        (l, what): (usize, &'static str),
+        x: &'a Tensor,
+        fits: bool,
+        expected: impl FnOnce() -> String,
+    ) -> candle_core::Result<()> {
+        let wrong = |expected: String, got: String| {
+            let layer = format!("{}, layer {l}", self.by);
+            Error::LayerTensor {
+                layer,
+                tensor: what,
+                expected,
+                got,
+            }
+        };
+        if !fits {
+            return Err(wrong(expected(), format!("{:?}", x.dims())).into());
+        }
+        let Some(first) = self.first else {
+            if !x.dtype().is_float() {
+                return Err(wrong("of a float dtype".into(), format!("{:?}", x.dtype())).into());
+            }
+            self.first = Some(x);
+            return Ok(());
+        };
+        let place = |x: &Tensor| format!("{:?} on {:?}", x.dtype(), x.device().location());
+        if x.dtype() != first.dtype() || !x.device().same_device(first.device()) {
+            let expected = format!("{}, as the first layer's weight", place(first));
+            return Err(wrong(expected, place(x)).into());
+        }
+        Ok(())
+    }
+}
+
 /// Adds to the gradient of a parameter, which layers may share.
 fn add_gradient(params: &mut GradStore, p: &Tensor, gradient: Tensor) -> candle_core::Result<()> {
     let sum = match params.remove(p) {
+        // Where one is wider, it is f32.
+        Some(before) if before.dtype() != gradient.dtype() => {
+            (before.to_dtype(DType::F32)? + gradient.to_dtype(DType::F32)?)?
+        }
         Some(before) => (before + gradient)?,
         None => gradient,
     };

@@ -6,8 +6,9 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
+use super::linear::sum_of_rows;
 use super::spread::{row_sums, spread};
-use super::Activation;
+use super::{coefficients, wrong_state, Activation};
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::time::Time;
 use evaluation::Evaluation;
@@ -95,25 +96,26 @@ impl OtFlow {
         self.c.elem_count() - 1
     }
 
-    /// (x, t), `(row, features + 1)`.
-    fn input(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
-        if x.dims().last() != Some(&self.features()) {
-            let (features, got) = (self.features(), x.shape());
-            candle_core::bail!(
-                "an OtFlow of {features} features needs x (…, {features}), got {got:?}"
-            )
+    /// (x, t).
+    fn point(&self, t: &Time, x: &Tensor) -> Result<Point> {
+        let features = self.features();
+        if x.dims().last() != Some(&features) {
+            let field = format!("an OtFlow of {features} features");
+            return Err(wrong_state(field, format!("x (…, {features})"), &[x]));
         }
-        let x = x.reshape(((), self.features()))?;
-        let t = t.tensor()?.to_dtype(x.dtype())?;
-        Tensor::cat(&[&x, &spread(&t, x.dim(0)?)?], 1)
+        Ok(Point {
+            x: x.reshape(((), features))?,
+            // A copy: it may be a tensor that shows another time later.
+            t: t.tensor()?.copy()?,
+        })
     }
 
     /// K₀s + b₀, σ of it, and K₁u + b₁.
-    fn layers(&self, s: &Tensor) -> Result<[Tensor; 3]> {
-        let affine = |[k, b]: &[Tensor; 2], x: &Tensor| x.matmul(&k.t()?)? + spread(b, x.dim(0)?)?;
-        let open = affine(&self.open, s)?;
+    fn layers(&self, s: &Point) -> Result<[Tensor; 3]> {
+        let ([k0, b0], [k1, b1]) = (&self.open, &self.inner);
+        let open = s.product(k0, Some(b0))?;
         let u = log_two_cosh(&open)?;
-        let inner = affine(&self.inner, &u)?;
+        let inner = (u.matmul(&k1.t()?)? + spread(b1, u.dim(0)?)?)?;
         Ok([open, u, inner])
     }
 
@@ -122,12 +124,13 @@ impl OtFlow {
     /// # Errors
     /// If x has not the features of the flow; of candle's operations.
     pub fn potential(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
-        let s = self.input(t, x)?;
+        let s = self.point(t, x)?;
         let [_, u, inner] = self.layers(&s)?;
         let n = (u + log_two_cosh(&inner)?)?;
         let column = |v: &Tensor| v.reshape(((), 1));
-        let quadratic = row_sums(&s.matmul(&self.a.t()?)?.sqr()?)?;
-        let linear = (n.matmul(&column(&self.w)?)? + s.matmul(&column(&self.c)?)?)?;
+        let quadratic = row_sums(&s.product(&self.a, None)?.sqr()?)?;
+        let linear = s.product(&self.c.unsqueeze(0)?, None)?;
+        let linear = (n.matmul(&column(&self.w)?)? + linear)?;
         let mut shape = x.dims().to_vec();
         shape[x.rank() - 1] = 1;
         (linear + (quadratic * 0.5)?)?.reshape(shape)
@@ -152,14 +155,63 @@ impl OtFlow {
 
     fn check(&self, (x, costs): &(Tensor, Tensor)) -> Result<()> {
         let rows = |x: &Tensor| x.dims().split_last().map(|(_, rows)| rows.to_vec());
-        if rows(x) == rows(costs) && costs.dims().last() == Some(&3) {
+        let features = self.features();
+        if rows(x) == rows(costs)
+            && x.dims().last() == Some(&features)
+            && costs.dims().last() == Some(&3)
+        {
             return Ok(());
         }
-        let (x, costs) = (x.shape(), costs.shape());
-        candle_core::bail!(
-            "an OtFlow needs x (…, features) and costs (…, 3), got {x:?} and {costs:?}"
+        let field = format!("an OtFlow of {features} features");
+        let needs = format!("x (…, {features}) and costs (…, 3) with the same rows");
+        Err(wrong_state(field, needs, &[x, costs]))
+    }
+}
+
+/// s = (x, t), x `(row, feature)`.
+///
+/// What time adds to a product is formed in the precision of t, and rounded once; t is not.
+struct Point {
+    x: Tensor,
+    t: Tensor,
+}
+
+impl Point {
+    fn detach(&self) -> Self {
+        Self {
+            x: self.x.detach(),
+            t: self.t.detach(),
+        }
+    }
+
+    /// s Kᵀ + b, K with a last column for time, `(row, output)`.
+    fn product(&self, k: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+        let (dim, wide) = (self.x.dim(1)?, coefficients(&self.t, k.dtype()));
+        let t = self.t.to_dtype(wide)?;
+        let mut start = k.narrow(1, dim, 1)?.squeeze(1)?.to_dtype(wide)?;
+        start = start.broadcast_mul(&t)?;
+        if let Some(b) = b {
+            start = (start + b.to_dtype(wide)?)?;
+        }
+        let start = spread(&start.to_dtype(k.dtype())?, self.x.dim(0)?)?;
+        self.x.matmul(&k.narrow(1, 0, dim)?.t()?.contiguous()?)? + start
+    }
+
+    /// gᵀ s, `(output, features + 1)`.
+    fn outer(&self, g: &Tensor) -> Result<Tensor> {
+        let wide = coefficients(&self.t, g.dtype());
+        let sums = column_sums(g)?.t()?.to_dtype(wide)?;
+        let of_time = sums.broadcast_mul(&self.t.to_dtype(wide)?)?;
+        Tensor::cat(
+            &[&g.t()?.matmul(&self.x)?, &of_time.to_dtype(g.dtype())?],
+            1,
         )
     }
+}
+
+/// Σ over the rows, `(1, columns)`, as a product.
+fn column_sums(x: &Tensor) -> Result<Tensor> {
+    Tensor::ones((1, x.dim(0)?), x.dtype(), x.device())?.matmul(x)
 }
 
 /// log(eˣ + e⁻ˣ), whose slope is tanh.
@@ -170,7 +222,7 @@ fn log_two_cosh(x: &Tensor) -> Result<Tensor> {
 impl VectorField<(Tensor, Tensor)> for OtFlow {
     fn velocity(&self, t: &Time, y: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         self.check(y)?;
-        Evaluation::new(self.clone(), self.input(t, &y.0)?, y.1.dtype())?.velocities(y)
+        Evaluation::new(self.clone(), self.point(t, &y.0)?, y.1.dtype())?.velocities(y)
     }
 
     fn vjp<'f>(
@@ -179,8 +231,8 @@ impl VectorField<(Tensor, Tensor)> for OtFlow {
         y: &(Tensor, Tensor),
     ) -> Result<((Tensor, Tensor), Pullback<'f, (Tensor, Tensor)>)> {
         self.check(y)?;
-        let input = self.input(t, &y.0)?.detach();
-        let at = Evaluation::new(self.detached(), input, y.1.dtype())?;
+        let point = self.point(t, &y.0)?.detach();
+        let at = Evaluation::new(self.detached(), point, y.1.dtype())?;
         let k = at.velocities(y)?;
         let (shape, costs) = (y.0.shape().clone(), y.1.detach());
         let pull = move |v: &(Tensor, Tensor)| {
@@ -197,7 +249,7 @@ impl VectorField<(Tensor, Tensor)> for OtFlow {
                     s_bar.narrow(1, 0, d)?.contiguous()?.reshape(&shape)?,
                     costs.zeros_like()?,
                 ),
-                t: Some(s_bar.narrow(1, d, 1)?.sum_all()?),
+                t: Some(sum_of_rows(&s_bar.narrow(1, d, 1)?)?.squeeze(0)?),
                 params,
             })
         };

@@ -32,6 +32,8 @@ impl<'a> Slice<'a> {
         let Some((start, end)) = layout.contiguous_offsets() else {
             candle_core::bail!("a fused operation needs a contiguous operand")
         };
+        // The offset of an empty part may lie behind the end.
+        let (start, end) = if start == end { (0, 0) } else { (start, end) };
         match storage {
             CpuStorage::F16(x) => Ok(Self::F16(&x[start..end])),
             CpuStorage::BF16(x) => Ok(Self::Bf16(&x[start..end])),
@@ -298,9 +300,10 @@ fn sum<A: Real, H: Held>(
     like: &Tensor,
 ) -> Result<Tensor> {
     let terms: Vec<_> = terms.iter().map(|&(c, x)| (A::of(c), x)).collect();
+    let unit = unit()?;
     let mut out = vec![H::zero(); like.elem_count()];
     by_piece(&mut out, |at, out| {
-        unit().dispatch(Sum {
+        unit.dispatch(Sum {
             terms: &terms,
             scale: A::of(scale),
             to,
@@ -379,14 +382,16 @@ fn add_wide(acc: &mut [f32], c: f64, x: Slice<'_>) {
 struct Axpy(f64);
 
 impl Axpy {
-    fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) {
+    fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) -> Result<()> {
+        let unit = unit()?;
         by_piece(acc, |at, acc| {
-            unit().dispatch(Add {
+            unit.dispatch(Add {
                 c: A::of(self.0),
                 x: x.part(at, acc.len()),
                 acc,
             });
         });
+        Ok(())
     }
 }
 
@@ -434,8 +439,8 @@ impl InplaceOp2 for Axpy {
         }
         match acc {
             CpuStorage::F32(acc) if !is_single(self.0) => add_wide(&mut acc[start..end], self.0, x),
-            CpuStorage::F32(acc) => self.run(&mut acc[start..end], x),
-            CpuStorage::F64(acc) => self.run(&mut acc[start..end], x),
+            CpuStorage::F32(acc) => self.run(&mut acc[start..end], x)?,
+            CpuStorage::F64(acc) => self.run(&mut acc[start..end], x)?,
             _ => candle_core::bail!("an accumulator must be f32 or f64"),
         }
         Ok(())
@@ -450,10 +455,10 @@ pub(super) fn magnitude(x: &Tensor) -> Result<f64> {
     let tensors = [x.contiguous()?];
     let operands = Operands::new(&tensors);
     let x = operands.slices()?[0];
-    let pieces = x.len().div_ceil(PIECE);
+    let (unit, pieces) = (unit()?, x.len().div_ceil(PIECE));
     let of_piece = |i: usize| {
         let at = i * PIECE;
-        unit().dispatch(Largest(x.part(at, PIECE.min(x.len() - at))))
+        unit.dispatch(Largest(x.part(at, PIECE.min(x.len() - at))))
     };
     let bits = match pieces {
         0 | 1 => (0..pieces).map(of_piece).max(),

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::precision::Low;
 use crate::problem::{Output, Problem};
 use crate::scaler::{Outcome, Scaler};
-use crate::simd::product::{load, store};
+use crate::simd::product::{load, store, Idle};
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 use crate::stats::Stats;
 use crate::time::Step;
@@ -79,7 +79,7 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
             fold,
         };
         // The forward pass ran on the same unit.
-        dispatch(job).ok_or(Error::NothingKept)??;
+        dispatch(job)?.ok_or(Error::NothingKept)??;
         stats.add(&counted);
         // Without a branch, so that many are looked at at a time.
         let finite = |all: bool, g: &T| all & g.to_f64().is_finite();
@@ -281,7 +281,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
             let seed = |output: usize, to: &mut [T::Vector<S>]| {
                 each_leaf(layout, V, |leaf, features, range| {
                     let numbers = self.seed.of(problem, layout, output, leaf, (rows, at));
-                    load::<T, S>(numbers, features, batch, &mut to[range]);
+                    load::<T, S>(numbers, features, batch, Idle::Zeros, &mut to[range]);
                 });
             };
             seed(problem.outputs() - 1, &mut adj);

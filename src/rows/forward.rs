@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::memory::{room_for, zeros};
 use crate::ops;
 use crate::problem::{ActivationCache, Output, Problem};
-use crate::simd::product::{load, store};
+use crate::simd::product::{load, store, Idle};
 use crate::simd::{vectors, Element};
 use crate::stats::Stats;
 
@@ -56,7 +56,7 @@ pub(super) fn run<T: Element, F: RowField>(
         spec,
         plan: &plan,
         y0: &y0,
-    });
+    })?;
     let Some(done) = done else { return Ok(None) };
     let (field, selection, groups) = done?;
     let packed = assemble(&plan, &groups)?;
@@ -181,7 +181,7 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             each_leaf(layout, V, |leaf, features, range| {
                 let from = layout.offset(leaf, first);
                 let numbers = &self.y0[from..from + rows.len() * features];
-                load::<T, S>(numbers, features, batch, &mut y[range]);
+                load::<T, S>(numbers, features, batch, Idle::Copies, &mut y[range]);
             });
             let store = TileStore::new(problem.scheme.roles[0].store.to, self.elements);
             let steps = problem.plan.len();

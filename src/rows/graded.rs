@@ -100,7 +100,7 @@ pub(super) fn run<T: Element, F: RowField>(
         differentiate: weights.iter().any(Tensor::track_op),
         fold,
     };
-    let Some(done) = dispatch(job) else {
+    let Some(done) = dispatch(job)? else {
         return Ok(None);
     };
     done?;

@@ -12,6 +12,8 @@ mod backward;
 mod forward;
 mod graded;
 mod stepper;
+#[cfg(test)]
+mod tests;
 mod tile;
 mod trajectory;
 mod window;
@@ -218,6 +220,9 @@ struct Plan<'p> {
     layout: &'p Layout,
     /// What the compute precision of each leaf rounds to.
     low: Vec<Low>,
+    /// Whether tiles have two vectors, where a test says so.
+    #[cfg(test)]
+    forced: Option<bool>,
 }
 
 impl<'p> Plan<'p> {
@@ -225,6 +230,8 @@ impl<'p> Plan<'p> {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {
             low: low.collect(),
+            #[cfg(test)]
+            forced: tests::width::here(),
             problem,
             layout,
         }
@@ -269,6 +276,10 @@ impl<'p> Plan<'p> {
 
     /// Whether there are rows enough for tiles of two vectors, and the tiles stay small.
     fn is_wide<T: Element, S: Simd>(&self) -> bool {
+        #[cfg(test)]
+        if let Some(wide) = self.forced {
+            return T::WIDE && wide;
+        }
         T::WIDE && self.layout.rows >= 4 * T::lanes::<S>() && self.layout.dim() <= WIDEST
     }
 
@@ -374,18 +385,18 @@ impl<R, F: FnMut(usize, R)> Folded<R, F> {
     }
 }
 
-/// Runs on the machine's vector unit; without one, solves are left to the general path.
-fn dispatch<J: WithSimd>(job: J) -> Option<J::Output> {
-    match unit() {
+/// Runs on the vector unit; without one, solves are left to the general path.
+fn dispatch<J: WithSimd>(job: J) -> Result<Option<J::Output>> {
+    // Not by [`Arch::dispatch`](pulp::Arch::dispatch), which would compile everything for scalars too.
+    Ok(match unit()? {
         #[cfg(target_arch = "x86_64")]
         pulp::Arch::V4(s) => Some(Simd::vectorize(s, job)),
         #[cfg(target_arch = "x86_64")]
         pulp::Arch::V3(s) => Some(Simd::vectorize(s, job)),
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(target_arch = "aarch64")]
+        pulp::Arch::Neon(s) => Some(Simd::vectorize(s, job)),
         _ => None,
-        #[cfg(not(target_arch = "x86_64"))]
-        arch => Some(arch.dispatch(job)),
-    }
+    })
 }
 
 /// The numbers of a packed tensor of T.

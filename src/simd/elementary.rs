@@ -19,7 +19,7 @@ fn polynomial<S: Simd, const N: usize>(s: S, x: S::f32s, c: [f32; N]) -> S::f32s
 
 /// x, but not below `low`; a NaN stays one.
 #[inline(always)]
-fn at_least<S: Simd>(s: S, low: f32, x: S::f32s) -> S::f32s {
+pub(super) fn at_least<S: Simd>(s: S, low: f32, x: S::f32s) -> S::f32s {
     // Vector units give the second operand, or NaN, if either is NaN; Rust's scalar `max` does not.
     let max = s.max_f32s(s.splat_f32s(low), x);
     if S::IS_SCALAR {
@@ -30,7 +30,7 @@ fn at_least<S: Simd>(s: S, low: f32, x: S::f32s) -> S::f32s {
 
 /// x, but not above `high`; a NaN stays one.
 #[inline(always)]
-fn at_most<S: Simd>(s: S, high: f32, x: S::f32s) -> S::f32s {
+pub(super) fn at_most<S: Simd>(s: S, high: f32, x: S::f32s) -> S::f32s {
     let min = s.min_f32s(s.splat_f32s(high), x);
     if S::IS_SCALAR {
         return keep_nan(s, x, min);
@@ -95,7 +95,7 @@ fn minus_abs<S: Simd>(s: S, x: S::f32s) -> S::f32s {
 /// 1.5 · 2²³: adding it leaves the nearest integer in the low bits.
 const INTEGER: f32 = 12_582_912.0;
 
-/// exp x for x ≤ 0; zero below −87.
+/// exp x for x ≤ 0; below −87 it stays at exp(−87) = 1.6e-38.
 #[inline(always)]
 fn exp<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     let x = at_least(s, -87.0, x);
@@ -146,7 +146,7 @@ pub(super) fn softplus<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
     [value, slope]
 }
 
-/// Φ(x) = ½ erfc(−x/√2) with erfc z = t P(t) exp(−z²), t = 1 / (1 + 0.4 z), z ≥ 0, and Φ(−x) =
+/// For |x| up to 10⁴: Φ(x) = ½ erfc(−x/√2) with erfc z = t P(t) exp(−z²), t = 1 / (1 + 0.4 z), z ≥ 0, and Φ(−x) =
 /// 1 − Φ(x); Φ'(x) = exp(−x²/2) / √(2π).
 #[inline(always)]
 pub(super) fn normal<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
@@ -178,7 +178,10 @@ const FAR: f32 = 8192.0;
 /// sin x and cos x: x = nπ + r, |r| ≤ π/2, both with the sign (−1)ⁿ.
 #[inline(always)]
 pub(super) fn sin_cos<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
-    if s.reduce_max_f32s(s.abs_f32s(x)) > FAR {
+    // Lanes that are not known to be near, NaN among them, which a maximum may lose.
+    let near = s.less_than_or_equal_f32s(s.abs_f32s(x), s.splat_f32s(FAR));
+    let far = s.select_f32s(near, s.splat_f32s(0.0), s.splat_f32s(1.0));
+    if s.reduce_max_f32s(far) > 0.0 {
         return [f32::map::<S>(x, f32::sin), f32::map::<S>(x, f32::cos)];
     }
     let inverse = s.splat_f32s(std::f32::consts::FRAC_1_PI);

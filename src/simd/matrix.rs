@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::product::{block, largest_block};
 use super::{enter, scalars, scalars_mut, unit, vectors, Element, Kernel};
+use crate::error::Result;
 
 /// A matrix by rows, or the transpose of one.
 #[derive(Clone, Copy, Debug)]
@@ -61,15 +62,20 @@ impl<'a, T: Element> Matrix<'a, T> {
 const PIECE: usize = 1 << 22;
 
 /// `a b + start`, by rows; `start` is a row that is added to all, or empty.
-pub(crate) fn product<T: Element>(a: Matrix<'_, T>, b: Matrix<'_, T>, start: &[T]) -> Vec<T> {
+pub(crate) fn product<T: Element>(
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    start: &[T],
+) -> Result<Vec<T>> {
+    let unit = unit()?;
     let mut out = vec![T::default(); a.rows * b.columns];
     if out.is_empty() {
-        return out;
+        return Ok(out);
     }
     // Whole blocks of rows, as many as are worth a thread, and a copy of b.
     let rows = (PIECE / (a.columns * b.columns).max(1)).max(64);
     let piece = |(i, out): (usize, &mut [T])| {
-        unit().dispatch(Piece {
+        unit.dispatch(Piece {
             a,
             b,
             start,
@@ -83,7 +89,7 @@ pub(crate) fn product<T: Element>(a: Matrix<'_, T>, b: Matrix<'_, T>, start: &[T
     } else {
         out.par_chunks_mut(size).enumerate().for_each(piece);
     }
-    out
+    Ok(out)
 }
 
 /// Σ over the rows.

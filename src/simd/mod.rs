@@ -1,7 +1,7 @@
 //! f32 and f64 in the lanes of whatever vector unit the machine has.
 //!
-//! [`pulp`] chooses AVX-512, AVX2, NEON or scalar code at run time; the bodies here are safe and
-//! the same for all.  What runs inside a `Simd` must be inlined into a function that was entered
+//! AVX-512, AVX2, NEON or scalar code is chosen at run time ([`unit`]), and [`pulp`] compiles it; the
+//! bodies here are safe and the same for all.  What runs inside a `Simd` must be inlined into a function that was entered
 //! through [`Simd::vectorize`], so hot loops are [`WithSimd`](pulp::WithSimd) structs.
 
 pub(crate) mod convolution;
@@ -12,16 +12,17 @@ pub(crate) mod room;
 #[cfg(test)]
 mod tests;
 mod transpose;
+pub(crate) mod unit;
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
-use std::sync::OnceLock;
 
 use bytemuck::{Pod, Zeroable};
-use pulp::{Arch, Simd};
+use pulp::Simd;
 
 use crate::precision::Low;
 use room::Room;
+pub(crate) use unit::unit;
 
 /// A number that fills vectors.
 pub(crate) trait Element:
@@ -79,12 +80,12 @@ pub(crate) trait Element:
     fn normal<S: Simd>(s: S, x: Self::Vector<S>) -> [Self::Vector<S>; 2];
     /// sin x and cos x.
     fn sin_cos<S: Simd>(s: S, x: Self::Vector<S>) -> [Self::Vector<S>; 2];
-    /// x where the condition's lanes are positive, otherwise 0.
-    fn where_positive<S: Simd>(
-        s: S,
-        condition: Self::Vector<S>,
-        x: Self::Vector<S>,
-    ) -> Self::Vector<S>;
+    /// max(x, 0); a NaN stays one.
+    fn positive_part<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
+    /// x where the lanes of a positive part are positive; elsewhere the part itself, which is 0 or NaN.
+    fn where_positive<S: Simd>(s: S, part: Self::Vector<S>, x: Self::Vector<S>) -> Self::Vector<S>;
+    /// x, but not below −1000 nor above 1000; a NaN stays one.
+    fn bounded<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
 
     /// Rounded to `low`, held in this number.
     fn round<S: Simd>(s: S, low: Low, x: Self::Vector<S>) -> Self::Vector<S>;
@@ -119,12 +120,6 @@ pub(crate) trait Element:
     }
 }
 
-/// The machine's vector unit.
-pub(crate) fn unit() -> Arch {
-    static UNIT: OnceLock<Arch> = OnceLock::new();
-    *UNIT.get_or_init(Arch::new)
-}
-
 /// A loop that runs on vectors of S, as a function of its own.
 pub(crate) trait Kernel<S: Simd> {
     type Output;
@@ -157,7 +152,6 @@ pub(crate) fn enter<S: Simd, K: Kernel<S>>(simd: S, kernel: K) -> K::Output {
 /// Owned numbers, from the beginning of a line of the cache on: a vector across two of them costs twice.
 pub(crate) struct Aligned<X> {
     room: Room,
-    len: usize,
     number: PhantomData<X>,
 }
 
@@ -166,14 +160,14 @@ impl<X: Pod> Deref for Aligned<X> {
 
     #[inline(always)]
     fn deref(&self) -> &[X] {
-        &self.room.numbers()[..self.len]
+        self.room.numbers()
     }
 }
 
 impl<X: Pod> DerefMut for Aligned<X> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [X] {
-        &mut self.room.numbers_mut()[..self.len]
+        self.room.numbers_mut()
     }
 }
 
@@ -184,7 +178,6 @@ pub(crate) type Vectors<T, S> = Aligned<<T as Element>::Vector<S>>;
 pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {
     Aligned {
         room: Room::new(n * size_of::<T::Vector<S>>()),
-        len: n,
         number: PhantomData,
     }
 }
@@ -270,9 +263,19 @@ impl Element for f32 {
     }
 
     #[inline(always)]
-    fn where_positive<S: Simd>(s: S, condition: S::f32s, x: S::f32s) -> S::f32s {
-        let zero = s.splat_f32s(0.0);
-        s.select_f32s(s.greater_than_f32s(condition, zero), x, zero)
+    fn positive_part<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+        elementary::at_least(s, 0.0, x)
+    }
+
+    #[inline(always)]
+    fn where_positive<S: Simd>(s: S, part: S::f32s, x: S::f32s) -> S::f32s {
+        let positive = s.greater_than_f32s(part, s.splat_f32s(0.0));
+        s.select_f32s(positive, x, part)
+    }
+
+    #[inline(always)]
+    fn bounded<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+        elementary::at_least(s, -1000.0, elementary::at_most(s, 1000.0, x))
     }
 
     #[inline(always)]
@@ -365,9 +368,21 @@ impl Element for f64 {
     }
 
     #[inline(always)]
-    fn where_positive<S: Simd>(s: S, condition: S::f64s, x: S::f64s) -> S::f64s {
+    fn positive_part<S: Simd>(s: S, x: S::f64s) -> S::f64s {
         let zero = s.splat_f64s(0.0);
-        s.select_f64s(s.greater_than_f64s(condition, zero), x, zero)
+        // Not positive: zero where that can be said, else NaN.
+        s.select_f64s(s.less_than_or_equal_f64s(x, zero), zero, x)
+    }
+
+    #[inline(always)]
+    fn where_positive<S: Simd>(s: S, part: S::f64s, x: S::f64s) -> S::f64s {
+        let positive = s.greater_than_f64s(part, s.splat_f64s(0.0));
+        s.select_f64s(positive, x, part)
+    }
+
+    #[inline(always)]
+    fn bounded<S: Simd>(_: S, x: S::f64s) -> S::f64s {
+        Self::map::<S>(x, |x| x.clamp(-1000.0, 1000.0))
     }
 
     #[inline(always)]

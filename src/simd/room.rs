@@ -5,7 +5,14 @@ use bytemuck::Pod;
 use memmap2::MmapMut;
 
 /// Zeroed memory.
-pub(crate) enum Room {
+pub(crate) struct Room {
+    memory: Memory,
+    /// What was asked for.  Lines and pages hold more, which nobody may see: who takes all that is left
+    /// for a part of it would take too much, or not, by the size of a vector.
+    bytes: usize,
+}
+
+enum Memory {
     Heap(Vec<Line>),
     /// Costs nothing until it is written; large pages where the system has them, because faults on small
     /// ones cost more than what they hold.
@@ -15,40 +22,54 @@ pub(crate) enum Room {
 /// Memory that vectors of any unit may begin at.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-pub(crate) struct Line([u64; 8]);
+struct Line([u64; 8]);
 
 /// Bytes from which on pages are asked for: what is less, the allocator has at hand.
 const LARGE: usize = 1 << 20;
 
 impl Room {
-    /// So many bytes, or some more.
+    /// So many bytes.
     pub(crate) fn new(bytes: usize) -> Self {
         let pages = match bytes {
             LARGE.. => MmapMut::map_anon(bytes).ok(),
             _ => None,
         };
-        match pages {
+        let memory = match pages {
             Some(pages) => {
                 // A wish: small pages hold the same.
                 #[cfg(target_os = "linux")]
                 let _ = pages.advise(memmap2::Advice::HugePage);
-                Self::Pages(pages)
+                Memory::Pages(pages)
             }
-            None => Self::Heap(bytemuck::zeroed_vec(bytes.div_ceil(size_of::<Line>()))),
-        }
+            None => Memory::Heap(bytemuck::zeroed_vec(bytes.div_ceil(size_of::<Line>()))),
+        };
+        Self { memory, bytes }
     }
 
-    pub(crate) fn numbers<N: Pod>(&self) -> &[N] {
-        match self {
-            Self::Heap(lines) => bytemuck::cast_slice(lines),
-            Self::Pages(pages) => bytemuck::cast_slice(pages),
+    /// The same, `None` where the system does not give it.
+    pub(crate) fn try_new(bytes: usize) -> Option<Self> {
+        if bytes < LARGE {
+            return Some(Self::new(bytes));
         }
+        // `new` asks the system for pages, and aborts only where it then does not even get a heap.
+        drop(MmapMut::map_anon(bytes).ok()?);
+        Some(Self::new(bytes))
+    }
+
+    /// As many numbers as there are whole ones of.
+    pub(crate) fn numbers<N: Pod>(&self) -> &[N] {
+        let all = match &self.memory {
+            Memory::Heap(lines) => bytemuck::cast_slice(lines),
+            Memory::Pages(pages) => bytemuck::cast_slice(pages),
+        };
+        &all[..self.bytes / size_of::<N>()]
     }
 
     pub(crate) fn numbers_mut<N: Pod>(&mut self) -> &mut [N] {
-        match self {
-            Self::Heap(lines) => bytemuck::cast_slice_mut(lines),
-            Self::Pages(pages) => bytemuck::cast_slice_mut(pages),
-        }
+        let all = match &mut self.memory {
+            Memory::Heap(lines) => bytemuck::cast_slice_mut(lines),
+            Memory::Pages(pages) => bytemuck::cast_slice_mut(pages),
+        };
+        &mut all[..self.bytes / size_of::<N>()]
     }
 }

@@ -5,8 +5,8 @@ use pulp::{Scalar, Simd, WithSimd};
 
 use super::matrix::{Matrix, Piece};
 use super::product::{
-    add_rows, load, outer_room, padded, store, Dot, Finish, Finished, Layer, Outer, Packed, Pair,
-    Tanh, Turn, FAR, NEAR,
+    add_rows, load, outer_room, padded, store, Dot, Finish, Finished, Idle, Layer, Outer, Packed,
+    Pair, Tanh, Turn, FAR, NEAR,
 };
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
@@ -496,12 +496,12 @@ struct Lines;
 
 impl Lines {
     fn of<T: Element, S: Simd>() {
-        for n in [0, 1, 3, 70] {
+        // From small pieces of the heap to pages; a vector may be a part of a line.
+        for n in [0, 1, 3, 70, (1 << 20) + 1] {
             let vectors = super::vectors::<T, S>(n);
-            assert_eq!(
-                scalars::<T, S>(&vectors),
-                vec![T::default(); n * T::lanes::<S>()]
-            );
+            assert_eq!(vectors.len(), n);
+            let mut numbers = scalars::<T, S>(&vectors).iter();
+            assert!(numbers.all(|x| *x == T::default()));
             assert_eq!(vectors.as_ptr().align_offset(64), 0);
         }
     }
@@ -604,26 +604,34 @@ proptest! {
 struct Tiles;
 
 impl Check for Tiles {
-    fn check<S: Simd>(self, _: S) {
+    fn check<S: Simd>(self, s: S) {
         let (features, batch) = (5, 2 * f32::lanes::<S>());
-        for count in [1, batch] {
+        for count in 1..=batch {
             let rows: Vec<f32> = (0..count * features).map(|i| i as f32 + 1.0).collect();
-            let mut tile = vec![f32::zeros::<S>(); features * 2];
-            load::<f32, S>(&rows, features, batch, &mut tile);
-            let numbers = scalars::<f32, S>(&tile);
-            assert_eq!(
-                numbers[3 * batch + count - 1],
-                rows[(count - 1) * features + 3]
-            );
-            assert!(numbers[count..batch].iter().all(|&x| x == 0.0));
-            let mut back = vec![0.0; rows.len()];
-            store::<f32, S>(&tile, features, batch, &mut back);
-            assert_eq!(back, rows);
+            for idle in [Idle::Copies, Idle::Zeros] {
+                // What was there is written over.
+                let mut tile = vec![f32::splat(s, f32::NAN); features * 2];
+                load::<f32, S>(&rows, features, batch, idle, &mut tile);
+                let numbers = scalars::<f32, S>(&tile);
+                for i in 0..features {
+                    for b in 0..batch {
+                        let row = rows.chunks_exact(features).nth(b.min(count - 1)).unwrap();
+                        let expected = match idle {
+                            Idle::Zeros if b >= count => 0.0,
+                            _ => row[i],
+                        };
+                        assert_eq!(numbers[i * batch + b], expected);
+                    }
+                }
+                let mut back = vec![0.0; rows.len()];
+                store::<f32, S>(&tile, features, batch, &mut back);
+                assert_eq!(back, rows);
+            }
         }
     }
 }
 
 #[test]
-fn a_tile_holds_rows_in_its_lanes() {
+fn a_tile_holds_rows_in_its_lanes_and_copies_or_zeros_in_the_others() {
     everywhere(Tiles);
 }

@@ -145,6 +145,15 @@ pub(crate) fn net(
     (ode.options(options), Net::new(vb).unwrap())
 }
 
+/// Whether fields of `nn` are solved tile by tile: whether there is a vector unit, and it may be used.
+pub(crate) fn has_tiles() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let unit = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+    #[cfg(not(target_arch = "x86_64"))]
+    let unit = cfg!(target_arch = "aarch64");
+    unit && std::env::var_os("CANDLE_DIFFEQ_SIMD").is_none_or(|word| word != "none")
+}
+
 /// Options of a method with m steps an interval.
 pub(crate) fn method(method: &Tableau, steps: usize) -> OdeOptions {
     OdeOptions {

@@ -10,15 +10,14 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::OtFlow;
+use super::{column_sums, OtFlow, Point};
 use crate::nn::spread::{row_sums, spread};
 use crate::nn::Activation;
 
 /// One evaluation, and what its pull-back reads; `(row, unit)` where nothing else is said.
 pub(super) struct Evaluation {
     of: OtFlow,
-    /// (x, t), `(row, features + 1)`.
-    s: Tensor,
+    s: Point,
     u: Tensor,
     t0: Tensor,
     t1: Tensor,
@@ -47,15 +46,15 @@ fn slope(t: &Tensor) -> Result<Tensor> {
 
 impl Evaluation {
     /// At `s`; what ends in costs is formed in the dtype `wide`.
-    pub(super) fn new(of: OtFlow, s: Tensor, wide: DType) -> Result<Self> {
-        let (rows, d) = (s.dim(0)?, of.features());
+    pub(super) fn new(of: OtFlow, s: Point, wide: DType) -> Result<Self> {
+        let (rows, d) = (s.x.dim(0)?, of.features());
         let ([k0, _], [k1, _]) = (&of.open, &of.inner);
         let [open, u, inner] = of.layers(&s)?;
         let t0 = Activation::Tanh.forward(&open)?;
         let t1 = Activation::Tanh.forward(&inner)?;
         let weighted = k1.broadcast_mul(&of.w.unsqueeze(1)?)?;
         let z = (t1.matmul(&weighted)? + spread(&of.w, rows)?)?;
-        let quadratic = s.matmul(&of.a.t()?)?.matmul(&of.a)?;
+        let quadratic = s.product(&of.a, None)?.matmul(&of.a)?;
         let gradient = ((&t0 * &z)?.matmul(k0)? + quadratic)?;
         let gradient = (gradient + spread(&of.c, rows)?)?;
         let mut n = Tensor::zeros(t0.shape(), wide, t0.device())?;
@@ -88,7 +87,7 @@ impl Evaluation {
         let bent = (slope(&wide(&self.t1)?)? * &self.n)?;
         let second = bent.matmul(&wide(&self.of.w)?.unsqueeze(1)?)?;
         let a = wide(&self.of.a.narrow(1, 0, self.of.features())?)?;
-        (first + second)? + spread(&a.sqr()?.sum_all()?, self.s.dim(0)?)?
+        (first + second)? + spread(&a.sqr()?.sum_all()?, self.s.x.dim(0)?)?
     }
 
     /// ∇Φ in x, ½‖·‖² of it, and ∂Φ/∂t less that, `(row, …)`, the latter two in the dtype of the costs.
@@ -147,7 +146,7 @@ impl Evaluation {
 
         let r_bar = column((&e0 * z)?)?;
         let of_r = self.columns_of_x(k0)?.broadcast_mul(&(r_bar * 2.0)?)?;
-        let k0_bar = ((t0 * z)?.t()?.matmul(g)? + o_bar.t()?.matmul(s)?)?;
+        let k0_bar = ((t0 * z)?.t()?.matmul(g)? + s.outer(&o_bar)?)?;
         let k0_bar = ((k0_bar + of_r)? + q_k0)?;
         let weighted_bar = t1.t()?.matmul(&z_bar)?;
         let of_w = weighted_bar.broadcast_mul(&of.w.unsqueeze(1)?)?;
@@ -155,8 +154,8 @@ impl Evaluation {
         let w_bar = (column((e1 * n)?)? + row_sums(&(weighted_bar * k1)?)?)?;
         let w_bar = (w_bar.t()? + column_sums(&z_bar)?)?;
 
-        let (a_g, a_s) = (g.matmul(&of.a.t()?)?, s.matmul(&of.a.t()?)?);
-        let a_bar = (a_g.t()?.matmul(s)? + a_s.t()?.matmul(g)?)?;
+        let (a_g, a_s) = (g.matmul(&of.a.t()?)?, s.product(&of.a, None)?);
+        let a_bar = (s.outer(&a_g)? + a_s.t()?.matmul(g)?)?;
         let total = (column_sums(&c)? * 2.0)?;
         let a_bar = (a_bar + self.columns_of_x(&of.a)?.broadcast_mul(&total)?)?;
         let s_bar = (o_bar.matmul(k0)? + a_g.matmul(&of.a)?)?;
@@ -186,9 +185,4 @@ impl Evaluation {
     fn columns_of_x(&self, x: &Tensor) -> Result<Tensor> {
         x.narrow(1, 0, self.of.features())?.pad_with_zeros(1, 0, 1)
     }
-}
-
-/// Σ over the rows, `(1, columns)`, as a product.
-fn column_sums(x: &Tensor) -> Result<Tensor> {
-    Tensor::ones((1, x.dim(0)?), x.dtype(), x.device())?.matmul(x)
 }

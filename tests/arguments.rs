@@ -1,0 +1,236 @@
+//! Arguments of a field: differentiated like parameters, at the cost of one pass through their history.
+
+mod common;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+
+use candle_core::{
+    CpuStorage, CustomOp1, DType, Device, IndexOp, Layout, Module, Shape, Tensor, Var, D,
+};
+use candle_diffeq::{
+    odeint, odeint_with, solve_with, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision,
+    Recorder, Steps, Time,
+};
+use candle_nn::{linear, VarBuilder, VarMap};
+use common::{all, bits, relative, scattered, values, var, U_BF16, U_F64};
+
+fn field(_: &Time, y: &Tensor, a: &Tensor) -> candle_core::Result<Tensor> {
+    (y * a)?.sin()
+}
+
+fn options() -> OdeOptions {
+    OdeOptions {
+        steps: Steps::PerInterval(5),
+        ..Default::default()
+    }
+}
+
+fn loss(ys: &Tensor) -> Tensor {
+    ys.sqr().unwrap().sum_all().unwrap()
+}
+
+#[test]
+fn the_gradient_of_an_argument_is_that_of_a_captured_tensor() {
+    let (y0, a) = (var(&[3, 2], 1.0, 1), var(&[3, 2], 1.0, 2));
+    let ys = odeint_with(
+        field,
+        y0.as_tensor(),
+        a.as_tensor(),
+        &[0.0, 0.5, 1.0],
+        &options(),
+    );
+    let grads = loss(&ys.unwrap()).backward().unwrap();
+    let captured = a.clone();
+    let same = move |t: &Time, y: &Tensor| field(t, y, captured.as_tensor());
+    let ys = odeint(same, y0.as_tensor(), &[0.0, 0.5, 1.0], &options()).unwrap();
+    let expected = loss(&ys).backward().unwrap();
+    for x in [&y0, &a] {
+        let (got, expected) = (grads.get(x).unwrap(), expected.get(x).unwrap());
+        assert!(relative(got, expected) <= 4.0 * U_F64);
+    }
+}
+
+#[test]
+fn all_plans_give_the_same_bits_and_a_solution_the_same_gradient() {
+    let (y0, a) = (scattered(&[3, 2], 1.0, 1), var(&[3, 2], 1.0, 2));
+    let run = |checkpoint| {
+        let options = OdeOptions {
+            checkpoint,
+            ..options()
+        };
+        let ys = odeint_with(field, &y0, a.as_tensor(), &[0.0, 1.0], &options).unwrap();
+        bits(loss(&ys).backward().unwrap().get(&a).unwrap())
+    };
+    let whole = run(Checkpoint::All);
+    for plan in [Checkpoint::Every(2), Checkpoint::States(2)] {
+        assert_eq!(run(plan), whole);
+    }
+    // Without a graph an argument has a gradient whether it is tracked or not.
+    let plain = a.as_detached_tensor();
+    let solution = solve_with(&field, &y0, &plain, &[0.0, 1.0], &options()).unwrap();
+    let cotangent = (solution.states() * 2.0).unwrap();
+    let grads = solution.vjp(&cotangent).unwrap();
+    assert_eq!(bits(grads.params.get(&plain).unwrap()), whole);
+}
+
+/// The identity, which counts how often a gradient passes.
+struct Counted(Arc<AtomicUsize>);
+
+impl CustomOp1 for Counted {
+    fn name(&self) -> &'static str {
+        "counted"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        Ok((x.try_clone(l)?, l.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(Some(g.clone()))
+    }
+}
+
+#[test]
+fn an_encoder_is_differentiated_once_a_solve() {
+    let passes = Arc::new(AtomicUsize::new(0));
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let encoder = linear(5, 2, vb.pp("encoder")).unwrap();
+    let ode = NeuralOde::with_args(&vars, "f", DType::F64, &Device::Cpu, |vb| {
+        let l = linear(4, 2, vb)?;
+        Ok(move |_: &Time, y: &Tensor, a: &Tensor| {
+            l.forward(&Tensor::cat(&[y, a], D::Minus1)?)?.tanh()
+        })
+    })
+    .unwrap()
+    .options(options());
+    common::scatter(&vars);
+    let (x, y0) = (scattered(&[3, 5], 1.0, 1), scattered(&[3, 2], 1.0, 2));
+    let context = encoder.forward(&x).unwrap();
+    let context = context.apply_op1(Counted(passes.clone())).unwrap();
+    let ys = ode.given(&context).solve(&y0, &[0.0, 0.5, 1.0]).unwrap();
+    let grads = loss(&ys).backward().unwrap();
+    assert_eq!(passes.load(Ordering::SeqCst), 1);
+    // As with the encoder inside the field, at every stage.
+    let l = linear(
+        4,
+        2,
+        VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu).pp("f"),
+    )
+    .unwrap();
+    let inside = move |_: &Time, y: &Tensor| {
+        let a = encoder.forward(&x)?;
+        l.forward(&Tensor::cat(&[y, &a], D::Minus1)?)?.tanh()
+    };
+    let ys = odeint(inside, &y0, &[0.0, 0.5, 1.0], &options()).unwrap();
+    let expected = loss(&ys).backward().unwrap();
+    for (name, var) in all(&vars) {
+        let error = relative(grads.get(&var).unwrap(), expected.get(&var).unwrap());
+        assert!(error <= 64.0 * U_F64, "{name}: {error}");
+    }
+}
+
+#[test]
+fn arguments_are_any_tensors_and_integers_arrive_as_they_are() {
+    let table = var(&[4, 2], 1.0, 1);
+    let (class, gain) = (
+        Tensor::new(&[3u32, 0, 2], &Device::Cpu).unwrap(),
+        var(&[1], 1.0, 2),
+    );
+    let captured = table.clone();
+    let f = move |_: &Time, y: &Tensor, (class, gain): &(Tensor, Tensor)| {
+        assert_eq!(class.dtype(), DType::U32);
+        y.broadcast_mul(gain)? + captured.index_select(class, 0)?
+    };
+    let y0 = scattered(&[3, 2], 1.0, 3);
+    let args = (class, gain.as_tensor().clone());
+    let ys = odeint_with(f, &y0, &args, &[0.0, 1.0], &options()).unwrap();
+    let grads = loss(&ys).backward().unwrap();
+    assert!(grads.get(&gain).is_some());
+    let read: Vec<_> = values(grads.get(&table).unwrap())
+        .chunks(2)
+        .map(|row| row.iter().any(|g| *g != 0.0))
+        .collect();
+    assert_eq!(read, [true, false, true, true]);
+}
+
+#[test]
+fn arguments_are_rounded_by_leaf_and_their_gradients_summed_in_state_precision() {
+    let dtypes = |args_precision: Vec<Precision>| {
+        let seen = Arc::new(std::sync::Mutex::new(vec![]));
+        let noted = seen.clone();
+        let f = move |_: &Time, y: &Tensor, (a, b): &(Tensor, Tensor)| {
+            *noted.lock().unwrap() = vec![values(a)[0], values(b)[0]];
+            (y * a)? + b
+        };
+        let third = Var::new(&[1f32 / 3.0], &Device::Cpu).unwrap();
+        let other = Var::new(&[1f32 / 3.0], &Device::Cpu).unwrap();
+        let args = (third.as_tensor().clone(), other.as_tensor().clone());
+        let options = OdeOptions {
+            precision: Some(Precision::bf16()),
+            args_precision,
+            steps: Steps::PerInterval(1000),
+            output: Output::Final,
+            ..Default::default()
+        };
+        let y0 = Tensor::new(&[0f32], &Device::Cpu).unwrap();
+        let y = odeint_with(f, &y0, &args, &[0.0, 1.0], &options).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        let grad = values(grads.get(&other).unwrap())[0];
+        let seen = seen.lock().unwrap().clone();
+        (seen, grad)
+    };
+    let third = f64::from(1f32 / 3.0);
+    let rounded = half::bf16::from_f64(third).to_f64();
+    let (seen, grad) = dtypes(vec![]);
+    assert_eq!(seen, [rounded, rounded]);
+    // y' = a y + b: ∂y(1)/∂b = (e^a − 1)/a, a sum of 4000 terms that bf16 could not hold.
+    let exact = (rounded.exp() - 1.0) / rounded;
+    assert!(
+        (grad - exact).abs() <= 2.0 * U_BF16 * exact,
+        "{grad} {exact}"
+    );
+    let (seen, _) = dtypes(vec![Precision::bf16(), Precision::f32()]);
+    assert_eq!(seen, [rounded, third]);
+}
+
+#[test]
+fn arguments_may_be_written_after_the_solve() {
+    let (y0, a) = (scattered(&[2, 2], 1.0, 1), var(&[2, 2], 1.0, 2));
+    let ys = odeint_with(field, &y0, a.as_tensor(), &[0.0, 1.0], &options()).unwrap();
+    let before = loss(&ys).backward().unwrap();
+    a.set(&scattered(&[2, 2], 1.0, 3)).unwrap();
+    let after = loss(&ys).backward().unwrap();
+    assert_eq!(bits(before.get(&a).unwrap()), bits(after.get(&a).unwrap()));
+}
+
+#[test]
+fn bad_arguments_have_errors_of_their_own() {
+    let (y0, a) = (scattered(&[2], 1.0, 1), scattered(&[2], 1.0, 2));
+    let options = OdeOptions {
+        args_precision: vec![Precision::f64(); 2],
+        ..options()
+    };
+    let got = odeint_with(field, &y0, &a, &[0.0, 1.0], &options);
+    assert!(matches!(
+        got,
+        Err(Error::ArgsPrecisionCount { args: 1, given: 2 })
+    ));
+}
+
+#[test]
+fn untracked_arguments_keep_nothing_and_are_no_node() {
+    let recorder = Recorder::default();
+    let options = OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options()
+    };
+    let (y0, a) = (scattered(&[2], 1.0, 1), scattered(&[2], 1.0, 2));
+    let ys = odeint_with(field, &y0, &a, &[0.0, 1.0], &options).unwrap();
+    assert!(!ys.track_op());
+    assert_eq!(recorder.stats().bytes_kept, 0);
+    let _ = ys.i(0);
+}
