@@ -97,10 +97,29 @@ impl std::fmt::Display for Bytes {
     }
 }
 
-/// What this process can still get, if the system tells: on Linux what is free or can be freed, with what
-/// is free of the swap and within the limit of the control group; elsewhere, where systems make room as
-/// they go, what the machine has.
+/// What this process can still get, if the system tells: no more than its limit of addresses, nor than what
+/// the machine has.
 fn available() -> Option<u64> {
+    match (addresses(), of_machine()) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
+}
+
+/// The limit that `ulimit -v` sets.
+#[cfg(unix)]
+fn addresses() -> Option<u64> {
+    rlimit::Resource::AS.get_soft().ok()
+}
+
+#[cfg(not(unix))]
+fn addresses() -> Option<u64> {
+    None
+}
+
+/// On Linux what is free or can be freed, with what is free of the swap and within the limit of the
+/// control group; elsewhere, where systems make room as they go, what there is in all.
+fn of_machine() -> Option<u64> {
     if !sysinfo::IS_SUPPORTED_SYSTEM {
         return None;
     }
@@ -133,6 +152,14 @@ pub(crate) fn room_for<N>(what: &'static str, numbers: usize) -> Result<Vec<N>> 
     let reserved = room.try_reserve_exact(numbers);
     reserved.map_err(|_| refused::<N>(what, numbers))?;
     Ok(room)
+}
+
+/// One more of many.
+pub(crate) fn push<N>(what: &'static str, many: &mut Vec<N>, one: N) -> Result<()> {
+    let more = many.len() + 1;
+    many.try_reserve(1).map_err(|_| refused::<N>(what, more))?;
+    many.push(one);
+    Ok(())
 }
 
 /// So many zeros.

@@ -14,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
+use crate::memory::push;
 use crate::precision::Roles;
 use crate::stats::Stats;
 
@@ -155,7 +156,7 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
                 (Plan::All, None) => self.store.stored(y)?,
                 _ => y.clone(),
             };
-            self.kept().push((n, y));
+            push("kept states", &mut self.kept(), (n, y))?;
             self.mark = self.mark.and_then(Mark::next);
         }
         Ok(())
@@ -224,7 +225,7 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
                 if self.segment.is_empty() {
                     let (at, mut y) = self.pop()?;
                     for m in at..n {
-                        self.segment.push(store.stored(&y)?);
+                        push("replayed states", &mut self.segment, store.stored(&y)?)?;
                         y = advance(m, &y)?;
                     }
                     self.segment.push(store.stored(&y)?);

@@ -330,19 +330,22 @@ fn times_of_f32_are_the_numbers_that_they_are() {
     let slice: &[f32] = &single;
     let vector = single.to_vec();
     let double: &[f64] = &exact;
+    fn grid<T: Times + ?Sized>(times: &T) -> TimeGrid {
+        times.to_grid().unwrap()
+    }
     let grids = [
-        single.to_grid(),
-        slice.to_grid(),
-        (&slice).to_grid(),
-        vector.to_grid(),
-        (&vector).to_grid(),
-        double.to_grid(),
-        (&double).to_grid(),
-        exact.to_vec().to_grid(),
-        (&exact.to_vec()).to_grid(),
+        grid(&single),
+        grid(slice),
+        grid(&slice),
+        grid(&vector),
+        grid(&&vector),
+        grid(double),
+        grid(&double),
+        grid(&exact.to_vec()),
+        grid(&&exact),
     ];
     for grid in grids {
-        assert_eq!(grid.unwrap().points(), exact);
+        assert_eq!(grid.points(), exact);
     }
     let options = OdeOptions::default();
     let expected = values(&odeint(decay, &rows(3), &exact, &options).unwrap());

@@ -187,7 +187,8 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
             slot,
         };
         enter(s, advance)?;
-        Ok(Snapshot::of::<S>(&tile))
+        let failed = |error| Failure { at: (m, 0), error };
+        Snapshot::of::<S>(&tile).map_err(failed)
     }
 }
 

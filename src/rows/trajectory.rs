@@ -30,7 +30,7 @@ impl<T: Element> TileTrajectory<T> {
     ) -> Result<Self> {
         Ok(match checkpoint {
             Checkpoint::All => Self::All(States::new(store, steps, scalars::<T, S>(y).len())?),
-            plan => Self::Planned(Trajectory::new(plan, steps, store, &Snapshot::of::<S>(y))?),
+            plan => Self::Planned(Trajectory::new(plan, steps, store, &Snapshot::of::<S>(y)?)?),
         })
     }
 
@@ -48,7 +48,7 @@ impl<T: Element> TileTrajectory<T> {
         match self {
             Self::All(states) => states.push(scalars::<T, S>(y)),
             Self::Planned(trajectory) if trajectory.wants(n) => {
-                trajectory.offer(n, &Snapshot::of::<S>(y))?;
+                trajectory.offer(n, &Snapshot::of::<S>(y)?)?;
             }
             Self::Planned(_) => {}
         }
@@ -141,15 +141,18 @@ where
 /// A kept state of a tile, in its store precision.
 #[derive(Clone, Debug)]
 pub(super) enum Snapshot<T> {
-    State(Arc<[T]>),
+    State(Arc<Vec<T>>),
     Bf16(Arc<[bf16]>),
     F16(Arc<[f16]>),
 }
 
 impl<T: Element> Snapshot<T> {
     /// In state precision.
-    pub(super) fn of<S: Simd>(y: &[T::Vector<S>]) -> Self {
-        Self::State(scalars::<T, S>(y).into())
+    pub(super) fn of<S: Simd>(y: &[T::Vector<S>]) -> Result<Self> {
+        let y = scalars::<T, S>(y);
+        let mut state = room_for("a kept state", y.len())?;
+        state.extend_from_slice(y);
+        Ok(Self::State(Arc::new(state)))
     }
 
     /// Back into a tile.
