@@ -106,6 +106,7 @@ fn every_error_has_a_test() {
     let tests = [
         include_str!("errors.rs"),
         include_str!("graphs.rs"),
+        include_str!("layers.rs"),
         include_str!("piecewise.rs"),
         include_str!("row_loss.rs"),
     ];
