@@ -1,11 +1,12 @@
-//! One step, one solve and one adjoint sweep in every precision, on a tanh network of 2-64-64-2.
+//! One step, one solve and one adjoint sweep in every precision, on a tanh network of 2-64-64-2; and a
+//! backward pass through the output of an encoder.
 //!
 //! `cargo bench --bench solve` (a minute); the device is synchronised before the clock stops.
 
 use std::hint::black_box;
 
-use candle_core::{Device, Tensor};
-use candle_diffeq::{NeuralOde, OdeOptions, Output, Precision, Solution};
+use candle_core::{Device, Tensor, Var};
+use candle_diffeq::{odeint_with, NeuralOde, OdeOptions, Output, Precision, Solution, Steps, Time};
 use candle_nn::{linear, Module, VarMap};
 use criterion::{criterion_group, criterion_main, BatchSize, Criterion};
 
@@ -93,5 +94,49 @@ fn adjoint(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, forward, adjoint);
+/// Backward through a solve whose field reads the output of an encoder, six layers of 256: given as an
+/// argument, beside the same field without an encoder, and the encoder alone.
+fn context(c: &mut Criterion) {
+    let device = Device::Cpu;
+    let vars = VarMap::new();
+    let vb = candle_nn::VarBuilder::from_varmap(&vars, candle_core::DType::F32, &device);
+    let layers: Vec<_> = (0..6)
+        .map(|i| linear(256, 256, vb.pp(i)).unwrap())
+        .collect();
+    let x = Tensor::randn(0f32, 1.0, (64, 256), &device).unwrap();
+    let encode = || -> candle_core::Result<Tensor> {
+        let h = layers
+            .iter()
+            .try_fold(x.clone(), |h, l| l.forward(&h)?.tanh());
+        h?.narrow(1, 0, 4)?.contiguous()
+    };
+    let y0 = Tensor::randn(0f32, 1.0, (64, 4), &device).unwrap();
+    let options = OdeOptions {
+        steps: Steps::PerInterval(40),
+        output: Output::Final,
+        ..Default::default()
+    };
+    let field = |_: &Time, y: &Tensor, a: &Tensor| (y * a)?.sin();
+    let solve = |context: &Tensor| {
+        let y = odeint_with(field, &y0, context, &[0.0, 1.0], &options).unwrap();
+        y.sqr().unwrap().sum_all().unwrap()
+    };
+    let mut group = c.benchmark_group("context");
+    group.sample_size(20);
+    let mut backward = |name, forward: &dyn Fn() -> Tensor| {
+        group.bench_function(name, |b| {
+            b.iter_batched(
+                forward,
+                |loss| black_box(loss.backward().unwrap()),
+                BatchSize::PerIteration,
+            );
+        });
+    };
+    let constant = Var::from_tensor(&encode().unwrap().detach()).unwrap();
+    backward("argument", &|| solve(&encode().unwrap()));
+    backward("without encoder", &|| solve(constant.as_tensor()));
+    backward("encoder alone", &|| encode().unwrap().sum_all().unwrap());
+}
+
+criterion_group!(benches, forward, adjoint, context);
 criterion_main!(benches);

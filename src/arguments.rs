@@ -74,7 +74,10 @@ impl Args {
 
     /// Those of which a gradient is wanted.
     pub(crate) fn variables(&self) -> impl Iterator<Item = Tensor> + '_ {
-        self.leaves.iter().filter(|leaf| leaf.is_variable()).cloned()
+        self.leaves
+            .iter()
+            .filter(|leaf| leaf.is_variable())
+            .cloned()
     }
 
     /// What an argument is called, if the tensor is one.

@@ -59,10 +59,11 @@ pub(crate) fn vjp<'f, S: State, F: VectorField<S> + ?Sized>(
     y: &S,
 ) -> candle_core::Result<(S, Pullback<'f, S>)> {
     let traced = trace(field, t, y)?;
-    if !traced.k.iter().any(Tensor::track_op) && !field.is_constant() {
+    if !traced.k.iter().any(Tensor::track_op) {
         let leaves = Leaves::<&F, S>::new(field);
         let y = y.leaves();
-        if check::depends_on(&leaves, t, &y, 0..y.len(), 0.0)? {
+        let read = (0..y.len()).filter(|&leaf| !field.is_constant_in(leaf));
+        if check::depends_on(&leaves, t, &y, read, 0.0)? {
             return Err(Error::UntrackedVelocity { t: t.peek() }.into());
         }
     }

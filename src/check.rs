@@ -326,10 +326,9 @@ impl Subject<'_> {
         if depth == Depth::Full {
             arguments.extend((0..self.parameters.len()).map(Of::Parameter));
         }
-        // One that is declared constant has no derivative there, whatever it computes.
-        if !self.field.is_constant() {
-            arguments.extend((0..point.y.len()).map(Of::State));
-        }
+        // Where it is declared constant it has no derivative, whatever it computes.
+        let leaves = (0..point.y.len()).filter(|&leaf| !self.field.is_constant_in(leaf));
+        arguments.extend(leaves.map(Of::State));
         if self.reads_time && time.leaf().is_some() && !time.was_read() {
             arguments.push(Of::Time);
         }

@@ -102,9 +102,10 @@ pub trait VectorField<S: State = Tensor> {
         None
     }
 
-    /// Whether the field is declared not to depend on the state, so that nothing is to be verified.
+    /// Whether the derivative with respect to this tensor of the state is declared to be zero, so that nothing
+    /// is to be verified.
     #[doc(hidden)]
-    fn is_constant(&self) -> bool {
+    fn is_constant_in(&self, _leaf: usize) -> bool {
         false
     }
 }
@@ -205,7 +206,7 @@ where
         (self.0)(t, y)
     }
 
-    fn is_constant(&self) -> bool {
+    fn is_constant_in(&self, _: usize) -> bool {
         true
     }
 }
@@ -257,9 +258,9 @@ pub trait FieldWithArgs<S: State, A: State> {
         None
     }
 
-    /// As [`VectorField::is_constant`].
+    /// As [`VectorField::is_constant_in`].
     #[doc(hidden)]
-    fn is_constant(&self) -> bool {
+    fn is_constant_in(&self, _leaf: usize) -> bool {
         false
     }
 }
@@ -295,8 +296,8 @@ impl<S: State, F: VectorField<S>> FieldWithArgs<S, ()> for Free<F> {
         self.0.known()
     }
 
-    fn is_constant(&self) -> bool {
-        self.0.is_constant()
+    fn is_constant_in(&self, leaf: usize) -> bool {
+        self.0.is_constant_in(leaf)
     }
 }
 
@@ -330,8 +331,8 @@ where
         self.field.known()
     }
 
-    fn is_constant(&self) -> bool {
-        self.field.is_constant()
+    fn is_constant_in(&self, leaf: usize) -> bool {
+        self.field.is_constant_in(leaf)
     }
 }
 
@@ -394,7 +395,7 @@ where
         self.field.known()
     }
 
-    fn is_constant(&self) -> bool {
-        self.field.is_constant()
+    fn is_constant_in(&self, leaf: usize) -> bool {
+        self.field.is_constant_in(leaf)
     }
 }

@@ -123,7 +123,9 @@ pub(crate) fn integrate(
     stats: &mut Stats,
 ) -> Result<Forward> {
     let mut counted = Stats::default();
-    let forward = pass(problem, field, y0.clone(), keep, &mut counted)?;
+    let forward = pass(problem, field, y0.clone(), keep, &mut counted);
+    // A pass that failed is counted up to its failure.
+    let forward = forward.inspect_err(|_| stats.add(&counted))?;
     let forgot = !forward.kept.can_rewind() && problem.checkpoint != Checkpoint::Nothing;
     if !(forgot && keep()) {
         stats.add(&counted);

@@ -160,12 +160,11 @@ impl<'f> Observed<'f> {
     /// pattern of such tensors is looked at once in a solve.
     fn verify(&self, t: &Time, y: &[Tensor], connected: Vec<bool>) -> candle_core::Result<()> {
         let whole = connected.iter().all(|c| *c);
-        if whole || self.tracked.is_constant() || self.seen.borrow().connected.contains(&connected)
-        {
+        if whole || self.seen.borrow().connected.contains(&connected) {
             return Ok(());
         }
         let field = self.plain.unwrap_or(self.tracked);
-        let missing = (0..y.len()).filter(|leaf| !connected[*leaf]);
+        let missing = (0..y.len()).filter(|&leaf| !connected[leaf] && !field.is_constant_in(leaf));
         if check::depends_on(field, t, y, missing, self.reach)? {
             return Err(Error::UntrackedVelocity { t: t.peek() }.into());
         }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, IndexOp, Layout, Module, Shape, Tensor, Var, D,
 };
+use candle_diffeq::nn::{Activation, ConditionalMlp};
 use candle_diffeq::{
     odeint, odeint_with, solve_with, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision,
     Recorder, Steps, Time,
@@ -130,6 +131,70 @@ fn an_encoder_is_differentiated_once_a_solve() {
     for (name, var) in all(&vars) {
         let error = relative(grads.get(&var).unwrap(), expected.get(&var).unwrap());
         assert!(error <= 64.0 * U_F64, "{name}: {error}");
+    }
+}
+
+#[test]
+fn a_perceptron_of_ours_with_arguments_is_the_closure_of_its_layers() {
+    for (time, widths) in [
+        (false, vec![2, 2]),
+        (true, vec![2, 6, 2]),
+        (false, vec![2, 5, 7, 2]),
+    ] {
+        let (vars, names) = (VarMap::new(), widths.clone());
+        let ours =
+            NeuralOde::with_args(&vars, "f", DType::F64, &Device::Cpu, move |vb| match time {
+                true => ConditionalMlp::with_time(&names, 3, Activation::Silu, vb),
+                false => ConditionalMlp::new(&names, 3, Activation::Silu, vb),
+            });
+        let ours = ours.unwrap().options(options());
+        common::scatter(&vars);
+        let plain = NeuralOde::with_args(&vars, "f", DType::F64, &Device::Cpu, move |vb| {
+            let layer = |(i, w): (usize, &[usize])| {
+                let more = if i == 0 { 3 + usize::from(time) } else { 0 };
+                linear(w[0] + more, w[1], vb.pp(i))
+            };
+            let layers = widths.windows(2).enumerate().map(layer);
+            let layers = layers.collect::<candle_core::Result<Vec<_>>>()?;
+            Ok(move |t: &Time, y: &Tensor, a: &Tensor| {
+                let mut x = Tensor::cat(&[y, a], 1)?;
+                if time {
+                    let t = t.tensor()?.broadcast_as((y.dim(0)?, 1))?;
+                    x = Tensor::cat(&[&x, &t], 1)?;
+                }
+                for (l, layer) in layers.iter().enumerate() {
+                    x = layer.forward(&x)?;
+                    if l + 1 < layers.len() {
+                        x = x.silu()?;
+                    }
+                }
+                Ok(x)
+            })
+        });
+        let plain = plain.unwrap().options(options());
+        let (y0, a) = (var(&[4, 2], 1.0, 1), var(&[4, 3], 1.0, 2));
+        let times = Var::new(&[0.0, 0.4, 1.0], &Device::Cpu).unwrap();
+        let run = |ode: &NeuralOde<Tensor, Tensor>| {
+            let ys = ode
+                .given(a.as_tensor())
+                .solve(y0.as_tensor(), &times)
+                .unwrap();
+            let grads = loss(&ys).backward().unwrap();
+            (ys, grads)
+        };
+        let ((ys, grads), (expected, expected_grads)) = (run(&ours), run(&plain));
+        assert!(relative(&ys, &expected) <= 64.0 * U_F64);
+        let mut of = vec![("y0".to_owned(), y0.clone()), ("a".to_owned(), a.clone())];
+        of.push(("t".to_owned(), times.clone()));
+        of.extend(all(&vars));
+        for (name, x) in of {
+            let (got, exact) = (grads.get(&x).unwrap(), expected_grads.get(&x).unwrap());
+            let error = relative(got, exact);
+            assert!(error <= 256.0 * U_F64, "{name}: {error:e}");
+        }
+        let wrong = scattered(&[4, 2], 1.0, 1);
+        let error = ours.given(&wrong).solve(y0.as_tensor(), &[0.0, 1.0]);
+        assert!(matches!(error, Err(Error::FieldState { .. })));
     }
 }
 

@@ -803,11 +803,16 @@ fn replacements() -> Result<Vec<(Case, Case)>> {
 #[test]
 fn what_the_page_says_to_use_instead_is_the_same_function_and_right() {
     for (ours, theirs) in replacements().unwrap() {
-        let (got, wanted) = ((ours.layer)(&ours.inputs), (theirs.layer)(&theirs.inputs));
-        let off = (values(&got.unwrap())
-            .into_iter()
-            .zip(values(&wanted.unwrap())))
-        .map(|(got, wanted)| got - wanted);
+        // Row by row: in batches candle's transposed convolutions of sequences are wrong already.
+        let row = |i| {
+            let mut x = theirs.inputs.clone();
+            x[0] = x[0].narrow(0, i, 1).unwrap();
+            values(&(theirs.layer)(&x).unwrap())
+        };
+        let wanted = [row(0), row(1)].concat();
+        let got = values(&(ours.layer)(&ours.inputs).unwrap());
+        assert_eq!(got.len(), wanted.len());
+        let off = got.iter().zip(&wanted).map(|(got, wanted)| got - wanted);
         let off = worst(off);
         assert!(off <= 64.0 * common::U_F64, "{}: {off:e}", ours.name);
         assert_eq!(measure(&ours).unwrap(), Finding::Right, "{}", ours.name);

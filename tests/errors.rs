@@ -106,6 +106,9 @@ fn every_error_has_a_test() {
     let tests = [
         include_str!("errors.rs"),
         include_str!("graphs.rs"),
+        include_str!("arguments.rs"),
+        include_str!("field_check.rs"),
+        include_str!("layers.rs"),
         include_str!("limits.rs"),
         include_str!("piecewise.rs"),
         include_str!("row_loss.rs"),

@@ -1,6 +1,6 @@
 //! A continuous normalising flow of any field that pushes tangents forward, its trace estimated.
 
-use candle_core::{DType, Result, Tensor, D};
+use candle_core::{Result, Tensor, D};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
@@ -136,22 +136,13 @@ impl<G: Jvp> VectorField<(Tensor, Tensor, Tensor)> for Hutchinson<G> {
         let products = (tangent.to_dtype(l.dtype())? * probe.to_dtype(l.dtype())?)?;
         let products = products.reshape(((), z.dim(D::Minus1)?))?;
         let trace = row_sums(&products)?.reshape(l.shape())?;
-        let trace = beside(&trace, z)?;
         Ok((k, trace.neg()?, probe.zeros_like()?))
     }
-}
 
-/// `trace`, of which candle sees a path to z, of slope zero.
-///
-/// Where the field is linear, or linear in pieces as with ReLU, ∂g/∂z does not change with z, and the
-/// trace has no path of its own: which is right, and not a path that was lost.
-fn beside(trace: &Tensor, z: &Tensor) -> Result<Tensor> {
-    if z.elem_count() == 0 {
-        return Ok(trace.clone());
+    /// The probe is one draw of many, whose gradient nobody asks for.
+    fn is_constant_in(&self, leaf: usize) -> bool {
+        leaf == 2
     }
-    let column = z.narrow(D::Minus1, 0, 1)?.to_dtype(trace.dtype())?;
-    let always = Tensor::ones(trace.shape(), DType::U8, trace.device())?;
-    always.where_cond(trace, &column)
 }
 
 /// Distributions of probes, of mean 0 and covariance 1.

@@ -11,6 +11,7 @@
 
 mod activation;
 mod cnf;
+mod conditional;
 mod conv;
 mod conv1d;
 #[cfg(feature = "cuda")]
@@ -27,6 +28,7 @@ mod weights;
 
 pub use activation::Activation;
 pub use cnf::Cnf;
+pub use conditional::ConditionalMlp;
 pub use conv::ConvField;
 pub use conv1d::{conv1d, conv1d_no_bias, Conv1d};
 pub use hutchinson::{Hutchinson, Jvp, Probe};

@@ -46,16 +46,6 @@ impl Room {
         Self { memory, bytes }
     }
 
-    /// The same, `None` where the system does not give it.
-    pub(crate) fn try_new(bytes: usize) -> Option<Self> {
-        if bytes < LARGE {
-            return Some(Self::new(bytes));
-        }
-        // `new` asks the system for pages, and aborts only where it then does not even get a heap.
-        drop(MmapMut::map_anon(bytes).ok()?);
-        Some(Self::new(bytes))
-    }
-
     /// As many numbers as there are whole ones of.
     pub(crate) fn numbers<N: Pod>(&self) -> &[N] {
         let all = match &self.memory {
