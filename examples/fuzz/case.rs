@@ -20,6 +20,8 @@ pub(crate) struct Case {
     pub(crate) numbers: Numbers,
     pub(crate) entry: Entry,
     pub(crate) fusion: bool,
+    /// Whether the field's pull-back is checked against differences: no false alarm may come.
+    pub(crate) checked: bool,
     pub(crate) cache: Cache,
     pub(crate) scaling: Scale,
     pub(crate) threads: usize,

@@ -55,6 +55,7 @@ pub(crate) fn case(seed: u64) -> Case {
             ],
         ),
         fusion: !one_in(rng, 4),
+        checked: one_in(rng, 3),
         cache: Cache {
             bytes: pick(rng, &[0, 0, 100, 1000, 30_000, usize::MAX]),
             low: one_in(rng, 2),

@@ -343,7 +343,8 @@ impl Problem {
 
     /// Whether it may be solved tile by tile.
     pub(crate) fn may_be_tiled(&self) -> bool {
-        self.case.fusion && self.case.grid.given == Given::Host && self.case.field.is_tiled()
+        let tracked = matches!(self.case.grid.given, Given::Variable(_));
+        self.case.fusion && !tracked && self.case.field.is_tiled()
     }
 
     /// Dimensions of a tensor of the state.

@@ -84,6 +84,7 @@ fn smaller(case: &Case) -> Vec<Case> {
     with(&|c| (c.cache.bytes, c.cache.low) = (0, false));
     with(&|c| c.cache.low = false);
     with(&|c| c.fusion = false);
+    with(&|c| c.checked = false);
     with(&|c| c.threads = 1);
     with(&|c| c.tracked = true);
     with(&|c| c.frozen = 0);

@@ -7,8 +7,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Linear, Mlp};
 use candle_diffeq::{
-    odeint, solve, ActivationCache, DynamicScaling, NeuralOde, OdeOptions, Output, Precision,
-    Result, RowLoss, Scaling, State, Steps, Time, TimeGrid, VectorField,
+    odeint, solve, ActivationCache, DynamicScaling, FieldCheck, NeuralOde, OdeOptions, Output,
+    Precision, Result, RowLoss, Scaling, State, Steps, Time, TimeGrid, VectorField,
 };
 use candle_nn::{VarBuilder, VarMap};
 
@@ -345,6 +345,11 @@ fn options(p: &Problem, plan: Plan) -> Result<OdeOptions> {
             false => ActivationCache::within(case.cache.bytes),
         },
         fusion: case.fusion,
+        // Not once: what comes of a case follows from its seed alone.
+        check: match case.checked {
+            true => FieldCheck::Always,
+            false => FieldCheck::Never,
+        },
         scaling: match case.scaling {
             Scale::Auto => Scaling::Auto,
             Scale::Off => Scaling::Off,
