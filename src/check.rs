@@ -30,7 +30,9 @@ use crate::time::Time;
 /// [`check_field`].
 ///
 /// The check evaluates the field a few dozen times, at states of the solve and at small relative
-/// distances from them.  Fields of [`nn`](crate::nn) that are integrated tile by tile are not checked.
+/// distances from them.  Fields of [`nn`](crate::nn) that are integrated tile by tile are not checked.  A
+/// parameter of a model that candle's graph does not connect with the velocity counts as frozen, as long as the
+/// gradient of the state is right.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FieldCheck {
     /// At the first solve of a [`NeuralOde`](crate::NeuralOde), and at the first of each type of closure and
@@ -107,11 +109,11 @@ where
 }
 
 /// The variables that one evaluation reads, or that the field lists.
-fn own_variables(field: &Field<'_>, t: &Time, y: &Vec<Tensor>) -> Result<Vec<Tensor>> {
+fn own_variables(field: &Field<'_>, t: &Time, y: &[Tensor]) -> Result<Vec<Tensor>> {
     if let Some(listed) = field.parameters() {
         return Ok(listed);
     }
-    let k = field.velocity(t, y)?;
+    let k = field.velocity(t, &y.to_vec())?;
     let of_time = t.leaf().map(Tensor::id);
     let mut seen = HashSet::new();
     let variables = autograd::variables(&k).into_iter();
@@ -271,7 +273,7 @@ pub(crate) struct Subject<'a> {
     pub(crate) mover: &'a dyn Mover,
     /// Whether the gradient with respect to time is looked at.
     pub(crate) reads_time: bool,
-    /// How far an element of the state that is zero may move, in multiples of its velocity.
+    /// How far an element of the state that is zero may move, in multiples of its velocity: about a step.
     pub(crate) reach: f64,
 }
 
@@ -335,16 +337,6 @@ impl Subject<'_> {
             dtype,
             device,
         };
-        let mut arguments = vec![];
-        if depth == Depth::Full {
-            arguments.extend((0..self.parameters.len()).map(Of::Parameter));
-        }
-        // Where it is declared constant it has no derivative, whatever it computes.
-        let leaves = (0..point.y.len()).filter(|&leaf| !self.field.is_constant_in(leaf));
-        arguments.extend(leaves.map(Of::State));
-        if self.reads_time && time.leaf().is_some() && !time.was_read() {
-            arguments.push(Of::Time);
-        }
         let mut rng = StdRng::seed_from_u64(SEED);
         // Two cotangents for all arguments: most agree at once.
         let mut first = vec![];
@@ -354,6 +346,18 @@ impl Subject<'_> {
                 return Ok(());
             };
             first.push((v, pulled));
+        }
+        let (lost, frozen) = self.unreached(first.iter().map(|(_, pulled)| pulled))?;
+        let mut arguments = vec![];
+        if depth == Depth::Full || lost {
+            let read = (0..self.parameters.len()).filter(|i| !frozen.contains(i));
+            arguments.extend(read.map(Of::Parameter));
+        }
+        // Where it is declared constant it has no derivative, whatever it computes.
+        let leaves = (0..point.y.len()).filter(|&leaf| !self.field.is_constant_in(leaf));
+        arguments.extend(leaves.map(Of::State));
+        if self.reads_time && time.leaf().is_some() && !time.was_read() {
+            arguments.push(Of::Time);
         }
         for of in arguments {
             if trial.agrees(of, &first, &mut rng)? {
@@ -372,7 +376,7 @@ impl Subject<'_> {
             }
             if let Some((pullback, differences)) = found {
                 return Err(Error::WrongPullback {
-                    of: self.name(of),
+                    of: self.name(of, &frozen),
                     t: point.t,
                     pullback,
                     differences,
@@ -382,9 +386,39 @@ impl Subject<'_> {
         Ok(())
     }
 
-    fn name(&self, of: Of) -> String {
+    /// Parameters that candle's graph does not connect with the velocity: detached on purpose, or hidden behind
+    /// a layer that records nothing, which then shows in the gradient of the state.  Where the velocity is
+    /// connected with nothing at all, they are not frozen but lost.
+    fn unreached<'p>(
+        &self,
+        pulled: impl Iterator<Item = &'p Cotangents<Vec<Tensor>>> + Clone,
+    ) -> Result<(bool, Vec<usize>)> {
+        let reached = |i: &usize| {
+            let parameter = &self.parameters[*i].tensor;
+            pulled.clone().any(|p| p.params.get(parameter).is_some())
+        };
+        let (reached, frozen): (Vec<_>, Vec<_>) = (0..self.parameters.len()).partition(reached);
+        let mut connected = !reached.is_empty();
+        for pulled in pulled {
+            connected = connected || numbers(&pulled.y)?.iter().any(|w| *w != 0.0);
+        }
+        Ok(match connected {
+            true => (false, frozen),
+            false => (true, vec![]),
+        })
+    }
+
+    fn name(&self, of: Of, frozen: &[usize]) -> String {
         match of {
-            Of::State(leaf) => format!("state tensor {leaf}"),
+            Of::State(leaf) if frozen.is_empty() => format!("state tensor {leaf}"),
+            Of::State(leaf) => {
+                let names = frozen.iter().map(|&i| self.parameters[i].name.as_str());
+                let names: Vec<_> = names.collect();
+                format!(
+                    "state tensor {leaf} (and none reaches {})",
+                    names.join(", ")
+                )
+            }
             Of::Parameter(i) => self.parameters[i].name.clone(),
             Of::Time => "time".to_owned(),
         }
@@ -455,7 +489,17 @@ impl Trial<'_> {
                     0.0 => (self.subject.reach * k).abs(),
                     x => x.abs(),
                 };
-                x.iter().zip(k).map(|xk| draw(scale(xk))).collect()
+                let scales: Vec<_> = x.iter().zip(k).map(scale).collect();
+                // A tensor of zeros that stands still says nothing of its size.
+                let least = if scales.iter().all(|s| *s == 0.0) {
+                    0.01
+                } else {
+                    0.0
+                };
+                scales
+                    .into_iter()
+                    .map(|s| draw(f64::max(s, least)))
+                    .collect()
             }
             Of::Parameter(_) => {
                 let least = if rms > 0.0 { rms } else { 0.1 };
@@ -600,7 +644,7 @@ impl Trial<'_> {
         let Some(pulled) = pull(&self.cotangent(&v, k)?) else {
             return Ok(None);
         };
-        let (along, is_zero) = self.along(of, &pulled, &smooth.distance)?;
+        let (along, _) = self.along(of, &pulled, &smooth.distance)?;
         let number: f64 = v.iter().zip(&smooth.change).map(|(v, c)| v * c).sum();
         let on = |x: &[f64]| norm(x.iter().zip(&v).map(|(x, v)| x * v));
         let size = on(&smooth.change);
@@ -615,7 +659,7 @@ impl Trial<'_> {
         };
         let far = (number - along).abs() > share * size + 6.0 * (doubt + noise);
         let scale = norm(smooth.distance.iter().copied());
-        Ok((far || is_zero).then(|| (along / scale, number / scale)))
+        Ok(far.then(|| (along / scale, number / scale)))
     }
 
     /// The change of every element between x − εd/4 and x + εd/4, and which of them are smooth.

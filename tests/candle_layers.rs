@@ -7,6 +7,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::rc::Rc;
 
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
+use candle_diffeq::{check_field, Error, Time};
 use candle_nn::{ops, rnn::RNN, rotary_emb, VarBuilder, VarMap};
 use common::{values, worst};
 
@@ -858,4 +859,44 @@ fn the_page_of_candles_layers_says_what_candle_does() {
         "candle has changed, or the page is not of this candle: update docs/candle-layers.md\n{}",
         wrong.join("\n")
     );
+}
+
+#[test]
+fn the_check_of_a_field_finds_what_the_page_calls_wrong_and_nothing_else() {
+    let cases = [activations(), norms(), layers(), operations()];
+    let mut missed = vec![];
+    for case in cases.into_iter().flat_map(|list| list.unwrap()) {
+        let finding = measure(&case).unwrap();
+        if matches!(finding, Finding::Refused | Finding::Panics) {
+            continue; // Loud by themselves.
+        }
+        if case.name == "quantized::QMatMul" {
+            continue; // It rounds its input to eight bits: differences say nothing of it.
+        }
+        let dtype = match (case.layer)(&case.inputs) {
+            Ok(_) => DType::F64,
+            Err(_) => DType::F32,
+        };
+        let inputs = case.inputs.iter().map(|x| x.to_dtype(dtype).unwrap());
+        let inputs: Vec<_> = inputs.collect();
+        // The layer's output moves every element of the velocity, beside a path of its own.
+        let field = |_: &Time, x: &Vec<Tensor>| {
+            let moved = weighed(&case, x)?;
+            let of = |(i, x): (usize, &Tensor)| {
+                let pattern = scattered(x.dims(), 1.0, i)?.to_dtype(x.dtype())?;
+                pattern.broadcast_mul(&moved)? - x
+            };
+            x.iter().enumerate().map(of).collect::<Result<Vec<_>>>()
+        };
+        let found = check_field(&field, 0.0, &inputs);
+        let expected = match finding {
+            Finding::Right | Finding::Rounded => found.is_ok(),
+            Finding::Draws => matches!(found, Err(Error::NotDeterministic { .. })),
+            _ => matches!(found, Err(Error::WrongPullback { .. })),
+        };
+        if !expected {
+            missed.push(format!("{} is {finding:?}: {found:?}", case.name));
+        }
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
 }

@@ -725,10 +725,19 @@ fn an_untracked_velocity_is_refused_at_the_first_evaluation() {
         Ok(move |_: &Time, y: &Tensor| y.matmul(&weight).map(|k| k.detach()))
     };
     let ode = NeuralOde::from_field(&vars, "ode", DType::F64, &Device::Cpu, build).unwrap();
-    let got = unchanged(&[&y0, &named(&vars, "ode.weight")], || {
-        error(ode.solve(y0.as_tensor(), &[0.25, 1.0]))
-    });
-    assert_is(got, Error::UntrackedVelocity { t: 0.25 });
+    let refused = || {
+        unchanged(&[&y0, &named(&vars, "ode.weight")], || {
+            error(ode.solve(y0.as_tensor(), &[0.25, 1.0]))
+        })
+    };
+    // With weights of zero the velocity does not change with the state, but with them.
+    let of = match refused() {
+        Error::WrongPullback { of, .. } => of,
+        other => panic!("{other}"),
+    };
+    assert_eq!(of, "parameter ode.weight");
+    common::scatter(&vars);
+    assert_is(refused(), Error::UntrackedVelocity { t: 0.25 });
 }
 
 #[test]
@@ -751,8 +760,15 @@ fn a_velocity_that_becomes_untracked_is_refused_in_the_forward_pass() {
     };
     let ode = NeuralOde::from_field(&vars, "ode", DType::F64, &Device::Cpu, build).unwrap();
     let ode = ode.options(options.clone());
-    let got = unchanged(&[&y0], || error(ode.solve(y0.as_tensor(), &times)));
-    assert_is(got, Error::UntrackedVelocity { t: 2.0 });
+    let refused = || unchanged(&[&y0], || error(ode.solve(y0.as_tensor(), &times)));
+    // With weights of zero the velocity does not change with the state, but with them.
+    let lost = refused();
+    assert!(
+        matches!(lost, Error::WrongPullback { t, .. } if t == 2.0),
+        "{lost}"
+    );
+    common::scatter(&vars);
+    assert_is(refused(), Error::UntrackedVelocity { t: 2.0 });
 }
 
 #[test]

@@ -48,7 +48,10 @@ fn a_layer_without_a_backward_operation_is_found_beside_a_skip() {
     let (vars, ode) = build(false);
     common::scatter(&vars);
     let of = wrong(ode.solve(&y0, &[0.0, 0.5, 1.0]));
-    assert!(of.starts_with("parameter f."), "{of}");
+    assert!(
+        of.starts_with("state tensor 0") && of.contains("f.q.weight"),
+        "{of}"
+    );
     let error = ode.solve(&y0, &[0.0, 0.5, 1.0]).unwrap_err().to_string();
     assert!(error.contains("nn::softmax"), "{error}");
     let (vars, ode) = build(true);
@@ -286,6 +289,34 @@ fn a_table_of_times_needs_no_declaration() {
     assert!((values(&ys)[1] - 10.0).abs() < 1e-14);
     let grads = ys.i(1).unwrap().sum_all().unwrap().backward().unwrap();
     assert_eq!(values(grads.get(&y0).unwrap()), [1.0]);
+}
+
+#[test]
+fn a_frozen_parameter_is_no_fault() {
+    let vars = VarMap::new();
+    let ode = NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, |vb| {
+        let (w, frozen) = (vb.get((2, 2), "w")?, vb.get((2, 2), "frozen")?.detach());
+        Ok(move |_: &Time, y: &Tensor| y.matmul(&w)?.tanh()? + y.matmul(&frozen)?)
+    })
+    .unwrap();
+    common::scatter(&vars);
+    let ys = ode.solve(&scattered(&[3, 2], 1.0, 1), &[0.0, 1.0]).unwrap();
+    let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&named(&vars, "f.w")).is_some());
+    assert!(grads.get(&named(&vars, "f.frozen")).is_none());
+}
+
+#[test]
+fn tensors_that_share_a_velocity_cancel_and_are_no_fault() {
+    // Along cotangents of opposite sign both numbers are exactly zero.
+    for seed in 0..40 {
+        let state = (scattered(&[1], 1.0, seed), scattered(&[1], 1.0, seed + 50));
+        let field = |_: &Time, (a, b): &(Tensor, Tensor)| {
+            let k = (a * b)?.sin()?;
+            Ok((k.clone(), k))
+        };
+        check_field(&field, 0.0, &state).unwrap();
+    }
 }
 
 #[test]

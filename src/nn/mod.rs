@@ -64,9 +64,10 @@ pub(crate) fn rows_of(field: &dyn Any) -> Option<Rows<'_>> {
 
 /// A field of ours as one that other threads may use.
 pub(crate) fn shared(field: &dyn Any) -> Option<SharedField> {
-    fn share<S: State, F: VectorField<S> + Clone + Send + Sync + 'static>(field: &F) -> SharedField
+    fn share<S, F>(field: &F) -> SharedField
     where
-        S: 'static,
+        S: State + 'static,
+        F: VectorField<S> + Clone + Send + Sync + 'static,
     {
         Arc::new(Leaves::<Box<F>, S>::new(Box::new(field.clone())))
     }
