@@ -143,7 +143,7 @@ pub(crate) trait Mover {
         parameter: &Tensor,
         value: &Tensor,
         t: &Time,
-        y: &Vec<Tensor>,
+        y: &[Tensor],
     ) -> candle_core::Result<Option<Vec<Tensor>>>;
 }
 
@@ -156,7 +156,7 @@ impl Mover for Unmoved {
         _: &Tensor,
         _: &Tensor,
         _: &Time,
-        _: &Vec<Tensor>,
+        _: &[Tensor],
     ) -> candle_core::Result<Option<Vec<Tensor>>> {
         Ok(None)
     }
@@ -173,7 +173,7 @@ impl Mover for Written<'_> {
         parameter: &Tensor,
         value: &Tensor,
         t: &Time,
-        y: &Vec<Tensor>,
+        y: &[Tensor],
     ) -> candle_core::Result<Option<Vec<Tensor>>> {
         if !parameter.is_variable() || !parameter.is_contiguous() {
             return Ok(None);
@@ -183,7 +183,7 @@ impl Mover for Written<'_> {
             before: parameter.detach().copy()?,
         };
         restored.var.set(value)?;
-        let k = self.field.velocity(t, y).map(Some);
+        let k = self.field.velocity(t, &y.to_vec()).map(Some);
         drop(restored);
         k
     }
@@ -216,7 +216,7 @@ impl Mover for Private<'_> {
         parameter: &Tensor,
         value: &Tensor,
         t: &Time,
-        y: &Vec<Tensor>,
+        y: &[Tensor],
     ) -> candle_core::Result<Option<Vec<Tensor>>> {
         let own = self.own.iter().any(|p| p.id() == parameter.id());
         // Solves that run side by side on a pool's threads may share variables.
@@ -240,7 +240,7 @@ impl Mover for Rebuilt<'_> {
         parameter: &Tensor,
         value: &Tensor,
         t: &Time,
-        y: &Vec<Tensor>,
+        y: &[Tensor],
     ) -> candle_core::Result<Option<Vec<Tensor>>> {
         let moved = self
             .parameters
@@ -250,7 +250,7 @@ impl Mover for Rebuilt<'_> {
                 false => p.detach(),
             });
         let field = (self.build)(&moved.collect::<Vec<_>>())?;
-        field.velocity(t, y).map(Some)
+        field.velocity(t, &y.to_vec()).map(Some)
     }
 }
 
