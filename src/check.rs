@@ -1,7 +1,7 @@
 //! A field's pull-back, compared with differences of the field.
 //!
 //! Layers without a backward operation, or with a wrong one, a `detach` on the way, a `backward` inside
-//! the field: all give gradients that are wrong without a word.  So what the pull-back says along a
+//! the field: all give wrong gradients, and nothing says so.  So what the pull-back says along a
 //! direction d of one argument x, ⟨(∂f/∂x)ᵀ v, d⟩, is compared with ⟨v, f(x + εd) − f(x − εd)⟩ / 2ε.
 //!
 //! A difference is no derivative where f has a kink or a jump.  An element of f is **smooth** where the
