@@ -1,6 +1,7 @@
 //! The vector field f of y' = f(t, y), and its pull-back.
 
 use std::any::Any;
+use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Module, Tensor};
@@ -109,6 +110,12 @@ pub trait VectorField<S: State = Tensor> {
         false
     }
 }
+
+/// A field that may outlive the call and cross threads, as candle's graph asks.
+pub(crate) type SharedField = Arc<dyn VectorField<Vec<Tensor>> + Send + Sync>;
+
+/// A field that stays where it was built.
+pub(crate) type OwnedField = Box<dyn VectorField<Vec<Tensor>>>;
 
 /// v ↦ vᵀ∂f at one evaluation; v and the cotangent of y in the dtypes of y.
 pub type Pullback<'f, S> = Box<dyn Fn(&S) -> candle_core::Result<Cotangents<S>> + 'f>;

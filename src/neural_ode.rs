@@ -6,39 +6,35 @@
 //! integrated tile by tile in the variables' own precision packs them from where they are: no model is
 //! built for the solve.
 
-use std::any::Any;
+mod model;
+
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
-use candle_core::{DType, Device, Module, Shape, Tensor, TensorId, Var};
-use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{Init, VarBuilder, VarMap};
+use candle_core::{DType, Device, Module, Tensor, TensorId, Var};
+use candle_nn::{VarBuilder, VarMap};
 
 use crate::arguments::Args;
-use crate::autograd;
 use crate::check::{FieldCheck, Parameter, Rebuilt, Subject};
 use crate::error::{Error, Result};
-use crate::field::{Bound, FieldWithArgs, Free, Leaves, Pullback, VectorField};
+use crate::field::{Bound, FieldWithArgs, Free, Leaves, OwnedField, SharedField, VectorField};
 use crate::integrate::Forward;
 use crate::loss::RowLoss;
 use crate::nn;
-use crate::odeint::{
-    in_graph, node, run, run_tiles, states, OwnedField, SharedField, Solution, Source,
-};
+use crate::node::{in_graph, node, Source};
+use crate::odeint::states;
 use crate::parameters::{self, Observed, Theta};
+use crate::passes::{run, run_tiles};
 use crate::precision::{Precision, Rounding};
 use crate::problem::{OdeOptions, Problem};
+use crate::solution::Solution;
 use crate::state::{Packing, State};
 use crate::step::Field;
 use crate::tableau::Tableau;
-use crate::time::{Time, Times};
-
-/// Builds the model, and hands it its arguments; without them it is only built.
-type Factory = dyn Fn(VarBuilder<'_>, Option<Vec<Tensor>>) -> candle_core::Result<Option<OwnedField>>
-    + Send
-    + Sync;
+use crate::time::Times;
+use model::{Builder, Factory, OfModule, Recording, Undo};
 
 /// A neural ODE y' = f_θ(t, y): a model constructor, its variables, and how to solve.
 ///
@@ -579,25 +575,6 @@ struct Solve {
     y0: Tensor,
 }
 
-/// Builds the model over given values of its parameters and arguments, in any thread.
-struct Builder {
-    factory: Arc<Factory>,
-    names: Vec<String>,
-    dtype: DType,
-    device: Device,
-}
-
-impl Builder {
-    fn build(&self, parameters: &[Tensor], args: &[Tensor]) -> candle_core::Result<OwnedField> {
-        let named = self.names.iter().cloned().zip(parameters.iter().cloned());
-        let vb = VarBuilder::from_tensors(named.collect(), self.dtype, &self.device);
-        match (self.factory)(vb, Some(args.to_vec()))? {
-            Some(field) => Ok(field),
-            None => candle_core::bail!("a model was built without its arguments"),
-        }
-    }
-}
-
 /// The same tensors without history.
 fn detached(tensors: &[Tensor]) -> Vec<Tensor> {
     tensors.iter().map(Tensor::detach).collect()
@@ -625,136 +602,10 @@ impl<S, A> std::fmt::Debug for NeuralOde<S, A> {
     }
 }
 
-/// A module as a field: as [`Autonomous`](crate::Autonomous), but for our own, which bring their
-/// pull-backs.
-struct OfModule<M>(M);
-
-impl<M: Module + 'static> OfModule<M> {
-    fn ours(&self) -> Option<&dyn VectorField<Tensor>> {
-        nn::field_of(&self.0)
-    }
-}
-
-impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
-    fn velocity(&self, t: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
-        match self.ours() {
-            Some(field) => field.velocity(t, y),
-            None => self.0.forward(y),
-        }
-    }
-
-    fn vjp<'f>(
-        &'f self,
-        t: &Time,
-        y: &Tensor,
-    ) -> candle_core::Result<(Tensor, Pullback<'f, Tensor>)> {
-        match self.ours() {
-            Some(field) => field.vjp(t, y),
-            None => autograd::vjp(self, t, y),
-        }
-    }
-
-    fn parameters(&self) -> Option<Vec<Tensor>> {
-        self.ours()?.parameters()
-    }
-
-    fn known(&self) -> Option<&dyn Any> {
-        self.ours()?.known()
-    }
-}
-
 /// A field whose weights are the user's variables.  A solve tile by tile packs them when it begins, so
 /// that writing to them later changes nothing.
 struct Packable {
     field: SharedField,
     /// The variables, in the order of their names: a `VarMap` may be given others.
     ids: Vec<TensorId>,
-}
-
-/// Removes the variables that a constructor has created, unless it succeeds: not if it fails, and not if it
-/// panics.
-struct Undo {
-    vars: VarMap,
-    asked: Arc<Mutex<Asked>>,
-}
-
-impl Undo {
-    /// It succeeded: the names that it asked for.
-    fn keep(&mut self) -> Vec<String> {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut *asked).names
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        if asked.created.is_empty() {
-            return;
-        }
-        let mut data = self
-            .vars
-            .data()
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        data.retain(|name, _| !asked.created.contains(name));
-    }
-}
-
-/// A `VarMap` that notes the names it is asked for.
-struct Recording {
-    vars: VarMap,
-    asked: Arc<Mutex<Asked>>,
-}
-
-/// What a constructor asked for.
-#[derive(Default)]
-struct Asked {
-    /// Every name once, in order.
-    names: Vec<String>,
-    /// Those that were not there before.
-    created: Vec<String>,
-}
-
-impl Recording {
-    fn note(&self, name: &str, created: bool) {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        if !asked.names.iter().any(|n| n == name) {
-            asked.names.push(name.to_owned());
-        }
-        if created {
-            asked.created.push(name.to_owned());
-        }
-    }
-}
-
-impl SimpleBackend for Recording {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        init: Init,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        let created = !self.vars.contains_tensor(name);
-        let tensor = SimpleBackend::get(&self.vars, shape, name, init, dtype, device)?;
-        self.note(name, created);
-        Ok(tensor)
-    }
-
-    fn get_unchecked(
-        &self,
-        name: &str,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        let tensor = SimpleBackend::get_unchecked(&self.vars, name, dtype, device)?;
-        self.note(name, false);
-        Ok(tensor)
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.vars.contains_tensor(name)
-    }
 }

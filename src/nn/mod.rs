@@ -47,8 +47,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
 
 use crate::error::Error;
-use crate::field::{Leaves, VectorField};
-use crate::odeint::SharedField;
+use crate::field::{Leaves, SharedField, VectorField};
 use crate::rows::Rows;
 use crate::state::State;
 

@@ -1,0 +1,410 @@
+//! Differences of a field along one argument, and what its pull-back says along the same direction.
+
+use candle_core::{DType, Device, Tensor};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::moved::Unmoved;
+use super::{Point, Subject};
+use crate::error::Result;
+use crate::field::Cotangents;
+use crate::step::Field;
+use crate::time::Time;
+
+/// What f depends on.
+#[derive(Clone, Copy)]
+pub(super) enum Of {
+    State(usize),
+    Parameter(usize),
+    Time,
+}
+/// The same directions in every run.
+pub(super) const SEED: u64 = 0x5eed_f1e1_d000_0001;
+
+/// A pull-back; `None` where it fails.
+pub(super) type Pull<'a> = dyn Fn(&Vec<Tensor>) -> Option<Cotangents<Vec<Tensor>>> + 'a;
+/// The check of one point.
+pub(super) struct Trial<'a> {
+    pub(super) subject: &'a Subject<'a>,
+    pub(super) point: &'a Point,
+    /// The velocity there.
+    pub(super) base: &'a [f64],
+    pub(super) dtype: DType,
+    pub(super) device: &'a Device,
+}
+
+/// Velocities on both sides of a point, and the distance between them along the argument.
+struct Sides {
+    plus: Vec<f64>,
+    minus: Vec<f64>,
+    distance: Vec<f64>,
+}
+
+impl Trial<'_> {
+    /// v as tensors like the velocity.
+    pub(super) fn cotangent(&self, v: &[f64], k: &[Tensor]) -> Result<Vec<Tensor>> {
+        let mut rest = v;
+        let of_leaf = |k: &Tensor| {
+            let leaf;
+            (leaf, rest) = rest.split_at(k.elem_count());
+            like(leaf, k)
+        };
+        k.iter().map(of_leaf).collect()
+    }
+
+    /// The argument at this point.
+    fn value(&self, of: Of) -> Result<Tensor> {
+        Ok(match of {
+            Of::State(leaf) => self.point.y[leaf].clone(),
+            Of::Parameter(i) => self.subject.parameters[i].tensor.detach(),
+            Of::Time => Tensor::new(self.point.t, self.device)?,
+        })
+    }
+
+    /// A direction in which the argument may move, by element.
+    fn direction(&self, of: Of, x: &[f64], rng: &mut StdRng) -> Vec<f64> {
+        let mut draw = |scale: f64| {
+            let size = rng.random_range(0.5..1.0) * scale;
+            if rng.random::<bool>() {
+                size
+            } else {
+                -size
+            }
+        };
+        let rms = (x.iter().map(|x| x * x).sum::<f64>() / x.len().max(1) as f64).sqrt();
+        match of {
+            // States that occur, or nearly: each element by a part of itself, or along its velocity.
+            Of::State(leaf) => {
+                let before = self.point.y[..leaf].iter().map(Tensor::elem_count).sum();
+                let k = &self.base[before..][..x.len()];
+                let scale = |(x, k): (&f64, &f64)| match *x {
+                    0.0 => (self.subject.reach * k).abs(),
+                    x => x.abs(),
+                };
+                let scales: Vec<_> = x.iter().zip(k).map(scale).collect();
+                // A tensor of zeros that stands still says nothing of its size.
+                let least = if scales.iter().all(|s| *s == 0.0) {
+                    0.01
+                } else {
+                    0.0
+                };
+                scales
+                    .into_iter()
+                    .map(|s| draw(f64::max(s, least)))
+                    .collect()
+            }
+            Of::Parameter(_) => {
+                let least = if rms > 0.0 { rms } else { 0.1 };
+                x.iter().map(|x| draw(x.abs().max(least))).collect()
+            }
+            Of::Time if self.subject.reach > 0.0 => vec![draw(self.subject.reach)],
+            Of::Time => vec![draw(x[0].abs().max(1.0))],
+        }
+    }
+
+    /// The velocities at x ± εd; `None` where the field cannot be evaluated there.
+    fn sides(&self, of: Of, x: &Tensor, d: &[f64], epsilon: f64) -> Result<Option<Sides>> {
+        let at = numbers(std::slice::from_ref(x))?;
+        let side = |sign: f64| -> Result<Option<(Vec<f64>, Vec<f64>)>> {
+            let moved = at.iter().zip(d).map(|(x, d)| x + sign * epsilon * d);
+            let moved = like(&moved.collect::<Vec<_>>(), x)?;
+            let k = self.velocity(of, &moved);
+            let Ok(Some(k)) = k else { return Ok(None) };
+            Ok(Some((numbers(&k)?, numbers(&[moved])?)))
+        };
+        let (Some((plus, above)), Some((minus, below))) = (side(1.0)?, side(-1.0)?) else {
+            return Ok(None);
+        };
+        if plus.len() != self.base.len() || minus.len() != self.base.len() {
+            return Ok(None);
+        }
+        let distance = above.iter().zip(&below).map(|(a, b)| a - b).collect();
+        Ok(Some(Sides {
+            plus,
+            minus,
+            distance,
+        }))
+    }
+
+    /// The velocity with one argument moved.
+    fn velocity(&self, of: Of, value: &Tensor) -> candle_core::Result<Option<Vec<Tensor>>> {
+        let y = &self.point.y;
+        let time = |t| Time::new(t, self.dtype, self.device);
+        match of {
+            Of::State(leaf) => {
+                let mut y = y.clone();
+                y[leaf] = value.clone();
+                self.subject
+                    .field
+                    .velocity(&time(self.point.t), &y)
+                    .map(Some)
+            }
+            Of::Parameter(i) => {
+                let parameter = &self.subject.parameters[i].tensor;
+                let t = time(self.point.t);
+                self.subject.mover.velocity(parameter, value, &t, y)
+            }
+            Of::Time => {
+                let t = value.to_scalar::<f64>()?;
+                self.subject.field.velocity(&time(t), y).map(Some)
+            }
+        }
+    }
+
+    /// ⟨(∂f/∂x)ᵀ v, distance⟩, and whether all of that gradient is zero or missing.
+    fn along(
+        &self,
+        of: Of,
+        pulled: &Cotangents<Vec<Tensor>>,
+        distance: &[f64],
+    ) -> Result<(f64, bool)> {
+        let gradient = match of {
+            Of::State(leaf) => pulled.y.get(leaf),
+            Of::Parameter(i) => pulled.params.get(&self.subject.parameters[i].tensor),
+            Of::Time => pulled.t.as_ref(),
+        };
+        let Some(gradient) = gradient else {
+            return Ok((0.0, true));
+        };
+        let gradient = numbers(std::slice::from_ref(gradient))?;
+        let along = gradient.iter().zip(distance).map(|(g, d)| g * d).sum();
+        Ok((along, gradient.iter().all(|g| *g == 0.0)))
+    }
+
+    /// Unit roundoff of what the field computes with.
+    fn unit(&self) -> f64 {
+        let of = |y: &Tensor| unit_roundoff(y.dtype());
+        self.point.y.iter().map(of).fold(0.0, f64::max)
+    }
+
+    /// Whether the pull-back agrees with a difference at once, which is what most do.
+    pub(super) fn agrees(
+        &self,
+        of: Of,
+        first: &[(Vec<f64>, Cotangents<Vec<Tensor>>)],
+        rng: &mut StdRng,
+    ) -> Result<bool> {
+        let x = self.value(of)?;
+        if x.elem_count() == 0 || x.dtype().is_int() {
+            return Ok(true);
+        }
+        let d = self.direction(of, &numbers(std::slice::from_ref(&x))?, rng);
+        let epsilon = self.unit().cbrt();
+        let Some(sides) = self.sides(of, &x, &d, epsilon)? else {
+            return Ok(true);
+        };
+        let change: Vec<_> = sides
+            .plus
+            .iter()
+            .zip(&sides.minus)
+            .map(|(a, b)| a - b)
+            .collect();
+        let size = norm(change.iter().copied());
+        let noise = 8.0 * self.unit() * norm(self.base.iter().copied());
+        for (v, pulled) in first {
+            let (along, is_zero) = self.along(of, pulled, &sides.distance)?;
+            let number: f64 = v.iter().zip(&change).map(|(v, c)| v * c).sum();
+            let near = (number - along).abs() <= 0.01 * size + noise;
+            if !near || is_zero && size > noise {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// What the pull-back says and what differences say, where they contradict each other.
+    pub(super) fn disagreement(
+        &self,
+        of: Of,
+        attempt: i32,
+        k: &[Tensor],
+        pull: &Pull<'_>,
+        rng: &mut StdRng,
+    ) -> Result<Option<(f64, f64)>> {
+        let x = self.value(of)?;
+        let d = self.direction(of, &numbers(std::slice::from_ref(&x))?, rng);
+        let epsilon = self.unit().cbrt() / 2f64.powi(attempt);
+        let Some(smooth) = self.smooth(of, &x, &d, epsilon)? else {
+            return Ok(None);
+        };
+        let signs = signs(rng, self.base.len());
+        let v: Vec<_> = signs
+            .iter()
+            .zip(&smooth.doubt)
+            .map(|(sign, doubt)| if doubt.is_some() { *sign } else { 0.0 })
+            .collect();
+        let Some(pulled) = pull(&self.cotangent(&v, k)?) else {
+            return Ok(None);
+        };
+        let (along, _) = self.along(of, &pulled, &smooth.distance)?;
+        let number: f64 = v.iter().zip(&smooth.change).map(|(v, c)| v * c).sum();
+        let on = |x: &[f64]| norm(x.iter().zip(&v).map(|(x, v)| x * v));
+        let size = on(&smooth.change);
+        let doubt = norm(smooth.doubt.iter().flatten().copied());
+        let noise = 8.0 * self.unit() * on(self.base);
+        if !along.is_finite() || size <= 4.0 * (doubt + noise) {
+            return Ok(None);
+        }
+        let share = match unit_roundoff(self.dtype).max(self.unit()) {
+            u if u > 1e-5 => 0.1,
+            _ => 0.03,
+        };
+        let far = (number - along).abs() > share * size + 6.0 * (doubt + noise);
+        let scale = norm(smooth.distance.iter().copied());
+        Ok(far.then(|| (along / scale, number / scale)))
+    }
+
+    /// The change of every element between x − εd/4 and x + εd/4, and which of them are smooth.
+    fn smooth(&self, of: Of, x: &Tensor, d: &[f64], epsilon: f64) -> Result<Option<Smooth>> {
+        let (Some(far), Some(near)) = (
+            self.sides(of, x, d, epsilon)?,
+            self.sides(of, x, d, 0.25 * epsilon)?,
+        ) else {
+            return Ok(None);
+        };
+        let unit = self.unit();
+        let rms = norm(self.base.iter().copied()) / (self.base.len().max(1) as f64).sqrt();
+        let (mut change, mut doubt) = (vec![], vec![]);
+        let (mut moving, mut kept) = (0, 0);
+        for (i, base) in self.base.iter().enumerate() {
+            let wide = 0.25 * (far.plus[i] - far.minus[i]);
+            let narrow = near.plus[i] - near.minus[i];
+            let (up, down) = (near.plus[i] - base, base - near.minus[i]);
+            let noise = 4.0 * unit * (base.abs() + rms);
+            let size = wide.abs().max(narrow.abs());
+            let moves = size > noise || !size.is_finite();
+            let smooth = (wide - narrow).abs() <= 0.05 * size + noise
+                && (up - down).abs() <= 0.1 * size + 2.0 * noise;
+            moving += usize::from(moves);
+            kept += usize::from(moves && smooth);
+            change.push(if smooth { narrow } else { 0.0 });
+            doubt.push(smooth.then(|| (wide - narrow).abs()));
+        }
+        // Functions that are constant between jumps, roundings for one, have no derivative to compare with.
+        if 2 * kept < moving || kept == 0 {
+            return Ok(None);
+        }
+        Ok(Some(Smooth {
+            change,
+            doubt,
+            distance: near.distance,
+        }))
+    }
+}
+
+/// What differences say, element by element.
+struct Smooth {
+    change: Vec<f64>,
+    /// How far the two step sizes are apart; `None` where an element is not smooth.
+    doubt: Vec<Option<f64>>,
+    distance: Vec<f64>,
+}
+
+/// Whether the velocity changes, smoothly, with these tensors of the state.
+pub(crate) fn depends_on(
+    field: &Field<'_>,
+    t: &Time,
+    y: &[Tensor],
+    leaves: impl IntoIterator<Item = usize>,
+    reach: f64,
+) -> candle_core::Result<bool> {
+    let point = Point {
+        t: t.peek(),
+        y: y.iter().map(Tensor::detach).collect(),
+    };
+    let (dtype, device) = t.kind();
+    let time = Time::new(point.t, dtype, &device);
+    let base = numbers(&field.velocity(&time, &point.y)?)?;
+    if !base.iter().all(|k| k.is_finite()) {
+        return Ok(false);
+    }
+    let subject = Subject {
+        field,
+        twin: field,
+        parameters: vec![],
+        mover: &Unmoved,
+        reads_time: false,
+        reach,
+    };
+    let trial = Trial {
+        subject: &subject,
+        point: &point,
+        base: &base,
+        dtype,
+        device: &device,
+    };
+    let mut rng = StdRng::seed_from_u64(SEED);
+    for leaf in leaves {
+        let of = Of::State(leaf);
+        let x = trial.value(of)?;
+        let mut changes = x.elem_count() > 0;
+        for attempt in 0..2 {
+            if !changes {
+                break;
+            }
+            let d = trial.direction(of, &numbers(std::slice::from_ref(&x))?, &mut rng);
+            let epsilon = trial.unit().cbrt() / 3f64.powi(attempt);
+            changes = match trial.smooth(of, &x, &d, epsilon)? {
+                Some(smooth) => {
+                    let doubt = norm(smooth.doubt.iter().flatten().copied());
+                    let noise = 8.0 * trial.unit() * norm(base.iter().copied());
+                    norm(smooth.change.iter().copied()) > 4.0 * (doubt + noise)
+                }
+                None => false,
+            };
+        }
+        if changes {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+/// All elements in f64.
+pub(super) fn numbers(tensors: &[Tensor]) -> candle_core::Result<Vec<f64>> {
+    let mut all = vec![];
+    for x in tensors {
+        let x = x.detach().flatten_all()?.to_dtype(DType::F64)?;
+        all.extend(x.to_vec1::<f64>()?);
+    }
+    Ok(all)
+}
+
+/// These numbers in a tensor like another.
+fn like(x: &[f64], other: &Tensor) -> Result<Tensor> {
+    let x = Tensor::from_vec(x.to_vec(), other.shape(), &Device::Cpu)?;
+    Ok(x.to_dtype(other.dtype())?.to_device(other.device())?)
+}
+
+/// The first tensor in which two evaluations differ by a bit; NaN equals NaN.
+pub(super) fn differing(a: &[Tensor], b: &[Tensor]) -> Result<Option<usize>> {
+    for (leaf, (a, b)) in a.iter().zip(b).enumerate() {
+        let (a, b) = (
+            numbers(std::slice::from_ref(a))?,
+            numbers(std::slice::from_ref(b))?,
+        );
+        let same = |(a, b): (&f64, &f64)| a == b || a.is_nan() && b.is_nan();
+        if a.len() != b.len() || !a.iter().zip(&b).all(same) {
+            return Ok(Some(leaf));
+        }
+    }
+    Ok(None)
+}
+
+/// ±1 by chance.
+pub(super) fn signs(rng: &mut StdRng, n: usize) -> Vec<f64> {
+    let mut sign = || if rng.random::<bool>() { 1.0 } else { -1.0 };
+    (0..n).map(|_| sign()).collect()
+}
+
+fn norm(x: impl Iterator<Item = f64>) -> f64 {
+    x.map(|x| x * x).sum::<f64>().sqrt()
+}
+
+fn unit_roundoff(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => f64::EPSILON / 2.0,
+        DType::F16 => 2f64.powi(-11),
+        DType::BF16 => 2f64.powi(-8),
+        _ => f64::from(f32::EPSILON) / 2.0,
+    }
+}

@@ -1,0 +1,113 @@
+//! A solve without a graph, whose gradients are asked for explicitly.
+
+use candle_core::backprop::GradStore;
+use candle_core::Tensor;
+
+use crate::error::{Error, Result};
+use crate::integrate::{Forward, Kept};
+use crate::parameters::Theta;
+use crate::passes::adjoint;
+use crate::problem::Problem;
+use crate::state::State;
+use crate::step::Field;
+
+/// A solve without a graph: the states, and what its backward pass needs.
+pub struct Solution<'f, S> {
+    problem: Problem,
+    field: Box<Field<'f>>,
+    theta: Theta,
+    kept: Kept,
+    states: S,
+}
+
+impl<'f, S: State> Solution<'f, S> {
+    pub(crate) fn new(
+        problem: Problem,
+        field: Box<Field<'f>>,
+        theta: Theta,
+        forward: Forward,
+    ) -> Result<Self> {
+        let states = forward.packed.reshape(problem.returned())?;
+        Ok(Self {
+            states: S::from_leaves(problem.packing.split(&states)?)?,
+            problem,
+            field,
+            theta,
+            kept: forward.kept,
+        })
+    }
+
+    /// The states at the output times, `(times, …)` or `(…)`, in state dtype, without history.
+    pub fn states(&self) -> &S {
+        &self.states
+    }
+
+    /// Gradients of L where `cotangent` = ∂L/∂[`states`](Self::states), of their shapes.
+    ///
+    /// # Errors
+    /// [`Error::TrackedCotangent`], [`Error::CotangentShape`], [`Error::DeviceMismatch`],
+    /// [`Error::NothingKept`], those of the field, and those of an overflow: here the policy is the
+    /// caller's, so they are always returned.
+    pub fn vjp(&self, cotangent: &S) -> Result<Gradients<S>> {
+        let Self { problem, theta, .. } = self;
+        let (leaves, states) = (cotangent.leaves(), self.states.leaves());
+        if leaves.len() != states.len() {
+            return Err(Error::LeafCount {
+                expected: states.len(),
+                got: leaves.len(),
+            });
+        }
+        for (leaf, (v, y)) in leaves.iter().zip(&states).enumerate() {
+            if v.shape() != y.shape() {
+                return Err(Error::CotangentShape {
+                    expected: y.shape().clone(),
+                    got: v.shape().clone(),
+                });
+            }
+            if !v.device().same_device(y.device()) {
+                return Err(Error::DeviceMismatch {
+                    what: format!("cotangent {leaf}"),
+                    expected: y.device().location(),
+                    got: v.device().location(),
+                });
+            }
+        }
+        let rows = leaves.iter().map(|v| {
+            v.reshape((problem.outputs(), ()))?
+                .to_dtype(problem.state())
+        });
+        let packed = Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 1)?;
+        let adjoint = adjoint(
+            problem,
+            &*self.field,
+            theta,
+            &self.kept,
+            &packed,
+            problem.grid.is_tracked(),
+        )?;
+        let mut params = GradStore::default();
+        for (master, grad) in theta.masters.iter().zip(adjoint.theta) {
+            params.insert(master, grad);
+        }
+        let times = match problem.grid.tensor().filter(|t| t.track_op()) {
+            Some(t) => Some(Tensor::new(adjoint.times, t.device())?.to_dtype(t.dtype())?),
+            None => None,
+        };
+        Ok(Gradients {
+            y0: S::from_leaves(adjoint.y0)?,
+            params,
+            times,
+        })
+    }
+}
+
+/// Gradients of a loss through a solve, without history.
+#[derive(Debug)]
+pub struct Gradients<S> {
+    /// ∂L/∂y0, in state dtype.
+    pub y0: S,
+    /// ∂L/∂θ in state dtype, by the user's variable; those that no evaluation read have none.
+    pub params: GradStore,
+    /// ∂L/∂t_i in the grid's dtype, for grids that were given as a tensor that candle tracks.
+    pub times: Option<Tensor>,
+}
