@@ -12,6 +12,7 @@
 mod differences;
 mod moved;
 
+use std::any::TypeId;
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -28,21 +29,28 @@ use crate::state::State;
 use crate::step::{alike, Field};
 use crate::time::Time;
 pub(crate) use differences::depends_on;
-use differences::{differing, numbers, signs, Of, Trial, SEED};
+use differences::{differing, numbers, signs, Of, Trial, Verdict, SEED};
 use moved::{Mover, Written};
-pub(crate) use moved::{Private, Rebuilt};
+pub(crate) use moved::{OwnCopies, Rebuilt};
 
 /// When a solve in candle's graph compares the pull-back of its field with differences; see
 /// [`check_field`].
 ///
-/// The check evaluates the field a few dozen times, at states of the solve and at small relative
-/// distances from them.  Fields of [`nn`](crate::nn) that are integrated tile by tile are not checked.  A
-/// parameter of a model that candle's graph does not connect with the velocity counts as frozen, as long as the
-/// gradient of the state is right.
+/// The check evaluates the field at the first, a middle and the last evaluation of the solve, and at small
+/// relative distances from them: twice for each parameter of a model and each tensor of the state, more where
+/// the two disagree.  A parameter that the velocity changes with and that no gradient reaches is an error; one
+/// that is meant to stand still is declared by [`NeuralOde::freeze`](crate::NeuralOde::freeze).  Fields of
+/// [`nn`](crate::nn) that are integrated tile by tile are not checked.
+///
+/// The user's variables are never written.  So of what a closure has captured no parameter is moved; where the
+/// rows of its state do not see each other, its gradients of one row are compared in the batch and alone.
+/// [`check_field`] moves them.  A gradient that is wrong on purpose, reversed or partly detached, is refused: turn
+/// the check off for such a field.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FieldCheck {
-    /// At the first solve of a [`NeuralOde`](crate::NeuralOde), and at the first of each type of closure and
-    /// shapes that [`odeint`](crate::odeint) meets in a process.
+    /// At the first solve of a [`NeuralOde`](crate::NeuralOde) that shows every parameter at work, at most at the
+    /// first three, and at the first of each type of closure, shapes and size of its graph that
+    /// [`odeint`](crate::odeint) meets in a process.
     #[default]
     Once,
     /// At every solve.
@@ -88,10 +96,7 @@ where
         return Err(Error::EmptyState);
     };
     let (dtype, device) = (first.dtype(), first.device().clone());
-    let point = Point {
-        t,
-        y: y.iter().map(Tensor::detach).collect(),
-    };
+    let point = Point::of(&Time::new(t, dtype, &device), &y);
     let field = Leaves::<&F, S>::new(field);
     let time = Time::differentiable(t, dtype, &device);
     let variables = own_variables(&field, &time, &point.y)?;
@@ -110,8 +115,10 @@ where
         mover: &Written { field: &field },
         reads_time: true,
         reach: 0.0,
+        strict: true,
     };
-    subject.check(&point, dtype, &device, Depth::Full)
+    subject.check_all(&[point], dtype, &device)?;
+    Ok(())
 }
 
 /// The variables that one evaluation reads, or that the field lists.
@@ -135,20 +142,21 @@ pub(crate) struct Point {
     pub(crate) y: Vec<Tensor>,
 }
 
+impl Point {
+    /// This one, without history.
+    pub(crate) fn of(t: &Time, y: &[Tensor]) -> Self {
+        Self {
+            t: t.peek(),
+            y: y.iter().map(Tensor::detach).collect(),
+        }
+    }
+}
+
 /// A parameter as the field reads it.
 pub(crate) struct Parameter {
     pub(crate) name: String,
     pub(crate) tensor: Tensor,
 }
-/// How much of a field is looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Depth {
-    /// Every argument.
-    Full,
-    /// The state and time only.
-    State,
-}
-
 /// A field, and what its check needs.
 pub(crate) struct Subject<'a> {
     /// The field whose pull-back is looked at.
@@ -161,52 +169,72 @@ pub(crate) struct Subject<'a> {
     pub(crate) reads_time: bool,
     /// How far an element of the state that is zero may move, in multiples of its velocity: about a step.
     pub(crate) reach: f64,
+    /// Whether what fails by itself is an error here, or left to the backward pass, which says where.
+    pub(crate) strict: bool,
 }
 
 impl Subject<'_> {
-    /// Looks at everything at the first of these points, and at the state and time at the others.
-    pub(crate) fn check_all(&self, points: &[Point], dtype: DType, device: &Device) -> Result<()> {
-        for (i, point) in points.iter().enumerate() {
-            let depth = if i == 0 { Depth::Full } else { Depth::State };
-            self.check(point, dtype, device, depth)?;
+    /// Looks at these points; whether every parameter has shown that its gradient is right.
+    pub(crate) fn check_all(
+        &self,
+        points: &[Point],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<bool> {
+        let mut sound = vec![false; self.parameters.len()];
+        let mut looked = true;
+        for point in points {
+            looked = self.check(point, dtype, device, &mut sound)? && looked;
         }
-        Ok(())
+        Ok(looked && sound.iter().all(|s| *s))
     }
 
-    /// Looks at one point; `dtype` is that of the state.
-    pub(crate) fn check(
+    /// Looks at one point, at those parameters that have not been found `sound`; whether there was something to
+    /// see.  `dtype` is that of the state.
+    fn check(
         &self,
         point: &Point,
         dtype: DType,
         device: &Device,
-        depth: Depth,
-    ) -> Result<()> {
+        sound: &mut [bool],
+    ) -> Result<bool> {
         let time = match self.reads_time {
             true => Time::differentiable(point.t, dtype, device),
             false => Time::new(point.t, dtype, device),
         };
-        // What fails by itself says so in the backward pass, and where.
-        let Ok((linear, pull)) = self.field.vjp(&time, &point.y) else {
-            return Ok(());
+        let failed = |error: Error| match self.strict {
+            true => Err(error),
+            false => Ok(false),
         };
-        if alike(&point.y, &linear).is_err() {
-            return Ok(());
-        }
+        let (linear, pull) = match self.field.vjp(&time, &point.y) {
+            Ok(linear) => linear,
+            Err(error) => return failed(error.into()),
+        };
         let k = self.field.velocity(&time, &point.y)?;
         let again = self.twin.velocity(&time, &point.y)?;
+        for k in [&linear, &k, &again] {
+            if let Err(error) = alike(&point.y, k) {
+                return failed(error);
+            }
+        }
         if let Some(leaf) = differing(&k, &again)? {
             return Err(Error::NotDeterministic { leaf, t: point.t });
         }
         let theta: Vec<_> = self.parameters.iter().map(|p| p.tensor.clone()).collect();
         let pull = |v: &Vec<Tensor>| {
-            let pulled = pull(v).ok()?;
-            pullback::check(v, &theta, &pulled)
-                .is_ok()
-                .then_some(pulled)
+            let pulled = pull(v)?;
+            let t = point.t;
+            pullback::check(v, &theta, &pulled).map_err(|defect| Error::InvalidPullback {
+                step: 0,
+                stage: 0,
+                t,
+                defect,
+            })?;
+            Ok(pulled)
         };
         let base = numbers(&k)?;
         if !base.iter().all(|k| k.is_finite()) {
-            return Ok(());
+            return Ok(false);
         }
         let trial = Trial {
             subject: self,
@@ -220,101 +248,119 @@ impl Subject<'_> {
         let mut first = vec![];
         for _ in 0..2 {
             let v = signs(&mut rng, base.len());
-            let Some(pulled) = pull(&trial.cotangent(&v, &k)?) else {
-                return Ok(());
-            };
-            first.push((v, pulled));
+            match pull(&trial.cotangent(&v, &k)?) {
+                Ok(pulled) => first.push((v, pulled)),
+                Err(error) => return failed(error),
+            }
         }
-        let (lost, frozen) = self.unreached(first.iter().map(|(_, pulled)| pulled))?;
+        let lost = self.reaches_nothing(first.iter().map(|(_, pulled)| pulled))?;
         let mut arguments = vec![];
-        if depth == Depth::Full || lost {
-            let read = (0..self.parameters.len()).filter(|i| !frozen.contains(i));
-            arguments.extend(read.map(Of::Parameter));
+        for (i, sound) in sound.iter_mut().enumerate() {
+            if *sound && !lost {
+                continue;
+            }
+            match self.mover.moves(&self.parameters[i].tensor) {
+                true => arguments.push(Of::Parameter(i)),
+                false => {
+                    let found = trial.by_row(i, &pull, &k)?;
+                    self.contradiction(found, Of::Parameter(i), point.t)?;
+                    *sound = true;
+                }
+            }
         }
-        // Where it is declared constant it has no derivative, whatever it computes.
-        let leaves = (0..point.y.len()).filter(|&leaf| !self.field.is_constant_in(leaf));
-        arguments.extend(leaves.map(Of::State));
+        for leaf in 0..point.y.len() {
+            // Where it is declared constant it has no derivative, whatever it computes.
+            if !self.field.is_constant_in(leaf) && !trial.is_a_label(leaf)? {
+                arguments.push(Of::State(leaf));
+            }
+        }
         if self.reads_time && time.leaf().is_some() && !time.was_read() {
             arguments.push(Of::Time);
         }
         for of in arguments {
-            if trial.agrees(of, &first, &mut rng)? {
+            let verdict = trial.agrees(of, &first, &mut rng)?;
+            if let (Of::Parameter(i), Verdict::Agrees) = (of, verdict) {
+                sound[i] = true;
+            }
+            if verdict != Verdict::Doubtful {
                 continue;
             }
-            // A wrong one is right along some direction by chance, so two of four decide.
+            // A wrong one is right along some direction by chance, so three of five decide.
             let (mut found, mut times) = (None, 0);
-            for attempt in 0..4 {
+            for attempt in 0..5 {
                 if let Some(numbers) = trial.disagreement(of, attempt, &k, &pull, &mut rng)? {
-                    times += 1;
-                    found = Some(numbers).filter(|_| times == 2);
+                    (found, times) = (Some(numbers), times + 1);
                 }
-                if found.is_some() {
+                if times == 3 {
                     break;
                 }
             }
-            if let Some((pullback, differences)) = found {
-                return Err(Error::WrongPullback {
-                    of: self.name(of, &frozen),
-                    t: point.t,
-                    pullback,
-                    differences,
-                });
+            let found = found.filter(|_| times == 3);
+            if found.is_some() && trial.is_made_of_steps(of, &mut rng)? {
+                continue;
             }
+            self.contradiction(found, of, point.t)?;
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// Parameters that candle's graph does not connect with the velocity: detached on purpose, or hidden behind
-    /// a layer that records nothing, which then shows in the gradient of the state.  Where the velocity is
-    /// connected with nothing at all, they are not frozen but lost.
-    fn unreached<'p>(
+    /// Whether candle's graph connects the velocity with nothing at all: then parameters are looked at again.
+    fn reaches_nothing<'p>(
         &self,
-        pulled: impl Iterator<Item = &'p Cotangents<Vec<Tensor>>> + Clone,
-    ) -> Result<(bool, Vec<usize>)> {
-        let reached = |i: &usize| {
-            let parameter = &self.parameters[*i].tensor;
-            pulled.clone().any(|p| p.params.get(parameter).is_some())
+        mut pulled: impl Iterator<Item = &'p Cotangents<Vec<Tensor>>>,
+    ) -> Result<bool> {
+        let of_theta = |p: &Cotangents<_>| {
+            let mut parameters = self.parameters.iter();
+            parameters.any(|parameter| p.params.get(&parameter.tensor).is_some())
         };
-        let (reached, frozen): (Vec<_>, Vec<_>) = (0..self.parameters.len()).partition(reached);
-        let mut connected = !reached.is_empty();
-        for pulled in pulled {
-            connected = connected || numbers(&pulled.y)?.iter().any(|w| *w != 0.0);
-        }
-        Ok(match connected {
-            true => (false, frozen),
-            false => (true, vec![]),
+        pulled.try_fold(true, |nothing, p| {
+            let of_state = numbers(&p.y)?.iter().any(|w| *w != 0.0);
+            Ok(nothing && !of_state && !of_theta(p))
         })
     }
 
-    fn name(&self, of: Of, frozen: &[usize]) -> String {
-        match of {
-            Of::State(leaf) if frozen.is_empty() => format!("state tensor {leaf}"),
-            Of::State(leaf) => {
-                let names = frozen.iter().map(|&i| self.parameters[i].name.as_str());
-                let names: Vec<_> = names.collect();
-                format!(
-                    "state tensor {leaf} (and none reaches {})",
-                    names.join(", ")
-                )
-            }
+    /// The error of what the pull-back and differences say, if they contradict each other.
+    fn contradiction(&self, found: Option<(f64, f64)>, of: Of, t: f64) -> Result<()> {
+        let Some((pullback, differences)) = found else {
+            return Ok(());
+        };
+        let of = match of {
+            Of::State(leaf) => format!("state tensor {leaf}"),
             Of::Parameter(i) => self.parameters[i].name.clone(),
             Of::Time => "time".to_owned(),
-        }
+        };
+        Err(Error::WrongPullback {
+            of,
+            t,
+            pullback,
+            differences,
+        })
     }
 }
+
 /// The types of closures that were checked in this process, with the shapes that they were given.
 static CHECKED: LazyLock<Mutex<HashSet<u64>>> = LazyLock::new(Mutex::default);
 
-/// A closure's type and the shapes of what it reads.
-pub(crate) fn key(kind: std::any::TypeId, tensors: &[&[Tensor]]) -> u64 {
+/// What stands for a closure: its type, how large the graph of its velocity is, whether time is looked at, and
+/// the tensors that it reads, without the number of rows.
+pub(crate) fn key(kind: TypeId, graph: (usize, bool), tensors: &[&[Tensor]]) -> u64 {
     let mut hasher = DefaultHasher::new();
-    kind.hash(&mut hasher);
+    (kind, graph).hash(&mut hasher);
     for group in tensors {
         for x in *group {
-            (x.dims(), x.dtype().as_str()).hash(&mut hasher);
+            // Many rows are as good as others, but a single one hides what is wrong in batches.
+            let several = x.dims().first().is_some_and(|rows| *rows > 1);
+            (x.dims().get(1..), several, x.dtype().as_str()).hash(&mut hasher);
         }
         group.len().hash(&mut hasher);
     }
+    hasher.finish()
+}
+
+/// What stands for a closure of this type, or a model, whose velocity is connected with the state like this.
+pub(crate) fn pattern(identity: impl Hash, connected: &[bool]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (identity, connected).hash(&mut hasher);
     hasher.finish()
 }
 
@@ -324,7 +370,7 @@ pub(crate) fn is_checked(key: u64) -> bool {
     checked.contains(&key)
 }
 
-/// It was found sound.
+/// It has been looked at.
 pub(crate) fn note_checked(key: u64) {
     let mut checked = CHECKED.lock().unwrap_or_else(PoisonError::into_inner);
     checked.insert(key);

@@ -256,14 +256,14 @@ pub enum Error {
         got: String,
     },
     /// The velocity changes with the state although candle sees no path between them.
-    #[error("the velocity at t = {t} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters, or declare it with constant(..)")]
+    #[error("the velocity at t = {t} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters; where the derivative is meant to be zero, declare the field with constant(..)")]
     UntrackedVelocity {
         /// Time of the evaluation.
         t: f64,
     },
     /// The pull-back of a field contradicts differences of it; see
     /// [`check_field`](crate::check_field).
-    #[error("the gradient of the field with respect to {of} at t = {t} is wrong: along a random direction candle's backward gives {pullback:.6e}, differences of the field give {differences:.6e}. Some layers of candle have no backward operation (candle_nn's LayerNorm, RmsNorm, softmax_last_dim) or a wrong one (conv1d): use nn::LayerNorm, nn::RmsNorm, nn::softmax, nn::Conv1d of candle_diffeq (docs/candle-layers.md lists all); a detach() or backward() inside the field does it, too. OdeOptions::check turns this check off")]
+    #[error("the gradient of the field with respect to {of} at t = {t} is wrong: along a random direction candle's backward gives {pullback:.6e}, differences of the field give {differences:.6e}. Some layers of candle have no backward operation (candle_nn's LayerNorm, RmsNorm, softmax_last_dim) or a wrong one (conv1d): use nn::LayerNorm, nn::RmsNorm, nn::softmax, nn::Conv1d of candle_diffeq (docs/candle-layers.md lists all); a detach() or backward() inside the field does it, too. Declare a parameter that is meant to stand still by NeuralOde::freeze. OdeOptions::check turns this check off")]
     WrongPullback {
         /// The state tensor, the parameter by its name, or time.
         of: String,
@@ -353,7 +353,9 @@ pub enum Error {
         shapes: Vec<Vec<usize>>,
     },
     /// A class that the states have no column for.
-    #[error("row {row} is of class {class}, but states have {classes} classes, 0 to {last}", last = classes - 1)]
+    #[error(
+        "row {row} is of class {class}, but states have {classes} classes: numbers below that"
+    )]
     NoSuchClass {
         /// Index of the row.
         row: usize,

@@ -218,6 +218,21 @@ where
     }
 }
 
+impl<S, A, F> FieldWithArgs<S, A> for Constant<F>
+where
+    S: State,
+    A: State,
+    F: Fn(&Time, &S, &A) -> candle_core::Result<S>,
+{
+    fn velocity(&self, t: &Time, y: &S, args: &A) -> candle_core::Result<S> {
+        (self.0)(t, y, args)
+    }
+
+    fn is_constant_in(&self, _: usize) -> bool {
+        true
+    }
+}
+
 /// A field f(t, y, a) with arguments: what it reads beside time, state and parameters, such as the
 /// output of an encoder, a condition, or a number of a class.
 ///
@@ -346,6 +361,8 @@ where
 /// A field over any state, owned or borrowed, seen by the solver as a field over its leaves.
 pub(crate) struct Leaves<P, S> {
     field: P,
+    /// Arguments of which nobody asks the gradient.
+    constants: Vec<Tensor>,
     state: std::marker::PhantomData<fn() -> S>,
 }
 
@@ -353,7 +370,17 @@ impl<P, S> Leaves<P, S> {
     pub(crate) fn new(field: P) -> Self {
         Self {
             field,
+            constants: vec![],
             state: std::marker::PhantomData,
+        }
+    }
+
+    /// A field with these arguments: gradients of those that are no variables are left out.
+    pub(crate) fn with_args(field: P, args: &[Tensor]) -> Self {
+        let constants = args.iter().filter(|a| !a.is_variable());
+        Self {
+            constants: constants.cloned().collect(),
+            ..Self::new(field)
         }
     }
 }
@@ -384,7 +411,10 @@ where
         }
         let (k, pull) = self.field.vjp(t, &S::from_leaves(y.clone())?)?;
         let pull = move |v: &Vec<Tensor>| {
-            let Cotangents { y, t, params } = pull(&S::from_leaves(v.clone())?)?;
+            let Cotangents { y, t, mut params } = pull(&S::from_leaves(v.clone())?)?;
+            for argument in &self.constants {
+                params.remove(argument);
+            }
             Ok(Cotangents {
                 y: y.leaves(),
                 t,

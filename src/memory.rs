@@ -18,8 +18,8 @@ pub struct MemoryNeed {
     pub returned: u128,
 }
 
-/// What is less than this is not compared with what there is: a small solve would take longer to ask for it
-/// than to run.
+/// Needs below this are not compared with the free memory: a small solve would take longer to ask than to
+/// run.
 const SMALL: u128 = 64 << 20;
 
 /// Bytes that a tensor of candle's takes at least beside its numbers, for its shape, its strides and its
@@ -106,10 +106,19 @@ fn available() -> Option<u64> {
     }
 }
 
-/// The limit that `ulimit -v` sets.
+/// What is left of the limit that `ulimit -v` sets.
 #[cfg(unix)]
 fn addresses() -> Option<u64> {
-    rlimit::Resource::AS.get_soft().ok()
+    let limit = rlimit::Resource::AS.get_soft().ok()?;
+    Some(limit.saturating_sub(mapped().unwrap_or(0)))
+}
+
+/// Addresses that the process has taken, where Linux says so: pages, the first number of the file.
+#[cfg(unix)]
+fn mapped() -> Option<u64> {
+    let pages = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = pages.split_whitespace().next()?.parse().ok()?;
+    Some(pages.saturating_mul(4096))
 }
 
 #[cfg(not(unix))]
@@ -133,8 +142,7 @@ fn of_machine() -> Option<u64> {
         let left = group.total_memory.saturating_sub(group.rss);
         left.saturating_add(group.free_swap)
     });
-    let bytes = group.map_or(free, |left| free.min(left));
-    Some(bytes).filter(|&bytes| bytes > 0)
+    Some(group.map_or(free, |left| free.min(left)))
 }
 
 /// An empty vector with room for as many numbers as a user asks for, if the machine has so much.

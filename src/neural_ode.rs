@@ -8,16 +8,17 @@
 
 mod model;
 
+use std::any::TypeId;
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Module, Tensor, TensorId, Var};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::arguments::Args;
-use crate::check::{FieldCheck, Parameter, Rebuilt, Subject};
+use crate::check::{self, FieldCheck, Parameter, Rebuilt, Subject};
 use crate::error::{Error, Result};
 use crate::field::{Bound, FieldWithArgs, Free, Leaves, OwnedField, SharedField, VectorField};
 use crate::integrate::Forward;
@@ -74,10 +75,17 @@ pub struct NeuralOde<S = Tensor, A = ()> {
     factory: Arc<Factory>,
     packable: Option<Packable>,
     options: OdeOptions,
-    /// Whether the field was compared with differences.
-    checked: AtomicBool,
+    /// Parameters that stand still.
+    frozen: Vec<String>,
+    /// What stands for the model among others.
+    identity: u64,
+    /// How often the field is still to be compared with differences, by what it was given.
+    checks: Mutex<HashMap<u64, usize>>,
     state: PhantomData<fn() -> (S, A)>,
 }
+
+/// Models of this process so far.
+static MODELS: AtomicU64 = AtomicU64::new(1);
 
 impl NeuralOde<Tensor> {
     /// A model without time, any candle `Module`.  Variables that `vars` does not hold yet are
@@ -258,9 +266,11 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             };
             let field = Box::new(build(vb)?);
             let Some(args) = args else { return Ok(None) };
-            let args = A::from_leaves(args)?;
-            let bound = Box::new(Bound { field, args });
-            let field: OwnedField = Box::new(Leaves::<Box<_>, S>::new(bound));
+            let bound = Box::new(Bound {
+                field,
+                args: A::from_leaves(args.clone())?,
+            });
+            let field: OwnedField = Box::new(Leaves::<Box<_>, S>::with_args(bound, &args));
             Ok(Some(field))
         };
         let mut asked = Undo {
@@ -282,7 +292,9 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             factory: Arc::new(factory),
             packable: None,
             options: OdeOptions::default(),
-            checked: AtomicBool::new(false),
+            frozen: vec![],
+            identity: MODELS.fetch_add(1, Ordering::Relaxed),
+            checks: Mutex::default(),
             state: PhantomData,
         };
         let ids: Vec<_> = ode.masters()?.iter().map(|var| var.id()).collect();
@@ -315,6 +327,23 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         self
     }
 
+    /// Parameters of these names, as [`parameters`](Self::parameters) lists them, stand still: the model reads them
+    /// as constants, and they receive no gradient.
+    ///
+    /// # Errors
+    /// candle's, of a name that the constructor did not ask for.
+    pub fn freeze(mut self, names: &[&str]) -> Result<Self> {
+        for name in names {
+            if !self.names.iter().any(|n| n == name) {
+                let path = (*name).to_owned();
+                return Err(candle_core::Error::CannotFindTensor { path }.into());
+            }
+            self.frozen.push((*name).to_owned());
+        }
+        self.packable = None;
+        Ok(self)
+    }
+
     /// Names of the parameters in the `VarMap`, in the order in which the constructor asks.
     pub fn parameters(&self) -> &[String] {
         &self.names
@@ -343,7 +372,8 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let name = |i: usize| self.names[i].clone();
         parameters::check_parameters(all, name, problem.device())?;
         let args = Args::new(args.leaves(), &problem, &self.options, !in_graph)?;
-        let y0 = Packing::join(&y0, problem.state())?;
+        let given = y0;
+        let y0 = Packing::join(&given, problem.state())?;
         let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
         let keep = !in_graph || tracked || !masters.is_empty();
         let keep = || keep;
@@ -363,8 +393,16 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         }
         let mut leaves = Vec::with_capacity(masters.len());
         let mut origin = HashMap::<TensorId, Tensor>::new();
-        for master in masters {
-            let leaf = Var::from_tensor(&problem.theta.round(&master)?)?.into_inner();
+        for (name, master) in self.names.iter().zip(masters) {
+            let rounded = problem.theta.round(&master)?;
+            if self.frozen.contains(name) {
+                // Whatever a field of the user's own makes of it ends here.
+                let leaf = rounded.copy()?;
+                origin.insert(leaf.id(), leaf.clone());
+                leaves.push(leaf);
+                continue;
+            }
+            let leaf = Var::from_tensor(&rounded)?.into_inner();
             origin.insert(leaf.id(), master.into_inner());
             leaves.push(leaf);
         }
@@ -387,32 +425,37 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         };
         let observed = match &plain {
             None => Observed::closure(&*field, true),
-            Some(plain) => Observed::twins(&*field, &**plain, origin.keys().copied().collect()),
+            Some(plain) => {
+                let read = leaves.iter().cloned().chain(args.variables());
+                let read = read.filter(Tensor::is_variable).map(|p| p.id());
+                Observed::twins(&*field, &**plain, read.collect())
+            }
         };
+        let graph = (problem.theta.to as usize, problem.grid.is_tracked());
+        let kind = check::key(TypeId::of::<Self>(), graph, &[&given, &args.leaves]);
         let checks = match self.options.check {
             FieldCheck::Never => false,
-            FieldCheck::Once => !self.checked.load(Ordering::Relaxed),
+            FieldCheck::Once => self.checks_left(kind) > 0,
             FieldCheck::Always => true,
         };
         let checks = checks && in_graph && keep() && !problem.is_empty();
-        let observed = observed.solving(&problem, checks);
+        let observed = observed.solving(&problem, self.identity, checks);
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }
         let forward = run(&problem, &observed, &y0, loss, &keep)?;
+        observed.settle();
         if let (true, Some(plain)) = (checks, &plain) {
             let of_args = args.variables().map(|leaf| Parameter {
                 name: args.name(&leaf).unwrap_or_default(),
                 tensor: leaf,
             });
-            let parameters = self
-                .names
-                .iter()
-                .zip(&leaves)
-                .map(|(name, leaf)| Parameter {
-                    name: format!("parameter {name}"),
-                    tensor: leaf.clone(),
-                });
+            let named = self.names.iter().zip(&leaves);
+            let moving = named.filter(|(_, leaf)| leaf.is_variable());
+            let parameters = moving.map(|(name, leaf)| Parameter {
+                name: format!("parameter {name}"),
+                tensor: leaf.clone(),
+            });
             let build = |values: &[Tensor]| {
                 let (leaves, args) = values.split_at(leaves.len());
                 builder.build(leaves, args)
@@ -428,9 +471,12 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
                 mover: &mover,
                 reads_time: problem.grid.is_tracked(),
                 reach: observed.reach(),
+                strict: false,
             };
-            subject.check_all(&observed.points(), problem.state(), problem.device())?;
-            self.checked.store(true, Ordering::Relaxed);
+            let all = subject.check_all(&observed.points(), problem.state(), problem.device())?;
+            let left = self.checks_left(kind).saturating_sub(1);
+            let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
+            checks.insert(kind, if all { 0 } else { left });
         }
         let read = match problem.is_empty() {
             // Nothing was read: all of them have zero gradients.
@@ -465,7 +511,9 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
                 return states(&problem, forward);
             }
         }
-        let rounded = masters.iter().map(|master| problem.theta.round(master));
+        // Copies: the user's own may be written while the solve goes on.
+        let copied = |master: &Var| Ok(problem.theta.round(master)?.copy()?);
+        let rounded = masters.iter().map(copied);
         let builder = Builder {
             factory: Arc::clone(&self.factory),
             names: self.names.clone(),
@@ -477,6 +525,12 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             &detached(&args.leaves),
         )?;
         states(&problem, run(&problem, &*field, &y0, None, &|| false)?)
+    }
+
+    /// How often the field is still to be compared with differences where it is given tensors of this kind.
+    fn checks_left(&self, kind: u64) -> usize {
+        let checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
+        checks.get(&kind).copied().unwrap_or(3)
     }
 
     /// The field over the user's variables themselves, where a solve may read them: on the CPU, where

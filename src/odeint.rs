@@ -103,12 +103,13 @@ where
     F: FieldWithArgs<S, A> + Send + Sync + 'static,
     T: Times + ?Sized,
 {
-    let bind = |leaves| {
+    let bind = |leaves: Vec<Tensor>| {
         let bound = Bound {
             field: Box::new(field),
-            args: A::from_leaves(leaves)?,
+            args: A::from_leaves(leaves.clone())?,
         };
-        let field: SharedField = Arc::new(Leaves::<Box<_>, S>::new(Box::new(bound)));
+        let field = Leaves::<Box<_>, S>::with_args(Box::new(bound), &leaves);
+        let field: SharedField = Arc::new(field);
         Ok(field)
     };
     let start = (y0.leaves(), args.leaves(), times.to_grid()?);
@@ -127,15 +128,24 @@ fn closure_in_graph<S: State>(
     let field = bind(args.leaves.clone())?;
     let joined = Packing::join(&y0, problem.state())?;
     let checks = options.check != FieldCheck::Never && field.known().is_none();
-    let observed = Observed::closure(&*field, true).solving(&problem, checks);
+    let identity = check::pattern(check::key(kind, (0, false), &[&y0, &args.leaves]), &[]);
+    let observed = Observed::closure(&*field, true).solving(&problem, identity, checks);
     let tracked = joined.track_op() || problem.grid.is_tracked() || args.is_tracked();
     let keep = || tracked || observed.reads_variables();
     let forward = run(&problem, &observed, &joined, None, &keep)?;
+    observed.settle();
     if checks && keep() && !problem.is_empty() {
-        let read = observed.parameters_so_far();
-        let key = check::key(kind, &[&y0, &args.leaves, &read]);
+        // Of an argument that candle does not connect with the velocity the gradient is looked at, too.
+        let mut read = observed.parameters_so_far();
+        for argument in args.variables() {
+            if !read.iter().any(|p| p.id() == argument.id()) {
+                read.push(argument);
+            }
+        }
+        let graph = (observed.nodes(), problem.grid.is_tracked());
+        let key = check::key(kind, graph, &[&y0, &args.leaves, &read]);
         if options.check == FieldCheck::Always || !check::is_checked(key) {
-            let mover = check::Private {
+            let mover = check::OwnCopies {
                 field: &*field,
                 own: &args.leaves,
             };
@@ -152,6 +162,7 @@ fn closure_in_graph<S: State>(
                 mover: &mover,
                 reads_time: problem.grid.is_tracked(),
                 reach: observed.reach(),
+                strict: false,
             };
             subject.check_all(&observed.points(), problem.state(), problem.device())?;
             check::note_checked(key);
@@ -225,10 +236,10 @@ where
     F: FieldWithArgs<S, A> + 'f,
     T: Times + ?Sized,
 {
-    let bind = |leaves| -> Result<Box<Field<'f>>> {
-        let args = A::from_leaves(leaves)?;
+    let bind = |leaves: Vec<Tensor>| -> Result<Box<Field<'f>>> {
+        let args = A::from_leaves(leaves.clone())?;
         let bound = Box::new(Bound { field, args });
-        Ok(Box::new(Leaves::<Box<_>, S>::new(bound)))
+        Ok(Box::new(Leaves::<Box<_>, S>::with_args(bound, &leaves)))
     };
     let start = (y0.leaves(), args.leaves(), times.to_grid()?);
     without_graph(start, options, bind)

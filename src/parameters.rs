@@ -6,12 +6,11 @@
 
 use std::any::Any;
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use candle_core::{DType, Device, Tensor, TensorId, Var};
 
 use crate::arguments::Args;
-use crate::autograd;
 use crate::check::{self, Point};
 use crate::error::{Error, Result};
 use crate::field::{Pullback, VectorField};
@@ -20,7 +19,8 @@ use crate::problem::Problem;
 use crate::step::{alike, Field};
 use crate::time::Time;
 
-/// A field under observation: detaches velocities and notes the variables that they depend on.
+/// A field under observation: notes the variables that velocities depend on, and whether candle sees how they
+/// depend on the state.
 pub(crate) struct Observed<'f> {
     /// The field over variables.
     tracked: &'f Field<'f>,
@@ -36,6 +36,8 @@ pub(crate) struct Observed<'f> {
     reach: f64,
     /// Evaluations whose points are noted, ascending.
     noted: Vec<usize>,
+    /// What stands for the field in other solves.
+    identity: u64,
     seen: RefCell<Seen>,
 }
 
@@ -45,9 +47,18 @@ struct Seen {
     ids: HashSet<TensorId>,
     variables: Vec<Tensor>,
     points: Vec<Point>,
-    /// Which tensors of the state velocities were connected to: each pattern that was found sound.
-    connected: HashSet<Vec<bool>>,
+    /// Which tensors of the velocity were connected with which of the state: each pattern that was found
+    /// sound, and the evaluation at which it is looked at again.
+    connected: HashMap<Vec<bool>, usize>,
+    /// Nodes of the graph of the first velocity, and of the last one.
+    nodes: usize,
+    graph: usize,
+    /// Sizes of graphs that were met: a new one is a point to be looked at, too.
+    graphs: HashSet<usize>,
 }
+
+/// Points of a solve that are looked at.
+const MOST_POINTS: usize = 8;
 
 impl<'f> Observed<'f> {
     /// A field that reads whatever variables it has captured.
@@ -59,6 +70,7 @@ impl<'f> Observed<'f> {
             in_graph,
             reach: 0.0,
             noted: vec![],
+            identity: 0,
             seen: RefCell::default(),
         }
     }
@@ -77,7 +89,8 @@ impl<'f> Observed<'f> {
     }
 
     /// Of a solve of this problem; the points of some evaluations are noted if they are to be checked.
-    pub(crate) fn solving(mut self, problem: &Problem, checked: bool) -> Self {
+    pub(crate) fn solving(mut self, problem: &Problem, identity: u64, checked: bool) -> Self {
+        self.identity = identity;
         let steps = problem.plan.len();
         let points = problem.grid.points();
         if let (Some(first), Some(last)) = (points.first(), points.last()) {
@@ -97,6 +110,18 @@ impl<'f> Observed<'f> {
     /// The points that were noted, in the order of the evaluations.
     pub(crate) fn points(&self) -> Vec<Point> {
         self.seen.borrow().points.clone()
+    }
+
+    /// Nodes of the graph of the first velocity.
+    pub(crate) fn nodes(&self) -> usize {
+        self.seen.borrow().nodes
+    }
+
+    /// The solve is done: the patterns that it found sound need not be looked at in others.
+    pub(crate) fn settle(&self) {
+        for pattern in self.seen.borrow().connected.keys() {
+            check::note_checked(check::pattern(self.identity, pattern));
+        }
     }
 
     /// How far a state may move when the field is checked.
@@ -151,47 +176,84 @@ impl<'f> Observed<'f> {
         }
         let own: Vec<_> = leaves.iter().map(Tensor::id).collect();
         let connected = self.note(t, &k, &own)?;
+        self.look_at_new_graphs(t, y);
         self.verify(t, y, connected)?;
         Ok(k)
     }
 
-    /// Makes sure that the velocity does not change with tensors of the state that candle cannot trace it
-    /// to: after a `detach`, or a `backward` inside the field, gradients would be silently wrong.  Every
-    /// pattern of such tensors is looked at once in a solve.
+    /// Notes the points of velocities that are computed in another way than those before, a few of them.
+    fn look_at_new_graphs(&self, t: &Time, y: &[Tensor]) {
+        let mut seen = self.seen.borrow_mut();
+        let graph = seen.graph;
+        let new = seen.graphs.insert(graph) && seen.evaluations > 1;
+        if new && self.noted.len() > 1 && seen.points.len() < MOST_POINTS {
+            seen.points.push(Point::of(t, y));
+        }
+    }
+
+    /// Makes sure that no tensor of the velocity changes with a tensor of the state that candle cannot trace it
+    /// to: after a `detach`, or a `backward` inside the field, gradients would be silently wrong.  A pattern of
+    /// such pairs is looked at when it is met, and again after twice as many evaluations.
     fn verify(&self, t: &Time, y: &[Tensor], connected: Vec<bool>) -> candle_core::Result<()> {
-        let whole = connected.iter().all(|c| *c);
-        if whole || self.seen.borrow().connected.contains(&connected) {
+        if connected.iter().all(|c| *c) {
+            return Ok(());
+        }
+        let (due, number) = {
+            let seen = self.seen.borrow();
+            let due = match seen.connected.get(&connected) {
+                Some(next) => seen.evaluations >= *next,
+                None => !check::is_checked(check::pattern(self.identity, &connected)),
+            };
+            (due, seen.evaluations)
+        };
+        if !due {
             return Ok(());
         }
         let field = self.plain.unwrap_or(self.tracked);
-        let missing = (0..y.len()).filter(|&leaf| !connected[leaf] && !field.is_constant_in(leaf));
-        if check::depends_on(field, t, y, missing, self.reach)? {
-            return Err(Error::UntrackedVelocity { t: t.peek() }.into());
+        let states = y.len();
+        let missing = (0..connected.len()).filter(|&pair| !connected[pair]);
+        let pairs = missing.map(|pair| (pair / states, pair % states));
+        let pairs: Vec<_> = pairs
+            .filter(|(_, leaf)| !field.is_constant_in(*leaf))
+            .collect();
+        match check::depends_on(field, t, y, &pairs, self.reach)? {
+            Some(true) => return Err(Error::UntrackedVelocity { t: t.peek() }.into()),
+            Some(false) => {
+                let mut seen = self.seen.borrow_mut();
+                seen.connected.insert(connected, 2 * number);
+            }
+            None => {}
         }
-        self.seen.borrow_mut().connected.insert(connected);
         Ok(())
     }
 
-    /// Notes the variables behind k; which of our `own` leaves are among them.
+    /// Notes the variables behind k; which tensors of the velocity are connected with which of our `own` leaves,
+    /// one velocity after the other.
     fn note(&self, t: &Time, k: &[Tensor], own: &[TensorId]) -> Result<Vec<bool>> {
         let mut seen = self.seen.borrow_mut();
-        let mut connected = vec![false; own.len()];
-        for variable in autograd::variables(k) {
-            if let Some(leaf) = own.iter().position(|id| *id == variable.id()) {
-                connected[leaf] = true;
-                continue;
-            }
-            if self
-                .known
-                .as_ref()
-                .is_some_and(|known| !known.contains(&variable.id()))
-            {
-                return Err(Error::ForeignParameter { t: t.peek() });
-            }
-            if seen.ids.insert(variable.id()) {
-                seen.variables.push(variable);
+        let mut connected = vec![false; k.len() * own.len()];
+        let mut nodes_of_all = 0;
+        for (row, k) in k.iter().enumerate() {
+            let nodes = k.sorted_nodes();
+            nodes_of_all += nodes.len();
+            for variable in nodes.into_iter().filter(|node| node.is_variable()) {
+                if let Some(leaf) = own.iter().position(|id| *id == variable.id()) {
+                    connected[row * own.len() + leaf] = true;
+                    continue;
+                }
+                let known = self.known.as_ref();
+                if known.is_some_and(|known| !known.contains(&variable.id())) {
+                    return Err(Error::ForeignParameter { t: t.peek() });
+                }
+                if seen.ids.insert(variable.id()) {
+                    seen.variables.push(variable.clone());
+                }
             }
         }
+        if seen.evaluations <= 1 {
+            seen.nodes = nodes_of_all;
+        }
+        seen.graph = nodes_of_all;
         Ok(connected)
     }
 
@@ -199,10 +261,7 @@ impl<'f> Observed<'f> {
     fn count(&self, t: &Time, y: &[Tensor]) {
         let mut seen = self.seen.borrow_mut();
         if self.noted.binary_search(&seen.evaluations).is_ok() {
-            seen.points.push(Point {
-                t: t.peek(),
-                y: y.iter().map(Tensor::detach).collect(),
-            });
+            seen.points.push(Point::of(t, y));
         }
         seen.evaluations += 1;
     }

@@ -394,15 +394,18 @@ impl LossScaler {
         optimiser: &mut impl Optimizer,
     ) -> Result<Stepped> {
         let mut grads = self.scaled(loss)?.backward()?;
-        let finite = self.unscale(&mut grads, vars)?;
+        let mut finite = self.unscale(&mut grads, vars)?;
+        for var in vars {
+            if let Some(grad) = grads.remove(var) {
+                // What f32 holds may be infinite in the dtype of the variable.
+                let grad = grad.to_dtype(var.dtype())?;
+                finite = finite && ops::magnitude(&grad.to_dtype(DType::F32)?)?.is_finite();
+                grads.insert(var, grad);
+            }
+        }
         self.update(finite);
         if !finite {
             return Ok(Stepped::Skipped);
-        }
-        for var in vars {
-            if let Some(grad) = grads.remove(var) {
-                grads.insert(var, grad.to_dtype(var.dtype())?);
-            }
         }
         optimiser.step(&grads)?;
         Ok(Stepped::Taken)

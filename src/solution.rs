@@ -87,7 +87,12 @@ impl<'f, S: State> Solution<'f, S> {
         )?;
         let mut params = GradStore::default();
         for (master, grad) in theta.masters.iter().zip(adjoint.theta) {
-            params.insert(master, grad);
+            // A tensor may be given twice.
+            let sum = match params.remove(master) {
+                Some(before) => (before + grad)?,
+                None => grad,
+            };
+            params.insert(master, sum);
         }
         let times = match problem.grid.tensor().filter(|t| t.track_op()) {
             Some(t) => Some(Tensor::new(adjoint.times, t.device())?.to_dtype(t.dtype())?),

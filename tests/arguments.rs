@@ -273,6 +273,41 @@ fn arguments_may_be_written_after_the_solve() {
 }
 
 #[test]
+fn a_tensor_that_is_given_twice_has_the_sum_of_its_gradients() {
+    let f = |_: &Time, y: &Tensor, (a, b): &(Tensor, Tensor)| y.broadcast_mul(&(a + b)?);
+    let (y0, rate) = (scattered(&[1], 1.0, 1), var(&[1], 0.5, 2));
+    let twice = (rate.as_tensor().clone(), rate.as_tensor().clone());
+    let ys = odeint_with(f, &y0, &twice, &[0.0, 1.0], &options()).unwrap();
+    let expected = loss(&ys).backward().unwrap();
+    let solution = solve_with(&f, &y0, &twice, &[0.0, 1.0], &options()).unwrap();
+    let grads = solution.vjp(&(solution.states() * 2.0).unwrap()).unwrap();
+    assert!(
+        relative(
+            grads.params.get(&rate).unwrap(),
+            expected.get(&rate).unwrap()
+        ) <= 8.0 * U_F64
+    );
+}
+
+#[test]
+fn a_context_without_history_is_a_constant() {
+    let vars = VarMap::new();
+    let ode = NeuralOde::with_args(&vars, "f", DType::F64, &Device::Cpu, |vb| {
+        ConditionalMlp::new(&[2, 4, 2], 3, Activation::Tanh, vb)
+    })
+    .unwrap();
+    common::scatter(&vars);
+    let context = scattered(&[4, 3], 1.0, 1);
+    let ys = ode
+        .given(&context)
+        .solve(&scattered(&[4, 2], 1.0, 2), &[0.0, 1.0])
+        .unwrap();
+    let grads = loss(&ys).backward().unwrap();
+    assert!(vars.all_vars().iter().all(|v| grads.get(v).is_some()));
+    assert!(grads.get(&context).is_none());
+}
+
+#[test]
 fn bad_arguments_have_errors_of_their_own() {
     let (y0, a) = (scattered(&[2], 1.0, 1), scattered(&[2], 1.0, 2));
     let options = OdeOptions {

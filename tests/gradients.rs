@@ -262,6 +262,7 @@ fn frozen_and_unread_parameters_get_no_entry_and_late_ones_their_gradient() {
             ode.parameters(),
             ["f.weight", "f.frozen", "f.late", "f.idle"]
         );
+        let ode = ode.freeze(&["f.frozen"]).unwrap();
         scatter(&vars);
         let y0 = var(&[3, 2], 1.0, 2);
         let times = [0.0, 0.4 * end, end];

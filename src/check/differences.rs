@@ -8,7 +8,7 @@ use super::moved::Unmoved;
 use super::{Point, Subject};
 use crate::error::Result;
 use crate::field::Cotangents;
-use crate::step::Field;
+use crate::step::{alike, Field};
 use crate::time::Time;
 
 /// What f depends on.
@@ -21,8 +21,19 @@ pub(super) enum Of {
 /// The same directions in every run.
 pub(super) const SEED: u64 = 0x5eed_f1e1_d000_0001;
 
-/// A pull-back; `None` where it fails.
-pub(super) type Pull<'a> = dyn Fn(&Vec<Tensor>) -> Option<Cotangents<Vec<Tensor>>> + 'a;
+/// A pull-back whose result has been looked at.
+pub(super) type Pull<'a> = dyn Fn(&Vec<Tensor>) -> Result<Cotangents<Vec<Tensor>>> + 'a;
+
+/// What one difference says of the pull-back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The velocity changes, as the pull-back says.
+    Agrees,
+    /// The velocity does not change here, or the argument cannot be moved.
+    Silent,
+    /// To be looked into.
+    Doubtful,
+}
 /// The check of one point.
 pub(super) struct Trial<'a> {
     pub(super) subject: &'a Subject<'a>,
@@ -177,21 +188,56 @@ impl Trial<'_> {
         self.point.y.iter().map(of).fold(0.0, f64::max)
     }
 
+    /// The size of every element of the velocity, that of its tensor at least: what its roundings are measured
+    /// by.
+    fn own_sizes(&self) -> Vec<f64> {
+        let mut rest = self.base;
+        let mut sizes = Vec::with_capacity(rest.len());
+        for y in &self.point.y {
+            let leaf;
+            (leaf, rest) = rest.split_at(y.elem_count());
+            let rms = norm(leaf.iter().copied()) / (leaf.len().max(1) as f64).sqrt();
+            sizes.extend(leaf.iter().map(|k| 0.5 * (k.abs() + rms)));
+        }
+        sizes
+    }
+
+    /// How far the argument moves, relative to its size.
+    fn epsilon(&self, of: Of) -> f64 {
+        let unit = match of {
+            Of::State(leaf) => unit_roundoff(self.point.y[leaf].dtype()),
+            Of::Parameter(_) | Of::Time => self.unit(),
+        };
+        unit.cbrt()
+    }
+
+    /// Whether a tensor of the state holds whole numbers and stands still: a class, a count, which is not to
+    /// be moved off itself.
+    pub(super) fn is_a_label(&self, leaf: usize) -> Result<bool> {
+        let y = &self.point.y;
+        let before = y[..leaf].iter().map(Tensor::elem_count).sum();
+        let stands = |k: &[f64]| k.iter().all(|k| *k == 0.0);
+        if !stands(&self.base[before..][..y[leaf].elem_count()]) {
+            return Ok(false);
+        }
+        let x = numbers(std::slice::from_ref(&y[leaf]))?;
+        Ok(x.iter().any(|x| *x != 0.0) && x.iter().all(|x| x.fract() == 0.0))
+    }
+
     /// Whether the pull-back agrees with a difference at once, which is what most do.
     pub(super) fn agrees(
         &self,
         of: Of,
         first: &[(Vec<f64>, Cotangents<Vec<Tensor>>)],
         rng: &mut StdRng,
-    ) -> Result<bool> {
+    ) -> Result<Verdict> {
         let x = self.value(of)?;
         if x.elem_count() == 0 || x.dtype().is_int() {
-            return Ok(true);
+            return Ok(Verdict::Silent);
         }
         let d = self.direction(of, &numbers(std::slice::from_ref(&x))?, rng);
-        let epsilon = self.unit().cbrt();
-        let Some(sides) = self.sides(of, &x, &d, epsilon)? else {
-            return Ok(true);
+        let Some(sides) = self.sides(of, &x, &d, self.epsilon(of))? else {
+            return Ok(Verdict::Silent);
         };
         let change: Vec<_> = sides
             .plus
@@ -199,17 +245,112 @@ impl Trial<'_> {
             .zip(&sides.minus)
             .map(|(a, b)| a - b)
             .collect();
-        let size = norm(change.iter().copied());
+        let own = self.own_sizes();
+        let moves = |i: usize| change[i].abs() > 16.0 * self.unit() * own[i];
+        let size = norm((0..change.len()).filter(|&i| moves(i)).map(|i| change[i]));
         let noise = 8.0 * self.unit() * norm(self.base.iter().copied());
+        if size > 0.0 && noise > 0.1 * size {
+            // What moves is small beside what does not, and must be looked at alone.
+            return Ok(Verdict::Doubtful);
+        }
         for (v, pulled) in first {
             let (along, is_zero) = self.along(of, pulled, &sides.distance)?;
             let number: f64 = v.iter().zip(&change).map(|(v, c)| v * c).sum();
             let near = (number - along).abs() <= 0.01 * size + noise;
             if !near || is_zero && size > noise {
-                return Ok(false);
+                return Ok(Verdict::Doubtful);
             }
         }
-        Ok(true)
+        Ok(match size > noise {
+            true => Verdict::Agrees,
+            false => Verdict::Silent,
+        })
+    }
+
+    /// Whether the velocity stands still over short distances and moves over longer ones only, as floor(y) does
+    /// at large y: many small jumps look smooth from afar.
+    pub(super) fn is_made_of_steps(&self, of: Of, rng: &mut StdRng) -> Result<bool> {
+        const SHORT: f64 = 0.05;
+        let x = self.value(of)?;
+        let d = self.direction(of, &numbers(std::slice::from_ref(&x))?, rng);
+        let epsilon = self.epsilon(of);
+        if d.iter().all(|d| (epsilon * d).abs() <= SHORT) {
+            return Ok(false);
+        }
+        let short: Vec<_> = d
+            .iter()
+            .map(|d| d.clamp(-SHORT / epsilon, SHORT / epsilon))
+            .collect();
+        let (Some(far), Some(near)) = (
+            self.sides(of, &x, &d, epsilon)?,
+            self.sides(of, &x, &short, epsilon)?,
+        ) else {
+            return Ok(false);
+        };
+        let moved = (0..self.base.len()).filter(|&i| far.plus[i] != far.minus[i]);
+        let (mut moving, mut still) = (0, 0);
+        for i in moved {
+            moving += 1;
+            still += usize::from(near.plus[i] == near.minus[i]);
+        }
+        Ok(2 * still > moving)
+    }
+
+    /// The gradient of a parameter that cannot be moved, where rows do not see each other: of one row in the
+    /// batch, and of that row alone, along the latter.  They must agree, and where candle's convolutions are
+    /// wrong in batches they do not.
+    pub(super) fn by_row(
+        &self,
+        i: usize,
+        pull: &Pull<'_>,
+        k: &[Tensor],
+    ) -> Result<Option<(f64, f64)>> {
+        let rows = |x: &Tensor| x.dims().first().copied().unwrap_or(0);
+        let y = &self.point.y;
+        let batch = y.first().map_or(0, rows);
+        if batch < 2 || !y.iter().chain(k).all(|x| rows(x) == batch) {
+            return Ok(None);
+        }
+        let first = |x: &[Tensor]| -> candle_core::Result<Vec<Tensor>> {
+            x.iter().map(|x| x.narrow(0, 0, 1)?.contiguous()).collect()
+        };
+        let time = Time::new(self.point.t, self.dtype, self.device);
+        let Ok((alone, pull_alone)) = self.subject.field.vjp(&time, &first(y)?) else {
+            return Ok(None);
+        };
+        let (alone, of_batch) = (numbers(&alone)?, numbers(&first(k)?)?);
+        let off = alone.iter().zip(&of_batch).map(|(a, b)| a - b);
+        if alone.len() != of_batch.len()
+            || norm(off) > 1e3 * self.unit() * norm(of_batch.iter().copied())
+        {
+            return Ok(None);
+        }
+        let mut rng = StdRng::seed_from_u64(SEED);
+        let (mut of_row, mut of_all) = (vec![], vec![]);
+        for k in k {
+            let row = like(
+                &signs(&mut rng, k.elem_count() / batch),
+                &k.narrow(0, 0, 1)?,
+            )?;
+            of_all.push(row.pad_with_zeros(0, 0, batch - 1)?);
+            of_row.push(row);
+        }
+        let parameter = &self.subject.parameters[i].tensor;
+        let (all, Ok(row)) = (pull(&of_all)?, pull_alone(&of_row)) else {
+            return Ok(None);
+        };
+        let (Some(all), Some(row)) = (all.params.get(parameter), row.params.get(parameter)) else {
+            return Ok(None);
+        };
+        let (all, row) = (
+            numbers(std::slice::from_ref(all))?,
+            numbers(std::slice::from_ref(row))?,
+        );
+        let size = norm(row.iter().copied());
+        let off = norm(all.iter().zip(&row).map(|(a, b)| a - b));
+        let sound = off <= 1e3 * self.unit() * size || !off.is_finite();
+        let along: f64 = all.iter().zip(&row).map(|(a, b)| a * b).sum();
+        Ok((!sound).then(|| (along / size, size)))
     }
 
     /// What the pull-back says and what differences say, where they contradict each other.
@@ -223,24 +364,27 @@ impl Trial<'_> {
     ) -> Result<Option<(f64, f64)>> {
         let x = self.value(of)?;
         let d = self.direction(of, &numbers(std::slice::from_ref(&x))?, rng);
-        let epsilon = self.unit().cbrt() / 2f64.powi(attempt);
-        let Some(smooth) = self.smooth(of, &x, &d, epsilon)? else {
+        let epsilon = self.epsilon(of) / 2f64.powi(attempt);
+        let Some(smooth) = self.smooth(of, &x, &d, epsilon, |_| true)? else {
             return Ok(None);
         };
         let signs = signs(rng, self.base.len());
         let v: Vec<_> = signs
             .iter()
             .zip(&smooth.doubt)
-            .map(|(sign, doubt)| if doubt.is_some() { *sign } else { 0.0 })
+            .zip(&smooth.change)
+            .map(|((sign, doubt), change)| match doubt {
+                Some(_) if *change != 0.0 => *sign,
+                _ => 0.0,
+            })
             .collect();
-        let Some(pulled) = pull(&self.cotangent(&v, k)?) else {
-            return Ok(None);
-        };
+        let pulled = pull(&self.cotangent(&v, k)?)?;
         let (along, _) = self.along(of, &pulled, &smooth.distance)?;
         let number: f64 = v.iter().zip(&smooth.change).map(|(v, c)| v * c).sum();
         let on = |x: &[f64]| norm(x.iter().zip(&v).map(|(x, v)| x * v));
         let size = on(&smooth.change);
-        let doubt = norm(smooth.doubt.iter().flatten().copied());
+        let read = smooth.doubt.iter().zip(&v).filter(|(_, v)| **v != 0.0);
+        let doubt = norm(read.filter_map(|(doubt, _)| *doubt));
         let noise = 8.0 * self.unit() * on(self.base);
         if !along.is_finite() || size <= 4.0 * (doubt + noise) {
             return Ok(None);
@@ -254,30 +398,49 @@ impl Trial<'_> {
         Ok(far.then(|| (along / scale, number / scale)))
     }
 
-    /// The change of every element between x − εd/4 and x + εd/4, and which of them are smooth.
-    fn smooth(&self, of: Of, x: &Tensor, d: &[f64], epsilon: f64) -> Result<Option<Smooth>> {
-        let (Some(far), Some(near)) = (
+    /// The change of every element `among` these between x − εd/4 and x + εd/4, and which of them are smooth.
+    fn smooth(
+        &self,
+        of: Of,
+        x: &Tensor,
+        d: &[f64],
+        epsilon: f64,
+        among: impl Fn(usize) -> bool,
+    ) -> Result<Option<Smooth>> {
+        let (Some(far), Some(middle), Some(near)) = (
             self.sides(of, x, d, epsilon)?,
+            self.sides(of, x, d, 0.5 * epsilon)?,
             self.sides(of, x, d, 0.25 * epsilon)?,
         ) else {
             return Ok(None);
         };
         let unit = self.unit();
-        let rms = norm(self.base.iter().copied()) / (self.base.len().max(1) as f64).sqrt();
+        let own = self.own_sizes();
         let (mut change, mut doubt) = (vec![], vec![]);
         let (mut moving, mut kept) = (0, 0);
         for (i, base) in self.base.iter().enumerate() {
+            if !among(i) {
+                change.push(0.0);
+                doubt.push(None);
+                continue;
+            }
             let wide = 0.25 * (far.plus[i] - far.minus[i]);
+            let between = 0.5 * (middle.plus[i] - middle.minus[i]);
             let narrow = near.plus[i] - near.minus[i];
             let (up, down) = (near.plus[i] - base, base - near.minus[i]);
-            let noise = 4.0 * unit * (base.abs() + rms);
+            let noise = 8.0 * unit * own[i];
             let size = wide.abs().max(narrow.abs());
             let moves = size > noise || !size.is_finite();
             let smooth = (wide - narrow).abs() <= 0.05 * size + noise
+                && (between - narrow).abs() <= 0.05 * size + noise
                 && (up - down).abs() <= 0.1 * size + 2.0 * noise;
             moving += usize::from(moves);
             kept += usize::from(moves && smooth);
-            change.push(if smooth { narrow } else { 0.0 });
+            change.push(if smooth && narrow.abs() > 0.25 * noise {
+                narrow
+            } else {
+                0.0
+            });
             doubt.push(smooth.then(|| (wide - narrow).abs()));
         }
         // Functions that are constant between jumps, roundings for one, have no derivative to compare with.
@@ -300,23 +463,23 @@ struct Smooth {
     distance: Vec<f64>,
 }
 
-/// Whether the velocity changes, smoothly, with these tensors of the state.
+/// Whether tensors of the velocity change, smoothly, with tensors of the state, of these pairs (velocity, state);
+/// `None` where the velocity is not finite and says nothing.
 pub(crate) fn depends_on(
     field: &Field<'_>,
     t: &Time,
     y: &[Tensor],
-    leaves: impl IntoIterator<Item = usize>,
+    pairs: &[(usize, usize)],
     reach: f64,
-) -> candle_core::Result<bool> {
-    let point = Point {
-        t: t.peek(),
-        y: y.iter().map(Tensor::detach).collect(),
-    };
+) -> candle_core::Result<Option<bool>> {
+    let point = Point::of(t, y);
     let (dtype, device) = t.kind();
     let time = Time::new(point.t, dtype, &device);
-    let base = numbers(&field.velocity(&time, &point.y)?)?;
+    let k = field.velocity(&time, &point.y)?;
+    alike(&point.y, &k)?;
+    let base = numbers(&k)?;
     if !base.iter().all(|k| k.is_finite()) {
-        return Ok(false);
+        return Ok(None);
     }
     let subject = Subject {
         field,
@@ -325,6 +488,7 @@ pub(crate) fn depends_on(
         mover: &Unmoved,
         reads_time: false,
         reach,
+        strict: false,
     };
     let trial = Trial {
         subject: &subject,
@@ -334,31 +498,39 @@ pub(crate) fn depends_on(
         device: &device,
     };
     let mut rng = StdRng::seed_from_u64(SEED);
-    for leaf in leaves {
+    // The velocity's tensor that an element belongs to.
+    let owner: Vec<_> = (0..k.len())
+        .flat_map(|j| vec![j; k[j].elem_count()])
+        .collect();
+    for leaf in 0..y.len() {
+        let among = |i: usize| pairs.contains(&(owner[i], leaf));
         let of = Of::State(leaf);
         let x = trial.value(of)?;
-        let mut changes = x.elem_count() > 0;
+        let mut changes = pairs.iter().any(|(_, l)| *l == leaf) && x.elem_count() > 0;
+        changes = changes && !trial.is_a_label(leaf)?;
         for attempt in 0..2 {
             if !changes {
                 break;
             }
             let d = trial.direction(of, &numbers(std::slice::from_ref(&x))?, &mut rng);
-            let epsilon = trial.unit().cbrt() / 3f64.powi(attempt);
-            changes = match trial.smooth(of, &x, &d, epsilon)? {
+            let epsilon = trial.epsilon(of) / 3f64.powi(attempt);
+            changes = match trial.smooth(of, &x, &d, epsilon, among)? {
                 Some(smooth) => {
                     let doubt = norm(smooth.doubt.iter().flatten().copied());
-                    let noise = 8.0 * trial.unit() * norm(base.iter().copied());
+                    let read = base.iter().enumerate().filter(|(i, _)| among(*i));
+                    let noise = 8.0 * trial.unit() * norm(read.map(|(_, k)| *k));
                     norm(smooth.change.iter().copied()) > 4.0 * (doubt + noise)
                 }
                 None => false,
             };
         }
-        if changes {
-            return Ok(true);
+        if changes && !trial.is_made_of_steps(of, &mut rng)? {
+            return Ok(Some(true));
         }
     }
-    Ok(false)
+    Ok(Some(false))
 }
+
 /// All elements in f64.
 pub(super) fn numbers(tensors: &[Tensor]) -> candle_core::Result<Vec<f64>> {
     let mut all = vec![];

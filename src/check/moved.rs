@@ -8,6 +8,9 @@ use crate::time::Time;
 
 /// Evaluates a field with one parameter at another value.
 pub(crate) trait Mover {
+    /// Whether this parameter can be moved.
+    fn moves(&self, parameter: &Tensor) -> bool;
+
     /// The velocity, or `None` where this parameter cannot be moved.
     fn velocity(
         &self,
@@ -22,6 +25,10 @@ pub(crate) trait Mover {
 pub(crate) struct Unmoved;
 
 impl Mover for Unmoved {
+    fn moves(&self, _: &Tensor) -> bool {
+        false
+    }
+
     fn velocity(
         &self,
         _: &Tensor,
@@ -39,6 +46,10 @@ pub(crate) struct Written<'a> {
 }
 
 impl Mover for Written<'_> {
+    fn moves(&self, parameter: &Tensor) -> bool {
+        parameter.is_variable() && parameter.is_contiguous()
+    }
+
     fn velocity(
         &self,
         parameter: &Tensor,
@@ -46,7 +57,7 @@ impl Mover for Written<'_> {
         t: &Time,
         y: &[Tensor],
     ) -> candle_core::Result<Option<Vec<Tensor>>> {
-        if !parameter.is_variable() || !parameter.is_contiguous() {
+        if !self.moves(parameter) {
             return Ok(None);
         }
         let restored = Restored {
@@ -73,15 +84,17 @@ impl Drop for Restored {
     }
 }
 
-/// Of a closure's parameters, those that the check may write without being asked: copies of our own, and the
-/// filters of convolutions over one dimension, of which candle's gradient is wrong on the CPU.
-pub(crate) struct Private<'a> {
+/// Of what a closure reads, only copies of our own are moved: the user's variables are never written.
+pub(crate) struct OwnCopies<'a> {
     pub(crate) field: &'a Field<'a>,
-    /// Copies that nobody else reads.
     pub(crate) own: &'a [Tensor],
 }
 
-impl Mover for Private<'_> {
+impl Mover for OwnCopies<'_> {
+    fn moves(&self, parameter: &Tensor) -> bool {
+        self.own.iter().any(|p| p.id() == parameter.id())
+    }
+
     fn velocity(
         &self,
         parameter: &Tensor,
@@ -89,10 +102,7 @@ impl Mover for Private<'_> {
         t: &Time,
         y: &[Tensor],
     ) -> candle_core::Result<Option<Vec<Tensor>>> {
-        let own = self.own.iter().any(|p| p.id() == parameter.id());
-        // Solves that run side by side on a pool's threads may share variables.
-        let filter = parameter.rank() == 3 && rayon::current_thread_index().is_none();
-        match own || filter {
+        match self.moves(parameter) {
             true => Written { field: self.field }.velocity(parameter, value, t, y),
             false => Ok(None),
         }
@@ -106,6 +116,10 @@ pub(crate) struct Rebuilt<'a> {
 }
 
 impl Mover for Rebuilt<'_> {
+    fn moves(&self, _: &Tensor) -> bool {
+        true
+    }
+
     fn velocity(
         &self,
         parameter: &Tensor,

@@ -4,7 +4,6 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use half::bf16;
-use memmap2::MmapMut;
 use pulp::Simd;
 
 use crate::error::{Error, Result};
@@ -142,7 +141,7 @@ impl<T: Element> Kept<T> {
     pub(super) fn new(selection: &Selection, rows: usize) -> Result<Self> {
         let bytes = selection.numbers(rows) * selection.bytes_of_number::<T>() as u128;
         let what = "kept evaluations";
-        let room = usize::try_from(bytes).ok().and_then(room_of);
+        let room = usize::try_from(bytes).ok().and_then(Room::try_new);
         let room = room.ok_or(Error::AllocationFailed { what, bytes })?;
         let Size { stages, steps, .. } = selection.size;
         let (mut starts, mut end) = (vec![], 0);
@@ -258,16 +257,6 @@ impl<T: Element> Kept<T> {
             }
         }
     }
-}
-
-/// Room for so many bytes, if the system gives it: a room by itself would abort.
-fn room_of(bytes: usize) -> Option<Room> {
-    const LARGE: usize = 1 << 20;
-    if bytes >= LARGE {
-        // It costs nothing until it is written, and a room asks for the same.
-        drop(MmapMut::map_anon(bytes).ok()?);
-    }
-    Some(Room::new(bytes))
 }
 
 /// To bf16, to nearest even.  A NaN or an infinity is not kept: the step would have failed.

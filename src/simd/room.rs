@@ -28,12 +28,21 @@ struct Line([u64; 8]);
 const LARGE: usize = 1 << 20;
 
 impl Room {
-    /// So many bytes.
+    /// So many bytes; where the system does not give them, the allocator aborts.
     pub(crate) fn new(bytes: usize) -> Self {
+        Self::try_new(bytes).unwrap_or_else(|| Self::of(bytes, None))
+    }
+
+    /// The same, or `None` where the system does not give them.
+    pub(crate) fn try_new(bytes: usize) -> Option<Self> {
         let pages = match bytes {
-            LARGE.. => MmapMut::map_anon(bytes).ok(),
+            LARGE.. => Some(MmapMut::map_anon(bytes).ok()?),
             _ => None,
         };
+        Some(Self::of(bytes, pages))
+    }
+
+    fn of(bytes: usize, pages: Option<MmapMut>) -> Self {
         let memory = match pages {
             Some(pages) => {
                 // A wish: small pages hold the same.
