@@ -202,9 +202,10 @@ impl Subject<'_> {
             true => Time::differentiable(point.t, dtype, device),
             false => Time::new(point.t, dtype, device),
         };
-        let failed = |error: Error| match self.strict {
-            true => Err(error),
-            false => Ok(false),
+        let failed = |error: Error| match error {
+            Error::UntrackedVelocity { .. } => Err(error),
+            error if self.strict => Err(error),
+            _ => Ok(false),
         };
         let (linear, pull) = match self.field.vjp(&time, &point.y) {
             Ok(linear) => linear,

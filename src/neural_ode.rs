@@ -444,7 +444,6 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             with_masters(listed, &origin)?;
         }
         let forward = run(&problem, &observed, &y0, loss, &keep)?;
-        observed.settle();
         if let (true, Some(plain)) = (checks, &plain) {
             let of_args = args.variables().map(|leaf| Parameter {
                 name: args.name(&leaf).unwrap_or_default(),
@@ -478,6 +477,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
             checks.insert(kind, if all { 0 } else { left });
         }
+        observed.settle();
         let read = match problem.is_empty() {
             // Nothing was read: all of them have zero gradients.
             true => leaves.iter().cloned().chain(args.variables()).collect(),

@@ -133,7 +133,6 @@ fn closure_in_graph<S: State>(
     let tracked = joined.track_op() || problem.grid.is_tracked() || args.is_tracked();
     let keep = || tracked || observed.reads_variables();
     let forward = run(&problem, &observed, &joined, None, &keep)?;
-    observed.settle();
     if checks && keep() && !problem.is_empty() {
         // Of an argument that candle does not connect with the velocity the gradient is looked at, too.
         let mut read = observed.parameters_so_far();
@@ -168,6 +167,7 @@ fn closure_in_graph<S: State>(
             check::note_checked(key);
         }
     }
+    observed.settle();
     let theta = Theta::captured(observed.into_parameters(), &args, problem.device())?;
     node(problem, Source::Shared(field), theta, forward, &joined)
 }
