@@ -53,7 +53,7 @@ pub enum FieldCheck {
     /// [`odeint`](crate::odeint) meets in a process.
     #[default]
     Once,
-    /// At every solve.
+    /// At every solve that becomes part of candle's graph.
     Always,
     /// Never.
     Never,

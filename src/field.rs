@@ -240,7 +240,8 @@ where
 /// constant over the solve, and differentiated as parameters are: the solve cuts them off their own
 /// history, sums their gradients in state dtype over all evaluations, and hands them to candle once.  A
 /// closure that captures the tensor instead takes candle back through the whole encoder at every stage.
-/// Floating-point tensors arrive in compute dtype, integers as they are.
+/// Floating-point tensors arrive in compute dtype, integers as they are: give numbers of classes as integers, for
+/// bf16 rounds 257 to 256.
 ///
 /// See [`odeint_with`](crate::odeint_with), [`solve_with`](crate::solve_with) and
 /// [`NeuralOde::with_args`](crate::NeuralOde::with_args).
