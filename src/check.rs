@@ -29,7 +29,7 @@ use crate::state::State;
 use crate::step::{alike, Field};
 use crate::time::Time;
 pub(crate) use differences::depends_on;
-use differences::{differing, numbers, signs, Of, Trial, Verdict, SEED};
+use differences::{cotangent_of, differing, numbers, Of, Trial, Verdict, SEED};
 use moved::{Mover, Written};
 pub(crate) use moved::{OwnCopies, Rebuilt};
 
@@ -248,7 +248,7 @@ impl Subject<'_> {
         // Two cotangents for all arguments: most agree at once.
         let mut first = vec![];
         for _ in 0..2 {
-            let v = signs(&mut rng, base.len());
+            let v = cotangent_of(&mut rng, base.len());
             match pull(&trial.cotangent(&v, &k)?) {
                 Ok(pulled) => first.push((v, pulled)),
                 Err(error) => return failed(error),
@@ -286,9 +286,9 @@ impl Subject<'_> {
             if verdict != Verdict::Doubtful {
                 continue;
             }
-            // A wrong one is right along some direction by chance, so three of five decide.
+            // A wrong one is right along some direction by chance, so three of seven decide.
             let (mut found, mut times) = (None, 0);
-            for attempt in 0..5 {
+            for attempt in 0..7 {
                 if let Some(numbers) = trial.disagreement(of, attempt, &k, &pull, &mut rng)? {
                     (found, times) = (Some(numbers), times + 1);
                 }

@@ -217,7 +217,7 @@ where
 /// let cotangent = Tensor::new(&[[0f64], [1.0]], &Device::Cpu)?;
 /// let grads = solution.vjp(&cotangent)?;
 /// let grad = grads.params.get(&rate).unwrap().to_scalar::<f64>()?;       // y = e^rate
-/// assert!((grad - 0.5f64.exp()).abs() < 2e-3);
+/// assert!((grad - 0.5f64.exp()).abs() < 4e-3);                            // to order three
 /// # Ok::<(), candle_diffeq::Error>(())
 /// ```
 ///

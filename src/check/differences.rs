@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use rand_distr::StandardNormal;
 
 use super::moved::Unmoved;
 use super::{Point, Subject};
@@ -329,7 +330,7 @@ impl Trial<'_> {
         let (mut of_row, mut of_all) = (vec![], vec![]);
         for k in k {
             let row = like(
-                &signs(&mut rng, k.elem_count() / batch),
+                &cotangent_of(&mut rng, k.elem_count() / batch),
                 &k.narrow(0, 0, 1)?,
             )?;
             of_all.push(row.pad_with_zeros(0, 0, batch - 1)?);
@@ -364,17 +365,17 @@ impl Trial<'_> {
     ) -> Result<Option<(f64, f64)>> {
         let x = self.value(of)?;
         let d = self.direction(of, &numbers(std::slice::from_ref(&x))?, rng);
-        let epsilon = self.epsilon(of) / 2f64.powi(attempt);
+        let epsilon = self.epsilon(of) / 2f64.powi(attempt % 3);
         let Some(smooth) = self.smooth(of, &x, &d, epsilon, |_| true)? else {
             return Ok(None);
         };
-        let signs = signs(rng, self.base.len());
-        let v: Vec<_> = signs
+        let drawn = cotangent_of(rng, self.base.len());
+        let v: Vec<_> = drawn
             .iter()
             .zip(&smooth.doubt)
             .zip(&smooth.change)
-            .map(|((sign, doubt), change)| match doubt {
-                Some(_) if *change != 0.0 => *sign,
+            .map(|((drawn, doubt), change)| match doubt {
+                Some(_) if *change != 0.0 => *drawn,
                 _ => 0.0,
             })
             .collect();
@@ -383,8 +384,8 @@ impl Trial<'_> {
         let number: f64 = v.iter().zip(&smooth.change).map(|(v, c)| v * c).sum();
         let on = |x: &[f64]| norm(x.iter().zip(&v).map(|(x, v)| x * v));
         let size = on(&smooth.change);
-        let read = smooth.doubt.iter().zip(&v).filter(|(_, v)| **v != 0.0);
-        let doubt = norm(read.filter_map(|(doubt, _)| *doubt));
+        let doubts = smooth.doubt.iter().zip(&v);
+        let doubt = norm(doubts.filter_map(|(doubt, v)| Some(doubt.as_ref()? * v)));
         let noise = 8.0 * self.unit() * on(self.base);
         if !along.is_finite() || size <= 4.0 * (doubt + noise) {
             return Ok(None);
@@ -562,10 +563,10 @@ pub(super) fn differing(a: &[Tensor], b: &[Tensor]) -> Result<Option<usize>> {
     Ok(None)
 }
 
-/// ±1 by chance.
-pub(super) fn signs(rng: &mut StdRng, n: usize) -> Vec<f64> {
-    let mut sign = || if rng.random::<bool>() { 1.0 } else { -1.0 };
-    (0..n).map(|_| sign()).collect()
+/// A cotangent by chance.  Of ±1 alone, sums that are constant, those of a softmax for one, would cancel in
+/// half of all.
+pub(super) fn cotangent_of(rng: &mut StdRng, n: usize) -> Vec<f64> {
+    (0..n).map(|_| rng.sample(StandardNormal)).collect()
 }
 
 fn norm(x: impl Iterator<Item = f64>) -> f64 {
