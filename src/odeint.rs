@@ -28,7 +28,7 @@ use crate::time::{TimeGrid, Times};
 /// * `y0`: leaves of any shapes.  It receives a gradient if candle tracks it.
 /// * `times`: t_0 … t_N, strictly monotone, y(t_0) = y0.  A tracked 1-D tensor receives gradients.
 ///
-/// Returns leaves of shape `(times, …)`, or `(…)` with [`Output::Final`], in **state** dtype, which
+/// Returns leaves of shape `(times, …)`, or `(…)` with [`Output::Final`](crate::Output::Final), in **state** dtype, which
 /// is the widest of y0's leaves unless the options say otherwise (f32 for f16 and bf16).
 ///
 /// The gradients are exact for the steps that were run (see [the theory](crate)).  They carry no
@@ -37,7 +37,7 @@ use crate::time::{TimeGrid, Times};
 ///
 /// # Errors
 /// Before any step: of the grid, the state, the options.  During the solve: a velocity that is
-/// non-finite, untracked, or not of the state's shape, dtype or device.  See [`Error`].
+/// non-finite, untracked, or not of the state's shape, dtype or device.  See [`Error`](crate::Error).
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Var};
@@ -89,7 +89,7 @@ where
 /// ```
 ///
 /// # Errors
-/// As [`odeint`], and [`Error::ArgsPrecisionCount`].
+/// As [`odeint`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
 pub fn odeint_with<S, A, F, T>(
     field: F,
     y0: &S,
@@ -206,7 +206,7 @@ where
 }
 
 /// The same for a field with arguments; gradients of all of them, tracked or not, are among
-/// [`Gradients::params`], under the tensors that were given.
+/// [`Gradients::params`](crate::Gradients::params), under the tensors that were given.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -222,7 +222,7 @@ where
 /// ```
 ///
 /// # Errors
-/// As [`solve`], and [`Error::ArgsPrecisionCount`].
+/// As [`solve`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
 pub fn solve_with<'f, S, A, F, T>(
     field: &'f F,
     y0: &S,
