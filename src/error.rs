@@ -56,7 +56,7 @@ pub enum Error {
         elements: usize,
     },
     /// A time is NaN or infinite.
-    #[error("time t[{index}] = {t} is not finite")]
+    #[error("time t[{index}] = {t:?} is not finite")]
     NonFiniteTime {
         /// Index in the grid.
         index: usize,
@@ -101,7 +101,7 @@ pub enum Error {
         step_size: f64,
     },
     /// A step so small that the time does not change in f64.
-    #[error("step {step} at t = {t} is below the resolution of f64")]
+    #[error("step {step} at t = {t:?} is below the resolution of f64")]
     StepUnderflow {
         /// Index of the step.
         step: usize,
@@ -109,7 +109,7 @@ pub enum Error {
         t: f64,
     },
     /// A step that begins and ends at one number of the state dtype, in which the field reads time.
-    #[error("step {step} from t = {t} to {end} begins and ends at one number of {dtype:?}, in which the field reads time (Time::tensor): take larger steps, begin the times nearer to zero, or solve with an f64 state")]
+    #[error("step {step} from t = {t:?} to {end} begins and ends at one number of {dtype:?}, in which the field reads time (Time::tensor): take larger steps, begin the times nearer to zero, or solve with an f64 state")]
     TimeUnresolved {
         /// Index of the step.
         step: usize,
@@ -204,7 +204,7 @@ pub enum Error {
         got: DType,
     },
     /// What a field's own pull-back returned does not fit the state, time or the parameters.
-    #[error("the pull-back (not the velocity) at step {step}, stage {stage}, t = {t}: {defect}")]
+    #[error("the pull-back (not the velocity) at step {step}, stage {stage}, t = {t:?}: {defect}")]
     InvalidPullback {
         /// Index of the step.
         step: usize,
@@ -216,7 +216,7 @@ pub enum Error {
         defect: PullbackDefect,
     },
     /// The velocity holds NaN or infinity.
-    #[error("the velocity is not finite at step {step}, stage {stage}, t = {t}")]
+    #[error("the velocity is not finite at step {step}, stage {stage}, t = {t:?}")]
     NonFiniteVelocity {
         /// Index of the step.
         step: usize,
@@ -226,7 +226,7 @@ pub enum Error {
         t: f64,
     },
     /// The state overflowed although the velocities were finite.
-    #[error("the state is not finite after step {step}, t = {t}")]
+    #[error("the state is not finite after step {step}, t = {t:?}")]
     NonFiniteSolution {
         /// Index of the step.
         step: usize,
@@ -256,14 +256,14 @@ pub enum Error {
         got: String,
     },
     /// The velocity changes with the state although candle sees no path between them.
-    #[error("the velocity at t = {t} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters; where the derivative is meant to be zero, declare the field with constant(..)")]
+    #[error("the velocity at t = {t:?} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters; where the derivative is meant to be zero, declare the field with constant(..)")]
     UntrackedVelocity {
         /// Time of the evaluation.
         t: f64,
     },
     /// The pull-back of a field contradicts differences of it; see
     /// [`check_field`](crate::check_field).
-    #[error("the gradient of the field with respect to {of} at t = {t} is wrong: along a random direction candle's backward gives {pullback:.6e}, differences of the field give {differences:.6e}. Some layers of candle have no backward operation (candle_nn's LayerNorm, RmsNorm, softmax_last_dim) or a wrong one (conv1d): use nn::LayerNorm, nn::RmsNorm, nn::softmax, nn::Conv1d of candle_diffeq (docs/candle-layers.md lists all); a detach() or backward() inside the field does it, too. Declare a parameter that is meant to stand still by NeuralOde::freeze. OdeOptions::check turns this check off")]
+    #[error("the gradient of the field with respect to {of} at t = {t:?} is wrong: along a random direction candle's backward gives {pullback:.6e}, differences of the field give {differences:.6e}. Some layers of candle have no backward operation (candle_nn's LayerNorm, RmsNorm, softmax_last_dim) or a wrong one (conv1d): use nn::LayerNorm, nn::RmsNorm, nn::softmax, nn::Conv1d of candle_diffeq (docs/candle-layers.md lists all); a detach() or backward() inside the field does it, too. Declare a parameter that is meant to stand still by NeuralOde::freeze. OdeOptions::check turns this check off")]
     WrongPullback {
         /// The state tensor, the parameter by its name, or time.
         of: String,
@@ -275,7 +275,7 @@ pub enum Error {
         differences: f64,
     },
     /// Two evaluations of a field at the same point differ.
-    #[error("two evaluations of the field at the same point, t = {t}, differ in state tensor {leaf}: the backward pass would linearise another field than was solved. Switch off dropout and other random draws inside the field; a constructor of a NeuralOde is called several times and must build the same model each time: draw fixed numbers outside it, or seed them")]
+    #[error("two evaluations of the field at the same point, t = {t:?}, differ in state tensor {leaf}: the backward pass would linearise another field than was solved. Switch off dropout and other random draws inside the field; a constructor of a NeuralOde is called several times and must build the same model each time: draw fixed numbers outside it, or seed them")]
     NotDeterministic {
         /// Index of the tensor in the state.
         leaf: usize,
@@ -316,7 +316,7 @@ pub enum Error {
     #[error("the field keeps a tensor that it made in a step captured as a CUDA graph, which has no memory outside it: build the field anew, and solve without OdeOptions::graphs")]
     KeptInGraph,
     /// The factory's field reads a variable that the factory did not ask for.
-    #[error("the velocity at t = {t} reads a variable that its factory did not ask the VarBuilder for: it would get no gradient")]
+    #[error("the velocity at t = {t:?} reads a variable that its factory did not ask the VarBuilder for: it would get no gradient")]
     ForeignParameter {
         /// Time of the evaluation.
         t: f64,
@@ -374,7 +374,7 @@ pub enum Error {
     #[error("the gradient that arrives from the loss holds NaN or infinity")]
     NonFiniteCotangent,
     /// The adjoint or a time gradient overflowed (no scaler at work).
-    #[error("gradients became non-finite in the backward pass at step {step}, t = {t}")]
+    #[error("gradients became non-finite in the backward pass at step {step}, t = {t:?}")]
     NonFiniteGradient {
         /// Index of the step.
         step: usize,
@@ -386,7 +386,7 @@ pub enum Error {
     #[error("the gradient of a parameter became non-finite in the backward pass")]
     NonFiniteParameterGradient,
     /// Lowering the adjoint scale did not cure an overflow.
-    #[error("the adjoint overflows at step {step}, t = {t}, even scaled by {scale:e} ({attempts} attempts)")]
+    #[error("the adjoint overflows at step {step}, t = {t:?}, even scaled by {scale:e} ({attempts} attempts)")]
     ScaleExhausted {
         /// Index of the step.
         step: usize,

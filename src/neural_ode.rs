@@ -354,6 +354,26 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         Given { ode: self, args }
     }
 
+    /// The problem, the user's variables, the arguments and y0, joined; all are checked.
+    fn prepare<T: Times + ?Sized>(
+        &self,
+        (y0, args): (&[Tensor], &A),
+        times: &T,
+        untracked_too: bool,
+    ) -> Result<Prepared> {
+        let problem = Problem::new(y0, times.to_grid()?, &self.options)?;
+        let masters = self.masters()?;
+        let all = masters.iter().map(|var| var.as_tensor());
+        let name = |i: usize| self.names[i].clone();
+        parameters::check_parameters(all, name, problem.device())?;
+        Ok(Prepared {
+            args: Args::new(args.leaves(), &problem, &self.options, untracked_too)?,
+            y0: Packing::join(y0, problem.state())?,
+            masters,
+            problem,
+        })
+    }
+
     /// Everything up to the end of the forward pass.
     fn run<T: Times + ?Sized>(
         &self,
@@ -362,21 +382,18 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         loss: Option<&RowLoss>,
         in_graph: bool,
     ) -> Result<Solve> {
-        let y0 = y0.leaves();
-        let problem = Problem::new(&y0, times.to_grid()?, &self.options)?;
+        let given = y0.leaves();
+        let Prepared {
+            problem,
+            masters,
+            args,
+            y0,
+        } = self.prepare((&given, args), times, !in_graph)?;
         if let Some(loss) = loss {
             loss.check(&problem)?;
         }
-        let masters = self.masters()?;
-        let all = masters.iter().map(|var| var.as_tensor());
-        let name = |i: usize| self.names[i].clone();
-        parameters::check_parameters(all, name, problem.device())?;
-        let args = Args::new(args.leaves(), &problem, &self.options, !in_graph)?;
-        let given = y0;
-        let y0 = Packing::join(&given, problem.state())?;
         let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
         let keep = !in_graph || tracked || !masters.is_empty();
-        let keep = || keep;
         if let Some(field) = self.packable(&problem, &masters) {
             if let Some(forward) = run_tiles(&problem, &*field, &y0, loss)? {
                 let theta = Observed::closure(&*field, true).into_parameters();
@@ -391,32 +408,8 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
                 });
             }
         }
-        let mut leaves = Vec::with_capacity(masters.len());
-        let mut origin = HashMap::<TensorId, Tensor>::new();
-        for (name, master) in self.names.iter().zip(masters) {
-            let rounded = problem.theta.round(&master)?;
-            if self.frozen.contains(name) {
-                // Whatever a field of the user's own makes of it ends here.
-                let leaf = rounded.copy()?;
-                origin.insert(leaf.id(), leaf.clone());
-                leaves.push(leaf);
-                continue;
-            }
-            let leaf = Var::from_tensor(&rounded)?.into_inner();
-            origin.insert(leaf.id(), master.into_inner());
-            leaves.push(leaf);
-        }
-        for leaf in args.variables() {
-            if let Some(master) = args.master(&leaf) {
-                origin.insert(leaf.id(), master.clone());
-            }
-        }
-        let builder = Builder {
-            factory: Arc::clone(&self.factory),
-            names: self.names.clone(),
-            dtype: problem.theta.held,
-            device: self.device.clone(),
-        };
+        let (leaves, origin) = self.leaves(&problem, masters, &args)?;
+        let builder = self.builder(&problem);
         let field = builder.build(&leaves, &args.leaves)?;
         let plain = match field.known() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
@@ -433,49 +426,23 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         };
         let graph = (problem.theta.to as usize, problem.grid.is_tracked());
         let kind = check::key(TypeId::of::<Self>(), graph, &[&given, &args.leaves]);
-        let checks = match self.options.check {
+        let wanted = match self.options.check {
             FieldCheck::Never => false,
             FieldCheck::Once => self.checks_left(kind) > 0,
             FieldCheck::Always => true,
         };
-        let checks = checks && in_graph && keep() && !problem.is_empty();
-        let observed = observed.solving(&problem, self.identity, checks);
+        let wanted = wanted && in_graph && keep && !problem.is_empty();
+        let observed = observed.solving(&problem, self.identity, wanted);
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }
-        let forward = run(&problem, &observed, &y0, loss, &keep)?;
-        if let (true, Some(plain)) = (checks, &plain) {
-            let of_args = args.variables().map(|leaf| Parameter {
-                name: args.name(&leaf).unwrap_or_default(),
-                tensor: leaf,
-            });
-            let named = self.names.iter().zip(&leaves);
-            let moving = named.filter(|(_, leaf)| leaf.is_variable());
-            let parameters = moving.map(|(name, leaf)| Parameter {
-                name: format!("parameter {name}"),
-                tensor: leaf.clone(),
-            });
-            let build = |values: &[Tensor]| {
-                let (leaves, args) = values.split_at(leaves.len());
-                builder.build(leaves, args)
-            };
-            let mover = Rebuilt {
-                parameters: &[leaves.as_slice(), &args.leaves].concat(),
-                build: &build,
-            };
-            let subject = Subject {
-                field: &*field,
-                twin: &**plain,
-                parameters: parameters.chain(of_args).collect(),
-                mover: &mover,
-                reads_time: problem.grid.is_tracked(),
-                reach: observed.reach(),
-                strict: false,
-            };
-            let all = subject.check_all(&observed.points(), problem.state(), problem.device())?;
+        let forward = run(&problem, &observed, &y0, loss, &|| keep)?;
+        if let (true, Some(plain)) = (wanted, &plain) {
+            let fields: [&Field<'_>; 2] = [&*field, &**plain];
+            let sound = self.is_sound(fields, &observed, &builder, &leaves, &args, &problem)?;
             let left = self.checks_left(kind).saturating_sub(1);
             let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
-            checks.insert(kind, if all { 0 } else { left });
+            checks.insert(kind, if sound { 0 } else { left });
         }
         observed.settle();
         let read = match problem.is_empty() {
@@ -496,16 +463,93 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         })
     }
 
+    /// The parameters as the model of one solve reads them, and the user's tensors behind these and behind the
+    /// arguments.
+    fn leaves(
+        &self,
+        problem: &Problem,
+        masters: Vec<Var>,
+        args: &Args,
+    ) -> Result<(Vec<Tensor>, HashMap<TensorId, Tensor>)> {
+        let mut leaves = Vec::with_capacity(masters.len());
+        let mut origin = HashMap::new();
+        for (name, master) in self.names.iter().zip(masters) {
+            let rounded = problem.theta.round(&master)?;
+            if self.frozen.contains(name) {
+                // Whatever a field of the user's own makes of it ends here.
+                let leaf = rounded.copy()?;
+                origin.insert(leaf.id(), leaf.clone());
+                leaves.push(leaf);
+                continue;
+            }
+            let leaf = Var::from_tensor(&rounded)?.into_inner();
+            origin.insert(leaf.id(), master.into_inner());
+            leaves.push(leaf);
+        }
+        for leaf in args.variables() {
+            if let Some(master) = args.master(&leaf) {
+                origin.insert(leaf.id(), master.clone());
+            }
+        }
+        Ok((leaves, origin))
+    }
+
+    fn builder(&self, problem: &Problem) -> Builder {
+        Builder {
+            factory: Arc::clone(&self.factory),
+            names: self.names.clone(),
+            dtype: problem.theta.held,
+            device: self.device.clone(),
+        }
+    }
+
+    /// Compares the field with differences at points of a solve that is done; whether every parameter has shown
+    /// that its gradient is right.
+    fn is_sound(
+        &self,
+        [field, twin]: [&Field<'_>; 2],
+        observed: &Observed<'_>,
+        builder: &Builder,
+        leaves: &[Tensor],
+        args: &Args,
+        problem: &Problem,
+    ) -> Result<bool> {
+        let named = self.names.iter().zip(leaves);
+        let moving = named.filter(|(_, leaf)| leaf.is_variable());
+        let parameters = moving.map(|(name, leaf)| Parameter {
+            name: format!("parameter {name}"),
+            tensor: leaf.clone(),
+        });
+        let of_args = args.variables().map(|leaf| Parameter {
+            name: args.name(&leaf).unwrap_or_default(),
+            tensor: leaf,
+        });
+        let build = |values: &[Tensor]| {
+            let (leaves, args) = values.split_at(leaves.len());
+            builder.build(leaves, args)
+        };
+        let subject = Subject {
+            field,
+            twin,
+            parameters: parameters.chain(of_args).collect(),
+            mover: &Rebuilt {
+                parameters: &[leaves, &args.leaves].concat(),
+                build: &build,
+            },
+            reads_time: problem.grid.is_tracked(),
+            reach: observed.reach(),
+            strict: false,
+        };
+        subject.check_all(&observed.points(), problem.state(), problem.device())
+    }
+
     /// The states, and nothing kept.
     fn predict_given<T: Times + ?Sized>(&self, y0: &S, args: &A, times: &T) -> Result<S> {
-        let y0 = y0.leaves();
-        let problem = Problem::new(&y0, times.to_grid()?, &self.options)?.keeping_nothing();
-        let masters = self.masters()?;
-        let all = masters.iter().map(|var| var.as_tensor());
-        let name = |i: usize| self.names[i].clone();
-        parameters::check_parameters(all, name, problem.device())?;
-        let args = Args::new(args.leaves(), &problem, &self.options, false)?;
-        let y0 = Packing::join(&y0, problem.state())?;
+        let prepared = self.prepare((&y0.leaves(), args), times, false)?;
+        let Prepared {
+            masters, args, y0, ..
+        } = prepared;
+        let problem = prepared.problem.keeping_nothing();
         if let Some(field) = self.packable(&problem, &masters) {
             if let Some(forward) = run_tiles(&problem, &*field, &y0, None)? {
                 return states(&problem, forward);
@@ -513,17 +557,10 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         }
         // Copies: the user's own may be written while the solve goes on.
         let copied = |master: &Var| Ok(problem.theta.round(master)?.copy()?);
-        let rounded = masters.iter().map(copied);
-        let builder = Builder {
-            factory: Arc::clone(&self.factory),
-            names: self.names.clone(),
-            dtype: problem.theta.held,
-            device: self.device.clone(),
-        };
-        let field = builder.build(
-            &rounded.collect::<Result<Vec<_>>>()?,
-            &detached(&args.leaves),
-        )?;
+        let copies = masters.iter().map(copied).collect::<Result<Vec<_>>>()?;
+        let field = self
+            .builder(&problem)
+            .build(&copies, &detached(&args.leaves))?;
         states(&problem, run(&problem, &*field, &y0, None, &|| false)?)
     }
 
@@ -617,6 +654,14 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     pub fn predict<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
         self.ode.predict_given(y0, self.args, times)
     }
+}
+
+/// What a solve was given, checked.
+struct Prepared {
+    problem: Problem,
+    masters: Vec<Var>,
+    args: Args,
+    y0: Tensor,
 }
 
 /// A forward pass that is done, and what its backward pass needs.

@@ -6,8 +6,8 @@ mod common;
 use candle_core::{DType, Device, Module, Result, Tensor, Var, D};
 use candle_diffeq::nn::{
     conv1d, conv1d_no_bias, layer_norm, layer_norm_no_bias, rms_norm, softmax, softmax_last_dim,
-    Activation, Cnf, Conv1d, ConvField, Hutchinson, HyperCnf, LayerNorm, Linear, Mlp, OtFlow,
-    Probe, RmsNorm,
+    Activation, Cnf, ConditionalMlp, Conv1d, ConvField, Hutchinson, HyperCnf, LayerNorm, Linear,
+    Mlp, OtFlow, Probe, RmsNorm,
 };
 use candle_diffeq::{
     odeint, Error, NeuralOde, OdeOptions, Output, PiecewiseConstant, RowLoss, State, Time,
@@ -200,6 +200,35 @@ fn an_empty_batch_has_a_velocity_of_its_shape_and_gradients_of_zero() {
             });
         }
     }
+}
+
+#[test]
+fn no_layer_is_of_width_zero() {
+    let vars = VarMap::new();
+    let vb = |name: &str| VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu).pp(name);
+    let refused = |got: Result<()>, what: &str| {
+        let text = got.unwrap_err().to_string();
+        assert!(text.contains(what), "{text}");
+    };
+    for widths in [vec![2, 0, 2], vec![0, 3, 0], vec![0, 0]] {
+        let said = format!("of widths {widths:?}");
+        refused(
+            Mlp::new(&widths, Activation::Tanh, vb("a")).map(|_| ()),
+            &said,
+        );
+        refused(
+            Mlp::with_time(&widths, Activation::Tanh, vb("b")).map(|_| ()),
+            &said,
+        );
+        let conditional = ConditionalMlp::new(&widths, 1, Activation::Tanh, vb("c"));
+        refused(conditional.map(|_| ()), &said);
+        let channels = format!("of channels {widths:?}");
+        let conv = ConvField::new(&widths, 3, Activation::Tanh, vb("d"));
+        refused(conv.map(|_| ()), &channels);
+    }
+    let conv = ConvField::new(&[2, 2], 0, Activation::Tanh, vb("e"));
+    refused(conv.map(|_| ()), "filters of 0");
+    assert!(vars.all_vars().is_empty());
 }
 
 #[test]

@@ -42,7 +42,7 @@ impl ConditionalMlp {
     /// features; names and initial values as those of [`Mlp::new`].
     ///
     /// # Errors
-    /// Of the builder; fewer than two widths.
+    /// Of the builder; fewer than two widths, or one that is 0.
     pub fn new(
         widths: &[usize],
         args: usize,
@@ -72,6 +72,9 @@ impl ConditionalMlp {
         time: bool,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
+        if widths.contains(&0) {
+            candle_core::bail!("a ConditionalMlp of widths {widths:?}: each must be at least 1")
+        }
         let layer = |(i, w): (usize, &[usize])| {
             let more = if i == 0 { args + usize::from(time) } else { 0 };
             candle_nn::linear(w[0] + more, w[1], vb.pp(i))

@@ -176,13 +176,18 @@ impl ConvField {
     /// [`candle_nn::conv2d`] does.
     ///
     /// # Errors
-    /// Of the builder; fewer than two channel counts, a first that is not the last, an even size.
+    /// Of the builder; fewer than two channel counts or one that is 0, a first that is not the last, an even size.
     pub fn new(
         channels: &[usize],
         size: usize,
         activation: Activation,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
+        if channels.contains(&0) || size == 0 {
+            candle_core::bail!(
+                "a ConvField of channels {channels:?}, filters of {size}: each must be at least 1"
+            )
+        }
         let config = Conv2dConfig {
             padding: size / 2,
             ..Default::default()

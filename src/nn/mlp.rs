@@ -66,7 +66,7 @@ impl Mlp {
     /// and initialised, as [`candle_nn::linear()`] does.
     ///
     /// # Errors
-    /// Of the builder; fewer than two widths.
+    /// Of the builder; fewer than two widths, or one that is 0.
     pub fn new(widths: &[usize], activation: Activation, vb: VarBuilder<'_>) -> Result<Self> {
         Self::build(widths, activation, false, vb)
     }
@@ -131,6 +131,9 @@ impl Mlp {
         time: bool,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
+        if widths.contains(&0) {
+            candle_core::bail!("an Mlp of widths {widths:?}: each must be at least 1")
+        }
         let layer = |(i, w): (usize, &[usize])| {
             let inputs = w[0] + usize::from(time && i == 0);
             candle_nn::linear(inputs, w[1], vb.pp(i))
