@@ -95,7 +95,8 @@ fn adjoint(c: &mut Criterion) {
 }
 
 /// Backward through a solve whose field reads the output of an encoder, six layers of 256: given as an
-/// argument, beside the same field without an encoder, and the encoder alone.
+/// argument, beside the same field without an encoder, the encoder alone, and the two of them in one graph without
+/// a connection.  On one thread (`RAYON_NUM_THREADS=1`) candle's threads have nothing to wake up for.
 fn context(c: &mut Criterion) {
     let device = Device::Cpu;
     let vars = VarMap::new();
@@ -136,6 +137,10 @@ fn context(c: &mut Criterion) {
     backward("argument", &|| solve(&encode().unwrap()));
     backward("without encoder", &|| solve(constant.as_tensor()));
     backward("encoder alone", &|| encode().unwrap().sum_all().unwrap());
+    backward("both, not connected", &|| {
+        let encoded = encode().unwrap().sum_all().unwrap();
+        (encoded + solve(constant.as_tensor())).unwrap()
+    });
 }
 
 criterion_group!(benches, forward, adjoint, context);
