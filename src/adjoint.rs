@@ -93,7 +93,7 @@ impl Sweep<'_> {
             let step = self.plan.step(n);
             let replay = |m, y: &Vec<Tensor>| self.replay(m, y, &mut watch, stats);
             let mut kept = Stats::default();
-            let y = rewind.state(n, replay, &mut kept)?;
+            let y = rewind.state(n, &mut { replay }, &mut kept)?;
             stats.kept(kept.states_kept, kept.bytes_kept);
             let linear = self
                 .scheme

@@ -212,7 +212,7 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
     pub(crate) fn state(
         &mut self,
         n: usize,
-        mut advance: impl FnMut(usize, &Y) -> Result<Y>,
+        advance: &mut dyn FnMut(usize, &Y) -> Result<Y>,
         stats: &mut Stats,
     ) -> Result<Y> {
         let store = &self.trajectory.store;
@@ -410,7 +410,7 @@ mod tests {
                     see();
                     Ok(next)
                 };
-                let y = rewind.state(n, advance, &mut stats).unwrap();
+                let y = rewind.state(n, &mut { advance }, &mut stats).unwrap();
                 assert_eq!(y.n, n);
                 see();
             }

@@ -409,7 +409,9 @@ const FAR: f64 = 200.0;
 
 /// z, but not further from zero than that: its products with such tails are zeros, not ∞ · 0.
 fn near(z: &Tensor) -> Result<Tensor> {
-    z.clamp(-FAR, FAR)
+    // Not `clamp`, which is generic and would be compiled here for every dtype.
+    let far = Tensor::new(FAR, z.device())?.to_dtype(z.dtype())?;
+    z.broadcast_maximum(&far.neg()?)?.broadcast_minimum(&far)
 }
 
 /// What lies above the nearer part, where σ is one.

@@ -265,77 +265,105 @@ impl<'a> Operands<'a> {
     }
 }
 
+/// A contiguous run of a result.
+enum Out<'a> {
+    F16(&'a mut [f16]),
+    Bf16(&'a mut [bf16]),
+    F32(&'a mut [f32]),
+    F64(&'a mut [f64]),
+}
+
+impl Out<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F16(x) => x.len(),
+            Self::Bf16(x) => x.len(),
+            Self::F32(x) => x.len(),
+            Self::F64(x) => x.len(),
+        }
+    }
+
+    /// Sums, rounded to the dtype `to`, from `at` on.
+    #[inline(always)]
+    fn put<A: Real>(&mut self, at: usize, sums: &[A], to: DType) {
+        let n = sums.len();
+        match self {
+            Self::F16(x) => Held::put(&mut x[at..][..n], sums, to),
+            Self::Bf16(x) => Held::put(&mut x[at..][..n], sums, to),
+            Self::F32(x) => Held::put(&mut x[at..][..n], sums, to),
+            Self::F64(x) => Held::put(&mut x[at..][..n], sums, to),
+        }
+    }
+}
+
 /// `out = round(scale · Σ c_j x_j)`, of one piece.
-struct Sum<'a, A, H> {
+struct Sum<'a, A> {
     terms: &'a [(A, Slice<'a>)],
     scale: A,
     to: DType,
     /// Where in the operands the piece starts.
     at: usize,
-    out: &'a mut [H],
+    out: Out<'a>,
 }
 
-impl<A: Real, H: Held> WithSimd for Sum<'_, A, H> {
+impl<A: Real> WithSimd for Sum<'_, A> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(mut self, _: S) {
         let mut block = [A::ZERO; BLOCK];
-        for (i, out) in self.out.chunks_mut(BLOCK).enumerate() {
-            let sums = &mut block[..out.len()];
+        for at in (0..self.out.len()).step_by(BLOCK) {
+            let sums = &mut block[..BLOCK.min(self.out.len() - at)];
             sums.fill(A::ZERO);
             for &(c, x) in self.terms {
-                A::axpy(sums, c, x.part(self.at + i * BLOCK, out.len()));
+                A::axpy(sums, c, x.part(self.at + at, sums.len()));
             }
             A::scale(sums, self.scale);
-            H::put(out, sums, self.to);
+            self.out.put(at, sums, self.to);
         }
     }
 }
 
-fn sum<A: Real, H: Held>(
-    terms: &[(f64, Slice<'_>)],
-    scale: f64,
-    to: DType,
-    like: &Tensor,
-) -> Result<Tensor> {
-    let terms: Vec<_> = terms.iter().map(|&(c, x)| (A::of(c), x)).collect();
-    let unit = unit()?;
-    let mut out = vec![H::zero(); like.elem_count()];
-    by_piece(&mut out, |at, out| {
-        unit.dispatch(Sum {
-            terms: &terms,
-            scale: A::of(scale),
-            to,
-            at,
-            out,
-        });
-    });
-    Ok(Tensor::from_vec(out, like.shape(), like.device())?)
-}
-
-/// Runs over pieces and their positions, on all threads where there are several.
-fn by_piece<H: Send>(out: &mut [H], each: impl Fn(usize, &mut [H]) + Sync) {
-    if out.len() <= PIECE {
-        return each(0, out);
-    }
-    let pieces = out.par_chunks_mut(PIECE).enumerate();
-    pieces.for_each(|(i, out)| each(i * PIECE, out));
-}
-
-fn sum_in<A: Real>(
+fn sum<A: Real>(
     terms: &[(f64, Slice<'_>)],
     scale: f64,
     out: Rounding,
     like: &Tensor,
 ) -> Result<Tensor> {
+    let terms: Vec<_> = terms.iter().map(|&(c, x)| (A::of(c), x)).collect();
+    let unit = unit()?;
+    let piece = |at: usize, piece: Out<'_>| {
+        unit.dispatch(Sum {
+            terms: &terms,
+            scale: A::of(scale),
+            to: out.to,
+            at,
+            out: piece,
+        });
+    };
     match out.held {
-        DType::F16 => sum::<A, f16>(terms, scale, out.to, like),
-        DType::BF16 => sum::<A, bf16>(terms, scale, out.to, like),
-        DType::F32 => sum::<A, f32>(terms, scale, out.to, like),
-        DType::F64 => sum::<A, f64>(terms, scale, out.to, like),
+        DType::F16 => filled(like, &|at, out| piece(at, Out::F16(out))),
+        DType::BF16 => filled(like, &|at, out| piece(at, Out::Bf16(out))),
+        DType::F32 => filled(like, &|at, out| piece(at, Out::F32(out))),
+        DType::F64 => filled(like, &|at, out| piece(at, Out::F64(out))),
         dtype => Err(Error::UnsupportedState { leaf: 0, dtype }),
     }
+}
+
+/// A tensor of the shape of another, each piece of it filled where it begins.
+fn filled<H: Held>(like: &Tensor, fill: &(dyn Fn(usize, &mut [H]) + Sync)) -> Result<Tensor> {
+    let mut out = vec![H::zero(); like.elem_count()];
+    by_piece(&mut out, fill);
+    Ok(Tensor::from_vec(out, like.shape(), like.device())?)
+}
+
+/// Runs over pieces and their positions, on all threads where there are several.
+fn by_piece<H: Send>(out: &mut [H], each: &(dyn Fn(usize, &mut [H]) + Sync)) {
+    if out.len() <= PIECE {
+        return each(0, out);
+    }
+    let pieces = out.par_chunks_mut(PIECE).enumerate();
+    pieces.for_each(|(i, out)| each(i * PIECE, out));
 }
 
 pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
@@ -352,9 +380,9 @@ pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
     let pairs: Vec<_> = terms.iter().map(|&(c, _)| c).zip(slices).collect();
     let wide = |(c, x): &(f64, Slice<'_>)| matches!(x, Slice::F64(_)) || !is_single(*c);
     if pairs.iter().any(wide) {
-        sum_in::<f64>(&pairs, scale, out, like)
+        sum::<f64>(&pairs, scale, out, like)
     } else {
-        sum_in::<f32>(&pairs, scale, out, like)
+        sum::<f32>(&pairs, scale, out, like)
     }
 }
 
@@ -384,7 +412,7 @@ struct Axpy(f64);
 impl Axpy {
     fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) -> Result<()> {
         let unit = unit()?;
-        by_piece(acc, |at, acc| {
+        by_piece(acc, &|at, acc| {
             unit.dispatch(Add {
                 c: A::of(self.0),
                 x: x.part(at, acc.len()),

@@ -9,7 +9,7 @@ use pulp::Simd;
 use crate::error::{Error, Result};
 use crate::problem::ActivationCache;
 use crate::simd::room::Room;
-use crate::simd::{scalars, scalars_mut, Element};
+use crate::simd::{enter, scalars, scalars_mut, Element, Kernel};
 
 /// A part of what an evaluation keeps in its slot.
 #[derive(Clone, Debug)]
@@ -195,63 +195,111 @@ impl<T: Element> Kept<T> {
     }
 
     /// Keeps what is wanted of an evaluation, in parts.
-    #[inline(always)]
     pub(super) fn save<S: Simd>(
         &mut self,
+        s: S,
         selection: &Selection,
-        (n, stage): (usize, usize),
+        at: (usize, usize),
         slot: &[T::Vector<S>],
         vectors: usize,
     ) {
-        let rows = vectors * T::lanes::<S>();
-        let slot = scalars::<T, S>(slot);
+        let save = Save {
+            kept: self,
+            selection,
+            at,
+            slot: scalars::<T, S>(slot),
+            rows: vectors * T::lanes::<S>(),
+        };
+        enter(s, save);
+    }
+
+    /// Puts what was kept of an evaluation back.
+    pub(super) fn load<S: Simd>(
+        &self,
+        s: S,
+        selection: &Selection,
+        at: (usize, usize),
+        slot: &mut [T::Vector<S>],
+        vectors: usize,
+    ) {
+        let load = Load {
+            kept: self,
+            selection,
+            at,
+            slot: scalars_mut::<T, S>(slot),
+            rows: vectors * T::lanes::<S>(),
+        };
+        enter(s, load);
+    }
+}
+
+/// [`Kept::save`].
+struct Save<'a, T> {
+    kept: &'a mut Kept<T>,
+    selection: &'a Selection,
+    at: (usize, usize),
+    slot: &'a [T],
+    rows: usize,
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Save<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, _: S) {
+        let (selection, rows, (n, stage)) = (self.selection, self.rows, self.at);
         for (p, (part, &from)) in selection.parts.iter().zip(&selection.from).enumerate() {
             if n < from {
                 continue;
             }
             let evaluation = (n - from) * selection.size.stages + stage;
-            let mut at = self.starts[p] + evaluation * part.size() * rows;
+            let mut at = self.kept.starts[p] + evaluation * part.size() * rows;
             for features in &part.features {
-                let x = &slot[features.start * rows..features.end * rows];
+                let x = &self.slot[features.start * rows..features.end * rows];
                 if selection.low {
-                    let kept = &mut self.room.numbers_mut::<bf16>()[at..][..x.len()];
+                    let kept = &mut self.kept.room.numbers_mut::<bf16>()[at..][..x.len()];
                     for (kept, x) in kept.iter_mut().zip(x) {
                         *kept = narrowed(x.to_f64() as f32);
                     }
                 } else {
-                    self.room.numbers_mut::<T>()[at..][..x.len()].copy_from_slice(x);
+                    self.kept.room.numbers_mut::<T>()[at..][..x.len()].copy_from_slice(x);
                 }
                 at += x.len();
             }
         }
     }
+}
 
-    /// Puts what was kept of an evaluation back.
+/// [`Kept::load`].
+struct Load<'a, T> {
+    kept: &'a Kept<T>,
+    selection: &'a Selection,
+    at: (usize, usize),
+    slot: &'a mut [T],
+    rows: usize,
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Load<'_, T> {
+    type Output = ();
+
     #[inline(always)]
-    pub(super) fn load<S: Simd>(
-        &self,
-        selection: &Selection,
-        (n, stage): (usize, usize),
-        slot: &mut [T::Vector<S>],
-        vectors: usize,
-    ) {
-        let rows = vectors * T::lanes::<S>();
-        let slot = scalars_mut::<T, S>(slot);
+    fn run(self, _: S) {
+        let (selection, rows, (n, stage)) = (self.selection, self.rows, self.at);
         for (p, (part, &from)) in selection.parts.iter().zip(&selection.from).enumerate() {
             if n < from {
                 continue;
             }
             let evaluation = (n - from) * selection.size.stages + stage;
-            let mut at = self.starts[p] + evaluation * part.size() * rows;
+            let mut at = self.kept.starts[p] + evaluation * part.size() * rows;
             for features in &part.features {
-                let x = &mut slot[features.start * rows..features.end * rows];
+                let x = &mut self.slot[features.start * rows..features.end * rows];
                 if selection.low {
-                    let kept = &self.room.numbers::<bf16>()[at..];
+                    let kept = &self.kept.room.numbers::<bf16>()[at..];
                     for (x, kept) in x.iter_mut().zip(kept) {
                         *x = T::of(f32::from_bits(u32::from(kept.to_bits()) << 16).into());
                     }
                 } else {
-                    x.copy_from_slice(&self.room.numbers::<T>()[at..][..x.len()]);
+                    x.copy_from_slice(&self.kept.room.numbers::<T>()[at..][..x.len()]);
                 }
                 at += x.len();
             }

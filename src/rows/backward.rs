@@ -10,15 +10,15 @@
 //! range of f32, and p comes with the scale of the window and of w'_i.
 
 use candle_core::{Shape, Tensor, TensorId};
-use pulp::{Simd, WithSimd};
+use pulp::Simd;
 
 use super::activations::Selection;
 use super::forward::{each_leaf, Tile};
 use super::stepper::{add, combine, is_finite, Stepper};
-use super::tile::TileField;
+use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
 use super::window::{in_range, power, KeptBy, OpenSlot, Window};
-use super::{dispatch, gradient_of, numbers, on_all_threads, Failure, Layout, Plan, Reversible};
+use super::{gradient_of, numbers, on_all_threads, Failure, Layout, Plan, Reversible};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::precision::Low;
@@ -31,8 +31,9 @@ use crate::time::Step;
 use crate::trajectory::Checkpoint;
 
 /// What a forward pass over tiles leaves for the way back.
-pub(super) struct Trajectories<T, F> {
-    pub(super) field: F,
+pub(super) struct Trajectories<T: Element, S: Simd, const V: usize> {
+    pub(super) s: S,
+    pub(super) field: Box<dyn Tiled<T, S, V>>,
     pub(super) selection: Selection,
     pub(super) weights: Vec<TensorId>,
     pub(super) shapes: Vec<Shape>,
@@ -40,7 +41,7 @@ pub(super) struct Trajectories<T, F> {
     pub(super) groups: Vec<Vec<Tile<T>>>,
 }
 
-impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
+impl<T: Element, S: Simd, const V: usize> Reversible for Trajectories<T, S, V> {
     fn can_rewind(&self) -> bool {
         let mut tiles = self.groups.iter().flatten();
         tiles.all(|tile| tile.trajectory.can_rewind())
@@ -58,7 +59,7 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
         let mut y0 = vec![T::default(); problem.packing.len()];
         let mut gradients = vec![];
         let mut counted = Stats::default();
-        let fold = |g: usize, group: Group<T>| {
+        let mut fold = |g: usize, group: Group<T>| {
             let mut tiles = group.y0.as_slice();
             for tile in &self.groups[g] {
                 tiles = self.layout.place(&tile.rows, tiles, &mut y0);
@@ -67,19 +68,18 @@ impl<T: Element, F: TileField<T>> Reversible for Trajectories<T, F> {
             counted.join(&group.stats);
         };
         let pass = Pass {
-            field: &self.field,
+            field: &*self.field,
             selection: &self.selection,
             plan: &plan,
             differentiate: !theta.is_empty(),
         };
-        let job = Job {
-            pass: &pass,
-            groups: &self.groups,
-            cotangent: &cotangent,
-            fold,
+        let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
+        let window = || Window::new(pass.field, stages, steps, pass.differentiate);
+        let each = |window: &mut Window<T, S, V>, tiles: &Vec<Tile<T>>| {
+            let seed = Seed::Packed(&cotangent);
+            pass.sweep(self.s, tiles, seed, window)
         };
-        // The forward pass ran on the same unit.
-        dispatch(job)?.ok_or(Error::NothingKept)??;
+        on_all_threads(&self.groups, &window, &each, &mut fold)?;
         stats.add(&counted);
         // Without a branch, so that many are looked at at a time.
         let finite = |all: bool, g: &T| all & g.to_f64().is_finite();
@@ -147,17 +147,9 @@ pub(super) struct Group<T> {
     pub(super) stats: Stats,
 }
 
-/// The backward pass of all tiles.
-struct Job<'a, T, F, O> {
-    pass: &'a Pass<'a, F>,
-    groups: &'a [Vec<Tile<T>>],
-    cotangent: &'a [T],
-    fold: O,
-}
-
 /// What every tile's backward pass reads.
-pub(super) struct Pass<'a, F> {
-    pub(super) field: &'a F,
+pub(super) struct Pass<'a, T: Element, S: Simd, const V: usize> {
+    pub(super) field: &'a dyn Tiled<T, S, V>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a Plan<'a>,
     pub(super) differentiate: bool,
@@ -197,48 +189,35 @@ impl<'a, T> Seed<'a, T> {
     }
 }
 
-impl<T: Element, F: TileField<T>, O: FnMut(usize, Group<T>) + Send> WithSimd for Job<'_, T, F, O> {
-    type Output = Result<()>;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        if T::WIDE && self.pass.plan.is_wide::<T, S>() {
-            sweep::<T, S, F, O, 2>(s, self)
-        } else {
-            sweep::<T, S, F, O, 1>(s, self)
-        }
-    }
-}
-
-fn sweep<T: Element, S: Simd, F: TileField<T>, O: FnMut(usize, Group<T>) + Send, const V: usize>(
-    s: S,
-    job: Job<'_, T, F, O>,
-) -> Result<()> {
-    let pass = job.pass;
-    let problem = pass.plan.problem;
-    let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
-    let window = || Window::<T, S, V>::new(pass.field, stages, steps, pass.differentiate);
-    let each = |window: &mut Window<T, S, V>, tiles: &Vec<Tile<T>>| {
+impl<T: Element, S: Simd, const V: usize> Pass<'_, T, S, V> {
+    /// The backward pass of one group; compiled once for all that call it.
+    #[inline(never)]
+    pub(super) fn sweep(
+        &self,
+        s: S,
+        tiles: &[Tile<T>],
+        seed: Seed<'_, T>,
+        window: &mut Window<T, S, V>,
+    ) -> std::result::Result<Group<T>, Failure> {
         let sweep = Sweep {
-            pass,
+            pass: self,
             tiles,
-            seed: Seed::Packed(job.cotangent),
+            seed,
             window,
         };
         enter(s, sweep)
-    };
-    on_all_threads(job.groups, window, each, job.fold)
+    }
 }
 
 /// The backward pass of one group of tiles of V vectors.
-pub(super) struct Sweep<'a, T: Element, S: Simd, F, const V: usize> {
-    pub(super) pass: &'a Pass<'a, F>,
-    pub(super) tiles: &'a [Tile<T>],
-    pub(super) seed: Seed<'a, T>,
-    pub(super) window: &'a mut Window<T, S, V>,
+struct Sweep<'a, T: Element, S: Simd, const V: usize> {
+    pass: &'a Pass<'a, T, S, V>,
+    tiles: &'a [Tile<T>],
+    seed: Seed<'a, T>,
+    window: &'a mut Window<T, S, V>,
 }
 
-impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'_, T, S, F, V> {
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sweep<'_, T, S, V> {
     type Output = std::result::Result<Group<T>, Failure>;
 
     #[inline(always)]
@@ -250,7 +229,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
             ..
         } = *self.pass;
         let (problem, layout) = (plan.problem, plan.layout);
-        let mut stepper = Stepper::<T, S, F, V>::new(s, field, plan);
+        let mut stepper = Stepper::<T, S, V>::new(s, field, plan);
         let (size, batch) = (stepper.size, V * T::lanes::<S>());
         let steps = problem.plan.len();
         // Room for replays, which this plan needs none of.
@@ -299,7 +278,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                     at: (steps - n, 0),
                     error,
                 };
-                window.begin_step::<F>(s, field, &kept);
+                window.begin_step(s, field, &kept);
                 let slots = window.next_kept();
                 if !selection.knows_all(n) {
                     counted.recomputed += stepper.stages.len();
@@ -317,12 +296,12 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                         TileTrajectory::Planned(planned) => {
                             let mut replayed = 0;
                             let mut states = Stats::default();
-                            let replay = |m, y: &_| {
+                            let mut replay = |m, y: &_| {
                                 replayed += 1;
                                 stepper.replay(m, y, &mut slot).map_err(|f| f.error)
                             };
                             let rewind = rewind.get_or_insert_with(|| planned.rewind_from(n));
-                            let y = rewind.state(n, replay, &mut states).map_err(failed)?;
+                            let y = rewind.state(n, &mut replay, &mut states).map_err(failed)?;
                             counted.kept(states.states_kept, states.bytes_kept);
                             counted.recomputed += replayed * stepper.stages.len();
                             y.load::<S>(&mut state);
@@ -338,7 +317,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                     let i = stepper.stages[stage];
                     let at = (i, stage);
                     scaler = pull
-                        .stage::<F, V>(
+                        .stage::<V>(
                             &stepper,
                             step,
                             at,
@@ -361,7 +340,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
                 }
                 window.end_step();
             }
-            window.flush::<F>(s, field, &kept);
+            window.flush(s, field, &kept);
             each_leaf(layout, V, |_, features, range| {
                 let at = y0.len();
                 y0.resize(at + rows.len() * features, T::default());
@@ -372,7 +351,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Sweep<'
         }
         Ok(Group {
             y0,
-            gradients: window.finish::<F>(s, field),
+            gradients: window.finish(s, field),
             stats,
         })
     }
@@ -418,7 +397,7 @@ struct Pull<T: Element, S: Simd> {
 }
 
 impl<T: Element, S: Simd> Pull<T, S> {
-    fn new<F: TileField<T>, const V: usize>(stepper: &Stepper<'_, T, S, F, V>) -> Self {
+    fn new<const V: usize>(stepper: &Stepper<'_, T, S, V>) -> Self {
         let tableau = &stepper.plan.problem.scheme.tableau;
         let column = |i: usize| {
             let later = stepper.stages.iter().filter(|&&j| j > i);
@@ -435,9 +414,9 @@ impl<T: Element, S: Simd> Pull<T, S> {
     /// w'_i, with the cotangents left in the window; the scaler after it.
     #[allow(clippy::too_many_arguments)]
     #[inline(always)]
-    fn stage<F: TileField<T>, const V: usize>(
+    fn stage<const V: usize>(
         &mut self,
-        stepper: &Stepper<'_, T, S, F, V>,
+        stepper: &Stepper<'_, T, S, V>,
         step: Step,
         (i, at): (usize, usize),
         adj: &[T::Vector<S>],
@@ -458,7 +437,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 stats.used_scale(scale);
             }
             attempts += 1;
-            window.scaled_by::<F>(s, stepper.field, kept, scale / p);
+            window.scaled_by(s, stepper.field, kept, scale / p);
             let OpenSlot {
                 kept: values,
                 cotangents,
@@ -472,7 +451,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 scale_by::<T, S>(s, v, m);
             }
             let w = &mut self.ws[i * size..][..size];
-            stepper.field.vjp::<S, V>(s, values, cotangents, w);
+            stepper.field.vjp(s, values, cotangents, w);
             if rounds {
                 scale_by::<T, S>(s, w, 1.0 / m);
                 stepper.round(w);
@@ -486,7 +465,7 @@ impl<T: Element, S: Simd> Pull<T, S> {
                 if unscale != 1.0 {
                     scale_by::<T, S>(s, w, unscale);
                 }
-                window.push::<F>(s, stepper.field, (step.index, at), kept);
+                window.push(s, stepper.field, (step.index, at), kept);
                 return Ok(scaler);
             }
             scaler = scaler.after(outcome);

@@ -4,20 +4,20 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use pulp::{Simd, WithSimd};
+use pulp::Simd;
 
 use super::activations::{Kept, Selection};
 use super::backward::Trajectories;
 use super::stepper::Stepper;
-use super::tile::TileField;
+use super::tile::Tiled;
 use super::trajectory::{TileStore, TileTrajectory};
-use super::{dispatch, numbers, on_all_threads, Failure, Layout, Plan, RowField, Solved};
+use super::{numbers, on_all_threads, Failure, Layout, Plan, Solved, Task};
 use crate::error::{Error, Result};
 use crate::memory::{room_for, zeros};
 use crate::ops;
 use crate::problem::{ActivationCache, Output, Problem};
 use crate::simd::product::{load, store, Idle};
-use crate::simd::{vectors, Element};
+use crate::simd::{enter, vectors, Element, Kernel};
 use crate::stats::Stats;
 
 /// A tile's rows, its trajectory, and what is kept of its evaluations.
@@ -43,123 +43,114 @@ pub(super) fn start<T: Element>(problem: &Problem, y0: &Tensor) -> Result<Vec<T>
     numbers::<T>(y0)
 }
 
-pub(super) fn run<T: Element, F: RowField>(
-    spec: &F,
-    layout: Layout,
-    problem: &Problem,
-    y0: &Tensor,
+/// The forward pass of all tiles, and the way back.
+pub(super) fn run<T: Element, S: Simd, const V: usize>(
+    s: S,
+    field: Box<dyn Tiled<T, S, V>>,
+    task: Task<'_, T>,
     stats: &mut Stats,
-) -> Result<Option<Solved>> {
-    let y0 = start::<T>(problem, y0)?;
-    let plan = Plan::new(problem, &layout);
-    let done = dispatch(Job::<T, F> {
-        spec,
-        plan: &plan,
+) -> Result<Solved> {
+    let Task {
+        plan, y0, weights, ..
+    } = task;
+    let (problem, layout) = (plan.problem, plan.layout);
+    let cache = match problem.stores_state() {
+        true => problem.activation_cache,
+        false => ActivationCache::NONE,
+    };
+    let rows = layout.rows.next_multiple_of(plan.batch::<T, S>());
+    let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows, field.kept()));
+    let need = plan.need::<T, S>(rows, problem.packing.len());
+    need.of(selection.bytes::<T>()).check()?;
+    let groups = plan.groups::<T, S>(field.parameters());
+    let pass = Integrate {
+        field: &*field,
+        selection: &selection,
+        plan,
         y0: &y0,
-    })?;
-    let Some(done) = done else { return Ok(None) };
-    let (field, selection, groups) = done?;
-    let packed = assemble(&plan, &groups)?;
+        elements: problem.packing.len(),
+    };
+    let each = |(): &mut (), tiles: &Vec<usize>| pass.group(s, tiles, vec![]);
+    let mut done = Vec::with_capacity(groups.len());
+    on_all_threads(&groups, &|| (), &each, &mut |_, group| done.push(group))?;
+    let packed = assemble(plan, &done)?;
     let shape = (problem.outputs(), problem.packing.len());
-    let weights = spec.weights();
-    let groups: Vec<_> = groups.into_iter().map(|g| g.tiles).collect();
+    let groups: Vec<_> = done.into_iter().map(|g| g.tiles).collect();
     stats.steps += problem.plan.len();
     stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
     if let Some(tile) = groups.iter().flatten().next() {
         tile.trajectory.record(stats);
     }
     stats.kept_evaluations(selection.bytes::<T>());
-    Ok(Some(Solved {
+    Ok(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         trajectory: Arc::new(Trajectories {
+            s,
             field,
             selection,
             weights: weights.iter().map(Tensor::id).collect(),
             shapes: weights.iter().map(|w| w.shape().clone()).collect(),
-            layout,
+            layout: layout.clone(),
             groups,
         }),
-    }))
+    })
 }
 
-/// The forward pass of all tiles.
-struct Job<'a, T, F> {
-    spec: &'a F,
-    plan: &'a Plan<'a>,
-    y0: &'a [T],
-}
-
-impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
-    type Output = Result<(F::Tiles<T>, Selection, Vec<Group<T>>)>;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let shapes = self.plan.problem.packing.shapes();
-        let field = self.spec.tiles(s, shapes)?;
-        let problem = self.plan.problem;
-        let cache = match problem.stores_state() {
-            true => problem.activation_cache,
-            false => ActivationCache::NONE,
-        };
-        let rows = self.plan.layout.rows;
-        let rows = rows.next_multiple_of(self.plan.batch::<T, S>());
-        let selection =
-            Selection::new::<T>(field.parts(), cache, self.plan.size(rows, field.kept()));
-        let need = self.plan.need::<T, S>(rows, problem.packing.len());
-        need.of(selection.bytes::<T>()).check()?;
-        let groups = self.plan.groups::<T, S>(field.parameters());
-        let each = |(): &mut (), group: &Vec<usize>| {
-            if T::WIDE && self.plan.is_wide::<T, S>() {
-                s.vectorize(Integrate::<T, _, 2> {
-                    field: &field,
-                    selection: &selection,
-                    plan: self.plan,
-                    y0: self.y0,
-                    tiles: group,
-                    rooms: vec![],
-                    elements: problem.packing.len(),
-                })
-            } else {
-                s.vectorize(Integrate::<T, _, 1> {
-                    field: &field,
-                    selection: &selection,
-                    plan: self.plan,
-                    y0: self.y0,
-                    tiles: group,
-                    rooms: vec![],
-                    elements: problem.packing.len(),
-                })
-            }
-        };
-        let mut done = Vec::with_capacity(groups.len());
-        on_all_threads(&groups, || (), each, |_, group| done.push(group))?;
-        Ok((field, selection, done))
-    }
-}
-
-/// The forward pass of one group of tiles of V vectors.
-pub(super) struct Integrate<'a, T, F, const V: usize> {
-    pub(super) field: &'a F,
+/// What every tile's forward pass reads.
+#[derive(Clone, Copy)]
+pub(super) struct Integrate<'a, T: Element, S: Simd, const V: usize> {
+    pub(super) field: &'a dyn Tiled<T, S, V>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a Plan<'a>,
     pub(super) y0: &'a [T],
-    /// First rows.
-    pub(super) tiles: &'a [usize],
     /// Elements of all states that are kept at a time, for the statistics.
     pub(super) elements: usize,
-    /// Rooms for what is kept of evaluations, used before new ones are made.
-    pub(super) rooms: Vec<Kept<T>>,
 }
 
-impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, F, V> {
+impl<T: Element, S: Simd, const V: usize> Integrate<'_, T, S, V> {
+    /// The forward pass of the tiles with these first rows.  `rooms` for what is kept of evaluations are used
+    /// before new ones are made.  Compiled once for all that call it.
+    #[inline(never)]
+    pub(super) fn group(
+        &self,
+        s: S,
+        tiles: &[usize],
+        rooms: Vec<Kept<T>>,
+    ) -> std::result::Result<Group<T>, Failure> {
+        enter(
+            s,
+            OneGroup {
+                pass: *self,
+                tiles,
+                rooms,
+            },
+        )
+    }
+}
+
+/// [`Integrate::group`], in code for the vector unit.
+struct OneGroup<'a, T: Element, S: Simd, const V: usize> {
+    pass: Integrate<'a, T, S, V>,
+    tiles: &'a [usize],
+    rooms: Vec<Kept<T>>,
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for OneGroup<'_, T, S, V> {
     type Output = std::result::Result<Group<T>, Failure>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, s: S) -> Self::Output {
+    fn run(mut self, s: S) -> Self::Output {
+        let Integrate {
+            field,
+            selection,
+            plan,
+            elements,
+            ..
+        } = self.pass;
         let Plan {
             problem, layout, ..
-        } = self.plan;
-        let mut stepper = Stepper::<T, S, F, V>::new(s, self.field, self.plan);
+        } = plan;
+        let mut stepper = Stepper::<T, S, V>::new(s, field, plan);
         let mut slot = stepper.slot();
         let mut y = vectors::<T, S>(stepper.size);
         let batch = V * T::lanes::<S>();
@@ -168,22 +159,18 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             states: vec![],
         };
         let anywhere = |error| Failure { at: (0, 0), error };
-        let rows: usize = self
-            .tiles
-            .iter()
-            .map(|&t| self.plan.rows(t, batch).len())
-            .sum();
+        let rows: usize = self.tiles.iter().map(|&t| plan.rows(t, batch).len()).sum();
         let numbers = rows.saturating_mul(layout.dim());
         let numbers = numbers.saturating_mul(problem.outputs());
         group.states = room_for("returned states", numbers).map_err(anywhere)?;
         for &first in self.tiles {
-            let rows = self.plan.rows(first, batch);
+            let rows = plan.rows(first, batch);
             each_leaf(layout, V, |leaf, features, range| {
                 let from = layout.offset(leaf, first);
-                let numbers = &self.y0[from..from + rows.len() * features];
+                let numbers = &self.pass.y0[from..from + rows.len() * features];
                 load::<T, S>(numbers, features, batch, Idle::Copies, &mut y[range]);
             });
-            let store = TileStore::new(problem.scheme.roles[0].store.to, self.elements);
+            let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
             let steps = problem.plan.len();
             let trajectory = TileTrajectory::new::<S>(problem.checkpoint, steps, store, &y);
             let mut trajectory = trajectory.map_err(anywhere)?;
@@ -199,12 +186,12 @@ impl<T: Element, F: TileField<T>, const V: usize> WithSimd for Integrate<'_, T, 
             }
             let mut kept = match self.rooms.pop() {
                 Some(room) => room,
-                None => Kept::new(self.selection, batch).map_err(anywhere)?,
+                None => Kept::new(selection, batch).map_err(anywhere)?,
             };
             for n in 0..steps {
                 let step = problem.plan.step(n);
                 trajectory.keep::<S>(n, &y).map_err(anywhere)?;
-                let wanted = Some((self.selection, &mut kept));
+                let wanted = Some((selection, &mut kept));
                 stepper.advance(step, &mut y, &mut slot, wanted)?;
                 if problem.output == Output::All && step.ends_interval() {
                     returned(&y, &mut group.states);

@@ -4,22 +4,20 @@
 use std::sync::Arc;
 
 use candle_core::{Shape, Tensor, TensorId};
-use pulp::{Simd, WithSimd};
+use pulp::Simd;
 
 use super::activations::{Kept, Selection};
-use super::backward::{self, add_up, Pass, Seed, Sweep};
+use super::backward::{self, add_up, Pass, Seed};
 use super::forward::{self, Integrate};
-use super::tile::TileField;
+use super::tile::Tiled;
 use super::window::Window;
-use super::{
-    dispatch, numbers, on_all_threads, Failure, Layout, Plan, Reversible, RowField, Solved,
-};
+use super::{numbers, on_all_threads, Failure, Plan, Reversible, Solved, Task};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::loss::{Prepared, RowsOf};
 use crate::memory::zeros;
 use crate::problem::{ActivationCache, Problem};
-use crate::simd::{enter, Element};
+use crate::simd::Element;
 use crate::stats::Stats;
 
 /// Bytes of evaluations that a tile may keep, of its last steps where that is not all: what several
@@ -65,16 +63,15 @@ impl<T: Element> Reversible for Graded<T> {
 }
 
 /// The loss of all rows, in a tensor of one element, and its gradients.
-pub(super) fn run<T: Element, F: RowField>(
-    spec: &F,
-    layout: &Layout,
-    problem: &Problem,
+pub(super) fn run<T: Element, S: Simd, const V: usize>(
+    s: S,
+    field: &dyn Tiled<T, S, V>,
+    task: Task<'_, T>,
     loss: &Prepared<T>,
-    y0: &Tensor,
     stats: &mut Stats,
-) -> Result<Option<Solved>> {
-    let y0 = forward::start::<T>(problem, y0)?;
-    let weights = spec.weights();
+) -> Result<Solved> {
+    let Task { plan, y0, weights } = task;
+    let (problem, layout) = (plan.problem, plan.layout);
     let mut graded = Graded {
         y0: vec![T::default(); y0.len()],
         gradients: vec![],
@@ -82,7 +79,7 @@ pub(super) fn run<T: Element, F: RowField>(
         shapes: weights.iter().map(|w| w.shape().clone()).collect(),
     };
     let (mut total, mut counted) = (0.0, Stats::default());
-    let fold = |_: usize, group: Group<T>| {
+    let mut fold = |_: usize, group: Group<T>| {
         total += group.loss;
         let mut tiles = group.swept.y0.as_slice();
         for rows in &group.rows {
@@ -92,28 +89,71 @@ pub(super) fn run<T: Element, F: RowField>(
         counted.join(&group.swept.stats);
         counted.kept_evaluations(group.bytes);
     };
-    let job = Job {
-        spec,
-        plan: &Plan::new(problem, layout),
-        loss,
+    let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
+    let groups = plan.groups::<T, S>(field.parameters());
+    let rows = V * T::lanes::<S>();
+    let cache = ActivationCache::within(KEPT);
+    let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows, field.kept()));
+    // A tile of every thread at a time; what fills up the last one is not of the batch.
+    let alive = groups.len().min(rayon::current_num_threads());
+    let elements = layout.rows.min(alive * rows) * layout.dim();
+    let bytes = alive as u128 * selection.bytes::<T>();
+    plan.need::<T, S>(alive * rows, elements)
+        .of(bytes)
+        .check()?;
+    let integrate = Integrate {
+        field,
+        selection: &selection,
+        plan,
         y0: &y0,
+        elements,
+    };
+    let pass = Pass {
+        field,
+        selection: &selection,
+        plan,
         differentiate: weights.iter().any(Tensor::track_op),
-        fold,
     };
-    let Some(done) = dispatch(job)? else {
-        return Ok(None);
+    // Pages cost more than what is written to them: the room of one tile is the next one's.
+    let room = || {
+        let window = Window::<T, S, V>::new(field, stages, steps, pass.differentiate);
+        (window, vec![])
     };
-    done?;
+    let tile = |(window, rooms): &mut (Window<T, S, V>, Vec<Kept<T>>), first: &usize| {
+        let integrated = integrate.group(s, std::slice::from_ref(first), std::mem::take(rooms))?;
+        let anywhere = |error| Failure { at: (0, 0), error };
+        let (loss, cotangent) = grade(loss, plan, &integrated).map_err(anywhere)?;
+        let seed = Seed::ByTile(&cotangent);
+        let mut swept = pass.sweep(s, &integrated.tiles, seed, window)?;
+        if let Some(tile) = integrated.tiles.first() {
+            tile.trajectory.record(&mut swept.stats);
+        }
+        let tiles = integrated.tiles.into_iter();
+        let (rows, used) = tiles.map(|tile| (tile.rows, tile.kept)).unzip();
+        *rooms = used;
+        Ok::<_, Failure>(Group {
+            loss,
+            swept,
+            bytes,
+            rows,
+        })
+    };
+    let each = |room: &mut _, group: &Vec<usize>| {
+        let mut tiles = group.iter().map(|first| tile(room, first));
+        let first = tiles.next().unwrap_or_else(|| Ok(Group::default()))?;
+        tiles.try_fold(first, |sum, next| Ok(sum.and(next?)))
+    };
+    on_all_threads(&groups, &room, &each, &mut fold)?;
     if graded.gradients.iter().any(|g| !g.to_f64().is_finite()) {
         return Err(Error::NonFiniteParameterGradient);
     }
     stats.steps += problem.plan.len();
     stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
     stats.add(&counted);
-    Ok(Some(Solved {
+    Ok(Solved {
         packed: Tensor::new(&[T::of(total)], problem.device())?,
         trajectory: Arc::new(graded),
-    }))
+    })
 }
 
 /// What a tile leaves, or a group of them.
@@ -135,97 +175,6 @@ impl<T: Element> Group<T> {
         self.swept.stats.join(&next.swept.stats);
         self
     }
-}
-
-struct Job<'a, T, F, O> {
-    spec: &'a F,
-    plan: &'a Plan<'a>,
-    loss: &'a Prepared<T>,
-    y0: &'a [T],
-    differentiate: bool,
-    fold: O,
-}
-
-impl<T: Element, F: RowField, O: FnMut(usize, Group<T>) + Send> WithSimd for Job<'_, T, F, O> {
-    type Output = Result<()>;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        if T::WIDE && self.plan.is_wide::<T, S>() {
-            graded::<T, S, F, O, 2>(s, self)
-        } else {
-            graded::<T, S, F, O, 1>(s, self)
-        }
-    }
-}
-
-fn graded<T: Element, S: Simd, F: RowField, O: FnMut(usize, Group<T>) + Send, const V: usize>(
-    s: S,
-    job: Job<'_, T, F, O>,
-) -> Result<()> {
-    let (plan, problem) = (job.plan, job.plan.problem);
-    let field = job.spec.tiles(s, problem.packing.shapes())?;
-    let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
-    let groups = plan.groups::<T, S>(field.parameters());
-    let rows = V * T::lanes::<S>();
-    let cache = ActivationCache::within(KEPT);
-    let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows, field.kept()));
-    // A tile of every thread at a time; what fills up the last one is not of the batch.
-    let alive = groups.len().min(rayon::current_num_threads());
-    let elements = plan.layout.rows.min(alive * rows) * plan.layout.dim();
-    let bytes = alive as u128 * selection.bytes::<T>();
-    plan.need::<T, S>(alive * rows, elements)
-        .of(bytes)
-        .check()?;
-    let pass = Pass {
-        field: &field,
-        selection: &selection,
-        plan,
-        differentiate: job.differentiate,
-    };
-    // Pages cost more than what is written to them: the room of one tile is the next one's.
-    let room = || {
-        let window = Window::<T, S, V>::new(&field, stages, steps, job.differentiate);
-        (window, vec![])
-    };
-    let tile = |(window, rooms): &mut (Window<T, S, V>, Vec<Kept<T>>), first: &usize| {
-        let integrated = s.vectorize(Integrate::<T, _, V> {
-            field: &field,
-            selection: &selection,
-            plan,
-            y0: job.y0,
-            tiles: std::slice::from_ref(first),
-            rooms: std::mem::take(rooms),
-            elements,
-        })?;
-        let anywhere = |error| Failure { at: (0, 0), error };
-        let (loss, cotangent) = grade(job.loss, plan, &integrated).map_err(anywhere)?;
-        let sweep = Sweep {
-            pass: &pass,
-            tiles: &integrated.tiles,
-            seed: Seed::ByTile(&cotangent),
-            window,
-        };
-        let mut swept = enter(s, sweep)?;
-        if let Some(tile) = integrated.tiles.first() {
-            tile.trajectory.record(&mut swept.stats);
-        }
-        let tiles = integrated.tiles.into_iter();
-        let (rows, used) = tiles.map(|tile| (tile.rows, tile.kept)).unzip();
-        *rooms = used;
-        Ok::<_, Failure>(Group {
-            loss,
-            swept,
-            bytes,
-            rows,
-        })
-    };
-    let each = |room: &mut _, group: &Vec<usize>| {
-        let mut tiles = group.iter().map(|first| tile(room, first));
-        let first = tiles.next().unwrap_or_else(|| Ok(Group::default()))?;
-        tiles.try_fold(first, |sum, next| Ok(sum.and(next?)))
-    };
-    on_all_threads(&groups, room, each, job.fold)
 }
 
 /// The loss of a group, and its cotangents in the order of its states.

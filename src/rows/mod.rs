@@ -27,7 +27,7 @@ use pulp::{Simd, WithSimd};
 
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
-use crate::loss::RowLoss;
+use crate::loss::{Prepared, RowLoss};
 use crate::memory::MemoryNeed;
 use crate::precision::Low;
 use crate::problem::Problem;
@@ -35,6 +35,7 @@ use crate::simd::{unit, Element};
 use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
+use tile::Tiled;
 pub(crate) use tile::{Slot, TileField};
 
 /// A field that the solver may integrate tile by tile.
@@ -92,7 +93,7 @@ impl Layout {
 }
 
 /// A [`RowField`] of any kind, as a vector field hands it to the solver.
-pub(crate) struct Rows<'f>(Box<dyn Solve + 'f>);
+pub(crate) struct Rows<'f>(Box<dyn AnyRows + 'f>);
 
 impl<'f> Rows<'f> {
     pub(crate) fn new<F: RowField>(field: &'f F) -> Self {
@@ -113,7 +114,45 @@ impl<'f> Rows<'f> {
         loss: Option<&RowLoss>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        self.0.solve(problem, y0, loss, stats)
+        let Some(layout) = self.0.layout(problem.packing.shapes()) else {
+            return Ok(None);
+        };
+        if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
+            return Ok(None);
+        }
+        // That time stands still for a field that reads it is found where steps are taken one by one.
+        if self.0.reads_time() && !problem.resolved {
+            return Ok(None);
+        }
+        let roles = &problem.scheme.roles;
+        let held = |dtype| {
+            roles
+                .iter()
+                .all(|r| r.state == dtype && r.compute.held == dtype)
+        };
+        let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
+        let plan = Plan::new(problem, &layout);
+        if held(DType::F32) && stores(roles[0].store.to) {
+            match Wanted::of(loss, &plan)? {
+                Some(wanted) => self.0.single(self.task(&plan, y0)?, wanted, stats),
+                None => Ok(None),
+            }
+        } else if held(DType::F64) && stores(DType::F64) {
+            match Wanted::of(loss, &plan)? {
+                Some(wanted) => self.0.double(self.task(&plan, y0)?, wanted, stats),
+                None => Ok(None),
+            }
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn task<'a, T: Element>(&self, plan: &'a Plan<'a>, y0: &Tensor) -> Result<Task<'a, T>> {
+        Ok(Task {
+            plan,
+            y0: forward::start::<T>(plan.problem, y0)?,
+            weights: self.weights(),
+        })
     }
 }
 
@@ -139,78 +178,145 @@ pub(crate) trait Reversible: Send + Sync {
 }
 
 /// [`RowField`] without its type.
-trait Solve {
+trait AnyRows {
     fn weights(&self) -> Vec<Tensor>;
 
-    fn solve(
+    fn reads_time(&self) -> bool;
+
+    fn layout(&self, shapes: &[Shape]) -> Option<Layout>;
+
+    /// Solves in f32; `None` without a vector unit.
+    fn single(
         &self,
-        problem: &Problem,
-        y0: &Tensor,
-        loss: Option<&RowLoss>,
+        task: Task<'_, f32>,
+        wanted: Wanted<f32>,
+        stats: &mut Stats,
+    ) -> Result<Option<Solved>>;
+
+    /// The same in f64.
+    fn double(
+        &self,
+        task: Task<'_, f64>,
+        wanted: Wanted<f64>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>>;
 }
 
-impl<F: RowField> Solve for &F {
+impl<F: RowField> AnyRows for &F {
     fn weights(&self) -> Vec<Tensor> {
         RowField::weights(*self)
     }
 
-    fn solve(
+    fn reads_time(&self) -> bool {
+        RowField::reads_time(*self)
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
+        RowField::layout(*self, shapes)
+    }
+
+    fn single(
         &self,
-        problem: &Problem,
-        y0: &Tensor,
-        loss: Option<&RowLoss>,
+        task: Task<'_, f32>,
+        wanted: Wanted<f32>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        let Some(layout) = self.layout(problem.packing.shapes()) else {
-            return Ok(None);
-        };
-        if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
-            return Ok(None);
-        }
-        // That time stands still for a field that reads it is found where steps are taken one by one.
-        if self.reads_time() && !problem.resolved {
-            return Ok(None);
-        }
-        let roles = &problem.scheme.roles;
-        let held = |dtype| {
-            roles
-                .iter()
-                .all(|r| r.state == dtype && r.compute.held == dtype)
-        };
-        let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
-        if held(DType::F32) && stores(roles[0].store.to) {
-            solve_in::<f32, F>(self, layout, problem, y0, loss, stats)
-        } else if held(DType::F64) && stores(DType::F64) {
-            solve_in::<f64, F>(self, layout, problem, y0, loss, stats)
-        } else {
-            Ok(None)
-        }
+        solve_in(*self, task, wanted, stats)
+    }
+
+    fn double(
+        &self,
+        task: Task<'_, f64>,
+        wanted: Wanted<f64>,
+        stats: &mut Stats,
+    ) -> Result<Option<Solved>> {
+        solve_in(*self, task, wanted, stats)
     }
 }
 
 fn solve_in<T: Element, F: RowField>(
     spec: &F,
-    layout: Layout,
-    problem: &Problem,
-    y0: &Tensor,
-    loss: Option<&RowLoss>,
+    task: Task<'_, T>,
+    wanted: Wanted<T>,
     stats: &mut Stats,
 ) -> Result<Option<Solved>> {
-    let Some(loss) = loss else {
-        return forward::run::<T, F>(spec, layout, problem, y0, stats);
+    let job = Job {
+        spec,
+        task,
+        wanted,
+        stats,
     };
-    // What a fixed scale is for, the scale of the loss, is not known yet; and of states that are rounded
-    // when they are kept, the last steps would be linearised at others than the first.
-    let scales =
-        problem.scaler.is_dynamic() || problem.scheme.roles.iter().all(|r| !r.needs_scaling());
-    if !scales || !problem.stores_state() {
-        return Ok(None);
+    dispatch(job)?.transpose()
+}
+
+/// A solve over numbers of T.
+struct Task<'a, T> {
+    plan: &'a Plan<'a>,
+    y0: Vec<T>,
+    weights: Vec<Tensor>,
+}
+
+/// What a solve returns.
+enum Wanted<T> {
+    States,
+    Loss(Prepared<T>),
+}
+
+impl<T: Element> Wanted<T> {
+    /// `None` of a loss that is left to two passes.
+    fn of(loss: Option<&RowLoss>, plan: &Plan<'_>) -> Result<Option<Self>> {
+        let (Some(loss), problem) = (loss, plan.problem) else {
+            return Ok(Some(Self::States));
+        };
+        // What a fixed scale is for, the scale of the loss, is not known yet; and of states that are rounded
+        // when they are kept, the last steps would be linearised at others than the first.
+        let scales =
+            problem.scaler.is_dynamic() || problem.scheme.roles.iter().all(|r| !r.needs_scaling());
+        if !scales || !problem.stores_state() {
+            return Ok(None);
+        }
+        Ok(loss.prepared::<T>(problem, plan.layout)?.map(Self::Loss))
     }
-    match loss.prepared::<T>(problem, &layout)? {
-        Some(loss) => graded::run::<T, F>(spec, &layout, problem, &loss, y0, stats),
-        None => Ok(None),
+}
+
+/// A solve on the vector unit.
+struct Job<'a, T, F> {
+    spec: &'a F,
+    task: Task<'a, T>,
+    wanted: Wanted<T>,
+    stats: &'a mut Stats,
+}
+
+impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
+    type Output = Result<Solved>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        let Self {
+            spec,
+            task,
+            wanted,
+            stats,
+        } = self;
+        let field = spec.tiles(s, task.plan.problem.packing.shapes())?;
+        if T::WIDE && task.plan.is_wide::<T, S>() {
+            solve_tiles::<T, S, 2>(s, Box::new(field), task, wanted, stats)
+        } else {
+            solve_tiles::<T, S, 1>(s, Box::new(field), task, wanted, stats)
+        }
+    }
+}
+
+fn solve_tiles<T: Element, S: Simd, const V: usize>(
+    s: S,
+    field: Box<dyn Tiled<T, S, V>>,
+    task: Task<'_, T>,
+    wanted: Wanted<T>,
+    stats: &mut Stats,
+) -> Result<Solved> {
+    match wanted {
+        Wanted::States => forward::run(s, field, task, stats),
+        Wanted::Loss(loss) => graded::run(s, &*field, task, &loss, stats),
     }
 }
 
@@ -318,9 +424,9 @@ struct Failure {
 /// the order of the groups; a result waits only for those before it.
 fn on_all_threads<G: Sync, W, R: Send>(
     groups: &[G],
-    room: impl Fn() -> W + Sync,
-    run: impl Fn(&mut W, &G) -> std::result::Result<R, Failure> + Sync,
-    fold: impl FnMut(usize, R) + Send,
+    room: &(dyn Fn() -> W + Sync),
+    run: &(dyn Fn(&mut W, &G) -> std::result::Result<R, Failure> + Sync),
+    fold: &mut (dyn FnMut(usize, R) + Send),
 ) -> Result<()> {
     let next = AtomicUsize::new(0);
     let folded = Mutex::new(Folded {
@@ -356,15 +462,15 @@ fn on_all_threads<G: Sync, W, R: Send>(
 }
 
 /// Results of groups, folded in order.
-struct Folded<R, F> {
-    fold: F,
+struct Folded<'f, R> {
+    fold: &'f mut (dyn FnMut(usize, R) + Send),
     /// Groups folded so far.
     done: usize,
     waiting: Vec<Option<R>>,
     failure: Option<Failure>,
 }
 
-impl<R, F: FnMut(usize, R)> Folded<R, F> {
+impl<R> Folded<'_, R> {
     fn take(&mut self, group: usize, result: std::result::Result<R, Failure>) {
         match result {
             Ok(result) => self.waiting[group] = Some(result),

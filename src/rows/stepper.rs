@@ -3,7 +3,7 @@
 use pulp::Simd;
 
 use super::activations::{Kept, Selection};
-use super::tile::TileField;
+use super::tile::Tiled;
 use super::trajectory::Snapshot;
 use super::{Failure, Plan};
 use crate::error::Error;
@@ -15,9 +15,9 @@ use crate::time::Step;
 type Terms = Vec<(f64, usize)>;
 
 /// Takes steps of one tile after the other; owns the room that a step needs.
-pub(super) struct Stepper<'p, T: Element, S: Simd, F, const V: usize> {
+pub(super) struct Stepper<'p, T: Element, S: Simd, const V: usize> {
     pub(super) s: S,
-    pub(super) field: &'p F,
+    pub(super) field: &'p dyn Tiled<T, S, V>,
     pub(super) plan: &'p Plan<'p>,
     /// Vectors of a state.
     pub(super) size: usize,
@@ -31,8 +31,8 @@ pub(super) struct Stepper<'p, T: Element, S: Simd, F, const V: usize> {
     ks: Vectors<T, S>,
 }
 
-impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S, F, V> {
-    pub(super) fn new(s: S, field: &'p F, plan: &'p Plan<'p>) -> Self {
+impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
+    pub(super) fn new(s: S, field: &'p dyn Tiled<T, S, V>, plan: &'p Plan<'p>) -> Self {
         let scheme = &plan.problem.scheme;
         let (tableau, size) = (&scheme.tableau, plan.layout.dim() * V);
         let stages: Vec<_> = (0..tableau.stages())
@@ -62,8 +62,25 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
     }
 
     /// y_{n+1} in place of y_n; what is wanted of the evaluations is kept.
-    #[inline(always)]
     pub(super) fn advance(
+        &mut self,
+        step: Step,
+        y: &mut [T::Vector<S>],
+        slot: &mut [T::Vector<S>],
+        kept: Option<(&Selection, &mut Kept<T>)>,
+    ) -> Result<(), Failure> {
+        let advance = Advance {
+            stepper: &mut *self,
+            step,
+            y,
+            slot,
+            kept,
+        };
+        enter(advance.stepper.s, advance)
+    }
+
+    #[inline(always)]
+    fn take(
         &mut self,
         step: Step,
         y: &mut [T::Vector<S>],
@@ -83,7 +100,7 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
                 self.stage(step, i, y, slot);
                 self.evaluate(step, i, slot);
                 if let Some((selection, kept)) = &mut kept {
-                    kept.save::<S>(selection, (step.index, at), slot, V);
+                    kept.save(self.s, selection, (step.index, at), slot, V);
                 }
             }
             let k = &self.ks[i * self.size..][..self.size];
@@ -123,7 +140,7 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
                 self.evaluate(step, i, slot);
             } else {
                 let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
-                self.field.velocity::<S, V>(self.s, t, slot, None);
+                self.field.velocity(self.s, t, slot, None);
             }
         }
     }
@@ -141,9 +158,9 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
         let size = self.field.kept() * V;
         for (at, slot) in (0..self.stages.len()).zip(slots.chunks_exact_mut(size)) {
             let i = self.stages[at];
-            kept.load::<S>(selection, (step.index, at), slot, V);
+            kept.load(self.s, selection, (step.index, at), slot, V);
             let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
-            self.field.recall::<S, V>(self.s, t, slot, &known);
+            self.field.recall(self.s, t, slot, &known);
         }
     }
 
@@ -160,7 +177,7 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
     fn evaluate(&mut self, step: Step, i: usize, slot: &mut [T::Vector<S>]) {
         let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
         let k = &mut self.ks[i * self.size..][..self.size];
-        self.field.velocity::<S, V>(self.s, t, slot, Some(k));
+        self.field.velocity(self.s, t, slot, Some(k));
         round::<T, S, V>(self.s, self.plan, k);
     }
 
@@ -177,37 +194,29 @@ impl<'p, T: Element, S: Simd, F: TileField<T>, const V: usize> Stepper<'p, T, S,
         y: &Snapshot<T>,
         slot: &mut [T::Vector<S>],
     ) -> Result<Snapshot<T>, Failure> {
-        let s = self.s;
         let mut tile = vectors::<T, S>(self.size);
         y.load::<S>(&mut tile);
-        let advance = Advance {
-            step: self.plan.problem.plan.step(m),
-            stepper: &mut *self,
-            y: &mut tile,
-            slot,
-        };
-        enter(s, advance)?;
+        self.advance(self.plan.problem.plan.step(m), &mut tile, slot, None)?;
         let failed = |error| Failure { at: (m, 0), error };
         Snapshot::of::<S>(&tile).map_err(failed)
     }
 }
 
-/// [`Stepper::advance`], where no vector code is entered yet.
-struct Advance<'a, 'p, T: Element, S: Simd, F, const V: usize> {
-    stepper: &'a mut Stepper<'p, T, S, F, V>,
+/// [`Stepper::advance`], in code for the vector unit.
+struct Advance<'a, 'p, T: Element, S: Simd, const V: usize> {
+    stepper: &'a mut Stepper<'p, T, S, V>,
     step: Step,
     y: &'a mut [T::Vector<S>],
     slot: &'a mut [T::Vector<S>],
+    kept: Option<(&'a Selection, &'a mut Kept<T>)>,
 }
 
-impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S>
-    for Advance<'_, '_, T, S, F, V>
-{
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for Advance<'_, '_, T, S, V> {
     type Output = Result<(), Failure>;
 
     #[inline(always)]
     fn run(self, _: S) -> Self::Output {
-        self.stepper.advance(self.step, self.y, self.slot, None)
+        self.stepper.take(self.step, self.y, self.slot, self.kept)
     }
 }
 
@@ -226,8 +235,80 @@ fn round<T: Element, S: Simd, const V: usize>(s: S, plan: &Plan<'_>, x: &mut [T:
 }
 
 /// `y += h Σ c x_j`, the x_j one after the other in `xs`.
-#[inline(always)]
 pub(super) fn add<T: Element, S: Simd>(
+    s: S,
+    y: &mut [T::Vector<S>],
+    h: f64,
+    terms: &[(f64, usize)],
+    xs: &[T::Vector<S>],
+) {
+    enter(
+        s,
+        Add::<T, S> {
+            out: y,
+            first: None,
+            h,
+            terms,
+            xs,
+        },
+    );
+}
+
+/// `out = c x + h Σ c_j x_j`, in one pass over `out` for few terms.
+pub(super) fn combine<T: Element, S: Simd>(
+    s: S,
+    out: &mut [T::Vector<S>],
+    first: (f64, &[T::Vector<S>]),
+    h: f64,
+    terms: &[(f64, usize)],
+    xs: &[T::Vector<S>],
+) {
+    enter(
+        s,
+        Add::<T, S> {
+            out,
+            first: Some(first),
+            h,
+            terms,
+            xs,
+        },
+    );
+}
+
+/// A sum of multiples: of `out` itself, or of a first vector in its place, and of the x_j.
+struct Add<'a, T: Element, S: Simd> {
+    out: &'a mut [T::Vector<S>],
+    first: Option<(f64, &'a [T::Vector<S>])>,
+    h: f64,
+    terms: &'a [(f64, usize)],
+    xs: &'a [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Add<'_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let Self { out, h, xs, .. } = self;
+        let Some((c, x)) = self.first else {
+            return add_all::<T, S>(s, out, h, self.terms, xs);
+        };
+        let first = (T::of(c), x);
+        match self.terms {
+            [] => set_terms::<T, S, 0>(s, out, first, h, &[], xs),
+            [a] => set_terms::<T, S, 1>(s, out, first, h, &[*a], xs),
+            [a, b] => set_terms::<T, S, 2>(s, out, first, h, &[*a, *b], xs),
+            [a, b, d] => set_terms::<T, S, 3>(s, out, first, h, &[*a, *b, *d], xs),
+            [a, b, d, e, rest @ ..] => {
+                set_terms::<T, S, 4>(s, out, first, h, &[*a, *b, *d, *e], xs);
+                add_all::<T, S>(s, out, h, rest, xs);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add_all<T: Element, S: Simd>(
     s: S,
     y: &mut [T::Vector<S>],
     h: f64,
@@ -243,29 +324,6 @@ pub(super) fn add<T: Element, S: Simd>(
         [a, b] => add_terms::<T, S, 2>(s, y, h, &[a, b], xs),
         [a, b, c] => add_terms::<T, S, 3>(s, y, h, &[a, b, c], xs),
         _ => {}
-    }
-}
-
-/// `out = c x + h Σ c_j x_j`, in one pass over `out` for few terms.
-#[inline(always)]
-pub(super) fn combine<T: Element, S: Simd>(
-    s: S,
-    out: &mut [T::Vector<S>],
-    (c, x): (f64, &[T::Vector<S>]),
-    h: f64,
-    terms: &[(f64, usize)],
-    xs: &[T::Vector<S>],
-) {
-    let c = T::of(c);
-    match terms {
-        [] => set_terms::<T, S, 0>(s, out, (c, x), h, &[], xs),
-        [a] => set_terms::<T, S, 1>(s, out, (c, x), h, &[*a], xs),
-        [a, b] => set_terms::<T, S, 2>(s, out, (c, x), h, &[*a, *b], xs),
-        [a, b, d] => set_terms::<T, S, 3>(s, out, (c, x), h, &[*a, *b, *d], xs),
-        [a, b, d, e, rest @ ..] => {
-            set_terms::<T, S, 4>(s, out, (c, x), h, &[*a, *b, *d, *e], xs);
-            add::<T, S>(s, out, h, rest, xs);
-        }
     }
 }
 

@@ -3,7 +3,7 @@
 use pulp::Simd;
 
 use super::activations::Part;
-use crate::simd::Element;
+use crate::simd::{enter, Element, Kernel};
 
 /// A vector field over tiles `[feature][B]` of V vectors, with its pull-back.
 ///
@@ -81,4 +81,213 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
 pub(crate) struct Slot<'a, X> {
     pub(crate) kept: &'a [X],
     pub(crate) cotangents: &'a [X],
+}
+
+/// A [`TileField`] on its vector unit, in tiles of V vectors, without its type: the loops over steps are
+/// compiled once for all fields.
+pub(super) trait Tiled<T: Element, S: Simd, const V: usize>: Send + Sync {
+    /// [`TileField::kept`].
+    fn kept(&self) -> usize;
+
+    /// [`TileField::cotangents`].
+    fn cotangents(&self) -> usize;
+
+    /// [`TileField::sums`].
+    fn sums(&self) -> usize;
+
+    /// [`TileField::room`].
+    fn room(&self, pairs: usize) -> usize;
+
+    /// [`TileField::parameters`].
+    fn parameters(&self) -> usize;
+
+    /// [`TileField::parts`].
+    fn parts(&self) -> Vec<Part>;
+
+    /// [`TileField::velocity`].
+    fn velocity(&self, s: S, t: f64, kept: &mut [T::Vector<S>], k: Option<&mut [T::Vector<S>]>);
+
+    /// [`TileField::recall`].
+    fn recall(&self, s: S, t: f64, kept: &mut [T::Vector<S>], known: &[bool]);
+
+    /// [`TileField::vjp`].
+    fn vjp(
+        &self,
+        s: S,
+        kept: &[T::Vector<S>],
+        cotangents: &mut [T::Vector<S>],
+        w: &mut [T::Vector<S>],
+    );
+
+    /// [`TileField::accumulate`].
+    fn accumulate(
+        &self,
+        s: S,
+        window: &[Slot<'_, T::Vector<S>>],
+        room: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    );
+
+    /// [`TileField::gradients`].
+    fn gradients(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T>;
+}
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S, V> for F {
+    fn kept(&self) -> usize {
+        TileField::kept(self)
+    }
+
+    fn cotangents(&self) -> usize {
+        TileField::cotangents::<S>(self)
+    }
+
+    fn sums(&self) -> usize {
+        TileField::sums::<S>(self)
+    }
+
+    fn room(&self, pairs: usize) -> usize {
+        TileField::room::<S, V>(self, pairs)
+    }
+
+    fn parameters(&self) -> usize {
+        TileField::parameters(self)
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        TileField::parts(self)
+    }
+
+    fn velocity(&self, s: S, t: f64, kept: &mut [T::Vector<S>], k: Option<&mut [T::Vector<S>]>) {
+        let field = self;
+        enter(s, Velocity::<T, S, F, V> { field, t, kept, k });
+    }
+
+    fn recall(&self, s: S, t: f64, kept: &mut [T::Vector<S>], known: &[bool]) {
+        let recall = Recall::<T, S, F, V> {
+            field: self,
+            t,
+            kept,
+            known,
+        };
+        enter(s, recall);
+    }
+
+    fn vjp(
+        &self,
+        s: S,
+        kept: &[T::Vector<S>],
+        cotangents: &mut [T::Vector<S>],
+        w: &mut [T::Vector<S>],
+    ) {
+        let vjp = Vjp::<T, S, F, V> {
+            field: self,
+            kept,
+            cotangents,
+            w,
+        };
+        enter(s, vjp);
+    }
+
+    fn accumulate(
+        &self,
+        s: S,
+        window: &[Slot<'_, T::Vector<S>>],
+        room: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    ) {
+        let accumulate = Accumulate::<T, S, F, V> {
+            field: self,
+            window,
+            room,
+            sums,
+        };
+        enter(s, accumulate);
+    }
+
+    fn gradients(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
+        enter(s, Gradients::<T, S, F> { field: self, sums })
+    }
+}
+
+/// [`TileField::velocity`], in code for the vector unit; so are the others below.
+struct Velocity<'a, T: Element, S: Simd, F, const V: usize> {
+    field: &'a F,
+    t: f64,
+    kept: &'a mut [T::Vector<S>],
+    k: Option<&'a mut [T::Vector<S>]>,
+}
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Velocity<'_, T, S, F, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        self.field.velocity::<S, V>(s, self.t, self.kept, self.k);
+    }
+}
+
+struct Recall<'a, T: Element, S: Simd, F, const V: usize> {
+    field: &'a F,
+    t: f64,
+    kept: &'a mut [T::Vector<S>],
+    known: &'a [bool],
+}
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Recall<'_, T, S, F, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        self.field.recall::<S, V>(s, self.t, self.kept, self.known);
+    }
+}
+
+struct Vjp<'a, T: Element, S: Simd, F, const V: usize> {
+    field: &'a F,
+    kept: &'a [T::Vector<S>],
+    cotangents: &'a mut [T::Vector<S>],
+    w: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Vjp<'_, T, S, F, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        self.field
+            .vjp::<S, V>(s, self.kept, self.cotangents, self.w);
+    }
+}
+
+struct Accumulate<'a, T: Element, S: Simd, F, const V: usize> {
+    field: &'a F,
+    window: &'a [Slot<'a, T::Vector<S>>],
+    room: &'a mut [T::Vector<S>],
+    sums: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S>
+    for Accumulate<'_, T, S, F, V>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        self.field
+            .accumulate::<S, V>(s, self.window, self.room, self.sums);
+    }
+}
+
+struct Gradients<'a, T: Element, S: Simd, F> {
+    field: &'a F,
+    sums: &'a [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, F: TileField<T>> Kernel<S> for Gradients<'_, T, S, F> {
+    type Output = Vec<T>;
+
+    #[inline(always)]
+    fn run(self, s: S) -> Vec<T> {
+        self.field.gradients::<S>(s, self.sums)
+    }
 }

@@ -43,12 +43,15 @@ impl<T: Element> TileTrajectory<T> {
     }
 
     /// Keeps y_n at the start of step n if it is wanted; n ascends from 0.
-    #[inline(always)]
     pub(super) fn keep<S: Simd>(&mut self, n: usize, y: &[T::Vector<S>]) -> Result<()> {
+        self.keep_numbers(n, scalars::<T, S>(y))
+    }
+
+    fn keep_numbers(&mut self, n: usize, y: &[T]) -> Result<()> {
         match self {
-            Self::All(states) => states.push(scalars::<T, S>(y)),
+            Self::All(states) => states.push(y),
             Self::Planned(trajectory) if trajectory.wants(n) => {
-                trajectory.offer(n, &Snapshot::of::<S>(y)?)?;
+                trajectory.offer(n, &Snapshot::of_numbers(y)?)?;
             }
             Self::Planned(_) => {}
         }
@@ -116,7 +119,10 @@ impl<T: Element> States<T> {
 
     /// ŷ_n back into a tile; `None` if it is not there.
     pub(super) fn load<S: Simd>(&self, n: usize, y: &mut [T::Vector<S>]) -> Option<()> {
-        let y = scalars_mut::<T, S>(y);
+        self.load_numbers(n, scalars_mut::<T, S>(y))
+    }
+
+    fn load_numbers(&self, n: usize, y: &mut [T]) -> Option<()> {
         let place = n * self.size..(n + 1) * self.size;
         match &self.numbers {
             Numbers::State(all) => y.copy_from_slice(all.get(place)?),
@@ -149,7 +155,10 @@ pub(super) enum Snapshot<T> {
 impl<T: Element> Snapshot<T> {
     /// In state precision.
     pub(super) fn of<S: Simd>(y: &[T::Vector<S>]) -> Result<Self> {
-        let y = scalars::<T, S>(y);
+        Self::of_numbers(scalars::<T, S>(y))
+    }
+
+    fn of_numbers(y: &[T]) -> Result<Self> {
         let mut state = room_for("a kept state", y.len())?;
         state.extend_from_slice(y);
         Ok(Self::State(Arc::new(state)))
@@ -157,7 +166,10 @@ impl<T: Element> Snapshot<T> {
 
     /// Back into a tile.
     pub(super) fn load<S: Simd>(&self, y: &mut [T::Vector<S>]) {
-        let y = scalars_mut::<T, S>(y);
+        self.load_numbers(scalars_mut::<T, S>(y));
+    }
+
+    fn load_numbers(&self, y: &mut [T]) {
         match self {
             Self::State(kept) => y.copy_from_slice(kept),
             Self::Bf16(kept) => widen(y, kept),

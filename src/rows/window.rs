@@ -4,9 +4,9 @@ use candle_core::DType;
 use pulp::Simd;
 
 use super::activations::{Kept, Selection};
-use super::tile::{Slot, TileField};
+use super::tile::{Slot, Tiled};
 use crate::simd::room::Room;
-use crate::simd::{vectors, Element, Vectors};
+use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 
 /// Evaluations in a window, at least, where its slots are small.
 const WINDOW: usize = 4;
@@ -65,20 +65,20 @@ pub(super) struct Window<T: Element, S: Simd, const V: usize> {
 }
 
 impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
-    pub(super) fn new<F: TileField<T>>(
-        field: &F,
+    pub(super) fn new(
+        field: &dyn Tiled<T, S, V>,
         stages: usize,
         steps: usize,
         differentiate: bool,
     ) -> Self {
-        let (kept, cotangents) = (field.kept() * V, field.cotangents::<S>() * V);
+        let (kept, cotangents) = (field.kept() * V, field.cotangents() * V);
         let slot = (kept + cotangents) * size_of::<T::Vector<S>>();
         let at_once = slot > CACHED;
         let several = WINDOW.div_ceil(stages.max(1)).min(steps.max(1));
         let capacity = if at_once { 1 } else { several } * stages;
         let pairs = if at_once { 1 } else { capacity };
         let memory = |vectors| Room::new(vectors * size_of::<T::Vector<S>>());
-        let sums = if differentiate { field.sums::<S>() } else { 0 };
+        let sums = if differentiate { field.sums() } else { 0 };
         Self {
             differentiate,
             kept_size: kept,
@@ -90,11 +90,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
             at_once,
             base: 0,
             pending: Vec::with_capacity(capacity),
-            room: vectors::<T, S>(if differentiate {
-                field.room::<S, V>(pairs)
-            } else {
-                0
-            }),
+            room: vectors::<T, S>(if differentiate { field.room(pairs) } else { 0 }),
             part: memory(sums),
             windows: 0,
             scale: 1.0,
@@ -113,8 +109,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     }
 
     /// Makes room for the slots of a step.
-    #[inline(always)]
-    pub(super) fn begin_step<F: TileField<T>>(&mut self, s: S, field: &F, kept: &KeptBy<'_, T>) {
+    pub(super) fn begin_step(&mut self, s: S, field: &dyn Tiled<T, S, V>, kept: &KeptBy<'_, T>) {
         if self.base + self.stages > self.capacity {
             self.flush(s, field, kept);
             self.base = 0;
@@ -143,11 +138,10 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         }
     }
 
-    #[inline(always)]
-    pub(super) fn push<F: TileField<T>>(
+    pub(super) fn push(
         &mut self,
         s: S,
-        field: &F,
+        field: &dyn Tiled<T, S, V>,
         at: (usize, usize),
         kept: &KeptBy<'_, T>,
     ) {
@@ -163,11 +157,10 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     }
 
     /// From now on, cotangents carry this scale.
-    #[inline(always)]
-    pub(super) fn scaled_by<F: TileField<T>>(
+    pub(super) fn scaled_by(
         &mut self,
         s: S,
-        field: &F,
+        field: &dyn Tiled<T, S, V>,
         kept: &KeptBy<'_, T>,
         scale: f64,
     ) {
@@ -179,8 +172,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     }
 
     /// Collects the gradients of what is pending.
-    #[inline(always)]
-    pub(super) fn flush<F: TileField<T>>(&mut self, s: S, field: &F, kept: &KeptBy<'_, T>) {
+    pub(super) fn flush(&mut self, s: S, field: &dyn Tiled<T, S, V>, kept: &KeptBy<'_, T>) {
         if self.differentiate && !self.pending.is_empty() {
             let slot = |&Pending { slot, at }: &Pending| {
                 let pair = if self.at_once { 0 } else { slot };
@@ -194,7 +186,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
                 }
             };
             let slots: Vec<_> = self.pending.iter().map(slot).collect();
-            field.accumulate::<S, V>(s, &slots, &mut self.room, self.part.numbers_mut());
+            field.accumulate(s, &slots, &mut self.room, self.part.numbers_mut());
             self.windows += 1;
         }
         self.pending.clear();
@@ -204,7 +196,6 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     }
 
     /// Adds the partial sums to the total.
-    #[inline(always)]
     fn promote(&mut self, s: S) {
         if self.windows == 0 {
             return;
@@ -215,16 +206,17 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
             .get_or_insert_with(|| Room::new(size_of_val(part)));
         let (a, b) = in_range::<T>(1.0 / self.scale);
         let (a, b) = (T::splat(s, T::of(a)), T::splat(s, T::of(b)));
-        for (total, part) in total.numbers_mut().iter_mut().zip(part) {
-            *total = T::mul_add(s, a, T::times(s, b, *part), *total);
-            *part = T::zeros::<S>();
-        }
+        let promote = Promote::<T, S> {
+            factors: [a, b],
+            part,
+            total: total.numbers_mut(),
+        };
+        enter(s, promote);
         self.windows = 0;
     }
 
     /// The gradients of a group, of which a single block is not copied.
-    #[inline(always)]
-    pub(super) fn finish<F: TileField<T>>(&mut self, s: S, field: &F) -> Vec<T> {
+    pub(super) fn finish(&mut self, s: S, field: &dyn Tiled<T, S, V>) -> Vec<T> {
         if !self.differentiate {
             return vec![];
         }
@@ -233,6 +225,26 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         }
         let sums = self.total.as_ref().unwrap_or(&self.part);
         field.gradients(s, sums.numbers())
+    }
+}
+
+/// `total += a b part`, and zeros in its place.
+struct Promote<'a, T: Element, S: Simd> {
+    factors: [T::Vector<S>; 2],
+    part: &'a mut [T::Vector<S>],
+    total: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Promote<'_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let [a, b] = self.factors;
+        for (total, part) in self.total.iter_mut().zip(self.part) {
+            *total = T::mul_add(s, a, T::times(s, b, *part), *total);
+            *part = T::zeros::<S>();
+        }
     }
 }
 

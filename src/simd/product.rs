@@ -638,7 +638,11 @@ pub(crate) fn load<T: Element, S: Simd>(
     idle: Idle,
     tile: &mut [T::Vector<S>],
 ) {
-    let tile = scalars_mut::<T, S>(tile);
+    spread(rows, features, batch, idle, scalars_mut::<T, S>(tile));
+}
+
+/// [`load`], which needs no vectors.
+fn spread<T: Element>(rows: &[T], features: usize, batch: usize, idle: Idle, tile: &mut [T]) {
     for (b, row) in rows.chunks_exact(features).enumerate() {
         for (i, &x) in row.iter().enumerate() {
             tile[i * batch + b] = x;
@@ -661,7 +665,11 @@ pub(crate) fn store<T: Element, S: Simd>(
     batch: usize,
     rows: &mut [T],
 ) {
-    let tile = scalars::<T, S>(tile);
+    gather(scalars::<T, S>(tile), features, batch, rows);
+}
+
+/// [`store`], which needs none either.
+fn gather<T: Element>(tile: &[T], features: usize, batch: usize, rows: &mut [T]) {
     for (b, row) in rows.chunks_exact_mut(features).enumerate() {
         for (i, x) in row.iter_mut().enumerate() {
             *x = tile[i * batch + b];
