@@ -31,9 +31,9 @@ use crate::time::Step;
 use crate::trajectory::Checkpoint;
 
 /// What a forward pass over tiles leaves for the way back.
-pub(super) struct Trajectories<T: Element, S: Simd, const V: usize> {
+pub(super) struct Trajectories<T: Element, S: Simd> {
     pub(super) s: S,
-    pub(super) field: Box<dyn Tiled<T, S, V>>,
+    pub(super) field: Box<dyn Tiled<T, S>>,
     pub(super) selection: Selection,
     pub(super) weights: Vec<TensorId>,
     pub(super) shapes: Vec<Shape>,
@@ -41,7 +41,7 @@ pub(super) struct Trajectories<T: Element, S: Simd, const V: usize> {
     pub(super) groups: Vec<Vec<Tile<T>>>,
 }
 
-impl<T: Element, S: Simd, const V: usize> Reversible for Trajectories<T, S, V> {
+impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
     fn can_rewind(&self) -> bool {
         let mut tiles = self.groups.iter().flatten();
         tiles.all(|tile| tile.trajectory.can_rewind())
@@ -75,7 +75,7 @@ impl<T: Element, S: Simd, const V: usize> Reversible for Trajectories<T, S, V> {
         };
         let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
         let window = || Window::new(pass.field, stages, steps, pass.differentiate);
-        let each = |window: &mut Window<T, S, V>, tiles: &Vec<Tile<T>>| {
+        let each = |window: &mut Window<T, S>, tiles: &Vec<Tile<T>>| {
             let seed = Seed::Packed(&cotangent);
             pass.sweep(self.s, tiles, seed, window)
         };
@@ -148,8 +148,8 @@ pub(super) struct Group<T> {
 }
 
 /// What every tile's backward pass reads.
-pub(super) struct Pass<'a, T: Element, S: Simd, const V: usize> {
-    pub(super) field: &'a dyn Tiled<T, S, V>,
+pub(super) struct Pass<'a, T: Element, S: Simd> {
+    pub(super) field: &'a dyn Tiled<T, S>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a Plan<'a>,
     pub(super) differentiate: bool,
@@ -189,7 +189,7 @@ impl<'a, T> Seed<'a, T> {
     }
 }
 
-impl<T: Element, S: Simd, const V: usize> Pass<'_, T, S, V> {
+impl<T: Element, S: Simd> Pass<'_, T, S> {
     /// The backward pass of one group; compiled once for all that call it.
     #[inline(never)]
     pub(super) fn sweep(
@@ -197,7 +197,7 @@ impl<T: Element, S: Simd, const V: usize> Pass<'_, T, S, V> {
         s: S,
         tiles: &[Tile<T>],
         seed: Seed<'_, T>,
-        window: &mut Window<T, S, V>,
+        window: &mut Window<T, S>,
     ) -> std::result::Result<Group<T>, Failure> {
         let sweep = Sweep {
             pass: self,
@@ -209,15 +209,15 @@ impl<T: Element, S: Simd, const V: usize> Pass<'_, T, S, V> {
     }
 }
 
-/// The backward pass of one group of tiles of V vectors.
-struct Sweep<'a, T: Element, S: Simd, const V: usize> {
-    pass: &'a Pass<'a, T, S, V>,
+/// The backward pass of one group of tiles.
+struct Sweep<'a, T: Element, S: Simd> {
+    pass: &'a Pass<'a, T, S>,
     tiles: &'a [Tile<T>],
     seed: Seed<'a, T>,
-    window: &'a mut Window<T, S, V>,
+    window: &'a mut Window<T, S>,
 }
 
-impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sweep<'_, T, S, V> {
+impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
     type Output = std::result::Result<Group<T>, Failure>;
 
     #[inline(always)]
@@ -229,8 +229,9 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sweep<'_, T, S, V> {
             ..
         } = *self.pass;
         let (problem, layout) = (plan.problem, plan.layout);
-        let mut stepper = Stepper::<T, S, V>::new(s, field, plan);
-        let (size, batch) = (stepper.size, V * T::lanes::<S>());
+        let mut stepper = Stepper::<T, S>::new(s, field, plan);
+        let (size, width) = (stepper.size, stepper.width);
+        let batch = width * T::lanes::<S>();
         let steps = problem.plan.len();
         // Room for replays, which this plan needs none of.
         let mut slot = match problem.checkpoint {
@@ -258,7 +259,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sweep<'_, T, S, V> {
         } in self.tiles
         {
             let seed = |output: usize, to: &mut [T::Vector<S>]| {
-                each_leaf(layout, V, |leaf, features, range| {
+                each_leaf(layout, width, |leaf, features, range| {
                     let numbers = self.seed.of(problem, layout, output, leaf, (rows, at));
                     load::<T, S>(numbers, features, batch, Idle::Zeros, &mut to[range]);
                 });
@@ -311,13 +312,13 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sweep<'_, T, S, V> {
                 }
 
                 if scaler.is_dynamic() {
-                    scaler = scaler.aimed(magnitude::<T, S, V>(s, plan, &adj));
+                    scaler = scaler.aimed(magnitude::<T, S>(s, plan, width, &adj));
                 }
                 for stage in (0..stepper.stages.len()).rev() {
                     let i = stepper.stages[stage];
                     let at = (i, stage);
                     scaler = pull
-                        .stage::<V>(
+                        .stage(
                             &stepper,
                             step,
                             at,
@@ -341,7 +342,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sweep<'_, T, S, V> {
                 window.end_step();
             }
             window.flush(s, field, &kept);
-            each_leaf(layout, V, |_, features, range| {
+            each_leaf(layout, width, |_, features, range| {
                 let at = y0.len();
                 y0.resize(at + rows.len() * features, T::default());
                 store::<T, S>(&adj[range], features, batch, &mut y0[at..]);
@@ -359,16 +360,17 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sweep<'_, T, S, V> {
 
 /// max|λ| over the leaves whose cotangents can overflow, or over all where these are zero.
 #[inline(always)]
-fn magnitude<T: Element, S: Simd, const V: usize>(
+fn magnitude<T: Element, S: Simd>(
     s: S,
     plan: &Plan<'_>,
+    width: usize,
     adj: &[T::Vector<S>],
 ) -> f64 {
     let (mut low, mut all) = (0.0, 0.0f64);
     let mut rest = adj;
     for (features, rounds_to) in plan.layout.features.iter().zip(&plan.low) {
         let leaf;
-        (leaf, rest) = rest.split_at(features * V);
+        (leaf, rest) = rest.split_at(features * width);
         let mut max = T::zeros::<S>();
         for x in leaf {
             max = T::larger(s, max, T::abs(s, *x));
@@ -397,7 +399,7 @@ struct Pull<T: Element, S: Simd> {
 }
 
 impl<T: Element, S: Simd> Pull<T, S> {
-    fn new<const V: usize>(stepper: &Stepper<'_, T, S, V>) -> Self {
+    fn new(stepper: &Stepper<'_, T, S>) -> Self {
         let tableau = &stepper.plan.problem.scheme.tableau;
         let column = |i: usize| {
             let later = stepper.stages.iter().filter(|&&j| j > i);
@@ -414,13 +416,13 @@ impl<T: Element, S: Simd> Pull<T, S> {
     /// w'_i, with the cotangents left in the window; the scaler after it.
     #[allow(clippy::too_many_arguments)]
     #[inline(always)]
-    fn stage<const V: usize>(
+    fn stage(
         &mut self,
-        stepper: &Stepper<'_, T, S, V>,
+        stepper: &Stepper<'_, T, S>,
         step: Step,
         (i, at): (usize, usize),
         adj: &[T::Vector<S>],
-        window: &mut Window<T, S, V>,
+        window: &mut Window<T, S>,
         kept: &KeptBy<'_, T>,
         mut scaler: Scaler,
         stats: &mut Stats,

@@ -44,9 +44,9 @@ pub(super) fn start<T: Element>(problem: &Problem, y0: &Tensor) -> Result<Vec<T>
 }
 
 /// The forward pass of all tiles, and the way back.
-pub(super) fn run<T: Element, S: Simd, const V: usize>(
+pub(super) fn run<T: Element, S: Simd>(
     s: S,
-    field: Box<dyn Tiled<T, S, V>>,
+    field: Box<dyn Tiled<T, S>>,
     task: Task<'_, T>,
     stats: &mut Stats,
 ) -> Result<Solved> {
@@ -98,8 +98,8 @@ pub(super) fn run<T: Element, S: Simd, const V: usize>(
 
 /// What every tile's forward pass reads.
 #[derive(Clone, Copy)]
-pub(super) struct Integrate<'a, T: Element, S: Simd, const V: usize> {
-    pub(super) field: &'a dyn Tiled<T, S, V>,
+pub(super) struct Integrate<'a, T: Element, S: Simd> {
+    pub(super) field: &'a dyn Tiled<T, S>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a Plan<'a>,
     pub(super) y0: &'a [T],
@@ -107,7 +107,7 @@ pub(super) struct Integrate<'a, T: Element, S: Simd, const V: usize> {
     pub(super) elements: usize,
 }
 
-impl<T: Element, S: Simd, const V: usize> Integrate<'_, T, S, V> {
+impl<T: Element, S: Simd> Integrate<'_, T, S> {
     /// The forward pass of the tiles with these first rows.  `rooms` for what is kept of evaluations are used
     /// before new ones are made.  Compiled once for all that call it.
     #[inline(never)]
@@ -129,13 +129,13 @@ impl<T: Element, S: Simd, const V: usize> Integrate<'_, T, S, V> {
 }
 
 /// [`Integrate::group`], in code for the vector unit.
-struct OneGroup<'a, T: Element, S: Simd, const V: usize> {
-    pass: Integrate<'a, T, S, V>,
+struct OneGroup<'a, T: Element, S: Simd> {
+    pass: Integrate<'a, T, S>,
     tiles: &'a [usize],
     rooms: Vec<Kept<T>>,
 }
 
-impl<T: Element, S: Simd, const V: usize> Kernel<S> for OneGroup<'_, T, S, V> {
+impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
     type Output = std::result::Result<Group<T>, Failure>;
 
     #[inline(always)]
@@ -150,10 +150,11 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for OneGroup<'_, T, S, V> {
         let Plan {
             problem, layout, ..
         } = plan;
-        let mut stepper = Stepper::<T, S, V>::new(s, field, plan);
+        let mut stepper = Stepper::<T, S>::new(s, field, plan);
         let mut slot = stepper.slot();
         let mut y = vectors::<T, S>(stepper.size);
-        let batch = V * T::lanes::<S>();
+        let width = stepper.width;
+        let batch = width * T::lanes::<S>();
         let mut group = Group {
             tiles: Vec::with_capacity(self.tiles.len()),
             states: vec![],
@@ -165,7 +166,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for OneGroup<'_, T, S, V> {
         group.states = room_for("returned states", numbers).map_err(anywhere)?;
         for &first in self.tiles {
             let rows = plan.rows(first, batch);
-            each_leaf(layout, V, |leaf, features, range| {
+            each_leaf(layout, width, |leaf, features, range| {
                 let from = layout.offset(leaf, first);
                 let numbers = &self.pass.y0[from..from + rows.len() * features];
                 load::<T, S>(numbers, features, batch, Idle::Copies, &mut y[range]);
@@ -175,7 +176,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for OneGroup<'_, T, S, V> {
             let trajectory = TileTrajectory::new::<S>(problem.checkpoint, steps, store, &y);
             let mut trajectory = trajectory.map_err(anywhere)?;
             let returned = |y: &[T::Vector<S>], states: &mut Vec<T>| {
-                each_leaf(layout, V, |_, features, range| {
+                each_leaf(layout, width, |_, features, range| {
                     let at = states.len();
                     states.resize(at + rows.len() * features, T::default());
                     self::store::<T, S>(&y[range], features, batch, &mut states[at..]);
@@ -210,7 +211,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for OneGroup<'_, T, S, V> {
     }
 }
 
-/// Leaf, its features and its vectors in a tile of V vectors.
+/// Leaf, its features and its vectors in a tile of so many vectors a feature.
 #[inline(always)]
 pub(super) fn each_leaf(
     layout: &Layout,

@@ -63,9 +63,9 @@ impl<T: Element> Reversible for Graded<T> {
 }
 
 /// The loss of all rows, in a tensor of one element, and its gradients.
-pub(super) fn run<T: Element, S: Simd, const V: usize>(
+pub(super) fn run<T: Element, S: Simd>(
     s: S,
-    field: &dyn Tiled<T, S, V>,
+    field: &dyn Tiled<T, S>,
     task: Task<'_, T>,
     loss: &Prepared<T>,
     stats: &mut Stats,
@@ -91,7 +91,7 @@ pub(super) fn run<T: Element, S: Simd, const V: usize>(
     };
     let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
     let groups = plan.groups::<T, S>(field.parameters());
-    let rows = V * T::lanes::<S>();
+    let rows = field.width() * T::lanes::<S>();
     let cache = ActivationCache::within(KEPT);
     let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows, field.kept()));
     // A tile of every thread at a time; what fills up the last one is not of the batch.
@@ -116,10 +116,10 @@ pub(super) fn run<T: Element, S: Simd, const V: usize>(
     };
     // Pages cost more than what is written to them: the room of one tile is the next one's.
     let room = || {
-        let window = Window::<T, S, V>::new(field, stages, steps, pass.differentiate);
+        let window = Window::<T, S>::new(field, stages, steps, pass.differentiate);
         (window, vec![])
     };
-    let tile = |(window, rooms): &mut (Window<T, S, V>, Vec<Kept<T>>), first: &usize| {
+    let tile = |(window, rooms): &mut (Window<T, S>, Vec<Kept<T>>), first: &usize| {
         let integrated = integrate.group(s, std::slice::from_ref(first), std::mem::take(rooms))?;
         let anywhere = |error| Failure { at: (0, 0), error };
         let (loss, cotangent) = grade(loss, plan, &integrated).map_err(anywhere)?;

@@ -35,8 +35,8 @@ use crate::simd::{unit, Element};
 use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
-use tile::Tiled;
 pub(crate) use tile::{Slot, TileField};
+use tile::{Tiled, Wide};
 
 /// A field that the solver may integrate tile by tile.
 pub(crate) trait RowField: Clone + Send + Sync + 'static {
@@ -299,17 +299,17 @@ impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
             stats,
         } = self;
         let field = spec.tiles(s, task.plan.problem.packing.shapes())?;
-        if T::WIDE && task.plan.is_wide::<T, S>() {
-            solve_tiles::<T, S, 2>(s, Box::new(field), task, wanted, stats)
-        } else {
-            solve_tiles::<T, S, 1>(s, Box::new(field), task, wanted, stats)
-        }
+        let field: Box<dyn Tiled<T, S>> = match T::WIDE && task.plan.is_wide::<T, S>() {
+            true => Box::new(Wide::<_, 2>(field)),
+            false => Box::new(Wide::<_, 1>(field)),
+        };
+        solve_tiles(s, field, task, wanted, stats)
     }
 }
 
-fn solve_tiles<T: Element, S: Simd, const V: usize>(
+fn solve_tiles<T: Element, S: Simd>(
     s: S,
-    field: Box<dyn Tiled<T, S, V>>,
+    field: Box<dyn Tiled<T, S>>,
     task: Task<'_, T>,
     wanted: Wanted<T>,
     stats: &mut Stats,

@@ -15,10 +15,12 @@ use crate::time::Step;
 type Terms = Vec<(f64, usize)>;
 
 /// Takes steps of one tile after the other; owns the room that a step needs.
-pub(super) struct Stepper<'p, T: Element, S: Simd, const V: usize> {
+pub(super) struct Stepper<'p, T: Element, S: Simd> {
     pub(super) s: S,
-    pub(super) field: &'p dyn Tiled<T, S, V>,
+    pub(super) field: &'p dyn Tiled<T, S>,
     pub(super) plan: &'p Plan<'p>,
+    /// Vectors of a feature.
+    pub(super) width: usize,
     /// Vectors of a state.
     pub(super) size: usize,
     /// Active stages, ascending.
@@ -31,10 +33,11 @@ pub(super) struct Stepper<'p, T: Element, S: Simd, const V: usize> {
     ks: Vectors<T, S>,
 }
 
-impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
-    pub(super) fn new(s: S, field: &'p dyn Tiled<T, S, V>, plan: &'p Plan<'p>) -> Self {
+impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
+    pub(super) fn new(s: S, field: &'p dyn Tiled<T, S>, plan: &'p Plan<'p>) -> Self {
         let scheme = &plan.problem.scheme;
-        let (tableau, size) = (&scheme.tableau, plan.layout.dim() * V);
+        let (tableau, width) = (&scheme.tableau, field.width());
+        let size = plan.layout.dim() * width;
         let stages: Vec<_> = (0..tableau.stages())
             .filter(|&i| scheme.active[i])
             .collect();
@@ -46,6 +49,7 @@ impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
             s,
             field,
             plan,
+            width,
             size,
             a: (0..tableau.stages())
                 .map(|i| terms(&tableau.a(i)[..i.min(tableau.a(i).len())]))
@@ -58,7 +62,7 @@ impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
 
     /// Room for what one evaluation keeps.
     pub(super) fn slot(&self) -> Vectors<T, S> {
-        vectors::<T, S>(self.field.kept() * V)
+        vectors::<T, S>(self.field.kept() * self.width)
     }
 
     /// y_{n+1} in place of y_n; what is wanted of the evaluations is kept.
@@ -90,7 +94,9 @@ impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
         for at in 0..self.stages.len() {
             let i = self.stages[at];
             let place = match &mut kept {
-                Some((selection, kept)) => kept.slot_mut::<S>(selection, (step.index, at), V),
+                Some((selection, kept)) => {
+                    kept.slot_mut::<S>(selection, (step.index, at), self.width)
+                }
                 None => None,
             };
             if let Some(place) = place {
@@ -100,7 +106,7 @@ impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
                 self.stage(step, i, y, slot);
                 self.evaluate(step, i, slot);
                 if let Some((selection, kept)) = &mut kept {
-                    kept.save(self.s, selection, (step.index, at), slot, V);
+                    kept.save(self.s, selection, (step.index, at), slot, self.width);
                 }
             }
             let k = &self.ks[i * self.size..][..self.size];
@@ -132,7 +138,7 @@ impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
     /// only as far as later stages read them.
     #[inline(always)]
     pub(super) fn linearize(&mut self, step: Step, y: &[T::Vector<S>], slots: &mut [T::Vector<S>]) {
-        let size = self.field.kept() * V;
+        let size = self.field.kept() * self.width;
         for (at, slot) in (0..self.stages.len()).zip(slots.chunks_exact_mut(size)) {
             let i = self.stages[at];
             self.stage(step, i, y, slot);
@@ -155,10 +161,10 @@ impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
         slots: &mut [T::Vector<S>],
     ) {
         let known = selection.known(step.index);
-        let size = self.field.kept() * V;
+        let size = self.field.kept() * self.width;
         for (at, slot) in (0..self.stages.len()).zip(slots.chunks_exact_mut(size)) {
             let i = self.stages[at];
-            kept.load(self.s, selection, (step.index, at), slot, V);
+            kept.load(self.s, selection, (step.index, at), slot, self.width);
             let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
             self.field.recall(self.s, t, slot, &known);
         }
@@ -178,13 +184,13 @@ impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
         let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
         let k = &mut self.ks[i * self.size..][..self.size];
         self.field.velocity(self.s, t, slot, Some(k));
-        round::<T, S, V>(self.s, self.plan, k);
+        round::<T, S>(self.s, self.plan, self.width, k);
     }
 
     /// Rounds a state-like tile to compute precision, leaf by leaf.
     #[inline(always)]
     pub(super) fn round(&self, x: &mut [T::Vector<S>]) {
-        round::<T, S, V>(self.s, self.plan, x);
+        round::<T, S>(self.s, self.plan, self.width, x);
     }
 
     /// y_{m+1} from y_m as they are kept, for a plan that did not keep it.
@@ -203,15 +209,15 @@ impl<'p, T: Element, S: Simd, const V: usize> Stepper<'p, T, S, V> {
 }
 
 /// [`Stepper::advance`], in code for the vector unit.
-struct Advance<'a, 'p, T: Element, S: Simd, const V: usize> {
-    stepper: &'a mut Stepper<'p, T, S, V>,
+struct Advance<'a, 'p, T: Element, S: Simd> {
+    stepper: &'a mut Stepper<'p, T, S>,
     step: Step,
     y: &'a mut [T::Vector<S>],
     slot: &'a mut [T::Vector<S>],
     kept: Option<(&'a Selection, &'a mut Kept<T>)>,
 }
 
-impl<T: Element, S: Simd, const V: usize> Kernel<S> for Advance<'_, '_, T, S, V> {
+impl<T: Element, S: Simd> Kernel<S> for Advance<'_, '_, T, S> {
     type Output = Result<(), Failure>;
 
     #[inline(always)]
@@ -221,11 +227,11 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Advance<'_, '_, T, S, V>
 }
 
 #[inline(always)]
-fn round<T: Element, S: Simd, const V: usize>(s: S, plan: &Plan<'_>, x: &mut [T::Vector<S>]) {
+fn round<T: Element, S: Simd>(s: S, plan: &Plan<'_>, width: usize, x: &mut [T::Vector<S>]) {
     let mut rest = x;
     for (features, low) in plan.layout.features.iter().zip(&plan.low) {
         let leaf;
-        (leaf, rest) = rest.split_at_mut(features * V);
+        (leaf, rest) = rest.split_at_mut(features * width);
         if *low != Low::None {
             for x in leaf {
                 *x = T::round(s, *low, *x);

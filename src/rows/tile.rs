@@ -83,9 +83,12 @@ pub(crate) struct Slot<'a, X> {
     pub(crate) cotangents: &'a [X],
 }
 
-/// A [`TileField`] on its vector unit, in tiles of V vectors, without its type: the loops over steps are
-/// compiled once for all fields.
-pub(super) trait Tiled<T: Element, S: Simd, const V: usize>: Send + Sync {
+/// A [`TileField`] on its vector unit, in tiles of one width, without its type: the loops over steps are
+/// compiled once for all fields and widths.
+pub(super) trait Tiled<T: Element, S: Simd>: Send + Sync {
+    /// Vectors of a feature.
+    fn width(&self) -> usize;
+
     /// [`TileField::kept`].
     fn kept(&self) -> usize;
 
@@ -132,39 +135,46 @@ pub(super) trait Tiled<T: Element, S: Simd, const V: usize>: Send + Sync {
     fn gradients(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T>;
 }
 
-impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S, V> for F {
+/// A field in tiles of V vectors a feature.
+pub(super) struct Wide<F, const V: usize>(pub(super) F);
+
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S> for Wide<F, V> {
+    fn width(&self) -> usize {
+        V
+    }
+
     fn kept(&self) -> usize {
-        TileField::kept(self)
+        self.0.kept()
     }
 
     fn cotangents(&self) -> usize {
-        TileField::cotangents::<S>(self)
+        self.0.cotangents::<S>()
     }
 
     fn sums(&self) -> usize {
-        TileField::sums::<S>(self)
+        self.0.sums::<S>()
     }
 
     fn room(&self, pairs: usize) -> usize {
-        TileField::room::<S, V>(self, pairs)
+        self.0.room::<S, V>(pairs)
     }
 
     fn parameters(&self) -> usize {
-        TileField::parameters(self)
+        self.0.parameters()
     }
 
     fn parts(&self) -> Vec<Part> {
-        TileField::parts(self)
+        self.0.parts()
     }
 
     fn velocity(&self, s: S, t: f64, kept: &mut [T::Vector<S>], k: Option<&mut [T::Vector<S>]>) {
-        let field = self;
+        let field = &self.0;
         enter(s, Velocity::<T, S, F, V> { field, t, kept, k });
     }
 
     fn recall(&self, s: S, t: f64, kept: &mut [T::Vector<S>], known: &[bool]) {
         let recall = Recall::<T, S, F, V> {
-            field: self,
+            field: &self.0,
             t,
             kept,
             known,
@@ -180,7 +190,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S, V> for F 
         w: &mut [T::Vector<S>],
     ) {
         let vjp = Vjp::<T, S, F, V> {
-            field: self,
+            field: &self.0,
             kept,
             cotangents,
             w,
@@ -196,7 +206,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S, V> for F 
         sums: &mut [T::Vector<S>],
     ) {
         let accumulate = Accumulate::<T, S, F, V> {
-            field: self,
+            field: &self.0,
             window,
             room,
             sums,
@@ -205,7 +215,13 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S, V> for F 
     }
 
     fn gradients(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
-        enter(s, Gradients::<T, S, F> { field: self, sums })
+        enter(
+            s,
+            Gradients::<T, S, F> {
+                field: &self.0,
+                sums,
+            },
+        )
     }
 }
 

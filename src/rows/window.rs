@@ -38,9 +38,11 @@ pub(super) struct OpenSlot<'a, X> {
 }
 
 /// Evaluations with their cotangents, from which parameter gradients are collected.
-pub(super) struct Window<T: Element, S: Simd, const V: usize> {
+pub(super) struct Window<T: Element, S: Simd> {
     /// Whether gradients of parameters are wanted at all.
     differentiate: bool,
+    /// Vectors of a feature.
+    width: usize,
     /// Vectors of a slot.
     kept_size: usize,
     cotangent_size: usize,
@@ -64,14 +66,15 @@ pub(super) struct Window<T: Element, S: Simd, const V: usize> {
     total: Option<Room>,
 }
 
-impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
+impl<T: Element, S: Simd> Window<T, S> {
     pub(super) fn new(
-        field: &dyn Tiled<T, S, V>,
+        field: &dyn Tiled<T, S>,
         stages: usize,
         steps: usize,
         differentiate: bool,
     ) -> Self {
-        let (kept, cotangents) = (field.kept() * V, field.cotangents() * V);
+        let width = field.width();
+        let (kept, cotangents) = (field.kept() * width, field.cotangents() * width);
         let slot = (kept + cotangents) * size_of::<T::Vector<S>>();
         let at_once = slot > CACHED;
         let several = WINDOW.div_ceil(stages.max(1)).min(steps.max(1));
@@ -81,6 +84,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
         let sums = if differentiate { field.sums() } else { 0 };
         Self {
             differentiate,
+            width,
             kept_size: kept,
             cotangent_size: cotangents,
             kept: memory(capacity * kept),
@@ -109,7 +113,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     }
 
     /// Makes room for the slots of a step.
-    pub(super) fn begin_step(&mut self, s: S, field: &dyn Tiled<T, S, V>, kept: &KeptBy<'_, T>) {
+    pub(super) fn begin_step(&mut self, s: S, field: &dyn Tiled<T, S>, kept: &KeptBy<'_, T>) {
         if self.base + self.stages > self.capacity {
             self.flush(s, field, kept);
             self.base = 0;
@@ -129,7 +133,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     ) -> OpenSlot<'a, T::Vector<S>> {
         let slot = self.base + at.1;
         let pair = if self.at_once { 0 } else { slot };
-        let whole = kept.evaluations.slot::<S>(kept.selection, at, V);
+        let whole = kept.evaluations.slot::<S>(kept.selection, at, self.width);
         OpenSlot {
             kept: whole
                 .unwrap_or_else(|| &self.kept.numbers()[slot * self.kept_size..][..self.kept_size]),
@@ -141,7 +145,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     pub(super) fn push(
         &mut self,
         s: S,
-        field: &dyn Tiled<T, S, V>,
+        field: &dyn Tiled<T, S>,
         at: (usize, usize),
         kept: &KeptBy<'_, T>,
     ) {
@@ -160,7 +164,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     pub(super) fn scaled_by(
         &mut self,
         s: S,
-        field: &dyn Tiled<T, S, V>,
+        field: &dyn Tiled<T, S>,
         kept: &KeptBy<'_, T>,
         scale: f64,
     ) {
@@ -172,11 +176,11 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     }
 
     /// Collects the gradients of what is pending.
-    pub(super) fn flush(&mut self, s: S, field: &dyn Tiled<T, S, V>, kept: &KeptBy<'_, T>) {
+    pub(super) fn flush(&mut self, s: S, field: &dyn Tiled<T, S>, kept: &KeptBy<'_, T>) {
         if self.differentiate && !self.pending.is_empty() {
             let slot = |&Pending { slot, at }: &Pending| {
                 let pair = if self.at_once { 0 } else { slot };
-                let whole = kept.evaluations.slot::<S>(kept.selection, at, V);
+                let whole = kept.evaluations.slot::<S>(kept.selection, at, self.width);
                 Slot {
                     kept: whole.unwrap_or_else(|| {
                         &self.kept.numbers()[slot * self.kept_size..][..self.kept_size]
@@ -216,7 +220,7 @@ impl<T: Element, S: Simd, const V: usize> Window<T, S, V> {
     }
 
     /// The gradients of a group, of which a single block is not copied.
-    pub(super) fn finish(&mut self, s: S, field: &dyn Tiled<T, S, V>) -> Vec<T> {
+    pub(super) fn finish(&mut self, s: S, field: &dyn Tiled<T, S>) -> Vec<T> {
         if !self.differentiate {
             return vec![];
         }
