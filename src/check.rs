@@ -139,6 +139,7 @@ fn own_variables(field: &Field<'_>, t: &Time, y: &[Tensor]) -> Result<Vec<Tensor
 #[derive(Clone, Debug)]
 pub(crate) struct Point {
     pub(crate) t: f64,
+    step: Option<(usize, [f64; 2])>,
     pub(crate) y: Vec<Tensor>,
 }
 
@@ -147,7 +148,22 @@ impl Point {
     pub(crate) fn of(t: &Time, y: &[Tensor]) -> Self {
         Self {
             t: t.peek(),
+            step: t.peek_step(),
             y: y.iter().map(Tensor::detach).collect(),
+        }
+    }
+}
+
+impl Point {
+    /// Time t in the step that the point lies in.
+    fn time(&self, t: f64, dtype: DType, device: &Device) -> Time {
+        self.placed(Time::new(t, dtype, device))
+    }
+
+    fn placed(&self, time: Time) -> Time {
+        match self.step {
+            Some((step, interval)) => time.within(step, interval),
+            None => time,
         }
     }
 }
@@ -157,6 +173,7 @@ pub(crate) struct Parameter {
     pub(crate) name: String,
     pub(crate) tensor: Tensor,
 }
+
 /// A field, and what its check needs.
 pub(crate) struct Subject<'a> {
     /// The field whose pull-back is looked at.
@@ -199,8 +216,8 @@ impl Subject<'_> {
         sound: &mut [bool],
     ) -> Result<bool> {
         let time = match self.reads_time {
-            true => Time::differentiable(point.t, dtype, device),
-            false => Time::new(point.t, dtype, device),
+            true => point.placed(Time::differentiable(point.t, dtype, device)),
+            false => point.time(point.t, dtype, device),
         };
         let failed = |error: Error| match error {
             Error::UntrackedVelocity { .. } => Err(error),

@@ -11,15 +11,16 @@ use crate::time::{Time, Times};
 ///
 /// Networks whose weights change with depth, without a hyper-network: the first field is in force
 /// before t_1, the last from t_{n−1} on, also outside the grid.  On a decreasing grid the same
-/// holds in the direction of integration.  Which one is in force follows from the host's f64 time;
-/// nothing is read from a device.  States and dtypes are those of the fields; the breaks have no
-/// gradient.
+/// holds in its direction.  A solve may go either way, whichever way the grid goes.  Which field is in
+/// force follows from times on the host; nothing is read from a device.  States and dtypes are those of the
+/// fields; the breaks have no gradient.
 ///
-/// At a break the field that begins there is in force, so that a stage at the end of a step that
-/// ends on a break (the last of RK4) reads the next field's weights.  A method keeps its order
-/// within an interval; across a jump of f it has order one.  Where that matters, chain one solve
-/// an interval, which is also integrated tile by tile where the field can be: this one never is.
-/// Build it on a grid in the direction of the solve.
+/// A step that lies within an interval reads the field of that interval in all its stages, also in one
+/// that falls on the break at its end.  So a method keeps its order where steps end on the breaks: let the
+/// solve's times hold them.  Across a break inside a step each stage reads the field of its own time, and
+/// the order is one.
+///
+/// This field is not integrated tile by tile.  One solve for each interval is, where its field can be.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -84,10 +85,28 @@ impl<F> PiecewiseConstant<F> {
         Ok(Self::new(times, fields)?)
     }
 
-    /// The interval whose field is in force at time t.
+    /// The interval whose field is in force at time t, outside a step: at a break, the one that begins there.
     pub fn interval(&self, t: f64) -> usize {
         self.breaks
             .partition_point(|b| self.sign * (b - t) <= self.resolution)
+    }
+
+    /// The interval whose field is in force at a stage of a solve.
+    fn stage(&self, t: &Time) -> usize {
+        let at = self.interval(t.value());
+        let Some([start, end]) = t.interval() else {
+            return at;
+        };
+        let (from, to) = match self.sign * (end - start) < 0.0 {
+            true => (end, start),
+            false => (start, end),
+        };
+        let first = self.interval(from);
+        // Breaks before the end: at one that is the end, the next field begins after the step.
+        let last = self
+            .breaks
+            .partition_point(|b| self.sign * (b - to) < -self.resolution);
+        at.clamp(first, last.max(first))
     }
 
     /// The fields, by interval.
@@ -98,11 +117,11 @@ impl<F> PiecewiseConstant<F> {
 
 impl<S: State, F: VectorField<S>> VectorField<S> for PiecewiseConstant<F> {
     fn velocity(&self, t: &Time, y: &S) -> Result<S> {
-        self.fields[self.interval(t.value())].velocity(t, y)
+        self.fields[self.stage(t)].velocity(t, y)
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &S) -> Result<(S, Pullback<'f, S>)> {
-        self.fields[self.interval(t.value())].vjp(t, y)
+        self.fields[self.stage(t)].vjp(t, y)
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

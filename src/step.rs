@@ -87,7 +87,7 @@ impl Scheme {
             }
             let at = step.at(self.tableau.c()[i]);
             let stage = self.stage(i, step.h, y, &ks)?;
-            let time = self.time(i, at, false)?;
+            let time = self.time(i, step, false)?;
             let k = field
                 .velocity(&time, &stage)
                 .map_err(|e| located(e.into(), step, i, at))?;
@@ -166,7 +166,7 @@ impl Scheme {
             }
             let at = step.at(self.tableau.c()[i]);
             let stage = self.stage(i, step.h, y, &ks)?;
-            let t = self.time(i, at, differentiate_time)?;
+            let t = self.time(i, step, differentiate_time)?;
             let (k, pull) = field
                 .vjp(&t, &stage)
                 .map_err(|e| located(e.into(), step, i, at))?;
@@ -180,17 +180,17 @@ impl Scheme {
     }
 
     /// The time of stage i.
-    fn time(&self, i: usize, t: f64, differentiable: bool) -> Result<Time> {
-        let dtype = self.roles[0].state;
+    fn time(&self, i: usize, step: Step, differentiable: bool) -> Result<Time> {
+        let (t, dtype) = (step.at(self.tableau.c()[i]), self.roles[0].state);
+        let within = |time: Time| time.within(step.index, [step.t, step.t + step.h]);
         #[cfg(feature = "cuda")]
         if let Some(fixture) = &self.fixture {
-            return Ok(Time::shown_by(t, fixture.clock.time(i)?));
+            return Ok(within(Time::shown_by(t, fixture.clock.time(i)?)));
         }
-        let _ = i;
-        Ok(match differentiable {
+        Ok(within(match differentiable {
             true => Time::differentiable(t, dtype, &self.device),
             false => Time::new(t, dtype, &self.device),
-        })
+        }))
     }
 
     /// Notes what the field did with its time, if that decides about a replay.

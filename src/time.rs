@@ -19,6 +19,8 @@ pub struct Time {
     dtype: DType,
     device: Device,
     differentiable: bool,
+    /// The step of the solve: its number, and its start and end.
+    step: Option<(usize, [f64; 2])>,
     tensor: OnceCell<Tensor>,
     /// Whether the field asked for the value.
     read: Cell<bool>,
@@ -34,6 +36,7 @@ impl Time {
             dtype,
             device: device.clone(),
             differentiable: false,
+            step: None,
             tensor: OnceCell::new(),
             read: Cell::new(false),
             shown: Cell::new(false),
@@ -65,9 +68,51 @@ impl Time {
         self.value
     }
 
+    /// The same, as a stage of step number `step` of a solve, which goes from the first of `interval` to the
+    /// second: what a solve tells the field, for tests of fields that read it.
+    pub fn within(self, step: usize, interval: [f64; 2]) -> Self {
+        Self {
+            step: Some((step, interval)),
+            ..self
+        }
+    }
+
+    /// Start and end of the step that the field is evaluated in, in the direction of the solve; `None`
+    /// outside a solve.  What jumps in time (a path joined by straight lines, weights by interval) is to be
+    /// looked up by it, not by [`value`](Self::value): a stage at the end of a step and one at the start of
+    /// the next have the same time, and belong to both sides of a jump.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_diffeq::Time;
+    /// // A table of slopes by unit interval: that of the step, also at its end.
+    /// let slope = |t: &Time| {
+    ///     let [start, end] = t.interval().unwrap_or([t.value(); 2]);
+    ///     [2.0, -1.0][(0.5 * (start + end)) as usize]
+    /// };
+    /// let stage = Time::new(1.0, DType::F32, &Device::Cpu);
+    /// assert_eq!(slope(&stage), -1.0);
+    /// assert_eq!(slope(&stage.within(0, [0.0, 1.0])), 2.0);
+    /// ```
+    pub fn interval(&self) -> Option<[f64; 2]> {
+        self.read.set(true);
+        self.step.map(|(_, interval)| interval)
+    }
+
+    /// Number of the step that the field is evaluated in; `None` outside a solve.
+    pub fn step(&self) -> Option<usize> {
+        self.read.set(true);
+        self.step.map(|(step, _)| step)
+    }
+
     /// The value, without noting that it was read.
     pub(crate) fn peek(&self) -> f64 {
         self.value
+    }
+
+    /// The step and its interval, without noting it either.
+    pub(crate) fn peek_step(&self) -> Option<(usize, [f64; 2])> {
+        self.step
     }
 
     /// Dtype and device of the tensor.

@@ -54,43 +54,87 @@ fn euler_is_the_product_of_its_factors_and_every_rate_has_its_own_gradient() {
 }
 
 #[test]
-fn the_last_stage_of_rk4_reads_the_field_that_begins_where_the_step_ends() {
-    let rates = rates(&A);
-    let field = PiecewiseConstant::new(&TIMES, growth(&rates)).unwrap();
-    let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
-    let y = odeint(field, &y0, &[0.0, 0.3], &OdeOptions::default()).unwrap();
-    let (h, a, b) = (0.3, A[0], A[1]);
-    let k1 = a;
-    let k2 = a * (1.0 + 0.5 * h * k1);
-    let k3 = a * (1.0 + 0.5 * h * k2);
-    let k4 = b * (1.0 + h * k3);
-    let exact = 1.0 + h / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4);
-    assert!((values(&y)[1] - exact).abs() < 8.0 * U_F64);
-}
-
-/// The error of y(1.2) against the product of exponentials, with m steps an interval.
-fn error_of_rk4(m: usize, solve_by_interval: bool) -> f64 {
-    let rates = rates(&A);
-    let mut y = Tensor::new(&[1f64], &Device::Cpu).unwrap();
-    let options = method(&RK4, m);
-    if solve_by_interval {
-        for (interval, field) in TIMES.windows(2).zip(growth(&rates)) {
-            let ys = odeint(field, &y, interval, &options).unwrap();
-            y = ys.get(1).unwrap();
-        }
-    } else {
-        let field = PiecewiseConstant::new(&TIMES, growth(&rates)).unwrap();
-        y = odeint(field, &y, &TIMES, &options).unwrap().get(3).unwrap();
+fn every_stage_of_a_step_reads_the_field_of_its_interval() {
+    // A step that ends on a break, and one that begins there; there and back.
+    for (times, rate) in [
+        ([0.0, 0.3], A[0]),
+        ([0.3, 1.0], A[1]),
+        ([1.0, 0.3], A[1]),
+        ([0.3, 0.0], A[0]),
+    ] {
+        let field = PiecewiseConstant::new(&TIMES, growth(&rates(&A))).unwrap();
+        let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+        let y = odeint(field, &y0, &times, &OdeOptions::default()).unwrap();
+        let z = (times[1] - times[0]) * rate;
+        let exact = 1.0 + z * (1.0 + z / 2.0 * (1.0 + z / 3.0 * (1.0 + z / 4.0)));
+        assert!((values(&y)[1] - exact).abs() < 8.0 * U_F64, "{times:?}");
     }
-    let exponent: f64 = (0..3).map(|i| A[i] * (TIMES[i + 1] - TIMES[i])).sum();
-    (values(&y)[0] - exponent.exp()).abs()
 }
 
 #[test]
-fn rk4_has_order_one_across_breaks_and_four_when_intervals_are_chained() {
-    let order = |chained| (error_of_rk4(8, chained) / error_of_rk4(16, chained)).log2();
-    assert!((order(false) - 1.0).abs() < 0.2, "{}", order(false));
-    assert!((order(true) - 4.0).abs() < 0.2, "{}", order(true));
+fn across_a_break_inside_a_step_each_stage_reads_the_field_of_its_time() {
+    for backwards in [false, true] {
+        let field = PiecewiseConstant::new(&TIMES, growth(&rates(&A))).unwrap();
+        let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+        // 0.3 lies inside; the stages are at 0.2, 0.35 and 0.5.
+        let (times, [first, last]) = match backwards {
+            false => ([0.2, 0.5], [A[0], A[1]]),
+            true => ([0.5, 0.2], [A[1], A[0]]),
+        };
+        let y = odeint(field, &y0, &times, &OdeOptions::default()).unwrap();
+        let h = times[1] - times[0];
+        let k1 = first;
+        let k2 = A[1] * (1.0 + 0.5 * h * k1);
+        let k3 = A[1] * (1.0 + 0.5 * h * k2);
+        let k4 = last * (1.0 + h * k3);
+        let exact = 1.0 + h / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4);
+        assert!((values(&y)[1] - exact).abs() < 8.0 * U_F64);
+    }
+}
+
+#[test]
+fn a_field_sees_the_step_that_it_is_evaluated_in() {
+    let seen = std::sync::Mutex::new(vec![]);
+    let outside = Time::new(0.5, DType::F64, &Device::Cpu);
+    assert_eq!((outside.step(), outside.interval()), (None, None));
+    let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+    let options = OdeOptions {
+        check: candle_diffeq::FieldCheck::Never,
+        ..method(&RK4, 2)
+    };
+    let field = |t: &Time, y: &Tensor| {
+        seen.lock().unwrap().push((t.step(), t.interval()));
+        y.neg()
+    };
+    candle_diffeq::solve(&field, &y0, &[1.0, 0.0], &options).unwrap();
+    let seen = seen.into_inner().unwrap();
+    let of = |step: usize, interval| vec![(Some(step), Some(interval)); 4];
+    assert_eq!(seen, [of(0, [1.0, 0.5]), of(1, [0.5, 0.0])].concat());
+}
+
+/// The error of y at the end of `times` against the product of exponentials, with m steps an interval.
+fn error_of_rk4(m: usize, times: &[f64]) -> f64 {
+    let field = PiecewiseConstant::new(&TIMES, growth(&rates(&A))).unwrap();
+    let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+    let ys = odeint(field, &y0, times, &method(&RK4, m)).unwrap();
+    let (start, end) = (times[0], times[times.len() - 1]);
+    let lasts = |i: usize| {
+        let within = |t: f64| t.clamp(TIMES[i], TIMES[i + 1]);
+        within(end) - within(start)
+    };
+    let exponent: f64 = (0..3).map(|i| A[i] * lasts(i)).sum();
+    (values(&ys)[times.len() - 1] - exponent.exp()).abs()
+}
+
+#[test]
+fn rk4_has_order_four_where_steps_end_on_breaks_both_ways_and_one_across_a_break_inside() {
+    let reversed: Vec<f64> = TIMES.iter().rev().copied().collect();
+    // 0.3 and 1 lie inside steps however often they are halved.
+    let across = [0.1, 1.15];
+    for (times, expected) in [(&TIMES[..], 4.0), (&reversed[..], 4.0), (&across[..], 1.0)] {
+        let order = (error_of_rk4(8, times) / error_of_rk4(128, times)).log2() / 4.0;
+        assert!((order - expected).abs() < 0.3, "{times:?}: {order}");
+    }
 }
 
 #[test]

@@ -141,7 +141,7 @@ impl Trial<'_> {
     /// The velocity with one argument moved.
     fn velocity(&self, of: Of, value: &Tensor) -> candle_core::Result<Option<Vec<Tensor>>> {
         let y = &self.point.y;
-        let time = |t| Time::new(t, self.dtype, self.device);
+        let time = |t| self.point.time(t, self.dtype, self.device);
         match of {
             Of::State(leaf) => {
                 let mut y = y.clone();
@@ -315,7 +315,7 @@ impl Trial<'_> {
         let first = |x: &[Tensor]| -> candle_core::Result<Vec<Tensor>> {
             x.iter().map(|x| x.narrow(0, 0, 1)?.contiguous()).collect()
         };
-        let time = Time::new(self.point.t, self.dtype, self.device);
+        let time = self.point.time(self.point.t, self.dtype, self.device);
         let Ok((alone, pull_alone)) = self.subject.field.vjp(&time, &first(y)?) else {
             return Ok(None);
         };
@@ -475,7 +475,7 @@ pub(crate) fn depends_on(
 ) -> candle_core::Result<Option<bool>> {
     let point = Point::of(t, y);
     let (dtype, device) = t.kind();
-    let time = Time::new(point.t, dtype, &device);
+    let time = point.time(point.t, dtype, &device);
     let k = field.velocity(&time, &point.y)?;
     alike(&point.y, &k)?;
     let base = numbers(&k)?;
