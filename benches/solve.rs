@@ -37,7 +37,7 @@ impl Solve {
             let l3 = linear(HIDDEN, 2, vb.pp("l3"))?;
             let forward =
                 move |y: &Tensor| l3.forward(&l2.forward(&l1.forward(y)?.tanh()?)?.tanh()?);
-            Ok(candle_diffeq::autonomous(candle_nn::func(forward)))
+            Ok(candle_diffeq::fields::autonomous(candle_nn::func(forward)))
         };
         let options = OdeOptions {
             precision: Some(precision),

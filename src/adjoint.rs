@@ -21,14 +21,14 @@ use candle_core::{DType, Tensor};
 
 use crate::accumulator::Accumulator;
 use crate::error::{Error, Result};
+use crate::field::{pullback, Field};
 use crate::ops;
 use crate::precision::{Roles, Rounding};
-use crate::pullback;
 use crate::scaler::{Outcome, Scaler};
 #[cfg(feature = "cuda")]
 use crate::stats::NotReplayed;
 use crate::stats::Stats;
-use crate::step::{located, Field, Linear, Scheme};
+use crate::step::{located, Linear, Scheme};
 use crate::time::{Step, StepPlan};
 use crate::trajectory::Trajectory;
 use crate::watch::Watch;
@@ -452,6 +452,7 @@ mod tests {
             index: interval,
             t: 0.0,
             h: 1.0,
+            end: 1.0,
             interval,
             span: (0.0, 1.0),
         };

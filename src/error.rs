@@ -1,11 +1,15 @@
 //! What can go wrong, one variant each, carrying the numbers that say where.
 
+mod defects;
+mod need;
+
 use candle_core::{DType, DeviceLocation, Shape};
 
-use crate::memory::{Bytes, MemoryNeed};
-use crate::pullback::PullbackDefect;
-use crate::tableau::TableauDefect;
-use crate::time::Steps;
+pub use defects::{Argument, PullbackDefect, TableauDefect};
+pub(crate) use need::Bytes;
+pub use need::MemoryNeed;
+
+pub use crate::stats::NotReplayed;
 
 /// Result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -71,7 +75,7 @@ pub enum Error {
         /// Intervals of the grid.
         intervals: usize,
     },
-    /// [`Steps::PerInterval`]`(0)`.
+    /// [`Steps::PerInterval`](crate::Steps::PerInterval)`(0)`.
     #[error("Steps::PerInterval(0): an interval between two times needs at least one step")]
     NoSteps,
     /// Two neighbouring times whose difference overflows.
@@ -85,10 +89,10 @@ pub enum Error {
         t1: f64,
     },
     /// More steps than can be counted, 2^53.
-    #[error("Steps::{steps:?} asks for {count:e} steps up to the end of interval {interval}; fewer than 2^53 can be counted")]
+    #[error("Steps::{steps} asks for {count:e} steps up to the end of interval {interval}; fewer than 2^53 can be counted")]
     TooManySteps {
         /// The option.
-        steps: Steps,
+        steps: String,
         /// Interval in which the count passes the limit.
         interval: usize,
         /// Steps of this interval and those before it.
@@ -109,7 +113,7 @@ pub enum Error {
         t: f64,
     },
     /// A step that begins and ends at one number of the state dtype, in which the field reads time.
-    #[error("step {step} from t = {t:?} to {end} begins and ends at one number of {dtype:?}, in which the field reads time (Time::tensor): take larger steps, begin the times nearer to zero, or solve with an f64 state")]
+    #[error("step {step} from t = {t:?} to {end:?} begins and ends at one number of {dtype:?}, in which the field reads time (Time::tensor): take larger steps, begin the times nearer to zero, or solve with an f64 state")]
     TimeUnresolved {
         /// Index of the step.
         step: usize,
@@ -439,7 +443,7 @@ pub enum Error {
         /// What is wrong with it.
         defect: TableauDefect,
     },
-    /// Two samples that [`mmd`](crate::mmd()) cannot compare.
+    /// Two samples that [`mmd`](crate::metrics::mmd()) cannot compare.
     #[error(
         "two samples of at least two points with the same features are needed, got {x:?} and {y:?}"
     )]
@@ -467,7 +471,7 @@ fn listed(shapes: &[Shape]) -> String {
 }
 
 impl Error {
-    /// Whether gradients overflowed, which [`OnOverflow`](crate::OnOverflow) decides about.
+    /// Whether gradients overflowed, which [`OnOverflow`](crate::scaling::OnOverflow) decides about.
     pub(crate) fn is_overflow(&self) -> bool {
         matches!(
             self,

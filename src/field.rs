@@ -1,16 +1,22 @@
 //! The vector field f of y' = f(t, y), and its pull-back.
 
+pub(crate) mod autograd;
+pub(crate) mod check;
+pub(crate) mod pullback;
+
 use std::any::Any;
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Module, Tensor};
 
-use crate::autograd;
 #[cfg(feature = "cuda")]
 use crate::nn;
 use crate::state::State;
 use crate::time::Time;
+
+/// A field over the leaves of a state.
+pub(crate) type Field<'f> = dyn VectorField<Vec<Tensor>> + 'f;
 
 /// The right-hand side f(t, y) of the differential equation.
 ///
@@ -24,7 +30,7 @@ use crate::time::Time;
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
-/// use candle_diffeq::{odeint, Cotangents, OdeOptions, Pullback, Time, VectorField};
+/// use candle_diffeq::{odeint, OdeOptions, Time, VectorField, fields::{Cotangents, Pullback}};
 ///
 /// /// y' = w y with its pull-back written by hand.
 /// struct Growth {
@@ -162,7 +168,7 @@ pub struct Autonomous<M>(M);
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_diffeq::{autonomous, odeint, OdeOptions};
+/// use candle_diffeq::{odeint, OdeOptions, fields::autonomous};
 /// let vars = candle_nn::VarMap::new();
 /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
 /// let y0 = Tensor::ones((3, 2), DType::F32, &Device::Cpu)?;
@@ -193,7 +199,7 @@ pub struct Constant<F>(F);
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_diffeq::{constant, odeint, OdeOptions, Time};
+/// use candle_diffeq::{odeint, OdeOptions, Time, fields::constant};
 /// let y0 = Tensor::new(&[1f64], &Device::Cpu)?;
 /// let f = constant(|t: &Time, y: &Tensor| y.ones_like()? * (2.0 * t.value()));
 /// let y = odeint(f, &y0, &[0.0, 3.0], &OdeOptions::default())?;      // y = 1 + t²
@@ -243,7 +249,7 @@ where
 /// Floating-point tensors arrive in compute dtype, integers as they are: give numbers of classes as integers, for
 /// bf16 rounds 257 to 256.
 ///
-/// See [`odeint_with`](crate::odeint_with), [`solve_with`](crate::solve_with) and
+/// See [`odeint_with`](crate::odeint_with), [`solve_with`](crate::solution_with) and
 /// [`NeuralOde::with_args`](crate::NeuralOde::with_args).
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a vector field over a state `{S}` with arguments `{A}`",

@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use candle_core::{DType, Shape, Tensor};
 
-use crate::error::{Error, Result};
-use crate::memory::{MemoryNeed, TENSOR};
+use crate::error::{Error, MemoryNeed, Result};
+use crate::field::Field;
+use crate::memory::TENSOR;
 use crate::precision::Roles;
 use crate::problem::{Output, Problem};
 use crate::replay::Stepper;
 use crate::rows::{Reversible, Solved};
 use crate::state::Packing;
 use crate::stats::Stats;
-use crate::step::Field;
 use crate::time::Time;
 use crate::trajectory::{Checkpoint, Trajectory};
 use crate::watch::Watch;
@@ -92,6 +92,13 @@ fn need(problem: &Problem, checkpoint: Checkpoint) -> MemoryNeed {
 fn nothing(problem: &Problem, field: &Field<'_>, y0: &[Tensor]) -> Result<Forward> {
     let Problem { scheme, .. } = problem;
     let time = Time::new(problem.grid.points()[0], problem.state(), problem.device());
+    let time = match problem.plan.len() {
+        0 => time,
+        _ => {
+            let step = problem.plan.step(0);
+            time.within(step.index, [step.t, step.end])
+        }
+    };
     let round = |(y, roles): (&Tensor, &Roles)| roles.compute.round(y);
     let y = y0
         .iter()

@@ -5,13 +5,13 @@
 //! gradients.  Gradients are exact for the steps that were run, take no tape over steps, and reach
 //! the user's variables through candle's own `loss.backward()`.
 //!
-//! * [`odeint`]: a closure, solved; [`solve`]: the same without a graph; [`predict`]: without gradients.
+//! * [`odeint`]: a closure, solved; [`solution`]: the same without a graph; [`predict`]: without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
-//! * [`FieldWithArgs`]: fields with arguments, such as the output of an encoder.
+//! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
 //! * [`check_field`]: a field's pull-back compared with differences, which every model is once.
 //! * [`nn`]: layers and fields; perceptrons, their flows and convolutions are integrated tile by tile on
 //!   the CPU, several times faster.
-//! * [`mmd()`], and `datasets` behind a feature: to judge continuous flows by, and to train them on.
+//! * [`mmd`](metrics::mmd()), and `datasets` behind a feature: to judge continuous flows by, and to train them on.
 //! * [`OdeOptions`]: method ([`Tableau`]), steps, checkpoints, scaling, statistics.
 //!
 //! # Theory
@@ -32,17 +32,23 @@
 //!
 //! # Layout
 //!
-//! Data flows one way, and a module uses only those before it in this list.  `error`; `ops` (fused
-//! tensor operations), `precision` (dtype roles, the only place that rounds), `tableau`, `time`,
-//! `state`, `field` and `autograd` (f and its default pull-back), `piecewise` (one field after the
-//! other in time), `stats`, `watch` (for NaN); `step` (one step and its linearisation), `pullback`
-//! (checks of the form of what one returns), `trajectory` (what is kept), `scaler`, `problem` (what both
-//! passes know), `replay` (steps one after the other, also as CUDA graphs), `integrate` (the forward loop),
-//! `accumulator` and `adjoint` (the backward sweep), `arguments` and `parameters` (θ), `check` (pull-backs
-//! against differences), `odeint` and `neural_ode` (public entries; the node in candle's graph).
-//! With the feature `cuda`, `ops` has kernels for NVIDIA GPUs and `nn` whole solves in one launch.
-//! Beside the loops over whole batches stand `simd` (kernels), `rows` (both passes over one tile of
-//! rows after the other) and [`nn`] (fields that can be integrated so).
+//! Data flows one way: a module uses only modules before it in this list.  A test reads the list and holds every
+//! module to it; only code behind the feature `cuda` is not held to it yet.
+//!
+//! * `stats`, `error`: what a solve has done, and what can go wrong.
+//! * `state`, `memory`, `time`: the state and its rows, what a solve holds, the grid and its steps.
+//! * `field`: f, its default pull-back, and the check of a pull-back against differences.
+//! * `precision`, `simd`, `ops`: dtype roles; kernels for vector units; fused operations on tensors, which round.
+//! * `scaler`, `tableau`, `watch`: scales of the adjoint, coefficients of methods, the look-out for NaN.
+//! * `step`, `trajectory`: one step and its linearisation, and what is kept of many.
+//! * `problem`, `arguments`: what both passes know; the arguments of a field.
+//! * `accumulator`, `adjoint`, `replay`: sums of gradients, the backward sweep, steps one after the other.
+//! * `loss`, `rows`: losses by row; both passes over one tile of rows after the other.
+//! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; θ itself.
+//! * `nn`: layers, and fields that can be integrated tile by tile.
+//! * `passes`, `node`, `solution`: a solve whichever way it goes, as a node of candle's graph and without one.
+//! * `odeint`, `piecewise`, `neural_ode`: the public entries, and fields one after the other in time.
+//! * `datasets`, `mmd`: what continuous flows learn and are judged by.
 //!
 //! # Limits
 //!
@@ -55,11 +61,9 @@
 mod accumulator;
 mod adjoint;
 mod arguments;
-mod autograd;
-mod check;
 #[cfg(feature = "datasets")]
 pub mod datasets;
-mod error;
+pub mod error;
 mod field;
 mod integrate;
 mod link;
@@ -76,7 +80,6 @@ mod passes;
 mod piecewise;
 mod precision;
 mod problem;
-mod pullback;
 mod replay;
 mod rows;
 mod scaler;
@@ -85,37 +88,47 @@ mod solution;
 mod state;
 mod stats;
 mod step;
-mod tableau;
+pub mod tableau;
 mod time;
 mod trajectory;
 mod watch;
 
-pub use check::{check_field, FieldCheck};
 pub use error::{Error, Result};
-pub use field::{
-    autonomous, constant, Autonomous, Constant, Cotangents, FieldWithArgs, Pullback, VectorField,
-};
+pub use field::check::{check_field, FieldCheck};
+pub use field::VectorField;
 pub use loss::RowLoss;
-pub use memory::MemoryNeed;
-pub use mmd::mmd;
-pub use neural_ode::{Given, NeuralOde};
-pub use odeint::{odeint, odeint_with, predict, solve, solve_with};
+pub use neural_ode::NeuralOde;
+pub use odeint::{odeint, odeint_with, predict, solution, solution_with};
 #[doc(hidden)]
 pub use ops::internals;
-pub use piecewise::PiecewiseConstant;
 pub use precision::{Arithmetic, Precision};
 pub use problem::{ActivationCache, OdeOptions, Output};
-pub use pullback::{Argument, PullbackDefect};
-pub use scaler::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
 pub use solution::{Gradients, Solution};
 pub use state::State;
-pub use stats::{NotReplayed, Recorder, Stats};
-pub use tableau::{
-    Tableau, TableauDefect, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG45, HEUN, MIDPOINT, RALSTON, RK3,
-    RK4, RK4_38, SSP_RK3, TSIT5,
-};
+pub use stats::{Recorder, Stats};
+pub use tableau::{Tableau, DOPRI5, RK4};
 pub use time::{Steps, Time, TimeGrid, Times};
 pub use trajectory::Checkpoint;
+
+/// What fields are made of and made from: modules and constants as fields, pieces in time, fields with
+/// arguments, and what a pull-back of one's own returns.
+pub mod fields {
+    pub use crate::field::{
+        autonomous, constant, Autonomous, Constant, Cotangents, FieldWithArgs, Pullback,
+    };
+    pub use crate::neural_ode::Given;
+    pub use crate::piecewise::PiecewiseConstant;
+}
+
+/// Scales that keep cotangents within the range of f16: inside a solve, and around one.
+pub mod scaling {
+    pub use crate::scaler::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
+}
+
+/// To judge continuous flows by.
+pub mod metrics {
+    pub use crate::mmd::mmd;
+}
 
 /// The README's example, run as a test.
 #[cfg(doctest)]

@@ -6,8 +6,8 @@ use candle_nn::loss::cross_entropy;
 
 use crate::error::{Error, Result};
 use crate::problem::{Output, Problem};
-use crate::rows::Layout;
 use crate::simd::Element;
+use crate::state::RowLayout;
 use crate::state::State;
 
 /// A loss that is a mean over rows, for [`NeuralOde::loss`](crate::NeuralOde::loss).
@@ -133,7 +133,7 @@ impl RowLoss {
     pub(crate) fn prepared<T: Element>(
         &self,
         problem: &Problem,
-        layout: &Layout,
+        layout: &RowLayout,
     ) -> Result<Option<Prepared<T>>> {
         let features = layout.features[0];
         if problem.packing.shapes()[0].dims().last() != Some(&features) {
@@ -192,7 +192,7 @@ pub(crate) struct RowsOf<'a, T> {
 
 impl<T: Element> Prepared<T> {
     /// The part of the mean that is of these rows, and its derivative in place of a copy of them.
-    pub(crate) fn grade(&self, layout: &Layout, of: &RowsOf<'_, T>, cotangent: &mut [T]) -> f64 {
+    pub(crate) fn grade(&self, layout: &RowLayout, of: &RowsOf<'_, T>, cotangent: &mut [T]) -> f64 {
         let features = layout.features[0];
         let rows = of.y.len() / layout.dim();
         let z = &of.y[..rows * features];

@@ -18,7 +18,7 @@ const BLOCK: usize = 1024;
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_diffeq::mmd;
+/// use candle_diffeq::metrics::mmd;
 /// let x = Tensor::randn(0f32, 1.0, (500, 2), &Device::Cpu)?;
 /// let y = Tensor::randn(0f32, 1.0, (400, 2), &Device::Cpu)?;
 /// let sigma = 0.5f64.sqrt();

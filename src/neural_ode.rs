@@ -18,9 +18,11 @@ use candle_core::{DType, Device, Module, Tensor, TensorId, Var};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::arguments::Args;
-use crate::check::{self, FieldCheck, Parameter, Rebuilt, Subject};
 use crate::error::{Error, Result};
-use crate::field::{Bound, FieldWithArgs, Free, Leaves, OwnedField, SharedField, VectorField};
+use crate::field::check::{self, FieldCheck, Parameter, Rebuilt, Subject};
+use crate::field::{
+    Bound, Field, FieldWithArgs, Free, Leaves, OwnedField, SharedField, VectorField,
+};
 use crate::integrate::Forward;
 use crate::loss::RowLoss;
 use crate::nn;
@@ -32,7 +34,6 @@ use crate::precision::{Precision, Rounding};
 use crate::problem::{OdeOptions, Problem};
 use crate::solution::Solution;
 use crate::state::{Packing, State};
-use crate::step::Field;
 use crate::tableau::Tableau;
 use crate::time::Times;
 use model::{Builder, Factory, OfModule, Recording, Undo};
@@ -359,9 +360,13 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         &self,
         (y0, args): (&[Tensor], &A),
         times: &T,
+        loss: Option<&RowLoss>,
         untracked_too: bool,
     ) -> Result<Prepared> {
         let problem = Problem::new(y0, times.to_grid()?, &self.options)?;
+        if let Some(loss) = loss {
+            loss.check(&problem)?;
+        }
         let masters = self.masters()?;
         let all = masters.iter().map(|var| var.as_tensor());
         let name = |i: usize| self.names[i].clone();
@@ -388,10 +393,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             masters,
             args,
             y0,
-        } = self.prepare((&given, args), times, !in_graph)?;
-        if let Some(loss) = loss {
-            loss.check(&problem)?;
-        }
+        } = self.prepare((&given, args), times, loss, !in_graph)?;
         let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
         let keep = !in_graph || tracked || !masters.is_empty();
         if let Some(field) = self.packable(&problem, &masters) {
@@ -545,7 +547,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
 
     /// The states, and nothing kept.
     fn predict_given<T: Times + ?Sized>(&self, y0: &S, args: &A, times: &T) -> Result<S> {
-        let prepared = self.prepare((&y0.leaves(), args), times, false)?;
+        let prepared = self.prepare((&y0.leaves(), args), times, None, false)?;
         let Prepared {
             masters, args, y0, ..
         } = prepared;

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Tens
 
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
-use crate::field::{OwnedField, SharedField, VectorField};
+use crate::field::{Field, OwnedField, SharedField, VectorField};
 use crate::integrate::{Forward, Kept};
 use crate::link::{self, Handover};
 use crate::parameters::Theta;
@@ -14,7 +14,6 @@ use crate::passes;
 use crate::problem::Problem;
 use crate::scaler::OnOverflow;
 use crate::state::{Packing, State};
-use crate::step::Field;
 use crate::time::Time;
 
 /// Where a backward pass takes the field from: it may run in another thread than the forward pass.

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::arguments::Args;
-use crate::check::{self, FieldCheck, Subject};
 use crate::error::Result;
-use crate::field::{Bound, FieldWithArgs, Leaves, SharedField, VectorField};
+use crate::field::check::{self, FieldCheck, Subject};
+use crate::field::{Bound, Field, FieldWithArgs, Leaves, SharedField, VectorField};
 use crate::integrate::Forward;
 use crate::node::{node, Source};
 use crate::parameters::{Observed, Theta};
@@ -16,13 +16,12 @@ use crate::passes::run;
 use crate::problem::{OdeOptions, Problem};
 use crate::solution::Solution;
 use crate::state::{Packing, State};
-use crate::step::Field;
 use crate::time::{TimeGrid, Times};
 
 /// Solves y' = f(t, y) from y0 and returns the states at `times`, differentiable with
 /// `loss.backward()`.
 ///
-/// * `field`: a closure `|t: &Time, y: &S| …`, [`autonomous`](crate::autonomous)`(module)`, or any
+/// * `field`: a closure `|t: &Time, y: &S| …`, [`autonomous`](crate::fields::autonomous)`(module)`, or any
 ///   [`VectorField`].  Variables that it captures receive gradients; they keep their own dtype, so
 ///   for a low compute precision use [`NeuralOde`](crate::NeuralOde), which casts them once a solve.
 /// * `y0`: leaves of any shapes.  It receives a gradient if candle tracks it.
@@ -179,17 +178,17 @@ fn closure_in_graph<S: State>(
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_diffeq::{solve, OdeOptions, Time};
+/// use candle_diffeq::{solution, OdeOptions, Time};
 /// let rate = Tensor::new(0.5f64, &Device::Cpu)?;
 /// let field = |_: &Time, y: &Tensor| y.broadcast_mul(&rate);           // borrows `rate`
 /// let y0 = Tensor::new(&[1f64], &Device::Cpu)?;
-/// let solution = solve(&field, &y0, &[0.0, 1.0], &OdeOptions::default())?;
+/// let solved = solution(&field, &y0, &[0.0, 1.0], &OdeOptions::default())?;
 /// let cotangent = Tensor::new(&[[0f64], [1.0]], &Device::Cpu)?;        // L = y(1)
 /// let growth = solution.vjp(&cotangent)?.y0.to_vec1::<f64>()?[0];
 /// assert!((growth - 0.5f64.exp()).abs() < 3e-4);
 /// # Ok::<(), candle_diffeq::Error>(())
 /// ```
-pub fn solve<'f, S, F, T>(
+pub fn solution<'f, S, F, T>(
     field: &'f F,
     y0: &S,
     times: &T,
@@ -210,10 +209,10 @@ where
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_diffeq::{solve_with, OdeOptions, Time};
+/// use candle_diffeq::{solution_with, OdeOptions, Time};
 /// let field = |_: &Time, y: &Tensor, rate: &Tensor| y.broadcast_mul(rate);
 /// let (y0, rate) = (Tensor::new(&[1f64], &Device::Cpu)?, Tensor::new(0.5f64, &Device::Cpu)?);
-/// let solution = solve_with(&field, &y0, &rate, &[0.0, 1.0], &OdeOptions::default())?;
+/// let solved = solution_with(&field, &y0, &rate, &[0.0, 1.0], &OdeOptions::default())?;
 /// let cotangent = Tensor::new(&[[0f64], [1.0]], &Device::Cpu)?;
 /// let grads = solution.vjp(&cotangent)?;
 /// let grad = grads.params.get(&rate).unwrap().to_scalar::<f64>()?;       // y = e^rate
@@ -222,8 +221,8 @@ where
 /// ```
 ///
 /// # Errors
-/// As [`solve`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
-pub fn solve_with<'f, S, A, F, T>(
+/// As [`solution`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
+pub fn solution_with<'f, S, A, F, T>(
     field: &'f F,
     y0: &S,
     args: &A,
@@ -263,7 +262,7 @@ fn without_graph<'f, S: State>(
 
 /// The states at `times` without gradients: nothing is kept, so that memory does not grow with the steps.
 ///
-/// Arguments, result and errors as [`solve`].  [`NeuralOde::predict`](crate::NeuralOde::predict) is the
+/// Arguments, result and errors as [`solution`].  [`NeuralOde::predict`](crate::NeuralOde::predict) is the
 /// same for a model.
 ///
 /// ```
@@ -281,7 +280,7 @@ fn without_graph<'f, S: State>(
 /// ```
 ///
 /// # Errors
-/// As [`solve`].
+/// As [`solution`].
 pub fn predict<S, F, T>(field: &F, y0: &S, times: &T, options: &OdeOptions) -> Result<S>
 where
     S: State,

@@ -11,12 +11,11 @@ use std::collections::{HashMap, HashSet};
 use candle_core::{DType, Device, Tensor, TensorId, Var};
 
 use crate::arguments::Args;
-use crate::check::{self, Point};
 use crate::error::{Error, Result};
-use crate::field::{Pullback, VectorField};
+use crate::field::check::{self, Point};
+use crate::field::{pullback::alike, Field, Pullback, VectorField};
 use crate::ops;
 use crate::problem::Problem;
-use crate::step::{alike, Field};
 use crate::time::Time;
 
 /// A field under observation: notes the variables that velocities depend on, and whether candle sees how they

@@ -4,6 +4,7 @@ use candle_core::Tensor;
 
 use crate::adjoint::{Adjoint, Sweep};
 use crate::error::{Error, Result};
+use crate::field::Field;
 use crate::integrate::{integrate, Forward, Kept};
 use crate::loss::RowLoss;
 use crate::nn;
@@ -11,7 +12,6 @@ use crate::ops;
 use crate::parameters::Theta;
 use crate::problem::{Output, Problem};
 use crate::stats::Stats;
-use crate::step::Field;
 use crate::trajectory::Checkpoint;
 use crate::watch::Watch;
 

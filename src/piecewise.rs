@@ -25,7 +25,7 @@ use crate::time::{Time, Times};
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_diffeq::nn::{Activation, ConvField};
-/// use candle_diffeq::{NeuralOde, PiecewiseConstant};
+/// use candle_diffeq::{NeuralOde, fields::PiecewiseConstant};
 /// const TIMES: [f64; 4] = [0.0, 0.25, 0.5, 1.0];
 /// let vars = candle_nn::VarMap::new();
 /// let ode = NeuralOde::from_field(&vars, "ode", DType::F32, &Device::Cpu, |vb| {
@@ -42,7 +42,7 @@ pub struct PiecewiseConstant<F> {
     fields: Vec<F>,
     /// t_1 … t_{n−1}.
     breaks: Vec<f64>,
-    /// Of the direction of integration.
+    /// Of the direction of the grid.
     sign: f64,
     /// Times closer than this are the same: times of stages carry a rounding.
     resolution: f64,
@@ -87,25 +87,33 @@ impl<F> PiecewiseConstant<F> {
 
     /// The interval whose field is in force at time t, outside a step: at a break, the one that begins there.
     pub fn interval(&self, t: f64) -> usize {
+        self.begun(t, self.resolution)
+    }
+
+    /// Breaks that are not after t.
+    fn begun(&self, t: f64, resolution: f64) -> usize {
         self.breaks
-            .partition_point(|b| self.sign * (b - t) <= self.resolution)
+            .partition_point(|b| self.sign * (b - t) <= resolution)
     }
 
     /// The interval whose field is in force at a stage of a solve.
     fn stage(&self, t: &Time) -> usize {
-        let at = self.interval(t.value());
         let Some([start, end]) = t.interval() else {
-            return at;
+            return self.interval(t.value());
         };
+        // A solve may reach far beyond the grid, where times are coarser.
+        let resolution = 4.0 * f64::EPSILON * start.abs().max(end.abs());
+        let resolution = self.resolution.max(resolution);
         let (from, to) = match self.sign * (end - start) < 0.0 {
             true => (end, start),
             false => (start, end),
         };
-        let first = self.interval(from);
+        let first = self.begun(from, resolution);
         // Breaks before the end: at one that is the end, the next field begins after the step.
         let last = self
             .breaks
-            .partition_point(|b| self.sign * (b - to) < -self.resolution);
+            .partition_point(|b| self.sign * (b - to) < -resolution);
+        let at = self.begun(t.value(), resolution);
         at.clamp(first, last.max(first))
     }
 

@@ -1,9 +1,8 @@
 //! Which dtype plays which role, and the border at which numbers change dtype.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
-use crate::ops;
 
 /// How a low compute precision is realised.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,7 +77,7 @@ impl Precision {
         Self::new(DType::F32, DType::BF16)
     }
 
-    /// Velocities in f16, sums in f32, adjoint scaled (see [`Scaling`](crate::Scaling)).
+    /// Velocities in f16, sums in f32, adjoint scaled (see [`Scaling`](crate::scaling::Scaling)).
     pub const fn f16() -> Self {
         Self::new(DType::F32, DType::F16)
     }
@@ -171,14 +170,6 @@ impl Rounding {
             DType::F16 if self.held != self.to => Low::F16,
             _ => Low::None,
         }
-    }
-
-    /// Rounds x; the result carries no history.
-    pub(crate) fn round(&self, x: &Tensor) -> Result<Tensor> {
-        if self.to == self.held && x.dtype() == self.held {
-            return Ok(x.detach());
-        }
-        ops::combine(&[(1.0, x)], 1.0, *self)
     }
 }
 

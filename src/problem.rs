@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::check::FieldCheck;
 use crate::error::{Error, Result};
+use crate::field::check::FieldCheck;
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
 use crate::simd;
@@ -83,7 +83,7 @@ impl ActivationCache {
 #[derive(Clone, Debug)]
 pub struct OdeOptions {
     /// The method.  Default [`RK4`], the classic one (torchdiffeq's `rk4` is
-    /// [`RK4_38`](crate::RK4_38)).
+    /// [`RK4_38`](crate::tableau::RK4_38)).
     pub method: Tableau,
     /// Dtype roles.  Default: all in the dtype of y0, the widest if its tensors differ, with sums in
     /// f32 at least.

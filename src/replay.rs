@@ -7,8 +7,9 @@ mod device;
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::field::Field;
 use crate::stats::Stats;
-use crate::step::{Field, Next, Scheme};
+use crate::step::{Next, Scheme};
 use crate::time::Step;
 use crate::watch::Watch;
 

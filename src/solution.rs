@@ -4,12 +4,12 @@ use candle_core::backprop::GradStore;
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
+use crate::field::Field;
 use crate::integrate::{Forward, Kept};
 use crate::parameters::Theta;
 use crate::passes::adjoint;
 use crate::problem::Problem;
 use crate::state::State;
-use crate::step::Field;
 
 /// A solve without a graph: the states, and what its backward pass needs.
 pub struct Solution<'f, S> {

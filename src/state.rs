@@ -1,5 +1,7 @@
 //! The state y: one tensor or several, of any shapes.
 
+use std::ops::Range;
+
 use candle_core::{DType, Shape, Tensor};
 
 use crate::error::{Error, Result};
@@ -158,5 +160,40 @@ impl Packing {
                 Ok(part.reshape([lead, shape.dims()].concat())?)
             })
             .collect()
+    }
+}
+
+/// Rows of a state, and the features of a row by leaf.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RowLayout {
+    pub(crate) rows: usize,
+    pub(crate) features: Vec<usize>,
+}
+
+impl RowLayout {
+    /// Features of a row, all leaves together.
+    pub(crate) fn dim(&self) -> usize {
+        self.features.iter().sum()
+    }
+
+    /// Where a leaf of the rows from `first` on begins in a packed state.
+    pub(crate) fn offset(&self, leaf: usize, first: usize) -> usize {
+        let before: usize = self.features[..leaf].iter().sum();
+        before * self.rows + first * self.features[leaf]
+    }
+
+    /// Puts a tile, `[leaf][row]`, where its rows are in a packed state; the rest of `tiles`.
+    pub(crate) fn place<'a, T: Copy>(
+        &self,
+        rows: &Range<usize>,
+        mut tiles: &'a [T],
+        packed: &mut [T],
+    ) -> &'a [T] {
+        for (leaf, &features) in self.features.iter().enumerate() {
+            let part;
+            (part, tiles) = tiles.split_at(rows.len() * features);
+            packed[self.offset(leaf, rows.start)..][..part.len()].copy_from_slice(part);
+        }
+        tiles
     }
 }

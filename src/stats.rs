@@ -67,9 +67,10 @@ pub enum NotReplayed {
         /// Fewest steps that are replayed.
         least: usize,
     },
-    /// The field reads [`Time::value`](crate::Time::value), which a graph would keep as it was; it can
-    /// read [`Time::tensor`](crate::Time::tensor).
-    #[error("the field reads Time::value; Time::tensor can be replayed")]
+    /// The field reads [`Time::value`](crate::Time::value), [`interval`](crate::Time::interval) or
+    /// [`step`](crate::Time::step), which a graph would keep as they were; of these only the value can be
+    /// read from [`Time::tensor`](crate::Time::tensor) instead.
+    #[error("the field reads Time::value, interval or step, which stand still in a graph; Time::tensor does not")]
     TimeValue,
     /// Gradients of the times are wanted.
     #[error("gradients of the times are wanted")]

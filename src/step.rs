@@ -12,7 +12,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::field::{Pullback, VectorField};
+use crate::field::{pullback::alike, Field, Pullback};
 use crate::ops;
 #[cfg(feature = "cuda")]
 use crate::ops::cuda::{self, Clock};
@@ -22,9 +22,6 @@ use crate::replay::Fixture;
 use crate::tableau::Tableau;
 use crate::time::{Step, Time};
 use crate::watch::Watch;
-
-/// A field over the leaves of a state.
-pub(crate) type Field<'f> = dyn VectorField<Vec<Tensor>> + 'f;
 
 /// y_{n+1} and, if copies are wanted and come with it, ŷ_{n+1}.
 pub(crate) type Next = (Vec<Tensor>, Option<Vec<Tensor>>);
@@ -182,7 +179,7 @@ impl Scheme {
     /// The time of stage i.
     fn time(&self, i: usize, step: Step, differentiable: bool) -> Result<Time> {
         let (t, dtype) = (step.at(self.tableau.c()[i]), self.roles[0].state);
-        let within = |time: Time| time.within(step.index, [step.t, step.t + step.h]);
+        let within = |time: Time| time.within(step.index, [step.t, step.end]);
         #[cfg(feature = "cuda")]
         if let Some(fixture) = &self.fixture {
             return Ok(within(Time::shown_by(t, fixture.clock.time(i)?)));
@@ -294,40 +291,6 @@ impl Scheme {
     }
 }
 
-/// As many tensors, of the same shapes, dtypes and device.
-pub(crate) fn alike(y: &[Tensor], k: &[Tensor]) -> Result<()> {
-    if y.len() != k.len() {
-        return Err(Error::LeafCount {
-            expected: y.len(),
-            got: k.len(),
-        });
-    }
-    for (leaf, (y, k)) in y.iter().zip(k).enumerate() {
-        if y.shape() != k.shape() {
-            return Err(Error::ShapeChanged {
-                leaf,
-                expected: y.shape().clone(),
-                got: k.shape().clone(),
-            });
-        }
-        if y.dtype() != k.dtype() {
-            return Err(Error::DtypeChanged {
-                leaf,
-                expected: y.dtype(),
-                got: k.dtype(),
-            });
-        }
-        if !y.device().same_device(k.device()) {
-            return Err(Error::DeviceMismatch {
-                what: format!("what the field returned for state tensor {leaf}"),
-                expected: y.device().location(),
-                got: k.device().location(),
-            });
-        }
-    }
-    Ok(())
-}
-
 /// y and h·c_j k_j of one leaf, zero coefficients left out.
 fn terms<'a>(
     leaf: usize,
@@ -348,6 +311,6 @@ pub(crate) fn located(error: Error, step: Step, stage: usize, t: f64) -> Error {
     };
     let step = step.index;
     Error::Candle(error.context(format!(
-        "the field failed at step {step}, stage {stage}, t = {t}"
+        "the field failed at step {step}, stage {stage}, t = {t:?}"
     )))
 }

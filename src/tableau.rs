@@ -8,7 +8,7 @@
 
 use std::borrow::Cow;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TableauDefect};
 
 /// An explicit Runge-Kutta method; the constants of this crate, or a user's own by
 /// [`Tableau::new`].
@@ -52,68 +52,6 @@ impl Rows {
             Self::Owned(rows) => rows.get(i).map(Vec::as_slice).unwrap_or_default(),
         }
     }
-}
-
-/// What is wrong with a tableau.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum TableauDefect {
-    /// No stage at all.
-    #[error("it has no stage")]
-    NoStages,
-    /// A vector has not one entry for each stage.
-    #[error("{what} has {got} entries for {stages} stages")]
-    Length {
-        /// `a`, `c`, `embedded` or `weights`.
-        what: &'static str,
-        /// Stages, by the length of b.
-        stages: usize,
-        /// Entries given.
-        got: usize,
-    },
-    /// Row i of an explicit method has i entries.
-    #[error("row {row} of a has {got} entries; an explicit method has {row} there")]
-    RowLength {
-        /// Row, counted from 0.
-        row: usize,
-        /// Entries given.
-        got: usize,
-    },
-    /// A coefficient is NaN or infinite.
-    #[error("a coefficient of {what} is not finite")]
-    NonFinite {
-        /// `a`, `b`, `c` or `embedded`.
-        what: &'static str,
-    },
-    /// c_i is not the sum of row i.
-    #[error("row {row} of a sums to {sum}, but c is {c}")]
-    RowSum {
-        /// Row, counted from 0.
-        row: usize,
-        /// Its sum.
-        sum: f64,
-        /// The abscissa given.
-        c: f64,
-    },
-    /// Order conditions are checked for orders 1 to 8.
-    #[error("order {order} cannot be checked, only 1 to 8")]
-    OrderUnsupported {
-        /// Order that was stated.
-        order: usize,
-    },
-    /// An order condition does not hold.
-    #[error(
-        "the order condition of tree {tree} (order {order}) on {what} is missed by {residual:e}"
-    )]
-    OrderCondition {
-        /// The weights: `b`, `embedded` or, of [`Tableau::check_weights`], `weights`.
-        what: &'static str,
-        /// Vertices of the tree.
-        order: usize,
-        /// The tree, each vertex as a pair of brackets around its children.
-        tree: String,
-        /// Σ b_i Φ_i − 1/γ.
-        residual: f64,
-    },
 }
 
 /// What a check found, before it is tied to the tableau's name.

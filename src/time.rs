@@ -68,8 +68,8 @@ impl Time {
         self.value
     }
 
-    /// The same, as a stage of step number `step` of a solve, which goes from the first of `interval` to the
-    /// second: what a solve tells the field, for tests of fields that read it.
+    /// This time as that of a stage of step number `step` of a solve, which goes from the first of `interval` to
+    /// the second: what a solve tells the field, for tests of fields that read it.
     pub fn within(self, step: usize, interval: [f64; 2]) -> Self {
         Self {
             step: Some((step, interval)),
@@ -80,7 +80,8 @@ impl Time {
     /// Start and end of the step that the field is evaluated in, in the direction of the solve; `None`
     /// outside a solve.  What jumps in time (a path joined by straight lines, weights by interval) is to be
     /// looked up by it, not by [`value`](Self::value): a stage at the end of a step and one at the start of
-    /// the next have the same time, and belong to both sides of a jump.
+    /// the next have the same time, and belong to both sides of a jump.  What is said of `value` holds: no
+    /// gradient of time sees it, and a step whose field reads it is not replayed.
     ///
     /// ```
     /// use candle_core::{DType, Device};
@@ -363,6 +364,8 @@ pub(crate) struct Step {
     pub(crate) t: f64,
     /// Signed length.
     pub(crate) h: f64,
+    /// Time at its end: the start of the next step, or the output time that it ends on, to the bit.
+    pub(crate) end: f64,
     /// Output interval that it lies in.
     pub(crate) interval: usize,
     /// Its start and end as fractions of that interval.
@@ -434,7 +437,7 @@ impl StepPlan {
             count += parts(w);
             if count >= COUNTABLE {
                 return Err(Error::TooManySteps {
-                    steps,
+                    steps: format!("{steps:?}"),
                     interval,
                     count,
                 });
@@ -507,10 +510,15 @@ impl StepPlan {
         let (t0, t1) = (self.points[interval], self.points[interval + 1]);
         let parts = (self.first[interval + 1] - self.first[interval]) as f64;
         let j = (n - self.first[interval]) as f64;
+        let at = |j: f64| match j == parts {
+            true => t1,
+            false => t0 + (t1 - t0) * (j / parts),
+        };
         Step {
             index: n,
-            t: t0 + (t1 - t0) * (j / parts),
+            t: at(j),
             h: (t1 - t0) / parts,
+            end: at(j + 1.0),
             interval,
             span: (j / parts, (j + 1.0) / parts),
         }

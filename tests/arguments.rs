@@ -10,8 +10,8 @@ use candle_core::{
 };
 use candle_diffeq::nn::{Activation, ConditionalMlp};
 use candle_diffeq::{
-    odeint, odeint_with, solve_with, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision,
-    Recorder, Steps, Time,
+    odeint, odeint_with, solution_with, Checkpoint, Error, NeuralOde, OdeOptions, Output,
+    Precision, Recorder, Steps, Time,
 };
 use candle_nn::{linear, VarBuilder, VarMap};
 use common::{all, bits, relative, scattered, values, var, U_BF16, U_F64};
@@ -69,7 +69,7 @@ fn all_plans_give_the_same_bits_and_a_solution_the_same_gradient() {
     }
     // Without a graph an argument has a gradient whether it is tracked or not.
     let plain = a.as_detached_tensor();
-    let solution = solve_with(&field, &y0, &plain, &[0.0, 1.0], &options()).unwrap();
+    let solution = solution_with(&field, &y0, &plain, &[0.0, 1.0], &options()).unwrap();
     let cotangent = (solution.states() * 2.0).unwrap();
     let grads = solution.vjp(&cotangent).unwrap();
     assert_eq!(bits(grads.params.get(&plain).unwrap()), whole);
@@ -279,7 +279,7 @@ fn a_tensor_that_is_given_twice_has_the_sum_of_its_gradients() {
     let twice = (rate.as_tensor().clone(), rate.as_tensor().clone());
     let ys = odeint_with(f, &y0, &twice, &[0.0, 1.0], &options()).unwrap();
     let expected = loss(&ys).backward().unwrap();
-    let solution = solve_with(&f, &y0, &twice, &[0.0, 1.0], &options()).unwrap();
+    let solution = solution_with(&f, &y0, &twice, &[0.0, 1.0], &options()).unwrap();
     let grads = solution.vjp(&(solution.states() * 2.0).unwrap()).unwrap();
     assert!(
         relative(

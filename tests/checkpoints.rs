@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::{
-    odeint, Checkpoint, Error, OdeOptions, Output, Precision, Recorder, Stats, Steps, Time, EULER,
+    odeint, tableau::EULER, Checkpoint, Error, OdeOptions, Output, Precision, Recorder, Stats,
+    Steps, Time,
 };
 use proptest::prelude::*;
 
@@ -147,7 +148,7 @@ fn a_plan_that_keeps_nothing_has_no_gradients() {
     let y = odeint(decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
     let error = Error::from(y.sum_all().unwrap().backward().unwrap_err());
     assert!(matches!(error, Error::NothingKept));
-    let solution = candle_diffeq::solve(&decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+    let solution = candle_diffeq::solution(&decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
     let cotangent = y.detach();
     assert!(matches!(solution.vjp(&cotangent), Err(Error::NothingKept)));
 }

@@ -8,8 +8,8 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_diffeq::nn::{Activation, Cnf, Mlp};
 use candle_diffeq::{
-    odeint, Checkpoint, NeuralOde, OdeOptions, Output, Precision, Steps, Time, VectorField, DOPRI5,
-    HEUN, RK4,
+    odeint, tableau::HEUN, Checkpoint, NeuralOde, OdeOptions, Output, Precision, Steps, Time,
+    VectorField, DOPRI5, RK4,
 };
 use candle_nn::{Linear, VarBuilder, VarMap};
 use common::{all, error_of, fill, relative, scattered, values, var, worst, U_BF16};

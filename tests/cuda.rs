@@ -9,8 +9,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Device, IndexOp, Shape, Tensor, Var};
 use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::{
-    odeint, solve, Arithmetic, Checkpoint, DynamicScaling, Error, NeuralOde, OdeOptions, Output,
-    Precision, Recorder, Scaling, Stats, Steps, Time, BOSH3, DOPRI5, EULER, RK4,
+    odeint,
+    scaling::{DynamicScaling, Scaling},
+    solution,
+    tableau::{BOSH3, EULER},
+    Arithmetic, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, Stats,
+    Steps, Time, DOPRI5, RK4,
 };
 use candle_nn::VarMap;
 use common::descend;
@@ -505,7 +509,7 @@ fn a_solve_on_the_gpu_without_a_graph_has_gradients_too() {
     let Some(gpu) = gpu() else { return };
     let y0 = scattered((4, 3), DType::F32, &gpu);
     let field = |_: &Time, y: &Tensor| y.neg();
-    let solution = solve(&field, &y0, &[0.0, 1.0], &OdeOptions::default()).unwrap();
+    let solution = solution(&field, &y0, &[0.0, 1.0], &OdeOptions::default()).unwrap();
     let last = solution.states().i(1).unwrap();
     let cotangent = solution.states().ones_like().unwrap();
     let gradient = solution.vjp(&cotangent).unwrap().y0;

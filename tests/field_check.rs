@@ -5,8 +5,11 @@ mod common;
 
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var, D};
 use candle_diffeq::{
-    autonomous, check_field, odeint, Cotangents, Error, FieldCheck, NeuralOde, OdeOptions, Output,
-    Precision, Pullback, Steps, Time, VectorField, EULER,
+    check_field,
+    fields::{autonomous, Cotangents, Pullback},
+    odeint,
+    tableau::EULER,
+    Error, FieldCheck, NeuralOde, OdeOptions, Output, Precision, Steps, Time, VectorField,
 };
 use candle_nn::{embedding, linear, Init, VarBuilder, VarMap};
 use common::{bits, named, relative, scattered, values, var, U_F32, U_F64};
@@ -439,7 +442,7 @@ fn tensors_that_share_a_velocity_cancel_and_are_no_fault() {
 fn a_constant_field_keeps_the_gradients_of_its_parameters() {
     let w = Var::new(0.5f64, &Device::Cpu).unwrap();
     let captured = w.clone();
-    let field = candle_diffeq::constant(move |_: &Time, y: &Tensor| {
+    let field = candle_diffeq::fields::constant(move |_: &Time, y: &Tensor| {
         y.detach().sin()?.broadcast_mul(captured.as_tensor())
     });
     let y0 = var(&[2], 1.0, 1);

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_diffeq::datasets::Density;
 use candle_diffeq::nn::{Activation, Cnf, Hutchinson, HyperCnf, Mlp, OtFlow, Probe};
 use candle_diffeq::{
-    mmd, Arithmetic, NeuralOde, OdeOptions, Output, Precision, Steps, Time, VectorField,
+    metrics::mmd, Arithmetic, NeuralOde, OdeOptions, Output, Precision, Steps, Time, VectorField,
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{all, error_of, relative, scatter, scattered, values, worst, U_BF16, U_F16, U_F64};
@@ -262,7 +262,8 @@ where
     };
     integral(8.0, |x| {
         let y0 = (x.clone(), zeros(x.dim(0).unwrap(), columns));
-        let solved = candle_diffeq::solve(&*field, &y0, &[1.0 - noise, noise], &options).unwrap();
+        let solved =
+            candle_diffeq::solution(&*field, &y0, &[1.0 - noise, noise], &options).unwrap();
         let (z, gained) = solved.states();
         (log_normal(z).unwrap() - gained.narrow(1, 0, 1).unwrap()).unwrap()
     })

@@ -3,8 +3,11 @@
 use candle_core::{DType, Device, IndexOp, Module, Result, Shape, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{
-    odeint, Checkpoint, DynamicScaling, Error, NeuralOde, OdeOptions, Output, Precision, Recorder,
-    Scaling, Stats, Steps, Time, VectorField, BOSH3, DOPRI5, EULER, RK4,
+    odeint,
+    scaling::{DynamicScaling, Scaling},
+    tableau::{BOSH3, EULER},
+    Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, Stats, Steps, Time,
+    VectorField, DOPRI5, RK4,
 };
 use candle_nn::{Linear, VarBuilder, VarMap};
 use proptest::prelude::*;

@@ -8,8 +8,10 @@ mod common;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
 use candle_diffeq::{
-    autonomous, odeint, solve, Arithmetic, NeuralOde, OdeOptions, Output, Precision, Tableau, Time,
-    DOPRI5, EULER, HEUN, RK3, RK4, RK4_38,
+    fields::autonomous,
+    odeint, solution,
+    tableau::{EULER, HEUN, RK3, RK4_38},
+    Arithmetic, NeuralOde, OdeOptions, Output, Precision, Tableau, Time, DOPRI5, RK4,
 };
 use candle_nn::{linear, Optimizer, VarBuilder, VarMap, SGD};
 use common::{
@@ -630,7 +632,7 @@ fn the_gradient_on_a_grid_of_one_point_is_the_callers_own() {
     for dtype in [DType::F64, DType::F32] {
         let y0 = scattered(&[3, 2], 1.0, 1).to_dtype(dtype).unwrap();
         let field = |_: &Time, y: &Tensor| y.neg();
-        let solution = solve(&field, &y0, &[0.5], &method(&RK4, 1)).unwrap();
+        let solution = solution(&field, &y0, &[0.5], &method(&RK4, 1)).unwrap();
         let buffer = Var::from_tensor(&y0.unsqueeze(0).unwrap()).unwrap();
         let grads = solution.vjp(&buffer.as_detached_tensor()).unwrap();
         let before = bits(&grads.y0);
@@ -706,7 +708,7 @@ fn a_borrowed_field_has_the_gradients_of_an_owned_one() {
     // An `Rc` cannot cross threads: only `solve` takes such a field.
     let weight = std::rc::Rc::new(w.clone());
     let field = |_: &Time, y: &Tensor| y.matmul(&weight)?.tanh();
-    let grads = solve(&field, y0.as_tensor(), &TIMES, &options)
+    let grads = solution(&field, y0.as_tensor(), &TIMES, &options)
         .unwrap()
         .vjp(&cotangent)
         .unwrap();

@@ -14,9 +14,14 @@ use candle_core::{
 };
 use candle_diffeq::nn::{Activation, Cnf, ConvField, HyperCnf, Linear, Mlp, OtFlow};
 use candle_diffeq::{
-    odeint, solve, Checkpoint, DynamicScaling, Error, NeuralOde, NotReplayed, OdeOptions, Output,
-    PiecewiseConstant, Precision, Recorder, Result, Scaling, State, Stats, Steps, Time,
-    VectorField, BOSH3, DOPRI5, EULER,
+    error::NotReplayed,
+    fields::PiecewiseConstant,
+    odeint,
+    scaling::{DynamicScaling, Scaling},
+    solution,
+    tableau::{BOSH3, EULER},
+    Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, Result, State, Stats,
+    Steps, Time, VectorField, DOPRI5,
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{bits, descend, scattered, var, worst};
@@ -318,7 +323,7 @@ fn a_velocity_may_be_the_state_itself() {
     let run = |graphs| {
         let (options, recorder) = with_recorder(&steps(), graphs);
         let y0 = (y.clone(), z.clone());
-        let solution = solve(&field, &y0, &TIMES, &options).unwrap();
+        let solution = solution(&field, &y0, &TIMES, &options).unwrap();
         let ones = solution.states().0.ones_like().unwrap();
         let forward = recorder.take();
         let gradient = || solution.vjp(&(ones.clone(), ones.clone())).unwrap().y0;
@@ -615,7 +620,7 @@ fn failures_in_replayed_steps_are_named_as_ever() {
                 }
             };
             let y0 = y0.as_tensor().detach();
-            let error = solve(&field, &y0, &TIMES, &with_recorder(&options, graphs).0);
+            let error = solution(&field, &y0, &TIMES, &with_recorder(&options, graphs).0);
             error.err().unwrap().to_string()
         };
         let error = run(true);
@@ -634,7 +639,8 @@ fn a_field_that_keeps_what_it_made_is_an_error() {
         Ok(k)
     };
     let y0 = on(&gpu, &var(&[3], 1.0, 1)).as_tensor().detach();
-    let run = |graphs| solve(&field, &y0, &TIMES, &with_recorder(&steps(), graphs).0).map(|_| ());
+    let run =
+        |graphs| solution(&field, &y0, &TIMES, &with_recorder(&steps(), graphs).0).map(|_| ());
     run(false).unwrap();
     let error = run(true).unwrap_err();
     assert!(matches!(error, Error::KeptInGraph), "{error}");

@@ -10,7 +10,7 @@ use candle_diffeq::nn::{
     Mlp, OtFlow, Probe, RmsNorm,
 };
 use candle_diffeq::{
-    odeint, Error, NeuralOde, OdeOptions, Output, PiecewiseConstant, RowLoss, State, Time,
+    fields::PiecewiseConstant, odeint, Error, NeuralOde, OdeOptions, Output, RowLoss, State, Time,
     VectorField,
 };
 use candle_nn::{Conv1dConfig, Conv2d, Conv2dConfig, LayerNormConfig, VarBuilder, VarMap};
@@ -203,7 +203,7 @@ fn an_empty_batch_has_a_velocity_of_its_shape_and_gradients_of_zero() {
 }
 
 #[test]
-fn no_layer_is_of_width_zero() {
+fn perceptrons_and_convolutions_are_not_built_with_a_width_of_zero() {
     let vars = VarMap::new();
     let vb = |name: &str| VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu).pp(name);
     let refused = |got: Result<()>, what: &str| {

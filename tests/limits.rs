@@ -12,9 +12,14 @@ use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
 use candle_diffeq::datasets::Density;
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{
-    mmd, odeint, solve, ActivationCache, Checkpoint, DynamicScaling, Error, LossScaler, NeuralOde,
-    OdeOptions, Output, PiecewiseConstant, Precision, Recorder, RowLoss, Scaling, State, Stats,
-    Steps, Time, TimeGrid, Times, VectorField, EULER, RK4,
+    fields::PiecewiseConstant,
+    metrics::mmd,
+    odeint,
+    scaling::{DynamicScaling, LossScaler, Scaling},
+    solution,
+    tableau::EULER,
+    ActivationCache, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder,
+    RowLoss, State, Stats, Steps, Time, TimeGrid, Times, VectorField, RK4,
 };
 use candle_nn::{linear, VarBuilder, VarMap};
 use common::{all, fill, has_tiles, scattered, values, U_BF16, U_F16, U_F32};
@@ -85,7 +90,7 @@ fn a_plan_that_cannot_fit_is_refused_before_the_first_step() {
                 calls.fetch_add(1, Ordering::SeqCst);
                 decay(t, y)
             };
-            assert_cannot_fit(solve(&field, &rows(40), &[0.0, 1.0], &options));
+            assert_cannot_fit(solution(&field, &rows(40), &[0.0, 1.0], &options));
             assert_eq!(calls.into_inner(), 0);
         }
     }
@@ -248,7 +253,7 @@ fn steps_that_f32_does_not_hold_are_steps_of_their_size() {
     let y0 = Tensor::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
     let field = |_: &Time, y: &Tensor| y.affine(0.0, 1e30);
     for h in [1e-39, 1e-42, 1e-50] {
-        let ys = solve(&field, &y0, &[0.0, h], &OdeOptions::default()).unwrap();
+        let ys = solution(&field, &y0, &[0.0, h], &OdeOptions::default()).unwrap();
         for y in values(&ys.states().i(1).unwrap()) {
             assert!((y / (1e30 * h) - 1.0).abs() <= 4.0 * U_F32, "{y:e}");
         }
@@ -292,22 +297,22 @@ fn steps_that_the_state_dtype_cannot_tell_apart_are_refused_where_the_field_read
         let with_time = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, build);
         let with_time = with_time.unwrap();
         let y0 = rows(3);
-        assert_unresolved(solve(&timed, &y0, times, &options), last, from, to);
+        assert_unresolved(solution(&timed, &y0, times, &options), last, from, to);
         if times[0].abs() < 1e38 {
             assert_unresolved(with_time.solve(&y0, times), last, from, to);
         }
         // No alarm where nobody reads it, or in a dtype that tells them apart.
         let rest = y0.zeros_like().unwrap();
-        assert!(solve(&decay, &rest, times, &options).is_ok());
-        assert!(solve(&by_value, &rest, times, &options).is_ok());
+        assert!(solution(&decay, &rest, times, &options).is_ok());
+        assert!(solution(&by_value, &rest, times, &options).is_ok());
         if times[0].abs() < 1e38 {
             assert!(perceptron(&VarMap::new()).solve(&y0, times).is_ok());
         }
         let double = rest.to_dtype(DType::F64).unwrap();
-        assert!(solve(&timed, &double, times, &options).is_ok());
+        assert!(solution(&timed, &double, times, &options).is_ok());
     }
     for times in [[1e8, 1e8 + 16.0], [0.0, 1e-44], [1000.0, 1000.0001]] {
-        assert!(solve(&timed, &rows(3), &times, &options).is_ok());
+        assert!(solution(&timed, &rows(3), &times, &options).is_ok());
     }
 }
 
@@ -525,7 +530,7 @@ fn variables_of_a_closure_have_zero_gradients_of_an_empty_batch() {
         checkpoint: Checkpoint::Nothing,
         ..Default::default()
     };
-    let solution = solve(&decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+    let solution = solution(&decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
     let refused = solution.vjp(solution.states());
     assert!(matches!(refused, Err(Error::NothingKept)));
 }

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use candle_diffeq::{Precision, Scaling};
+use candle_diffeq::{scaling::Scaling, Precision};
 
 #[path = "../examples/conformance/demo.rs"]
 mod demo;

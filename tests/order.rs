@@ -2,8 +2,11 @@
 
 use candle_core::{Device, Tensor, D};
 use candle_diffeq::{
-    solve, OdeOptions, Output, Steps, Tableau, Time, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG45,
-    HEUN, MIDPOINT, RALSTON, RK3, RK4, RK4_38, SSP_RK3, TSIT5,
+    solution,
+    tableau::{
+        BOSH3, DOPRI8, EULER, FEHLBERG45, HEUN, MIDPOINT, RALSTON, RK3, RK4_38, SSP_RK3, TSIT5,
+    },
+    OdeOptions, Output, Steps, Tableau, Time, DOPRI5, RK4,
 };
 
 /// An oscillator whose frequency swings: y1' = ω(t) y2, y2' = −ω(t) y1, ω = 2 + sin t.  On it the
@@ -26,7 +29,7 @@ fn solved(method: &Tableau, steps: usize, end: f64) -> Vec<f64> {
         output: Output::Final,
         ..Default::default()
     };
-    let solution = solve(&field, &y0, &[0.0, end], &options).unwrap();
+    let solution = solution(&field, &y0, &[0.0, end], &options).unwrap();
     solution.states().flatten_all().unwrap().to_vec1().unwrap()
 }
 

@@ -7,8 +7,8 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::{
-    odeint, Error, NeuralOde, OdeOptions, PiecewiseConstant, Steps, Time, TimeGrid, VectorField,
-    EULER, RK4,
+    fields::PiecewiseConstant, odeint, tableau::EULER, Error, NeuralOde, OdeOptions, Steps, Time,
+    TimeGrid, VectorField, RK4,
 };
 use candle_nn::VarMap;
 use common::{all, error_of, method, scatter, scattered, values, worst, U_F64};
@@ -72,6 +72,60 @@ fn every_stage_of_a_step_reads_the_field_of_its_interval() {
 }
 
 #[test]
+fn values_and_gradients_of_rk4_are_those_of_its_polynomial_in_all_directions() {
+    let reversed = |x: &[f64]| x.iter().rev().copied().collect::<Vec<_>>();
+    let two = [0.0, 0.3, 0.6];
+    let cases = [
+        (TIMES.to_vec(), TIMES.to_vec()),
+        (TIMES.to_vec(), reversed(&TIMES)),
+        (reversed(&TIMES), TIMES.to_vec()),
+        (reversed(&TIMES), reversed(&TIMES)),
+        // Beyond the grid, where the times of a solve are coarser than the breaks.
+        (two.to_vec(), vec![-10.0, 0.3, 1.0]),
+        (two.to_vec(), vec![50.0, 0.3, 0.0]),
+        (vec![0.0, 0.1, 0.2], vec![5.0, 0.1, 0.0]),
+    ];
+    for (grid, times) in cases {
+        for m in [1, 2, 3, 10] {
+            let n = grid.len() - 1;
+            let a: Vec<f64> = A[..n].iter().map(|a| 0.05 * a).collect();
+            let rates = rates(&a);
+            let field = PiecewiseConstant::new(&grid[..], growth(&rates)).unwrap();
+            let (mut exact, mut slopes) = (1.0, vec![0.0; n]);
+            for w in times.windows(2) {
+                let piece = field.interval(0.5 * (w[0] + w[1]));
+                let h = (w[1] - w[0]) / m as f64;
+                let z = a[piece] * h;
+                let factor = 1.0 + z * (1.0 + z / 2.0 * (1.0 + z / 3.0 * (1.0 + z / 4.0)));
+                let slope = 1.0 + z * (1.0 + z / 2.0 * (1.0 + z / 3.0));
+                exact *= factor.powi(m);
+                slopes[piece] += f64::from(m) * h * slope / factor;
+            }
+            let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+            let ys = odeint(field, &y0, &times[..], &method(&RK4, m as usize)).unwrap();
+            let y = ys.get(times.len() - 1).unwrap();
+            let close = |got: f64, exact: f64| (got - exact).abs() <= 1024.0 * U_F64 * exact.abs();
+            assert!(close(values(&y)[0], exact), "{grid:?}, {times:?}, {m}");
+            let grads = y.sum_all().unwrap().backward().unwrap();
+            for (rate, slope) in rates.iter().zip(slopes) {
+                let got = grads.get(rate).map_or(0.0, |g| values(g)[0]);
+                assert!(close(got, slope * exact), "{grid:?}, {times:?}, {m}: {got}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_field_of_an_empty_batch_sees_a_step_too() {
+    let y0 = Tensor::zeros((0, 2), DType::F64, &Device::Cpu).unwrap();
+    let field = |t: &Time, y: &Tensor| {
+        assert_eq!((t.step(), t.interval()), (Some(0), Some([0.0, 0.5])));
+        y.neg()
+    };
+    odeint(field, &y0, &[0.0, 0.5, 1.0], &method(&RK4, 1)).unwrap();
+}
+
+#[test]
 fn across_a_break_inside_a_step_each_stage_reads_the_field_of_its_time() {
     for backwards in [false, true] {
         let field = PiecewiseConstant::new(&TIMES, growth(&rates(&A))).unwrap();
@@ -106,7 +160,7 @@ fn a_field_sees_the_step_that_it_is_evaluated_in() {
         seen.lock().unwrap().push((t.step(), t.interval()));
         y.neg()
     };
-    candle_diffeq::solve(&field, &y0, &[1.0, 0.0], &options).unwrap();
+    candle_diffeq::solution(&field, &y0, &[1.0, 0.0], &options).unwrap();
     let seen = seen.into_inner().unwrap();
     let of = |step: usize, interval| vec![(Some(step), Some(interval)); 4];
     assert_eq!(seen, [of(0, [1.0, 0.5]), of(1, [0.5, 0.0])].concat());

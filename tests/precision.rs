@@ -5,8 +5,12 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::{
-    odeint, solve, Arithmetic, FieldCheck, LossScaler, NeuralOde, OdeOptions, Output, Precision,
-    Recorder, Scaling, Steps, Time, DOPRI5, EULER, RK4,
+    odeint,
+    scaling::{LossScaler, Scaling},
+    solution,
+    tableau::EULER,
+    Arithmetic, FieldCheck, NeuralOde, OdeOptions, Output, Precision, Recorder, Steps, Time,
+    DOPRI5, RK4,
 };
 
 #[allow(dead_code)]
@@ -197,7 +201,7 @@ fn native_arithmetic_gives_the_field_its_compute_dtype_and_agrees_with_rounding(
                 output: Output::Final,
                 ..Default::default()
             };
-            let y = solve(&field, &y0, &[0.0, 1.0], &options).unwrap();
+            let y = solution(&field, &y0, &[0.0, 1.0], &options).unwrap();
             problem::values(y.states()).unwrap()
         };
         let native = run(precision.arithmetic(Arithmetic::Native), dtype);
@@ -275,7 +279,7 @@ fn a_leaf_in_f16_whose_adjoint_starts_at_zero_gets_its_gradient_from_the_others(
         let field = |_: &Time, (z, q): &(Tensor, Tensor)| {
             Ok((z.neg()?, z.sqr()?.sum_keepdim(0)?.to_dtype(q.dtype())?))
         };
-        let solution = solve(&field, &(z.clone(), q.clone()), &[0.0, 1.0], &options).unwrap();
+        let solution = solution(&field, &(z.clone(), q.clone()), &[0.0, 1.0], &options).unwrap();
         let seeds = (
             z.zeros_like().unwrap(),
             (q.ones_like().unwrap() * 1e-9).unwrap(),
@@ -375,7 +379,7 @@ fn a_loss_scaler_steps_variables_of_every_dtype() {
         let mut scaler = LossScaler::new(1024.0).unwrap();
         let loss = w.as_tensor().sqr().unwrap().sum_all().unwrap();
         let step = scaler.backward_step(&loss, std::slice::from_ref(&w), &mut sgd);
-        assert_eq!(step.unwrap(), candle_diffeq::Stepped::Taken);
+        assert_eq!(step.unwrap(), candle_diffeq::scaling::Stepped::Taken);
         assert_eq!(
             (w.dtype(), problem::values(&w).unwrap()),
             (dtype, vec![0.5; 2])

@@ -5,8 +5,8 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{
-    Checkpoint, Error, NeuralOde, OdeOptions, OnOverflow, Output, Precision, Recorder, RowLoss,
-    Scaling, State, DOPRI5,
+    scaling::{OnOverflow, Scaling},
+    Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, RowLoss, State, DOPRI5,
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{fill, has_tiles, scattered, values};

@@ -7,7 +7,7 @@
 mod common;
 
 use candle_core::{Tensor, Var};
-use candle_diffeq::{odeint, solve, Error, Result, Time, RK4};
+use candle_diffeq::{odeint, solution, Error, Result, Time, RK4};
 use common::{bits, method, scattered, var};
 
 /// Before the first call of candle's on this thread.
@@ -65,7 +65,7 @@ fn a_cotangent_that_carries_nothing_is_pulled_back_as_ever_and_without_history()
         .unwrap();
     // Without a graph around it, the cotangent is what the caller gives.
     let field = field(&vars[1]);
-    let solution = solve(&field, vars[0].as_tensor(), &TIMES, &method(&RK4, 2)).unwrap();
+    let solution = solution(&field, vars[0].as_tensor(), &TIMES, &method(&RK4, 2)).unwrap();
     let grads = solution.vjp(&weights).unwrap();
     let expected = [grads.y0, grads.params.get(&vars[1]).unwrap().clone()];
     for (var, expected) in vars.iter().zip(expected) {

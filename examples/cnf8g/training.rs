@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::datasets::Density;
 use candle_diffeq::nn::HyperCnf;
-use candle_diffeq::{mmd, NeuralOde, OdeOptions, Output, Recorder, Stats, Steps};
+use candle_diffeq::{metrics::mmd, NeuralOde, OdeOptions, Output, Recorder, Stats, Steps};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::ProgressBar;
 

@@ -1,6 +1,9 @@
 //! Precisions together with what is done about underflow.
 
-use candle_diffeq::{OdeOptions, OnOverflow, Precision, Scaling};
+use candle_diffeq::{
+    scaling::{OnOverflow, Scaling},
+    OdeOptions, Precision,
+};
 
 use super::dtype::Dtype;
 

@@ -7,7 +7,8 @@ use std::sync::PoisonError;
 
 use candle_core::{DType, Tensor, Var};
 use candle_diffeq::{
-    NeuralOde, OdeOptions, Precision, Tableau, EULER, HEUN, MIDPOINT, RK4, RK4_38,
+    tableau::{EULER, HEUN, MIDPOINT, RK4_38},
+    NeuralOde, OdeOptions, Precision, Tableau, RK4,
 };
 use candle_nn::{VarBuilder, VarMap};
 

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::{Precision, Scaling};
+use candle_diffeq::{scaling::Scaling, Precision};
 use clap::{Parser, ValueEnum};
 
 use crate::discrete::METHODS;

@@ -16,7 +16,7 @@ mod recursion;
 use std::process::ExitCode;
 
 use candle_core::{DType, Device, Tensor};
-use candle_diffeq::{OdeOptions, EULER};
+use candle_diffeq::{tableau::EULER, OdeOptions};
 use clap::Parser;
 use serde_json::json;
 

@@ -12,7 +12,7 @@ mod picture;
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::{Error, OdeOptions, Recorder, Scaling, RK4};
+use candle_diffeq::{scaling::Scaling, Error, OdeOptions, Recorder, RK4};
 use clap::Parser;
 use serde_json::json;
 

@@ -3,8 +3,10 @@
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{
-    odeint, solve, Checkpoint, DynamicScaling, Error, NeuralOde, OdeOptions, Output, Precision,
-    Result, RowLoss, Scaling, State, Steps, Tableau, Time, TimeGrid, Times, VectorField,
+    odeint,
+    scaling::{DynamicScaling, Scaling},
+    solution, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Result, RowLoss, State,
+    Steps, Tableau, Time, TimeGrid, Times, VectorField,
 };
 use candle_nn::{Linear, VarBuilder, VarMap};
 use rand::rngs::StdRng;
@@ -430,9 +432,9 @@ fn cotangents(rng: &mut StdRng) -> Attempt {
             let (y0, times, options) = (ones(&[5, 3])?, [0.0, 0.5], OdeOptions::default());
             if ours {
                 let field = mlp(builder(&VarMap::new(), DType::F32))?;
-                solve(&field, &y0, &times, &options)?.vjp(&v)?;
+                solution(&field, &y0, &times, &options)?.vjp(&v)?;
             } else {
-                solve(&decay, &y0, &times, &options)?.vjp(&v)?;
+                solution(&decay, &y0, &times, &options)?.vjp(&v)?;
             }
             Ok(())
         },

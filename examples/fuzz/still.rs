@@ -6,7 +6,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
-use candle_diffeq::{odeint, Checkpoint, OdeOptions, Result, Steps, EULER};
+use candle_diffeq::{odeint, tableau::EULER, Checkpoint, OdeOptions, Result, Steps};
 use candle_nn::{Conv2d, Conv2dConfig, Linear};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};

@@ -7,8 +7,10 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Linear, Mlp};
 use candle_diffeq::{
-    odeint, solve, ActivationCache, DynamicScaling, FieldCheck, NeuralOde, OdeOptions, Output,
-    Precision, Result, RowLoss, Scaling, State, Steps, Time, TimeGrid, VectorField,
+    odeint,
+    scaling::{DynamicScaling, Scaling},
+    solution, ActivationCache, FieldCheck, NeuralOde, OdeOptions, Output, Precision, Result,
+    RowLoss, State, Steps, Time, TimeGrid, VectorField,
 };
 use candle_nn::{VarBuilder, VarMap};
 
@@ -200,7 +202,7 @@ impl<'p> Inputs<'p> {
             }
             Entry::Solve => {
                 let field = build(self.builder())?;
-                let solution = solve(&field, &y0, &self.grid, &self.options)?;
+                let solution = solution(&field, &y0, &self.grid, &self.options)?;
                 let gradients = solution.vjp(&self.cotangents::<S>()?)?;
                 self.pulled(solution.states(), gradients)
             }

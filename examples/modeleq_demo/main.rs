@@ -14,7 +14,7 @@ mod rampde;
 use std::process::ExitCode;
 
 use candle_core::{DType, Device};
-use candle_diffeq::{OdeOptions, Tableau, EULER, RK4};
+use candle_diffeq::{tableau::EULER, OdeOptions, Tableau, RK4};
 use clap::Parser;
 use rand::Rng;
 use rand_distr::StandardNormal;

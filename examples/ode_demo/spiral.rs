@@ -1,7 +1,7 @@
 //! The system that is learnt: y' = y³A, a spiral that turns more slowly as it shrinks.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_diffeq::{constant, odeint, OdeOptions, Steps, Time, TimeGrid, DOPRI5};
+use candle_diffeq::{fields::constant, odeint, OdeOptions, Steps, Time, TimeGrid, DOPRI5};
 
 /// A spiral: y' = y³A, y³ by component, y a row; its start, and the times that are seen.
 pub(crate) struct Spiral {

@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var, D};
 use candle_diffeq::nn::{Activation, ConvField};
-use candle_diffeq::{autonomous, Checkpoint, NeuralOde, OdeOptions, Output, Recorder, Steps, RK4};
+use candle_diffeq::{
+    fields::autonomous, Checkpoint, NeuralOde, OdeOptions, Output, Recorder, Steps, RK4,
+};
 use candle_nn::{group_norm, linear, GroupNorm, Linear, VarBuilder, VarMap};
 use rand::rngs::StdRng;
 

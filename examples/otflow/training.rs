@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, D};
 use candle_diffeq::nn::OtFlow;
-use candle_diffeq::{mmd, NeuralOde, OdeOptions, Output, Recorder, Stats, Steps};
+use candle_diffeq::{metrics::mmd, NeuralOde, OdeOptions, Output, Recorder, Stats, Steps};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::ProgressBar;
 use rand::rngs::StdRng;

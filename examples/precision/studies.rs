@@ -3,7 +3,9 @@
 //! that name, which holds them to their bounds.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_diffeq::{NeuralOde, OdeOptions, Precision, Stats, Steps, Tableau, Time, EULER, RK4};
+use candle_diffeq::{
+    tableau::EULER, NeuralOde, OdeOptions, Precision, Stats, Steps, Tableau, Time, RK4,
+};
 use candle_nn::VarMap;
 
 use crate::common::model_equation;

@@ -12,7 +12,7 @@ mod picture;
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::{Error, OdeOptions, Scaling, Tableau, EULER, RK4};
+use candle_diffeq::{scaling::Scaling, tableau::EULER, Error, OdeOptions, Tableau, RK4};
 use clap::Parser;
 use serde_json::json;
 

@@ -43,7 +43,7 @@ fn normalised(z: &Tensor) -> Result<Tensor> {
 
 /// The neural ODE, in `STEPS` steps of RK4 from time to time.
 pub(crate) fn ode(vars: &VarMap, precision: Precision, device: &Device) -> Result<NeuralOde> {
-    let build = |vb: VarBuilder<'_>| network(vb).map(candle_diffeq::autonomous);
+    let build = |vb: VarBuilder<'_>| network(vb).map(candle_diffeq::fields::autonomous);
     let ode = NeuralOde::from_field(vars, "ode", precision.state, device, build)?;
     Ok(ode.options(OdeOptions {
         method: RK4,

@@ -2,7 +2,10 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor};
-use candle_diffeq::{Cotangents, Pullback, Time, VectorField};
+use candle_diffeq::{
+    fields::{Cotangents, Pullback},
+    Time, VectorField,
+};
 use candle_nn::{Init, VarBuilder};
 
 /// Whether a perturbation shrinks or grows along the solution.

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var, D};
 use candle_diffeq::{
-    Checkpoint, NeuralOde, OdeOptions, Output, PiecewiseConstant, Precision, Recorder, TimeGrid,
-    RK4,
+    fields::PiecewiseConstant, Checkpoint, NeuralOde, OdeOptions, Output, Precision, Recorder,
+    TimeGrid, RK4,
 };
 use candle_nn::{group_norm, linear, GroupNorm, Linear, VarBuilder, VarMap};
 use rand::rngs::StdRng;

@@ -1,7 +1,7 @@
 //! The system that is learnt: y₁' = y₂, y₂' = μ(1 − y₁²) y₂ − y₁.
 
 use candle_core::{DType, Device, Tensor, D};
-use candle_diffeq::{constant, odeint, OdeOptions, Steps, Time, TimeGrid, DOPRI5};
+use candle_diffeq::{fields::constant, odeint, OdeOptions, Steps, Time, TimeGrid, DOPRI5};
 
 use crate::common::Result;
 

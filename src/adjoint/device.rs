@@ -145,7 +145,7 @@ impl Sweep<'_> {
                 Ok(next)
             };
             let mut kept = Stats::default();
-            let y = rewind.state(n, replay, &mut kept)?;
+            let y = rewind.state(n, &mut { replay }, &mut kept)?;
             stats.kept(kept.states_kept, kept.bytes_kept);
             let incoming = match step.span.0 {
                 0.0 => earlier(step.interval)?,

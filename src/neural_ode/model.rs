@@ -7,8 +7,7 @@ use candle_core::{DType, Device, Module, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
 
-use crate::autograd;
-use crate::field::{OwnedField, Pullback, VectorField};
+use crate::field::{autograd, OwnedField, Pullback, VectorField};
 use crate::nn;
 use crate::time::Time;
 
@@ -40,7 +39,7 @@ impl Builder {
     }
 }
 
-/// A module as a field: as [`Autonomous`](crate::Autonomous), but for our own, which bring their
+/// A module as a field: as [`Autonomous`](crate::fields::Autonomous), but for our own, which bring their
 /// pull-backs.
 pub(super) struct OfModule<M>(pub(super) M);
 

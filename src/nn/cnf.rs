@@ -13,8 +13,9 @@ use super::linear::{matmul, sum_of_rows, transposed_matmul};
 use super::{wrong_state, Mlp};
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
-use crate::rows::{Layout, RowField};
+use crate::rows::RowField;
 use crate::simd::Element;
+use crate::state::RowLayout;
 use crate::time::Time;
 use tiles::CnfTiles;
 use trace::Trace;
@@ -215,9 +216,9 @@ impl RowField for Cnf {
         self.mlp.time
     }
 
-    fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
         let [z, l] = shapes else { return None };
-        self.fits(z.dims(), l.dims()).then(|| Layout {
+        self.fits(z.dims(), l.dims()).then(|| RowLayout {
             rows: l.elem_count(),
             features: vec![self.features(), 1],
         })

@@ -14,12 +14,13 @@ use super::Activation;
 use super::{add_gradient, wrong_state, Checked};
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
-use crate::rows::{Layout, RowField, Slot, TileField};
+use crate::rows::{RowField, Slot, TileField};
 use crate::simd::convolution::{
     adjoint_filters, filter_totals, filters, Convolution, Correlation, Image,
 };
 use crate::simd::product::Packed;
 use crate::simd::{enter, Element, Kernel};
+use crate::state::RowLayout;
 use crate::time::Time;
 
 /// f(t, y) = w_L ∗ σ(… σ(w_1 ∗ y + b_1) …) + b_L, with `[out, in, k, k]` filters, k odd, of stride 1
@@ -440,13 +441,13 @@ impl RowField for ConvField {
         false
     }
 
-    fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
         let [shape] = shapes else { return None };
         let &[rows, channels, height, width] = shape.dims() else {
             return None;
         };
         let pixels = height * width;
-        (channels == self.channels() && pixels > 0).then(|| Layout {
+        (channels == self.channels() && pixels > 0).then(|| RowLayout {
             rows,
             features: vec![channels * pixels],
         })

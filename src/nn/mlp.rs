@@ -14,9 +14,10 @@ use super::Activation;
 use super::{add_gradient, coefficients, wrong_state, Checked};
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
-use crate::rows::{Layout, Part, RowField, Slot, TileField};
+use crate::rows::{Part, RowField, Slot, TileField};
 use crate::simd::product::{add_rows, Finished, Layer, Tanh};
 use crate::simd::{enter, Element};
+use crate::state::RowLayout;
 use crate::time::Time;
 
 /// f(t, y) = W_L σ(… σ(W_1 [y, t] + b_1) …) + b_L, with `[out, in]` weights.
@@ -358,10 +359,10 @@ impl RowField for Mlp {
         self.time
     }
 
-    fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
         let [shape] = shapes else { return None };
         let (last, rows) = shape.dims().split_last()?;
-        (*last == self.features()).then(|| Layout {
+        (*last == self.features()).then(|| RowLayout {
             rows: rows.iter().product(),
             features: vec![*last],
         })

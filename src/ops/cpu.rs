@@ -350,7 +350,7 @@ fn sum<A: Real>(
     }
 }
 
-/// A tensor of the shape of another, each piece of it filled where it begins.
+/// A tensor of the shape of another.  `fill` is given where a piece begins, and the piece.
 fn filled<H: Held>(like: &Tensor, fill: &(dyn Fn(usize, &mut [H]) + Sync)) -> Result<Tensor> {
     let mut out = vec![H::zero(); like.elem_count()];
     by_piece(&mut out, fill);

@@ -30,6 +30,16 @@ pub(crate) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
     chain::combine(terms, scale, out)
 }
 
+impl Rounding {
+    /// Rounds x; the result carries no history.
+    pub(crate) fn round(&self, x: &Tensor) -> Result<Tensor> {
+        if self.to == self.held && x.dtype() == self.held {
+            return Ok(x.detach());
+        }
+        combine(&[(1.0, x)], 1.0, *self)
+    }
+}
+
 /// `acc += c · x` in place; `acc` is contiguous, f32 or f64, and nobody else's.
 pub(crate) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
     if x.device().is_cpu() {

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor, TensorId};
 
 use crate::error::Result;
+use crate::field::Field;
 use crate::ops::cuda::{capture, keep_uploads, obstacle, Captured, Clock, Graph};
 use crate::stats::{NotReplayed, Stats};
-use crate::step::{Field, Next, Scheme};
+use crate::step::{Next, Scheme};
 use crate::time::{Step, Time};
 use crate::watch::Watch;
 

@@ -18,7 +18,7 @@ use super::stepper::{add, combine, is_finite, Stepper};
 use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
 use super::window::{in_range, power, KeptBy, OpenSlot, Window};
-use super::{gradient_of, numbers, on_all_threads, Failure, Layout, Plan, Reversible};
+use super::{gradient_of, numbers, on_all_threads, Failure, Plan, Reversible};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::precision::Low;
@@ -26,6 +26,7 @@ use crate::problem::{Output, Problem};
 use crate::scaler::{Outcome, Scaler};
 use crate::simd::product::{load, store, Idle};
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
+use crate::state::RowLayout;
 use crate::stats::Stats;
 use crate::time::Step;
 use crate::trajectory::Checkpoint;
@@ -37,7 +38,7 @@ pub(super) struct Trajectories<T: Element, S: Simd> {
     pub(super) selection: Selection,
     pub(super) weights: Vec<TensorId>,
     pub(super) shapes: Vec<Shape>,
-    pub(super) layout: Layout,
+    pub(super) layout: RowLayout,
     pub(super) groups: Vec<Vec<Tile<T>>>,
 }
 
@@ -169,7 +170,7 @@ impl<'a, T> Seed<'a, T> {
     fn of(
         self,
         problem: &Problem,
-        layout: &Layout,
+        layout: &RowLayout,
         output: usize,
         leaf: usize,
         (rows, tile): (&std::ops::Range<usize>, usize),

@@ -11,13 +11,14 @@ use super::backward::Trajectories;
 use super::stepper::Stepper;
 use super::tile::Tiled;
 use super::trajectory::{TileStore, TileTrajectory};
-use super::{numbers, on_all_threads, Failure, Layout, Plan, Solved, Task};
+use super::{numbers, on_all_threads, Failure, Plan, Solved, Task};
 use crate::error::{Error, Result};
 use crate::memory::{room_for, zeros};
 use crate::ops;
 use crate::problem::{ActivationCache, Output, Problem};
 use crate::simd::product::{load, store, Idle};
 use crate::simd::{enter, vectors, Element, Kernel};
+use crate::state::RowLayout;
 use crate::stats::Stats;
 
 /// A tile's rows, its trajectory, and what is kept of its evaluations.
@@ -214,7 +215,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
 /// Leaf, its features and its vectors in a tile of so many vectors a feature.
 #[inline(always)]
 pub(super) fn each_leaf(
-    layout: &Layout,
+    layout: &RowLayout,
     vectors: usize,
     mut see: impl FnMut(usize, usize, std::ops::Range<usize>),
 ) {

@@ -26,12 +26,12 @@ use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
 use crate::adjoint::Adjoint;
-use crate::error::{Error, Result};
+use crate::error::{Error, MemoryNeed, Result};
 use crate::loss::{Prepared, RowLoss};
-use crate::memory::MemoryNeed;
 use crate::precision::Low;
 use crate::problem::Problem;
 use crate::simd::{unit, Element};
+use crate::state::RowLayout;
 use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
@@ -51,45 +51,10 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
 
     /// Rows and features of each leaf of a state of these shapes; `None` if they are not the
     /// field's.
-    fn layout(&self, shapes: &[Shape]) -> Option<Layout>;
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout>;
 
     /// Packs the weights for a vector unit, for states of these shapes.
     fn tiles<T: Element, S: Simd>(&self, s: S, shapes: &[Shape]) -> Result<Self::Tiles<T>>;
-}
-
-/// Rows of a state, and the features of a row by leaf.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Layout {
-    pub(crate) rows: usize,
-    pub(crate) features: Vec<usize>,
-}
-
-impl Layout {
-    /// Features of a row, all leaves together.
-    pub(crate) fn dim(&self) -> usize {
-        self.features.iter().sum()
-    }
-
-    /// Where a leaf of the rows from `first` on begins in a packed state.
-    fn offset(&self, leaf: usize, first: usize) -> usize {
-        let before: usize = self.features[..leaf].iter().sum();
-        before * self.rows + first * self.features[leaf]
-    }
-
-    /// Puts a tile, `[leaf][row]`, where its rows are in a packed state; the rest of `tiles`.
-    fn place<'a, T: Copy>(
-        &self,
-        rows: &Range<usize>,
-        mut tiles: &'a [T],
-        packed: &mut [T],
-    ) -> &'a [T] {
-        for (leaf, &features) in self.features.iter().enumerate() {
-            let part;
-            (part, tiles) = tiles.split_at(rows.len() * features);
-            packed[self.offset(leaf, rows.start)..][..part.len()].copy_from_slice(part);
-        }
-        tiles
-    }
 }
 
 /// A [`RowField`] of any kind, as a vector field hands it to the solver.
@@ -183,7 +148,7 @@ trait AnyRows {
 
     fn reads_time(&self) -> bool;
 
-    fn layout(&self, shapes: &[Shape]) -> Option<Layout>;
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout>;
 
     /// Solves in f32; `None` without a vector unit.
     fn single(
@@ -211,7 +176,7 @@ impl<F: RowField> AnyRows for &F {
         RowField::reads_time(*self)
     }
 
-    fn layout(&self, shapes: &[Shape]) -> Option<Layout> {
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
         RowField::layout(*self, shapes)
     }
 
@@ -323,7 +288,7 @@ fn solve_tiles<T: Element, S: Simd>(
 /// The solve as both passes see it.
 struct Plan<'p> {
     problem: &'p Problem,
-    layout: &'p Layout,
+    layout: &'p RowLayout,
     /// What the compute precision of each leaf rounds to.
     low: Vec<Low>,
     /// Whether tiles have two vectors, where a test says so.
@@ -332,7 +297,7 @@ struct Plan<'p> {
 }
 
 impl<'p> Plan<'p> {
-    fn new(problem: &'p Problem, layout: &'p Layout) -> Self {
+    fn new(problem: &'p Problem, layout: &'p RowLayout) -> Self {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {
             low: low.collect(),

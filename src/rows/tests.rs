@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use crate::nn::{Activation, Cnf, ConvField, Mlp};
 use crate::simd::unit::{allowed, Cap};
 use crate::{
-    ActivationCache, Checkpoint, NeuralOde, OdeOptions, Output, RowLoss, State, Steps, DOPRI5,
-    EULER, HEUN, RK4,
+    tableau::{EULER, HEUN},
+    ActivationCache, Checkpoint, NeuralOde, OdeOptions, Output, RowLoss, State, Steps, DOPRI5, RK4,
 };
 
 /// Tiles of another width than the batch would choose, for this thread.

@@ -7,9 +7,8 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Tensor, Var};
 
-use crate::check;
 use crate::error::Error;
-use crate::field::{Cotangents, Leaves, Pullback, VectorField};
+use crate::field::{check, Cotangents, Leaves, Pullback, VectorField};
 use crate::state::State;
 use crate::time::Time;
 

@@ -8,8 +8,7 @@ use rand_distr::StandardNormal;
 use super::moved::Unmoved;
 use super::{Point, Subject};
 use crate::error::Result;
-use crate::field::Cotangents;
-use crate::step::{alike, Field};
+use crate::field::{pullback::alike, Cotangents, Field};
 use crate::time::Time;
 
 /// What f depends on.

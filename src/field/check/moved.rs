@@ -2,8 +2,7 @@
 
 use candle_core::{Tensor, Var};
 
-use crate::field::OwnedField;
-use crate::step::Field;
+use crate::field::{Field, OwnedField};
 use crate::time::Time;
 
 /// Evaluates a field with one parameter at another value.

@@ -1,82 +1,43 @@
 //! What a pull-back returns, checked against what it was asked for: a field's own may be wrong.
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, DeviceLocation, Shape, Tensor};
+use candle_core::{DType, Shape, Tensor};
 
-use crate::field::Cotangents;
-use crate::step::Field;
+use crate::error::{Argument, Error, PullbackDefect, Result};
+use crate::field::{Cotangents, Field};
 
-/// What is wrong with the cotangents that a pull-back returned.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum PullbackDefect {
-    /// Not one cotangent for each tensor of the state.
-    #[error("it returned cotangents of {got} state tensors, the state has {expected}")]
-    LeafCount {
-        /// Tensors in the state.
-        expected: usize,
-        /// Cotangents returned.
-        got: usize,
-    },
-    /// A cotangent has not the shape of what it belongs to.
-    #[error("the cotangent of {of} has shape {got:?} instead of {expected:?}")]
-    Shape {
-        /// What it belongs to.
-        of: Argument,
-        /// Shape of that.
-        expected: Shape,
-        /// Shape of the cotangent.
-        got: Shape,
-    },
-    /// A cotangent of the state has not the dtype that the pull-back was given, or one of time or
-    /// of a parameter is not floating-point.
-    #[error("the cotangent of {of} is {got:?} instead of {expected:?}")]
-    Dtype {
-        /// What it belongs to.
-        of: Argument,
-        /// Dtype of that.
-        expected: DType,
-        /// Dtype of the cotangent.
-        got: DType,
-    },
-    /// A cotangent lies on another device than what it belongs to.
-    #[error("the cotangent of {of} is on {got:?} instead of {expected:?}")]
-    Device {
-        /// What it belongs to.
-        of: Argument,
-        /// Device of that.
-        expected: DeviceLocation,
-        /// Device of the cotangent.
-        got: DeviceLocation,
-    },
-    /// Gradients of tensors that the field's own list does not hold; they would be lost.
-    #[error("it inserted gradients of {count} tensors that VectorField::parameters does not list")]
-    Unlisted {
-        /// Number of such tensors.
-        count: usize,
-    },
-}
-
-/// What f depends on, and has a cotangent of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Argument {
-    /// A tensor of the state.
-    State(usize),
-    /// Time.
-    Time,
-    /// A parameter, by its position in [`VectorField::parameters`](crate::VectorField::parameters),
-    /// or in the order in which the solve met them.
-    Parameter(usize),
-}
-
-impl std::fmt::Display for Argument {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::State(leaf) => write!(f, "state tensor {leaf}"),
-            Self::Time => write!(f, "time"),
-            Self::Parameter(index) => write!(f, "parameter {index}"),
+/// As many tensors, of the same shapes, dtypes and device.
+pub(crate) fn alike(y: &[Tensor], k: &[Tensor]) -> Result<()> {
+    if y.len() != k.len() {
+        return Err(Error::LeafCount {
+            expected: y.len(),
+            got: k.len(),
+        });
+    }
+    for (leaf, (y, k)) in y.iter().zip(k).enumerate() {
+        if y.shape() != k.shape() {
+            return Err(Error::ShapeChanged {
+                leaf,
+                expected: y.shape().clone(),
+                got: k.shape().clone(),
+            });
+        }
+        if y.dtype() != k.dtype() {
+            return Err(Error::DtypeChanged {
+                leaf,
+                expected: y.dtype(),
+                got: k.dtype(),
+            });
+        }
+        if !y.device().same_device(k.device()) {
+            return Err(Error::DeviceMismatch {
+                what: format!("what the field returned for state tensor {leaf}"),
+                expected: y.device().location(),
+                got: k.device().location(),
+            });
         }
     }
+    Ok(())
 }
 
 type Checked = std::result::Result<(), PullbackDefect>;

@@ -21,12 +21,9 @@ use candle_core::{DType, Device, Tensor};
 use rand::rngs::StdRng;
 use rand::SeedableRng;
 
-use crate::autograd;
 use crate::error::{Error, Result};
-use crate::field::{Cotangents, Leaves, VectorField};
-use crate::pullback;
+use crate::field::{autograd, pullback, pullback::alike, Cotangents, Field, Leaves, VectorField};
 use crate::state::State;
-use crate::step::{alike, Field};
 use crate::time::Time;
 pub(crate) use differences::depends_on;
 use differences::{cotangent_of, differing, numbers, Of, Trial, Verdict, SEED};
@@ -152,9 +149,7 @@ impl Point {
             y: y.iter().map(Tensor::detach).collect(),
         }
     }
-}
 
-impl Point {
     /// Time t in the step that the point lies in.
     fn time(&self, t: f64, dtype: DType, device: &Device) -> Time {
         self.placed(Time::new(t, dtype, device))
