@@ -5,13 +5,16 @@
 //! gradients.  Gradients are exact for the steps that were run, take no tape over steps, and reach
 //! the user's variables through candle's own `loss.backward()`.
 //!
-//! * [`odeint`]: a closure, solved; [`solution`]: the same without a graph; [`predict`]: without gradients.
+//! * [`odeint`]: solves a closure as part of candle's graph; [`solution`]: without that graph, with gradients on
+//!   request; [`predict`]: without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
 //! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
-//! * [`check_field`]: a field's pull-back compared with differences, which every model is once.
+//! * [`check_field`]: compares a field's pull-back (vector-Jacobian product) with finite differences.  Each
+//!   model is checked in this way once.
 //! * [`nn`]: layers and fields; perceptrons, their flows and convolutions are integrated tile by tile on
 //!   the CPU, several times faster.
-//! * [`mmd`](metrics::mmd()), and `datasets` behind a feature: to judge continuous flows by, and to train them on.
+//! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
+//!   train them on.
 //! * [`OdeOptions`]: method ([`Tableau`]), steps, checkpoints, scaling, statistics.
 //!
 //! # Theory
@@ -20,35 +23,35 @@
 //!
 //! Y_i = Q(y_n + h Σ_j a_ij k_j),  k_i = f(t_n + c_i h, Y_i),  y_{n+1} = y_n + h Σ_i b_i k_i,
 //!
-//! every sum in state precision.  Backward is the exact discrete adjoint of these steps, rounding
-//! treated as the identity; for n = N−1 … 0, the stages recomputed from the kept ŷ_n,
+//! where every sum is in state precision.  The backward pass is the exact discrete adjoint of these steps, in which
+//! rounding is treated as the identity.  For n = N−1 … 0, with the stages recomputed from the kept state ŷ_n,
 //!
 //! v_i = b_i λ + h Σ_{j>i} a_ji w_j,  w_i = (∂f/∂y)ᵀ v_i,  θ̄ += h (∂f/∂θ)ᵀ v_i,
 //! λ ← λ + h Σ_i w_i + ȳ_n.
 //!
-//! Only f and its pull-back run in compute precision, so a rounding u of f moves solution and
-//! gradients by O(u), however many steps there are.  In f16 the pull-back is fed S·v_i with a power
-//! of two S that follows max|λ|, and its results are divided by S in state precision.
+//! Only f and its pull-back run in compute precision.  So if f is evaluated with a rounding error u, the solution
+//! and the gradients change by O(u), for any number of steps.  In f16 the input of the pull-back is S·v_i with a
+//! power of two S that follows max|λ|, and its results are divided by S in state precision.
 //!
 //! # Layout
 //!
-//! Data flows one way: a module uses only modules before it in this list.  A test reads the list and holds every
-//! module to it; only code behind the feature `cuda` is not held to it yet.
+//! Dependencies go in one direction: a module uses only modules before it in this list.  A test reads the list and
+//! checks every module against it; only code behind the feature `cuda` is not checked yet.
 //!
 //! * `stats`, `error`: what a solve has done, and what can go wrong.
 //! * `state`, `memory`, `time`: the state and its rows, what a solve holds, the grid and its steps.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `precision`, `simd`, `ops`: dtype roles; kernels for vector units; fused operations on tensors, which round.
-//! * `scaler`, `tableau`, `watch`: scales of the adjoint, coefficients of methods, the look-out for NaN.
-//! * `step`, `trajectory`: one step and its linearisation, and what is kept of many.
-//! * `problem`, `arguments`: what both passes know; the arguments of a field.
-//! * `accumulator`, `adjoint`, `replay`: sums of gradients, the backward sweep, steps one after the other.
-//! * `loss`, `rows`: losses by row; both passes over one tile of rows after the other.
-//! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; θ itself.
+//! * `scaler`, `tableau`, `watch`: scales of the adjoint, coefficients of methods, detection of NaN and infinity.
+//! * `step`, `trajectory`: one step and its linearisation; which states are kept for the backward pass.
+//! * `problem`, `arguments`: what the forward and the backward pass both need; the arguments of a field.
+//! * `accumulator`, `adjoint`, `replay`: sums of gradients, the backward sweep, the sequence of forward steps.
+//! * `loss`, `rows`: losses that are means over rows; the forward and the backward pass, tile by tile.
+//! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
-//! * `passes`, `node`, `solution`: a solve whichever way it goes, as a node of candle's graph and without one.
-//! * `odeint`, `piecewise`, `neural_ode`: the public entries, and fields one after the other in time.
-//! * `datasets`, `mmd`: what continuous flows learn and are judged by.
+//! * `passes`, `node`, `solution`: both passes by any of the solvers; a solve as a node of candle's graph, or without.
+//! * `odeint`, `piecewise`, `neural_ode`: the public entry points; fields that are piecewise constant in time.
+//! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //!
 //! # Limits
 //!

@@ -43,11 +43,11 @@ use model::{Builder, Factory, OfModule, Recording, Undo};
 /// θ is exactly the names that the constructor asks for under its prefix.  Several of them, and
 /// any other layers, may share one `VarMap`.
 ///
-/// The constructor is called several times: here once, which creates the variables, up to twice at
-/// every solve and once in its backward pass, and for each parameter that is checked against differences
+/// The constructor is called several times: once when the `NeuralOde` is created, which creates the variables; up to
+/// twice in every solve; once in its backward pass; and for each parameter that is checked against differences
 /// ([`OdeOptions::check`]).  It must build the same model each time, from nothing but the `VarBuilder`.  The
-/// model itself never crosses threads, so it may be candle's `Sequential` or hold boxed modules.  Build the
-/// optimiser after the `NeuralOde`: before, `vars` does not hold its variables yet.
+/// model itself never crosses threads, so it may be candle's `Sequential` or hold boxed modules.  Create the
+/// optimiser after the `NeuralOde`, because `vars` does not hold the model's variables before.
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Tensor};
@@ -78,9 +78,9 @@ pub struct NeuralOde<S = Tensor, A = ()> {
     options: OdeOptions,
     /// Parameters that stand still.
     frozen: Vec<String>,
-    /// What stands for the model among others.
+    /// A number that identifies this model among all models of the process.
     identity: u64,
-    /// How often the field is still to be compared with differences, by what it was given.
+    /// How many more times the field is to be compared with differences, for each kind of input.
     checks: Mutex<HashMap<u64, usize>>,
     state: PhantomData<fn() -> (S, A)>,
 }
@@ -174,11 +174,11 @@ impl<S: State + 'static> NeuralOde<S> {
     /// A loss of the states at `times`, a scalar of state dtype, differentiable as [`solve`](Self::solve)
     /// is: what `loss.of(&ode.solve(y0, times)?)` is, to rounding.
     ///
-    /// Where the field is integrated tile by tile, a tile goes forward and backward at once: its
-    /// last evaluations are still in cache and need not be repeated, for up to 12 MiB a thread, which saves a
-    /// tenth of the time or more.  No states are returned, and gradients are formed whether they are asked for or
-    /// not.  A fixed scale with f16, a store precision below the state's and a target that has a gradient of
-    /// its own are left to two passes.
+    /// If the field is integrated tile by tile, each tile runs its backward pass directly after its forward pass:
+    /// its last evaluations, up to 12 MiB per thread, are still in cache and are not repeated, which saves a
+    /// tenth of the time or more.  No states are returned, and gradients are always computed, even if nobody asks
+    /// for them.  Two separate passes are used with a fixed scale in f16, with a store precision below that of the
+    /// state, and with a target that itself needs a gradient.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -202,8 +202,8 @@ impl<S: State + 'static> NeuralOde<S> {
         self.given(&()).loss(y0, times, loss)
     }
 
-    /// The same as [`solve`](Self::solve) without a graph; gradients by [`Solution::vjp`].  What these need is
-    /// kept: where none are wanted, [`predict`](Self::predict).
+    /// The same as [`solve`](Self::solve) without a graph; gradients are computed by [`Solution::vjp`].  The data
+    /// that they need is kept; use [`predict`](Self::predict) if no gradients are wanted.
     ///
     /// # Errors
     /// As [`solve`](Self::solve).
@@ -328,8 +328,8 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         self
     }
 
-    /// Parameters of these names, as [`parameters`](Self::parameters) lists them, stand still: the model reads them
-    /// as constants, and they receive no gradient.
+    /// Freezes the parameters with these names, which are names that [`parameters`](Self::parameters) lists: the
+    /// model reads them as constants, and they receive no gradient.
     ///
     /// # Errors
     /// candle's, of a name that the constructor did not ask for.
@@ -572,8 +572,8 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         checks.get(&kind).copied().unwrap_or(3)
     }
 
-    /// The field over the user's variables themselves, where a solve may read them: on the CPU, where
-    /// they still are what it was built over, and are neither to be rounded nor cast.
+    /// The field that reads the user's variables directly, if a solve may use it: on the CPU, if the variables
+    /// are still those that the field was built from and need neither rounding nor a cast.
     fn packable(&self, problem: &Problem, masters: &[Var]) -> Option<SharedField> {
         let Packable { field, ids } = self.packable.as_ref()?;
         let same = masters.iter().map(|var| var.id()).eq(ids.iter().copied());

@@ -9,18 +9,18 @@ use crate::time::{Time, Times};
 
 /// f(t, y) = f_i(t, y) for t_i ≤ t < t_{i+1}: one field after the other, each with weights of its own.
 ///
-/// Networks whose weights change with depth, without a hyper-network: the first field is in force
-/// before t_1, the last from t_{n−1} on, also outside the grid.  On a decreasing grid the same
-/// holds in its direction.  A solve may go either way, whichever way the grid goes.  Which field is in
-/// force follows from times on the host; nothing is read from a device.  States and dtypes are those of the
-/// fields; the breaks have no gradient.
+/// This gives networks whose weights change with depth, without a hyper-network.  The first field is used
+/// before t_1 and the last from t_{n−1} on, also outside the grid.  On a decreasing grid, "before" refers to
+/// the direction of the grid.  A solve may run in either direction, whatever the direction of the grid.  The
+/// field is selected by times on the host; nothing is read from a device.  States and dtypes are those of
+/// the fields; the breaks have no gradient.
 ///
-/// A step that lies within an interval reads the field of that interval in all its stages, also in one
-/// that falls on the break at its end.  So a method keeps its order where steps end on the breaks: let the
-/// solve's times hold them.  Across a break inside a step each stage reads the field of its own time, and
+/// All stages of a step inside one interval use the field of that interval, also a stage at the break where
+/// the interval ends.  A method therefore keeps its order if steps end on the breaks: include them in the
+/// times of the solve.  If a break lies inside a step, each stage uses the field of its own time, and
 /// the order is one.
 ///
-/// This field is not integrated tile by tile.  One solve for each interval is, where its field can be.
+/// This field is not integrated tile by tile, but separate solves for each interval are, if its field allows it.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -24,11 +24,11 @@ pub enum Output {
     Final,
 }
 
-/// What a solve tile by tile keeps of its evaluations beside the states, so that the backward pass need
-/// not repeat them: up to a fifth of the time of a pass forward and backward, for much memory.
+/// What a solve tile by tile keeps from its evaluations, in addition to the states, so that the backward pass need
+/// not repeat them.  It saves up to a fifth of the time of a forward and backward pass, and needs much memory.
 ///
-/// Where the bytes are not enough for everything, the last steps are kept before the first; of an
-/// [`nn::Mlp`](crate::nn::Mlp) first the stages, then the hidden layers that save most work a byte.
+/// If the bytes are not enough for everything, the last steps have priority over the first; for an
+/// [`nn::Mlp`](crate::nn::Mlp), the stages come first, then the hidden layers that save the most work per byte.
 /// Nothing is kept on the general path, nor where the store precision is below the state's: there the
 /// backward pass linearises at the stored states.  [`NeuralOde::loss`](crate::NeuralOde::loss) has its own
 /// plan.
@@ -50,7 +50,7 @@ pub struct ActivationCache {
 impl ActivationCache {
     /// Nothing: the backward pass evaluates every stage again.
     pub const NONE: Self = Self::within(0);
-    /// Everything.  What the machine has no memory for is refused before the first step
+    /// Everything.  If the machine does not have enough memory for it, the solve fails before its first step
     /// ([`Error::OutOfMemory`]).
     pub const ALL: Self = Self::within(usize::MAX);
 
@@ -59,8 +59,8 @@ impl ActivationCache {
         Self { bytes, low: false }
     }
 
-    /// Kept in bf16, half the bytes of f32: the forward pass stays as it is, gradients are those at a
-    /// point that is rounded to 8 bits.
+    /// Keeps them in bf16, which is half the bytes of f32.  The forward pass does not change; gradients are computed
+    /// at values that are rounded to 8 bits.
     #[must_use]
     pub const fn in_bf16(self) -> Self {
         Self { low: true, ..self }
@@ -140,8 +140,8 @@ pub struct OdeOptions {
     pub scaling: Scaling,
     /// What happens when gradients overflow.  Default: an error.
     pub on_overflow: OnOverflow,
-    /// Dtype roles by tensor of the arguments, of which the compute dtype is the one that counts; empty or
-    /// one for each.  Default: the compute dtype of parameters.
+    /// Dtype roles for each tensor of the arguments, of which only the compute dtype is used; empty, or
+    /// one for each tensor.  Default: the compute dtype of parameters.
     pub args_precision: Vec<Precision>,
     /// When the pull-back of the field is compared with differences.  Default: once.
     pub check: FieldCheck,

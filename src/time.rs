@@ -60,16 +60,16 @@ impl Time {
         }
     }
 
-    /// t as f64: for tables, schedules and coefficients formed on the host.  Gradients with
-    /// respect to time do not see what was computed from it; use [`tensor`](Self::tensor) for
-    /// that, and where steps are to be replayed ([`OdeOptions::graphs`](crate::OdeOptions::graphs)).
+    /// t as f64: for tables, schedules and coefficients computed on the host.  Gradients with respect to
+    /// time do not include what is computed from this value; use [`tensor`](Self::tensor) for that,
+    /// and if steps are to be replayed ([`OdeOptions::graphs`](crate::OdeOptions::graphs)).
     pub fn value(&self) -> f64 {
         self.read.set(true);
         self.value
     }
 
-    /// This time as that of a stage of step number `step` of a solve, which goes from the first of `interval` to
-    /// the second: what a solve tells the field, for tests of fields that read it.
+    /// Marks this time as that of a stage of step number `step` of a solve; the step goes from `interval[0]` to
+    /// `interval[1]`.  A solve passes such times to the field; use this in tests of fields that read the step.
     pub fn within(self, step: usize, interval: [f64; 2]) -> Self {
         Self {
             step: Some((step, interval)),
@@ -78,10 +78,10 @@ impl Time {
     }
 
     /// Start and end of the step that the field is evaluated in, in the direction of the solve; `None`
-    /// outside a solve.  What jumps in time (a path joined by straight lines, weights by interval) is to be
-    /// looked up by it, not by [`value`](Self::value): a stage at the end of a step and one at the start of
-    /// the next have the same time, and belong to both sides of a jump.  What is said of `value` holds: no
-    /// gradient of time sees it, and a step whose field reads it is not replayed.
+    /// outside a solve.  Use it, not [`value`](Self::value), to look up a quantity that jumps in time (slopes of a
+    /// piecewise linear path, weights per interval): a stage at the end of a step and one at the start of the
+    /// next step have the same time, but belong to different sides of a jump.  As with `value`, time
+    /// gradients do not include what is computed from it, and a step whose field reads it is not replayed.
     ///
     /// ```
     /// use candle_core::{DType, Device};
@@ -129,10 +129,10 @@ impl Time {
     /// t as a 0-d tensor in **state** dtype, tracked when time gradients are wanted.  In low
     /// precision form coefficients from it first and cast the product, not t.
     ///
-    /// It is t rounded to that dtype, in which numbers near t have a spacing: of f32, 2⁻²³ near 1 and 8
-    /// near 10⁸.  A step of a solve that begins and ends at one such number is refused where the field
-    /// asks for this tensor ([`Error::TimeUnresolved`]): for it, time would stand still.  Stages inside a
-    /// step may round to one number; that is the rounding of t, as everywhere.
+    /// It is t rounded to that dtype, in which neighbouring numbers have a distance: in f32, 2⁻²³ near 1 and 8
+    /// near 10⁸.  If the start and the end of a step round to the same number and the field asks for this
+    /// tensor, the solve returns [`Error::TimeUnresolved`], because time would not change for the field.  Stages
+    /// inside a step may round to the same number; this is ordinary rounding of t.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -262,8 +262,8 @@ impl TimeGrid {
 /// What can be given as output times: slices, arrays and `Vec`s of f64 or f32, a 1-D tensor, a
 /// [`TimeGrid`], and references to any of them.
 ///
-/// An f32 is read as the number that it is, without a further rounding: `0.1f32` is
-/// 0.100000001490116…, as a time too.
+/// An f32 is converted to f64 exactly, without further rounding: as a time, `0.1f32` is
+/// 0.100000001490116…, not 0.1.
 ///
 /// ```
 /// use candle_diffeq::Times;
@@ -393,7 +393,7 @@ impl Step {
     }
 }
 
-/// Every step of a solve, counted but not listed: step n is computed when asked for.
+/// The steps of a solve: their number is stored, but not the steps; step n is computed on request.
 #[derive(Clone, Debug)]
 pub(crate) struct StepPlan {
     points: Vec<f64>,

@@ -1,13 +1,13 @@
 //! A field's pull-back, compared with differences of the field.
 //!
-//! Layers without a backward operation, or with a wrong one, a `detach` on the way, a `backward` inside
-//! the field: all give wrong gradients, and nothing says so.  So what the pull-back says along a
+//! Layers without a backward operation or with a wrong one, a `detach`, or a `backward` inside the
+//! field give wrong gradients without any error.  Therefore the pull-back's derivative along a
 //! direction d of one argument x, ⟨(∂f/∂x)ᵀ v, d⟩, is compared with ⟨v, f(x + εd) − f(x − εd)⟩ / 2ε.
 //!
-//! A difference is no derivative where f has a kink or a jump.  An element of f is **smooth** where the
-//! central quotients of two step sizes agree, and the two one-sided ones; v is zero on all others, and
-//! where most of the elements that change are not smooth nothing is concluded.  A difference that sees
-//! nothing where the pull-back has a gradient is no fault either: that is a straight-through estimator.
+//! At a kink or a jump of f, a difference does not approximate a derivative.  An element of f is **smooth** if the
+//! central quotients for different step sizes agree, and the two one-sided quotients agree; v is zero for all other
+//! elements.  If most of the elements that change are not smooth, the check concludes nothing.  It is no error
+//! either if the difference is zero where the pull-back has a gradient: this is a straight-through estimator.
 
 mod differences;
 mod moved;
@@ -34,20 +34,20 @@ pub(crate) use moved::{OwnCopies, Rebuilt};
 /// [`check_field`].
 ///
 /// The check evaluates the field at the first, a middle and the last evaluation of the solve, and at small
-/// relative distances from them: twice for each parameter of a model and each tensor of the state, more where
-/// the two disagree.  A parameter that the velocity changes with and that no gradient reaches is an error; one
-/// that is meant to stand still is declared by [`NeuralOde::freeze`](crate::NeuralOde::freeze).  Fields of
+/// relative distances from them: twice for each parameter of a model and each tensor of the state, more if pull-back
+/// and difference disagree.  A parameter that changes the velocity but receives no gradient is an error; declare
+/// parameters that are meant to be constant with [`NeuralOde::freeze`](crate::NeuralOde::freeze).  Fields of
 /// [`nn`](crate::nn) that are integrated tile by tile are not checked.
 ///
-/// The user's variables are never written.  So of what a closure has captured no parameter is moved; where the
-/// rows of its state do not see each other, its gradients of one row are compared in the batch and alone.
-/// [`check_field`] moves them.  A gradient that is wrong on purpose, reversed or partly detached, is refused: turn
-/// the check off for such a field.
+/// The user's variables are never written.  Therefore the check does not change parameters that a closure has
+/// captured; if the rows of its state are independent, it compares their gradient for one row, computed in the batch
+/// and from this row alone.  [`check_field`] does change them.  A gradient that is wrong on purpose, reversed or
+/// partly detached, is an error: turn the check off for such a field.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FieldCheck {
-    /// At the first solve of a [`NeuralOde`](crate::NeuralOde) that shows every parameter at work, at most at the
-    /// first three, and at the first of each type of closure, shapes and size of its graph that
-    /// [`odeint`](crate::odeint) meets in a process.
+    /// For a [`NeuralOde`](crate::NeuralOde), at its first solves until one confirms the gradient of every parameter,
+    /// at most at three; for [`odeint`](crate::odeint), at the first solve in a process for each combination of closure
+    /// type, tensor shapes and size of the closure's graph.
     #[default]
     Once,
     /// At every solve that becomes part of candle's graph.

@@ -5,9 +5,9 @@
 //! v_i = b_i λ + Σ_{j>i} a_ji w'_j,  w'_i = (∂f/∂y)ᵀ (h v_i),  θ̄ += (∂f/∂θ)ᵀ (h v_i),
 //! λ ← λ + Σ_i w'_i + ȳ_n,
 //!
-//! so that what one step leaves for θ̄ needs no further factor and a window may span steps.  Where h is
-//! very small or very large it is cut into m p, p a power of two: v_i takes m only, so that it stays in the
-//! range of f32, and p comes with the scale of the window and of w'_i.
+//! so that the contribution of a step to θ̄ needs no further factor, and a window may span several steps.  A very
+//! small or very large h is factored as m p, where p is a power of two: v_i is multiplied by m only, so that it
+//! stays in the range of f32, and p is part of the scale of the window and of w'_i.
 
 use candle_core::{Shape, Tensor, TensorId};
 use pulp::Simd;

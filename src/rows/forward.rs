@@ -109,8 +109,8 @@ pub(super) struct Integrate<'a, T: Element, S: Simd> {
 }
 
 impl<T: Element, S: Simd> Integrate<'_, T, S> {
-    /// The forward pass of the tiles with these first rows.  `rooms` for what is kept of evaluations are used
-    /// before new ones are made.  Compiled once for all that call it.
+    /// Runs the forward pass of the tiles with these first rows.  Buffers for kept evaluations are taken from
+    /// `rooms` before new ones are allocated.  Compiled once for all callers.
     #[inline(never)]
     pub(super) fn group(
         &self,
@@ -212,7 +212,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
     }
 }
 
-/// Leaf, its features and its vectors in a tile of so many vectors a feature.
+/// Calls `see` with each leaf, its number of features and the range of its vectors, for `vectors` vectors per feature.
 #[inline(always)]
 pub(super) fn each_leaf(
     layout: &RowLayout,

@@ -1,5 +1,5 @@
-//! Forward and backward in one: a group of tiles is integrated, its loss formed and its cotangents
-//! pulled back while its evaluations are still in cache.
+//! Forward and backward pass in one: each tile is integrated, its loss is computed, and its cotangents
+//! are pulled back while its evaluations are still in cache.
 
 use std::sync::Arc;
 
@@ -20,11 +20,11 @@ use crate::problem::{ActivationCache, Problem};
 use crate::simd::Element;
 use crate::stats::Stats;
 
-/// Bytes of evaluations that a tile may keep, of its last steps where that is not all: what several
-/// cores find in a shared cache.
+/// The most bytes of evaluations that a tile may keep, those of its last steps if not all fit: an amount
+/// that a shared cache can hold for each of several cores.
 const KEPT: usize = 12 << 20;
 
-/// The loss and its gradients, before its own cotangent is known.
+/// The gradients of the loss, not yet multiplied by the cotangent of the loss itself.
 struct Graded<T> {
     weights: Vec<TensorId>,
     shapes: Vec<Shape>,
@@ -166,7 +166,7 @@ struct Group<T> {
 }
 
 impl<T: Element> Group<T> {
-    /// Another tile's after this.
+    /// Appends the result of the next tile to this one.
     fn and(mut self, next: Self) -> Self {
         self.loss += next.loss;
         self.rows.extend(next.rows);

@@ -1,8 +1,8 @@
 //! Whole solves of fields whose batch rows do not see each other.
 //!
-//! Such a field can be integrated tile by tile: a tile of rows, one row to a lane, goes through the
-//! whole interval in the cache of one core, forward and backward, and the cores meet twice a solve.
-//! What comes out is what the general path computes, to rounding.
+//! Such a field can be integrated tile by tile: one core takes a tile of rows, one row per lane, through the
+//! whole interval in its cache, forward and backward; threads synchronise twice per solve.
+//! The results equal those of the general path up to rounding.
 //!
 //! Which rows share a tile and which tiles share a partial sum of gradients depends on the problem
 //! alone, so results do not depend on the number of threads.
@@ -121,13 +121,13 @@ impl<'f> Rows<'f> {
     }
 }
 
-/// Returned states, packed `(outputs, elements)`, and the way back.
+/// Returned states, packed `(outputs, elements)`, and what the backward pass needs.
 pub(crate) struct Solved {
     pub(crate) packed: Tensor,
     pub(crate) trajectory: Arc<dyn Reversible>,
 }
 
-/// A solve that can be taken back.
+/// A finished solve that has a backward pass.
 pub(crate) trait Reversible: Send + Sync {
     /// Whether the trajectory was kept.
     fn can_rewind(&self) -> bool;
@@ -318,8 +318,8 @@ impl<'p> Plan<'p> {
         }
     }
 
-    /// What tiles of so many rows hold at once beside their evaluations; so many elements are those of the
-    /// batch.
+    /// The memory that tiles with `rows` rows hold at once in addition to kept evaluations.  `elements` is the
+    /// number of state elements of those rows without the padding of the last tile.
     fn need<T: Element, S: Simd>(&self, rows: usize, elements: usize) -> MemoryNeed {
         /// Bytes of a state that is kept by itself beside its numbers.
         const STATE: usize = 64;
@@ -379,14 +379,14 @@ const WIDEST: usize = 4096;
 const MOST_GROUPS: usize = 32;
 const MOST_NUMBERS: usize = 1 << 22;
 
-/// An error in a tile, and when it happened: the first in the order of the sweep is the solve's.
+/// An error in a tile, and when it happened: the solve returns the error that is first in the order of the pass.
 struct Failure {
     at: (usize, usize),
     error: Error,
 }
 
-/// Runs every group, on all threads, each thread with room of its own, and folds the results in
-/// the order of the groups; a result waits only for those before it.
+/// Runs every group, on all threads, each thread with its own scratch memory, and folds the results in
+/// the order of the groups; a result waits only for those of earlier groups.
 fn on_all_threads<G: Sync, W, R: Send>(
     groups: &[G],
     room: &(dyn Fn() -> W + Sync),

@@ -26,7 +26,8 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     /// Numbers of all parameters.
     fn parameters(&self) -> usize;
 
-    /// f(t, y), y being the first features of `kept`; without `k` only what is kept.
+    /// Computes f(t, y) into `k`, where y is the first features of `kept`, and fills the rest of `kept`; without
+    /// `k`, only `kept` is filled.
     fn velocity<S: Simd, const V: usize>(
         &self,
         s: S,
@@ -43,8 +44,8 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
         }]
     }
 
-    /// Completes what an evaluation keeps, where the parts that are `known`, the first among them, are
-    /// in their places.
+    /// Computes the missing parts of `kept`.  The parts marked in `known`, always including the first, are
+    /// already in place.
     fn recall<S: Simd, const V: usize>(
         &self,
         _: S,
@@ -83,7 +84,7 @@ pub(crate) struct Slot<'a, X> {
     pub(crate) cotangents: &'a [X],
 }
 
-/// A [`TileField`] on its vector unit, in tiles of one width, without its type: the loops over steps are
+/// A type-erased [`TileField`] for one vector unit and one tile width, so that the loops over steps are
 /// compiled once for all fields and widths.
 pub(super) trait Tiled<T: Element, S: Simd>: Send + Sync {
     /// Vectors of a feature.

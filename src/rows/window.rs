@@ -11,8 +11,8 @@ use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 /// Evaluations in a window, at least, where its slots are small.
 const WINDOW: usize = 4;
 
-/// Bytes of a slot that may wait in a window; where slots are larger, every evaluation is collected
-/// at once, as long as a part of it is in cache.
+/// The largest slot, in bytes, that may wait in a window; the gradients of larger slots are accumulated
+/// immediately, while a part of the slot is still in cache.
 const CACHED: usize = 1 << 20;
 
 /// Windows in a partial sum, before it is added to the total; see [`crate::accumulator`].
