@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use pulp::Simd;
 
 use super::elementwise;
-use crate::simd::product::Finish;
+use crate::simd::product::Epilogue;
 use crate::simd::{Element, Kernel};
 
 /// An elementwise activation.
@@ -173,7 +173,7 @@ impl<T: Element, S: Simd> Kernel<S> for Apply<'_, T, S> {
                     let sigmoid = T::sigmoid(s, near);
                     // σ + zσ(1 − σ)
                     let product = T::times(s, near, sigmoid);
-                    let rest = T::less_product(s, product, sigmoid, product);
+                    let rest = T::fnmadd(s, product, sigmoid, product);
                     *d = T::plus(s, sigmoid, rest);
                     *z = T::times(s, T::larger(s, near, *z), sigmoid);
                 }
@@ -218,8 +218,8 @@ fn pulled<T: Element, S: Simd>(
 ) -> T::Vector<S> {
     let one = T::splat(s, T::of(1.0));
     match activation {
-        Activation::Tanh => T::times(s, g, T::less_product(s, h, h, one)),
-        Activation::Sigmoid => T::times(s, g, T::less_product(s, h, h, h)),
+        Activation::Tanh => T::times(s, g, T::fnmadd(s, h, h, one)),
+        Activation::Sigmoid => T::times(s, g, T::fnmadd(s, h, h, h)),
         Activation::Relu => T::where_positive(s, h, g),
         Activation::Softplus | Activation::Silu | Activation::Gelu | Activation::Sin => g,
     }
@@ -233,7 +233,7 @@ pub(super) struct TimesSlope<'a, T: Element, S: Simd> {
     pub(super) slope: &'a [T::Vector<S>],
 }
 
-impl<T: Element, S: Simd> Finish<T, S> for TimesSlope<'_, T, S> {
+impl<T: Element, S: Simd> Epilogue<T, S> for TimesSlope<'_, T, S> {
     #[inline(always)]
     fn store<const R: usize, const V: usize>(
         &self,
@@ -347,7 +347,7 @@ fn curvature_of<T: Element, S: Simd>(
     match activation {
         Activation::Tanh => {
             let twice = T::plus(s, value, value);
-            T::less_product(s, twice, slope, T::zeros::<S>())
+            T::fnmadd(s, twice, slope, T::zeros::<S>())
         }
         Activation::Sigmoid => {
             let twice = T::plus(s, value, value);
@@ -370,14 +370,14 @@ fn kept_curvature<T: Element, S: Simd>(
     match activation {
         Activation::Silu => {
             let sigmoid = T::sigmoid(s, z);
-            let slope = T::less_product(s, sigmoid, sigmoid, sigmoid);
+            let slope = T::fnmadd(s, sigmoid, sigmoid, sigmoid);
             // 1 − 2σ
             let odd = T::minus(s, T::splat(s, T::of(1.0)), T::plus(s, sigmoid, sigmoid));
             T::times(s, slope, T::mul_add(s, z, odd, two))
         }
         Activation::Gelu => {
             let [_, density] = T::normal(s, z);
-            T::times(s, density, T::less_product(s, z, z, two))
+            T::times(s, density, T::fnmadd(s, z, z, two))
         }
         Activation::Tanh
         | Activation::Sigmoid
@@ -545,9 +545,9 @@ mod tests {
             .reshape((6, 5))
             .and_then(|x| x.to_dtype(DType::F32))
             .unwrap();
-        let turned = x.t().unwrap();
-        let expected = turned.contiguous().unwrap().tanh().unwrap();
-        let got = Activation::Tanh.forward(&turned).unwrap();
+        let transposed = x.t().unwrap();
+        let expected = transposed.contiguous().unwrap().tanh().unwrap();
+        let got = Activation::Tanh.forward(&transposed).unwrap();
         assert!(distance(&got, &expected) <= 1e-6);
         let low = Activation::Silu.forward(&x.to_dtype(DType::BF16).unwrap());
         assert_eq!(low.unwrap().dtype(), DType::BF16);

@@ -15,7 +15,7 @@ use super::{add_gradient, coefficients, wrong_state, Checked};
 use crate::error::Error;
 use crate::field::{Cotangents, Pullback, VectorField};
 use crate::rows::{Part, RowField, Slot, TileField};
-use crate::simd::product::{add_rows, Finished, Layer, Tanh};
+use crate::simd::product::{add_rows, Layer, Tanh, WithEpilogue};
 use crate::simd::{enter, Element};
 use crate::state::RowLayout;
 use crate::time::Time;
@@ -487,8 +487,8 @@ impl<T: Element> MlpTiles<T> {
                 out,
             };
             if self.activation == Activation::Tanh {
-                let finish = Tanh;
-                enter(s, Finished { product, finish });
+                let epilogue = Tanh;
+                enter(s, WithEpilogue { product, epilogue });
             } else {
                 enter(s, product);
                 let apply = Apply::<T, S> {
@@ -651,12 +651,12 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
             (slopes, slope) = slopes.split_at(slopes.len() - kept);
             let carries = l > 0 && self.layers[l - 1].skips;
             if l > 0 && !layer.skips && !carries {
-                let finish = TimesSlope::<T, S> {
+                let epilogue = TimesSlope::<T, S> {
                     activation: self.activation,
                     value,
                     slope,
                 };
-                enter(s, Finished { product, finish });
+                enter(s, WithEpilogue { product, epilogue });
             } else {
                 enter(s, product);
                 if layer.skips {

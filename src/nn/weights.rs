@@ -3,7 +3,7 @@
 use pulp::Simd;
 
 use crate::rows::Slot;
-use crate::simd::product::{outer_room, padded, Dot, Outer, Packed, Pair, Turn};
+use crate::simd::product::{outer_room, padded, Dot, Outer, Packed, Pair, Transpose};
 use crate::simd::{enter, Element};
 
 /// W of `outputs` rows and `inputs` columns.
@@ -94,7 +94,7 @@ impl<T: Element> Weights<T> {
                 inputs: self.inputs,
                 outputs: padded::<T, S>(self.outputs),
                 window: pairs,
-                turned: room,
+                transposed: room,
                 sums,
             };
             enter(s, outer);
@@ -118,7 +118,7 @@ impl<T: Element> Weights<T> {
         }
         let from = to.len();
         to.resize(from + size, T::default());
-        let turn = Turn::<T, S> {
+        let turn = Transpose::<T, S> {
             rows: self.inputs,
             columns: self.outputs,
             from: sums,

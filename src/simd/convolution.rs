@@ -4,7 +4,7 @@
 //! A filter of odd size reads zeros beyond the border.  In a tile, the taps of neighbouring pixels
 //! are neighbouring vectors, so a product is R output channels by Q vectors of a row, and every
 //! vector that is loaded serves R outputs.  At the border the taps that would read zeros are left
-//! out.  The adjoint is a convolution with the channels exchanged and the filters turned round.
+//! out.  The adjoint is a convolution with the channels exchanged and the filters rotated by half a turn.
 
 use std::ops::Range;
 

@@ -59,7 +59,7 @@ pub(crate) trait Element:
         c: Self::Vector<S>,
     ) -> Self::Vector<S>;
     /// c − a·b, fused where the machine can.
-    fn less_product<S: Simd>(
+    fn fnmadd<S: Simd>(
         s: S,
         a: Self::Vector<S>,
         b: Self::Vector<S>,
@@ -224,7 +224,7 @@ impl Element for f32 {
         larger(a, b) = max_f32s;
         abs(a) = abs_f32s;
         mul_add(a, b, c) = mul_add_e_f32s;
-        less_product(a, b, c) = negate_mul_add_e_f32s;
+        fnmadd(a, b, c) = negate_mul_add_e_f32s;
     }
 
     #[inline(always)]
@@ -320,7 +320,7 @@ impl Element for f64 {
         larger(a, b) = max_f64s;
         abs(a) = abs_f64s;
         mul_add(a, b, c) = mul_add_e_f64s;
-        less_product(a, b, c) = negate_mul_add_e_f64s;
+        fnmadd(a, b, c) = negate_mul_add_e_f64s;
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::transpose::turned;
+use super::transpose::transposed;
 use super::{enter, scalars, scalars_mut, Element, Kernel};
 
 /// A matrix packed for [`Layer`].
@@ -59,9 +59,9 @@ impl<T: Element> Packed<T> {
         Self::by_block::<S>(rows, columns, |first, height, block| {
             let matrix = &matrix[first * columns..];
             match height {
-                8 => enter(s, TurnRows::<T, 8> { matrix, block }),
-                4 => enter(s, TurnRows::<T, 4> { matrix, block }),
-                2 => enter(s, TurnRows::<T, 2> { matrix, block }),
+                8 => enter(s, TransposeRows::<T, 8> { matrix, block }),
+                4 => enter(s, TransposeRows::<T, 4> { matrix, block }),
+                2 => enter(s, TransposeRows::<T, 2> { matrix, block }),
                 _ => block.copy_from_slice(&matrix[..columns]),
             }
         })
@@ -111,12 +111,12 @@ impl<T: Element> Packed<T> {
 }
 
 /// `block[column][row] = matrix[row][column]`, of R rows.
-struct TurnRows<'a, T, const R: usize> {
+struct TransposeRows<'a, T, const R: usize> {
     matrix: &'a [T],
     block: &'a mut [T],
 }
 
-impl<T: Element, S: Simd, const R: usize> Kernel<S> for TurnRows<'_, T, R> {
+impl<T: Element, S: Simd, const R: usize> Kernel<S> for TransposeRows<'_, T, R> {
     type Output = ();
 
     #[inline(always)]
@@ -133,8 +133,8 @@ impl<T: Element, S: Simd, const R: usize> Kernel<S> for TurnRows<'_, T, R> {
         }
         for (i, block) in block.chunks_mut(lanes).enumerate() {
             let from = &self.matrix[i * lanes..];
-            let turned = turned::<T, S>(s, from, columns, (R, block.len()));
-            for (to, column) in block.iter_mut().zip(&turned) {
+            let transposed = transposed::<T, S>(s, from, columns, (R, block.len()));
+            for (to, column) in block.iter_mut().zip(&transposed) {
                 let column = scalars::<T, S>(std::slice::from_ref(column));
                 if let Some(column) = column.first_chunk::<R>() {
                     *to = *column;
@@ -145,14 +145,14 @@ impl<T: Element, S: Simd, const R: usize> Kernel<S> for TurnRows<'_, T, R> {
 }
 
 /// `to[column][row] = from[row][column]`; the rows of `from` are whole vectors.
-pub(crate) struct Turn<'a, T: Element, S: Simd> {
+pub(crate) struct Transpose<'a, T: Element, S: Simd> {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     pub(crate) from: &'a [T::Vector<S>],
     pub(crate) to: &'a mut [T],
 }
 
-impl<T: Element, S: Simd> Kernel<S> for Turn<'_, T, S> {
+impl<T: Element, S: Simd> Kernel<S> for Transpose<'_, T, S> {
     type Output = ();
 
     #[inline(always)]
@@ -164,16 +164,16 @@ impl<T: Element, S: Simd> Kernel<S> for Turn<'_, T, S> {
             let columns = lanes.min(self.columns - column);
             for row in (0..self.rows).step_by(lanes) {
                 let rows = lanes.min(self.rows - row);
-                let turned =
-                    turned::<T, S>(s, &from[row * stride + column..], stride, (rows, lanes));
-                for (c, turned) in turned[..columns].iter().enumerate() {
-                    let turned = scalars::<T, S>(std::slice::from_ref(turned));
+                let transposed =
+                    transposed::<T, S>(s, &from[row * stride + column..], stride, (rows, lanes));
+                for (c, transposed) in transposed[..columns].iter().enumerate() {
+                    let transposed = scalars::<T, S>(std::slice::from_ref(transposed));
                     let to = &mut self.to[(column + c) * self.rows + row..];
                     // Of a length that the compiler knows, where it can be.
                     if rows == lanes {
-                        to[..lanes].copy_from_slice(turned);
+                        to[..lanes].copy_from_slice(transposed);
                     } else {
-                        to[..rows].copy_from_slice(&turned[..rows]);
+                        to[..rows].copy_from_slice(&transposed[..rows]);
                     }
                 }
             }
@@ -182,7 +182,7 @@ impl<T: Element, S: Simd> Kernel<S> for Turn<'_, T, S> {
 }
 
 /// How the sums of a product are stored.
-pub(crate) trait Finish<T: Element, S: Simd> {
+pub(crate) trait Epilogue<T: Element, S: Simd> {
     /// Of R rows, the first of which begins at the vector `at` of the product.
     fn store<const R: usize, const V: usize>(
         &self,
@@ -196,7 +196,7 @@ pub(crate) trait Finish<T: Element, S: Simd> {
 /// As they are.
 struct AsIs;
 
-impl<T: Element, S: Simd> Finish<T, S> for AsIs {
+impl<T: Element, S: Simd> Epilogue<T, S> for AsIs {
     #[inline(always)]
     fn store<const R: usize, const V: usize>(
         &self,
@@ -212,7 +212,7 @@ impl<T: Element, S: Simd> Finish<T, S> for AsIs {
 /// tanh of them.
 pub(crate) struct Tanh;
 
-impl<T: Element, S: Simd> Finish<T, S> for Tanh {
+impl<T: Element, S: Simd> Epilogue<T, S> for Tanh {
     #[inline(always)]
     fn store<const R: usize, const V: usize>(
         &self,
@@ -238,10 +238,10 @@ pub(crate) struct Layer<'a, T: Element, S: Simd, const V: usize> {
     pub(crate) out: &'a mut [T::Vector<S>],
 }
 
-/// A product whose sums are stored as `finish` says.
-pub(crate) struct Finished<'a, T: Element, S: Simd, const V: usize, E> {
+/// A product whose sums are stored as `epilogue` says.
+pub(crate) struct WithEpilogue<'a, T: Element, S: Simd, const V: usize, E> {
     pub(crate) product: Layer<'a, T, S, V>,
-    pub(crate) finish: E,
+    pub(crate) epilogue: E,
 }
 
 impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
@@ -251,7 +251,7 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
     fn blocks<const R: usize, const U: usize>(
         &mut self,
         s: S,
-        finish: &impl Finish<T, S>,
+        epilogue: &impl Epilogue<T, S>,
         rows: Range<usize>,
         weights: &[T],
         columns: Range<usize>,
@@ -298,7 +298,7 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
                 }
             }
             if columns.end == all {
-                finish.store(s, (first + b * R) * V, sum, out);
+                epilogue.store(s, (first + b * R) * V, sum, out);
             } else {
                 *out = sum;
             }
@@ -307,7 +307,7 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
 
     /// The products with some of the columns, in all rows.
     #[inline(always)]
-    fn part(&mut self, s: S, finish: &impl Finish<T, S>, columns: Range<usize>) {
+    fn part(&mut self, s: S, epilogue: &impl Epilogue<T, S>, columns: Range<usize>) {
         let Packed {
             rows,
             columns: all,
@@ -319,10 +319,10 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
             let last = first + (rows - first) / height * height;
             let weights = &data[first * all..last * all];
             match height {
-                8 => self.blocks::<8, 1>(s, finish, first..last, weights, columns.clone()),
-                4 => self.blocks::<4, 1>(s, finish, first..last, weights, columns.clone()),
-                2 => self.blocks::<2, 4>(s, finish, first..last, weights, columns.clone()),
-                _ => self.blocks::<1, 4>(s, finish, first..last, weights, columns.clone()),
+                8 => self.blocks::<8, 1>(s, epilogue, first..last, weights, columns.clone()),
+                4 => self.blocks::<4, 1>(s, epilogue, first..last, weights, columns.clone()),
+                2 => self.blocks::<2, 4>(s, epilogue, first..last, weights, columns.clone()),
+                _ => self.blocks::<1, 4>(s, epilogue, first..last, weights, columns.clone()),
             }
             first = last;
         }
@@ -374,28 +374,30 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Layer<'_, T, S, V> {
 
     #[inline(always)]
     fn run(self, s: S) {
-        let plain = Finished {
+        let plain = WithEpilogue {
             product: self,
-            finish: AsIs,
+            epilogue: AsIs,
         };
         plain.run(s);
     }
 }
 
-impl<T: Element, S: Simd, const V: usize, E: Finish<T, S>> Kernel<S> for Finished<'_, T, S, V, E> {
+impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> Kernel<S>
+    for WithEpilogue<'_, T, S, V, E>
+{
     type Output = ();
 
     #[inline(always)]
     fn run(self, s: S) {
         let Self {
             mut product,
-            finish,
+            epilogue,
         } = self;
         let columns = product.weights.columns;
         let most = (NEAR / (V * size_of::<T::Vector<S>>())).max(1);
         let most = columns.div_ceil(columns.div_ceil(most).max(1)).max(1);
         for from in (0..columns.max(1)).step_by(most) {
-            product.part(s, &finish, from..columns.min(from + most));
+            product.part(s, &epilogue, from..columns.min(from + most));
         }
     }
 }
@@ -419,7 +421,7 @@ pub(crate) struct Outer<'a, T: Element, S: Simd, const V: usize> {
     pub(crate) outputs: usize,
     pub(crate) window: &'a [Pair<'a, T::Vector<S>>],
     /// [`outer_room`]: g of the window in two vectors of outputs, `[evaluation][B][2]`.
-    pub(crate) turned: &'a mut [T::Vector<S>],
+    pub(crate) transposed: &'a mut [T::Vector<S>],
     /// `[input][output]`.
     pub(crate) sums: &'a mut [T::Vector<S>],
 }
@@ -461,11 +463,15 @@ impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
     fn strip<const W: usize>(&mut self, s: S, output: usize) {
         let lanes = T::lanes::<S>();
         let size = V * lanes * W;
-        for (pair, turned) in self.window.iter().zip(self.turned.chunks_exact_mut(size)) {
+        for (pair, transposed) in self
+            .window
+            .iter()
+            .zip(self.transposed.chunks_exact_mut(size))
+        {
             for w in 0..W {
                 for v in 0..V {
                     let from = &pair.g[(output + w) * lanes * V + v..];
-                    T::transpose(s, from, V, &mut turned[v * lanes * W + w..], W);
+                    T::transpose(s, from, V, &mut transposed[v * lanes * W + w..], W);
                 }
             }
         }
@@ -486,16 +492,16 @@ impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
     #[inline(always)]
     fn block<const R: usize, const W: usize>(&mut self, s: S, input: usize, output: usize) {
         let (across, rows) = (self.outputs / T::lanes::<S>(), V * T::lanes::<S>());
-        let turned = self.turned.as_chunks::<W>().0.chunks_exact(rows);
+        let transposed = self.transposed.as_chunks::<W>().0.chunks_exact(rows);
         let mut sums = [[T::zeros::<S>(); W]; R];
-        for (pair, turned) in self.window.iter().zip(turned) {
+        for (pair, transposed) in self.window.iter().zip(transposed) {
             let x = scalars::<T, S>(&pair.x[input * V..(input + R) * V]);
             let mut each: [&[T]; R] = [&x[..rows]; R];
             for r in 1..R {
                 each[r] = &x[r * rows..][..rows];
             }
             // By twos: a turn of the loop that is shorter does not keep the multipliers fed.
-            let (twos, last) = turned.as_chunks::<2>();
+            let (twos, last) = transposed.as_chunks::<2>();
             for (b, g) in twos.iter().enumerate() {
                 add_product(s, &column(&each, 2 * b), &g[0], &mut sums);
                 add_product(s, &column(&each, 2 * b + 1), &g[1], &mut sums);

@@ -5,8 +5,8 @@ use pulp::{Scalar, Simd, WithSimd};
 
 use super::matrix::{Matrix, Piece};
 use super::product::{
-    add_rows, load, outer_room, padded, store, Dot, Finish, Finished, Idle, Layer, Outer, Packed,
-    Pair, Tanh, Turn, FAR, NEAR,
+    add_rows, load, outer_room, padded, store, Dot, Epilogue, Idle, Layer, Outer, Packed, Pair,
+    Tanh, Transpose, WithEpilogue, FAR, NEAR,
 };
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
@@ -303,7 +303,7 @@ impl Products<'_> {
             inputs,
             outputs: across,
             window: &window,
-            turned: &mut vec![T::zeros::<S>(); outer_room::<T, S, V>(self.pairs)],
+            transposed: &mut vec![T::zeros::<S>(); outer_room::<T, S, V>(self.pairs)],
             sums: &mut wide,
         };
         enter(s, outer);
@@ -320,12 +320,12 @@ impl Products<'_> {
         }
         let mut biases = vec![T::zeros::<S>(); outputs];
         add_rows::<T, S, V>(s, &window, &mut biases);
-        let mut turned = vec![T::default(); outputs * inputs];
-        let turn = Turn::<T, S> {
+        let mut transposed = vec![T::default(); outputs * inputs];
+        let turn = Transpose::<T, S> {
             rows: inputs,
             columns: outputs,
             from: &wide[..inputs * padded::<T, S>(outputs) / lanes],
-            to: &mut turned,
+            to: &mut transposed,
         };
         enter(s, turn);
         let at = |tile: &[T::Vector<S>], i: usize, b: usize| -> f64 {
@@ -338,7 +338,7 @@ impl Products<'_> {
                 let terms_of = all().map(|(p, b)| at(&xs[p], i, b) * at(&gs[p], o, b));
                 let (exact, size) = terms_of.fold((0.0, 0.0), |(e, s), t| (e + t, s + t.abs()));
                 let thin = T::total(s, thin[o * inputs + i]) * T::of(0.5);
-                for got in [turned[o * inputs + i], thin] {
+                for got in [transposed[o * inputs + i], thin] {
                     let error = (got.to_f64() - exact).abs();
                     assert!(error <= terms * unit * size, "{error:e}");
                 }
@@ -387,7 +387,7 @@ impl Less {
         let all = [0.0, 1.0, 2.0].map(numbers);
         let [a, b, c] = [0, 1, 2].map(|i| vectors::<T, S>(&all[i]));
         for i in 0..a.len() {
-            let less = [T::less_product(s, a[i], b[i], c[i])];
+            let less = [T::fnmadd(s, a[i], b[i], c[i])];
             let from = i * T::lanes::<S>();
             for (i, less) in (from..96).zip(scalars::<T, S>(&less)) {
                 let [a, b, c] = [0, 1, 2].map(|n| all[n][i].to_f64());
@@ -415,7 +415,7 @@ fn a_product_is_taken_off_to_two_roundings() {
 /// Factors by place.
 struct Factors<'a, X>(&'a [X]);
 
-impl<T: Element, S: Simd> Finish<T, S> for Factors<'_, T::Vector<S>> {
+impl<T: Element, S: Simd> Epilogue<T, S> for Factors<'_, T::Vector<S>> {
     #[inline(always)]
     fn store<const R: usize, const V: usize>(
         &self,
@@ -455,7 +455,7 @@ impl InPlace {
         let x = vectors::<T, S>(&numbers(columns * V * lanes));
         let factors = vectors::<T, S>(&numbers(rows * V * lanes));
         let mut outs = [(); 3].map(|()| vec![T::zeros::<S>(); rows * V]);
-        let [plain, finished, bent] = &mut outs;
+        let [plain, with_epilogue, bent] = &mut outs;
         let layer = |out| Layer::<T, S, V> {
             weights: &weights,
             start: &start,
@@ -463,15 +463,15 @@ impl InPlace {
             out,
         };
         enter(s, layer(plain));
-        let product = layer(finished);
-        let finish = Factors(&factors);
-        enter(s, Finished { product, finish });
+        let product = layer(with_epilogue);
+        let epilogue = Factors(&factors);
+        enter(s, WithEpilogue { product, epilogue });
         let product = layer(bent);
-        let finish = Tanh;
-        enter(s, Finished { product, finish });
+        let epilogue = Tanh;
+        enter(s, WithEpilogue { product, epilogue });
         for (i, x) in plain.iter().enumerate() {
             let expected = [T::times(s, *x, factors[i]), T::tanh(s, *x)];
-            let got = [finished[i], bent[i]];
+            let got = [with_epilogue[i], bent[i]];
             assert_eq!(scalars::<T, S>(&expected), scalars::<T, S>(&got));
         }
     }
@@ -557,14 +557,15 @@ impl Product<'_> {
             out: &mut out,
         };
         piece.with_simd(s);
-        let of = |data: &[T], (i, j): (usize, usize), (rows, columns): (usize, usize), turned| {
-            let at = if turned {
-                j * rows + i
-            } else {
-                i * columns + j
+        let of =
+            |data: &[T], (i, j): (usize, usize), (rows, columns): (usize, usize), transposed| {
+                let at = if transposed {
+                    j * rows + i
+                } else {
+                    i * columns + j
+                };
+                data[at].to_f64()
             };
-            data[at].to_f64()
-        };
         for (i, out) in out.chunks_exact(columns).enumerate() {
             for (j, got) in out.iter().enumerate() {
                 let (mut exact, mut size) = (start[j].to_f64(), start[j].to_f64().abs());

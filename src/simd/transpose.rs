@@ -1,4 +1,4 @@
-//! Squares of numbers turned over their diagonal, the one kernel that must know the vector unit.
+//! Transposition of squares of numbers: the only kernel that must know the vector unit.
 
 use pulp::Simd;
 
@@ -7,17 +7,18 @@ use super::{scalars, scalars_mut, Element};
 /// Lanes of the widest vector there is.
 const MOST_LANES: usize = 16;
 
-/// A square of numbers, `[row][column]` at such a stride, turned: a column to a vector.  Where there are
+/// A square of numbers, `[row][column]` at such a stride, transposed: a column to a vector.  Where there are
 /// fewer rows or columns than lanes, the rest is zero.
 #[inline(always)]
-pub(super) fn turned<T: Element, S: Simd>(
+pub(super) fn transposed<T: Element, S: Simd>(
     s: S,
     from: &[T],
     stride: usize,
     (rows, columns): (usize, usize),
 ) -> [T::Vector<S>; MOST_LANES] {
     let lanes = T::lanes::<S>();
-    let (mut square, mut turned) = ([T::zeros::<S>(); MOST_LANES], [T::zeros::<S>(); MOST_LANES]);
+    let (mut square, mut transposed) =
+        ([T::zeros::<S>(); MOST_LANES], [T::zeros::<S>(); MOST_LANES]);
     debug_assert!(rows.max(columns) <= lanes && lanes <= MOST_LANES);
     for r in 0..rows {
         let row = &from[r * stride..];
@@ -29,8 +30,8 @@ pub(super) fn turned<T: Element, S: Simd>(
             to[..columns].copy_from_slice(&row[..columns]);
         }
     }
-    T::transpose(s, &square, 1, &mut turned, 1);
-    turned
+    T::transpose(s, &square, 1, &mut transposed, 1);
+    transposed
 }
 
 /// Number by number; for units without a kernel of their own.
