@@ -9,7 +9,7 @@ use crate::field::Field;
 use crate::memory::TENSOR;
 use crate::precision::Roles;
 use crate::problem::{Output, Problem};
-use crate::replay::Stepper;
+use crate::replay::StepSequence;
 use crate::rows::{Reversible, Solved};
 use crate::state::Packing;
 use crate::stats::Stats;
@@ -173,7 +173,7 @@ fn pass(
         outputs.push(Packing::pack(&y, problem.state())?);
     }
     let copies = trajectory.keeps_copies();
-    let mut stepper = Stepper::new(scheme, copies, problem.graphs, plan.len());
+    let mut stepper = StepSequence::new(scheme, copies, problem.graphs, plan.len());
     for n in 0..plan.len() {
         let step = plan.step(n);
         trajectory.offer_stored(n, &y, stored)?;

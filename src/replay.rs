@@ -17,14 +17,14 @@ use crate::watch::Watch;
 pub(crate) use device::{overwrite, refusal, Fixture};
 
 /// Takes the steps of a pass.
-pub(crate) struct Stepper<'a> {
+pub(crate) struct StepSequence<'a> {
     scheme: &'a Scheme,
     copies: bool,
     #[cfg(feature = "cuda")]
-    replay: device::Replay,
+    replay: device::StepReplay,
 }
 
-impl<'a> Stepper<'a> {
+impl<'a> StepSequence<'a> {
     /// For a solve of so many steps; `copies` in store precision are wanted or not, and `graphs`.
     pub(crate) fn new(scheme: &'a Scheme, copies: bool, graphs: bool, steps: usize) -> Self {
         let _ = (graphs, steps);
@@ -32,7 +32,7 @@ impl<'a> Stepper<'a> {
             scheme,
             copies,
             #[cfg(feature = "cuda")]
-            replay: device::Replay::new(scheme, graphs, steps),
+            replay: device::StepReplay::new(scheme, graphs, steps),
         }
     }
 

@@ -6,13 +6,13 @@
 
 use candle_core::Tensor;
 
-use super::replay::Replay;
+use super::replay::SweepReplay;
 use super::{gradient, Adjoint, Grads, Sweep};
 use crate::accumulator::Accumulator;
 use crate::error::{Error, Result};
 use crate::ops::cuda::{Finding, Stop, SweepState};
 use crate::precision::Roles;
-use crate::replay::Stepper;
+use crate::replay::StepSequence;
 use crate::scaler::{Outcome, Scaler};
 use crate::stats::Stats;
 use crate::step::{Linear, Scheme};
@@ -33,8 +33,8 @@ pub(super) struct Way<'a> {
     pub(super) state: SweepState,
     pub(super) theta: Accumulator,
     /// Steps forward, between checkpoints.
-    stepper: Stepper<'a>,
-    replay: Replay,
+    stepper: StepSequence<'a>,
+    replay: SweepReplay,
 }
 
 /// One step back.
@@ -63,8 +63,8 @@ impl Sweep<'_> {
         let mut way = Way {
             state: SweepState::new(self.scaler, &adj, &can_overflow)?,
             theta: Accumulator::new(self.theta, self.scheme.roles[0].state)?,
-            stepper: Stepper::new(self.scheme, false, self.graphs, steps),
-            replay: Replay::new(self.graphs, steps),
+            stepper: StepSequence::new(self.scheme, false, self.graphs, steps),
+            replay: SweepReplay::new(self.graphs, steps),
             adj,
         };
         let mut start = Start {

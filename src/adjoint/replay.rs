@@ -17,7 +17,7 @@ use crate::stats::{NotReplayed, Stats};
 use crate::step::Scheme;
 
 /// How far a pass has come.
-pub(super) enum Replay {
+pub(super) enum SweepReplay {
     /// Every step is launched operation by operation.
     Off,
     /// The next step, of so many, is the first.
@@ -25,7 +25,7 @@ pub(super) enum Replay {
     On(Box<Steps>),
 }
 
-impl Replay {
+impl SweepReplay {
     /// For a pass of so many steps.
     pub(super) fn new(graphs: bool, steps: usize) -> Self {
         match graphs {

@@ -96,7 +96,7 @@ impl Cnf {
 }
 
 /// One evaluation, and what its pull-back reads.
-struct Evaluation {
+struct CnfEvaluation {
     mlp: Mlp,
     /// z'.
     velocity: Tensor,
@@ -108,7 +108,7 @@ struct Evaluation {
     trace: Trace,
 }
 
-impl Evaluation {
+impl CnfEvaluation {
     /// Of a perceptron [`at`](Mlp::at) a time.
     fn new(mlp: Mlp, z: &Tensor) -> Result<Self> {
         let (velocity, inputs, hidden) = mlp.run(z)?;
@@ -170,7 +170,7 @@ impl Cnf {
 impl VectorField<(Tensor, Tensor)> for Cnf {
     fn velocity(&self, t: &Time, y: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         self.check(y)?;
-        Evaluation::new(self.mlp.at(t)?.like(&y.0)?, &y.0)?.velocities(&y.1)
+        CnfEvaluation::new(self.mlp.at(t)?.like(&y.0)?, &y.0)?.velocities(&y.1)
     }
 
     fn vjp<'f>(
@@ -180,7 +180,7 @@ impl VectorField<(Tensor, Tensor)> for Cnf {
     ) -> Result<((Tensor, Tensor), Pullback<'f, (Tensor, Tensor)>)> {
         self.check(y)?;
         let mlp = self.mlp.detached().at(t)?.detached().like(&y.0)?;
-        let at = Evaluation::new(mlp, &y.0.detach())?;
+        let at = CnfEvaluation::new(mlp, &y.0.detach())?;
         let t = self.mlp.time_of(t)?;
         let k = at.velocities(&y.1)?;
         let (shape, l) = (y.0.shape().clone(), y.1.detach());

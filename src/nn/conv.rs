@@ -75,7 +75,7 @@ struct Normed {
 }
 
 /// What an evaluation computed on the way.
-struct Evaluation {
+struct ConvEvaluation {
     velocity: Tensor,
     /// What every layer read.
     inputs: Vec<Tensor>,
@@ -284,7 +284,7 @@ impl ConvField {
         }
     }
 
-    fn run(&self, y: Tensor) -> Result<Evaluation> {
+    fn run(&self, y: Tensor) -> Result<ConvEvaluation> {
         self.check(&y)?;
         let (mut x, mut inputs, mut hidden, mut normed) = (y, vec![], vec![], vec![]);
         for (l, layer) in self.layers.iter().enumerate() {
@@ -305,7 +305,7 @@ impl ConvField {
             x = self.activation.forward(&z)?;
             hidden.push(z);
         }
-        Ok(Evaluation {
+        Ok(ConvEvaluation {
             velocity: x,
             inputs,
             hidden,
@@ -317,7 +317,7 @@ impl ConvField {
     fn pull(
         &self,
         of: &[Filter],
-        at: &Evaluation,
+        at: &ConvEvaluation,
         v: &Tensor,
         params: &mut GradStore,
     ) -> Result<Tensor> {

@@ -252,12 +252,12 @@ pub(crate) fn layered<'f>(field: &'f dyn Any, y: &[Tensor]) -> Option<&'f Mlp> {
 }
 
 /// What layers keep of an evaluation: what each read, and the slopes of the hidden ones.
-type Kept = (Vec<Tensor>, Vec<Tensor>);
+type KeptLayers = (Vec<Tensor>, Vec<Tensor>);
 
 impl Mlp {
     /// f(t, y), two launches to a layer beside its product: bias and activation are one.
     /// Of a field [`at`](Self::at) a time.
-    fn in_layers(&self, y: &Tensor, keeps: bool) -> Result<(Tensor, Kept)> {
+    fn in_layers(&self, y: &Tensor, keeps: bool) -> Result<(Tensor, KeptLayers)> {
         let (mut inputs, mut slopes) = (vec![], vec![]);
         let mut x = y.detach().reshape(((), self.features()))?;
         for (l, layer) in self.layers.iter().enumerate() {

@@ -28,7 +28,7 @@ pub(super) fn value(activation: Activation, x: &Tensor) -> Result<Tensor> {
 /// σ'(x) g.
 pub(super) fn pull(activation: Activation, x: &Tensor, g: &Tensor) -> Result<Tensor> {
     let (x, g) = (x.detach().contiguous()?, g.contiguous()?);
-    x.apply_op2_no_bwd(&g, &Pull(activation))
+    x.apply_op2_no_bwd(&g, &ActivationPull(activation))
 }
 
 struct Value(Activation);
@@ -52,9 +52,9 @@ impl CustomOp1 for Value {
     }
 }
 
-struct Pull(Activation);
+struct ActivationPull(Activation);
 
-impl CustomOp2 for Pull {
+impl CustomOp2 for ActivationPull {
     fn name(&self) -> &'static str {
         "activation pull-back"
     }
@@ -101,7 +101,7 @@ fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Result<V
     let chunk = |(i, out): (usize, &mut [T])| {
         let part = |all: &'_ [T]| -> (usize, usize) { (i * CHUNK, all.len().min((i + 1) * CHUNK)) };
         let (from, to) = part(x);
-        unit.dispatch(Job {
+        unit.dispatch(ElementJob {
             activation,
             x: &x[from..to],
             g: g.map(|g| &g[from..to]),
@@ -117,14 +117,14 @@ fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Result<V
 }
 
 /// One chunk.
-struct Job<'a, T> {
+struct ElementJob<'a, T> {
     activation: Activation,
     x: &'a [T],
     g: Option<&'a [T]>,
     out: &'a mut [T],
 }
 
-impl<T: Element> WithSimd for Job<'_, T> {
+impl<T: Element> WithSimd for ElementJob<'_, T> {
     type Output = ();
 
     #[inline(always)]

@@ -107,7 +107,7 @@ impl HyperCnf {
     }
 
     /// One evaluation.
-    fn evaluate(&self, numbers: &Tensor, (z, l): &(Tensor, Tensor)) -> Result<Evaluation> {
+    fn evaluate(&self, numbers: &Tensor, (z, l): &(Tensor, Tensor)) -> Result<HyperEvaluation> {
         let (m, d) = (self.width, self.features);
         let block = |i: usize| numbers.narrow(1, i * m * d, m * d)?.reshape((m, d));
         let (w, u, gate) = (block(0)?, block(1)?, block(2)?);
@@ -120,7 +120,7 @@ impl HyperCnf {
         // From here to l in the dtype of l.
         let wide = |x: &Tensor| x.to_dtype(l.dtype());
         let coupling = (wide(&v)? * wide(&w)?)?.sum_keepdim(1)?;
-        Ok(Evaluation {
+        Ok(HyperEvaluation {
             minus_slope: (wide(&h)?.sqr()? - 1.0)?,
             z,
             w,
@@ -134,7 +134,7 @@ impl HyperCnf {
 }
 
 /// One evaluation, and what its pull-back reads.
-struct Evaluation {
+struct HyperEvaluation {
     /// `(row, feature)`.
     z: Tensor,
     /// W, U, σ(G) and U σ(G) / m, `(unit, feature)`.
@@ -150,7 +150,7 @@ struct Evaluation {
     coupling: Tensor,
 }
 
-impl Evaluation {
+impl HyperEvaluation {
     fn velocities(&self, (z, l): &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         Ok((
             self.h.matmul(&self.v)?.reshape(z.shape())?,

@@ -80,7 +80,7 @@ pub(super) struct At<'a> {
 }
 
 /// How far a pass has come.
-pub(super) enum Replay {
+pub(super) enum StepReplay {
     /// Every step is launched operation by operation.
     Off,
     /// The next step is the first.
@@ -90,7 +90,7 @@ pub(super) enum Replay {
     Ready(Box<Steps>, Graph),
 }
 
-impl Replay {
+impl StepReplay {
     pub(super) fn new(scheme: &Scheme, graphs: bool, steps: usize) -> Self {
         match graphs && scheme.device.is_cuda() {
             true => Self::Asked(steps),

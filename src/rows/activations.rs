@@ -129,14 +129,14 @@ impl Selection {
 
 /// What is kept of the evaluations of one tile, part by part, `[step][stage][feature][row]`; whole
 /// slots are one part.
-pub(super) struct Kept<T> {
+pub(super) struct KeptEvaluations<T> {
     room: Room,
     /// Where each part begins, in numbers.
     starts: Vec<usize>,
     number: PhantomData<T>,
 }
 
-impl<T: Element> Kept<T> {
+impl<T: Element> KeptEvaluations<T> {
     /// Room for a tile of so many rows.
     pub(super) fn new(selection: &Selection, rows: usize) -> Result<Self> {
         let bytes = selection.numbers(rows) * selection.bytes_of_number::<T>() as u128;
@@ -233,9 +233,9 @@ impl<T: Element> Kept<T> {
     }
 }
 
-/// [`Kept::save`].
+/// [`KeptEvaluations::save`].
 struct Save<'a, T> {
-    kept: &'a mut Kept<T>,
+    kept: &'a mut KeptEvaluations<T>,
     selection: &'a Selection,
     at: (usize, usize),
     slot: &'a [T],
@@ -270,9 +270,9 @@ impl<T: Element, S: Simd> Kernel<S> for Save<'_, T> {
     }
 }
 
-/// [`Kept::load`].
+/// [`KeptEvaluations::load`].
 struct Load<'a, T> {
-    kept: &'a Kept<T>,
+    kept: &'a KeptEvaluations<T>,
     selection: &'a Selection,
     at: (usize, usize),
     slot: &'a mut [T],

@@ -18,7 +18,7 @@ use super::stepper::{add, combine, is_finite, Stepper};
 use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
 use super::window::{in_range, power, KeptBy, OpenSlot, Window};
-use super::{gradient_of, numbers, on_all_threads, Failure, Plan, Reversible};
+use super::{gradient_of, numbers, on_all_threads, Failure, Reversible, TilePlan};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::precision::Low;
@@ -55,12 +55,12 @@ impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
         theta: &[Tensor],
         stats: &mut Stats,
     ) -> Result<Adjoint> {
-        let plan = Plan::new(problem, &self.layout);
+        let plan = TilePlan::new(problem, &self.layout);
         let cotangent = numbers::<T>(cotangent)?;
         let mut y0 = vec![T::default(); problem.packing.len()];
         let mut gradients = vec![];
         let mut counted = Stats::default();
-        let mut fold = |g: usize, group: Group<T>| {
+        let mut fold = |g: usize, group: SweptGroup<T>| {
             let mut tiles = group.y0.as_slice();
             for tile in &self.groups[g] {
                 tiles = self.layout.place(&tile.rows, tiles, &mut y0);
@@ -140,7 +140,7 @@ fn not_finite(step: Step) -> Error {
 
 /// What the backward pass of one group leaves.
 #[derive(Default)]
-pub(super) struct Group<T> {
+pub(super) struct SweptGroup<T> {
     /// λ_0, `[tile][leaf][row]`.
     pub(super) y0: Vec<T>,
     /// θ̄ of its rows, parameter after parameter.
@@ -152,7 +152,7 @@ pub(super) struct Group<T> {
 pub(super) struct Pass<'a, T: Element, S: Simd> {
     pub(super) field: &'a dyn Tiled<T, S>,
     pub(super) selection: &'a Selection,
-    pub(super) plan: &'a Plan<'a>,
+    pub(super) plan: &'a TilePlan<'a>,
     pub(super) differentiate: bool,
 }
 
@@ -199,7 +199,7 @@ impl<T: Element, S: Simd> Pass<'_, T, S> {
         tiles: &[Tile<T>],
         seed: Seed<'_, T>,
         window: &mut Window<T, S>,
-    ) -> std::result::Result<Group<T>, Failure> {
+    ) -> std::result::Result<SweptGroup<T>, Failure> {
         let sweep = Sweep {
             pass: self,
             tiles,
@@ -219,7 +219,7 @@ struct Sweep<'a, T: Element, S: Simd> {
 }
 
 impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
-    type Output = std::result::Result<Group<T>, Failure>;
+    type Output = std::result::Result<SweptGroup<T>, Failure>;
 
     #[inline(always)]
     fn run(self, s: S) -> Self::Output {
@@ -247,7 +247,7 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
             Output::All => vectors::<T, S>(size),
             Output::Final => vectors::<T, S>(0),
         };
-        let mut pull = Pull::<T, S>::new(&stepper);
+        let mut pull = StagePulls::<T, S>::new(&stepper);
         let mut y0 = vec![];
         let mut stats = Stats::default();
         // Where the tile's states begin among the group's.
@@ -351,7 +351,7 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
             stats.join(&counted);
             at += problem.outputs() * rows.len() * layout.dim();
         }
-        Ok(Group {
+        Ok(SweptGroup {
             y0,
             gradients: window.finish(s, field),
             stats,
@@ -363,7 +363,7 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
 #[inline(always)]
 fn magnitude<T: Element, S: Simd>(
     s: S,
-    plan: &Plan<'_>,
+    plan: &TilePlan<'_>,
     width: usize,
     adj: &[T::Vector<S>],
 ) -> f64 {
@@ -390,7 +390,7 @@ fn magnitude<T: Element, S: Simd>(
 }
 
 /// The pull-backs of a step.
-struct Pull<T: Element, S: Simd> {
+struct StagePulls<T: Element, S: Simd> {
     /// w'_i by stage.
     ws: Vectors<T, S>,
     /// a_ji by stage i, for the j > i.
@@ -399,7 +399,7 @@ struct Pull<T: Element, S: Simd> {
     all: Vec<(f64, usize)>,
 }
 
-impl<T: Element, S: Simd> Pull<T, S> {
+impl<T: Element, S: Simd> StagePulls<T, S> {
     fn new(stepper: &Stepper<'_, T, S>) -> Self {
         let tableau = &stepper.plan.problem.scheme.tableau;
         let column = |i: usize| {

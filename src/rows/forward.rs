@@ -6,12 +6,12 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use pulp::Simd;
 
-use super::activations::{Kept, Selection};
+use super::activations::{KeptEvaluations, Selection};
 use super::backward::Trajectories;
 use super::stepper::Stepper;
 use super::tile::Tiled;
 use super::trajectory::{TileStore, TileTrajectory};
-use super::{numbers, on_all_threads, Failure, Plan, Solved, Task};
+use super::{numbers, on_all_threads, Failure, Solved, Task, TilePlan};
 use crate::error::{Error, Result};
 use crate::memory::{room_for, zeros};
 use crate::ops;
@@ -25,11 +25,11 @@ use crate::stats::Stats;
 pub(super) struct Tile<T> {
     pub(super) rows: Range<usize>,
     pub(super) trajectory: TileTrajectory<T>,
-    pub(super) kept: Kept<T>,
+    pub(super) kept: KeptEvaluations<T>,
 }
 
 /// One group's tiles, and their returned states, `[tile][output][leaf][row]`.
-pub(super) struct Group<T> {
+pub(super) struct IntegratedGroup<T> {
     pub(super) tiles: Vec<Tile<T>>,
     pub(super) states: Vec<T>,
 }
@@ -102,7 +102,7 @@ pub(super) fn run<T: Element, S: Simd>(
 pub(super) struct Integrate<'a, T: Element, S: Simd> {
     pub(super) field: &'a dyn Tiled<T, S>,
     pub(super) selection: &'a Selection,
-    pub(super) plan: &'a Plan<'a>,
+    pub(super) plan: &'a TilePlan<'a>,
     pub(super) y0: &'a [T],
     /// Elements of all states that are kept at a time, for the statistics.
     pub(super) elements: usize,
@@ -116,8 +116,8 @@ impl<T: Element, S: Simd> Integrate<'_, T, S> {
         &self,
         s: S,
         tiles: &[usize],
-        rooms: Vec<Kept<T>>,
-    ) -> std::result::Result<Group<T>, Failure> {
+        rooms: Vec<KeptEvaluations<T>>,
+    ) -> std::result::Result<IntegratedGroup<T>, Failure> {
         enter(
             s,
             OneGroup {
@@ -133,11 +133,11 @@ impl<T: Element, S: Simd> Integrate<'_, T, S> {
 struct OneGroup<'a, T: Element, S: Simd> {
     pass: Integrate<'a, T, S>,
     tiles: &'a [usize],
-    rooms: Vec<Kept<T>>,
+    rooms: Vec<KeptEvaluations<T>>,
 }
 
 impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
-    type Output = std::result::Result<Group<T>, Failure>;
+    type Output = std::result::Result<IntegratedGroup<T>, Failure>;
 
     #[inline(always)]
     fn run(mut self, s: S) -> Self::Output {
@@ -148,7 +148,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
             elements,
             ..
         } = self.pass;
-        let Plan {
+        let TilePlan {
             problem, layout, ..
         } = plan;
         let mut stepper = Stepper::<T, S>::new(s, field, plan);
@@ -156,7 +156,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
         let mut y = vectors::<T, S>(stepper.size);
         let width = stepper.width;
         let batch = width * T::lanes::<S>();
-        let mut group = Group {
+        let mut group = IntegratedGroup {
             tiles: Vec::with_capacity(self.tiles.len()),
             states: vec![],
         };
@@ -188,7 +188,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
             }
             let mut kept = match self.rooms.pop() {
                 Some(room) => room,
-                None => Kept::new(selection, batch).map_err(anywhere)?,
+                None => KeptEvaluations::new(selection, batch).map_err(anywhere)?,
             };
             for n in 0..steps {
                 let step = problem.plan.step(n);
@@ -227,7 +227,7 @@ pub(super) fn each_leaf(
 }
 
 /// Brings the states of all tiles into the order of the packed state, output by output.
-fn assemble<T: Element>(plan: &Plan<'_>, groups: &[Group<T>]) -> Result<Vec<T>> {
+fn assemble<T: Element>(plan: &TilePlan<'_>, groups: &[IntegratedGroup<T>]) -> Result<Vec<T>> {
     let (problem, layout) = (plan.problem, plan.layout);
     let elements = problem.packing.len();
     let numbers = problem.outputs().saturating_mul(elements);

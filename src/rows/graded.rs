@@ -6,12 +6,12 @@ use std::sync::Arc;
 use candle_core::{Shape, Tensor, TensorId};
 use pulp::Simd;
 
-use super::activations::{Kept, Selection};
+use super::activations::{KeptEvaluations, Selection};
 use super::backward::{self, add_up, Pass, Seed};
 use super::forward::{self, Integrate};
 use super::tile::Tiled;
 use super::window::Window;
-use super::{numbers, on_all_threads, Failure, Plan, Reversible, Solved, Task};
+use super::{numbers, on_all_threads, Failure, Reversible, Solved, Task, TilePlan};
 use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::loss::{Prepared, RowsOf};
@@ -79,7 +79,7 @@ pub(super) fn run<T: Element, S: Simd>(
         shapes: weights.iter().map(|w| w.shape().clone()).collect(),
     };
     let (mut total, mut counted) = (0.0, Stats::default());
-    let mut fold = |_: usize, group: Group<T>| {
+    let mut fold = |_: usize, group: GradedGroup<T>| {
         total += group.loss;
         let mut tiles = group.swept.y0.as_slice();
         for rows in &group.rows {
@@ -119,7 +119,7 @@ pub(super) fn run<T: Element, S: Simd>(
         let window = Window::<T, S>::new(field, stages, steps, pass.differentiate);
         (window, vec![])
     };
-    let tile = |(window, rooms): &mut (Window<T, S>, Vec<Kept<T>>), first: &usize| {
+    let tile = |(window, rooms): &mut (Window<T, S>, Vec<KeptEvaluations<T>>), first: &usize| {
         let integrated = integrate.group(s, std::slice::from_ref(first), std::mem::take(rooms))?;
         let anywhere = |error| Failure { at: (0, 0), error };
         let (loss, cotangent) = grade(loss, plan, &integrated).map_err(anywhere)?;
@@ -131,7 +131,7 @@ pub(super) fn run<T: Element, S: Simd>(
         let tiles = integrated.tiles.into_iter();
         let (rows, used) = tiles.map(|tile| (tile.rows, tile.kept)).unzip();
         *rooms = used;
-        Ok::<_, Failure>(Group {
+        Ok::<_, Failure>(GradedGroup {
             loss,
             swept,
             bytes,
@@ -140,7 +140,7 @@ pub(super) fn run<T: Element, S: Simd>(
     };
     let each = |room: &mut _, group: &Vec<usize>| {
         let mut tiles = group.iter().map(|first| tile(room, first));
-        let first = tiles.next().unwrap_or_else(|| Ok(Group::default()))?;
+        let first = tiles.next().unwrap_or_else(|| Ok(GradedGroup::default()))?;
         tiles.try_fold(first, |sum, next| Ok(sum.and(next?)))
     };
     on_all_threads(&groups, &room, &each, &mut fold)?;
@@ -158,14 +158,14 @@ pub(super) fn run<T: Element, S: Simd>(
 
 /// What a tile leaves, or a group of them.
 #[derive(Default)]
-struct Group<T> {
+struct GradedGroup<T> {
     loss: f64,
     rows: Vec<std::ops::Range<usize>>,
-    swept: backward::Group<T>,
+    swept: backward::SweptGroup<T>,
     bytes: u128,
 }
 
-impl<T: Element> Group<T> {
+impl<T: Element> GradedGroup<T> {
     /// Appends the result of the next tile to this one.
     fn and(mut self, next: Self) -> Self {
         self.loss += next.loss;
@@ -180,8 +180,8 @@ impl<T: Element> Group<T> {
 /// The loss of a group, and its cotangents in the order of its states.
 fn grade<T: Element>(
     loss: &Prepared<T>,
-    plan: &Plan<'_>,
-    group: &forward::Group<T>,
+    plan: &TilePlan<'_>,
+    group: &forward::IntegratedGroup<T>,
 ) -> Result<(f64, Vec<T>)> {
     let outputs = plan.problem.outputs();
     let mut cotangents = zeros::<T>("the cotangents of a loss", group.states.len())?;

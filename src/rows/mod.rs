@@ -96,7 +96,7 @@ impl<'f> Rows<'f> {
                 .all(|r| r.state == dtype && r.compute.held == dtype)
         };
         let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
-        let plan = Plan::new(problem, &layout);
+        let plan = TilePlan::new(problem, &layout);
         if held(DType::F32) && stores(roles[0].store.to) {
             match Wanted::of(loss, &plan)? {
                 Some(wanted) => self.0.single(self.task(&plan, y0)?, wanted, stats),
@@ -112,7 +112,7 @@ impl<'f> Rows<'f> {
         }
     }
 
-    fn task<'a, T: Element>(&self, plan: &'a Plan<'a>, y0: &Tensor) -> Result<Task<'a, T>> {
+    fn task<'a, T: Element>(&self, plan: &'a TilePlan<'a>, y0: &Tensor) -> Result<Task<'a, T>> {
         Ok(Task {
             plan,
             y0: forward::start::<T>(plan.problem, y0)?,
@@ -205,7 +205,7 @@ fn solve_in<T: Element, F: RowField>(
     wanted: Wanted<T>,
     stats: &mut Stats,
 ) -> Result<Option<Solved>> {
-    let job = Job {
+    let job = OnUnit {
         spec,
         task,
         wanted,
@@ -216,7 +216,7 @@ fn solve_in<T: Element, F: RowField>(
 
 /// A solve over numbers of T.
 struct Task<'a, T> {
-    plan: &'a Plan<'a>,
+    plan: &'a TilePlan<'a>,
     y0: Vec<T>,
     weights: Vec<Tensor>,
 }
@@ -229,7 +229,7 @@ enum Wanted<T> {
 
 impl<T: Element> Wanted<T> {
     /// `None` of a loss that is left to two passes.
-    fn of(loss: Option<&RowLoss>, plan: &Plan<'_>) -> Result<Option<Self>> {
+    fn of(loss: Option<&RowLoss>, plan: &TilePlan<'_>) -> Result<Option<Self>> {
         let (Some(loss), problem) = (loss, plan.problem) else {
             return Ok(Some(Self::States));
         };
@@ -245,14 +245,14 @@ impl<T: Element> Wanted<T> {
 }
 
 /// A solve on the vector unit.
-struct Job<'a, T, F> {
+struct OnUnit<'a, T, F> {
     spec: &'a F,
     task: Task<'a, T>,
     wanted: Wanted<T>,
     stats: &'a mut Stats,
 }
 
-impl<T: Element, F: RowField> WithSimd for Job<'_, T, F> {
+impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
     type Output = Result<Solved>;
 
     #[inline(always)]
@@ -286,7 +286,7 @@ fn solve_tiles<T: Element, S: Simd>(
 }
 
 /// The solve as both passes see it.
-struct Plan<'p> {
+struct TilePlan<'p> {
     problem: &'p Problem,
     layout: &'p RowLayout,
     /// What the compute precision of each leaf rounds to.
@@ -296,7 +296,7 @@ struct Plan<'p> {
     forced: Option<bool>,
 }
 
-impl<'p> Plan<'p> {
+impl<'p> TilePlan<'p> {
     fn new(problem: &'p Problem, layout: &'p RowLayout) -> Self {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {

@@ -2,10 +2,10 @@
 
 use pulp::Simd;
 
-use super::activations::{Kept, Selection};
+use super::activations::{KeptEvaluations, Selection};
 use super::tile::Tiled;
 use super::trajectory::Snapshot;
-use super::{Failure, Plan};
+use super::{Failure, TilePlan};
 use crate::error::Error;
 use crate::precision::Low;
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
@@ -18,7 +18,7 @@ type Terms = Vec<(f64, usize)>;
 pub(super) struct Stepper<'p, T: Element, S: Simd> {
     pub(super) s: S,
     pub(super) field: &'p dyn Tiled<T, S>,
-    pub(super) plan: &'p Plan<'p>,
+    pub(super) plan: &'p TilePlan<'p>,
     /// Vectors of a feature.
     pub(super) width: usize,
     /// Vectors of a state.
@@ -34,7 +34,7 @@ pub(super) struct Stepper<'p, T: Element, S: Simd> {
 }
 
 impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
-    pub(super) fn new(s: S, field: &'p dyn Tiled<T, S>, plan: &'p Plan<'p>) -> Self {
+    pub(super) fn new(s: S, field: &'p dyn Tiled<T, S>, plan: &'p TilePlan<'p>) -> Self {
         let scheme = &plan.problem.scheme;
         let (tableau, width) = (&scheme.tableau, field.width());
         let size = plan.layout.dim() * width;
@@ -71,7 +71,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         step: Step,
         y: &mut [T::Vector<S>],
         slot: &mut [T::Vector<S>],
-        kept: Option<(&Selection, &mut Kept<T>)>,
+        kept: Option<(&Selection, &mut KeptEvaluations<T>)>,
     ) -> Result<(), Failure> {
         let advance = Advance {
             stepper: &mut *self,
@@ -89,7 +89,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         step: Step,
         y: &mut [T::Vector<S>],
         slot: &mut [T::Vector<S>],
-        mut kept: Option<(&Selection, &mut Kept<T>)>,
+        mut kept: Option<(&Selection, &mut KeptEvaluations<T>)>,
     ) -> Result<(), Failure> {
         for at in 0..self.stages.len() {
             let i = self.stages[at];
@@ -157,7 +157,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         &mut self,
         step: Step,
         selection: &Selection,
-        kept: &Kept<T>,
+        kept: &KeptEvaluations<T>,
         slots: &mut [T::Vector<S>],
     ) {
         let known = selection.known(step.index);
@@ -214,7 +214,7 @@ struct Advance<'a, 'p, T: Element, S: Simd> {
     step: Step,
     y: &'a mut [T::Vector<S>],
     slot: &'a mut [T::Vector<S>],
-    kept: Option<(&'a Selection, &'a mut Kept<T>)>,
+    kept: Option<(&'a Selection, &'a mut KeptEvaluations<T>)>,
 }
 
 impl<T: Element, S: Simd> Kernel<S> for Advance<'_, '_, T, S> {
@@ -227,7 +227,7 @@ impl<T: Element, S: Simd> Kernel<S> for Advance<'_, '_, T, S> {
 }
 
 #[inline(always)]
-fn round<T: Element, S: Simd>(s: S, plan: &Plan<'_>, width: usize, x: &mut [T::Vector<S>]) {
+fn round<T: Element, S: Simd>(s: S, plan: &TilePlan<'_>, width: usize, x: &mut [T::Vector<S>]) {
     let mut rest = x;
     for (features, low) in plan.layout.features.iter().zip(&plan.low) {
         let leaf;

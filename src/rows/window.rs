@@ -3,7 +3,7 @@
 use candle_core::DType;
 use pulp::Simd;
 
-use super::activations::{Kept, Selection};
+use super::activations::{KeptEvaluations, Selection};
 use super::tile::{Slot, Tiled};
 use crate::simd::room::Room;
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
@@ -21,7 +21,7 @@ const BLOCK: usize = 64;
 /// What is kept of the evaluations of a tile.
 pub(super) struct KeptBy<'a, T> {
     pub(super) selection: &'a Selection,
-    pub(super) evaluations: &'a Kept<T>,
+    pub(super) evaluations: &'a KeptEvaluations<T>,
 }
 
 /// An evaluation in a window: its slot there, and its step and stage.

@@ -22,7 +22,7 @@ pub(super) enum Of {
 pub(super) const SEED: u64 = 0x5eed_f1e1_d000_0001;
 
 /// A pull-back whose result has been looked at.
-pub(super) type Pull<'a> = dyn Fn(&Vec<Tensor>) -> Result<Cotangents<Vec<Tensor>>> + 'a;
+pub(super) type PullAt<'a> = dyn Fn(&Vec<Tensor>) -> Result<Cotangents<Vec<Tensor>>> + 'a;
 
 /// What one difference says of the pull-back.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -302,7 +302,7 @@ impl Trial<'_> {
     pub(super) fn by_row(
         &self,
         i: usize,
-        pull: &Pull<'_>,
+        pull: &PullAt<'_>,
         k: &[Tensor],
     ) -> Result<Option<(f64, f64)>> {
         let rows = |x: &Tensor| x.dims().first().copied().unwrap_or(0);
@@ -359,7 +359,7 @@ impl Trial<'_> {
         of: Of,
         attempt: i32,
         k: &[Tensor],
-        pull: &Pull<'_>,
+        pull: &PullAt<'_>,
         rng: &mut StdRng,
     ) -> Result<Option<(f64, f64)>> {
         let x = self.value(of)?;

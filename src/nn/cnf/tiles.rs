@@ -40,7 +40,7 @@ impl<T: Element> TileLayer<T> {
 }
 
 /// The parts of a slot.
-struct Kept<'a, X> {
+struct SlotParts<'a, X> {
     values: &'a [X],
     slopes: &'a [X],
     /// B d_1.
@@ -97,12 +97,12 @@ impl<T: Element> CnfTiles<T> {
     }
 
     #[inline(always)]
-    fn parts<'a, X, const V: usize>(&self, kept: &'a [X]) -> Kept<'a, X> {
+    fn parts<'a, X, const V: usize>(&self, kept: &'a [X]) -> SlotParts<'a, X> {
         let rest = &kept[(self.features + 1) * V..];
         let (values, rest) = rest.split_at(self.hidden() * V);
         let (slopes, rest) = rest.split_at(self.slopes() * V);
         let (coupled, curvatures) = rest.split_at(self.coupling.outputs * V);
-        Kept {
+        SlotParts {
             values,
             slopes,
             coupled,
