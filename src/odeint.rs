@@ -184,7 +184,7 @@ fn closure_in_graph<S: State>(
 /// let y0 = Tensor::new(&[1f64], &Device::Cpu)?;
 /// let solved = solution(&field, &y0, &[0.0, 1.0], &OdeOptions::default())?;
 /// let cotangent = Tensor::new(&[[0f64], [1.0]], &Device::Cpu)?;        // L = y(1)
-/// let growth = solution.vjp(&cotangent)?.y0.to_vec1::<f64>()?[0];
+/// let growth = solved.vjp(&cotangent)?.y0.to_vec1::<f64>()?[0];
 /// assert!((growth - 0.5f64.exp()).abs() < 3e-4);
 /// # Ok::<(), candle_diffeq::Error>(())
 /// ```
@@ -214,7 +214,7 @@ where
 /// let (y0, rate) = (Tensor::new(&[1f64], &Device::Cpu)?, Tensor::new(0.5f64, &Device::Cpu)?);
 /// let solved = solution_with(&field, &y0, &rate, &[0.0, 1.0], &OdeOptions::default())?;
 /// let cotangent = Tensor::new(&[[0f64], [1.0]], &Device::Cpu)?;
-/// let grads = solution.vjp(&cotangent)?;
+/// let grads = solved.vjp(&cotangent)?;
 /// let grad = grads.params.get(&rate).unwrap().to_scalar::<f64>()?;       // y = e^rate
 /// assert!((grad - 0.5f64.exp()).abs() < 4e-3);                            // to order three
 /// # Ok::<(), candle_diffeq::Error>(())
