@@ -1,5 +1,6 @@
 //! A matrix over tiles: its products, and the sums of its gradient.
 
+use candle_core::{Result, Storage, Tensor};
 use pulp::Simd;
 
 use crate::rows::Slot;
@@ -136,4 +137,21 @@ pub(super) fn append_totals<T: Element, S: Simd>(s: S, sums: &[T::Vector<S>], to
     for (to, sum) in to[from..].iter_mut().zip(sums) {
         *to = T::total(s, *sum);
     }
+}
+
+/// What is made of all elements, in T: they are read where they are, if they are such.
+pub(super) fn with_numbers<T: Element, R>(x: &Tensor, see: impl FnOnce(&[T]) -> R) -> Result<R> {
+    // Before the storage is locked, which both read.
+    let x = x.detach().to_dtype(T::DTYPE)?.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(_), Some((start, end))) if start == end => Ok(see(&[])),
+        (Storage::Cpu(all), Some((start, end))) => Ok(see(&all.as_slice::<T>()?[start..end])),
+        _ => candle_core::bail!("weights of tiles are on the CPU"),
+    }
+}
+
+/// A copy of them.
+pub(super) fn numbers<T: Element>(x: &Tensor) -> Result<Vec<T>> {
+    with_numbers(x, <[T]>::to_vec)
 }

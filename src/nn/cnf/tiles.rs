@@ -4,8 +4,7 @@ use candle_core::Result;
 use pulp::Simd;
 
 use crate::nn::activation::{Bend, Expand};
-use crate::nn::mlp::numbers;
-use crate::nn::weights::{append_totals, fill, Place, Weights};
+use crate::nn::weights::{append_totals, fill, numbers, Place, Weights};
 use crate::nn::{Activation, Mlp};
 use crate::rows::{Slot, TileField};
 use crate::simd::product::{add_rows, Layer};

@@ -1,0 +1,367 @@
+//! An [`Mlp`] over tiles.
+
+use candle_core::{Shape, Tensor};
+use pulp::Simd;
+
+use super::Mlp;
+use crate::error::Error;
+use crate::nn::activation::{Apply, Pull, TimesSlope};
+use crate::nn::weights::{append_totals, fill, numbers, with_numbers, Place, Weights};
+use crate::nn::Activation;
+use crate::rows::{Part, RowField, Slot, TileField};
+use crate::simd::product::{add_rows, Layer, Tanh, WithEpilogue};
+use crate::simd::{enter, Element};
+use crate::state::RowLayout;
+
+impl RowField for Mlp {
+    type Tiles<T: Element> = MlpTiles<T>;
+
+    fn weights(&self) -> Vec<Tensor> {
+        self.tensors().cloned().collect()
+    }
+
+    fn reads_time(&self) -> bool {
+        self.time
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
+        let [shape] = shapes else { return None };
+        let (last, rows) = shape.dims().split_last()?;
+        (*last == self.features()).then(|| RowLayout {
+            rows: rows.iter().product(),
+            features: vec![*last],
+        })
+    }
+
+    fn tiles<T: Element, S: Simd>(
+        &self,
+        s: S,
+        _: &[Shape],
+    ) -> std::result::Result<MlpTiles<T>, Error> {
+        let mut layers = Vec::with_capacity(self.layers.len());
+        // Of the first layer, Wᵀ leaves out what belongs to time.
+        let mut dim = self.features();
+        for (l, layer) in self.layers.iter().enumerate() {
+            let (inputs, outputs) = (layer.inputs(), layer.outputs());
+            layers.push(TileLayer {
+                weights: with_numbers(&layer.weight, |weight| {
+                    Weights::new(s, weight, outputs, inputs, dim)
+                })?,
+                bias: numbers(&layer.bias)?,
+                skips: l + 1 < self.layers.len() && self.skips(l),
+            });
+            dim = outputs;
+        }
+        Ok(MlpTiles {
+            layers,
+            activation: self.activation,
+            time: self.time,
+        })
+    }
+}
+
+/// An [`Mlp`] over tiles.
+///
+/// A slot keeps `[y, t | h_1 | h_2 | …]`, what the layers read, and after that the slopes where they
+/// do not follow from h; cotangents are `[g_L | … | g_1]`, of the layers' z, and behind them the
+/// cotangent that a skipped layer's output passes to its input.
+pub(crate) struct MlpTiles<T> {
+    layers: Vec<TileLayer<T>>,
+    activation: Activation,
+    time: bool,
+}
+
+struct TileLayer<T> {
+    weights: Weights<T>,
+    bias: Vec<T>,
+    skips: bool,
+}
+
+/// Products that take as long as an activation.
+const ACTIVATION: usize = 16;
+
+impl<T: Element> TileLayer<T> {
+    /// Vectors of the sums of dW and db.
+    fn sums<S: Simd>(&self) -> usize {
+        self.weights.sums::<S>() + self.weights.outputs
+    }
+}
+
+impl<T: Element> MlpTiles<T> {
+    /// Features of all that layers read.
+    fn inputs(&self) -> usize {
+        self.layers.iter().map(|l| l.weights.inputs).sum()
+    }
+
+    /// Whether hidden layers keep their slopes.
+    fn keeps_slopes(&self) -> bool {
+        self.activation.keeps_slope() || self.layers.iter().any(|l| l.skips)
+    }
+
+    /// An evaluation, but for those hidden layers that are known.
+    #[inline(always)]
+    fn evaluate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        t: f64,
+        kept: &mut [T::Vector<S>],
+        k: Option<&mut [T::Vector<S>]>,
+        known: &[bool],
+    ) {
+        let (read, mut slopes) = kept.split_at_mut(self.inputs() * V);
+        let (mut x, mut rest) = read.split_at_mut(self.layers[0].weights.inputs * V);
+        if self.time {
+            let at = x.len() - V;
+            x[at..].fill(T::splat(s, T::of(t)));
+        }
+        let (last, hidden) = match self.layers.split_last() {
+            Some(split) => split,
+            None => return,
+        };
+        for (l, layer) in hidden.iter().enumerate() {
+            let size = layer.weights.outputs * V;
+            let (out, after) = rest.split_at_mut(size);
+            let kept = if self.keeps_slopes() { size } else { 0 };
+            let (slope, more) = slopes.split_at_mut(kept);
+            slopes = more;
+            if known.get(l) == Some(&true) {
+                (x, rest) = (out, after);
+                continue;
+            }
+            let product = Layer::<T, S, V> {
+                weights: &layer.weights.forward,
+                start: &layer.bias,
+                x,
+                out,
+            };
+            if self.activation == Activation::Tanh {
+                let epilogue = Tanh;
+                enter(s, WithEpilogue { product, epilogue });
+            } else {
+                enter(s, product);
+                let apply = Apply::<T, S> {
+                    activation: self.activation,
+                    z: out,
+                    slope,
+                };
+                enter(s, apply);
+            }
+            if self.keeps_slopes() && !self.activation.keeps_slope() {
+                slope.fill(T::splat(s, T::of(1.0)));
+                enter(
+                    s,
+                    Pull::<T, S> {
+                        activation: self.activation,
+                        value: out,
+                        g: slope,
+                    },
+                );
+            }
+            if layer.skips {
+                for (h, x) in out.iter_mut().zip(&*x) {
+                    *h = T::plus(s, *h, *x);
+                }
+            }
+            (x, rest) = (out, after);
+        }
+        if let Some(out) = k {
+            enter(
+                s,
+                Layer::<T, S, V> {
+                    weights: &last.weights.forward,
+                    start: &last.bias,
+                    x,
+                    out,
+                },
+            );
+        }
+    }
+
+    /// Features of the widest layer that is skipped.
+    fn skipped(&self) -> usize {
+        let skipped = self.layers.iter().filter(|l| l.skips);
+        skipped.map(|l| l.weights.outputs).max().unwrap_or(0)
+    }
+
+    /// Features of all layers' z.
+    fn outputs(&self) -> usize {
+        self.layers.iter().map(|l| l.weights.outputs).sum()
+    }
+
+    /// Features of all hidden layers.
+    fn hidden(&self) -> usize {
+        self.layers[1..].iter().map(|l| l.weights.inputs).sum()
+    }
+}
+
+impl<T: Element> TileField<T> for MlpTiles<T> {
+    fn kept(&self) -> usize {
+        self.inputs()
+            + if self.keeps_slopes() {
+                self.hidden()
+            } else {
+                0
+            }
+    }
+
+    fn cotangents<S: Simd>(&self) -> usize {
+        // The transposition reads whole vectors of features.
+        self.outputs() + self.skipped() + T::lanes::<S>()
+    }
+
+    fn sums<S: Simd>(&self) -> usize {
+        self.layers.iter().map(TileLayer::sums::<S>).sum()
+    }
+
+    fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
+        let rooms = self.layers.iter().map(|l| l.weights.room::<S, V>(pairs));
+        rooms.max().unwrap_or(0)
+    }
+
+    fn parameters(&self) -> usize {
+        let of = |l: &TileLayer<T>| (l.weights.inputs + 1) * l.weights.outputs;
+        self.layers.iter().map(of).sum()
+    }
+
+    #[inline(always)]
+    fn velocity<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        t: f64,
+        kept: &mut [T::Vector<S>],
+        k: Option<&mut [T::Vector<S>]>,
+    ) {
+        self.evaluate::<S, V>(s, t, kept, k, &[]);
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        let state = self.layers.last().map_or(0, |l| l.weights.outputs);
+        let mut parts = vec![Part {
+            features: [0..state, 0..0],
+            work: 0,
+        }];
+        let mut value = self.layers[0].weights.inputs;
+        let mut slope = self.inputs();
+        for layer in &self.layers[..self.layers.len() - 1] {
+            let Weights {
+                inputs, outputs, ..
+            } = layer.weights;
+            let slopes = match self.keeps_slopes() {
+                true => slope..slope + outputs,
+                false => 0..0,
+            };
+            parts.push(Part {
+                features: [value..value + outputs, slopes],
+                work: (inputs + ACTIVATION) * outputs,
+            });
+            value += outputs;
+            slope += outputs;
+        }
+        parts
+    }
+
+    #[inline(always)]
+    fn recall<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        t: f64,
+        kept: &mut [T::Vector<S>],
+        known: &[bool],
+    ) {
+        self.evaluate::<S, V>(s, t, kept, None, &known[1..]);
+    }
+
+    #[inline(always)]
+    fn vjp<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        kept: &[T::Vector<S>],
+        cotangents: &mut [T::Vector<S>],
+        w: &mut [T::Vector<S>],
+    ) {
+        let (mut read, mut slopes) = kept.split_at(self.inputs() * V);
+        let (cotangents, carried) = cotangents.split_at_mut(self.outputs() * V);
+        let (mut g, mut rest) = cotangents.split_at_mut(w.len());
+        for (l, layer) in self.layers.iter().enumerate().rev() {
+            let value;
+            (read, value) = read.split_at(read.len() - layer.weights.inputs * V);
+            let hidden = if l == 0 { 0 } else { layer.weights.inputs };
+            let (below, after) = rest.split_at_mut(hidden * V);
+            let out = if l == 0 { &mut *w } else { &mut *below };
+            let product = Layer::<T, S, V> {
+                weights: &layer.weights.adjoint,
+                start: &[],
+                x: g,
+                out,
+            };
+            let kept = if self.keeps_slopes() { hidden * V } else { 0 };
+            let slope;
+            (slopes, slope) = slopes.split_at(slopes.len() - kept);
+            let carries = l > 0 && self.layers[l - 1].skips;
+            if l > 0 && !layer.skips && !carries {
+                let epilogue = TimesSlope::<T, S> {
+                    activation: self.activation,
+                    value,
+                    slope,
+                };
+                enter(s, WithEpilogue { product, epilogue });
+            } else {
+                enter(s, product);
+                if layer.skips {
+                    for (out, c) in out.iter_mut().zip(&*carried) {
+                        *out = T::plus(s, *out, *c);
+                    }
+                }
+                if carries {
+                    carried[..out.len()].copy_from_slice(out);
+                }
+                // Where layers are skipped, slopes are kept; the first layer reads none.
+                for (out, d) in out.iter_mut().zip(slope) {
+                    *out = T::times(s, *out, *d);
+                }
+            }
+            (g, rest) = (below, after);
+        }
+    }
+
+    #[inline(always)]
+    fn accumulate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        window: &[Slot<'_, T::Vector<S>>],
+        room: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    ) {
+        let (mut read, mut left, mut rest) = (0, self.outputs(), sums);
+        let mut pairs = Vec::with_capacity(window.len());
+        for layer in &self.layers {
+            left -= layer.weights.outputs;
+            fill::<_, V>(
+                &mut pairs,
+                window,
+                Place { read, left },
+                layer.weights.inputs,
+            );
+            let (weights, after) = rest.split_at_mut(layer.weights.sums::<S>());
+            layer.weights.accumulate::<S, V>(s, &pairs, room, weights);
+            let (biases, after) = after.split_at_mut(layer.weights.outputs);
+            add_rows::<T, S, V>(s, &pairs, biases);
+            rest = after;
+            read += layer.weights.inputs;
+        }
+    }
+
+    #[inline(always)]
+    fn gradients<S: Simd>(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
+        let mut gradients = Vec::with_capacity(self.parameters());
+        let mut rest = sums;
+        for layer in &self.layers {
+            let (weights, biases);
+            (weights, rest) = rest.split_at(layer.weights.sums::<S>());
+            (biases, rest) = rest.split_at(layer.weights.outputs);
+            layer.weights.gradient(s, weights, &mut gradients);
+            append_totals::<T, S>(s, biases, &mut gradients);
+        }
+        gradients
+    }
+}
