@@ -7,8 +7,8 @@
 //! built for the solve.
 
 mod model;
+mod run;
 
-use std::any::TypeId;
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,26 +17,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Module, Tensor, TensorId, Var};
 use candle_nn::{VarBuilder, VarMap};
 
-use crate::arguments::Args;
-use crate::error::{Error, Result};
-use crate::field::check::{self, FieldCheck, Parameter, Rebuilt, Subject};
-use crate::field::{
-    Bound, Field, FieldWithArgs, Free, Leaves, OwnedField, SharedField, VectorField,
-};
-use crate::integrate::Forward;
+use crate::error::Result;
+use crate::field::{Bound, FieldWithArgs, Free, Leaves, OwnedField, SharedField, VectorField};
 use crate::loss::RowLoss;
 use crate::nn;
-use crate::node::{in_graph, node, Source};
-use crate::odeint::states;
-use crate::parameters::{self, Observed, Theta};
-use crate::passes::{run, run_tiles};
+use crate::node::{in_graph, node};
 use crate::precision::{Precision, Rounding};
 use crate::problem::{OdeOptions, Problem};
 use crate::solution::Solution;
-use crate::state::{Packing, State};
+use crate::state::State;
 use crate::tableau::Tableau;
 use crate::time::Times;
-use model::{Builder, Factory, OfModule, Recording, Undo};
+use model::{Factory, OfModule, Recording, Undo};
+use run::Solve;
 
 /// A neural ODE y' = f_θ(t, y): a model constructor, its variables, and how to solve.
 ///
@@ -197,7 +190,7 @@ impl<S: State + 'static> NeuralOde<S> {
     /// ```
     ///
     /// # Errors
-    /// As [`solve`](Self::solve), [`Error::LossState`] and [`Error::LossOutput`].
+    /// As [`solve`](Self::solve), [`Error::LossState`](crate::Error::LossState) and [`Error::LossOutput`](crate::Error::LossOutput).
     pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
         self.given(&()).loss(y0, times, loss)
     }
@@ -355,217 +348,6 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         Given { ode: self, args }
     }
 
-    /// The problem, the user's variables, the arguments and y0, joined; all are checked.
-    fn prepare<T: Times + ?Sized>(
-        &self,
-        (y0, args): (&[Tensor], &A),
-        times: &T,
-        loss: Option<&RowLoss>,
-        untracked_too: bool,
-    ) -> Result<Prepared> {
-        let problem = Problem::new(y0, times.to_grid()?, &self.options)?;
-        if let Some(loss) = loss {
-            loss.check(&problem)?;
-        }
-        let masters = self.masters()?;
-        let all = masters.iter().map(|var| var.as_tensor());
-        let name = |i: usize| self.names[i].clone();
-        parameters::check_parameters(all, name, problem.device())?;
-        Ok(Prepared {
-            args: Args::new(args.leaves(), &problem, &self.options, untracked_too)?,
-            y0: Packing::join(y0, problem.state())?,
-            masters,
-            problem,
-        })
-    }
-
-    /// Everything up to the end of the forward pass.
-    fn run<T: Times + ?Sized>(
-        &self,
-        (y0, args): (&S, &A),
-        times: &T,
-        loss: Option<&RowLoss>,
-        in_graph: bool,
-    ) -> Result<Solve> {
-        let given = y0.leaves();
-        let Prepared {
-            problem,
-            masters,
-            args,
-            y0,
-        } = self.prepare((&given, args), times, loss, !in_graph)?;
-        let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
-        let keep = !in_graph || tracked || !masters.is_empty();
-        if let Some(field) = self.packable(&problem, &masters) {
-            if let Some(forward) = run_tiles(&problem, &*field, &y0, loss)? {
-                let theta = Observed::closure(&*field, true).into_parameters();
-                let theta = Theta::copied(theta.clone(), theta);
-                return Ok(Solve {
-                    problem,
-                    field: Box::new(Leaves::<SharedField, Vec<Tensor>>::new(Arc::clone(&field))),
-                    source: Source::Shared(field),
-                    theta,
-                    forward,
-                    y0,
-                });
-            }
-        }
-        let (leaves, origin) = self.leaves(&problem, masters, &args)?;
-        let builder = self.builder(&problem);
-        let field = builder.build(&leaves, &args.leaves)?;
-        let plain = match field.known() {
-            // It lists its parameters, and is hardly ever evaluated as tensors.
-            Some(_) => None,
-            None => Some(builder.build(&detached(&leaves), &detached(&args.leaves))?),
-        };
-        let observed = match &plain {
-            None => Observed::closure(&*field, true),
-            Some(plain) => {
-                let read = leaves.iter().cloned().chain(args.variables());
-                let read = read.filter(Tensor::is_variable).map(|p| p.id());
-                Observed::twins(&*field, &**plain, read.collect())
-            }
-        };
-        let graph = (problem.theta.to as usize, problem.grid.is_tracked());
-        let kind = check::key(TypeId::of::<Self>(), graph, &[&given, &args.leaves]);
-        let wanted = match self.options.check {
-            FieldCheck::Never => false,
-            FieldCheck::Once => self.checks_left(kind) > 0,
-            FieldCheck::Always => true,
-        };
-        let wanted = wanted && in_graph && keep && !problem.is_empty();
-        let observed = observed.solving(&problem, self.identity, wanted);
-        if let Some(listed) = observed.parameters() {
-            with_masters(listed, &origin)?;
-        }
-        let forward = run(&problem, &observed, &y0, loss, &|| keep)?;
-        if let (true, Some(plain)) = (wanted, &plain) {
-            let fields: [&Field<'_>; 2] = [&*field, &**plain];
-            let sound = self.is_sound(fields, &observed, &builder, &leaves, &args, &problem)?;
-            let left = self.checks_left(kind).saturating_sub(1);
-            let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
-            checks.insert(kind, if sound { 0 } else { left });
-        }
-        observed.settle();
-        let read = match problem.is_empty() {
-            // Nothing was read: all of them have zero gradients.
-            true => leaves.iter().cloned().chain(args.variables()).collect(),
-            false => observed.into_parameters(),
-        };
-        let (read, masters) = with_masters(read, &origin)?;
-        let args = args.leaves;
-        let rebuild = move || builder.build(&leaves, &args);
-        Ok(Solve {
-            problem,
-            field,
-            source: Source::Built(Arc::new(rebuild)),
-            theta: Theta::copied(read, masters),
-            forward,
-            y0,
-        })
-    }
-
-    /// The parameters as the model of one solve reads them, and the user's tensors behind these and behind the
-    /// arguments.
-    fn leaves(
-        &self,
-        problem: &Problem,
-        masters: Vec<Var>,
-        args: &Args,
-    ) -> Result<(Vec<Tensor>, HashMap<TensorId, Tensor>)> {
-        let mut leaves = Vec::with_capacity(masters.len());
-        let mut origin = HashMap::new();
-        for (name, master) in self.names.iter().zip(masters) {
-            let rounded = problem.theta.round(&master)?;
-            if self.frozen.contains(name) {
-                // Whatever a field of the user's own makes of it ends here.
-                let leaf = rounded.copy()?;
-                origin.insert(leaf.id(), leaf.clone());
-                leaves.push(leaf);
-                continue;
-            }
-            let leaf = Var::from_tensor(&rounded)?.into_inner();
-            origin.insert(leaf.id(), master.into_inner());
-            leaves.push(leaf);
-        }
-        for leaf in args.variables() {
-            if let Some(master) = args.master(&leaf) {
-                origin.insert(leaf.id(), master.clone());
-            }
-        }
-        Ok((leaves, origin))
-    }
-
-    fn builder(&self, problem: &Problem) -> Builder {
-        Builder {
-            factory: Arc::clone(&self.factory),
-            names: self.names.clone(),
-            dtype: problem.theta.held,
-            device: self.device.clone(),
-        }
-    }
-
-    /// Compares the field with differences at points of a solve that is done; whether every parameter has shown
-    /// that its gradient is right.
-    fn is_sound(
-        &self,
-        [field, twin]: [&Field<'_>; 2],
-        observed: &Observed<'_>,
-        builder: &Builder,
-        leaves: &[Tensor],
-        args: &Args,
-        problem: &Problem,
-    ) -> Result<bool> {
-        let named = self.names.iter().zip(leaves);
-        let moving = named.filter(|(_, leaf)| leaf.is_variable());
-        let parameters = moving.map(|(name, leaf)| Parameter {
-            name: format!("parameter {name}"),
-            tensor: leaf.clone(),
-        });
-        let of_args = args.variables().map(|leaf| Parameter {
-            name: args.name(&leaf).unwrap_or_default(),
-            tensor: leaf,
-        });
-        let build = |values: &[Tensor]| {
-            let (leaves, args) = values.split_at(leaves.len());
-            builder.build(leaves, args)
-        };
-        let subject = Subject {
-            field,
-            twin,
-            parameters: parameters.chain(of_args).collect(),
-            mover: &Rebuilt {
-                parameters: &[leaves, &args.leaves].concat(),
-                build: &build,
-            },
-            reads_time: problem.grid.is_tracked(),
-            reach: observed.reach(),
-            strict: false,
-        };
-        subject.check_all(&observed.points(), problem.state(), problem.device())
-    }
-
-    /// The states, and nothing kept.
-    fn predict_given<T: Times + ?Sized>(&self, y0: &S, args: &A, times: &T) -> Result<S> {
-        let prepared = self.prepare((&y0.leaves(), args), times, None, false)?;
-        let Prepared {
-            masters, args, y0, ..
-        } = prepared;
-        let problem = prepared.problem.keeping_nothing();
-        if let Some(field) = self.packable(&problem, &masters) {
-            if let Some(forward) = run_tiles(&problem, &*field, &y0, None)? {
-                return states(&problem, forward);
-            }
-        }
-        // Copies: the user's own may be written while the solve goes on.
-        let copied = |master: &Var| Ok(problem.theta.round(master)?.copy()?);
-        let copies = masters.iter().map(copied).collect::<Result<Vec<_>>>()?;
-        let field = self
-            .builder(&problem)
-            .build(&copies, &detached(&args.leaves))?;
-        states(&problem, run(&problem, &*field, &y0, None, &|| false)?)
-    }
-
     /// How often the field is still to be compared with differences where it is given tensors of this kind.
     fn checks_left(&self, kind: u64) -> usize {
         let checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -608,7 +390,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     /// As [`NeuralOde::solve`]; differentiable in the arguments, too.
     ///
     /// # Errors
-    /// As [`NeuralOde::solve`], and [`Error::ArgsPrecisionCount`].
+    /// As [`NeuralOde::solve`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
     pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
         let solve = self.ode.run((y0, self.args), times, None, true)?;
         node(
@@ -623,7 +405,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     /// As [`NeuralOde::loss`]; differentiable in the arguments, too.
     ///
     /// # Errors
-    /// As [`NeuralOde::loss`], and [`Error::ArgsPrecisionCount`].
+    /// As [`NeuralOde::loss`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
     pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
         let Solve {
             problem,
@@ -643,7 +425,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     /// [`Gradients::params`](crate::Gradients::params), under the tensors that were given.
     ///
     /// # Errors
-    /// As [`NeuralOde::solution`], and [`Error::ArgsPrecisionCount`].
+    /// As [`NeuralOde::solution`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
     pub fn solution<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<Solution<'static, S>> {
         let solve = self.ode.run((y0, self.args), times, None, false)?;
         Solution::new(solve.problem, solve.field, solve.theta, solve.forward)
@@ -652,46 +434,10 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     /// As [`NeuralOde::predict`].
     ///
     /// # Errors
-    /// As [`NeuralOde::predict`], and [`Error::ArgsPrecisionCount`].
+    /// As [`NeuralOde::predict`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
     pub fn predict<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
         self.ode.predict_given(y0, self.args, times)
     }
-}
-
-/// What a solve was given, checked.
-struct Prepared {
-    problem: Problem,
-    masters: Vec<Var>,
-    args: Args,
-    y0: Tensor,
-}
-
-/// A forward pass that is done, and what its backward pass needs.
-struct Solve {
-    problem: Problem,
-    field: Box<Field<'static>>,
-    source: Source,
-    theta: Theta,
-    forward: Forward,
-    y0: Tensor,
-}
-
-/// The same tensors without history.
-fn detached(tensors: &[Tensor]) -> Vec<Tensor> {
-    tensors.iter().map(Tensor::detach).collect()
-}
-
-/// The tensors that the field reads, and the user's variables behind them.
-fn with_masters(
-    leaves: Vec<Tensor>,
-    origin: &HashMap<TensorId, Tensor>,
-) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
-    let of = |(index, leaf): (usize, &Tensor)| match origin.get(&leaf.id()) {
-        Some(master) => Ok(master.clone()),
-        None => Err(Error::UnknownParameter { index }),
-    };
-    let masters = leaves.iter().enumerate().map(of).collect::<Result<_>>()?;
-    Ok((leaves, masters))
 }
 
 impl<S, A> std::fmt::Debug for NeuralOde<S, A> {

@@ -4,7 +4,8 @@ use candle_core::{Result, Storage, Tensor};
 use pulp::Simd;
 
 use crate::rows::Slot;
-use crate::simd::product::{outer_room, padded, Dot, Outer, Packed, Pair, Transpose};
+use crate::simd::outer::{outer_room, Dot, Outer, Pair};
+use crate::simd::product::{padded, Packed, Transpose};
 use crate::simd::{enter, Element};
 
 /// W of `outputs` rows and `inputs` columns.

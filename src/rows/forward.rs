@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::memory::{room_for, zeros};
 use crate::ops;
 use crate::problem::{ActivationCache, Output, Problem};
-use crate::simd::product::{load, store, Idle};
+use crate::simd::tiles::{load, store, Idle};
 use crate::simd::{enter, vectors, Element, Kernel};
 use crate::state::RowLayout;
 use crate::stats::Stats;

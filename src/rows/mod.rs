@@ -11,6 +11,7 @@ mod activations;
 mod backward;
 mod forward;
 mod graded;
+mod pulls;
 mod stepper;
 #[cfg(test)]
 mod tests;

@@ -7,10 +7,12 @@
 pub(crate) mod convolution;
 pub(crate) mod elementary;
 pub(crate) mod matrix;
+pub(crate) mod outer;
 pub(crate) mod product;
 pub(crate) mod room;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tiles;
 mod transpose;
 pub(crate) mod unit;
 

@@ -4,10 +4,9 @@ use proptest::prelude::*;
 use pulp::{Scalar, Simd, WithSimd};
 
 use super::matrix::{Matrix, Piece};
-use super::product::{
-    add_rows, load, outer_room, padded, store, Dot, Epilogue, Idle, Layer, Outer, Packed, Pair,
-    Tanh, Transpose, WithEpilogue, FAR, NEAR,
-};
+use super::outer::{add_rows, outer_room, Dot, Outer, Pair};
+use super::product::{padded, Epilogue, Layer, Packed, Tanh, Transpose, WithEpilogue, FAR, NEAR};
+use super::tiles::{load, store, Idle};
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;
 

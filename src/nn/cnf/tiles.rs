@@ -7,7 +7,8 @@ use crate::nn::activation::{Bend, Expand};
 use crate::nn::weights::{append_totals, fill, numbers, Place, Weights};
 use crate::nn::{Activation, Mlp};
 use crate::rows::{Slot, TileField};
-use crate::simd::product::{add_rows, Layer};
+use crate::simd::outer::add_rows;
+use crate::simd::product::Layer;
 use crate::simd::{enter, Element, Kernel};
 
 /// The layers, and the matrix B of the trace uᵀ B d₁, u being d₂, or 1 with one hidden layer.

@@ -9,7 +9,8 @@ use crate::nn::activation::{Apply, Pull, TimesSlope};
 use crate::nn::weights::{append_totals, fill, numbers, with_numbers, Place, Weights};
 use crate::nn::Activation;
 use crate::rows::{Part, RowField, Slot, TileField};
-use crate::simd::product::{add_rows, Layer, Tanh, WithEpilogue};
+use crate::simd::outer::add_rows;
+use crate::simd::product::{Layer, Tanh, WithEpilogue};
 use crate::simd::{enter, Element};
 use crate::state::RowLayout;
 
