@@ -190,7 +190,8 @@ impl<S: State + 'static> NeuralOde<S> {
     /// ```
     ///
     /// # Errors
-    /// As [`solve`](Self::solve), [`Error::LossState`](crate::Error::LossState) and [`Error::LossOutput`](crate::Error::LossOutput).
+    /// As [`solve`](Self::solve), [`Error::LossState`](crate::Error::LossState) and
+    /// [`Error::LossOutput`](crate::Error::LossOutput).
     pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
         self.given(&()).loss(y0, times, loss)
     }

@@ -222,7 +222,8 @@ impl ConvField {
     /// Layers that exist.
     ///
     /// # Errors
-    /// [`Error::LayerTensor`](crate::Error::LayerTensor) if a bias is not of its outputs, or a tensor of another dtype or device
+    /// [`Error::LayerTensor`](crate::Error::LayerTensor)
+    /// if a bias is not of its outputs, or a tensor of another dtype or device
     /// than the others.  If the layers do not follow on each other, have no bias, or do not keep the image's size:
     /// filters must be square and odd, of stride, dilation and groups 1, with padding of half
     /// their size.

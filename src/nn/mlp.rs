@@ -78,7 +78,8 @@ impl Mlp {
     /// Layers that exist; whether the first reads time as its last input.
     ///
     /// # Errors
-    /// [`Error::LayerTensor`](crate::Error::LayerTensor) if a weight is no matrix, a bias not of its outputs, or a tensor of another
+    /// [`Error::LayerTensor`](crate::Error::LayerTensor)
+    /// if a weight is no matrix, a bias not of its outputs, or a tensor of another
     /// dtype or device than the others; if the layers do not follow on each other, or have no bias.
     pub fn from_layers(layers: &[Linear], activation: Activation, time: bool) -> Result<Self> {
         let mut checked = Checked::new("Mlp::from_layers");
