@@ -261,7 +261,7 @@ pub enum Error {
         got: String,
     },
     /// The velocity changes with the state although candle sees no path between them.
-    #[error("the velocity at t = {t:?} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters; where the derivative is meant to be zero, declare the field with constant(..)")]
+    #[error("the velocity at t = {t:?} changes with the state, but candle's graph does not connect them (detach(), or backward() inside the field?): implement VectorField::vjp together with VectorField::parameters; where the derivative is meant to be zero, declare the field with fields::constant(..)")]
     UntrackedVelocity {
         /// Time of the evaluation.
         t: f64,

@@ -70,7 +70,7 @@ pub(crate) type Field<'f> = dyn VectorField<Vec<Tensor>> + 'f;
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a vector field over a state `{S}`",
     label = "not a vector field",
-    note = "wrap a candle module: `autonomous(module)`",
+    note = "wrap a candle module: `fields::autonomous(module)`",
     note = "give the types of a closure's arguments: `move |t: &Time, y: &Tensor| …`",
     note = "a field that is kept in candle's graph owns what it reads: clone tensors and models into the closure"
 )]
@@ -249,7 +249,7 @@ where
 /// Floating-point tensors arrive in compute dtype, integers as they are: give numbers of classes as integers, for
 /// bf16 rounds 257 to 256.
 ///
-/// See [`odeint_with`](crate::odeint_with), [`solve_with`](crate::solution_with) and
+/// See [`odeint_with`](crate::odeint_with), [`solution_with`](crate::solution_with) and
 /// [`NeuralOde::with_args`](crate::NeuralOde::with_args).
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a vector field over a state `{S}` with arguments `{A}`",

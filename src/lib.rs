@@ -36,7 +36,7 @@
 //! # Layout
 //!
 //! Dependencies go in one direction: a module uses only modules before it in this list.  A test reads the list and
-//! checks every module against it; only code behind the feature `cuda` is not checked yet.
+//! checks every module against it, except unit tests and code behind the feature `cuda`.
 //!
 //! * `stats`, `error`: what a solve has done, and what can go wrong.
 //! * `state`, `memory`, `time`: the state and its rows, what a solve holds, the grid and its steps.

@@ -101,7 +101,7 @@ impl Scheme {
         }
         let bad = || Error::NonFiniteSolution {
             step: step.index,
-            t: step.t + step.h,
+            t: step.end,
         };
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() {
@@ -208,7 +208,7 @@ impl Scheme {
         Err(Error::TimeUnresolved {
             step: step.index,
             t: step.t,
-            end: step.t + step.h,
+            end: step.end,
             dtype,
         })
     }
@@ -239,7 +239,7 @@ impl Scheme {
         });
         let states = self.roles.iter().map(|_| Error::NonFiniteSolution {
             step: step.index,
-            t: step.t + step.h,
+            t: step.end,
         });
         velocities.chain(states).collect()
     }

@@ -82,7 +82,7 @@ fn decay<S: State>(calls: &Calls) -> impl Fn(&Time, &S) -> candle_core::Result<S
     }
 }
 
-/// What `odeint` and `solve` both answer, before any evaluation.
+/// What `odeint` and `solution` both answer, before any evaluation.
 #[track_caller]
 fn refused<S: State + 'static>(
     y0: &S,

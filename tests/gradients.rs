@@ -705,7 +705,7 @@ fn the_solution_without_a_graph_has_the_same_gradients() {
 fn a_borrowed_field_has_the_gradients_of_an_owned_one() {
     let (w, y0) = (var(&[2, 2], 1.0, 1), var(&[3, 2], 1.0, 2));
     let (cotangent, options) = (scattered(&[4, 3, 2], 1.0, 3), method(&RK4, 2));
-    // An `Rc` cannot cross threads: only `solve` takes such a field.
+    // An `Rc` cannot cross threads: only `solution` takes such a field.
     let weight = std::rc::Rc::new(w.clone());
     let field = |_: &Time, y: &Tensor| y.matmul(&weight)?.tanh();
     let grads = solution(&field, y0.as_tensor(), &TIMES, &options)

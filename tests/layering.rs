@@ -65,14 +65,19 @@ fn imports(code: &str) -> Vec<String> {
     let mut found = vec![];
     for after in code.split("crate::").skip(1) {
         match after.strip_prefix('{') {
-            Some(group) => found.extend(
-                group
-                    .split('}')
-                    .next()
-                    .unwrap()
-                    .split(',')
-                    .map(|n| name(n.trim())),
-            ),
+            Some(group) => {
+                // Names in these braces, not in braces inside of them.
+                let (mut depth, mut top) = (1, String::new());
+                for c in group.chars() {
+                    depth += i32::from(c == '{') - i32::from(c == '}');
+                    match depth {
+                        0 => break,
+                        1 => top.push(c),
+                        _ => {}
+                    }
+                }
+                found.extend(top.split(',').map(|n| name(n.trim())));
+            }
             None => found.push(name(after)),
         }
     }
@@ -148,6 +153,7 @@ fn an_import_against_the_order_is_found() {
     assert!(found("use crate::above::Thing;"));
     assert!(found("use crate::{below, above};"));
     assert!(found("fn f() { crate::above::f() }"));
+    assert!(found("use crate::{below::{A, B}, above};"));
     assert!(!found("// use crate::above::Thing;"));
     assert!(!found(
         "#[cfg(feature = \"cuda\")]\nuse crate::above::Thing;"

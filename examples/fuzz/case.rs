@@ -183,7 +183,7 @@ impl Numbers {
 pub(crate) enum Entry {
     /// `odeint`, then `backward`.
     Odeint,
-    /// `solve`, then `vjp`.
+    /// `solution`, then `vjp`.
     Solve,
     /// `NeuralOde::from_field(..).solve`, then `backward`.
     Neural,

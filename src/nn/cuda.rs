@@ -161,7 +161,7 @@ fn forward_error(failure: Failure, problem: &Problem) -> Error {
             let at = problem.plan.step(step);
             Error::NonFiniteSolution {
                 step,
-                t: at.t + at.h,
+                t: at.end,
             }
         }
         _ => Error::NonFiniteState { leaf: 0 },

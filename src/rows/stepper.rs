@@ -127,7 +127,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
                 at: (step.index, usize::MAX),
                 error: Error::NonFiniteSolution {
                     step: step.index,
-                    t: step.t + step.h,
+                    t: step.end,
                 },
             });
         }
