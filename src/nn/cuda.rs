@@ -159,10 +159,7 @@ fn forward_error(failure: Failure, problem: &Problem) -> Error {
         },
         Failure::Solution { step } => {
             let at = problem.plan.step(step);
-            Error::NonFiniteSolution {
-                step,
-                t: at.end,
-            }
+            Error::NonFiniteSolution { step, t: at.end }
         }
         _ => Error::NonFiniteState { leaf: 0 },
     }
