@@ -143,9 +143,10 @@ fn closure_in_graph<S: State>(
         let graph = (observed.nodes(), problem.grid.is_tracked());
         let key = check::key(kind, graph, &[&y0, &args.leaves, &read]);
         if options.check == FieldCheck::Always || !check::is_checked(key) {
-            let mover = check::OwnCopies {
+            // The user's variables are never written, only the copies of arguments.
+            let mover = check::Written {
                 field: &*field,
-                own: &args.leaves,
+                only: Some(&args.leaves),
             };
             let named = |(i, p): (usize, Tensor)| check::Parameter {
                 name: args

@@ -4,7 +4,7 @@
 //! overflows, neither λ nor θ̄ is touched in that step and in those after it; the host finds out once,
 //! at the end, and goes on from that step with a smaller S.  A clean sweep is read once.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::replay::SweepReplay;
 use super::{gradient, Adjoint, Grads, Sweep};
@@ -261,7 +261,8 @@ fn seeds(
             let a = scheme.tableau.a(j)[i];
             Some((h * a, &w.as_ref()?[leaf])).filter(|_| a != 0.0)
         });
-        let first = (b != 0.0).then_some((b, adj));
+        // As on the CPU: with λ among the terms the sum is in f64 where the state is.
+        let first = (b != 0.0 || adj.dtype() == DType::F64).then_some((b, adj));
         let scaled_from = usize::from(first.is_some());
         let terms: Vec<_> = first.into_iter().chain(later).collect();
         state.seed(&terms, scaled_from, scheme.roles[leaf].compute, clock)

@@ -27,8 +27,8 @@ use crate::state::State;
 use crate::time::Time;
 pub(crate) use differences::depends_on;
 use differences::{cotangent_of, differing, numbers, Of, Trial, Verdict, SEED};
-use moved::{Mover, Written};
-pub(crate) use moved::{OwnCopies, Rebuilt};
+use moved::Mover;
+pub(crate) use moved::{Rebuilt, Written};
 
 /// When a solve in candle's graph compares the pull-back of its field with differences; see
 /// [`check_field`].
@@ -110,7 +110,10 @@ where
         field: &field,
         twin: &field,
         parameters: parameters.collect(),
-        mover: &Written { field: &field },
+        mover: &Written {
+            field: &field,
+            only: None,
+        },
         reads_time: true,
         reach: 0.0,
         strict: true,

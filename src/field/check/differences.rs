@@ -5,7 +5,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
-use super::moved::Unmoved;
+use super::moved::Written;
 use super::{Point, Subject};
 use crate::error::Result;
 use crate::field::{pullback::alike, Cotangents, Field};
@@ -120,7 +120,7 @@ impl Trial<'_> {
             let moved = at.iter().zip(d).map(|(x, d)| x + sign * epsilon * d);
             let moved = like(&moved.collect::<Vec<_>>(), x)?;
             let k = self.velocity(of, &moved);
-            let Ok(Some(k)) = k else { return Ok(None) };
+            let Ok(k) = k else { return Ok(None) };
             Ok(Some((numbers(&k)?, numbers(&[moved])?)))
         };
         let (Some((plus, above)), Some((minus, below))) = (side(1.0)?, side(-1.0)?) else {
@@ -138,17 +138,14 @@ impl Trial<'_> {
     }
 
     /// The velocity with one argument moved.
-    fn velocity(&self, of: Of, value: &Tensor) -> candle_core::Result<Option<Vec<Tensor>>> {
+    fn velocity(&self, of: Of, value: &Tensor) -> candle_core::Result<Vec<Tensor>> {
         let y = &self.point.y;
         let time = |t| self.point.time(t, self.dtype, self.device);
         match of {
             Of::State(leaf) => {
                 let mut y = y.clone();
                 y[leaf] = value.clone();
-                self.subject
-                    .field
-                    .velocity(&time(self.point.t), &y)
-                    .map(Some)
+                self.subject.field.velocity(&time(self.point.t), &y)
             }
             Of::Parameter(i) => {
                 let parameter = &self.subject.parameters[i].tensor;
@@ -157,7 +154,7 @@ impl Trial<'_> {
             }
             Of::Time => {
                 let t = value.to_scalar::<f64>()?;
-                self.subject.field.velocity(&time(t), y).map(Some)
+                self.subject.field.velocity(&time(t), y)
             }
         }
     }
@@ -485,7 +482,10 @@ pub(crate) fn depends_on(
         field,
         twin: field,
         parameters: vec![],
-        mover: &Unmoved,
+        mover: &Written {
+            field,
+            only: Some(&[]),
+        },
         reads_time: false,
         reach,
         strict: false,

@@ -10,43 +10,26 @@ pub(crate) trait Mover {
     /// Whether this parameter can be moved.
     fn moves(&self, parameter: &Tensor) -> bool;
 
-    /// The velocity, or `None` where this parameter cannot be moved.
+    /// The velocity with a parameter that can be moved at this value.
     fn velocity(
         &self,
         parameter: &Tensor,
         value: &Tensor,
         t: &Time,
         y: &[Tensor],
-    ) -> candle_core::Result<Option<Vec<Tensor>>>;
+    ) -> candle_core::Result<Vec<Tensor>>;
 }
 
-/// Parameters stay where they are.
-pub(crate) struct Unmoved;
-
-impl Mover for Unmoved {
-    fn moves(&self, _: &Tensor) -> bool {
-        false
-    }
-
-    fn velocity(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Time,
-        _: &[Tensor],
-    ) -> candle_core::Result<Option<Vec<Tensor>>> {
-        Ok(None)
-    }
-}
-
-/// Variables are written, and restored.
+/// Variables are written, and restored: of those that the field reads these, or all of them.
 pub(crate) struct Written<'a> {
     pub(crate) field: &'a Field<'a>,
+    pub(crate) only: Option<&'a [Tensor]>,
 }
 
 impl Mover for Written<'_> {
     fn moves(&self, parameter: &Tensor) -> bool {
-        parameter.is_variable() && parameter.is_contiguous()
+        let listed = |these: &[Tensor]| these.iter().any(|p| p.id() == parameter.id());
+        parameter.is_variable() && parameter.is_contiguous() && self.only.is_none_or(listed)
     }
 
     fn velocity(
@@ -55,16 +38,13 @@ impl Mover for Written<'_> {
         value: &Tensor,
         t: &Time,
         y: &[Tensor],
-    ) -> candle_core::Result<Option<Vec<Tensor>>> {
-        if !self.moves(parameter) {
-            return Ok(None);
-        }
+    ) -> candle_core::Result<Vec<Tensor>> {
         let restored = Restored {
             var: Var::from_tensor(parameter)?,
             before: parameter.detach().copy()?,
         };
         restored.var.set(value)?;
-        let k = self.field.velocity(t, &y.to_vec()).map(Some);
+        let k = self.field.velocity(t, &y.to_vec());
         drop(restored);
         k
     }
@@ -80,31 +60,6 @@ impl Drop for Restored {
     fn drop(&mut self) {
         // It was written a moment ago, by the same call, with a tensor of the same shape and dtype.
         let _ = self.var.set(&self.before);
-    }
-}
-
-/// Of what a closure reads, only copies of our own are moved: the user's variables are never written.
-pub(crate) struct OwnCopies<'a> {
-    pub(crate) field: &'a Field<'a>,
-    pub(crate) own: &'a [Tensor],
-}
-
-impl Mover for OwnCopies<'_> {
-    fn moves(&self, parameter: &Tensor) -> bool {
-        self.own.iter().any(|p| p.id() == parameter.id())
-    }
-
-    fn velocity(
-        &self,
-        parameter: &Tensor,
-        value: &Tensor,
-        t: &Time,
-        y: &[Tensor],
-    ) -> candle_core::Result<Option<Vec<Tensor>>> {
-        match self.moves(parameter) {
-            true => Written { field: self.field }.velocity(parameter, value, t, y),
-            false => Ok(None),
-        }
     }
 }
 
@@ -125,7 +80,7 @@ impl Mover for Rebuilt<'_> {
         value: &Tensor,
         t: &Time,
         y: &[Tensor],
-    ) -> candle_core::Result<Option<Vec<Tensor>>> {
+    ) -> candle_core::Result<Vec<Tensor>> {
         let moved = self
             .parameters
             .iter()
@@ -134,6 +89,6 @@ impl Mover for Rebuilt<'_> {
                 false => p.detach(),
             });
         let field = (self.build)(&moved.collect::<Vec<_>>())?;
-        field.velocity(t, &y.to_vec()).map(Some)
+        field.velocity(t, &y.to_vec())
     }
 }
