@@ -217,6 +217,9 @@ fn closures_are_solved_as_on_the_cpu_in_f64() {
 #[test]
 fn cotangents_of_stages_without_weight_are_summed_in_f64_where_the_state_is() {
     let Some(gpu) = gpu() else { return };
+    // Steps of short decimals, times numbers of f32, fall in the middle between two of these too often: the
+    // last bit of an f64 would decide.
+    let times = [0.0, 0.1, 0.5, 0.9].map(f64::sqrt);
     for method in [MIDPOINT, DOPRI5] {
         let on = |device: &Device| {
             let a = scattered((40, 50), DType::F32, device);
@@ -228,21 +231,12 @@ fn cotangents_of_stages_without_weight_are_summed_in_f64_where_the_state_is() {
                 precision: Some(Precision::new(DType::F64, DType::F32)),
                 ..Default::default()
             };
-            let ys = odeint(field, y0.as_tensor(), &TIMES, &options).unwrap();
+            let ys = odeint(field, y0.as_tensor(), &times, &options).unwrap();
             let loss = ys.get(3).unwrap().sum_all().unwrap();
             loss.backward().unwrap().get(&y0).unwrap().clone()
         };
-        let (there, here) = (values(&on(&gpu)), values(&on(&Device::Cpu)));
-        let far = |(x, y): &(&f64, &f64)| (*x - *y).abs() > 1e-12 * y.abs();
-        let far = there.iter().zip(&here).filter(far).count();
-        // A sum in the middle between two numbers of f32 may be rounded to either; sums in f32 differ in
-        // most elements.
-        assert!(
-            far <= 2,
-            "{}: {far} of {} elements",
-            method.name(),
-            here.len()
-        );
+        let error = distance(&on(&gpu), &on(&Device::Cpu));
+        assert!(error <= 1e-12, "{}: {error:e}", method.name());
     }
 }
 
