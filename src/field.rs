@@ -30,7 +30,8 @@ pub(crate) type Field<'f> = dyn VectorField<Vec<Tensor>> + 'f;
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
-/// use candle_diffeq::{odeint, OdeOptions, Time, VectorField, fields::{Cotangents, Pullback}};
+/// use candle_diffeq::fields::{Cotangents, Pullback};
+/// use candle_diffeq::{odeint, OdeOptions, Time, VectorField};
 ///
 /// /// y' = w y with its pull-back written by hand.
 /// struct Growth {
@@ -168,7 +169,8 @@ pub struct Autonomous<M>(M);
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_diffeq::{odeint, OdeOptions, fields::autonomous};
+/// use candle_diffeq::fields::autonomous;
+/// use candle_diffeq::{odeint, OdeOptions};
 /// let vars = candle_nn::VarMap::new();
 /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
 /// let y0 = Tensor::ones((3, 2), DType::F32, &Device::Cpu)?;
@@ -199,7 +201,8 @@ pub struct Constant<F>(F);
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_diffeq::{odeint, OdeOptions, Time, fields::constant};
+/// use candle_diffeq::fields::constant;
+/// use candle_diffeq::{odeint, OdeOptions, Time};
 /// let y0 = Tensor::new(&[1f64], &Device::Cpu)?;
 /// let f = constant(|t: &Time, y: &Tensor| y.ones_like()? * (2.0 * t.value()));
 /// let y = odeint(f, &y0, &[0.0, 3.0], &OdeOptions::default())?;      // y = 1 + t²

@@ -25,7 +25,8 @@ use crate::time::{Time, Times};
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_diffeq::nn::{Activation, ConvField};
-/// use candle_diffeq::{NeuralOde, fields::PiecewiseConstant};
+/// use candle_diffeq::fields::PiecewiseConstant;
+/// use candle_diffeq::NeuralOde;
 /// const TIMES: [f64; 4] = [0.0, 0.25, 0.5, 1.0];
 /// let vars = candle_nn::VarMap::new();
 /// let ode = NeuralOde::from_field(&vars, "ode", DType::F32, &Device::Cpu, |vb| {

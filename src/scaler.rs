@@ -275,7 +275,7 @@ pub enum Stepped {
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
-/// use candle_diffeq::{scaling::{LossScaler, Stepped}};
+/// use candle_diffeq::scaling::{LossScaler, Stepped};
 /// use candle_nn::{Optimizer, SGD};
 /// let w = Var::new(&[2f32, 3.0], &Device::Cpu)?;
 /// let mut sgd = SGD::new(vec![w.clone()], 0.5)?;

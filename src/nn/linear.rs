@@ -21,7 +21,8 @@ use crate::simd::Element;
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_diffeq::nn::{Activation, Linear};
-/// use candle_diffeq::{NeuralOde, fields::autonomous};
+/// use candle_diffeq::fields::autonomous;
+/// use candle_diffeq::NeuralOde;
 /// use candle_nn::Module;
 /// let vars = candle_nn::VarMap::new();
 /// let ode = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, |vb| {
