@@ -14,8 +14,12 @@
 
 #[cfg(feature = "cuda")]
 mod device;
+mod outputs;
 #[cfg(feature = "cuda")]
 mod replay;
+mod times;
+
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
@@ -24,36 +28,76 @@ use crate::error::{Error, Result};
 use crate::field::{pullback, Field};
 use crate::ops;
 use crate::precision::{Roles, Rounding};
+use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::scaler::{Outcome, Scaler};
+use crate::schedule::{Schedule, Step};
 #[cfg(feature = "cuda")]
 use crate::stats::NotReplayed;
 use crate::stats::Stats;
 use crate::step::{located, Linear, Scheme};
-use crate::time::{Step, StepPlan};
 use crate::trajectory::Trajectory;
 use crate::watch::Watch;
+use outputs::{Dense, Outputs};
+use times::{TimeGradients, TimeTerm};
 
-/// Gradients in state precision, without history.
-pub(crate) struct Adjoint {
-    /// λ_0.
-    pub(crate) y0: Vec<Tensor>,
-    /// θ̄, by parameter.
-    pub(crate) theta: Vec<Tensor>,
-    /// t̄, by output time; empty unless asked for.
-    pub(crate) times: Vec<f64>,
+/// A solve step by step over the whole batch: what it kept, and the steps that it took.
+pub(crate) struct StepByStep {
+    pub(crate) trajectory: Trajectory,
+    pub(crate) schedule: Arc<Schedule>,
+}
+
+impl Reversible for StepByStep {
+    fn can_rewind(&self) -> bool {
+        self.trajectory.can_rewind()
+    }
+
+    fn reads_field(&self) -> bool {
+        true
+    }
+
+    fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {
+        let problem = back.problem;
+        let mut watch = Watch::default();
+        if !back.cotangent.device().is_cpu() {
+            watch.see(std::slice::from_ref(back.cotangent), || {
+                Error::NonFiniteCotangent
+            })?;
+        }
+        let sweep = Sweep {
+            scheme: &problem.scheme,
+            schedule: &self.schedule,
+            trajectory: &self.trajectory,
+            field: back.field,
+            theta: back.theta,
+            outputs: Outputs {
+                packed: back.cotangent,
+                packing: &problem.packing,
+            },
+            times: match back.differentiate_time {
+                true => problem.grid.points().len(),
+                false => 0,
+            },
+            scaler: problem.scaler,
+            #[cfg(feature = "cuda")]
+            graphs: problem.graphs,
+        };
+        sweep.run(watch, stats)
+    }
 }
 
 /// What the sweep needs to know of the solve.
 #[derive(Clone, Copy)]
 pub(crate) struct Sweep<'a> {
     pub(crate) scheme: &'a Scheme,
-    pub(crate) plan: &'a StepPlan,
+    pub(crate) schedule: &'a Schedule,
     pub(crate) trajectory: &'a Trajectory,
     pub(crate) field: &'a Field<'a>,
     /// The tensors that the field reads as parameters.
     pub(crate) theta: &'a [Tensor],
+    pub(crate) outputs: Outputs<'a>,
+    /// How many times have gradients: all of the user's or none.
+    pub(crate) times: usize,
     pub(crate) scaler: Scaler,
-    pub(crate) differentiate_time: bool,
     /// Whether steps may be replayed.
     #[cfg(feature = "cuda")]
     pub(crate) graphs: bool,
@@ -63,53 +107,54 @@ pub(crate) struct Sweep<'a> {
 type Pulled = (Vec<Tensor>, f64);
 
 impl Sweep<'_> {
-    /// Pulls cotangents of the outputs back to y0, θ and t.  `last` is ȳ at the last output time and
-    /// `earlier(i)` at output time i, in state precision, `None` where the loss does not look.
-    pub(crate) fn run(
-        &self,
-        last: Vec<Tensor>,
-        earlier: impl Fn(usize) -> Result<Option<Vec<Tensor>>>,
-        mut watch: Watch,
-        stats: &mut Stats,
-    ) -> Result<Adjoint> {
-        if last.iter().all(|y| y.elem_count() == 0) {
-            return self.nothing(&last);
+    /// Pulls the cotangents of the outputs back to y0, θ and t.
+    fn run(&self, mut watch: Watch, stats: &mut Stats) -> Result<Adjoint> {
+        let schedule = self.schedule;
+        let mut adj = self.outputs.at_end(schedule)?;
+        if adj.iter().all(|y| y.elem_count() == 0) {
+            return self.nothing(&adj);
         }
         #[cfg(feature = "cuda")]
-        if self.scheme.device.is_cuda() && !self.differentiate_time {
-            return self.run_on_device(last, earlier, watch, stats);
+        if self.scheme.device.is_cuda() && self.times == 0 {
+            return self.run_on_device(adj, watch, stats);
         }
         #[cfg(feature = "cuda")]
         if self.graphs && self.scheme.device.is_cuda() {
             stats.not_replayed = Some(NotReplayed::TimeGradients);
         }
-        let steps = self.plan.len();
+        let steps = schedule.len();
         let mut scaler = self.scaler;
         let mut theta = Accumulator::new(self.theta, self.scheme.roles[0].state)?;
-        let mut times = TimeGradients::new(self.differentiate_time, self.plan.outputs());
+        let mut times = TimeGradients::new(self.times);
         let mut rewind = self.trajectory.rewind();
-        let mut adj = last;
+        // k_1 of the step after, which may be the last stage of the step.
+        let mut after = None;
         for n in (0..steps).rev() {
-            let step = self.plan.step(n);
+            let step = schedule.step(n);
             let replay = |m, y: &Vec<Tensor>| self.replay(m, y, &mut watch, stats);
             let mut kept = Stats::default();
             let y = rewind.state(n, &mut { replay }, &mut kept)?;
             stats.kept(kept.states_kept, kept.bytes_kept);
             let linear = self
                 .scheme
-                .linearize(self.field, step, &y, self.differentiate_time)?;
-            stats.recomputed += self.scheme.evaluations();
+                .linearize(self.field, step, &y, self.times > 0)?;
+            stats.recomputed += self.scheme.evaluations_of(&step);
+            let dense = self.outputs.dense(&self.scheme.tableau, schedule, n)?;
             if scaler.is_dynamic() {
-                scaler = scaler.aimed(self.magnitude(&adj)?);
+                scaler = scaler.aimed(self.magnitude(&adj, &dense)?);
             }
             let ws;
-            (ws, scaler) =
-                self.pull_back(step, &adj, &linear, scaler, &mut theta, &mut times, stats)?;
-            let incoming = match step.span.0 {
-                0.0 => earlier(step.interval)?,
-                _ => None,
+            let seeds = Seeds {
+                adj: &adj,
+                dense: &dense,
             };
-            adj = self.update(step, &adj, &ws, incoming.as_deref())?;
+            (ws, scaler) =
+                self.pull_back(step, &seeds, &linear, scaler, &mut theta, &mut times, stats)?;
+            if self.times > 0 {
+                after = self.times_of_outputs(step, &linear, after, &mut times)?;
+            }
+            let incoming = self.outputs.at_node(schedule, n)?;
+            adj = self.update(step, &seeds, &ws, incoming.as_deref())?;
             watch.see(&adj, || gradient(step))?;
         }
         let theta = theta.finish()?;
@@ -133,8 +178,52 @@ impl Sweep<'_> {
         Ok(Adjoint {
             y0: own.collect::<candle_core::Result<_>>()?,
             theta: Accumulator::new(self.theta, self.scheme.roles[0].state)?.finish()?,
-            times: TimeGradients::new(self.differentiate_time, self.plan.outputs()).finish()?,
+            times: TimeGradients::new(self.times).finish()?,
         })
+    }
+
+    /// The time terms of outputs inside the step, and of the part of them that the step before has handed on to its
+    /// first stage; k_1, which may be the last stage of the step before.
+    fn times_of_outputs(
+        &self,
+        step: Step,
+        linear: &[Option<Linear<'_>>],
+        after: Option<Vec<Tensor>>,
+        times: &mut TimeGradients,
+    ) -> Result<Option<Vec<Tensor>>> {
+        let (tableau, last) = (&self.scheme.tableau, linear.len() - 1);
+        let first = linear[0].as_ref().map(|stage| &stage.k);
+        for at in self.schedule.inside(step.index) {
+            let slopes = tableau.slopes_at(at.x);
+            let k = |i: usize| match &linear[i] {
+                Some(stage) => Some(&stage.k),
+                None => after.as_ref().filter(|_| i == last),
+            };
+            for (leaf, y) in self.outputs.of(at.output)?.iter().enumerate() {
+                let stages = (0..slopes.len()).filter(|&i| slopes[i] != 0.0);
+                let terms: Vec<_> = stages
+                    .filter_map(|i| Some((slopes[i], &k(i)?[leaf])))
+                    .collect();
+                if terms.is_empty() {
+                    continue;
+                }
+                let slope = ops::combine(&terms, 1.0, self.scheme.roles[leaf].state())?;
+                let value = ops::dot(y, &slope)?;
+                times.add(TimeTerm::at(at.output, step, value.clone())?)?;
+                times.add(TimeTerm::new(step, value, at.x - 1.0, -at.x)?)?;
+            }
+        }
+        if let Some(k) = first.filter(|_| self.schedule.is_joined(step.index)) {
+            let before = self.schedule.step(step.index - 1);
+            for at in self.schedule.inside(before.index) {
+                let weight = tableau.weights_at(at.x)[last];
+                for (y, k) in self.outputs.of(at.output)?.iter().zip(k) {
+                    let value = ops::dot(y, k)?;
+                    times.add(TimeTerm::new(before, value, -weight, weight)?)?;
+                }
+            }
+        }
+        Ok(first.cloned())
     }
 
     /// y_{m+1} from y_m, for a plan that did not keep it.
@@ -145,19 +234,21 @@ impl Sweep<'_> {
         watch: &mut Watch,
         stats: &mut Stats,
     ) -> Result<Vec<Tensor>> {
-        stats.recomputed += self.scheme.evaluations();
-        self.scheme.advance(self.field, self.plan.step(m), y, watch)
+        let step = self.schedule.step(m);
+        stats.recomputed += self.scheme.evaluations_of(&step);
+        self.scheme.advance(self.field, step, y, watch)
     }
 
     /// max|λ| over the leaves whose cotangents can overflow.  Over all if none can, or while it is
     /// zero: a leaf whose λ starts at zero gets it from the others', through the field.
-    fn magnitude(&self, adj: &[Tensor]) -> Result<f64> {
+    fn magnitude(&self, adj: &[Tensor], dense: &Dense) -> Result<f64> {
         let max_over = |looked_at: fn(&Roles) -> bool| {
             let leaves = adj.iter().zip(&self.scheme.roles);
             let leaves = leaves.filter(|(_, roles)| looked_at(roles));
+            let start = dense.magnitude(|leaf| looked_at(&self.scheme.roles[leaf]))?;
             leaves
                 .map(|(adj, _)| ops::magnitude(adj))
-                .try_fold(0.0, |max, m| Ok::<_, Error>(f64::max(max, m?)))
+                .try_fold(start, |max, m| Ok::<_, Error>(f64::max(max, m?)))
         };
         match max_over(Roles::needs_scaling)? {
             0.0 => max_over(|_| true),
@@ -170,7 +261,7 @@ impl Sweep<'_> {
     fn pull_back(
         &self,
         step: Step,
-        adj: &[Tensor],
+        seeds: &Seeds<'_>,
         linear: &[Option<Linear<'_>>],
         mut scaler: Scaler,
         theta: &mut Accumulator,
@@ -182,7 +273,7 @@ impl Sweep<'_> {
             let Some(stage) = &linear[i] else { continue };
             let mut attempts = 0;
             let grads = loop {
-                let v = self.cotangents(step, i, adj, &ws, scaler.scale(), |l| {
+                let v = self.cotangents(step, i, seeds, &ws, scaler.scale(), |l| {
                     self.scheme.roles[l].compute
                 })?;
                 let scale = scaler.scale();
@@ -216,9 +307,14 @@ impl Sweep<'_> {
                     theta.add(p, step.h * unscale, grad)?;
                 }
             }
-            if self.differentiate_time {
+            if self.times > 0 {
+                // Without what the step before handed on, which its own length multiplies.
+                let own = Seeds {
+                    dense: &seeds.dense.own(),
+                    ..*seeds
+                };
                 let v =
-                    self.cotangents(step, i, adj, &ws, 1.0, |l| self.scheme.roles[l].state())?;
+                    self.cotangents(step, i, &own, &ws, 1.0, |l| self.scheme.roles[l].state())?;
                 self.time_terms(
                     step,
                     self.scheme.tableau.c()[i],
@@ -239,7 +335,7 @@ impl Sweep<'_> {
         &self,
         step: Step,
         i: usize,
-        adj: &[Tensor],
+        Seeds { adj, dense }: &Seeds<'_>,
         ws: &[Option<Pulled>],
         scale: f64,
         rounding: impl Fn(usize) -> Rounding,
@@ -255,7 +351,11 @@ impl Sweep<'_> {
             // A sum is formed in the widest dtype of its operands: with λ among them, in f64 where the
             // state is.
             let first = (b != 0.0 || adj.dtype() == DType::F64).then_some((b, adj));
-            let terms: Vec<_> = first.into_iter().chain(later).collect();
+            let dense = dense.terms(i, leaf);
+            let mut terms: Vec<_> = first.into_iter().chain(later).chain(dense).collect();
+            if terms.is_empty() {
+                terms.push((0.0, adj));
+            }
             ops::combine(&terms, scale, rounding(leaf))
         };
         adj.iter().enumerate().map(of_leaf).collect()
@@ -287,7 +387,7 @@ impl Sweep<'_> {
     fn update(
         &self,
         step: Step,
-        adj: &[Tensor],
+        Seeds { adj, dense }: &Seeds<'_>,
         ws: &[Option<Pulled>],
         incoming: Option<&[Tensor]>,
     ) -> Result<Vec<Tensor>> {
@@ -298,6 +398,7 @@ impl Sweep<'_> {
             let terms: Vec<_> = std::iter::once((1.0, adj))
                 .chain(ws)
                 .chain(incoming)
+                .chain(dense.of_state(leaf))
                 .collect();
             ops::combine(&terms, 1.0, self.scheme.roles[leaf].state())
         };
@@ -334,86 +435,11 @@ fn gradient(step: Step) -> Error {
     }
 }
 
-/// Time terms on a device that are kept before they are read.
-const BLOCK: usize = 1024;
-
-/// t̄, added up on the host: at once where reading a scalar costs nothing, otherwise in blocks.
-struct TimeGradients {
-    times: Vec<f64>,
-    pending: Vec<TimeTerm>,
-}
-
-impl TimeGradients {
-    /// Zero at every output time, or nothing at all.
-    fn new(wanted: bool, outputs: usize) -> Self {
-        Self {
-            times: vec![0.0; if wanted { outputs } else { 0 }],
-            pending: vec![],
-        }
-    }
-
-    fn add(&mut self, term: TimeTerm) -> Result<()> {
-        if term.value.device().is_cpu() {
-            let value = term.value.to_scalar()?;
-            return self.sum(&term, value);
-        }
-        self.pending.push(term);
-        match self.pending.len() {
-            BLOCK.. => self.flush(),
-            _ => Ok(()),
-        }
-    }
-
-    /// Reads what is pending, in one transfer.
-    fn flush(&mut self) -> Result<()> {
-        let terms = std::mem::take(&mut self.pending);
-        if terms.is_empty() {
-            return Ok(());
-        }
-        let values: Vec<_> = terms.iter().map(|t| &t.value).collect();
-        ops::note_host_read(values[0].device());
-        let values = Tensor::stack(&values, 0)?.to_vec1()?;
-        let mut terms = terms.iter().zip(values);
-        terms.try_for_each(|(term, value)| self.sum(term, value))
-    }
-
-    fn sum(&mut self, term: &TimeTerm, value: f64) -> Result<()> {
-        let interval = term.step.interval;
-        for (i, weight) in [(interval, term.start), (interval + 1, term.end)] {
-            self.times[i] += weight * value;
-            if !self.times[i].is_finite() {
-                return Err(gradient(term.step));
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<Vec<f64>> {
-        self.flush()?;
-        Ok(self.times)
-    }
-}
-
-/// A scalar on the device that belongs, with weights, to the two output times around a step.
-struct TimeTerm {
-    value: Tensor,
-    step: Step,
-    start: f64,
-    end: f64,
-}
-
-impl TimeTerm {
-    /// Weights at the ends of the step, passed on to the ends of its interval: a step end that is
-    /// no output time depends linearly on both.
-    fn new(step: Step, value: Tensor, at_start: f64, at_end: f64) -> Result<Self> {
-        let (s0, s1) = step.span;
-        Ok(Self {
-            value: value.reshape(())?.to_dtype(DType::F64)?,
-            step,
-            start: at_start * (1.0 - s0) + at_end * (1.0 - s1),
-            end: at_start * s0 + at_end * s1,
-        })
-    }
+/// λ_{n+1}, and what enters the step from outputs inside it.
+#[derive(Clone, Copy)]
+struct Seeds<'a> {
+    adj: &'a [Tensor],
+    dense: &'a Dense,
 }
 
 /// What one pull-back gave, still multiplied by S.
@@ -437,39 +463,5 @@ impl Grads {
             }
         }
         Ok(Outcome::Clean)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::Device;
-
-    use super::*;
-
-    #[test]
-    fn time_terms_that_wait_are_summed_in_blocks_to_the_same_numbers() {
-        let step = |interval| Step {
-            index: interval,
-            t: 0.0,
-            h: 1.0,
-            end: 1.0,
-            interval,
-            span: (0.0, 1.0),
-        };
-        let (mut at_once, mut waiting) = (TimeGradients::new(true, 3), TimeGradients::new(true, 3));
-        for n in 0..2 * BLOCK + 3 {
-            let term = || {
-                let value = Tensor::new(n as f64, &Device::Cpu).unwrap();
-                TimeTerm::new(step(n % 2), value, -1.0, 0.5).unwrap()
-            };
-            at_once.add(term()).unwrap();
-            waiting.pending.push(term());
-            if waiting.pending.len() == BLOCK {
-                waiting.flush().unwrap();
-            }
-        }
-        assert!(at_once.pending.is_empty() && waiting.pending.len() == 3);
-        assert_eq!(at_once.finish().unwrap(), waiting.finish().unwrap());
-        assert!(TimeGradients::new(false, 3).finish().unwrap().is_empty());
     }
 }

@@ -1,11 +1,13 @@
 //! What can go wrong, one variant each, carrying the numbers that say where.
 
+mod adaptive;
 mod crossing;
 mod defects;
 mod need;
 
 use candle_core::{DType, DeviceLocation, Shape};
 
+pub use adaptive::{AdaptiveDefect, StopReason, Stopped, Worst};
 pub use defects::{Argument, PullbackDefect, TableauDefect};
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
@@ -105,6 +107,24 @@ pub enum Error {
         /// The value.
         step_size: f64,
     },
+    /// Times of [`Steps::At`](crate::Steps::At) that are not in order between the first and the last time.
+    #[error("a step from t = {t0:?} to {t1:?}: the times of Steps::At must be in order between the first time {first:?} and the last {last:?}")]
+    StepTimes {
+        /// Time at its start.
+        t0: f64,
+        /// Time at its end.
+        t1: f64,
+        /// The first time of the solve.
+        first: f64,
+        /// The last one.
+        last: f64,
+    },
+    /// Adaptive steps cannot be taken as asked for.
+    #[error("adaptive steps: {0}")]
+    Adaptive(AdaptiveDefect),
+    /// An adaptive solve did not reach its end.
+    #[error("{0}")]
+    Stopped(Box<Stopped>),
     /// A step so small that the time does not change in f64.
     #[error("step {step} at t = {t:?} is below the resolution of f64")]
     StepUnderflow {

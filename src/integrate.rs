@@ -1,16 +1,21 @@
 //! The forward loop: steps taken one after the other, outputs collected, the trajectory kept.
 
+mod adaptive;
+mod estimate;
+
 use std::sync::Arc;
 
 use candle_core::{DType, Shape, Tensor};
 
+use crate::adjoint::StepByStep;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::field::Field;
 use crate::memory::TENSOR;
 use crate::precision::Roles;
-use crate::problem::{Output, Problem};
+use crate::problem::{Plan, Problem};
 use crate::replay::StepSequence;
-use crate::rows::{Reversible, Solved};
+use crate::reverse::Reversible;
+use crate::schedule::{Recorded, Schedule};
 use crate::state::Packing;
 use crate::stats::Stats;
 use crate::time::Time;
@@ -21,51 +26,28 @@ use crate::watch::Watch;
 pub(crate) struct Forward {
     /// The returned states in state precision, packed: `(outputs, elements)`.
     pub(crate) packed: Tensor,
-    /// What was kept for the backward pass.
-    pub(crate) kept: Kept,
+    /// The way back.
+    pub(crate) back: Arc<dyn Reversible>,
     /// Whether `packed` is a loss of the states, not the states.
     pub(crate) is_loss: bool,
 }
 
 impl Forward {
-    /// States that were integrated tile by tile.
-    pub(crate) fn of_rows(solved: Solved) -> Self {
+    /// States that were integrated step by step over the whole batch.
+    fn by_steps(packed: Tensor, trajectory: Trajectory, schedule: Arc<Schedule>) -> Self {
         Self {
-            packed: solved.packed,
-            kept: Kept::Rows(solved.trajectory),
+            packed,
+            back: Arc::new(StepByStep {
+                trajectory,
+                schedule,
+            }),
             is_loss: false,
-        }
-    }
-
-    /// A loss that was formed on the way.
-    pub(crate) fn graded(solved: Solved) -> Self {
-        Self {
-            is_loss: true,
-            ..Self::of_rows(solved)
-        }
-    }
-}
-
-/// What a forward pass keeps, by the way that it took.
-pub(crate) enum Kept {
-    /// Step by step over the whole batch.
-    Steps(Trajectory),
-    /// Tile by tile over all steps.
-    Rows(Arc<dyn Reversible>),
-}
-
-impl Kept {
-    /// Whether a backward pass is possible.
-    pub(crate) fn can_rewind(&self) -> bool {
-        match self {
-            Self::Steps(trajectory) => trajectory.can_rewind(),
-            Self::Rows(trajectory) => trajectory.can_rewind(),
         }
     }
 }
 
 /// What a solve step by step holds at once.
-fn need(problem: &Problem, checkpoint: Checkpoint) -> MemoryNeed {
+fn need(problem: &Problem, steps: usize, checkpoint: Checkpoint) -> MemoryNeed {
     let roles = &problem.scheme.roles;
     let bytes = |dtype: fn(&Roles) -> DType| {
         let leaves = problem.packing.shapes().iter().zip(roles);
@@ -79,7 +61,7 @@ fn need(problem: &Problem, checkpoint: Checkpoint) -> MemoryNeed {
     };
     let (state, store) = (bytes(|roles| roles.state), bytes(|roles| roles.store.to));
     let whole = problem.packing.len() * problem.state().size_in_bytes();
-    let (restart, stored) = checkpoint.most(problem.plan.len(), whole);
+    let (restart, stored) = checkpoint.most(steps, whole);
     MemoryNeed {
         states: restart as u128 * state + stored as u128 * store,
         returned: problem.outputs() as u128 * state,
@@ -92,12 +74,9 @@ fn need(problem: &Problem, checkpoint: Checkpoint) -> MemoryNeed {
 fn nothing(problem: &Problem, field: &Field<'_>, y0: &[Tensor]) -> Result<Forward> {
     let Problem { scheme, .. } = problem;
     let time = Time::new(problem.grid.points()[0], problem.state(), problem.device());
-    let time = match problem.plan.len() {
-        0 => time,
-        _ => {
-            let step = problem.plan.step(0);
-            time.within(step.index, [step.t, step.end])
-        }
+    let time = match &problem.plan {
+        Plan::Known(schedule) if schedule.len() > 0 => schedule.step(0).within(time),
+        _ => time,
     };
     let round = |(y, roles): (&Tensor, &Roles)| roles.compute.round(y);
     let y = y0
@@ -112,14 +91,17 @@ fn nothing(problem: &Problem, field: &Field<'_>, y0: &[Tensor]) -> Result<Forwar
     }
     let y0 = y0.to_vec();
     let trajectory = Trajectory::new(problem.checkpoint, 0, scheme.roles.clone(), &y0)?;
-    Ok(Forward {
-        packed: Tensor::zeros((problem.outputs(), 0), problem.state(), problem.device())?,
-        kept: Kept::Steps(trajectory),
-        is_loss: false,
-    })
+    let packed = Tensor::zeros((problem.outputs(), 0), problem.state(), problem.device())?;
+    let schedule = match &problem.plan {
+        Plan::Known(schedule) => Arc::clone(schedule),
+        Plan::Adaptive(control) => {
+            Arc::new(Schedule::Recorded(Recorded::from(control.start, true)))
+        }
+    };
+    Ok(Forward::by_steps(packed, trajectory, schedule))
 }
 
-/// Integrates from y0 (leaves in state precision, our own) over the whole plan.  What a backward pass needs
+/// Integrates from y0 (leaves in state precision, our own) over all steps.  What a backward pass needs
 /// is kept if `keep` says so once the field has been evaluated; where it comes to say so later only, the
 /// pass begins anew.
 pub(crate) fn integrate(
@@ -132,10 +114,10 @@ pub(crate) fn integrate(
     let mut counted = Stats::default();
     let forward = pass(problem, field, y0.clone(), keep, &mut counted);
     // A pass that failed is counted up to its failure.
-    let forward = forward.inspect_err(|_| stats.add(&counted))?;
-    let forgot = !forward.kept.can_rewind() && problem.checkpoint != Checkpoint::Nothing;
+    let forward = forward.inspect_err(|_| stats.take_over(&mut counted))?;
+    let forgot = !forward.back.can_rewind() && problem.checkpoint != Checkpoint::Nothing;
     if !(forgot && keep()) {
-        stats.add(&counted);
+        stats.take_over(&mut counted);
         return Ok(forward);
     }
     pass(problem, field, y0, &|| true, stats)
@@ -152,54 +134,59 @@ fn pass(
     if problem.is_empty() {
         return nothing(problem, field, &y0);
     }
+    let schedule = match &problem.plan {
+        Plan::Known(schedule) => schedule,
+        Plan::Adaptive(control) => return adaptive::pass(problem, control, field, y0, keep, stats),
+    };
     // What is not known to be kept yet is reckoned after the first step.
     let known = keep();
     let plan_of = |keeps| match keeps {
         true => problem.checkpoint,
         false => Checkpoint::Nothing,
     };
-    need(problem, plan_of(known)).check()?;
-    let Problem { scheme, plan, .. } = problem;
+    need(problem, schedule.len(), plan_of(known)).check()?;
+    let (scheme, steps) = (&problem.scheme, schedule.len());
     let mut watch = Watch::default();
     for (leaf, y) in y0.iter().enumerate() {
         watch.see(std::slice::from_ref(y), || Error::NonFiniteState { leaf })?;
     }
-    let mut trajectory =
-        Trajectory::new(problem.checkpoint, plan.len(), scheme.roles.clone(), &y0)?;
+    let mut trajectory = Trajectory::new(problem.checkpoint, steps, scheme.roles.clone(), &y0)?;
     let mut outputs = vec![];
+    let mut returns = |y: &[Tensor]| -> Result<()> {
+        outputs.push(Packing::pack(y, problem.state())?);
+        Ok(())
+    };
     let mut y = y0;
     let mut stored = None;
-    if problem.output == Output::All {
-        outputs.push(Packing::pack(&y, problem.state())?);
+    if schedule.at_node(0).is_some() {
+        returns(&y)?;
     }
     let copies = trajectory.keeps_copies();
-    let mut stepper = StepSequence::new(scheme, copies, problem.graphs, plan.len());
-    for n in 0..plan.len() {
-        let step = plan.step(n);
+    let mut stepper = StepSequence::new(scheme, copies, problem.graphs, steps);
+    for n in 0..steps {
+        let step = schedule.step(n);
         trajectory.offer_stored(n, &y, stored)?;
-        let returned = n + 1 == plan.len() || problem.output == Output::All && step.ends_interval();
-        let kept = returned || !copies && trajectory.wants(n + 1);
-        (y, stored) = stepper.advance(field, step, &y, kept, &mut watch, stats)?;
+        let is_returned = schedule.at_node(n + 1).is_some();
+        let kept = is_returned || n + 1 == steps || !copies && trajectory.wants(n + 1);
+        let taken = stepper.advance(field, step, &y, kept, &mut watch, stats)?;
         stats.steps += 1;
-        stats.evaluations += scheme.evaluations();
+        stats.evaluations += scheme.evaluations_of(&step);
         if n == 0 && !known && keep() {
-            need(problem, problem.checkpoint).check()?;
+            need(problem, steps, problem.checkpoint).check()?;
         } else if n == 0 && !known {
             let roles = scheme.roles.clone();
-            trajectory = Trajectory::new(Checkpoint::Nothing, plan.len(), roles, &y)?;
+            trajectory = Trajectory::new(Checkpoint::Nothing, steps, roles, &y)?;
         }
-        if problem.output == Output::All && step.ends_interval() {
-            outputs.push(Packing::pack(&y, problem.state())?);
+        for inside in schedule.inside(n) {
+            returns(&scheme.interpolated((&step, inside.x), &y, &taken.ks)?)?;
         }
-    }
-    if problem.output == Output::Final {
-        outputs.push(Packing::pack(&y, problem.state())?);
+        (y, stored) = (taken.y, taken.stored);
+        if is_returned {
+            returns(&y)?;
+        }
     }
     watch.finish()?;
     trajectory.record(stats);
-    Ok(Forward {
-        packed: Tensor::stack(&outputs, 0)?,
-        kept: Kept::Steps(trajectory),
-        is_loss: false,
-    })
+    let packed = Tensor::stack(&outputs, 0)?;
+    Ok(Forward::by_steps(packed, trajectory, Arc::clone(schedule)))
 }

@@ -39,12 +39,16 @@
 //! checks every module against it, except unit tests and code behind the feature `cuda`.
 //!
 //! * `stats`, `error`: what a solve has done, and what can go wrong.
-//! * `state`, `memory`, `time`: the state and its rows, what a solve holds, the grid and its steps.
+//! * `tableau`: coefficients of methods, and their interpolants.
+//! * `state`, `memory`, `time`: the state and its rows, what a solve holds, the grid and the time of a field.
+//! * `adaptive`: adaptive steps: tolerances, controllers, and decisions about a step as pure numbers.
+//! * `schedule`: the steps of a solve as data, and which states it returns.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `precision`, `simd`, `ops`: dtype roles; kernels for vector units; fused operations on tensors, which round.
-//! * `scaler`, `tableau`, `watch`: scales of the adjoint, coefficients of methods, detection of NaN and infinity.
+//! * `scaler`, `watch`: scales of the adjoint, detection of NaN and infinity.
 //! * `step`, `trajectory`: one step and its linearisation; which states are kept for the backward pass.
 //! * `problem`, `arguments`: what the forward and the backward pass both need; the arguments of a field.
+//! * `reverse`: what a solve hands to its backward pass, whichever way it was solved.
 //! * `accumulator`, `adjoint`, `replay`: sums of gradients, the backward sweep, the sequence of forward steps.
 //! * `loss`, `rows`: losses that are means over rows; the forward and the backward pass, tile by tile.
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
@@ -62,6 +66,7 @@
 #![deny(missing_docs)]
 
 mod accumulator;
+mod adaptive;
 mod adjoint;
 mod arguments;
 #[cfg(feature = "datasets")]
@@ -84,8 +89,10 @@ mod piecewise;
 mod precision;
 mod problem;
 mod replay;
+mod reverse;
 mod rows;
 mod scaler;
+mod schedule;
 mod simd;
 mod solution;
 mod state;
@@ -96,6 +103,7 @@ mod time;
 mod trajectory;
 mod watch;
 
+pub use adaptive::Adaptive;
 pub use error::{Error, Result};
 pub use field::check::{check_field, FieldCheck};
 pub use field::VectorField;
@@ -105,12 +113,13 @@ pub use odeint::{odeint, odeint_with, predict, solution, solution_with};
 #[doc(hidden)]
 pub use ops::internals;
 pub use precision::{Arithmetic, Precision};
-pub use problem::{ActivationCache, OdeOptions, Output};
+pub use problem::{ActivationCache, OdeOptions};
+pub use schedule::{Output, Steps};
 pub use solution::{Gradients, Solution};
 pub use state::State;
 pub use stats::{Recorder, Stats};
 pub use tableau::{Tableau, DOPRI5, RK4};
-pub use time::{Steps, Time, TimeGrid, Times};
+pub use time::{Time, TimeGrid, Times};
 pub use trajectory::Checkpoint;
 
 /// What fields are made of and made from: modules and constants as fields, pieces in time, fields with
@@ -126,6 +135,11 @@ pub mod fields {
 /// Scales that keep cotangents within the range of f16: inside a solve, and around one.
 pub mod scaling {
     pub use crate::scaler::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
+}
+
+/// What adaptive steps are controlled by: tolerances, controllers, norms.
+pub mod control {
+    pub use crate::adaptive::{Controller, Norm, Tolerance};
 }
 
 /// To judge continuous flows by.

@@ -5,7 +5,8 @@ use candle_core::{DType, Shape, Tensor, D};
 use candle_nn::loss::cross_entropy;
 
 use crate::error::{Error, Result};
-use crate::problem::{Output, Problem};
+use crate::problem::Problem;
+use crate::schedule::Output;
 use crate::simd::Element;
 use crate::state::RowLayout;
 use crate::state::State;

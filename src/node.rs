@@ -4,14 +4,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Tensor};
 
-use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::field::{Field, OwnedField, SharedField, VectorField};
-use crate::integrate::{Forward, Kept};
+use crate::integrate::Forward;
 use crate::link::{self, Handover};
 use crate::parameters::Theta;
 use crate::passes;
 use crate::problem::Problem;
+use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::scaler::OnOverflow;
 use crate::state::{Packing, State};
 use crate::time::Time;
@@ -22,28 +22,6 @@ pub(crate) enum Source {
     Shared(SharedField),
     /// A model that is built anew over the same tensors, so that no model has to be sent to a thread.
     Built(Arc<dyn Fn() -> candle_core::Result<OwnedField> + Send + Sync>),
-}
-
-/// The backward pass with the field from where it comes.
-fn adjoint(
-    problem: &Problem,
-    source: &Source,
-    theta: &Theta,
-    kept: &Kept,
-    cotangent: &Tensor,
-    differentiate_time: bool,
-) -> Result<Adjoint> {
-    let built;
-    let field = match (source, kept) {
-        (Source::Shared(field), _) => &**field as &Field<'_>,
-        // Tiles have packed what they need.
-        (Source::Built(_), Kept::Rows(_)) => &Unread,
-        (Source::Built(build), Kept::Steps(_)) => {
-            built = build()?;
-            &*built
-        }
-    };
-    passes::adjoint(problem, field, theta, kept, cotangent, differentiate_time)
 }
 
 /// A field that nobody evaluates.
@@ -77,7 +55,7 @@ pub(crate) fn in_graph(
     forward: Forward,
     y0: &Tensor,
 ) -> Result<Tensor> {
-    let Forward { packed, kept, .. } = forward;
+    let Forward { packed, back, .. } = forward;
     let result = match forward.is_loss {
         true => packed.reshape(())?,
         false => packed.reshape(problem.returned())?,
@@ -98,7 +76,7 @@ pub(crate) fn in_graph(
         source,
         theta,
         handover,
-        kept,
+        back,
         shape: packed.shape().clone(),
         result: Mutex::new(Some(result)),
     };
@@ -111,7 +89,7 @@ struct Node {
     source: Source,
     theta: Theta,
     handover: Handover,
-    kept: Kept,
+    back: Arc<dyn Reversible>,
     /// The shape of the result as passes see it, packed.
     shape: Shape,
     /// The result, computed before the op is applied, until candle has taken it.
@@ -127,6 +105,27 @@ impl Node {
         }
     }
 
+    /// The backward pass, with the field from where it comes.
+    fn adjoint(&self, cotangent: &Tensor, differentiate_time: bool) -> Result<Adjoint> {
+        let built;
+        let field = match &self.source {
+            Source::Shared(field) => &**field as &Field<'_>,
+            Source::Built(build) if self.back.reads_field() => {
+                built = build()?;
+                &*built
+            }
+            Source::Built(_) => &Unread,
+        };
+        let back = Backward {
+            problem: &self.problem,
+            field,
+            theta: &self.theta.leaves,
+            cotangent,
+            differentiate_time,
+        };
+        passes::adjoint(&*self.back, &self.theta, &back)
+    }
+
     /// Gradients of y0, joined, of θ and of t.
     fn gradients(
         &self,
@@ -134,9 +133,7 @@ impl Node {
         times: bool,
     ) -> Result<(Tensor, Vec<Tensor>, Vec<f64>)> {
         let Self { problem, theta, .. } = self;
-        let cotangent = &cotangent.reshape(&self.shape)?;
-        let adjoint = adjoint(problem, &self.source, theta, &self.kept, cotangent, times);
-        match adjoint {
+        match self.adjoint(&cotangent.reshape(&self.shape)?, times) {
             Ok(adjoint) => {
                 let y0 = Packing::join(&adjoint.y0, problem.state())?;
                 Ok((y0, adjoint.theta, adjoint.times))

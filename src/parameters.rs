@@ -90,7 +90,8 @@ impl<'f> Observed<'f> {
     /// Of a solve of this problem; the points of some evaluations are noted if they are to be checked.
     pub(crate) fn solving(mut self, problem: &Problem, identity: u64, checked: bool) -> Self {
         self.identity = identity;
-        let steps = problem.plan.len();
+        // Of adaptive steps some hundred evaluations are expected.
+        let steps = problem.plan.known().map_or(16, |schedule| schedule.len());
         let points = problem.grid.points();
         if let (Some(first), Some(last)) = (points.first(), points.last()) {
             self.reach = (last - first).abs() / steps.max(1) as f64;

@@ -2,18 +2,18 @@
 
 use candle_core::Tensor;
 
-use crate::adjoint::{Adjoint, Sweep};
 use crate::error::{Error, Result};
 use crate::field::Field;
-use crate::integrate::{integrate, Forward, Kept};
+use crate::integrate::{integrate, Forward};
 use crate::loss::RowLoss;
 use crate::nn;
 use crate::ops;
 use crate::parameters::Theta;
-use crate::problem::{Output, Problem};
+use crate::problem::Problem;
+use crate::reverse::{Adjoint, Backward, Reversible};
+use crate::rows::Solved;
 use crate::stats::Stats;
 use crate::trajectory::Checkpoint;
-use crate::watch::Watch;
 
 /// The forward pass from y0, joined, on a copy: the user's own may be written before backward.  A
 /// loss is formed where the field is integrated tile by tile.  What a backward pass needs is kept where
@@ -75,14 +75,19 @@ fn advance_tiles(
     #[cfg(feature = "cuda")]
     if problem.device().is_cuda() {
         let solved = nn::cuda::solve(known, problem, &packed, stats)?;
-        return Ok(solved.map(Forward::of_rows));
+        return Ok(solved.map(of_rows));
     }
     let Some(rows) = nn::rows_of(known) else {
         return Ok(None);
     };
     if loss.is_some() && problem.checkpoint != Checkpoint::Nothing {
         match rows.solve(problem, &packed, loss, stats) {
-            Ok(Some(solved)) => return Ok(Some(Forward::graded(solved))),
+            Ok(Some(solved)) => {
+                return Ok(Some(Forward {
+                    is_loss: true,
+                    ..of_rows(solved)
+                }))
+            }
             Ok(None) => {}
             // To be met again where the user expects it: in the backward pass.
             Err(error) if error.is_overflow() => {}
@@ -90,78 +95,36 @@ fn advance_tiles(
         }
     }
     let solved = rows.solve(problem, &packed, None, stats)?;
-    Ok(solved.map(Forward::of_rows))
+    Ok(solved.map(of_rows))
 }
 
-/// The backward pass of a solve.  `cotangent`: `(outputs, elements)`.
+/// States, or a loss, of a solve that went over all steps tile by tile or in one launch.
+fn of_rows(solved: Solved) -> Forward {
+    Forward {
+        packed: solved.packed,
+        back: solved.back,
+        is_loss: false,
+    }
+}
+
+/// The backward pass of a solve, by the way that it was solved.
 pub(crate) fn adjoint(
-    problem: &Problem,
-    field: &Field<'_>,
+    solved: &dyn Reversible,
     theta: &Theta,
-    kept: &Kept,
-    cotangent: &Tensor,
-    differentiate_time: bool,
+    back: &Backward<'_>,
 ) -> Result<Adjoint> {
-    counted(problem, |stats| {
-        pull_back(
-            problem,
-            field,
-            theta,
-            kept,
-            cotangent,
-            differentiate_time,
-            stats,
-        )
-    })
-}
-
-/// Tile by tile or step by step, as the forward pass went.
-#[allow(clippy::too_many_arguments)]
-fn pull_back(
-    problem: &Problem,
-    field: &Field<'_>,
-    theta: &Theta,
-    kept: &Kept,
-    cotangent: &Tensor,
-    differentiate_time: bool,
-    stats: &mut Stats,
-) -> Result<Adjoint> {
-    if cotangent.track_op() {
-        return Err(Error::TrackedCotangent);
-    }
-    if !kept.can_rewind() {
-        return Err(Error::NothingKept);
-    }
-    theta.check_unchanged()?;
-    let mut watch = Watch::default();
-    // Kernels that go back over all steps look for themselves.
-    if matches!(kept, Kept::Steps(_)) || cotangent.device().is_cpu() {
-        watch.see(std::slice::from_ref(cotangent), || {
-            Error::NonFiniteCotangent
-        })?;
-    }
-    let trajectory = match kept {
-        Kept::Steps(trajectory) => trajectory,
-        Kept::Rows(trajectory) => {
-            return trajectory.backward(problem, cotangent, &theta.leaves, stats);
+    counted(back.problem, |stats| {
+        if back.cotangent.track_op() {
+            return Err(Error::TrackedCotangent);
         }
-    };
-    let sweep = Sweep {
-        scheme: &problem.scheme,
-        plan: &problem.plan,
-        trajectory,
-        field,
-        theta: &theta.leaves,
-        scaler: problem.scaler,
-        differentiate_time,
-        #[cfg(feature = "cuda")]
-        graphs: problem.graphs,
-    };
-    let row = |i| problem.packing.unpack(&cotangent.get(i)?);
-    let earlier = |i| match problem.output {
-        Output::All => row(i).map(Some),
-        Output::Final => Ok(None),
-    };
-    let last = row(problem.outputs() - 1)?;
-    sweep.run(last, earlier, watch, stats)
+        if !solved.can_rewind() {
+            return Err(Error::NothingKept);
+        }
+        theta.check_unchanged()?;
+        // Sweeps and kernels on a device look for themselves, so that nothing waits for the device.
+        if back.cotangent.device().is_cpu() && !ops::magnitude(back.cotangent)?.is_finite() {
+            return Err(Error::NonFiniteCotangent);
+        }
+        solved.pull_back(back, stats)
+    })
 }

@@ -163,6 +163,16 @@ impl Rounding {
         }
     }
 
+    /// The unit roundoff, and the smallest normal number.
+    pub(crate) fn roundoff(&self) -> (f64, f64) {
+        match self.to {
+            DType::BF16 => (2f64.powi(-8), 2f64.powi(-126)),
+            DType::F16 => (2f64.powi(-11), 2f64.powi(-14)),
+            DType::F64 => (2f64.powi(-53), f64::MIN_POSITIVE),
+            _ => (2f64.powi(-24), 2f64.powi(-126)),
+        }
+    }
+
     /// The low dtype that values are rounded to while they are held in a wider one.
     pub(crate) fn low(&self) -> Low {
         match self.to {

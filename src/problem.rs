@@ -1,28 +1,22 @@
 //! The initial value problem, validated: everything that both passes need to know, and no field.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
+use crate::adaptive::Control;
 use crate::error::{Error, Result};
 use crate::field::check::FieldCheck;
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
+use crate::schedule::{Output, Schedule, Steps};
 use crate::simd;
 use crate::state::Packing;
 use crate::stats::Recorder;
 use crate::step::Scheme;
 use crate::tableau::{Tableau, RK4};
-use crate::time::{StepPlan, Steps, TimeGrid};
+use crate::time::TimeGrid;
 use crate::trajectory::Checkpoint;
-
-/// Which states a solve returns.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Output {
-    /// One for every time of the grid: leaves of shape `(times, …)`.
-    #[default]
-    All,
-    /// The one at the last time: leaves of shape `(…)`.
-    Final,
-}
 
 /// What a solve tile by tile keeps from its evaluations, in addition to the states, so that the backward pass need
 /// not repeat them.  It saves up to a fifth of the time of a forward and backward pass, and needs much memory.
@@ -174,7 +168,7 @@ impl Default for OdeOptions {
 #[derive(Clone, Debug)]
 pub(crate) struct Problem {
     pub(crate) scheme: Scheme,
-    pub(crate) plan: StepPlan,
+    pub(crate) plan: Plan,
     pub(crate) grid: TimeGrid,
     pub(crate) packing: Packing,
     pub(crate) output: Output,
@@ -204,7 +198,7 @@ impl Problem {
             check_leaf(leaf, y, &device)?;
         }
 
-        let plan = StepPlan::new(&grid, options.steps)?;
+        let plan = Plan::new(&grid, options)?;
         let common = options
             .precision
             .or_else(|| narrowest(&options.leaf_precision))
@@ -237,20 +231,14 @@ impl Problem {
             });
         }
         let packing = Packing::new(y0);
-        let resolved = plan.is_resolved_in(common.state);
+        let dense = plan.is_dense();
+        let resolved = plan.known().is_none_or(|s| s.is_resolved_in(common.state));
         // Tiles have rows, and multiply by h in state precision.
-        let moderate = common.state == DType::F64 || plan.is_moderate();
+        let moderate = common.state == DType::F64 || plan.known().is_none_or(|s| s.is_moderate());
         let tiles = packing.len() > 0 && moderate;
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
-            scheme: Scheme {
-                active: options.method.active(),
-                tableau: options.method.clone(),
-                roles,
-                device,
-                #[cfg(feature = "cuda")]
-                fixture: None,
-            },
+            scheme: Scheme::new(&options.method, dense, roles, device),
             plan,
             grid,
             packing,
@@ -261,7 +249,7 @@ impl Problem {
                 _ => options.activation_cache,
             },
             fusion: options.fusion && tiles,
-            graphs: options.graphs && tiles && resolved,
+            graphs: options.graphs && tiles && resolved && !dense,
             resolved,
             on_overflow: options.on_overflow,
             recorder: options.recorder.clone().unwrap_or_default(),
@@ -313,6 +301,43 @@ impl Problem {
             Output::All => self.grid.points().len(),
             Output::Final => 1,
         }
+    }
+}
+
+/// The steps of a solve before it begins.
+#[derive(Clone, Debug)]
+pub(crate) enum Plan {
+    Known(Arc<Schedule>),
+    Adaptive(Arc<Control>),
+}
+
+impl Plan {
+    fn new(grid: &TimeGrid, options: &OdeOptions) -> Result<Self> {
+        Ok(match &options.steps {
+            // A single time has no step.
+            Steps::Adaptive(_) if grid.points().len() == 1 => {
+                let none = Schedule::new(grid, &Steps::default(), options.output)?;
+                Self::Known(Arc::new(none))
+            }
+            Steps::Adaptive(adaptive) => {
+                let control = Control::new(adaptive, &options.method, grid)?;
+                Self::Adaptive(Arc::new(control))
+            }
+            steps => Self::Known(Arc::new(Schedule::new(grid, steps, options.output)?)),
+        })
+    }
+
+    /// The steps, if they are known.
+    pub(crate) fn known(&self) -> Option<&Arc<Schedule>> {
+        match self {
+            Self::Known(schedule) => Some(schedule),
+            Self::Adaptive(_) => None,
+        }
+    }
+
+    /// Whether states may be returned inside steps.
+    fn is_dense(&self) -> bool {
+        self.known().is_none_or(|schedule| schedule.is_dense())
     }
 }
 

@@ -8,9 +8,9 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::field::Field;
+use crate::schedule::Step;
 use crate::stats::Stats;
-use crate::step::{Next, Scheme};
-use crate::time::Step;
+use crate::step::{Scheme, Taken};
 use crate::watch::Watch;
 
 #[cfg(feature = "cuda")]
@@ -46,7 +46,7 @@ impl<'a> StepSequence<'a> {
         kept: bool,
         watch: &mut Watch,
         stats: &mut Stats,
-    ) -> Result<Next> {
+    ) -> Result<Taken> {
         let (scheme, copies) = (self.scheme, self.copies);
         #[cfg(feature = "cuda")]
         {

@@ -1,14 +1,17 @@
 //! A solve without a graph, whose gradients are asked for explicitly.
 
+use std::sync::Arc;
+
 use candle_core::backprop::GradStore;
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::field::Field;
-use crate::integrate::{Forward, Kept};
+use crate::integrate::Forward;
 use crate::parameters::Theta;
 use crate::passes::adjoint;
 use crate::problem::Problem;
+use crate::reverse::{Backward, Reversible};
 use crate::state::State;
 
 /// A solve without a graph: the states, and what its backward pass needs.
@@ -16,7 +19,7 @@ pub struct Solution<'f, S> {
     problem: Problem,
     field: Box<Field<'f>>,
     theta: Theta,
-    kept: Kept,
+    back: Arc<dyn Reversible>,
     states: S,
 }
 
@@ -33,7 +36,7 @@ impl<'f, S: State> Solution<'f, S> {
             problem,
             field,
             theta,
-            kept: forward.kept,
+            back: forward.back,
         })
     }
 
@@ -77,14 +80,14 @@ impl<'f, S: State> Solution<'f, S> {
                 .to_dtype(problem.state())
         });
         let packed = Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 1)?;
-        let adjoint = adjoint(
+        let back = Backward {
             problem,
-            &*self.field,
-            theta,
-            &self.kept,
-            &packed,
-            problem.grid.is_tracked(),
-        )?;
+            field: &*self.field,
+            theta: &theta.leaves,
+            cotangent: &packed,
+            differentiate_time: problem.grid.is_tracked(),
+        };
+        let adjoint = adjoint(&*self.back, theta, &back)?;
         let mut params = GradStore::default();
         for (master, grad) in theta.masters.iter().zip(adjoint.theta) {
             // A tensor may be given twice.

@@ -13,6 +13,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Stats {
     /// Steps of the forward pass.
     pub steps: usize,
+    /// Attempts of adaptive steps that were rejected; `steps` are those that were accepted.
+    pub rejected: usize,
+    /// Adaptive steps that were accepted only because they could not be shorter
+    /// ([`Adaptive::min_step`](crate::Adaptive::min_step)).
+    pub forced: usize,
+    /// Adaptive steps that were accepted only because of the noise floor
+    /// ([`Adaptive::noise_floor`](crate::Adaptive::noise_floor)): their error estimate is mostly rounding.
+    pub limited: usize,
+    /// The largest error of an accepted adaptive step without the noise floor, relative to the tolerance: tolerances
+    /// were kept to within this factor.
+    pub tolerance_factor: f64,
+    /// The shortest and the longest adaptive step.
+    pub step_range: Option<(f64, f64)>,
+    /// The times between adaptive steps, from the first to the last of each solve.  Only of a
+    /// [`Recorder::tracing`].
+    pub step_times: Vec<f64>,
+    /// The length of the first adaptive step of the last solve.
+    pub first_step: Option<f64>,
     /// Velocities evaluated by the forward pass.  Evaluations that only tell whether candle can trace
     /// the field, one where a velocity does not read the whole state, are not among them.
     pub evaluations: usize,
@@ -102,6 +120,12 @@ impl Stats {
         }
     }
 
+    /// Notes the length of an adaptive step.
+    pub(crate) fn used_step(&mut self, h: f64) {
+        let (least, most) = self.step_range.unwrap_or((h, h));
+        self.step_range = Some((least.min(h), most.max(h)));
+    }
+
     /// Joins the counts of another part of the same batch, which went through the same steps: what every
     /// part does counts once, what is repeated for one of them counts for each.
     pub(crate) fn join(&mut self, part: &Self) {
@@ -116,6 +140,10 @@ impl Stats {
     /// Adds the counts of a pass; its trace of scales is the recorder's to keep.
     pub(crate) fn add(&mut self, pass: &Self) {
         self.steps += pass.steps;
+        self.rejected += pass.rejected;
+        self.forced += pass.forced;
+        self.limited += pass.limited;
+        self.first_step = pass.first_step.or(self.first_step);
         self.evaluations += pass.evaluations;
         self.recomputed += pass.recomputed;
         self.vjps += pass.vjps;
@@ -128,11 +156,21 @@ impl Stats {
         self.see(pass);
     }
 
+    /// The same with its times.
+    pub(crate) fn take_over(&mut self, pass: &mut Self) {
+        self.add(pass);
+        self.step_times.append(&mut pass.step_times);
+    }
+
     /// Takes over what is an extreme.
     fn see(&mut self, other: &Self) {
         for scale in other.scale_range.into_iter().flat_map(|(a, b)| [a, b]) {
             self.used_scale(scale);
         }
+        for h in other.step_range.into_iter().flat_map(|(a, b)| [a, b]) {
+            self.used_step(h);
+        }
+        self.tolerance_factor = self.tolerance_factor.max(other.tolerance_factor);
         self.kept(other.states_kept, other.bytes_kept);
         self.activation_bytes = self.activation_bytes.max(other.activation_bytes);
     }
@@ -169,7 +207,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// One that also keeps [`Stats::scales`], which grow with every solve until they are taken.
+    /// One that also keeps [`Stats::scales`] and [`Stats::step_times`], which grow with every solve until they are taken.
     pub fn tracing() -> Self {
         Self {
             traces: true,
@@ -193,6 +231,7 @@ impl Recorder {
         stats.add(pass);
         if self.traces {
             stats.scales.extend_from_slice(&pass.scales);
+            stats.step_times.extend_from_slice(&pass.step_times);
         }
     }
 

@@ -19,19 +19,30 @@ use crate::ops::cuda::{self, Clock};
 use crate::precision::{Roles, Rounding};
 #[cfg(feature = "cuda")]
 use crate::replay::Fixture;
+use crate::schedule::Step;
 use crate::tableau::Tableau;
-use crate::time::{Step, Time};
+use crate::time::Time;
 use crate::watch::Watch;
 
-/// y_{n+1} and, if copies are wanted and come with it, ŷ_{n+1}.
-pub(crate) type Next = (Vec<Tensor>, Option<Vec<Tensor>>);
+/// k_i of every stage, `None` where a stage was not evaluated.
+pub(crate) type Increments = Vec<Option<Vec<Tensor>>>;
+
+/// A step that was taken.
+pub(crate) struct Taken {
+    /// y_{n+1}.
+    pub(crate) y: Vec<Tensor>,
+    /// ŷ_{n+1}, if copies were wanted and come with it.
+    pub(crate) stored: Option<Vec<Tensor>>,
+    pub(crate) ks: Increments,
+}
 
 /// A method at a precision: what turns y_n into y_{n+1}.
 #[derive(Clone, Debug)]
 pub(crate) struct Scheme {
     pub(crate) tableau: Tableau,
-    /// Stages that the solution depends on.
-    pub(crate) active: Vec<bool>,
+    /// Stages that the solution depends on, and those that an output inside a step does.
+    active: Vec<bool>,
+    dense_active: Vec<bool>,
     /// Roles of each leaf.
     pub(crate) roles: Vec<Roles>,
     pub(crate) device: Device,
@@ -49,9 +60,45 @@ pub(crate) struct Linear<'f> {
 }
 
 impl Scheme {
-    /// Number of stages that are evaluated.
+    /// A method that interpolates if `dense` says so.
+    pub(crate) fn new(method: &Tableau, dense: bool, roles: Vec<Roles>, device: Device) -> Self {
+        let tableau = if dense {
+            method.dense()
+        } else {
+            method.clone()
+        };
+        Self {
+            active: tableau.active(),
+            dense_active: tableau.dense_active(),
+            tableau,
+            roles,
+            device,
+            #[cfg(feature = "cuda")]
+            fixture: None,
+        }
+    }
+
+    /// The stages of a step that are evaluated.
+    pub(crate) fn active(&self, step: &Step) -> &[bool] {
+        match step.dense {
+            true => &self.dense_active,
+            false => &self.active,
+        }
+    }
+
+    /// The stages that the solution depends on, ascending.
+    pub(crate) fn stages(&self) -> Vec<usize> {
+        (0..self.active.len()).filter(|&i| self.active[i]).collect()
+    }
+
+    /// Number of stages that are evaluated in a step that no output is inside of.
     pub(crate) fn evaluations(&self) -> usize {
         self.active.iter().filter(|&&active| active).count()
+    }
+
+    /// The same of one step.
+    pub(crate) fn evaluations_of(&self, step: &Step) -> usize {
+        self.active(step).iter().filter(|&&active| active).count()
     }
 
     /// y_{n+1}.  Non-finite velocities and states are left to `watch`.
@@ -62,8 +109,7 @@ impl Scheme {
         y: &[Tensor],
         watch: &mut Watch,
     ) -> Result<Vec<Tensor>> {
-        let (next, _) = self.advance_and_store(field, step, y, false, watch)?;
-        Ok(next)
+        Ok(self.advance_and_store(field, step, y, false, watch)?.y)
     }
 
     /// y_{n+1} and, if `copies` are wanted and come with it, ŷ_{n+1}.
@@ -74,45 +120,61 @@ impl Scheme {
         y: &[Tensor],
         copies: bool,
         watch: &mut Watch,
-    ) -> Result<Next> {
-        let stages = self.tableau.stages();
-        let mut ks: Vec<Option<Vec<Tensor>>> = Vec::with_capacity(stages);
-        for i in 0..stages {
-            if !self.active[i] {
-                ks.push(None);
-                continue;
-            }
-            let at = step.at(self.tableau.c()[i]);
-            let stage = self.stage(i, step.h, y, &ks)?;
-            let time = self.time(i, step, false)?;
-            let k = field
-                .velocity(&time, &stage)
-                .map_err(|e| located(e.into(), step, i, at))?;
-            self.note(&time);
-            self.check_time(step, &time)?;
-            self.check(&stage, &k)?;
-            let k = self.rounded(&k)?;
-            watch.see(&k, || Error::NonFiniteVelocity {
+    ) -> Result<Taken> {
+        let mut ks = vec![];
+        self.evaluate(field, step, y, &mut ks, self.active(&step), |i, k| {
+            watch.see(k, || Error::NonFiniteVelocity {
                 step: step.index,
                 stage: i,
-                t: at,
-            })?;
-            ks.push(Some(k));
-        }
+                t: step.at(self.tableau.c()[i]),
+            })
+        })?;
         let bad = || Error::NonFiniteSolution {
             step: step.index,
             t: step.end,
         };
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() {
-            return self.update_and_store(step.h, y, &ks, copies, |x, update| {
+            let (y, stored) = self.update_and_store(step.h, y, &ks, copies, |x, update| {
                 watch.look(x, bad(), update)
-            });
+            })?;
+            return Ok(Taken { y, stored, ks });
         }
         let _ = copies;
-        let next = self.update(step.h, y, &ks)?;
-        watch.see(&next, bad)?;
-        Ok((next, None))
+        let y = self.update(step.h, y, &ks)?;
+        watch.see(&y, bad)?;
+        let stored = None;
+        Ok(Taken { y, stored, ks })
+    }
+
+    /// Evaluates those of the next stages that are `wanted`, one after the other; `see` looks at each velocity.
+    pub(crate) fn evaluate(
+        &self,
+        field: &Field<'_>,
+        step: Step,
+        y: &[Tensor],
+        ks: &mut Increments,
+        wanted: &[bool],
+        mut see: impl FnMut(usize, &[Tensor]) -> Result<()>,
+    ) -> Result<()> {
+        for (i, &wanted) in wanted.iter().enumerate().skip(ks.len()) {
+            if !wanted {
+                ks.push(None);
+                continue;
+            }
+            let stage = self.stage(i, step.h, y, ks)?;
+            let time = self.time(i, step, false)?;
+            let k = field
+                .velocity(&time, &stage)
+                .map_err(|e| located(e.into(), step, i, step.at(self.tableau.c()[i])))?;
+            self.note(&time);
+            self.check_time(step, &time)?;
+            self.check(&stage, &k)?;
+            let k = self.rounded(&k)?;
+            see(i, &k)?;
+            ks.push(Some(k));
+        }
+        Ok(())
     }
 
     /// y + h Σ b_j k_j, ŷ of it where it is not the same, and a look at it, in one pass by leaf.
@@ -127,7 +189,7 @@ impl Scheme {
             &Tensor,
             &mut dyn FnMut(&mut cuda::Looks) -> Result<(Tensor, Option<Tensor>)>,
         ) -> Result<(Tensor, Option<Tensor>)>,
-    ) -> Result<Next> {
+    ) -> Result<(Vec<Tensor>, Option<Vec<Tensor>>)> {
         let (mut next, mut stored) = (vec![], vec![]);
         for (leaf, roles) in self.roles.iter().enumerate() {
             let terms = terms(leaf, self.pace(h), y, self.tableau.b(), ks);
@@ -154,9 +216,9 @@ impl Scheme {
     ) -> Result<Vec<Option<Linear<'f>>>> {
         let stages = self.tableau.stages();
         let mut linear: Vec<Option<Linear<'f>>> = Vec::with_capacity(stages);
-        let mut ks: Vec<Option<Vec<Tensor>>> = Vec::with_capacity(stages);
+        let mut ks: Increments = Vec::with_capacity(stages);
         for i in 0..stages {
-            if !self.active[i] {
+            if !self.active(&step)[i] {
                 linear.push(None);
                 ks.push(None);
                 continue;
@@ -179,7 +241,7 @@ impl Scheme {
     /// The time of stage i.
     fn time(&self, i: usize, step: Step, differentiable: bool) -> Result<Time> {
         let (t, dtype) = (step.at(self.tableau.c()[i]), self.roles[0].state);
-        let within = |time: Time| time.within(step.index, [step.t, step.end]);
+        let within = |time| step.within(time);
         #[cfg(feature = "cuda")]
         if let Some(fixture) = &self.fixture {
             return Ok(within(Time::shown_by(t, fixture.clock.time(i)?)));
@@ -231,7 +293,7 @@ impl Scheme {
     /// What the looks of [`advance`](Self::advance) mean, in their order.
     #[cfg(feature = "cuda")]
     pub(crate) fn meanings(&self, step: Step) -> Vec<Error> {
-        let active = (0..self.tableau.stages()).filter(|&i| self.active[i]);
+        let active = (0..self.tableau.stages()).filter(|&i| self.active(&step)[i]);
         let velocities = active.map(|i| Error::NonFiniteVelocity {
             step: step.index,
             stage: i,
@@ -277,10 +339,60 @@ impl Scheme {
         x.iter().zip(&self.roles).map(round).collect()
     }
 
+    /// The velocity at the end of a step of Euler's method with the velocity k.
+    pub(crate) fn after_euler(
+        &self,
+        field: &Field<'_>,
+        step: Step,
+        y: &[Tensor],
+        k: &[Tensor],
+    ) -> Result<Vec<Tensor>> {
+        let of_leaf = |(leaf, roles): (usize, &Roles)| {
+            ops::combine(&[(1.0, &y[leaf]), (step.h, &k[leaf])], 1.0, roles.compute)
+        };
+        let y = self.roles.iter().enumerate().map(of_leaf);
+        let y = y.collect::<Result<Vec<_>>>()?;
+        let time = step.within(Time::new(step.end, self.roles[0].state, &self.device));
+        let k = field
+            .velocity(&time, &y)
+            .map_err(|e| located(e.into(), step, 1, step.end))?;
+        self.check(&y, &k)?;
+        self.rounded(&k)
+    }
+
+    /// h Σ c_j k_j in state precision.
+    pub(crate) fn weighted(&self, h: f64, c: &[f64], ks: &Increments) -> Result<Vec<Tensor>> {
+        let of_leaf = |(leaf, roles): (usize, &Roles)| {
+            let stages = c.iter().zip(ks).filter(|(c, _)| **c != 0.0);
+            let terms = stages.filter_map(|(c, k)| Some((h * c, &k.as_ref()?[leaf])));
+            ops::combine(&terms.collect::<Vec<_>>(), 1.0, roles.state())
+        };
+        self.roles.iter().enumerate().map(of_leaf).collect()
+    }
+
     /// y + h Σ b_j k_j in state precision.
-    fn update(&self, h: f64, y: &[Tensor], ks: &[Option<Vec<Tensor>>]) -> Result<Vec<Tensor>> {
+    pub(crate) fn update(
+        &self,
+        h: f64,
+        y: &[Tensor],
+        ks: &[Option<Vec<Tensor>>],
+    ) -> Result<Vec<Tensor>> {
         let of_leaf = |(leaf, roles): (usize, &Roles)| {
             ops::combine(&terms(leaf, h, y, self.tableau.b(), ks), 1.0, roles.state())
+        };
+        self.roles.iter().enumerate().map(of_leaf).collect()
+    }
+
+    /// y(t_n + x h) from the stages of the step.
+    pub(crate) fn interpolated(
+        &self,
+        (step, x): (&Step, f64),
+        y: &[Tensor],
+        ks: &Increments,
+    ) -> Result<Vec<Tensor>> {
+        let weights = self.tableau.weights_at(x);
+        let of_leaf = |(leaf, roles): (usize, &Roles)| {
+            ops::combine(&terms(leaf, step.h, y, &weights, ks), 1.0, roles.state())
         };
         self.roles.iter().enumerate().map(of_leaf).collect()
     }

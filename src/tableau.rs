@@ -6,6 +6,7 @@
 //! `order` vertices Σ b_i Φ_i(τ) = 1/γ(τ) (Hairer, Nørsett & Wanner, "Solving Ordinary Differential
 //! Equations I", §II.2, theorem 2.13).
 
+mod interpolant;
 mod methods;
 
 use std::borrow::Cow;
@@ -32,9 +33,11 @@ pub struct Tableau {
     b: Cow<'static, [f64]>,
     c: Cow<'static, [f64]>,
     embedded: Option<Cow<'static, [f64]>>,
+    /// Coefficients of x, x², … by stage.
+    interpolant: Option<Rows>,
 }
 
-/// Rows of a strictly lower triangular matrix, row i with i entries.
+/// Rows of a matrix: of a strictly lower triangular one, row i has i entries.
 #[derive(Clone, Debug, PartialEq)]
 enum Rows {
     Static(&'static [&'static [f64]]),
@@ -100,6 +103,7 @@ impl Tableau {
             b: Cow::Owned(b),
             c: Cow::Owned(c),
             embedded: None,
+            interpolant: None,
         };
         tableau.check()?;
         Ok(tableau)
@@ -115,6 +119,27 @@ impl Tableau {
         Ok(self)
     }
 
+    /// The same with an interpolant: row i holds the coefficients of x, x², … in b_i(x), where
+    /// y(t_n + x h) = y_n + h Σ b_i(x) k_i.  There is one row a stage, or one more: the last then belongs to
+    /// f(t_{n+1}, y_{n+1}).  Without it the interpolant of a method is the cubic Hermite polynomial through the
+    /// states and velocities at both ends of a step.
+    ///
+    /// ```
+    /// use candle_diffeq::Tableau;
+    /// // The midpoint rule, interpolated to order two.
+    /// let midpoint = Tableau::new("m", 2, vec![vec![], vec![0.5]], vec![0.0, 1.0], vec![0.0, 0.5])?;
+    /// let midpoint = midpoint.with_interpolant(vec![vec![1.0, -1.0], vec![0.0, 1.0]])?;
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::InvalidTableau`] unless the coefficients are finite, and b(1) = b.
+    pub fn with_interpolant(mut self, rows: Vec<Vec<f64>>) -> Result<Self> {
+        self.interpolant = Some(Rows::Owned(rows));
+        self.check()?;
+        Ok(self)
+    }
+
     const fn constant(
         name: &'static str,
         order: usize,
@@ -122,6 +147,18 @@ impl Tableau {
         b: &'static [f64],
         c: &'static [f64],
         embedded: Option<&'static [f64]>,
+    ) -> Self {
+        Self::interpolated(name, order, a, b, c, embedded, None)
+    }
+
+    const fn interpolated(
+        name: &'static str,
+        order: usize,
+        a: &'static [&'static [f64]],
+        b: &'static [f64],
+        c: &'static [f64],
+        embedded: Option<&'static [f64]>,
+        interpolant: Option<&'static [&'static [f64]]>,
     ) -> Self {
         Self {
             name: Cow::Borrowed(name),
@@ -131,6 +168,10 @@ impl Tableau {
             c: Cow::Borrowed(c),
             embedded: match embedded {
                 Some(weights) => Some(Cow::Borrowed(weights)),
+                None => None,
+            },
+            interpolant: match interpolant {
+                Some(rows) => Some(Rows::Static(rows)),
                 None => None,
             },
         }
@@ -174,7 +215,11 @@ impl Tableau {
     /// The stages that the solution depends on.  At fixed step the last stage of a pair that is
     /// "first same as last" is not among them.
     pub fn active(&self) -> Vec<bool> {
-        let mut active: Vec<bool> = self.b.iter().map(|&b| b != 0.0).collect();
+        self.read_by(self.b.iter().map(|&b| b != 0.0).collect())
+    }
+
+    /// The stages that these are computed from, and these.
+    fn read_by(&self, mut active: Vec<bool>) -> Vec<bool> {
         for i in (0..self.stages()).rev() {
             if active[i] {
                 for (j, &a) in self.a(i).iter().enumerate() {
@@ -197,7 +242,8 @@ impl Tableau {
             .and_then(|()| {
                 self.embedded()
                     .map_or(Ok(()), |b| check_order(self, "embedded", b, 1))
-            });
+            })
+            .and_then(|()| self.check_interpolant());
         checked.map_err(|defect| self.invalid(defect))
     }
 

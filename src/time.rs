@@ -1,11 +1,6 @@
-//! Time: the points at which the solution is wanted, the steps between them, and the time that a
-//! field sees.
+//! Time: the points at which the solution is wanted, and the time that a field sees.
 //!
-//! The grid t_0 … t_N is kept in f64 on the host.  Each output interval [t_i, t_{i+1}] is cut into
-//! m equal steps (m = 1 unless asked otherwise, torchdiffeq's rule for fixed grids), so that every
-//! output time ends a step and nothing is interpolated.
-
-mod steps;
+//! The times t_0 … t_N are kept in f64 on the host.
 
 use std::cell::{Cell, OnceCell};
 
@@ -13,9 +8,6 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use crate::error::{Error, Result};
 use crate::memory::room_within;
-
-pub use steps::Steps;
-pub(crate) use steps::{Step, StepPlan};
 
 /// The time at which a field is evaluated.
 #[derive(Debug)]

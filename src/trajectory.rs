@@ -58,6 +58,11 @@ enum Plan {
     All,
     Every(usize),
     States(usize),
+    /// As many states, at multiples of a stride that doubles whenever there would be more.
+    Online {
+        budget: usize,
+        stride: usize,
+    },
     Nothing,
 }
 
@@ -123,6 +128,17 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
         })
     }
 
+    /// The same for a number of steps that is not known yet.  A budget of states is thinned out as steps are added:
+    /// they stand at multiples of a power of two, between half and all of the budget.  The backward pass replays
+    /// at most log₂ of the stride, rounded up, as often as the best placement does.
+    pub(crate) fn online(checkpoint: Checkpoint, store: K, y0: &Y) -> Result<Self> {
+        let mut trajectory = Self::new(checkpoint, 0, store, y0)?;
+        if let Plan::States(budget) = trajectory.plan {
+            trajectory.plan = Plan::Online { budget, stride: 1 };
+        }
+        Ok(trajectory)
+    }
+
     /// Whether a backward pass is possible.
     pub(crate) fn can_rewind(&self) -> bool {
         !matches!(self.plan, Plan::Nothing)
@@ -134,6 +150,7 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
             Plan::All => true,
             Plan::Every(k) => n.is_multiple_of(k),
             Plan::States(_) => self.mark.is_some_and(|mark| mark.at == n),
+            Plan::Online { stride, .. } => n.is_multiple_of(stride),
             Plan::Nothing => false,
         }
     }
@@ -157,6 +174,13 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
                 _ => y.clone(),
             };
             push("kept states", &mut self.kept(), (n, y))?;
+            if let Plan::Online { budget, stride } = &mut self.plan {
+                let kept = self.kept.get_mut().unwrap_or_else(PoisonError::into_inner);
+                while kept.len() > *budget {
+                    *stride *= 2;
+                    kept.retain(|(n, _)| n.is_multiple_of(*stride));
+                }
+            }
             self.mark = self.mark.and_then(Mark::next);
         }
         Ok(())
@@ -173,7 +197,7 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
     pub(crate) fn rewind(&self) -> Rewind<'_, Y, K> {
         let mut kept = self.kept();
         let own = match self.plan {
-            Plan::States(_) if !kept.is_empty() => {
+            Plan::States(_) | Plan::Online { .. } if !kept.is_empty() => {
                 let later = kept.split_off(1);
                 kept.iter().cloned().chain(later).collect()
             }
@@ -233,7 +257,7 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
                 }
                 self.segment.pop().ok_or(Error::NothingKept)
             }
-            Plan::States(budget) => {
+            Plan::States(budget) | Plan::Online { budget, .. } => {
                 let (mut at, mut y) = self.pop()?;
                 while at < n {
                     // The state at hand stays kept; a further one, while the budget lasts, goes
@@ -261,7 +285,7 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
     fn record(&self, stats: &mut Stats) {
         let store = &self.trajectory.store;
         let (states, bytes) = match self.trajectory.plan {
-            Plan::States(_) => size(store, &self.kept),
+            Plan::States(_) | Plan::Online { .. } => size(store, &self.kept),
             _ => size(store, &self.trajectory.kept()),
         };
         let segment: usize = self.segment.iter().map(|y| store.bytes(y)).sum();

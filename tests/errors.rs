@@ -109,6 +109,7 @@ fn every_error_has_a_test() {
     // Here, or beside the tests of what alone returns it.
     let tests = [
         include_str!("errors.rs"),
+        include_str!("adaptive.rs"),
         include_str!("graphs.rs"),
         include_str!("arguments.rs"),
         include_str!("field_check.rs"),
@@ -228,7 +229,7 @@ fn steps_that_cannot_be_counted_are_refused_before_any_evaluation() {
         (Steps::PerInterval(most / 2), 1, most as f64),
         (Steps::PerInterval(usize::MAX), 0, usize::MAX as f64),
     ] {
-        let got = refused(&[0.0, 1.0, 2.0], steps);
+        let got = refused(&[0.0, 1.0, 2.0], steps.clone());
         let text = got.to_string();
         assert!(text.contains(&format!("Steps::{steps:?}")), "{text}");
         match got {

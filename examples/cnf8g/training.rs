@@ -139,7 +139,7 @@ pub(crate) fn train(
         ..mode.options()
     };
     let judged = OdeOptions {
-        steps: options.steps,
+        steps: options.steps.clone(),
         output: options.output,
         ..Default::default()
     };

@@ -6,17 +6,20 @@
 
 use candle_core::{DType, Tensor};
 
+use super::outputs::Dense;
 use super::replay::SweepReplay;
-use super::{gradient, Adjoint, Grads, Sweep};
+use super::{gradient, Grads, Sweep};
 use crate::accumulator::Accumulator;
 use crate::error::{Error, Result};
+use crate::ops;
 use crate::ops::cuda::{Finding, Stop, SweepState};
 use crate::precision::Roles;
 use crate::replay::StepSequence;
+use crate::reverse::Adjoint;
 use crate::scaler::{Outcome, Scaler};
+use crate::schedule::Step;
 use crate::stats::Stats;
 use crate::step::{Linear, Scheme};
-use crate::time::Step;
 use crate::watch::Watch;
 
 /// Where a sweep begins, and with what.
@@ -42,8 +45,9 @@ pub(super) struct Back<'a> {
     pub(super) step: Step,
     /// ŷ_n.
     pub(super) y: &'a [Tensor],
-    /// ȳ_n, where the loss looks.
+    /// ȳ_n, where the state there is returned, and of outputs inside the step.
     pub(super) incoming: Option<&'a [Tensor]>,
+    pub(super) dense: &'a Dense,
     /// Number of the look at λ.
     pub(super) look: usize,
 }
@@ -53,13 +57,12 @@ impl Sweep<'_> {
     pub(super) fn run_on_device(
         &self,
         last: Vec<Tensor>,
-        earlier: impl Fn(usize) -> Result<Option<Vec<Tensor>>>,
         mut watch: Watch,
         stats: &mut Stats,
     ) -> Result<Adjoint> {
         let adj = last.iter().map(Tensor::force_contiguous);
         let adj = adj.collect::<candle_core::Result<Vec<_>>>()?;
-        let (steps, can_overflow) = (self.plan.len(), self.can_overflow());
+        let (steps, can_overflow) = (self.schedule.len(), self.can_overflow());
         let mut way = Way {
             state: SweepState::new(self.scaler, &adj, &can_overflow)?,
             theta: Accumulator::new(self.theta, self.scheme.roles[0].state)?,
@@ -73,7 +76,7 @@ impl Sweep<'_> {
         };
         let mut attempts = (usize::MAX, 0);
         loop {
-            let found = self.descend(&start, &earlier, &mut way, &mut watch, stats)?;
+            let found = self.descend(&start, &mut way, &mut watch, stats)?;
             if let Some((smallest, largest)) = found.scales.filter(|_| self.scaler.is_on()) {
                 stats.used_scale(smallest);
                 stats.used_scale(largest);
@@ -84,7 +87,7 @@ impl Sweep<'_> {
                 return Err(error.unwrap_or(Error::NonFiniteParameterGradient));
             }
             if let Some(index) = found.bad {
-                return Err(gradient(self.plan.step(start.steps - 1 - index)));
+                return Err(gradient(self.schedule.step(start.steps - 1 - index)));
             }
             let Some(stop) = found.stop else { break };
             attempts = match attempts {
@@ -111,7 +114,7 @@ impl Sweep<'_> {
         let scaler = stop.scaler.after(stop.outcome);
         stats.retries += 1;
         if scaler.is_exhausted(attempts) {
-            let step = self.plan.step(stop.step);
+            let step = self.schedule.step(stop.step);
             return Err(Error::ScaleExhausted {
                 step: step.index,
                 t: step.t,
@@ -129,32 +132,30 @@ impl Sweep<'_> {
     fn descend(
         &self,
         start: &Start,
-        earlier: &impl Fn(usize) -> Result<Option<Vec<Tensor>>>,
         way: &mut Way<'_>,
         watch: &mut Watch,
         stats: &mut Stats,
     ) -> Result<Finding> {
         let mut rewind = self.trajectory.rewind_from(start.steps.saturating_sub(1));
         for n in (0..start.steps).rev() {
-            let step = self.plan.step(n);
+            let step = self.schedule.step(n);
             let stepper = &mut way.stepper;
             let replay = |m, y: &Vec<Tensor>| {
-                stats.recomputed += self.scheme.evaluations();
-                let step = self.plan.step(m);
-                let (next, _) = stepper.advance(self.field, step, y, true, watch, stats)?;
-                Ok(next)
+                let step = self.schedule.step(m);
+                stats.recomputed += self.scheme.evaluations_of(&step);
+                Ok(stepper.advance(self.field, step, y, true, watch, stats)?.y)
             };
             let mut kept = Stats::default();
             let y = rewind.state(n, &mut { replay }, &mut kept)?;
             stats.kept(kept.states_kept, kept.bytes_kept);
-            let incoming = match step.span.0 {
-                0.0 => earlier(step.interval)?,
-                _ => None,
-            };
+            let dense = self.outputs.dense(&self.scheme.tableau, self.schedule, n)?;
+            let incoming = self.outputs.at_node(self.schedule, n)?;
+            let incoming = self.with_inside(incoming, &dense)?;
             let back = Back {
                 step,
                 y: &y,
                 incoming: incoming.as_deref(),
+                dense: &dense,
                 look: start.steps - 1 - n,
             };
             let Way {
@@ -172,6 +173,24 @@ impl Sweep<'_> {
         watch.see(way.theta.so_far()?, || Error::NonFiniteParameterGradient)?;
         watch.leave_to(&way.state)?;
         way.state.read(start.scaler)
+    }
+
+    /// All that is added to λ_n: ȳ_n, and the cotangents of outputs inside the step.
+    fn with_inside(
+        &self,
+        at_node: Option<Vec<Tensor>>,
+        dense: &Dense,
+    ) -> Result<Option<Vec<Tensor>>> {
+        let leaves = self.scheme.roles.iter().enumerate();
+        let of_leaf = |(leaf, roles): (usize, &Roles)| {
+            let own = at_node.iter().map(|y| (1.0, &y[leaf]));
+            let terms: Vec<_> = own.chain(dense.of_state(leaf)).collect();
+            ops::combine(&terms, 1.0, roles.state())
+        };
+        match dense.of_state(0).next() {
+            None => Ok(at_node),
+            Some(_) => leaves.map(of_leaf).collect::<Result<_>>().map(Some),
+        }
     }
 
     /// λ_n from λ_{n+1}, in place, and what the step adds to θ̄.
@@ -192,8 +211,8 @@ impl Sweep<'_> {
             state.aim()?;
         }
         let linear = self.scheme.linearize(self.field, step, back.y, false)?;
-        stats.recomputed += self.scheme.evaluations();
-        let (ws, waiting) = self.pull_stages(step, adj, &linear, state, theta, stats)?;
+        stats.recomputed += self.scheme.evaluations_of(&step);
+        let (ws, waiting) = self.pull_stages(back, adj, &linear, state, theta, stats)?;
         for (leaf, (adj, can_overflow)) in adj.iter().zip(self.can_overflow()).enumerate() {
             let ws: Vec<_> = ws.iter().flatten().map(|w| (h, &w[leaf])).collect();
             let incoming = back.incoming.map(|y| &y[leaf]);
@@ -213,19 +232,19 @@ impl Sweep<'_> {
     #[allow(clippy::type_complexity)]
     fn pull_stages(
         &self,
-        step: Step,
+        back: &Back<'_>,
         adj: &[Tensor],
         linear: &[Option<Linear<'_>>],
         state: &SweepState,
         theta: &mut Accumulator,
         stats: &mut Stats,
     ) -> Result<(Vec<Option<Vec<Tensor>>>, Vec<Vec<Option<Tensor>>>)> {
-        let dynamic = self.scaler.is_dynamic();
+        let (step, dynamic) = (back.step, self.scaler.is_dynamic());
         let mut ws: Vec<Option<Vec<Tensor>>> = linear.iter().map(|_| None).collect();
         let mut waiting = vec![];
         for i in (0..linear.len()).rev() {
             let Some(stage) = &linear[i] else { continue };
-            let v = seeds(self.scheme, step, i, adj, &ws, state)?;
+            let v = seeds(self.scheme, back, i, adj, &ws, state)?;
             stats.vjps += 1;
             let Grads {
                 y, theta: grads, ..
@@ -249,13 +268,17 @@ impl Sweep<'_> {
 /// Q(S·v_i), v_i = b_i λ + h Σ_{j>i} a_ji w_j.
 fn seeds(
     scheme: &Scheme,
-    step: Step,
+    back: &Back<'_>,
     i: usize,
     adj: &[Tensor],
     ws: &[Option<Vec<Tensor>>],
     state: &SweepState,
 ) -> Result<Vec<Tensor>> {
-    let (b, h, clock) = (scheme.tableau.b()[i], scheme.pace(step.h), scheme.clock());
+    let (b, h, clock) = (
+        scheme.tableau.b()[i],
+        scheme.pace(back.step.h),
+        scheme.clock(),
+    );
     let of_leaf = |(leaf, adj): (usize, &Tensor)| {
         let later = ws.iter().enumerate().skip(i + 1).filter_map(|(j, w)| {
             let a = scheme.tableau.a(j)[i];
@@ -263,8 +286,13 @@ fn seeds(
         });
         // As on the CPU: with λ among the terms the sum is in f64 where the state is.
         let first = (b != 0.0 || adj.dtype() == DType::F64).then_some((b, adj));
-        let scaled_from = usize::from(first.is_some());
-        let terms: Vec<_> = first.into_iter().chain(later).collect();
+        let dense = back.dense.terms(i, leaf);
+        let mut terms: Vec<_> = first.into_iter().chain(dense).collect();
+        if terms.is_empty() {
+            terms.push((0.0, adj));
+        }
+        let scaled_from = terms.len();
+        terms.extend(later);
         state.seed(&terms, scaled_from, scheme.roles[leaf].compute, clock)
     };
     adj.iter().enumerate().map(of_leaf).collect()

@@ -42,6 +42,18 @@ pub enum TableauDefect {
         /// The abscissa given.
         c: f64,
     },
+    /// The interpolant does not end at the solution.
+    #[error(
+        "the interpolant of stage {stage} is {sum} at the end of the step, where its weight is {b}"
+    )]
+    InterpolantEnd {
+        /// Stage, counted from 0.
+        stage: usize,
+        /// The sum of its coefficients.
+        sum: f64,
+        /// The stage's weight.
+        b: f64,
+    },
     /// Order conditions are checked for orders 1 to 8.
     #[error("order {order} cannot be checked, only 1 to 8")]
     OrderUnsupported {

@@ -9,13 +9,14 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Shape, Tensor, TensorId};
 
 use super::mlp::Mlp;
-use crate::adjoint::Adjoint;
 use crate::error::{Error, Result};
 use crate::field::{Cotangents, Pullback};
-use crate::ops::cuda::mlp::{Backward, Failure, Forward, LayerOf, SmallNet, Step};
+use crate::ops::cuda::mlp::{self, Failure, Forward, LayerOf, SmallNet, Step};
 use crate::ops::cuda::{activate, pull, NONE};
-use crate::problem::{Output, Problem};
-use crate::rows::{gradient_of, Reversible, Solved};
+use crate::problem::Problem;
+use crate::reverse::{Adjoint, Backward, Reversible};
+use crate::rows::{gradient_of, Solved};
+use crate::schedule::Schedule;
 use crate::stats::Stats;
 use crate::time::Time;
 use crate::trajectory::Checkpoint;
@@ -56,27 +57,30 @@ pub(crate) fn solve(
         &problem.scheme.tableau,
     )?;
     let Some(net) = net else { return Ok(None) };
-    let steps = net.upload(&in_order(problem))?;
+    let Some(schedule) = problem.plan.known() else {
+        return Ok(None);
+    };
+    let steps = net.upload(&in_order(schedule))?;
     let roles = problem.scheme.roles[0];
     let (packed, kept, told) = net.forward(&Forward {
         y0,
         steps: &steps,
-        count: problem.plan.len(),
+        count: schedule.len(),
         outputs: problem.outputs(),
-        returns_first: problem.output == Output::All || problem.plan.len() == 0,
+        returns_first: schedule.at_node(0).is_some(),
         keeps: problem.checkpoint == Checkpoint::All,
         compute: roles.compute.to,
         store: roles.store.to,
         scaler: &problem.scaler,
     })?;
     if let Some(failure) = told.failure {
-        return Err(forward_error(failure, problem));
+        return Err(forward_error(failure, problem, schedule));
     }
-    stats.steps += problem.plan.len();
-    stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
+    stats.steps += schedule.len();
+    stats.evaluations += schedule.len() * problem.scheme.evaluations();
     if let Some(kept) = &kept {
         let bytes = kept.elem_count() * kept.dtype().size_in_bytes();
-        stats.kept(problem.plan.len(), bytes);
+        stats.kept(schedule.len(), bytes);
     }
     let weights = mlp.tensors().map(Tensor::id).collect();
     let trajectory = Trajectory {
@@ -85,9 +89,10 @@ pub(crate) fn solve(
         steps,
         kept,
         weights,
+        schedule: Arc::clone(schedule),
     };
-    let trajectory = Arc::new(trajectory);
-    Ok(Some(Solved { packed, trajectory }))
+    let back = Arc::new(trajectory);
+    Ok(Some(Solved { packed, back }))
 }
 
 /// Whether hidden layer l adds its input to its output.
@@ -109,8 +114,11 @@ fn suits(mlp: &Mlp, problem: &Problem) -> bool {
     problem.fusion
         && problem.device().is_cuda()
         && !problem.grid.is_tracked()
+        && problem
+            .plan
+            .known()
+            .is_some_and(|schedule| !schedule.is_dense() && schedule.len() <= MOST_STEPS)
         && (problem.resolved || !mlp.time)
-        && problem.plan.len() <= MOST_STEPS
         && matches!(problem.checkpoint, Checkpoint::All | Checkpoint::Nothing)
         && roles.state == DType::F32
         && low(roles.compute.to)
@@ -123,50 +131,37 @@ fn suits(mlp: &Mlp, problem: &Problem) -> bool {
 const MOST_STEPS: usize = 1 << 24;
 
 /// The steps, with the outputs at their ends.
-fn in_order(problem: &Problem) -> Vec<Step> {
-    let last = problem.plan.len().saturating_sub(1);
-    let all = problem.output == Output::All;
+fn in_order(schedule: &Schedule) -> Vec<Step> {
+    let number = |output: Option<usize>| output.map_or(-1, |output| output as i32);
     let step = |n| {
-        let step = problem.plan.step(n);
-        let output = match all {
-            true if step.ends_interval() => step.interval as i32 + 1,
-            false if n == last => 0,
-            _ => -1,
-        };
+        let step = schedule.step(n);
         Step {
             t: step.t,
             h: step.h,
-            output,
-            given: if all && step.span.0 == 0.0 {
-                step.interval as i32
-            } else {
-                -1
-            },
+            output: number(schedule.at_node(n + 1)),
+            given: number(schedule.at_node(n)),
         }
     };
-    (0..problem.plan.len()).map(step).collect()
+    (0..schedule.len()).map(step).collect()
 }
 
-fn forward_error(failure: Failure, problem: &Problem) -> Error {
+fn forward_error(failure: Failure, problem: &Problem, schedule: &Schedule) -> Error {
     match failure {
         Failure::Velocity { step, stage } => Error::NonFiniteVelocity {
             step,
             stage,
-            t: problem
-                .plan
-                .step(step)
-                .at(problem.scheme.tableau.c()[stage]),
+            t: schedule.step(step).at(problem.scheme.tableau.c()[stage]),
         },
         Failure::Solution { step } => {
-            let at = problem.plan.step(step);
+            let at = schedule.step(step);
             Error::NonFiniteSolution { step, t: at.end }
         }
         _ => Error::NonFiniteState { leaf: 0 },
     }
 }
 
-fn backward_error(failure: Failure, problem: &Problem) -> Error {
-    let step = |steps: usize| problem.plan.step(problem.plan.len() - steps);
+fn backward_error(failure: Failure, schedule: &Schedule) -> Error {
+    let step = |steps: usize| schedule.step(schedule.len() - steps);
     match failure {
         Failure::Gradient { steps } => Error::NonFiniteGradient {
             step: step(steps).index,
@@ -195,6 +190,7 @@ struct Trajectory {
     keeps: bool,
     kept: Option<Tensor>,
     weights: Vec<TensorId>,
+    schedule: Arc<Schedule>,
 }
 
 impl Reversible for Trajectory {
@@ -202,16 +198,11 @@ impl Reversible for Trajectory {
         self.keeps
     }
 
-    fn backward(
-        &self,
-        problem: &Problem,
-        cotangent: &Tensor,
-        theta: &[Tensor],
-        stats: &mut Stats,
-    ) -> Result<Adjoint> {
-        let steps = problem.plan.len();
-        let (y0, gradients, told) = self.net.backward(&Backward {
-            cotangent: &cotangent.to_dtype(DType::F32)?,
+    fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {
+        let Backward { problem, theta, .. } = *back;
+        let steps = self.schedule.len();
+        let (y0, gradients, told) = self.net.backward(&mlp::Backward {
+            cotangent: &back.cotangent.to_dtype(DType::F32)?,
             kept: self.kept.as_ref(),
             steps: &self.steps,
             count: steps,
@@ -228,7 +219,7 @@ impl Reversible for Trajectory {
             stats.used_scale(2f64.powi(largest));
         }
         if let Some(failure) = told.failure {
-            return Err(backward_error(failure, problem));
+            return Err(backward_error(failure, &self.schedule));
         }
         let of = |p: &Tensor| gradient_of(p, &self.weights, &gradients, DType::F32);
         Ok(Adjoint {

@@ -9,6 +9,8 @@ mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 
+pub(crate) mod ratio;
+
 use std::cell::Cell;
 
 use candle_core::{DType, Device, Tensor};

@@ -12,9 +12,10 @@ use candle_core::{DType, Tensor, TensorId};
 use crate::error::Result;
 use crate::field::Field;
 use crate::ops::cuda::{capture, keep_uploads, obstacle, Captured, Clock, Graph};
+use crate::schedule::Step;
 use crate::stats::{NotReplayed, Stats};
-use crate::step::{Next, Scheme};
-use crate::time::{Step, Time};
+use crate::step::{Scheme, Taken};
+use crate::time::Time;
 use crate::watch::Watch;
 
 /// Fewest steps of a solve that are replayed: one is taken to learn, one to capture.
@@ -107,7 +108,7 @@ impl StepReplay {
         kept: bool,
         watch: &mut Watch,
         stats: &mut Stats,
-    ) -> Result<Option<Next>> {
+    ) -> Result<Option<Taken>> {
         let (mut steps, graph) = match std::mem::replace(self, Self::Off) {
             Self::Off => return Ok(None),
             Self::Asked(count) => match Steps::begin(scheme, copies, count, at.y) {
@@ -208,10 +209,13 @@ impl Steps {
     /// The step itself.
     fn run(&mut self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
         let Self { scheme, y, .. } = &*self;
-        let ((next, stored), looks) = watch.in_replay(&y[0], &self.fixture.clock, |watch| {
+        let (taken, looks) = watch.in_replay(&y[0], &self.fixture.clock, |watch| {
             scheme.advance_and_store(at.field, at.step, y, self.copies, watch)
         })?;
         debug_assert_eq!(looks, self.scheme.meanings(at.step).len());
+        let Taken {
+            y: next, stored, ..
+        } = taken;
         if let Some(stored) = stored {
             if self.stored.is_empty() {
                 let slot = |(stored, next): (&Tensor, &Tensor)| {
@@ -258,7 +262,7 @@ impl Steps {
     }
 
     /// y_{n+1}, with memory of its own if it is kept, and ŷ_{n+1} if copies are wanted.
-    fn next(&mut self, kept: bool) -> Result<Next> {
+    fn next(&mut self, kept: bool) -> Result<Taken> {
         let y: Vec<Tensor> = match kept {
             true => self
                 .y
@@ -268,8 +272,10 @@ impl Steps {
             false => self.y.clone(),
         };
         self.like = y.iter().map(Tensor::id).collect();
+        let ks = vec![];
         if !self.copies {
-            return Ok((y, None));
+            let stored = None;
+            return Ok(Taken { y, stored, ks });
         }
         let copy = |(slot, y): (&Option<Tensor>, &Tensor)| match slot {
             Some(slot) => slot.force_contiguous(),
@@ -277,7 +283,7 @@ impl Steps {
             None => y.force_contiguous(),
         };
         let stored = self.stored.iter().zip(&y).map(copy);
-        let stored = stored.collect::<candle_core::Result<_>>()?;
-        Ok((y, Some(stored)))
+        let stored = Some(stored.collect::<candle_core::Result<_>>()?);
+        Ok(Taken { y, stored, ks })
     }
 }

@@ -9,6 +9,8 @@
 //! small or very large h is factored as m p, where p is a power of two: v_i is multiplied by m only, so that it
 //! stays in the range of f32, and p is part of the scale of the window and of w'_i.
 
+use std::sync::Arc;
+
 use candle_core::{Shape, Tensor, TensorId};
 use pulp::Simd;
 
@@ -19,16 +21,16 @@ use super::stepper::{add, is_finite, Stepper};
 use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
 use super::window::{KeptBy, Window};
-use super::{gradient_of, numbers, on_all_threads, Failure, Reversible, TilePlan};
-use crate::adjoint::Adjoint;
+use super::{gradient_of, numbers, on_all_threads, Failure, TilePlan};
 use crate::error::{Error, Result};
 use crate::precision::Low;
-use crate::problem::{Output, Problem};
+use crate::problem::Problem;
+use crate::reverse::{Adjoint, Backward, Reversible};
+use crate::schedule::{Schedule, Step};
 use crate::simd::tiles::{load, store, Idle};
 use crate::simd::{enter, vectors, Element, Kernel};
 use crate::state::RowLayout;
 use crate::stats::Stats;
-use crate::time::Step;
 use crate::trajectory::Checkpoint;
 
 /// What a forward pass over tiles leaves for the way back.
@@ -39,6 +41,7 @@ pub(super) struct Trajectories<T: Element, S: Simd> {
     pub(super) weights: Vec<TensorId>,
     pub(super) shapes: Vec<Shape>,
     pub(super) layout: RowLayout,
+    pub(super) schedule: Arc<Schedule>,
     pub(super) groups: Vec<Vec<Tile<T>>>,
 }
 
@@ -48,15 +51,10 @@ impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
         tiles.all(|tile| tile.trajectory.can_rewind())
     }
 
-    fn backward(
-        &self,
-        problem: &Problem,
-        cotangent: &Tensor,
-        theta: &[Tensor],
-        stats: &mut Stats,
-    ) -> Result<Adjoint> {
-        let plan = TilePlan::new(problem, &self.layout);
-        let cotangent = numbers::<T>(cotangent)?;
+    fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {
+        let Backward { problem, theta, .. } = *back;
+        let plan = TilePlan::new(problem, &self.schedule, &self.layout);
+        let cotangent = numbers::<T>(back.cotangent)?;
         let mut y0 = vec![T::default(); problem.packing.len()];
         let mut gradients = vec![];
         let mut counted = Stats::default();
@@ -74,7 +72,7 @@ impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
             plan: &plan,
             differentiate: !theta.is_empty(),
         };
-        let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
+        let (stages, steps) = (problem.scheme.evaluations(), plan.schedule.len());
         let window = || Window::new(pass.field, stages, steps, pass.differentiate);
         let each = |window: &mut Window<T, S>, tiles: &Vec<Tile<T>>| {
             let seed = Seed::Packed(&cotangent);
@@ -233,7 +231,7 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
         let mut stepper = Stepper::<T, S>::new(s, field, plan);
         let (size, width) = (stepper.size, stepper.width);
         let batch = width * T::lanes::<S>();
-        let steps = problem.plan.len();
+        let steps = plan.schedule.len();
         // Room for replays, which this plan needs none of.
         let mut slot = match problem.checkpoint {
             Checkpoint::All => vectors::<T, S>(0),
@@ -243,9 +241,9 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
         window.clear();
         let mut state = vectors::<T, S>(size);
         let mut adj = vectors::<T, S>(size);
-        let mut incoming = match problem.output {
-            Output::All => vectors::<T, S>(size),
-            Output::Final => vectors::<T, S>(0),
+        let mut incoming = match plan.schedule.outputs() {
+            1 => vectors::<T, S>(0),
+            _ => vectors::<T, S>(size),
         };
         let mut pull = StagePulls::<T, S>::new(&stepper);
         let mut y0 = vec![];
@@ -275,7 +273,7 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
                 evaluations,
             };
             for n in (0..steps).rev() {
-                let step = problem.plan.step(n);
+                let step = plan.schedule.step(n);
                 let failed = |error| Failure {
                     at: (steps - n, 0),
                     error,
@@ -333,8 +331,8 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
                 }
                 scaler = scaler.after_step();
                 add::<T, S>(s, &mut adj, 1.0, &pull.all, &pull.ws);
-                if step.span.0 == 0.0 && problem.output == Output::All {
-                    seed(step.interval, &mut incoming);
+                if let Some(output) = plan.schedule.at_node(n) {
+                    seed(output, &mut incoming);
                     add::<T, S>(s, &mut adj, 1.0, &[(1.0, 0)], &incoming);
                 }
                 if !is_finite::<T, S>(s, &adj) {

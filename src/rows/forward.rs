@@ -15,7 +15,7 @@ use super::{numbers, on_all_threads, Failure, Solved, Task, TilePlan};
 use crate::error::{Error, Result};
 use crate::memory::{room_for, zeros};
 use crate::ops;
-use crate::problem::{ActivationCache, Output, Problem};
+use crate::problem::{ActivationCache, Problem};
 use crate::simd::tiles::{load, store, Idle};
 use crate::simd::{enter, vectors, Element, Kernel};
 use crate::state::RowLayout;
@@ -77,21 +77,22 @@ pub(super) fn run<T: Element, S: Simd>(
     let packed = assemble(plan, &done)?;
     let shape = (problem.outputs(), problem.packing.len());
     let groups: Vec<_> = done.into_iter().map(|g| g.tiles).collect();
-    stats.steps += problem.plan.len();
-    stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
+    stats.steps += plan.schedule.len();
+    stats.evaluations += plan.schedule.len() * problem.scheme.evaluations();
     if let Some(tile) = groups.iter().flatten().next() {
         tile.trajectory.record(stats);
     }
     stats.kept_evaluations(selection.bytes::<T>());
     Ok(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
-        trajectory: Arc::new(Trajectories {
+        back: Arc::new(Trajectories {
             s,
             field,
             selection,
             weights: weights.iter().map(Tensor::id).collect(),
             shapes: weights.iter().map(|w| w.shape().clone()).collect(),
             layout: layout.clone(),
+            schedule: Arc::clone(plan.schedule),
             groups,
         }),
     })
@@ -173,7 +174,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
                 load::<T, S>(numbers, features, batch, Idle::Copies, &mut y[range]);
             });
             let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
-            let steps = problem.plan.len();
+            let steps = plan.schedule.len();
             let trajectory = TileTrajectory::new::<S>(problem.checkpoint, steps, store, &y);
             let mut trajectory = trajectory.map_err(anywhere)?;
             let returned = |y: &[T::Vector<S>], states: &mut Vec<T>| {
@@ -183,7 +184,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
                     self::store::<T, S>(&y[range], features, batch, &mut states[at..]);
                 });
             };
-            if problem.output == Output::All {
+            if plan.schedule.at_node(0).is_some() {
                 returned(&y, &mut group.states);
             }
             let mut kept = match self.rooms.pop() {
@@ -191,16 +192,13 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
                 None => KeptEvaluations::new(selection, batch).map_err(anywhere)?,
             };
             for n in 0..steps {
-                let step = problem.plan.step(n);
+                let step = plan.schedule.step(n);
                 trajectory.keep::<S>(n, &y).map_err(anywhere)?;
                 let wanted = Some((selection, &mut kept));
                 stepper.advance(step, &mut y, &mut slot, wanted)?;
-                if problem.output == Output::All && step.ends_interval() {
+                if plan.schedule.at_node(n + 1).is_some() {
                     returned(&y, &mut group.states);
                 }
-            }
-            if problem.output == Output::Final {
-                returned(&y, &mut group.states);
             }
             group.tiles.push(Tile {
                 rows,

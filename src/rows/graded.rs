@@ -11,12 +11,12 @@ use super::backward::{self, add_up, Pass, Seed};
 use super::forward::{self, Integrate};
 use super::tile::Tiled;
 use super::window::Window;
-use super::{numbers, on_all_threads, Failure, Reversible, Solved, Task, TilePlan};
-use crate::adjoint::Adjoint;
+use super::{numbers, on_all_threads, Failure, Solved, Task, TilePlan};
 use crate::error::{Error, Result};
 use crate::loss::{Prepared, RowsOf};
 use crate::memory::zeros;
-use crate::problem::{ActivationCache, Problem};
+use crate::problem::ActivationCache;
+use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::simd::Element;
 use crate::stats::Stats;
 
@@ -37,14 +37,9 @@ impl<T: Element> Reversible for Graded<T> {
         true
     }
 
-    fn backward(
-        &self,
-        problem: &Problem,
-        cotangent: &Tensor,
-        theta: &[Tensor],
-        _: &mut Stats,
-    ) -> Result<Adjoint> {
-        let c = match numbers::<T>(cotangent)?.as_slice() {
+    fn pull_back(&self, back: &Backward<'_>, _: &mut Stats) -> Result<Adjoint> {
+        let Backward { problem, theta, .. } = *back;
+        let c = match numbers::<T>(back.cotangent)?.as_slice() {
             [c] => *c,
             _ => return Err(Error::NothingKept),
         };
@@ -89,7 +84,7 @@ pub(super) fn run<T: Element, S: Simd>(
         counted.join(&group.swept.stats);
         counted.kept_evaluations(group.bytes);
     };
-    let (stages, steps) = (problem.scheme.evaluations(), problem.plan.len());
+    let (stages, steps) = (problem.scheme.evaluations(), plan.schedule.len());
     let groups = plan.groups::<T, S>(field.parameters());
     let rows = field.width() * T::lanes::<S>();
     let cache = ActivationCache::within(KEPT);
@@ -147,12 +142,12 @@ pub(super) fn run<T: Element, S: Simd>(
     if graded.gradients.iter().any(|g| !g.to_f64().is_finite()) {
         return Err(Error::NonFiniteParameterGradient);
     }
-    stats.steps += problem.plan.len();
-    stats.evaluations += problem.plan.len() * problem.scheme.evaluations();
+    stats.steps += plan.schedule.len();
+    stats.evaluations += plan.schedule.len() * problem.scheme.evaluations();
     stats.add(&counted);
     Ok(Solved {
         packed: Tensor::new(&[T::of(total)], problem.device())?,
-        trajectory: Arc::new(graded),
+        back: Arc::new(graded),
     })
 }
 

@@ -26,11 +26,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
-use crate::adjoint::Adjoint;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::loss::{Prepared, RowLoss};
 use crate::precision::Low;
 use crate::problem::Problem;
+use crate::reverse::Reversible;
+use crate::schedule::Schedule;
 use crate::simd::{unit, Element};
 use crate::state::RowLayout;
 use crate::stats::Stats;
@@ -83,6 +84,9 @@ impl<'f> Rows<'f> {
         let Some(layout) = self.0.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
+        let Some(schedule) = problem.plan.known().filter(|schedule| !schedule.is_dense()) else {
+            return Ok(None);
+        };
         if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
             return Ok(None);
         }
@@ -97,7 +101,7 @@ impl<'f> Rows<'f> {
                 .all(|r| r.state == dtype && r.compute.held == dtype)
         };
         let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
-        let plan = TilePlan::new(problem, &layout);
+        let plan = TilePlan::new(problem, schedule, &layout);
         if held(DType::F32) && stores(roles[0].store.to) {
             match Wanted::of(loss, &plan)? {
                 Some(wanted) => self.0.single(self.task(&plan, y0)?, wanted, stats),
@@ -125,22 +129,7 @@ impl<'f> Rows<'f> {
 /// Returned states, packed `(outputs, elements)`, and what the backward pass needs.
 pub(crate) struct Solved {
     pub(crate) packed: Tensor,
-    pub(crate) trajectory: Arc<dyn Reversible>,
-}
-
-/// A finished solve that has a backward pass.
-pub(crate) trait Reversible: Send + Sync {
-    /// Whether the trajectory was kept.
-    fn can_rewind(&self) -> bool;
-
-    /// Pulls the cotangent of the returned states, packed, back to y0 and to `theta`.
-    fn backward(
-        &self,
-        problem: &Problem,
-        cotangent: &Tensor,
-        theta: &[Tensor],
-        stats: &mut Stats,
-    ) -> Result<Adjoint>;
+    pub(crate) back: Arc<dyn Reversible>,
 }
 
 /// [`RowField`] without its type.
@@ -289,6 +278,7 @@ fn solve_tiles<T: Element, S: Simd>(
 /// The solve as both passes see it.
 struct TilePlan<'p> {
     problem: &'p Problem,
+    schedule: &'p Arc<Schedule>,
     layout: &'p RowLayout,
     /// What the compute precision of each leaf rounds to.
     low: Vec<Low>,
@@ -298,13 +288,14 @@ struct TilePlan<'p> {
 }
 
 impl<'p> TilePlan<'p> {
-    fn new(problem: &'p Problem, layout: &'p RowLayout) -> Self {
+    fn new(problem: &'p Problem, schedule: &'p Arc<Schedule>, layout: &'p RowLayout) -> Self {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {
             low: low.collect(),
             #[cfg(test)]
             forced: tests::width::here(),
             problem,
+            schedule,
             layout,
         }
     }
@@ -315,7 +306,7 @@ impl<'p> TilePlan<'p> {
             rows,
             features,
             stages: self.problem.scheme.evaluations(),
-            steps: self.problem.plan.len(),
+            steps: self.schedule.len(),
         }
     }
 
@@ -326,7 +317,7 @@ impl<'p> TilePlan<'p> {
         const STATE: usize = 64;
         let problem = self.problem;
         let bytes = elements.saturating_mul(size_of::<T>());
-        let (restart, stored) = problem.checkpoint.most(problem.plan.len(), bytes);
+        let (restart, stored) = problem.checkpoint.most(self.schedule.len(), bytes);
         // Kept with the lanes that fill up the last tile.
         let numbers = rows as u128 * self.layout.dim() as u128;
         let tiles = rows.div_ceil(self.batch::<T, S>());

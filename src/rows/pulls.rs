@@ -7,9 +7,9 @@ use super::window::{in_range, power, KeptBy, OpenSlot, Window};
 use crate::error::{Error, Result};
 use crate::precision::Low;
 use crate::scaler::{Outcome, Scaler};
+use crate::schedule::Step;
 use crate::simd::{vectors, Element, Vectors};
 use crate::stats::Stats;
-use crate::time::Step;
 
 /// The pull-backs of a step.
 pub(super) struct StagePulls<T: Element, S: Simd> {

@@ -8,8 +8,8 @@ use super::trajectory::Snapshot;
 use super::{Failure, TilePlan};
 use crate::error::Error;
 use crate::precision::Low;
+use crate::schedule::Step;
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
-use crate::time::Step;
 
 /// Non-zero coefficients of a tableau's row or column, with the stages that they belong to.
 type Terms = Vec<(f64, usize)>;
@@ -38,9 +38,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         let scheme = &plan.problem.scheme;
         let (tableau, width) = (&scheme.tableau, field.width());
         let size = plan.layout.dim() * width;
-        let stages: Vec<_> = (0..tableau.stages())
-            .filter(|&i| scheme.active[i])
-            .collect();
+        let stages = scheme.stages();
         let terms = |row: &[f64]| {
             let of = stages.iter().filter_map(|&j| Some((*row.get(j)?, j)));
             of.filter(|(c, _)| *c != 0.0).collect()
@@ -202,7 +200,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     ) -> Result<Snapshot<T>, Failure> {
         let mut tile = vectors::<T, S>(self.size);
         y.load::<S>(&mut tile);
-        self.advance(self.plan.problem.plan.step(m), &mut tile, slot, None)?;
+        self.advance(self.plan.schedule.step(m), &mut tile, slot, None)?;
         let failed = |error| Failure { at: (m, 0), error };
         Snapshot::of::<S>(&tile).map_err(failed)
     }

@@ -1,69 +1,18 @@
-//! The steps between output times.
+//! Steps that are known before the solve: equal parts of every output interval.
 
 use candle_core::DType;
 
-use super::TimeGrid;
+use super::{is_moderate, Node, Output, Step, Steps};
 use crate::error::{Error, Result};
-
-/// How each output interval is cut into steps.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Steps {
-    /// m equal steps in every interval.
-    PerInterval(usize),
-    /// ⌈|t_{i+1} − t_i| / size⌉ equal steps, so none is longer than `size`.
-    Size(f64),
-}
-
-impl Default for Steps {
-    fn default() -> Self {
-        Self::PerInterval(1)
-    }
-}
-
-/// One step [t, t + h], the j-th of the m equal parts of an output interval.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Step {
-    /// Number of the step in the solve.
-    pub(crate) index: usize,
-    /// Time at its start.
-    pub(crate) t: f64,
-    /// Signed length.
-    pub(crate) h: f64,
-    /// Time at its end: the start of the next step, or the output time that it ends on, to the bit.
-    pub(crate) end: f64,
-    /// Output interval that it lies in.
-    pub(crate) interval: usize,
-    /// Its start and end as fractions of that interval.
-    pub(crate) span: (f64, f64),
-}
-
-impl Step {
-    /// Time of a stage at abscissa c.
-    pub(crate) fn at(&self, c: f64) -> f64 {
-        self.t + c * self.h
-    }
-
-    /// Whether it begins and ends at one number of this dtype.
-    pub(crate) fn stands_still_in(&self, dtype: DType) -> bool {
-        let end = self.t + self.h;
-        match dtype {
-            DType::F64 => self.t == end,
-            _ => self.t as f32 == end as f32,
-        }
-    }
-
-    /// Whether an output time ends the step.
-    pub(crate) fn ends_interval(&self) -> bool {
-        self.span.1 == 1.0
-    }
-}
+use crate::time::TimeGrid;
 
 /// The steps of a solve: their number is stored, but not the steps; step n is computed on request.
 #[derive(Clone, Debug)]
-pub(crate) struct StepPlan {
+pub(crate) struct Fixed {
     points: Vec<f64>,
     /// Steps before each interval, and in all.
     first: Vec<usize>,
+    output: Output,
 }
 
 /// Numbers of steps are whole numbers in f64, and fit `usize`.
@@ -73,25 +22,27 @@ const COUNTABLE: f64 = if usize::BITS < 64 {
     (1u64 << f64::MANTISSA_DIGITS) as f64
 };
 
-impl StepPlan {
-    pub(crate) fn new(grid: &TimeGrid, steps: Steps) -> Result<Self> {
-        match steps {
+impl Fixed {
+    /// Equal steps, of a number or a size.
+    pub(super) fn new(grid: &TimeGrid, steps: &Steps, output: Output) -> Result<Self> {
+        match *steps {
             Steps::PerInterval(0) => return Err(Error::NoSteps),
             Steps::Size(size) if !(size > 0.0 && size.is_finite()) => {
                 return Err(Error::InvalidStepSize { step_size: size })
             }
             _ => {}
         }
-        let parts = |w: &[f64]| match steps {
-            Steps::PerInterval(m) => m as f64,
+        let parts = |w: &[f64]| match *steps {
             // An interval of exactly m sizes is cut in m, although the quotient may round above it.
             Steps::Size(size) => (((w[1] - w[0]).abs() / size) * (1.0 - 4.0 * f64::EPSILON))
                 .ceil()
                 .max(1.0),
+            Steps::PerInterval(m) => m as f64,
+            _ => 1.0,
         };
         let mut first = vec![0];
         let mut count = 0.0;
-        for (interval, w) in grid.points.windows(2).enumerate() {
+        for (interval, w) in grid.points().windows(2).enumerate() {
             if !(w[1] - w[0]).is_finite() {
                 return Err(Error::IntervalOverflow {
                     index: interval,
@@ -110,8 +61,9 @@ impl StepPlan {
             first.push(count as usize);
         }
         let plan = Self {
-            points: grid.points.clone(),
+            points: grid.points().to_vec(),
             first,
+            output,
         };
         // Steps of one interval are equal, so its first and last tell whether any vanishes.
         for i in 0..plan.points.len() - 1 {
@@ -126,7 +78,7 @@ impl StepPlan {
     }
 
     /// Whether no step can begin and end at one number of this dtype.
-    pub(crate) fn is_resolved_in(&self, dtype: DType) -> bool {
+    pub(super) fn is_resolved_in(&self, dtype: DType) -> bool {
         if dtype == DType::F64 {
             // Or the plan would not be.
             return true;
@@ -142,22 +94,31 @@ impl StepPlan {
     }
 
     /// Whether every step is far from the ends of the range of f32.
-    pub(crate) fn is_moderate(&self) -> bool {
-        let far = 2f64.powi(100);
-        let moderate = 1.0 / far..=far;
+    pub(super) fn is_moderate(&self) -> bool {
         let intervals = self.points.windows(2).zip(self.first.windows(2));
-        let size = |(t, n): (&[f64], &[usize])| ((t[1] - t[0]) / (n[1] - n[0]) as f64).abs();
-        intervals.map(size).all(|h| moderate.contains(&h))
+        let size = |(t, n): (&[f64], &[usize])| (t[1] - t[0]) / (n[1] - n[0]) as f64;
+        intervals.map(size).all(is_moderate)
     }
 
     /// Number of steps.
-    pub(crate) fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.first.last().copied().unwrap_or(0)
     }
 
-    /// Number of output times.
-    pub(crate) fn outputs(&self) -> usize {
-        self.points.len()
+    /// Number of states that are returned.
+    pub(super) fn outputs(&self) -> usize {
+        match self.output {
+            Output::All => self.points.len(),
+            Output::Final => 1,
+        }
+    }
+
+    /// The number of the state that is returned at node n.
+    pub(super) fn at_node(&self, n: usize) -> Option<usize> {
+        match self.output {
+            Output::All => self.first.binary_search(&n).ok(),
+            Output::Final => (n == self.len()).then_some(0),
+        }
     }
 
     /// The interval that step n < len is in.
@@ -170,7 +131,7 @@ impl StepPlan {
     }
 
     /// Step n < len.
-    pub(crate) fn step(&self, n: usize) -> Step {
+    pub(super) fn step(&self, n: usize) -> Step {
         let interval = self.interval(n);
         let (t0, t1) = (self.points[interval], self.points[interval + 1]);
         let parts = (self.first[interval + 1] - self.first[interval]) as f64;
@@ -184,8 +145,9 @@ impl StepPlan {
             t: at(j),
             h: (t1 - t0) / parts,
             end: at(j + 1.0),
-            interval,
-            span: (j / parts, (j + 1.0) / parts),
+            limits: [at(j), at(j + 1.0)],
+            nodes: [j, j + 1.0].map(|j| Node::Between(interval, j / parts)),
+            dense: false,
         }
     }
 }

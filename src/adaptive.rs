@@ -1,0 +1,443 @@
+//! Adaptive steps: what the user chooses, and the decisions about a step as pure numbers.
+//!
+//! From an attempt of length h the error estimate err = h Σ (b_i − b̂_i) k_i gives r, the norm of err relative to the
+//! tolerance.  The attempt is accepted if r ≤ 1, and the next length is h times
+//!
+//! safety · r^{−(P+I+D)/m} · r₁^{(P+2D)/m} · r₂^{−D/m},
+//!
+//! where m is the order of the method, and r₁ and r₂ are those of the last two accepted steps (Söderlind, "Digital
+//! filters in adaptive time-stepping", ACM Trans. Math. Software 29, 2003).
+
+mod pace;
+mod tolerance;
+
+use crate::error::{AdaptiveDefect, Error, Result};
+use crate::tableau::Tableau;
+use crate::time::TimeGrid;
+pub(crate) use pace::{Attempt, Failure, Pace, Verdict};
+pub(crate) use tolerance::OfLeaf;
+pub use tolerance::Tolerance;
+
+/// Steps that are as long as a tolerance permits, for [`Steps::Adaptive`](crate::Steps::Adaptive).
+///
+/// The method must be a pair: [`DOPRI5`](crate::DOPRI5), [`BOSH3`](crate::tableau::BOSH3),
+/// [`TSIT5`](crate::tableau::TSIT5), [`FEHLBERG45`](crate::tableau::FEHLBERG45), [`DOPRI8`](crate::tableau::DOPRI8), or a
+/// user's own [`with_embedded`](Tableau::with_embedded).
+///
+/// A step is accepted if the RMS of err_i / (atol + rtol max(|y_i|, |y⁺_i|) + φ) is at most one in every tensor of the
+/// state, where φ is what rounding in compute precision can contribute to err by itself; see
+/// [`noise_floor`](Self::noise_floor).  Gradients are those of the accepted steps, with their lengths as constants.
+///
+/// Tolerances have no default.  In f64 anything down to 1e-12 can be had, in f32 down to about 1e-6.  A field in bf16
+/// has a relative error of about 5e-3 itself, and one in f16 of 5e-4: sensible are rtol 1e-2 to 1e-3 with
+/// [`BOSH3`](crate::tableau::BOSH3) or [`DOPRI5`](crate::DOPRI5) in bf16, and 1e-3 to 1e-4 with `DOPRI5` in f16.  Smaller ones do no
+/// harm and bring nothing.  `TSIT5` and `DOPRI8` have large weights that cancel, and lose digits in low precision.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::{odeint, Adaptive, OdeOptions, Steps, Time, DOPRI5};
+/// let options = OdeOptions {
+///     method: DOPRI5,
+///     steps: Steps::Adaptive(Adaptive::new(1e-8, 1e-10)),
+///     ..Default::default()
+/// };
+/// let y0 = Tensor::new(&[1f64, 0.0], &Device::Cpu)?;
+/// let rotation = |_: &Time, y: &Tensor| {
+///     Tensor::cat(&[&y.narrow(0, 1, 1)?.neg()?, &y.narrow(0, 0, 1)?], 0)
+/// };
+/// let ys = odeint(rotation, &y0, &[0.0, 1.0, 3.0], &options)?.to_vec2::<f64>()?;
+/// assert!((ys[1][0] - 1f64.cos()).abs() < 1e-7 && (ys[2][1] - 3f64.sin()).abs() < 1e-7);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Adaptive {
+    pub(crate) rtol: Tolerance,
+    pub(crate) atol: Tolerance,
+    pub(crate) controller: Controller,
+    pub(crate) norm: Norm,
+    pub(crate) first_step: Option<f64>,
+    pub(crate) min_step: f64,
+    pub(crate) max_step: f64,
+    pub(crate) max_steps: usize,
+    pub(crate) step_t: Vec<f64>,
+    pub(crate) jump_t: Vec<f64>,
+    pub(crate) on_outputs: Option<bool>,
+    pub(crate) noise_floor: bool,
+    pub(crate) limited_is_error: bool,
+}
+
+impl Adaptive {
+    /// With a relative and an absolute tolerance.
+    pub fn new(rtol: impl Into<Tolerance>, atol: impl Into<Tolerance>) -> Self {
+        Self {
+            rtol: rtol.into(),
+            atol: atol.into(),
+            controller: Controller::default(),
+            norm: Norm::default(),
+            first_step: None,
+            min_step: 0.0,
+            max_step: f64::INFINITY,
+            max_steps: 1 << 16,
+            step_t: vec![],
+            jump_t: vec![],
+            on_outputs: None,
+            noise_floor: true,
+            limited_is_error: false,
+        }
+    }
+
+    /// How the next length follows from the error estimates.  Default: [`Controller::I`].
+    #[must_use]
+    pub fn controller(self, controller: Controller) -> Self {
+        Self { controller, ..self }
+    }
+
+    /// How the error of a batch becomes one number.  Default: [`Norm::Batch`].
+    #[must_use]
+    pub fn norm(self, norm: Norm) -> Self {
+        Self { norm, ..self }
+    }
+
+    /// The length of the first attempt.  Default: from two evaluations (Hairer, Nørsett & Wanner I, §II.4).
+    #[must_use]
+    pub fn first_step(self, h: f64) -> Self {
+        Self {
+            first_step: Some(h),
+            ..self
+        }
+    }
+
+    /// The shortest step: an attempt of this length is accepted whatever its error is, and counted in
+    /// [`Stats::forced`](crate::Stats::forced).  Default: 0, where a step that is too short to change the time is
+    /// [`StopReason::Underflow`](crate::error::StopReason::Underflow).
+    #[must_use]
+    pub fn min_step(self, h: f64) -> Self {
+        Self {
+            min_step: h,
+            ..self
+        }
+    }
+
+    /// The longest step.  Default: none.
+    #[must_use]
+    pub fn max_step(self, h: f64) -> Self {
+        Self {
+            max_step: h,
+            ..self
+        }
+    }
+
+    /// The most attempts of a solve, accepted or rejected.  Default: 65 536; more is [`StopReason::Attempts`](crate::error::StopReason::Attempts).
+    #[must_use]
+    pub fn max_steps(self, attempts: usize) -> Self {
+        Self {
+            max_steps: attempts,
+            ..self
+        }
+    }
+
+    /// Times at which a step must end, such as those at which a derivative of the field jumps.  Those outside the
+    /// interval of the solve are left out.
+    #[must_use]
+    pub fn step_t(self, times: impl Into<Vec<f64>>) -> Self {
+        Self {
+            step_t: times.into(),
+            ..self
+        }
+    }
+
+    /// Times at which the field itself jumps: a step ends there, evaluated just before, and the next one begins just
+    /// after.  Those outside the interval of the solve are left out.
+    #[must_use]
+    pub fn jump_t(self, times: impl Into<Vec<f64>>) -> Self {
+        Self {
+            jump_t: times.into(),
+            ..self
+        }
+    }
+
+    /// Whether steps end at output times too, instead of outputs being interpolated.  Default: only for
+    /// [`FEHLBERG45`](crate::tableau::FEHLBERG45), whose interpolant is less accurate than its steps.
+    #[must_use]
+    pub fn step_on_outputs(self, on: bool) -> Self {
+        Self {
+            on_outputs: Some(on),
+            ..self
+        }
+    }
+
+    /// Whether the tolerance is raised to what rounding in compute precision can contribute to the error estimate,
+    ///
+    /// φ = u ‖b − b̂‖₂ (RMS(y_n) + |h| RMS(max(|k_1|, κ))),
+    ///
+    /// by row and tensor of the state, where u is the unit roundoff of the compute precision and κ its smallest normal
+    /// number.  Default: yes.  Without it the number of steps grows like 1/rtol in low precision, and nothing is
+    /// gained.
+    #[must_use]
+    pub fn noise_floor(self, on: bool) -> Self {
+        Self {
+            noise_floor: on,
+            ..self
+        }
+    }
+
+    /// Whether a solve is [`StopReason::PrecisionLimited`](crate::error::StopReason::PrecisionLimited) if more than a tenth of its steps would not have been accepted
+    /// without the noise floor.  Default: no; [`Stats::limited`](crate::Stats::limited) counts them.
+    #[must_use]
+    pub fn precision_limit_is_error(self, on: bool) -> Self {
+        Self {
+            limited_is_error: on,
+            ..self
+        }
+    }
+}
+
+/// How the errors of all elements become one number r.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Norm {
+    /// The RMS over all elements of a tensor, and the largest of all tensors: rows that are easy hide those that are
+    /// hard, as in torchdiffeq.
+    #[default]
+    Batch,
+    /// The largest RMS of a row, over all rows and all tensors: every row keeps the tolerance.
+    WorstRow,
+}
+
+/// The exponents and limits of a PID controller of the step length.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Controller {
+    /// Proportional coefficient P.
+    pub p: f64,
+    /// Integral coefficient I.
+    pub i: f64,
+    /// Derivative coefficient D.
+    pub d: f64,
+    /// The part of the step that the estimate permits which is taken.
+    pub safety: f64,
+    /// The least and the most that a length is multiplied with.
+    pub limits: [f64; 2],
+}
+
+impl Controller {
+    /// From the last error alone: for smooth problems, which neural fields mostly are.
+    pub const I: Self = Self {
+        p: 0.0,
+        i: 1.0,
+        d: 0.0,
+        safety: 0.9,
+        limits: [0.2, 10.0],
+    };
+
+    /// From the last two errors, for problems that are mildly stiff: fewer attempts are rejected, and the step grows
+    /// more slowly.
+    pub const PI: Self = Self {
+        p: 0.4,
+        i: 0.3,
+        ..Self::I
+    };
+
+    /// What a length is multiplied with after an error r, in the order m of the method.
+    fn factor(&self, r: f64, before: [f64; 2], m: f64, accepted: bool) -> f64 {
+        let Self { p, i, d, .. } = *self;
+        let [least, most] = self.limits;
+        let factor = match r {
+            0.0 => most,
+            r if r.is_finite() => {
+                let [r1, r2] = before;
+                let powers =
+                    r.powf(-(p + i + d) / m) * r1.powf((p + 2.0 * d) / m) * r2.powf(-d / m);
+                self.safety * powers
+            }
+            _ => least,
+        };
+        match accepted {
+            true => factor.clamp(1.0, most.max(1.0)),
+            false => factor.clamp(least, self.safety.max(least)),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let [least, most] = self.limits;
+        let coefficients = [("p", self.p), ("i", self.i), ("d", self.d)];
+        for (option, value) in coefficients {
+            if !value.is_finite() {
+                return Err(out_of_range(option, value));
+            }
+        }
+        let within = |option, value: f64, range: std::ops::RangeInclusive<f64>| match range
+            .contains(&value)
+        {
+            true => Ok(()),
+            false => Err(out_of_range(option, value)),
+        };
+        within("i", self.p + self.i + self.d, f64::MIN_POSITIVE..=f64::MAX)?;
+        within("safety", self.safety, 1e-3..=1.0)?;
+        within("limits", least, f64::MIN_POSITIVE..=1.0 - 1e-3)?;
+        within("limits", most, 1.0..=f64::MAX)
+    }
+}
+
+impl Default for Controller {
+    fn default() -> Self {
+        Self::I
+    }
+}
+
+/// A time at which a step must end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Target {
+    pub(crate) t: f64,
+    /// Its number among the user's times.
+    pub(crate) given: Option<usize>,
+    /// Whether the field jumps there.
+    pub(crate) jumps: bool,
+}
+
+/// Adaptive steps for one interval, validated.
+#[derive(Clone, Debug)]
+pub(crate) struct Control {
+    pub(crate) options: Adaptive,
+    pub(crate) start: f64,
+    /// 1, or −1 where time decreases.
+    pub(crate) direction: f64,
+    /// In the order in which they are met; the last is the end.
+    pub(crate) targets: Vec<Target>,
+    /// The order of the method.
+    pub(crate) order: f64,
+    /// b − b̂ by stage of the tableau that ends in f(t_{n+1}, y_{n+1}).
+    pub(crate) estimate: Vec<f64>,
+    /// Whether that last stage was appended: then an attempt can do without it.
+    pub(crate) appended: bool,
+}
+
+impl Control {
+    pub(crate) fn new(options: &Adaptive, method: &Tableau, grid: &TimeGrid) -> Result<Self> {
+        options.controller.check()?;
+        let positive = |option, value: f64| match value > 0.0 {
+            true => Ok(()),
+            false => Err(out_of_range(option, value)),
+        };
+        options.first_step.map_or(Ok(()), |h| {
+            positive("first_step", if h.is_finite() { h } else { f64::NAN })
+        })?;
+        positive("max_step", options.max_step)?;
+        positive("max_steps", options.max_steps as f64)?;
+        let value = options.min_step;
+        if !(value >= 0.0 && value <= options.max_step) {
+            let option = "min_step";
+            return Err(out_of_range(option, value));
+        }
+        let Some(embedded) = method.embedded() else {
+            let method = method.name().to_owned();
+            return Err(Error::Adaptive(AdaptiveDefect::NoEstimate { method }));
+        };
+        let difference = method.b().iter().zip(embedded).map(|(b, e)| b - e);
+        let mut estimate: Vec<f64> = difference.collect();
+        estimate.resize(method.dense().stages(), 0.0);
+        let points = grid.points();
+        let (start, end) = (points[0], points[points.len() - 1]);
+        Ok(Self {
+            direction: if end < start { -1.0 } else { 1.0 },
+            targets: targets(options, method, points)?,
+            options: options.clone(),
+            start,
+            order: method.order() as f64,
+            estimate,
+            appended: !method.is_fsal(),
+        })
+    }
+
+    /// ‖b − b̂‖₂.
+    pub(crate) fn estimate_size(&self) -> f64 {
+        let squares = self.estimate.iter().map(|e| e * e);
+        squares.sum::<f64>().sqrt()
+    }
+
+    /// Whether the field jumps at the end of an attempt.
+    pub(crate) fn jumps_at(&self, attempt: &Attempt) -> bool {
+        attempt
+            .lands
+            .is_some_and(|target| self.targets[target].jumps)
+    }
+
+    /// The longest first step.
+    pub(crate) fn longest(&self) -> f64 {
+        let end = self.targets.last().map_or(self.start, |target| target.t);
+        (end - self.start).abs().min(self.options.max_step)
+    }
+
+    /// The length of the first attempt but for limits, from ‖y0‖, ‖f0‖ in the norm of the tolerance; the first part,
+    /// which says where to evaluate once more.
+    pub(crate) fn probe(d0: f64, d1: f64) -> f64 {
+        match d0 < 1e-5 || d1 < 1e-5 {
+            true => 1e-6,
+            false => 0.01 * d0 / d1,
+        }
+    }
+
+    /// The second part, from the difference d2 of the two evaluations divided by the length of the probe.
+    pub(crate) fn first_length(&self, probe: f64, d1: f64, d2: f64) -> f64 {
+        let d = d1.max(d2);
+        let h = match d <= 1e-15 {
+            true => f64::max(1e-6, probe * 1e-3),
+            false => (0.01 / d).powf(1.0 / self.order),
+        };
+        h.min(100.0 * probe)
+    }
+}
+
+fn out_of_range(option: &'static str, value: f64) -> Error {
+    Error::Adaptive(AdaptiveDefect::Number { option, value })
+}
+
+/// All times at which a step must end, in order.
+fn targets(options: &Adaptive, method: &Tableau, points: &[f64]) -> Result<Vec<Target>> {
+    let (start, end) = (points[0], points[points.len() - 1]);
+    let forward = end >= start;
+    let close = |a: f64, b: f64| (a - b).abs() <= 4.0 * f64::EPSILON * a.abs().max(b.abs());
+    let is_inside = |t: f64| (t > start) == forward && (t < end) == forward;
+    let mut all = vec![];
+    for (times, jumps) in [(&options.step_t, false), (&options.jump_t, true)] {
+        for &t in times {
+            if !t.is_finite() {
+                let option = if jumps { "jump_t" } else { "step_t" };
+                return Err(out_of_range(option, t));
+            }
+            if is_inside(t) && !close(t, start) {
+                all.push(Target {
+                    t,
+                    given: None,
+                    jumps,
+                });
+            }
+        }
+    }
+    let later = |a: &Target, b: &Target| match forward {
+        true => a.t.total_cmp(&b.t),
+        false => b.t.total_cmp(&a.t),
+    };
+    all.sort_by(later);
+    if let Some(w) = all
+        .windows(2)
+        .find(|w| w[0].t == w[1].t && w[0].jumps != w[1].jumps)
+    {
+        return Err(Error::Adaptive(AdaptiveDefect::ForcedTwice { t: w[0].t }));
+    }
+    all.dedup_by(|a, b| a.t == b.t);
+    let on_outputs = options.on_outputs.unwrap_or(method.name() == "fehlberg45");
+    for (given, &t) in points.iter().enumerate().skip(1) {
+        let is_end = given + 1 == points.len();
+        if let Some(target) = all.iter_mut().find(|target| target.t == t) {
+            target.given = Some(given);
+        } else if on_outputs || is_end {
+            all.push(Target {
+                t,
+                given: Some(given),
+                jumps: false,
+            });
+        }
+    }
+    all.sort_by(later);
+    Ok(all)
+}

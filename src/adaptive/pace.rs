@@ -1,0 +1,262 @@
+//! The pace of one solve, or of one row: where it is, and how long its next attempt is.
+
+use super::Control;
+use crate::error::StopReason;
+use crate::stats::Stats;
+
+/// Attempts in a row whose error is not finite, after which a solve fails.
+const MOST_NON_FINITE: usize = 10;
+
+/// An attempt [t, t + h] that is to be made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Attempt {
+    pub(crate) t: f64,
+    /// Signed.
+    pub(crate) h: f64,
+    pub(crate) end: f64,
+    /// The target that it ends on.
+    pub(crate) lands: Option<usize>,
+    /// Whether it is as short as it may be, and accepted in any case.
+    forced: bool,
+    /// The length that would have been tried but for a target.
+    wanted: f64,
+}
+
+/// What becomes of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Verdict {
+    Accepted,
+    Rejected,
+}
+
+/// Why a solve does not go on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Failure {
+    /// So many attempts were not enough.
+    Attempts,
+    /// A step does not change the time.
+    Underflow,
+    /// The error was not finite many times in a row, or in a step that could not be shorter.
+    NonFinite,
+}
+
+/// Where a solve is, and what it has done.
+#[derive(Clone, Debug)]
+pub(crate) struct Pace {
+    pub(crate) t: f64,
+    /// The length of the next attempt, positive.
+    h: f64,
+    /// r of the last two accepted steps.
+    before: [f64; 2],
+    /// The next target.
+    target: usize,
+    non_finite: usize,
+    /// The end of the last attempt, if it was rejected: one that ends there again would be so for ever.
+    refused: Option<f64>,
+    pub(crate) accepted: usize,
+    pub(crate) rejected: usize,
+    /// Accepted because they could not be shorter.
+    pub(crate) forced: usize,
+    /// Accepted only because of the noise floor, and the largest error without it.
+    pub(crate) limited: usize,
+    pub(crate) factor: f64,
+    /// The shortest and the longest accepted step, and the first.
+    pub(crate) lengths: Option<[f64; 3]>,
+}
+
+impl Pace {
+    /// At the start, with a first attempt of length h.
+    pub(crate) fn new(control: &Control, h: f64) -> Self {
+        Self {
+            t: control.start,
+            h,
+            before: [1.0; 2],
+            target: 0,
+            non_finite: 0,
+            refused: None,
+            accepted: 0,
+            rejected: 0,
+            forced: 0,
+            limited: 0,
+            factor: 0.0,
+            lengths: None,
+        }
+    }
+
+    /// Notes what was done.
+    pub(crate) fn count(&self, stats: &mut Stats) {
+        stats.steps += self.accepted;
+        stats.rejected += self.rejected;
+        stats.forced += self.forced;
+        stats.limited += self.limited;
+        stats.tolerance_factor = stats.tolerance_factor.max(self.factor);
+        if let Some([least, most, first]) = self.lengths {
+            stats.used_step(least);
+            stats.used_step(most);
+            stats.first_step = Some(first);
+        }
+    }
+
+    /// That more than a tenth of the steps were limited by the compute precision, where this is to be an error.
+    pub(crate) fn precision_limit(&self, control: &Control) -> Option<StopReason> {
+        let (limited, factor) = (self.limited, self.factor);
+        let is_error = control.options.limited_is_error && 10 * limited > self.accepted;
+        is_error.then_some(StopReason::PrecisionLimited { limited, factor })
+    }
+
+    /// Whether the end is reached.
+    pub(crate) fn is_done(&self, control: &Control) -> bool {
+        self.target == control.targets.len()
+    }
+
+    /// The next attempt.  It never goes beyond a target, and ends exactly on one that is near.
+    pub(crate) fn attempt(&self, control: &Control) -> Result<Attempt, Failure> {
+        let options = &control.options;
+        if self.accepted + self.rejected >= options.max_steps {
+            return Err(Failure::Attempts);
+        }
+        let target = control.targets[self.target].t;
+        let left = (target - self.t).abs();
+        let wanted = self.h.clamp(options.min_step, options.max_step);
+        let forced = self.h <= options.min_step;
+        let (end, lands) = if wanted >= left * (1.0 - 1e-10) {
+            (target, Some(self.target))
+        } else {
+            // Two equal steps rather than one and what it leaves.
+            let h = if wanted > left / 2.0 {
+                left / 2.0
+            } else {
+                wanted
+            };
+            (self.t + control.direction * h, None)
+        };
+        let h = end - self.t;
+        let again = self.refused == Some(end) && !forced;
+        if h == 0.0 || !h.is_finite() || again {
+            return Err(match self.non_finite {
+                0 => Failure::Underflow,
+                _ => Failure::NonFinite,
+            });
+        }
+        Ok(Attempt {
+            t: self.t,
+            h,
+            end,
+            lands,
+            forced,
+            wanted,
+        })
+    }
+
+    /// Judges an attempt by its error r; `plain` is the error without a noise floor.
+    pub(crate) fn judge(
+        &mut self,
+        control: &Control,
+        attempt: &Attempt,
+        r: f64,
+        plain: f64,
+    ) -> Result<Verdict, Failure> {
+        let controller = &control.options.controller;
+        let accepted = r <= 1.0 || attempt.forced && r.is_finite();
+        let length = attempt.h.abs();
+        let next = length * controller.factor(r, self.before, control.order, accepted);
+        if !accepted {
+            self.rejected += 1;
+            self.non_finite = if r.is_finite() {
+                0
+            } else {
+                self.non_finite + 1
+            };
+            if self.non_finite >= MOST_NON_FINITE || attempt.forced {
+                return Err(Failure::NonFinite);
+            }
+            self.h = next;
+            self.refused = Some(attempt.end);
+            return Ok(Verdict::Rejected);
+        }
+        (self.non_finite, self.refused) = (0, None);
+        self.accepted += 1;
+        self.forced += usize::from(r > 1.0);
+        self.limited += usize::from(r <= 1.0 && plain > 1.0);
+        self.factor = self.factor.max(plain);
+        let [least, most, first] = self.lengths.unwrap_or([length; 3]);
+        self.lengths = Some([least.min(length), most.max(length), first]);
+        // A step that a target has shortened says nothing about the length that the problem wants.
+        self.h = match length < attempt.wanted {
+            true => next.max(attempt.wanted),
+            false => next,
+        };
+        if r > 0.0 {
+            self.before = [r, self.before[0]];
+        }
+        self.t = attempt.end;
+        self.target += usize::from(attempt.lands.is_some());
+        Ok(Verdict::Accepted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adaptive::Adaptive;
+    use crate::tableau::DOPRI5;
+    use crate::time::TimeGrid;
+
+    fn control(options: &Adaptive, times: &[f64]) -> Control {
+        let grid = TimeGrid::new(times.to_vec()).unwrap();
+        Control::new(options, &DOPRI5, &grid).unwrap()
+    }
+
+    /// All accepted attempts, where the error of a length is `r`.
+    fn walk(control: &Control, h: f64, r: impl Fn(f64) -> f64) -> (Vec<Attempt>, Pace) {
+        let mut pace = Pace::new(control, h);
+        let mut taken = vec![];
+        while !pace.is_done(control) {
+            let attempt = pace.attempt(control).unwrap();
+            let r = r(attempt.h.abs());
+            if pace.judge(control, &attempt, r, r).unwrap() == Verdict::Accepted {
+                taken.push(attempt);
+            }
+        }
+        (taken, pace)
+    }
+
+    #[test]
+    fn targets_are_hit_to_the_bit_and_steps_follow_each_other() {
+        for times in [[0.1, 0.7, 1.3], [1.3, 0.7, 0.1]] {
+            let options = Adaptive::new(1e-3, 1e-3).step_t([0.3, 1e9]).jump_t([0.9]);
+            let control = control(&options, &times);
+            let (taken, pace) = walk(&control, 0.07, |h| (h / 0.11).powi(5));
+            assert_eq!(taken[0].t, times[0]);
+            assert!(taken.windows(2).all(|w| w[0].end == w[1].t));
+            let landed: Vec<_> = taken
+                .iter()
+                .filter(|a| a.lands.is_some())
+                .map(|a| a.end)
+                .collect();
+            let wanted: Vec<_> = control.targets.iter().map(|t| t.t).collect();
+            assert_eq!(landed, wanted);
+            assert_eq!(landed.len(), 3);
+            assert_eq!(pace.accepted, taken.len());
+        }
+    }
+
+    #[test]
+    fn a_step_that_a_target_shortens_does_not_shorten_the_next() {
+        let control = control(&Adaptive::new(1e-3, 1e-3).step_t([1.0, 1.001]), &[0.0, 3.0]);
+        let (taken, _) = walk(&control, 0.25, |_| 0.59f64);
+        let at = taken.iter().position(|a| a.end == 1.001).unwrap();
+        assert!(taken[at].h < 0.0011 && taken[at + 1].h > 0.2);
+    }
+
+    #[test]
+    fn the_time_of_a_mirrored_interval_is_mirrored_to_the_bit() {
+        let options = Adaptive::new(1e-3, 1e-3).controller(super::super::Controller::PI);
+        let r = |h: f64| (h / 0.13).powi(5) + 0.01;
+        let (there, _) = walk(&control(&options, &[0.0, 2.0]), 0.01, r);
+        let (back, _) = walk(&control(&options, &[0.0, -2.0]), 0.01, r);
+        let mirrored: Vec<_> = back.iter().map(|a| (-a.t, -a.end)).collect();
+        let there: Vec<_> = there.iter().map(|a| (a.t, a.end)).collect();
+        assert_eq!(there, mirrored);
+    }
+}

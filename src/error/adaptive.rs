@@ -1,0 +1,140 @@
+//! What can be wrong with adaptive steps: with what was asked for, and with how a solve went.
+
+use candle_core::Tensor;
+
+/// Options of adaptive steps that cannot be followed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdaptiveDefect {
+    /// A number is out of range.
+    #[error("{option} = {value:?} is out of range")]
+    Number {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// A tolerance is negative or not finite.
+    #[error("{which} = {value:?}: a tolerance is a finite number that is not negative")]
+    Tolerance {
+        /// `rtol` or `atol`.
+        which: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// Both tolerances of a tensor of the state are zero everywhere.
+    #[error("rtol and atol of tensor {leaf} of the state are both zero")]
+    NoTolerance {
+        /// The tensor.
+        leaf: usize,
+    },
+    /// Tolerances by tensor of the state, but not one for each.
+    #[error("{which}: {got} tolerances for {leaves} tensors of the state")]
+    ToleranceCount {
+        /// `rtol` or `atol`.
+        which: &'static str,
+        /// Tensors of the state.
+        leaves: usize,
+        /// Tolerances given.
+        got: usize,
+    },
+    /// The method has no embedded weights.
+    #[error("the method {method} estimates no error: adaptive steps need a pair, such as DOPRI5")]
+    NoEstimate {
+        /// Its name.
+        method: String,
+    },
+    /// A time is in `step_t` and in `jump_t`.
+    #[error("t = {t:?} is in step_t and in jump_t")]
+    ForcedTwice {
+        /// The time.
+        t: f64,
+    },
+}
+
+/// Why an adaptive solve did not reach its end.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// All attempts were used up.
+    #[error("all {max_steps} attempts are used up")]
+    Attempts {
+        /// How many there were.
+        max_steps: usize,
+    },
+    /// The step is so short that the time does not change: the problem is stiff, or the field has a singularity.
+    #[error("the step is below the resolution of f64: the problem is stiff or singular here, or the tolerance is out of reach")]
+    Underflow,
+    /// Velocities or states were NaN or infinite in many attempts in a row, although each was shorter than the one
+    /// before, or at the start.
+    #[error("the field gives NaN or infinity here, however short the step is")]
+    NonFinite,
+    /// More than a tenth of the steps were accepted only because of the noise floor
+    /// ([`Adaptive::precision_limit_is_error`](crate::Adaptive::precision_limit_is_error)).
+    #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}")]
+    PrecisionLimited {
+        /// How many.
+        limited: usize,
+        /// The largest error relative to the tolerance.
+        factor: f64,
+    },
+}
+
+/// The element with the largest error relative to its tolerance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Worst {
+    /// Tensor of the state.
+    pub leaf: usize,
+    /// Index along its first dimension.
+    pub row: usize,
+    /// Index within the row.
+    pub index: usize,
+}
+
+/// An adaptive solve that did not reach its end: where it was, what it had done, and what it had computed.
+#[derive(Clone, Debug)]
+pub struct Stopped {
+    /// Why.
+    pub reason: StopReason,
+    /// Time at the start of the last attempt.
+    pub t: f64,
+    /// Its signed length.
+    pub h: f64,
+    /// The norm of its error relative to the tolerance.
+    pub error: f64,
+    /// Where the error was largest.
+    pub worst: Option<Worst>,
+    /// Steps that were accepted until then.
+    pub accepted: usize,
+    /// Attempts that were rejected.
+    pub rejected: usize,
+    /// How many of the returned states were computed.
+    pub outputs: usize,
+    /// These, `(outputs, …)` for each tensor of the state, without gradients; empty if there are none.
+    pub states: Vec<Tensor>,
+}
+
+impl std::fmt::Display for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            reason,
+            t,
+            h,
+            error,
+            accepted,
+            rejected,
+            ..
+        } = self;
+        write!(
+            f,
+            "the solve stopped at t = {t:?}, h = {h:e}, error {error:.3e}"
+        )?;
+        if let Some(Worst { leaf, row, index }) = self.worst {
+            write!(f, " (largest in tensor {leaf}, row {row}, element {index})")?;
+        }
+        write!(
+            f,
+            ", after {accepted} accepted and {rejected} rejected attempts: {reason}"
+        )
+    }
+}

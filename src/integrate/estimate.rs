@@ -1,0 +1,158 @@
+//! The error of an attempt relative to the tolerance, and the floor below which it is rounding.
+
+use candle_core::{DType, Tensor};
+
+use crate::adaptive::{Control, Norm, OfLeaf};
+use crate::error::{AdaptiveDefect, Error, Result, Worst};
+use crate::ops::ratio::{error_norms, row_rms, rows_of, Estimated};
+use crate::problem::Problem;
+
+/// The tolerance of a solve.
+pub(super) struct Estimate {
+    rtol: Vec<OfLeaf>,
+    atol: Vec<OfLeaf>,
+    worst_row: bool,
+    /// u ‖b − b̂‖₂ and κ by leaf, where there is a floor.
+    noise: Option<Vec<(f64, f64)>>,
+    /// u by leaf.
+    roundoffs: Vec<f64>,
+}
+
+/// α and β of the floor α + |h| β, by leaf and row.
+pub(super) type Floor = Option<Vec<(Tensor, Tensor)>>;
+
+impl Estimate {
+    pub(super) fn new(problem: &Problem, control: &Control) -> Result<Self> {
+        let (shapes, state) = (problem.packing.shapes(), problem.state());
+        let options = &control.options;
+        let rtol = options
+            .rtol
+            .by_leaf("rtol", shapes, state, problem.device())?;
+        let atol = options
+            .atol
+            .by_leaf("atol", shapes, state, problem.device())?;
+        for (leaf, (rtol, atol)) in rtol.iter().zip(&atol).enumerate() {
+            if rtol.is_zero()? && atol.is_zero()? {
+                return Err(Error::Adaptive(AdaptiveDefect::NoTolerance { leaf }));
+            }
+        }
+        let roles = problem.scheme.roles.iter();
+        let precisions: Vec<_> = roles.map(|r| r.compute.roundoff()).collect();
+        let size = control.estimate_size();
+        // In f64 a floor of 1e-17 would change the steps in their last digits only.
+        let least = options.rtol.least()?;
+        let counts = |u: f64| u > 2f64.powi(-50) || least < 1e-12;
+        let noise = precisions.iter().map(|&(u, least)| match counts(u) {
+            true => (u * size, least),
+            false => (0.0, 0.0),
+        });
+        Ok(Self {
+            rtol,
+            atol,
+            worst_row: options.norm == Norm::WorstRow,
+            noise: options.noise_floor.then(|| noise.collect()),
+            roundoffs: precisions.iter().map(|(u, _)| *u).collect(),
+        })
+    }
+
+    /// The floor of attempts from y with first velocity k.
+    pub(super) fn floor(&self, y: &[Tensor], k: &[Tensor]) -> Result<Floor> {
+        let Some(noise) = &self.noise else {
+            return Ok(None);
+        };
+        let leaves = y.iter().zip(k).zip(noise);
+        let of_leaf = |((y, k), (u, least)): ((&Tensor, &Tensor), &(f64, f64))| {
+            let (alpha, beta) = (row_rms(y, 0.0)?, row_rms(k, *least)?);
+            Ok(((alpha * *u)?, (beta * *u)?))
+        };
+        leaves.map(of_leaf).collect::<Result<_>>().map(Some)
+    }
+
+    /// The norms of an error relative to the tolerance at y and y⁺, with the floor and without.
+    pub(super) fn norms(
+        &self,
+        error: &[Tensor],
+        y: [&[Tensor]; 2],
+        floor: &Floor,
+        h: f64,
+    ) -> Result<[f64; 2]> {
+        let leaf = |leaf: usize| -> Result<Estimated<'_>> {
+            let floor = match floor {
+                Some(floor) => {
+                    let (alpha, beta) = &floor[leaf];
+                    Some((alpha + (beta * h.abs())?)?)
+                }
+                None => None,
+            };
+            Ok(Estimated {
+                error: &error[leaf],
+                y: y.map(|y| &y[leaf]),
+                rtol: &self.rtol[leaf],
+                atol: &self.atol[leaf],
+                floor,
+            })
+        };
+        let leaves = (0..error.len()).map(leaf).collect::<Result<Vec<_>>>()?;
+        error_norms(&leaves, self.worst_row)
+    }
+
+    /// The length of the first attempt: `probe` evaluates the field after an explicit Euler step of a length
+    /// (Hairer, Nørsett & Wanner I, §II.4).  The part of the difference that can be rounding is left out.
+    pub(super) fn first_length(
+        &self,
+        control: &Control,
+        y: &[Tensor],
+        k: &[Tensor],
+        probe: impl FnOnce(f64) -> Result<Vec<Tensor>>,
+    ) -> Result<f64> {
+        let norm = |x: &[Tensor]| Ok::<_, Error>(self.norms(x, [y, y], &None, 0.0)?[0]);
+        let (d0, d1) = (norm(y)?, norm(k)?);
+        let most = control.longest();
+        let length = Control::probe(d0, d1).min(most);
+        let further = probe(control.direction * length)?;
+        let difference = |((a, b), u): ((&Tensor, &Tensor), &f64)| -> Result<Tensor> {
+            let state = y[0].dtype();
+            let (a, b) = (a.to_dtype(state)?, b.to_dtype(state)?);
+            let noise = (a.abs()? * (2.0 * u))?;
+            Ok(((b - a)?.abs()? - noise)?.maximum(0.0)?)
+        };
+        let pairs = k.iter().zip(&further).zip(&self.roundoffs);
+        let difference = pairs.map(difference).collect::<Result<Vec<_>>>()?;
+        let d2 = norm(&difference)? / length;
+        let h = control.first_length(length, d1, d2);
+        Ok(if h.is_finite() && h > 0.0 {
+            h.min(most)
+        } else {
+            length
+        })
+    }
+
+    /// The element whose error is largest.
+    pub(super) fn worst(&self, error: &[Tensor], y: [&[Tensor]; 2]) -> Result<Option<Worst>> {
+        let numbers = |x: &Tensor| x.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+        let mut worst = None;
+        let mut largest = -1.0;
+        for (leaf, error) in error.iter().enumerate() {
+            let tolerance = |tolerance: &OfLeaf| match tolerance {
+                OfLeaf::Number(value) => Ok(vec![*value; error.elem_count()]),
+                OfLeaf::Elements(x) => numbers(x),
+            };
+            let (rtol, atol) = (tolerance(&self.rtol[leaf])?, tolerance(&self.atol[leaf])?);
+            let (y0, y1) = (numbers(&y[0][leaf])?, numbers(&y[1][leaf])?);
+            let features = rows_of(error).1.max(1);
+            for (i, e) in numbers(error)?.into_iter().enumerate() {
+                let ratio = e.abs() / (atol[i] + rtol[i] * y0[i].abs().max(y1[i].abs()));
+                let ratio = if ratio.is_nan() { f64::INFINITY } else { ratio };
+                if ratio > largest {
+                    largest = ratio;
+                    worst = Some(Worst {
+                        leaf,
+                        row: i / features,
+                        index: i % features,
+                    });
+                }
+            }
+        }
+        Ok(worst)
+    }
+}

@@ -1,0 +1,245 @@
+//! Norms of an error relative to a tolerance, and of rows, for adaptive steps.  Squares are summed in f64: those of
+//! f32 overflow.
+
+use candle_core::{DType, Tensor, WithDType, D};
+use rayon::prelude::*;
+
+use super::note_host_read;
+use crate::adaptive::OfLeaf;
+use crate::error::Result;
+
+/// The error estimate of one tensor of the state, and what it is compared with.
+pub(crate) struct Estimated<'a> {
+    pub(crate) error: &'a Tensor,
+    /// The state at both ends of the step.
+    pub(crate) y: [&'a Tensor; 2],
+    pub(crate) rtol: &'a OfLeaf,
+    pub(crate) atol: &'a OfLeaf,
+    /// What is added to the tolerance of each row; nothing where it is empty.
+    pub(crate) floor: Option<Tensor>,
+}
+
+/// Rows and features of a row: a vector is one row.
+pub(crate) fn rows_of(x: &Tensor) -> (usize, usize) {
+    let rows = if x.rank() > 1 { x.dims()[0] } else { 1 };
+    (rows, x.elem_count() / rows.max(1))
+}
+
+/// RMS(max(|x|, least)) of every row, in f64, on the device of x.
+pub(crate) fn row_rms(x: &Tensor, least: f64) -> Result<Tensor> {
+    let (rows, features) = rows_of(x);
+    if x.device().is_cpu() {
+        let rms = match x.dtype() {
+            DType::F64 => row_rms_of::<f64>(x, features, least)?,
+            _ => row_rms_of::<f32>(&x.to_dtype(DType::F32)?, features, least)?,
+        };
+        return Ok(Tensor::from_vec(rms, rows, x.device())?);
+    }
+    let x = x.detach().reshape((rows, features))?.to_dtype(DType::F64)?;
+    Ok(x.abs()?.maximum(least)?.sqr()?.mean(D::Minus1)?.sqrt()?)
+}
+
+/// The largest norm of the tensors, with the floor and without: the RMS of a tensor or, if `worst_row` says so, of a
+/// row.  Infinite where an error or a state is not finite.
+pub(crate) fn error_norms(all: &[Estimated<'_>], worst_row: bool) -> Result<[f64; 2]> {
+    let on_cpu = all.iter().all(|e| e.error.device().is_cpu());
+    if on_cpu {
+        let mut norms = [0.0f64; 2];
+        for estimated in all {
+            let squares = match estimated.error.dtype() {
+                DType::F64 => squares::<f64>(estimated)?,
+                _ => squares::<f32>(estimated)?,
+            };
+            let (_, features) = rows_of(estimated.error);
+            let (count, of_rows) = match worst_row {
+                true => (features, squares.iter().fold([0.0; 2], larger)),
+                false => (
+                    features * squares.len(),
+                    squares
+                        .iter()
+                        .fold([0.0; 2], |a, b| [a[0] + b[0], a[1] + b[1]]),
+                ),
+            };
+            norms = larger(norms, &of_rows.map(|s| (s / count.max(1) as f64).sqrt()));
+        }
+        return Ok(norms.map(finite));
+    }
+    let each: Vec<_> = all
+        .iter()
+        .map(|e| chained(e, worst_row))
+        .collect::<Result<_>>()?;
+    note_host_read(all[0].error.device());
+    let norms = Tensor::stack(&each, 0)?.to_vec2::<f64>()?;
+    let norms = norms.iter().fold([0.0; 2], |a, b| larger(a, &[b[0], b[1]]));
+    Ok(norms.map(finite))
+}
+
+/// The larger of each; NaN where one is.
+fn larger(a: [f64; 2], b: &[f64; 2]) -> [f64; 2] {
+    let larger = |a: f64, b: f64| if a >= b || a.is_nan() { a } else { b };
+    [larger(a[0], b[0]), larger(a[1], b[1])]
+}
+
+fn finite(norm: f64) -> f64 {
+    if norm.is_finite() {
+        norm
+    } else {
+        f64::INFINITY
+    }
+}
+
+/// The squares of [`error_norms`], summed by row.
+fn squares<T: Number>(estimated: &Estimated<'_>) -> Result<Vec<[f64; 2]>> {
+    let (rows, features) = rows_of(estimated.error);
+    let [y0, y1] = estimated.y;
+    let floor = match &estimated.floor {
+        Some(floor) => floor.to_vec1::<f64>()?,
+        None => vec![0.0; rows],
+    };
+    with(&[estimated.error, y0, y1], |operands: [&[T]; 3]| {
+        let [error, y0, y1] = operands;
+        tolerances(estimated.rtol, |rtol: Values<'_, T>| {
+            tolerances(estimated.atol, |atol: Values<'_, T>| {
+                let row = |row: usize| {
+                    let at = row * features;
+                    let mut sums = [0.0; 2];
+                    for i in at..at + features {
+                        let (a, b) = (y0[i].wide().abs(), y1[i].wide().abs());
+                        // NaN in y1 stays in the sum.
+                        let tolerance = atol.get(i) + rtol.get(i) * if a > b { a } else { b };
+                        let error = error[i].wide();
+                        let with_floor = error / (tolerance + floor[row]);
+                        let plain = error / tolerance;
+                        sums[0] += if error == 0.0 && b.is_finite() {
+                            0.0
+                        } else {
+                            with_floor * with_floor
+                        };
+                        sums[1] += if error == 0.0 && b.is_finite() {
+                            0.0
+                        } else {
+                            plain * plain
+                        };
+                    }
+                    sums
+                };
+                const SMALL: usize = 1 << 15;
+                if rows * features < SMALL {
+                    (0..rows).map(row).collect()
+                } else {
+                    (0..rows).into_par_iter().map(row).collect()
+                }
+            })
+        })?
+    })?
+}
+
+/// The same in candle's operations, reduced to two numbers on the device.
+fn chained(estimated: &Estimated<'_>, worst_row: bool) -> Result<Tensor> {
+    let (rows, features) = rows_of(estimated.error);
+    let wide = |x: &Tensor| x.detach().reshape((rows, features))?.to_dtype(DType::F64);
+    let tolerance = |tolerance: &OfLeaf, y: &Tensor| match tolerance {
+        OfLeaf::Number(value) => y.zeros_like()? + *value,
+        OfLeaf::Elements(x) => wide(x),
+    };
+    let [y0, y1] = estimated.y;
+    let (error, y1) = (wide(estimated.error)?, wide(y1)?);
+    let largest = wide(y0)?.abs()?.maximum(&y1.abs()?)?;
+    let rtol = tolerance(estimated.rtol, &largest)?;
+    let plain = ((rtol * largest)? + tolerance(estimated.atol, &error)?)?;
+    let floored = match &estimated.floor {
+        Some(floor) => plain.broadcast_add(&floor.reshape((rows, 1))?)?,
+        None => plain.clone(),
+    };
+    // An error of zero needs no tolerance; a state that is not finite must be seen in any case.
+    let bad = (&y1 * 0.0)?;
+    let none = error.eq(0.0)?;
+    let each = [floored, plain].map(|scale| -> candle_core::Result<Tensor> {
+        let ratio = none.where_cond(&bad, &((&error / scale)? + &bad)?)?;
+        match worst_row {
+            true => ratio.sqr()?.mean(D::Minus1)?.max(0)?.sqrt(),
+            false => ratio.sqr()?.mean_all()?.sqrt(),
+        }
+    });
+    let [floored, plain] = each;
+    Ok(Tensor::stack(&[floored?, plain?], 0)?)
+}
+
+/// f32 or f64.
+trait Number: WithDType + Copy + Send + Sync {
+    fn wide(self) -> f64;
+}
+
+impl Number for f32 {
+    fn wide(self) -> f64 {
+        self.into()
+    }
+}
+
+impl Number for f64 {
+    fn wide(self) -> f64 {
+        self
+    }
+}
+
+/// A tolerance of every element.
+#[derive(Clone, Copy)]
+enum Values<'a, T> {
+    Number(f64),
+    Elements(&'a [T]),
+}
+
+impl<T: Number> Values<'_, T> {
+    #[inline(always)]
+    fn get(&self, i: usize) -> f64 {
+        match self {
+            Self::Number(value) => *value,
+            Self::Elements(x) => x[i].wide(),
+        }
+    }
+}
+
+fn tolerances<T: Number, R>(
+    tolerance: &OfLeaf,
+    then: impl FnOnce(Values<'_, T>) -> R,
+) -> Result<R> {
+    match tolerance {
+        OfLeaf::Number(value) => Ok(then(Values::Number(*value))),
+        OfLeaf::Elements(x) => with(&[x], |[x]: [&[T]; 1]| then(Values::Elements(x))),
+    }
+}
+
+fn row_rms_of<T: Number>(x: &Tensor, features: usize, least: f64) -> Result<Vec<f64>> {
+    with(&[x], |[x]: [&[T]; 1]| {
+        let rms = |row: &[T]| {
+            let squares = row.iter().map(|x| {
+                let x = x.wide().abs();
+                let x = if x < least { least } else { x };
+                x * x
+            });
+            (squares.sum::<f64>() / features as f64).sqrt()
+        };
+        x.chunks(features.max(1)).map(rms).collect()
+    })
+}
+
+/// The numbers of tensors on the CPU.
+fn with<T: WithDType, R, const N: usize>(
+    tensors: &[&Tensor; N],
+    then: impl FnOnce([&[T]; N]) -> R,
+) -> Result<R> {
+    let contiguous: Vec<_> = tensors
+        .iter()
+        .map(|x| x.contiguous())
+        .collect::<candle_core::Result<_>>()?;
+    let guards: Vec<_> = contiguous.iter().map(Tensor::storage_and_layout).collect();
+    let mut slices: [&[T]; N] = [&[]; N];
+    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
+        let candle_core::Storage::Cpu(storage) = &**storage else {
+            return Err(candle_core::Error::Msg("not on the CPU".into()).into());
+        };
+        let (start, end) = layout.contiguous_offsets().unwrap_or((0, 0));
+        *slice = storage.as_slice::<T>()?.get(start..end).unwrap_or(&[]);
+    }
+    Ok(then(slices))
+}

@@ -1,0 +1,44 @@
+//! The way back: what every solve hands to its backward pass, whichever way it was solved.
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::field::Field;
+use crate::problem::Problem;
+use crate::stats::Stats;
+
+/// A finished solve that has a backward pass.  It knows the steps that were taken; no pass back asks for those that
+/// were planned.
+pub(crate) trait Reversible: Send + Sync {
+    /// Whether what a backward pass needs was kept.
+    fn can_rewind(&self) -> bool;
+
+    /// Whether the backward pass evaluates the field as tensors.
+    fn reads_field(&self) -> bool {
+        false
+    }
+
+    /// Pulls the cotangent of the returned states back.
+    fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint>;
+}
+
+/// What a backward pass is given.
+pub(crate) struct Backward<'a> {
+    pub(crate) problem: &'a Problem,
+    pub(crate) field: &'a Field<'a>,
+    /// The tensors that the field reads as parameters.
+    pub(crate) theta: &'a [Tensor],
+    /// Of the returned states, `(outputs, elements)`, or of a loss of them.
+    pub(crate) cotangent: &'a Tensor,
+    pub(crate) differentiate_time: bool,
+}
+
+/// Gradients in state precision, without history.
+pub(crate) struct Adjoint {
+    /// λ_0.
+    pub(crate) y0: Vec<Tensor>,
+    /// θ̄, by parameter.
+    pub(crate) theta: Vec<Tensor>,
+    /// t̄, by the user's times; empty unless asked for.
+    pub(crate) times: Vec<f64>,
+}

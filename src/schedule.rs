@@ -1,0 +1,245 @@
+//! The steps of a solve as data: what a backward pass walks, and which of its states a solve returns.
+//!
+//! Nodes t_0 … t_N bound the steps: step n goes from node n to node n + 1.  A state is returned at a node, as it
+//! is, or inside a step at a fraction x of it, where it is y_n + h Σ b_i(x) k_i with the weights of the method's
+//! interpolant (see [`crate::tableau`]).
+
+mod fixed;
+mod recorded;
+
+use candle_core::DType;
+
+use crate::adaptive::Adaptive;
+use crate::error::Result;
+use crate::time::{Time, TimeGrid};
+use fixed::Fixed;
+pub(crate) use recorded::Recorded;
+
+/// How the time between outputs is cut into steps.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Steps {
+    /// m equal steps in every output interval.
+    PerInterval(usize),
+    /// ⌈|t_{i+1} − t_i| / size⌉ equal steps in every output interval, so none is longer than `size`.
+    Size(f64),
+    /// Steps between these times, wherever the outputs are: an output inside a step is interpolated, see
+    /// [`Tableau::with_interpolant`](crate::Tableau::with_interpolant).  The first and the last time of the solve
+    /// are steps' ends in any case and need not be among them.
+    At(Vec<f64>),
+    /// Steps that are as long as a tolerance permits.
+    Adaptive(Adaptive),
+}
+
+impl Default for Steps {
+    fn default() -> Self {
+        Self::PerInterval(1)
+    }
+}
+
+/// Which states a solve returns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Output {
+    /// One for every time of the grid: leaves of shape `(times, …)`.
+    #[default]
+    All,
+    /// The one at the last time: leaves of shape `(…)`.
+    Final,
+}
+
+/// How a node depends on the times that the user gave.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Node {
+    /// It is t_i + s (t_{i+1} − t_i), 0 ≤ s ≤ 1.
+    Between(usize, f64),
+    /// It is a constant.
+    Constant,
+}
+
+impl Node {
+    /// The derivative with respect to each of the user's times that it depends on.
+    pub(crate) fn derivatives(self) -> impl Iterator<Item = (usize, f64)> {
+        let of = match self {
+            Self::Between(i, s) => [(i, 1.0 - s), (i + 1, s)],
+            Self::Constant => [(0, 0.0); 2],
+        };
+        of.into_iter().filter(|(_, d)| *d != 0.0)
+    }
+}
+
+/// One step [t, t + h].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Step {
+    /// Number of the step in the solve.
+    pub(crate) index: usize,
+    /// Time at its start.
+    pub(crate) t: f64,
+    /// Signed length.
+    pub(crate) h: f64,
+    /// Time at its end: the start of the next step, or the output time that it ends on, to the bit.
+    pub(crate) end: f64,
+    /// What its start and its end depend on.
+    pub(crate) nodes: [Node; 2],
+    /// The times at which stages at its start and at its end are evaluated: these, or next to them inside the step
+    /// where the field jumps.
+    pub(crate) limits: [f64; 2],
+    /// Whether outputs inside it read stages that the state at its end does not.
+    pub(crate) dense: bool,
+}
+
+impl Step {
+    /// Time of a stage at abscissa c.
+    pub(crate) fn at(&self, c: f64) -> f64 {
+        match c {
+            0.0 => self.limits[0],
+            1.0 => self.limits[1],
+            _ => self.t + c * self.h,
+        }
+    }
+
+    /// The same step where the field jumps at its start or at its end: it is evaluated on the step's own side.
+    pub(crate) fn between_jumps(self, [start, end]: [bool; 2]) -> Self {
+        let towards = |t: f64, up: bool| if up { t.next_up() } else { t.next_down() };
+        let forward = self.h > 0.0;
+        Self {
+            limits: [
+                if start {
+                    towards(self.t, forward)
+                } else {
+                    self.t
+                },
+                if end {
+                    towards(self.end, !forward)
+                } else {
+                    self.end
+                },
+            ],
+            ..self
+        }
+    }
+
+    /// A time within it, which knows so.
+    pub(crate) fn within(&self, time: Time) -> Time {
+        time.within(self.index, [self.t, self.end])
+    }
+
+    /// Whether it begins and ends at one number of this dtype.
+    pub(crate) fn stands_still_in(&self, dtype: DType) -> bool {
+        let end = self.t + self.h;
+        match dtype {
+            DType::F64 => self.t == end,
+            _ => self.t as f32 == end as f32,
+        }
+    }
+}
+
+/// A state that is returned between the ends of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Inside {
+    pub(crate) step: usize,
+    /// Its number among the returned states, and the user's time that it is at.
+    pub(crate) output: usize,
+    /// Where it is: t = t_n + x h.
+    pub(crate) x: f64,
+}
+
+/// The steps of a solve.
+#[derive(Clone, Debug)]
+pub(crate) enum Schedule {
+    /// Computed on request.
+    Fixed(Fixed),
+    /// Stored one by one.
+    Recorded(Recorded),
+}
+
+impl Schedule {
+    /// Steps that are known before the solve.
+    pub(crate) fn new(grid: &TimeGrid, steps: &Steps, output: Output) -> Result<Self> {
+        Ok(match steps {
+            Steps::At(times) => Self::Recorded(Recorded::at(grid, times, output)?),
+            _ => Self::Fixed(Fixed::new(grid, steps, output)?),
+        })
+    }
+
+    /// Number of steps N.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Fixed(fixed) => fixed.len(),
+            Self::Recorded(recorded) => recorded.len(),
+        }
+    }
+
+    /// Step n < N.
+    pub(crate) fn step(&self, n: usize) -> Step {
+        match self {
+            Self::Fixed(fixed) => fixed.step(n),
+            Self::Recorded(recorded) => recorded.step(n),
+        }
+    }
+
+    /// Number of states that are returned.
+    pub(crate) fn outputs(&self) -> usize {
+        match self {
+            Self::Fixed(fixed) => fixed.outputs(),
+            Self::Recorded(recorded) => recorded.outputs(),
+        }
+    }
+
+    /// The number of the state that is returned at node n ≤ N, if one is.
+    pub(crate) fn at_node(&self, n: usize) -> Option<usize> {
+        match self {
+            Self::Fixed(fixed) => fixed.at_node(n),
+            Self::Recorded(recorded) => recorded.at_node(n),
+        }
+    }
+
+    /// The states that are returned inside step n, in the order of their numbers.
+    pub(crate) fn inside(&self, n: usize) -> &[Inside] {
+        match self {
+            Self::Fixed(_) => &[],
+            Self::Recorded(recorded) => recorded.inside(n),
+        }
+    }
+
+    /// Whether any state is returned inside a step.
+    pub(crate) fn is_dense(&self) -> bool {
+        match self {
+            Self::Fixed(_) => false,
+            Self::Recorded(recorded) => recorded.is_dense(),
+        }
+    }
+
+    /// Whether the first stage of step n is the last stage of the step before, which was evaluated at the same
+    /// point.
+    pub(crate) fn is_joined(&self, n: usize) -> bool {
+        match self {
+            Self::Fixed(_) => false,
+            Self::Recorded(recorded) => recorded.is_joined(n),
+        }
+    }
+
+    /// Whether no step can begin and end at one number of this dtype.
+    pub(crate) fn is_resolved_in(&self, dtype: DType) -> bool {
+        match self {
+            Self::Fixed(fixed) => fixed.is_resolved_in(dtype),
+            Self::Recorded(recorded) => {
+                dtype == DType::F64 || recorded.steps().all(|step| !step.stands_still_in(dtype))
+            }
+        }
+    }
+
+    /// Whether every step is far from the ends of the range of f32.
+    pub(crate) fn is_moderate(&self) -> bool {
+        match self {
+            Self::Fixed(fixed) => fixed.is_moderate(),
+            Self::Recorded(recorded) => recorded.steps().all(|step| is_moderate(step.h)),
+        }
+    }
+}
+
+/// Whether a length is far from the ends of the range of f32.
+fn is_moderate(h: f64) -> bool {
+    let far = 2f64.powi(100);
+    (1.0 / far..=far).contains(&h.abs())
+}

@@ -1,0 +1,181 @@
+//! Steps that are stored: given one by one, or chosen while the solve goes on.
+
+use super::{Inside, Node, Output, Step};
+use crate::error::{Error, Result};
+use crate::memory::{push, room_within};
+use crate::time::TimeGrid;
+
+/// The steps that a solve has taken, in order, and the states that it has returned.
+#[derive(Clone, Debug)]
+pub(crate) struct Recorded {
+    /// Start and length of each step.
+    steps: Vec<(f64, f64)>,
+    /// The time at the end of the last one.
+    end: f64,
+    /// The nodes that are times of the user's, and the outputs that are returned at nodes.
+    given: Vec<(usize, Node)>,
+    returned: Vec<(usize, usize)>,
+    /// By step.
+    inside: Vec<Inside>,
+    outputs: usize,
+    /// Whether a step hands its last stage on as the first of the next, unless there is a break between them.
+    joins: bool,
+    breaks: Vec<usize>,
+}
+
+impl Recorded {
+    /// No step yet; the first begins at t.
+    pub(crate) fn from(t: f64, joins: bool) -> Self {
+        Self {
+            steps: vec![],
+            end: t,
+            given: vec![],
+            returned: vec![],
+            inside: vec![],
+            outputs: 0,
+            joins,
+            breaks: vec![],
+        }
+    }
+
+    /// The steps between these times and the ends of the grid.
+    pub(super) fn at(grid: &TimeGrid, times: &[f64], output: Output) -> Result<Self> {
+        let points = grid.points();
+        let (first, last) = (points[0], points[points.len() - 1]);
+        let forward = last >= first;
+        let mut nodes = room_within("steps", times.len().saturating_add(2))?;
+        nodes.push(first);
+        nodes.extend(times.iter().filter(|&&t| t != first && t != last));
+        if points.len() > 1 {
+            nodes.push(last);
+        }
+        let follows = |w: &[f64]| w[0] != w[1] && (w[0] < w[1]) == forward;
+        if let Some(index) = nodes.windows(2).position(|w| !follows(w)) {
+            return Err(Error::StepTimes {
+                t0: nodes[index],
+                t1: nodes[index + 1],
+                first,
+                last,
+            });
+        }
+        let mut record = Self::from(first, false);
+        let mut points = points.iter().enumerate().peekable();
+        let is_last = |i: usize| i + 1 == grid.points().len();
+        for w in std::iter::once([first, first]).chain(nodes.windows(2).map(|w| [w[0], w[1]])) {
+            if w[0] != w[1] {
+                record.push(w[0], w[1] - w[0], w[1])?;
+            }
+            while let Some((i, &t)) = points.next_if(|(_, &t)| t == w[1] || follows(&[t, w[1]])) {
+                let number = match output {
+                    Output::All => Some(i),
+                    Output::Final => is_last(i).then_some(0),
+                };
+                if t == w[1] {
+                    record.mark(i, number)?;
+                } else if let Some(number) = number {
+                    record.save((t - w[0]) / (w[1] - w[0]), number)?;
+                }
+            }
+        }
+        Ok(record)
+    }
+
+    /// Another step.
+    pub(crate) fn push(&mut self, t: f64, h: f64, end: f64) -> Result<()> {
+        push("steps", &mut self.steps, (t, h))?;
+        self.end = end;
+        Ok(())
+    }
+
+    /// The end so far is the user's time `given`, and the output of a number, if one is, is returned there.
+    pub(crate) fn mark(&mut self, given: usize, output: Option<usize>) -> Result<()> {
+        push(
+            "steps",
+            &mut self.given,
+            (self.steps.len(), Node::Between(given, 0.0)),
+        )?;
+        output.map_or(Ok(()), |output| self.ret(output))
+    }
+
+    /// An output is returned at the end so far.
+    pub(crate) fn ret(&mut self, output: usize) -> Result<()> {
+        self.outputs = self.outputs.max(output + 1);
+        push("steps", &mut self.returned, (self.steps.len(), output))
+    }
+
+    /// An output is returned at a fraction x of the last step.
+    pub(crate) fn save(&mut self, x: f64, output: usize) -> Result<()> {
+        let step = self.steps.len() - 1;
+        self.outputs = self.outputs.max(output + 1);
+        push("steps", &mut self.inside, Inside { step, output, x })
+    }
+
+    /// The next step begins with an evaluation of its own.
+    pub(crate) fn break_here(&mut self) {
+        self.breaks.push(self.steps.len());
+    }
+
+    /// t_0 … t_N.
+    pub(crate) fn times(&self) -> impl Iterator<Item = f64> + '_ {
+        let starts = self.steps.iter().map(|(t, _)| *t);
+        starts.chain(std::iter::once(self.end))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.steps.len()
+    }
+
+    /// Step n < len.
+    pub(crate) fn step(&self, n: usize) -> Step {
+        let (t, h) = self.steps[n];
+        let end = self.steps.get(n + 1).map_or(self.end, |next| next.0);
+        let step = Step {
+            index: n,
+            t,
+            h,
+            end,
+            limits: [t, end],
+            nodes: [n, n + 1].map(|n| self.node(n)),
+            dense: !self.inside(n).is_empty() && !self.is_joined(n + 1),
+        };
+        step.between_jumps([n, n + 1].map(|n| self.breaks.binary_search(&n).is_ok()))
+    }
+
+    fn node(&self, n: usize) -> Node {
+        match self.given.binary_search_by_key(&n, |(n, _)| *n) {
+            Ok(i) => self.given[i].1,
+            Err(_) => Node::Constant,
+        }
+    }
+
+    pub(super) fn steps(&self) -> impl Iterator<Item = Step> + '_ {
+        (0..self.len()).map(|n| self.step(n))
+    }
+
+    pub(super) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// The number of the state that is returned at node n.
+    pub(super) fn at_node(&self, n: usize) -> Option<usize> {
+        let i = self.returned.binary_search_by_key(&n, |(n, _)| *n).ok()?;
+        Some(self.returned[i].1)
+    }
+
+    /// The states that are returned inside step n.
+    pub(super) fn inside(&self, n: usize) -> &[Inside] {
+        let from = self.inside.partition_point(|inside| inside.step < n);
+        let count = self.inside[from..].partition_point(|inside| inside.step == n);
+        &self.inside[from..from + count]
+    }
+
+    pub(super) fn is_dense(&self) -> bool {
+        !self.inside.is_empty()
+    }
+
+    /// Whether step n begins with the last stage of the one before.
+    pub(super) fn is_joined(&self, n: usize) -> bool {
+        let inner = n > 0 && n < self.len();
+        self.joins && inner && self.breaks.binary_search(&n).is_err()
+    }
+}
