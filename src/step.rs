@@ -78,6 +78,15 @@ impl Scheme {
         }
     }
 
+    /// The same, whose steps read h and t from a fixture.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn replayed(&self, fixture: &Arc<Fixture>) -> Self {
+        Self {
+            fixture: Some(Arc::clone(fixture)),
+            ..self.clone()
+        }
+    }
+
     /// The stages of a step that are evaluated.
     pub(crate) fn active(&self, step: &Step) -> &[bool] {
         match step.dense {

@@ -120,10 +120,7 @@ impl Steps {
                 xs.iter().map(Tensor::force_contiguous).collect()
             };
             Ok(Self {
-                scheme: Scheme {
-                    fixture: Some(fixture.clone()),
-                    ..scheme.clone()
-                },
+                scheme: scheme.replayed(&fixture),
                 fixture,
                 y: like(y)?,
                 incoming: like(adj)?,

@@ -180,10 +180,7 @@ impl Steps {
             let fixture = Arc::new(Fixture::new(scheme)?);
             let own = y.iter().map(Tensor::force_contiguous);
             Ok(Self {
-                scheme: Scheme {
-                    fixture: Some(fixture.clone()),
-                    ..scheme.clone()
-                },
+                scheme: scheme.replayed(&fixture),
                 fixture,
                 y: own.collect::<candle_core::Result<_>>()?,
                 like: y.iter().map(Tensor::id).collect(),
