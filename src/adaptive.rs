@@ -13,7 +13,7 @@ mod tolerance;
 
 use crate::error::{AdaptiveDefect, Error, Result};
 use crate::tableau::Tableau;
-use crate::time::TimeGrid;
+use crate::time::{coincide, TimeGrid};
 pub(crate) use pace::{Attempt, Failure, Pace, Verdict};
 pub(crate) use tolerance::OfLeaf;
 pub use tolerance::Tolerance;
@@ -312,7 +312,12 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    pub(crate) fn new(options: &Adaptive, method: &Tableau, grid: &TimeGrid) -> Result<Self> {
+    pub(crate) fn new(
+        options: &Adaptive,
+        method: &Tableau,
+        grid: &TimeGrid,
+        jumps: &[f64],
+    ) -> Result<Self> {
         options.controller.check()?;
         let positive = |option, value: f64| match value > 0.0 {
             true => Ok(()),
@@ -339,7 +344,7 @@ impl Control {
         let (start, end) = (points[0], points[points.len() - 1]);
         Ok(Self {
             direction: if end < start { -1.0 } else { 1.0 },
-            targets: targets(options, method, points)?,
+            targets: targets(options, method, points, jumps)?,
             options: options.clone(),
             start,
             order: method.order() as f64,
@@ -392,10 +397,14 @@ fn out_of_range(option: &'static str, value: f64) -> Error {
 }
 
 /// All times at which a step must end, in order.
-fn targets(options: &Adaptive, method: &Tableau, points: &[f64]) -> Result<Vec<Target>> {
+fn targets(
+    options: &Adaptive,
+    method: &Tableau,
+    points: &[f64],
+    jumps: &[f64],
+) -> Result<Vec<Target>> {
     let (start, end) = (points[0], points[points.len() - 1]);
     let forward = end >= start;
-    let close = |a: f64, b: f64| (a - b).abs() <= 4.0 * f64::EPSILON * a.abs().max(b.abs());
     let is_inside = |t: f64| (t > start) == forward && (t < end) == forward;
     let mut all = vec![];
     for (times, jumps) in [(&options.step_t, false), (&options.jump_t, true)] {
@@ -404,7 +413,7 @@ fn targets(options: &Adaptive, method: &Tableau, points: &[f64]) -> Result<Vec<T
                 let option = if jumps { "jump_t" } else { "step_t" };
                 return Err(out_of_range(option, t));
             }
-            if is_inside(t) && !close(t, start) {
+            if is_inside(t) && !coincide(t, start) {
                 all.push(Target {
                     t,
                     given: None,
@@ -425,11 +434,26 @@ fn targets(options: &Adaptive, method: &Tableau, points: &[f64]) -> Result<Vec<T
         return Err(Error::Adaptive(AdaptiveDefect::ForcedTwice { t: w[0].t }));
     }
     all.dedup_by(|a, b| a.t == b.t);
+    // Those that the field says itself.
+    for &t in jumps
+        .iter()
+        .filter(|&&t| is_inside(t) && !coincide(t, start))
+    {
+        match all.iter_mut().find(|target| coincide(target.t, t)) {
+            Some(target) => target.jumps = true,
+            None => all.push(Target {
+                t,
+                given: None,
+                jumps: true,
+            }),
+        }
+    }
     let on_outputs = options.on_outputs.unwrap_or(method.name() == "fehlberg45");
     for (given, &t) in points.iter().enumerate().skip(1) {
         let is_end = given + 1 == points.len();
-        if let Some(target) = all.iter_mut().find(|target| target.t == t) {
-            target.given = Some(given);
+        if let Some(target) = all.iter_mut().find(|target| coincide(target.t, t)) {
+            // The user's own time, to the bit.
+            (target.t, target.given) = (t, Some(given));
         } else if on_outputs || is_end {
             all.push(Target {
                 t,

@@ -103,6 +103,12 @@ pub trait VectorField<S: State = Tensor> {
         None
     }
 
+    /// Times at which the field jumps: every step ends there, and its stages read the field on their own side.
+    /// Default: none.
+    fn jumps(&self) -> Vec<f64> {
+        vec![]
+    }
+
     /// The field itself, where it is one of [`nn`](crate::nn), which the solver may integrate in its
     /// own way.
     #[doc(hidden)]
@@ -284,6 +290,12 @@ pub trait FieldWithArgs<S: State, A: State> {
         None
     }
 
+    /// Times at which the field jumps: every step ends there, and its stages read the field on their own side.
+    /// Default: none.
+    fn jumps(&self) -> Vec<f64> {
+        vec![]
+    }
+
     /// As [`VectorField::known`].
     #[doc(hidden)]
     fn known(&self) -> Option<&dyn Any> {
@@ -328,6 +340,10 @@ impl<S: State, F: VectorField<S>> FieldWithArgs<S, ()> for Free<F> {
         self.0.known()
     }
 
+    fn jumps(&self) -> Vec<f64> {
+        self.0.jumps()
+    }
+
     fn is_constant_in(&self, leaf: usize) -> bool {
         self.0.is_constant_in(leaf)
     }
@@ -361,6 +377,10 @@ where
 
     fn known(&self) -> Option<&dyn Any> {
         self.field.known()
+    }
+
+    fn jumps(&self) -> Vec<f64> {
+        self.field.jumps()
     }
 
     fn is_constant_in(&self, leaf: usize) -> bool {
@@ -440,6 +460,10 @@ where
 
     fn known(&self) -> Option<&dyn Any> {
         self.field.known()
+    }
+
+    fn jumps(&self) -> Vec<f64> {
+        self.field.jumps()
     }
 
     fn is_constant_in(&self, leaf: usize) -> bool {

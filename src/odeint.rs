@@ -125,6 +125,7 @@ fn closure_in_graph<S: State>(
     let problem = Problem::new(&y0, grid, options)?;
     let args = Args::new(args, &problem, options, false)?;
     let field = bind(args.leaves.clone())?;
+    let problem = problem.meeting(&field.jumps(), options)?;
     let joined = Packing::join(&y0, problem.state())?;
     let checks = options.check != FieldCheck::Never && field.known().is_none();
     let identity = check::pattern(check::key(kind, (0, false), &[&y0, &args.leaves]), &[]);
@@ -254,6 +255,7 @@ fn without_graph<'f, S: State>(
     let problem = Problem::new(&y0, grid, options)?;
     let args = Args::new(args, &problem, options, true)?;
     let field = bind(args.leaves.clone())?;
+    let problem = problem.meeting(&field.jumps(), options)?;
     let y0 = Packing::join(&y0, problem.state())?;
     let observed = Observed::closure(&*field, false);
     let forward = run(&problem, &observed, &y0, None, &|| true)?;
@@ -291,6 +293,7 @@ where
     let y0 = y0.leaves();
     let problem = Problem::new(&y0, times.to_grid()?, options)?.keeping_nothing();
     let field = Leaves::<&F, S>::new(field);
+    let problem = problem.meeting(&field.jumps(), options)?;
     let y0 = Packing::join(&y0, problem.state())?;
     states(&problem, run(&problem, &field, &y0, None, &|| false)?)
 }

@@ -15,10 +15,9 @@ use crate::time::{Time, Times};
 /// field is selected by times on the host; nothing is read from a device.  States and dtypes are those of
 /// the fields; the breaks have no gradient.
 ///
-/// All stages of a step inside one interval use the field of that interval, also a stage at the break where
-/// the interval ends.  A method therefore keeps its order if steps end on the breaks: include them in the
-/// times of the solve.  If a break lies inside a step, each stage uses the field of its own time, and
-/// the order is one.
+/// Every step of a solve lies in one interval, and all its stages use the field of that interval, also a stage at
+/// the break where the interval ends: a step with a break inside is cut in two there
+/// ([`jumps`](VectorField::jumps)), and adaptive steps end on breaks.  So a method keeps its order.
 ///
 /// This field is not integrated tile by tile, but separate solves for each interval are, if its field allows it.
 ///
@@ -131,6 +130,10 @@ impl<S: State, F: VectorField<S>> VectorField<S> for PiecewiseConstant<F> {
 
     fn vjp<'f>(&'f self, t: &Time, y: &S) -> Result<(S, Pullback<'f, S>)> {
         self.fields[self.stage(t)].vjp(t, y)
+    }
+
+    fn jumps(&self) -> Vec<f64> {
+        self.breaks.clone()
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -198,7 +198,7 @@ impl Problem {
             check_leaf(leaf, y, &device)?;
         }
 
-        let plan = Plan::new(&grid, options)?;
+        let plan = Plan::new(&grid, options, &[])?;
         let common = options
             .precision
             .or_else(|| narrowest(&options.leaf_precision))
@@ -257,6 +257,17 @@ impl Problem {
         })
     }
 
+    /// The same problem of a field that jumps at these times.
+    pub(crate) fn meeting(self, jumps: &[f64], options: &OdeOptions) -> Result<Self> {
+        Ok(match jumps {
+            [] => self,
+            _ => Self {
+                plan: Plan::new(&self.grid, options, jumps)?,
+                ..self
+            },
+        })
+    }
+
     /// The same solve, of which nothing is kept.
     pub(crate) fn keeping_nothing(&self) -> Self {
         Self {
@@ -312,18 +323,21 @@ pub(crate) enum Plan {
 }
 
 impl Plan {
-    fn new(grid: &TimeGrid, options: &OdeOptions) -> Result<Self> {
+    fn new(grid: &TimeGrid, options: &OdeOptions, jumps: &[f64]) -> Result<Self> {
         Ok(match &options.steps {
             // A single time has no step.
             Steps::Adaptive(_) if grid.points().len() == 1 => {
-                let none = Schedule::new(grid, &Steps::default(), options.output)?;
+                let none = Schedule::new(grid, &Steps::default(), options.output, &[])?;
                 Self::Known(Arc::new(none))
             }
             Steps::Adaptive(adaptive) => {
-                let control = Control::new(adaptive, &options.method, grid)?;
+                let control = Control::new(adaptive, &options.method, grid, jumps)?;
                 Self::Adaptive(Arc::new(control))
             }
-            steps => Self::Known(Arc::new(Schedule::new(grid, steps, options.output)?)),
+            steps => {
+                let schedule = Schedule::new(grid, steps, options.output, jumps)?;
+                Self::Known(Arc::new(schedule))
+            }
         })
     }
 

@@ -154,11 +154,16 @@ pub(crate) enum Schedule {
 }
 
 impl Schedule {
-    /// Steps that are known before the solve.
-    pub(crate) fn new(grid: &TimeGrid, steps: &Steps, output: Output) -> Result<Self> {
+    /// Steps that are known before the solve; where the field jumps, a step ends.
+    pub(crate) fn new(
+        grid: &TimeGrid,
+        steps: &Steps,
+        output: Output,
+        jumps: &[f64],
+    ) -> Result<Self> {
         Ok(match steps {
-            Steps::At(times) => Self::Recorded(Recorded::at(grid, times, output)?),
-            _ => Self::Fixed(Fixed::new(grid, steps, output)?),
+            Steps::At(times) => Self::Recorded(Recorded::at(grid, times, output, jumps)?),
+            _ => Self::Fixed(Fixed::new(grid, steps, output)?.cut(jumps)),
         })
     }
 

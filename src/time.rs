@@ -9,6 +9,11 @@ use candle_core::{DType, Device, Tensor, Var};
 use crate::error::{Error, Result};
 use crate::memory::room_within;
 
+/// Whether two times differ by rounding only.
+pub(crate) fn coincide(a: f64, b: f64) -> bool {
+    (a - b).abs() <= 4.0 * f64::EPSILON * a.abs().max(b.abs())
+}
+
 /// The time at which a field is evaluated.
 #[derive(Debug)]
 pub struct Time {

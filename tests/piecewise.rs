@@ -126,23 +126,15 @@ fn a_field_of_an_empty_batch_sees_a_step_too() {
 }
 
 #[test]
-fn across_a_break_inside_a_step_each_stage_reads_the_field_of_its_time() {
-    for backwards in [false, true] {
+fn a_step_is_cut_in_two_at_a_break_inside() {
+    for times in [[0.2f64, 0.5], [0.5, 0.2]] {
         let field = PiecewiseConstant::new(&TIMES, growth(&rates(&A))).unwrap();
         let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
-        // 0.3 lies inside; the stages are at 0.2, 0.35 and 0.5.
-        let (times, [first, last]) = match backwards {
-            false => ([0.2, 0.5], [A[0], A[1]]),
-            true => ([0.5, 0.2], [A[1], A[0]]),
-        };
         let y = odeint(field, &y0, &times, &OdeOptions::default()).unwrap();
-        let h = times[1] - times[0];
-        let k1 = first;
-        let k2 = A[1] * (1.0 + 0.5 * h * k1);
-        let k3 = A[1] * (1.0 + 0.5 * h * k2);
-        let k4 = last * (1.0 + h * k3);
-        let exact = 1.0 + h / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4);
-        assert!((values(&y)[1] - exact).abs() < 8.0 * U_F64);
+        let factor = |z: f64| 1.0 + z * (1.0 + z / 2.0 * (1.0 + z / 3.0 * (1.0 + z / 4.0)));
+        let sign = (times[1] - times[0]).signum();
+        let exact = factor(sign * (0.3 - 0.2) * A[0]) * factor(sign * (0.5 - 0.3) * A[1]);
+        assert!((values(&y)[1] - exact).abs() < 8.0 * U_F64, "{times:?}");
     }
 }
 
@@ -181,13 +173,11 @@ fn error_of_rk4(m: usize, times: &[f64]) -> f64 {
 }
 
 #[test]
-fn rk4_has_order_four_where_steps_end_on_breaks_both_ways_and_one_across_a_break_inside() {
+fn rk4_has_order_four_where_steps_end_on_breaks_and_where_they_do_not() {
     let reversed: Vec<f64> = TIMES.iter().rev().copied().collect();
-    // 0.3 and 1 lie inside steps however often they are halved.
-    let across = [0.1, 1.15];
-    for (times, expected) in [(&TIMES[..], 4.0), (&reversed[..], 4.0), (&across[..], 1.0)] {
+    for times in [&TIMES[..], &reversed, &[0.1, 1.15], &[1.15, 0.1]] {
         let order = (error_of_rk4(8, times) / error_of_rk4(128, times)).log2() / 4.0;
-        assert!((order - expected).abs() < 0.3, "{times:?}: {order}");
+        assert!((order - 4.0).abs() < 0.3, "{times:?}: {order}");
     }
 }
 
@@ -300,5 +290,51 @@ proptest! {
         }
         prop_assert_eq!(field.interval(start - length), 0);
         prop_assert_eq!(field.interval(start + 2.0 * length), n - 1);
+    }
+}
+
+#[test]
+fn the_order_of_the_method_is_kept_across_breaks_inside_of_steps() {
+    // Time-dependent fields, whose one-sided values matter.
+    let wave = |rate: f64| {
+        let field = move |t: &Time, y: &Tensor| y * (rate * (1.0 + t.value()));
+        Box::new(field) as Growth
+    };
+    let z = |a: f64, b: f64, rate: f64| rate * ((b - a) + (b * b - a * a) / 2.0);
+    let sum = |times: &[f64]| (0..3).map(|i| z(times[i], times[i + 1], A[i])).sum::<f64>();
+    let exact = sum(&TIMES).exp();
+    for (times, exact) in [([0.0, 1.2], exact), ([1.2, 0.0], 1.0 / exact)] {
+        let field = || PiecewiseConstant::new(&TIMES, A.map(wave).into()).unwrap();
+        let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+        let error = |steps: Steps| {
+            let options = OdeOptions {
+                steps,
+                ..Default::default()
+            };
+            let ys = candle_diffeq::predict(&field(), &y0, &times, &options).unwrap();
+            (values(&ys)[1] / exact - 1.0).abs()
+        };
+        // No number of steps has an end at a break.
+        let errors = [7, 14, 28].map(|m| error(Steps::PerInterval(m)));
+        for pair in errors.windows(2) {
+            assert!(pair[0] / pair[1] > 12.0, "{errors:?}");
+        }
+        let at = |n: u32| {
+            let inner = (1..n).map(|i| 1.2 * f64::from(i) / f64::from(n));
+            error(Steps::At(match times[0] == 0.0 {
+                true => inner.collect(),
+                false => inner.rev().collect(),
+            }))
+        };
+        let [coarse, fine] = [18, 36].map(at);
+        assert!(coarse / fine > 12.0, "{coarse:e} {fine:e}");
+        let adaptive = candle_diffeq::Adaptive::new(1e-9, 1e-9);
+        let options = OdeOptions {
+            method: candle_diffeq::DOPRI5,
+            steps: Steps::Adaptive(adaptive),
+            ..Default::default()
+        };
+        let ys = candle_diffeq::predict(&field(), &y0, &times, &options).unwrap();
+        assert!((values(&ys)[1] / exact - 1.0).abs() < 1e-8);
     }
 }

@@ -204,7 +204,7 @@ mod tests {
 
     fn control(options: &Adaptive, times: &[f64]) -> Control {
         let grid = TimeGrid::new(times.to_vec()).unwrap();
-        Control::new(options, &DOPRI5, &grid).unwrap()
+        Control::new(options, &DOPRI5, &grid, &[]).unwrap()
     }
 
     /// All accepted attempts, where the error of a length is `r`.

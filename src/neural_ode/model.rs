@@ -75,6 +75,10 @@ impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
     fn known(&self) -> Option<&dyn Any> {
         self.ours()?.known()
     }
+
+    fn jumps(&self) -> Vec<f64> {
+        self.ours().map_or_else(Vec::new, |field| field.jumps())
+    }
 }
 
 /// Removes the variables that a constructor has created, unless it succeeds: not if it fails, and not if it

@@ -81,6 +81,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let (leaves, origin) = self.leaves(&problem, masters, &args)?;
         let builder = self.builder(&problem);
         let field = builder.build(&leaves, &args.leaves)?;
+        let problem = problem.meeting(&field.jumps(), &self.options)?;
         let plain = match field.known() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
             Some(_) => None,
@@ -236,6 +237,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let field = self
             .builder(&problem)
             .build(&copies, &detached(&args.leaves))?;
+        let problem = problem.meeting(&field.jumps(), &self.options)?;
         states(&problem, run(&problem, &*field, &y0, None, &|| false)?)
     }
 }

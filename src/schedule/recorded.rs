@@ -3,7 +3,7 @@
 use super::{Inside, Node, Output, Step};
 use crate::error::{Error, Result};
 use crate::memory::{push, room_within};
-use crate::time::TimeGrid;
+use crate::time::{coincide, TimeGrid};
 
 /// The steps that a solve has taken, in order, and the states that it has returned.
 #[derive(Clone, Debug)]
@@ -38,8 +38,13 @@ impl Recorded {
         }
     }
 
-    /// The steps between these times and the ends of the grid.
-    pub(super) fn at(grid: &TimeGrid, times: &[f64], output: Output) -> Result<Self> {
+    /// The steps between these times and the ends of the grid; one ends where the field jumps, too.
+    pub(super) fn at(
+        grid: &TimeGrid,
+        times: &[f64],
+        output: Output,
+        jumps: &[f64],
+    ) -> Result<Self> {
         let points = grid.points();
         let (first, last) = (points[0], points[points.len() - 1]);
         let forward = last >= first;
@@ -58,12 +63,23 @@ impl Recorded {
                 last,
             });
         }
+        let inside = |t: f64| follows(&[first, t]) && follows(&[t, last]);
+        for &jump in jumps.iter().filter(|&&t| inside(t)) {
+            let at = nodes.partition_point(|&t| t == jump || follows(&[t, jump]));
+            let near = |i: usize| nodes.get(i).is_some_and(|&t| coincide(t, jump));
+            if !near(at - 1) && !near(at) {
+                nodes.insert(at, jump);
+            }
+        }
         let mut record = Self::from(first, false);
         let mut points = points.iter().enumerate().peekable();
         let is_last = |i: usize| i + 1 == grid.points().len();
         for w in std::iter::once([first, first]).chain(nodes.windows(2).map(|w| [w[0], w[1]])) {
             if w[0] != w[1] {
                 record.push(w[0], w[1] - w[0], w[1])?;
+            }
+            if jumps.iter().any(|&jump| coincide(jump, w[1])) {
+                record.break_here();
             }
             while let Some((i, &t)) = points.next_if(|(_, &t)| t == w[1] || follows(&[t, w[1]])) {
                 let number = match output {
