@@ -1,6 +1,7 @@
 //! The vector field f of y' = f(t, y), and its pull-back.
 
 pub(crate) mod autograd;
+mod bound;
 pub(crate) mod check;
 pub(crate) mod pullback;
 
@@ -10,10 +11,9 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{Module, Tensor};
 
-#[cfg(feature = "cuda")]
-use crate::nn;
 use crate::state::State;
 use crate::time::Time;
+pub(crate) use bound::{Bound, Free, Leaves};
 
 /// A field over the leaves of a state.
 pub(crate) type Field<'f> = dyn VectorField<Vec<Tensor>> + 'f;
@@ -109,10 +109,16 @@ pub trait VectorField<S: State = Tensor> {
         vec![]
     }
 
-    /// The field itself, where it is one of [`nn`](crate::nn), which the solver may integrate in its
-    /// own way.
+    /// What the field offers to the solver beside evaluations, if it is one of [`nn`](crate::nn).
     #[doc(hidden)]
-    fn known(&self) -> Option<&dyn Any> {
+    fn offer(&self) -> Option<Offer> {
+        None
+    }
+
+    /// Evaluations of the field's own on a device.
+    #[doc(hidden)]
+    #[cfg(feature = "cuda")]
+    fn on_device(&self) -> Option<&dyn OnDevice> {
         None
     }
 
@@ -122,6 +128,28 @@ pub trait VectorField<S: State = Tensor> {
     fn is_constant_in(&self, _leaf: usize) -> bool {
         false
     }
+}
+
+/// What a field of this crate offers to the solver; others cannot make one.
+pub struct Offer(pub(crate) Box<dyn Any + Send + Sync>);
+
+/// A field that evaluates itself on a device, in fewer launches than its operations take.
+#[doc(hidden)]
+#[cfg(feature = "cuda")]
+pub trait OnDevice {
+    /// Whether it does so at this state.
+    fn takes(&self, y: &[Tensor]) -> bool;
+
+    /// f(t, y), without history.
+    fn velocity(&self, t: &Time, y: &[Tensor]) -> candle_core::Result<Vec<Tensor>>;
+
+    /// The same with its pull-back.
+    #[allow(clippy::type_complexity)]
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &[Tensor],
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)>;
 }
 
 /// A field that may outlive the call and cross threads, as candle's graph asks.
@@ -296,9 +324,16 @@ pub trait FieldWithArgs<S: State, A: State> {
         vec![]
     }
 
-    /// As [`VectorField::known`].
+    /// As [`VectorField::offer`].
     #[doc(hidden)]
-    fn known(&self) -> Option<&dyn Any> {
+    fn offer(&self) -> Option<Offer> {
+        None
+    }
+
+    /// Evaluations of the field's own on a device.
+    #[doc(hidden)]
+    #[cfg(feature = "cuda")]
+    fn on_device(&self) -> Option<&dyn OnDevice> {
         None
     }
 
@@ -317,156 +352,5 @@ where
 {
     fn velocity(&self, t: &Time, y: &S, args: &A) -> candle_core::Result<S> {
         self(t, y, args)
-    }
-}
-
-/// A field without arguments among those that have some.
-pub(crate) struct Free<F>(pub(crate) F);
-
-impl<S: State, F: VectorField<S>> FieldWithArgs<S, ()> for Free<F> {
-    fn velocity(&self, t: &Time, y: &S, (): &()) -> candle_core::Result<S> {
-        self.0.velocity(t, y)
-    }
-
-    fn vjp<'f>(&'f self, t: &Time, y: &S, (): &()) -> candle_core::Result<(S, Pullback<'f, S>)> {
-        self.0.vjp(t, y)
-    }
-
-    fn parameters(&self) -> Option<Vec<Tensor>> {
-        self.0.parameters()
-    }
-
-    fn known(&self) -> Option<&dyn Any> {
-        self.0.known()
-    }
-
-    fn jumps(&self) -> Vec<f64> {
-        self.0.jumps()
-    }
-
-    fn is_constant_in(&self, leaf: usize) -> bool {
-        self.0.is_constant_in(leaf)
-    }
-}
-
-/// A field with the arguments of one solve.
-pub(crate) struct Bound<P, A> {
-    pub(crate) field: P,
-    pub(crate) args: A,
-}
-
-impl<S, A, P> VectorField<S> for Bound<P, A>
-where
-    S: State,
-    A: State,
-    P: std::ops::Deref<Target: FieldWithArgs<S, A>>,
-{
-    fn velocity(&self, t: &Time, y: &S) -> candle_core::Result<S> {
-        self.field.velocity(t, y, &self.args)
-    }
-
-    fn vjp<'f>(&'f self, t: &Time, y: &S) -> candle_core::Result<(S, Pullback<'f, S>)> {
-        self.field.vjp(t, y, &self.args)
-    }
-
-    fn parameters(&self) -> Option<Vec<Tensor>> {
-        let mut listed = self.field.parameters()?;
-        listed.extend(self.args.leaves().into_iter().filter(Tensor::is_variable));
-        Some(listed)
-    }
-
-    fn known(&self) -> Option<&dyn Any> {
-        self.field.known()
-    }
-
-    fn jumps(&self) -> Vec<f64> {
-        self.field.jumps()
-    }
-
-    fn is_constant_in(&self, leaf: usize) -> bool {
-        self.field.is_constant_in(leaf)
-    }
-}
-
-/// A field over any state, owned or borrowed, seen by the solver as a field over its leaves.
-pub(crate) struct Leaves<P, S> {
-    field: P,
-    /// Arguments of which nobody asks the gradient.
-    constants: Vec<Tensor>,
-    state: std::marker::PhantomData<fn() -> S>,
-}
-
-impl<P, S> Leaves<P, S> {
-    pub(crate) fn new(field: P) -> Self {
-        Self {
-            field,
-            constants: vec![],
-            state: std::marker::PhantomData,
-        }
-    }
-
-    /// A field with these arguments: gradients of those that are no variables are left out.
-    pub(crate) fn with_args(field: P, args: &[Tensor]) -> Self {
-        let constants = args.iter().filter(|a| !a.is_variable());
-        Self {
-            constants: constants.cloned().collect(),
-            ..Self::new(field)
-        }
-    }
-}
-
-impl<S, P> VectorField<Vec<Tensor>> for Leaves<P, S>
-where
-    S: State,
-    P: std::ops::Deref<Target: VectorField<S>>,
-{
-    fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
-        #[cfg(feature = "cuda")]
-        if let Some(mlp) = self.known().and_then(|known| nn::cuda::layered(known, y)) {
-            return Ok(vec![nn::cuda::velocity(mlp, t, &y[0])?]);
-        }
-        let y = S::from_leaves(y.clone())?;
-        Ok(self.field.velocity(t, &y)?.leaves())
-    }
-
-    fn vjp<'f>(
-        &'f self,
-        t: &Time,
-        y: &Vec<Tensor>,
-    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
-        #[cfg(feature = "cuda")]
-        if let Some(mlp) = self.known().and_then(|known| nn::cuda::layered(known, y)) {
-            let (k, pull) = nn::cuda::vjp(mlp, t, &y[0])?;
-            return Ok((vec![k], pull));
-        }
-        let (k, pull) = self.field.vjp(t, &S::from_leaves(y.clone())?)?;
-        let pull = move |v: &Vec<Tensor>| {
-            let Cotangents { y, t, mut params } = pull(&S::from_leaves(v.clone())?)?;
-            for argument in &self.constants {
-                params.remove(argument);
-            }
-            Ok(Cotangents {
-                y: y.leaves(),
-                t,
-                params,
-            })
-        };
-        Ok((k.leaves(), Box::new(pull)))
-    }
-
-    fn parameters(&self) -> Option<Vec<Tensor>> {
-        self.field.parameters()
-    }
-
-    fn known(&self) -> Option<&dyn Any> {
-        self.field.known()
-    }
-
-    fn jumps(&self) -> Vec<f64> {
-        self.field.jumps()
-    }
-
-    fn is_constant_in(&self, leaf: usize) -> bool {
-        self.field.is_constant_in(leaf)
     }
 }

@@ -36,7 +36,7 @@
 //! # Layout
 //!
 //! Dependencies go in one direction: a module uses only modules before it in this list.  A test reads the list and
-//! checks every module against it, except unit tests and code behind the feature `cuda`.
+//! checks every module against it, except unit tests.
 //!
 //! * `stats`, `error`: what a solve has done, and what can go wrong.
 //! * `tableau`: coefficients of methods, and their interpolants.
@@ -44,13 +44,16 @@
 //! * `adaptive`: adaptive steps: tolerances, controllers, and decisions about a step as pure numbers.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
-//! * `precision`, `simd`, `ops`: dtype roles; kernels for vector units; fused operations on tensors, which round.
-//! * `scaler`, `watch`: scales of the adjoint, detection of NaN and infinity.
-//! * `step`, `trajectory`: one step and its linearisation; which states are kept for the backward pass.
+//! * `precision`, `scaler`: dtype roles, scales of the adjoint.
+//! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.
+//! * `watch`, `loss_scaler`: detection of NaN and infinity; a scale of the loss around a solve.
+//! * `step`, `replay`, `trajectory`: one step and its linearisation; the sequence of forward steps; which states are
+//!   kept for the backward pass.
 //! * `problem`, `arguments`: what the forward and the backward pass both need; the arguments of a field.
 //! * `reverse`: what a solve hands to its backward pass, whichever way it was solved.
-//! * `accumulator`, `adjoint`, `replay`: sums of gradients, the backward sweep, the sequence of forward steps.
-//! * `loss`, `rows`: losses that are means over rows; the forward and the backward pass, tile by tile.
+//! * `accumulator`, `adjoint`: sums of gradients, the backward sweep.
+//! * `rows`, `loss`: the forward and the backward pass, tile by tile; losses that are means over rows.
+//! * `offer`: what fields of this crate offer to the solver beside evaluations.
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: both passes by any of the solvers; a solve as a node of candle's graph, or without.
@@ -76,12 +79,14 @@ mod field;
 mod integrate;
 mod link;
 mod loss;
+mod loss_scaler;
 mod memory;
 mod mmd;
 mod neural_ode;
 pub mod nn;
 mod node;
 mod odeint;
+mod offer;
 mod ops;
 mod parameters;
 mod passes;
@@ -134,7 +139,8 @@ pub mod fields {
 
 /// Scales that keep cotangents within the range of f16: inside a solve, and around one.
 pub mod scaling {
-    pub use crate::scaler::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
+    pub use crate::loss_scaler::{LossScaler, Stepped};
+    pub use crate::scaler::{DynamicScaling, OnOverflow, Scaling};
 }
 
 /// What adaptive steps are controlled by: tolerances, controllers, norms.

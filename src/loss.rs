@@ -6,6 +6,7 @@ use candle_nn::loss::cross_entropy;
 
 use crate::error::{Error, Result};
 use crate::problem::Problem;
+use crate::rows::{Grade, RowGrade, RowsOf};
 use crate::schedule::Output;
 use crate::simd::Element;
 use crate::state::RowLayout;
@@ -131,7 +132,7 @@ impl RowLoss {
     }
 
     /// The loss for tiles of a problem that it fits; `None` where tiles do not have it.
-    pub(crate) fn prepared<T: Element>(
+    fn prepared<T: Element>(
         &self,
         problem: &Problem,
         layout: &RowLayout,
@@ -156,6 +157,18 @@ impl RowLoss {
     }
 }
 
+impl RowGrade for RowLoss {
+    fn single(&self, problem: &Problem, layout: &RowLayout) -> Result<Option<Box<dyn Grade<f32>>>> {
+        let prepared = self.prepared::<f32>(problem, layout)?;
+        Ok(prepared.map(|loss| Box::new(loss) as _))
+    }
+
+    fn double(&self, problem: &Problem, layout: &RowLayout) -> Result<Option<Box<dyn Grade<f64>>>> {
+        let prepared = self.prepared::<f64>(problem, layout)?;
+        Ok(prepared.map(|loss| Box::new(loss) as _))
+    }
+}
+
 impl std::fmt::Display for RowLoss {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -174,26 +187,15 @@ impl std::fmt::Display for RowLoss {
 }
 
 /// A [`RowLoss`] for tiles.
-pub(crate) enum Prepared<T> {
+enum Prepared<T> {
     /// The target, packed `(outputs, elements)`.
     MeanSquaredError(Vec<T>),
     GaussianNll,
     CrossEntropy(Vec<u32>),
 }
 
-/// Some rows of one returned state, leaf after leaf.
-pub(crate) struct RowsOf<'a, T> {
-    /// Which of the outputs, and of how many.
-    pub(crate) output: (usize, usize),
-    /// The first row.
-    pub(crate) first: usize,
-    /// The rows of the first leaf, and of the second where there is one.
-    pub(crate) y: &'a [T],
-}
-
-impl<T: Element> Prepared<T> {
-    /// The part of the mean that is of these rows, and its derivative in place of a copy of them.
-    pub(crate) fn grade(&self, layout: &RowLayout, of: &RowsOf<'_, T>, cotangent: &mut [T]) -> f64 {
+impl<T: Element> Grade<T> for Prepared<T> {
+    fn grade(&self, layout: &RowLayout, of: &RowsOf<'_, T>, cotangent: &mut [T]) -> f64 {
         let features = layout.features[0];
         let rows = of.y.len() / layout.dim();
         let z = &of.y[..rows * features];

@@ -20,8 +20,8 @@ use candle_nn::{VarBuilder, VarMap};
 use crate::error::Result;
 use crate::field::{Bound, FieldWithArgs, Free, Leaves, OwnedField, SharedField, VectorField};
 use crate::loss::RowLoss;
-use crate::nn;
 use crate::node::{in_graph, node};
+use crate::offer::Offered;
 use crate::precision::{Precision, Rounding};
 use crate::problem::{OdeOptions, Problem};
 use crate::solution::Solution;
@@ -293,13 +293,13 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             state: PhantomData,
         };
         let ids: Vec<_> = ode.masters()?.iter().map(|var| var.id()).collect();
-        let known = field.as_ref().and_then(|field| field.known());
-        let packable = known.and_then(nn::rows_of).is_some_and(|rows| {
+        let offered = Offered::from(field.and_then(|field| field.offer()));
+        let as_they_are = |offered: &Offered| {
+            let rows = offered.rows.as_ref();
             // What a constructor computes from variables must be computed anew for each solve.
-            let weights = rows.weights();
-            weights.iter().all(|weight| ids.contains(&weight.id()))
-        });
-        let field = known.filter(|_| packable).and_then(nn::shared);
+            rows.is_some_and(|rows| rows.weights().iter().all(|w| ids.contains(&w.id())))
+        };
+        let field = offered.filter(as_they_are).map(|offered| offered.shared);
         ode.packable = field.map(|field| Packable { field, ids });
         Ok(ode)
     }

@@ -127,7 +127,7 @@ fn closure_in_graph<S: State>(
     let field = bind(args.leaves.clone())?;
     let problem = problem.meeting(&field.jumps(), options)?;
     let joined = Packing::join(&y0, problem.state())?;
-    let checks = options.check != FieldCheck::Never && field.known().is_none();
+    let checks = options.check != FieldCheck::Never && field.offer().is_none();
     let identity = check::pattern(check::key(kind, (0, false), &[&y0, &args.leaves]), &[]);
     let observed = Observed::closure(&*field, true).solving(&problem, identity, checks);
     let tracked = joined.track_op() || problem.grid.is_tracked() || args.is_tracked();

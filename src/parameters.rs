@@ -4,7 +4,6 @@
 //! forward pass is observed, and θ is the union over all its evaluations; a parameter that none of
 //! them read gets no gradient, and no optimiser touches it.
 
-use std::any::Any;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
@@ -13,7 +12,7 @@ use candle_core::{DType, Device, Tensor, TensorId, Var};
 use crate::arguments::Args;
 use crate::error::{Error, Result};
 use crate::field::check::{self, Point};
-use crate::field::{pullback::alike, Field, Pullback, VectorField};
+use crate::field::{pullback::alike, Field, Offer, Pullback, VectorField};
 use crate::ops;
 use crate::problem::Problem;
 use crate::time::Time;
@@ -312,8 +311,8 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
         self.tracked.parameters()
     }
 
-    fn known(&self) -> Option<&dyn Any> {
-        self.tracked.known()
+    fn offer(&self) -> Option<Offer> {
+        self.tracked.offer()
     }
 }
 

@@ -5,13 +5,12 @@ use candle_core::Tensor;
 use crate::error::{Error, Result};
 use crate::field::Field;
 use crate::integrate::{integrate, Forward};
-use crate::loss::RowLoss;
-use crate::nn;
+use crate::offer::Offered;
 use crate::ops;
 use crate::parameters::Theta;
 use crate::problem::Problem;
 use crate::reverse::{Adjoint, Backward, Reversible};
-use crate::rows::Solved;
+use crate::rows::{RowGrade, Solved};
 use crate::stats::Stats;
 use crate::trajectory::Checkpoint;
 
@@ -22,11 +21,11 @@ pub(crate) fn run(
     problem: &Problem,
     field: &Field<'_>,
     y0: &Tensor,
-    loss: Option<&RowLoss>,
+    loss: Option<&dyn RowGrade>,
     keep: &dyn Fn() -> bool,
 ) -> Result<Forward> {
     counted(problem, |stats| {
-        let tiles = match field.known().is_some() && !keep() {
+        let tiles = match field.offer().is_some() && !keep() {
             true => advance_tiles(&problem.keeping_nothing(), field, y0, loss, stats)?,
             false => advance_tiles(problem, field, y0, loss, stats)?,
         };
@@ -43,7 +42,7 @@ pub(crate) fn run_tiles(
     problem: &Problem,
     field: &Field<'_>,
     y0: &Tensor,
-    loss: Option<&RowLoss>,
+    loss: Option<&dyn RowGrade>,
 ) -> Result<Option<Forward>> {
     counted(problem, |stats| {
         advance_tiles(problem, field, y0, loss, stats)
@@ -65,19 +64,22 @@ fn advance_tiles(
     problem: &Problem,
     field: &Field<'_>,
     y0: &Tensor,
-    loss: Option<&RowLoss>,
+    loss: Option<&dyn RowGrade>,
     stats: &mut Stats,
 ) -> Result<Option<Forward>> {
-    let Some(known) = field.known() else {
+    let Some(offered) = Offered::from(field.offer()) else {
         return Ok(None);
     };
     let packed = y0.detach().flatten_all()?;
     #[cfg(feature = "cuda")]
     if problem.device().is_cuda() {
-        let solved = nn::cuda::solve(known, problem, &packed, stats)?;
+        let solved = match &offered.launch {
+            Some(launch) => launch.solve(problem, &packed, stats)?,
+            None => None,
+        };
         return Ok(solved.map(of_rows));
     }
-    let Some(rows) = nn::rows_of(known) else {
+    let Some(rows) = offered.rows else {
         return Ok(None);
     };
     if loss.is_some() && problem.checkpoint != Checkpoint::Nothing {

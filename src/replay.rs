@@ -14,7 +14,7 @@ use crate::step::{Scheme, Taken};
 use crate::watch::Watch;
 
 #[cfg(feature = "cuda")]
-pub(crate) use device::{overwrite, refusal, Fixture};
+pub(crate) use device::{overwrite, refusal};
 
 /// Takes the steps of a pass.
 pub(crate) struct StepSequence<'a> {

@@ -7,6 +7,9 @@
 //! Every sum is formed in state precision from the state-precision y_n, so nothing piles up.
 
 #[cfg(feature = "cuda")]
+mod fixture;
+
+#[cfg(feature = "cuda")]
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -17,12 +20,12 @@ use crate::ops;
 #[cfg(feature = "cuda")]
 use crate::ops::cuda::{self, Clock};
 use crate::precision::{Roles, Rounding};
-#[cfg(feature = "cuda")]
-use crate::replay::Fixture;
 use crate::schedule::Step;
 use crate::tableau::Tableau;
 use crate::time::Time;
 use crate::watch::Watch;
+#[cfg(feature = "cuda")]
+pub(crate) use fixture::Fixture;
 
 /// k_i of every stage, `None` where a stage was not evaluated.
 pub(crate) type Increments = Vec<Option<Vec<Tensor>>>;

@@ -12,9 +12,9 @@ use super::Sweep;
 use crate::accumulator::Accumulator;
 use crate::error::Result;
 use crate::ops::cuda::{capture, keep_uploads, Captured, Graph, SweepState};
-use crate::replay::{overwrite, refusal, Fixture};
+use crate::replay::{overwrite, refusal};
 use crate::stats::{NotReplayed, Stats};
-use crate::step::Scheme;
+use crate::step::{Fixture, Scheme};
 
 /// How far a pass has come.
 pub(super) enum SweepReplay {

@@ -1,13 +1,14 @@
 //! The model of a neural ODE: its constructor, and the variables that this asks for.
 
-use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Module, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
 
-use crate::field::{autograd, OwnedField, Pullback, VectorField};
+#[cfg(feature = "cuda")]
+use crate::field::OnDevice;
+use crate::field::{autograd, Offer, OwnedField, Pullback, VectorField};
 use crate::nn;
 use crate::time::Time;
 
@@ -72,8 +73,13 @@ impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
         self.ours()?.parameters()
     }
 
-    fn known(&self) -> Option<&dyn Any> {
-        self.ours()?.known()
+    fn offer(&self) -> Option<Offer> {
+        self.ours()?.offer()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self) -> Option<&dyn OnDevice> {
+        self.ours()?.on_device()
     }
 
     fn jumps(&self) -> Vec<f64> {

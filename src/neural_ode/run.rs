@@ -65,7 +65,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
         let keep = !in_graph || tracked || !masters.is_empty();
         if let Some(field) = self.packable(&problem, &masters) {
-            if let Some(forward) = run_tiles(&problem, &*field, &y0, loss)? {
+            if let Some(forward) = run_tiles(&problem, &*field, &y0, loss.map(|loss| loss as _))? {
                 let theta = Observed::closure(&*field, true).into_parameters();
                 let theta = Theta::copied(theta.clone(), theta);
                 return Ok(Solve {
@@ -82,7 +82,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let builder = self.builder(&problem);
         let field = builder.build(&leaves, &args.leaves)?;
         let problem = problem.meeting(&field.jumps(), &self.options)?;
-        let plain = match field.known() {
+        let plain = match field.offer() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
             Some(_) => None,
             None => Some(builder.build(&detached(&leaves), &detached(&args.leaves))?),
@@ -107,7 +107,13 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }
-        let forward = run(&problem, &observed, &y0, loss, &|| keep)?;
+        let forward = run(
+            &problem,
+            &observed,
+            &y0,
+            loss.map(|loss| loss as _),
+            &|| keep,
+        )?;
         if let (true, Some(plain)) = (wanted, &plain) {
             let fields: [&Field<'_>; 2] = [&*field, &**plain];
             let sound = self.is_sound(fields, &observed, &builder, &leaves, &args, &problem)?;

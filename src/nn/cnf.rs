@@ -3,8 +3,6 @@
 mod tiles;
 mod trace;
 
-use std::any::Any;
-
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor};
 use pulp::Simd;
@@ -12,7 +10,8 @@ use pulp::Simd;
 use super::linear::{matmul, sum_of_rows, transposed_matmul};
 use super::{wrong_state, Mlp};
 use crate::error::Error;
-use crate::field::{Cotangents, Pullback, VectorField};
+use crate::field::{Cotangents, Offer, Pullback, VectorField};
+use crate::offer::Offered;
 use crate::rows::RowField;
 use crate::simd::Element;
 use crate::state::RowLayout;
@@ -200,8 +199,8 @@ impl VectorField<(Tensor, Tensor)> for Cnf {
         Some(tracked.cloned().collect())
     }
 
-    fn known(&self) -> Option<&dyn Any> {
-        Some(self)
+    fn offer(&self) -> Option<Offer> {
+        Some(Offered::of::<(Tensor, Tensor), _>(self, self.has_tiles()).into())
     }
 }
 

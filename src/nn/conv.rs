@@ -2,15 +2,14 @@
 
 mod tiles;
 
-use std::any::Any;
-
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Module, Result, Tensor, D};
 use candle_nn::{Conv2d, Conv2dConfig, Init, VarBuilder};
 
 use super::Activation;
 use super::{add_gradient, wrong_state, Checked};
-use crate::field::{Cotangents, Pullback, VectorField};
+use crate::field::{Cotangents, Offer, Pullback, VectorField};
+use crate::offer::Offered;
 use crate::time::Time;
 
 /// f(t, y) = w_L ∗ σ(… σ(w_1 ∗ y + b_1) …) + b_L, with `[out, in, k, k]` filters, k odd, of stride 1
@@ -416,7 +415,7 @@ impl VectorField<Tensor> for ConvField {
         Some(tracked.cloned().collect())
     }
 
-    fn known(&self) -> Option<&dyn Any> {
-        Some(self)
+    fn offer(&self) -> Option<Offer> {
+        Some(Offered::of::<Tensor, _>(self, self.has_tiles()).into())
     }
 }

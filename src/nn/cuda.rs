@@ -1,7 +1,6 @@
 //! Fields of ours on NVIDIA GPUs: whole solves in one launch each way where the network fits onto a
 //! multiprocessor, and otherwise layers in few launches.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
@@ -9,10 +8,12 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Shape, Tensor, TensorId};
 
 use super::mlp::Mlp;
+use super::Activation;
 use crate::error::{Error, Result};
-use crate::field::{Cotangents, Pullback};
+use crate::field::{Cotangents, OnDevice, Pullback};
+use crate::offer::Launch;
 use crate::ops::cuda::mlp::{self, Failure, Forward, LayerOf, SmallNet, Step};
-use crate::ops::cuda::{activate, pull, NONE};
+use crate::ops::cuda::{activate, pull};
 use crate::problem::Problem;
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::rows::{gradient_of, Solved};
@@ -21,22 +22,23 @@ use crate::stats::Stats;
 use crate::time::Time;
 use crate::trajectory::Checkpoint;
 
+/// σ of a layer that has none, as kernels know it.
+const NONE: i32 = Activation::ALL.len() as i32;
+
 /// Features of the widest layer of a network that is solved in one launch.
 const WIDEST: usize = 128;
 
-/// Solves a problem whose field is a small perceptron; `None` if it is another one.
-pub(crate) fn solve(
-    field: &dyn Any,
-    problem: &Problem,
-    y0: &Tensor,
-    stats: &mut Stats,
-) -> Result<Option<Solved>> {
-    let Some(mlp) = field
-        .downcast_ref::<Mlp>()
-        .filter(|mlp| suits(mlp, problem))
-    else {
-        return Ok(None);
-    };
+impl Launch for Mlp {
+    fn solve(&self, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result<Option<Solved>> {
+        match suits(self, problem) {
+            true => solve(self, problem, y0, stats),
+            false => Ok(None),
+        }
+    }
+}
+
+/// Solves a problem that the kernels know; `None` if the network does not fit.
+fn solve(mlp: &Mlp, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result<Option<Solved>> {
     let layers: Vec<_> = mlp
         .layers
         .iter()
@@ -230,13 +232,27 @@ impl Reversible for Trajectory {
     }
 }
 
-/// Whether an evaluation at y is one of [`velocity`] and [`vjp`].
-pub(crate) fn layered<'f>(field: &'f dyn Any, y: &[Tensor]) -> Option<&'f Mlp> {
-    let mlp = field.downcast_ref::<Mlp>()?;
-    let [y] = y else { return None };
-    let weight = &mlp.layers.first()?.weight;
-    let plain = y.device().is_cuda() && y.dtype() == weight.dtype() && y.elem_count() > 0;
-    (plain && y.dims().last() == Some(&mlp.features())).then_some(mlp)
+impl OnDevice for Mlp {
+    fn takes(&self, y: &[Tensor]) -> bool {
+        let ([y], Some(first)) = (y, self.layers.first()) else {
+            return false;
+        };
+        let plain = y.device().is_cuda() && y.dtype() == first.weight.dtype() && y.elem_count() > 0;
+        plain && y.dims().last() == Some(&self.features())
+    }
+
+    fn velocity(&self, t: &Time, y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
+        Ok(vec![velocity(self, t, &y[0])?])
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &[Tensor],
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        let (k, pull) = vjp(self, t, &y[0])?;
+        Ok((vec![k], pull))
+    }
 }
 
 /// What layers keep of an evaluation: what each read, and the slopes of the hidden ones.
@@ -269,16 +285,12 @@ impl Mlp {
 }
 
 /// f(t, y).
-pub(crate) fn velocity(mlp: &Mlp, t: &Time, y: &Tensor) -> Result<Tensor> {
+fn velocity(mlp: &Mlp, t: &Time, y: &Tensor) -> Result<Tensor> {
     Ok(mlp.detached().at(t)?.detached().in_layers(y, false)?.0)
 }
 
 /// f(t, y) and its pull-back: slopes are kept, bias gradients are summed over the batch in f32.
-pub(crate) fn vjp<'f>(
-    mlp: &'f Mlp,
-    t: &Time,
-    y: &Tensor,
-) -> Result<(Tensor, Pullback<'f, Vec<Tensor>>)> {
+fn vjp<'f>(mlp: &'f Mlp, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Vec<Tensor>>)> {
     let (at, t) = (mlp.detached().at(t)?.detached(), mlp.time_of(t)?);
     let (k, (inputs, slopes)) = at.in_layers(y, true)?;
     let shape: Shape = y.shape().clone();

@@ -2,8 +2,6 @@
 
 mod tiles;
 
-use std::any::Any;
-
 use candle_core::backprop::GradStore;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
@@ -11,7 +9,10 @@ use candle_nn::{Linear, VarBuilder};
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
 use super::Activation;
 use super::{add_gradient, coefficients, wrong_state, Checked};
-use crate::field::{Cotangents, Pullback, VectorField};
+#[cfg(feature = "cuda")]
+use crate::field::OnDevice;
+use crate::field::{Cotangents, Offer, Pullback, VectorField};
+use crate::offer::Offered;
 use crate::time::Time;
 
 /// f(t, y) = W_L σ(… σ(W_1 [y, t] + b_1) …) + b_L, with `[out, in]` weights.
@@ -338,7 +339,15 @@ impl VectorField<Tensor> for Mlp {
         Some(tracked.cloned().collect())
     }
 
-    fn known(&self) -> Option<&dyn Any> {
+    fn offer(&self) -> Option<Offer> {
+        let offered = Offered::of::<Tensor, _>(self, true);
+        #[cfg(feature = "cuda")]
+        let offered = offered.launched(self.clone());
+        Some(offered.into())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_device(&self) -> Option<&dyn OnDevice> {
         Some(self)
     }
 }

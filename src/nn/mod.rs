@@ -41,42 +41,14 @@ pub use norm::{
 pub use ot_flow::OtFlow;
 
 use std::any::Any;
-use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
 
 use crate::error::Error;
-use crate::field::{Leaves, SharedField, VectorField};
-use crate::rows::Rows;
-use crate::state::State;
+use crate::field::VectorField;
 
-/// A field of ours as one that can be integrated tile by tile.
-pub(crate) fn rows_of(field: &dyn Any) -> Option<Rows<'_>> {
-    let mlp = field.downcast_ref::<Mlp>().map(Rows::new);
-    let conv = field.downcast_ref::<ConvField>();
-    let conv = conv.filter(|conv| conv.has_tiles()).map(Rows::new);
-    let cnf = field.downcast_ref::<Cnf>();
-    let cnf = cnf.filter(|cnf| cnf.has_tiles()).map(Rows::new);
-    mlp.or(conv).or(cnf)
-}
-
-/// A field of ours as one that other threads may use.
-pub(crate) fn shared(field: &dyn Any) -> Option<SharedField> {
-    fn share<S, F>(field: &F) -> SharedField
-    where
-        S: State + 'static,
-        F: VectorField<S> + Clone + Send + Sync + 'static,
-    {
-        Arc::new(Leaves::<Box<F>, S>::new(Box::new(field.clone())))
-    }
-    let mlp = field.downcast_ref::<Mlp>().map(share::<Tensor, _>);
-    let conv = field.downcast_ref::<ConvField>().map(share::<Tensor, _>);
-    let cnf = field.downcast_ref::<Cnf>();
-    mlp.or(conv).or(cnf.map(share::<(Tensor, Tensor), _>))
-}
-
-/// The vector field that a module of ours is.
+/// The vector field that a module of ours is: candle's trait of modules cannot say so itself.
 pub(crate) fn field_of(module: &dyn Any) -> Option<&dyn VectorField<Tensor>> {
     let mlp = module.downcast_ref::<Mlp>();
     let conv = module.downcast_ref::<ConvField>();

@@ -4,18 +4,16 @@
 //! to the memory that the graph will use and with h and t read from there: what it needs is then on the
 //! device.  The next is captured and launched, the others are launched.  Only what is kept is copied out.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, TensorId};
+use candle_core::{Tensor, TensorId};
 
 use crate::error::Result;
 use crate::field::Field;
-use crate::ops::cuda::{capture, keep_uploads, obstacle, Captured, Clock, Graph};
+use crate::ops::cuda::{capture, keep_uploads, obstacle, Captured, Graph};
 use crate::schedule::Step;
 use crate::stats::{NotReplayed, Stats};
-use crate::step::{Scheme, Taken};
-use crate::time::Time;
+use crate::step::{Fixture, Scheme, Taken};
 use crate::watch::Watch;
 
 /// Fewest steps of a solve that are replayed: one is taken to learn, one to capture.
@@ -31,40 +29,6 @@ pub(crate) fn refusal(scheme: &Scheme, steps: usize) -> Option<NotReplayed> {
         return Some(NotReplayed::FewSteps { steps, least });
     }
     obstacle(&scheme.device)
-}
-
-/// What steps that are replayed have in common.
-#[derive(Debug)]
-pub(crate) struct Fixture {
-    pub(crate) clock: Clock,
-    value_read: AtomicBool,
-}
-
-impl Fixture {
-    /// For the steps of a scheme.
-    pub(crate) fn new(scheme: &Scheme) -> Result<Self> {
-        let (dtype, stages): (DType, _) = (scheme.roles[0].state, scheme.tableau.stages());
-        Ok(Self {
-            clock: Clock::new(&scheme.device, dtype, stages)?,
-            value_read: AtomicBool::new(false),
-        })
-    }
-
-    /// Notes whether a field read the value of its time.
-    pub(crate) fn note(&self, time: &Time) {
-        self.value_read.fetch_or(time.was_read(), Ordering::Relaxed);
-    }
-
-    /// Whether any did.
-    pub(crate) fn value_was_read(&self) -> bool {
-        self.value_read.load(Ordering::Relaxed)
-    }
-
-    /// Shows a step, and the number of its first look.
-    pub(crate) fn show(&self, scheme: &Scheme, step: Step, look: u32) -> Result<()> {
-        let times: Vec<_> = scheme.tableau.c().iter().map(|&c| step.at(c)).collect();
-        self.clock.tick(step.h, &times, look, step.index)
-    }
 }
 
 /// x ← value, in x's own memory.

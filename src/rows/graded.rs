@@ -9,11 +9,11 @@ use pulp::Simd;
 use super::activations::{KeptEvaluations, Selection};
 use super::backward::{self, add_up, Pass, Seed};
 use super::forward::{self, Integrate};
+use super::grade::{Grade, RowsOf};
 use super::tile::Tiled;
 use super::window::Window;
 use super::{numbers, on_all_threads, Failure, Solved, Task, TilePlan};
 use crate::error::{Error, Result};
-use crate::loss::{Prepared, RowsOf};
 use crate::memory::zeros;
 use crate::problem::ActivationCache;
 use crate::reverse::{Adjoint, Backward, Reversible};
@@ -62,7 +62,7 @@ pub(super) fn run<T: Element, S: Simd>(
     s: S,
     field: &dyn Tiled<T, S>,
     task: Task<'_, T>,
-    loss: &Prepared<T>,
+    loss: &dyn Grade<T>,
     stats: &mut Stats,
 ) -> Result<Solved> {
     let Task { plan, y0, weights } = task;
@@ -174,7 +174,7 @@ impl<T: Element> GradedGroup<T> {
 
 /// The loss of a group, and its cotangents in the order of its states.
 fn grade<T: Element>(
-    loss: &Prepared<T>,
+    loss: &dyn Grade<T>,
     plan: &TilePlan<'_>,
     group: &forward::IntegratedGroup<T>,
 ) -> Result<(f64, Vec<T>)> {

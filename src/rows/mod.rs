@@ -10,6 +10,7 @@
 mod activations;
 mod backward;
 mod forward;
+mod grade;
 mod graded;
 mod pulls;
 mod stepper;
@@ -27,7 +28,6 @@ use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
 use crate::error::{Error, MemoryNeed, Result};
-use crate::loss::{Prepared, RowLoss};
 use crate::precision::Low;
 use crate::problem::Problem;
 use crate::reverse::Reversible;
@@ -37,6 +37,7 @@ use crate::state::RowLayout;
 use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
+pub(crate) use grade::{Grade, RowGrade, RowsOf};
 pub(crate) use tile::{Slot, TileField};
 use tile::{Tiled, Wide};
 
@@ -59,11 +60,11 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
     fn tiles<T: Element, S: Simd>(&self, s: S, shapes: &[Shape]) -> Result<Self::Tiles<T>>;
 }
 
-/// A [`RowField`] of any kind, as a vector field hands it to the solver.
-pub(crate) struct Rows<'f>(Box<dyn AnyRows + 'f>);
+/// A [`RowField`] of any kind, as a vector field offers it to the solver.
+pub(crate) struct Rows(Box<dyn AnyRows>);
 
-impl<'f> Rows<'f> {
-    pub(crate) fn new<F: RowField>(field: &'f F) -> Self {
+impl Rows {
+    pub(crate) fn new<F: RowField>(field: F) -> Self {
         Self(Box::new(field))
     }
 
@@ -78,7 +79,7 @@ impl<'f> Rows<'f> {
         &self,
         problem: &Problem,
         y0: &Tensor,
-        loss: Option<&RowLoss>,
+        loss: Option<&dyn RowGrade>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
         let Some(layout) = self.0.layout(problem.packing.shapes()) else {
@@ -103,12 +104,14 @@ impl<'f> Rows<'f> {
         let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
         let plan = TilePlan::new(problem, schedule, &layout);
         if held(DType::F32) && stores(roles[0].store.to) {
-            match Wanted::of(loss, &plan)? {
+            let prepared = |loss: &dyn RowGrade| loss.single(problem, &layout);
+            match Wanted::of(loss, &plan, &prepared)? {
                 Some(wanted) => self.0.single(self.task(&plan, y0)?, wanted, stats),
                 None => Ok(None),
             }
         } else if held(DType::F64) && stores(DType::F64) {
-            match Wanted::of(loss, &plan)? {
+            let prepared = |loss: &dyn RowGrade| loss.double(problem, &layout);
+            match Wanted::of(loss, &plan, &prepared)? {
                 Some(wanted) => self.0.double(self.task(&plan, y0)?, wanted, stats),
                 None => Ok(None),
             }
@@ -133,7 +136,7 @@ pub(crate) struct Solved {
 }
 
 /// [`RowField`] without its type.
-trait AnyRows {
+trait AnyRows: Send + Sync {
     fn weights(&self) -> Vec<Tensor>;
 
     fn reads_time(&self) -> bool;
@@ -157,17 +160,17 @@ trait AnyRows {
     ) -> Result<Option<Solved>>;
 }
 
-impl<F: RowField> AnyRows for &F {
+impl<F: RowField> AnyRows for F {
     fn weights(&self) -> Vec<Tensor> {
-        RowField::weights(*self)
+        RowField::weights(self)
     }
 
     fn reads_time(&self) -> bool {
-        RowField::reads_time(*self)
+        RowField::reads_time(self)
     }
 
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
-        RowField::layout(*self, shapes)
+        RowField::layout(self, shapes)
     }
 
     fn single(
@@ -176,7 +179,7 @@ impl<F: RowField> AnyRows for &F {
         wanted: Wanted<f32>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        solve_in(*self, task, wanted, stats)
+        solve_in(self, task, wanted, stats)
     }
 
     fn double(
@@ -185,7 +188,7 @@ impl<F: RowField> AnyRows for &F {
         wanted: Wanted<f64>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        solve_in(*self, task, wanted, stats)
+        solve_in(self, task, wanted, stats)
     }
 }
 
@@ -211,15 +214,22 @@ struct Task<'a, T> {
     weights: Vec<Tensor>,
 }
 
+/// What makes a loss over numbers of T of one that does not know its numbers yet.
+type Preparation<'a, T> = dyn Fn(&dyn RowGrade) -> Result<Option<Box<dyn Grade<T>>>> + 'a;
+
 /// What a solve returns.
 enum Wanted<T> {
     States,
-    Loss(Prepared<T>),
+    Loss(Box<dyn Grade<T>>),
 }
 
 impl<T: Element> Wanted<T> {
     /// `None` of a loss that is left to two passes.
-    fn of(loss: Option<&RowLoss>, plan: &TilePlan<'_>) -> Result<Option<Self>> {
+    fn of(
+        loss: Option<&dyn RowGrade>,
+        plan: &TilePlan<'_>,
+        prepared: &Preparation<'_, T>,
+    ) -> Result<Option<Self>> {
         let (Some(loss), problem) = (loss, plan.problem) else {
             return Ok(Some(Self::States));
         };
@@ -230,7 +240,7 @@ impl<T: Element> Wanted<T> {
         if !scales || !problem.stores_state() {
             return Ok(None);
         }
-        Ok(loss.prepared::<T>(problem, plan.layout)?.map(Self::Loss))
+        Ok(prepared(loss)?.map(Self::Loss))
     }
 }
 
@@ -271,7 +281,7 @@ fn solve_tiles<T: Element, S: Simd>(
 ) -> Result<Solved> {
     match wanted {
         Wanted::States => forward::run(s, field, task, stats),
-        Wanted::Loss(loss) => graded::run(s, &*field, task, &loss, stats),
+        Wanted::Loss(loss) => graded::run(s, &*field, task, &*loss, stats),
     }
 }
 

@@ -6,7 +6,6 @@ use candle_core::{DType, Tensor, D};
 
 use super::launch::{blocks, device_of, grid, load, Operand, Room, Sink, LAYER, THREADS};
 use crate::error::Result;
-use crate::nn::Activation;
 use crate::precision::Rounding;
 
 /// Columns of a block of `layer_backward`.
@@ -15,9 +14,6 @@ const COLUMNS: usize = 128;
 /// Rows that a block sums at least, and parts at most.
 const LEAST_ROWS: usize = 128;
 const MOST_PARTS: usize = 128;
-
-/// σ of a layer that has none, as kernels know it.
-pub(crate) const NONE: i32 = Activation::ALL.len() as i32;
 
 fn entry(wide: bool, entries: [&'static str; 2]) -> &'static str {
     super::launch::in_f64(wide, entries)

@@ -1,0 +1,74 @@
+//! What a field of this crate offers to the solver beside evaluations.  Each field makes its own offer; the solver
+//! knows none of them by name.
+
+use std::sync::Arc;
+
+use crate::field::{Leaves, Offer, SharedField, VectorField};
+#[cfg(feature = "cuda")]
+use crate::problem::Problem;
+#[cfg(feature = "cuda")]
+use crate::rows::Solved;
+use crate::rows::{RowField, Rows};
+use crate::state::State;
+#[cfg(feature = "cuda")]
+use crate::stats::Stats;
+
+/// An offer, as the solver reads it.
+pub(crate) struct Offered {
+    /// Whole solves tile by tile on the CPU.
+    pub(crate) rows: Option<Rows>,
+    /// The field for other threads.
+    pub(crate) shared: SharedField,
+    /// Whole solves in one launch on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) launch: Option<Box<dyn Launch>>,
+}
+
+/// A field whose whole solves may be one launch.
+#[cfg(feature = "cuda")]
+pub(crate) trait Launch: Send + Sync {
+    /// Solves the problem, or leaves it to the general path.
+    fn solve(
+        &self,
+        problem: &Problem,
+        y0: &candle_core::Tensor,
+        stats: &mut Stats,
+    ) -> crate::Result<Option<Solved>>;
+}
+
+impl Offered {
+    /// The offer of a field over S, which may be integrated tile by tile if it says so.
+    pub(crate) fn of<S, F>(field: &F, has_tiles: bool) -> Self
+    where
+        S: State + 'static,
+        F: RowField + VectorField<S>,
+    {
+        Self {
+            rows: has_tiles.then(|| Rows::new(field.clone())),
+            shared: Arc::new(Leaves::<Box<F>, S>::new(Box::new(field.clone()))),
+            #[cfg(feature = "cuda")]
+            launch: None,
+        }
+    }
+
+    /// The same for a field that is solved in one launch where it fits.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn launched(self, field: impl Launch + 'static) -> Self {
+        Self {
+            launch: Some(Box::new(field)),
+            ..self
+        }
+    }
+
+    /// What a field offers, if it is one of this crate.
+    pub(crate) fn from(offer: Option<Offer>) -> Option<Self> {
+        let offered = offer?.0.downcast::<Self>().ok()?;
+        Some(*offered)
+    }
+}
+
+impl From<Offered> for Offer {
+    fn from(offered: Offered) -> Self {
+        Self(Box::new(offered))
+    }
+}
