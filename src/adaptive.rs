@@ -14,7 +14,7 @@ mod tolerance;
 use crate::error::{AdaptiveDefect, Error, Result};
 use crate::tableau::Tableau;
 use crate::time::{coincide, TimeGrid};
-pub(crate) use pace::{Attempt, Failure, Pace, Verdict};
+pub(crate) use pace::{Attempt, Halt, Pace, Verdict};
 pub(crate) use tolerance::OfLeaf;
 pub use tolerance::Tolerance;
 

@@ -17,28 +17,27 @@ mod device;
 mod outputs;
 #[cfg(feature = "cuda")]
 mod replay;
+mod runge_kutta;
 mod times;
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use crate::accumulator::Accumulator;
 use crate::error::{Error, Result};
-use crate::field::{pullback, Field};
-use crate::ops;
-use crate::precision::{Roles, Rounding};
+use crate::field::Field;
 use crate::reverse::{Adjoint, Backward, Reversible};
-use crate::scaler::{Outcome, Scaler};
+use crate::scaler::Scaler;
 use crate::schedule::{Schedule, Step};
 #[cfg(feature = "cuda")]
 use crate::stats::NotReplayed;
 use crate::stats::Stats;
-use crate::step::{located, Linear, Scheme};
+use crate::step::Scheme;
 use crate::trajectory::Trajectory;
 use crate::watch::Watch;
-use outputs::{Dense, Outputs};
-use times::{TimeGradients, TimeTerm};
+use outputs::Outputs;
+use times::TimeGradients;
 
 /// A solve step by step over the whole batch: what it kept, and the steps that it took.
 pub(crate) struct StepByStep {
@@ -85,6 +84,48 @@ impl Reversible for StepByStep {
     }
 }
 
+/// A one-step method as a pass over all steps sees it.
+pub(crate) trait Method {
+    /// y_{n+1} from y_n.
+    fn advance(
+        &self,
+        field: &Field<'_>,
+        step: Step,
+        y: &[Tensor],
+        watch: &mut Watch,
+    ) -> Result<Vec<Tensor>>;
+
+    /// How often a step evaluates the field.
+    fn evaluations_of(&self, step: &Step) -> usize;
+
+    /// λ_n from λ_{n+1}, cotangents of outputs at node n and inside the step included; what the step adds to θ̄ and
+    /// t̄ goes to the sums.
+    fn pull_back(
+        &self,
+        at: &StepBack<'_>,
+        adj: &[Tensor],
+        sums: &mut Sums,
+        stats: &mut Stats,
+    ) -> Result<Vec<Tensor>>;
+}
+
+/// Where a step is pulled back.
+pub(crate) struct StepBack<'a> {
+    pub(crate) sweep: &'a Sweep<'a>,
+    pub(crate) step: Step,
+    /// ŷ_n.
+    pub(crate) y: &'a [Tensor],
+}
+
+/// What a sweep hands from step to step beside λ.
+pub(crate) struct Sums {
+    theta: Accumulator,
+    times: TimeGradients,
+    scaler: Scaler,
+    /// k_1 of the step after, which may be the last stage of the step.
+    after: Option<Vec<Tensor>>,
+}
+
 /// What the sweep needs to know of the solve.
 #[derive(Clone, Copy)]
 pub(crate) struct Sweep<'a> {
@@ -103,9 +144,6 @@ pub(crate) struct Sweep<'a> {
     pub(crate) graphs: bool,
 }
 
-/// w_i as the pull-back left it, and what it still has to be multiplied with.
-type Pulled = (Vec<Tensor>, f64);
-
 impl Sweep<'_> {
     /// Pulls the cotangents of the outputs back to y0, θ and t.
     fn run(&self, mut watch: Watch, stats: &mut Stats) -> Result<Adjoint> {
@@ -123,40 +161,28 @@ impl Sweep<'_> {
             stats.not_replayed = Some(NotReplayed::TimeGradients);
         }
         let steps = schedule.len();
-        let mut scaler = self.scaler;
-        let mut theta = Accumulator::new(self.theta, self.scheme.roles[0].state)?;
-        let mut times = TimeGradients::new(self.times);
+        let mut sums = Sums {
+            theta: Accumulator::new(self.theta, self.scheme.roles[0].state)?,
+            times: TimeGradients::new(self.times),
+            scaler: self.scaler,
+            after: None,
+        };
         let mut rewind = self.trajectory.rewind();
-        // k_1 of the step after, which may be the last stage of the step.
-        let mut after = None;
         for n in (0..steps).rev() {
             let step = schedule.step(n);
             let replay = |m, y: &Vec<Tensor>| self.replay(m, y, &mut watch, stats);
             let mut kept = Stats::default();
             let y = rewind.state(n, &mut { replay }, &mut kept)?;
             stats.kept(kept.states_kept, kept.bytes_kept);
-            let linear = self
-                .scheme
-                .linearize(self.field, step, &y, self.times > 0)?;
-            stats.recomputed += self.scheme.evaluations_of(&step);
-            let dense = self.outputs.dense(&self.scheme.tableau, schedule, n)?;
-            if scaler.is_dynamic() {
-                scaler = scaler.aimed(self.magnitude(&adj, &dense)?);
-            }
-            let ws;
-            let seeds = Seeds {
-                adj: &adj,
-                dense: &dense,
+            let at = StepBack {
+                sweep: self,
+                step,
+                y: &y,
             };
-            (ws, scaler) =
-                self.pull_back(step, &seeds, &linear, scaler, &mut theta, &mut times, stats)?;
-            if self.times > 0 {
-                after = self.times_of_outputs(step, &linear, after, &mut times)?;
-            }
-            let incoming = self.outputs.at_node(schedule, n)?;
-            adj = self.update(step, &seeds, &ws, incoming.as_deref())?;
+            adj = self.scheme.pull_back(&at, &adj, &mut sums, stats)?;
             watch.see(&adj, || gradient(step))?;
         }
+        let Sums { theta, times, .. } = sums;
         let theta = theta.finish()?;
         watch.see(&theta, || Error::NonFiniteParameterGradient)?;
         watch.finish()?;
@@ -182,50 +208,6 @@ impl Sweep<'_> {
         })
     }
 
-    /// The time terms of outputs inside the step, and of the part of them that the step before has handed on to its
-    /// first stage; k_1, which may be the last stage of the step before.
-    fn times_of_outputs(
-        &self,
-        step: Step,
-        linear: &[Option<Linear<'_>>],
-        after: Option<Vec<Tensor>>,
-        times: &mut TimeGradients,
-    ) -> Result<Option<Vec<Tensor>>> {
-        let (tableau, last) = (&self.scheme.tableau, linear.len() - 1);
-        let first = linear[0].as_ref().map(|stage| &stage.k);
-        for at in self.schedule.inside(step.index) {
-            let slopes = tableau.slopes_at(at.x);
-            let k = |i: usize| match &linear[i] {
-                Some(stage) => Some(&stage.k),
-                None => after.as_ref().filter(|_| i == last),
-            };
-            for (leaf, y) in self.outputs.of(at.output)?.iter().enumerate() {
-                let stages = (0..slopes.len()).filter(|&i| slopes[i] != 0.0);
-                let terms: Vec<_> = stages
-                    .filter_map(|i| Some((slopes[i], &k(i)?[leaf])))
-                    .collect();
-                if terms.is_empty() {
-                    continue;
-                }
-                let slope = ops::combine(&terms, 1.0, self.scheme.roles[leaf].state())?;
-                let value = ops::dot(y, &slope)?;
-                times.add(TimeTerm::at(at.output, step, value.clone())?)?;
-                times.add(TimeTerm::new(step, value, at.x - 1.0, -at.x)?)?;
-            }
-        }
-        if let Some(k) = first.filter(|_| self.schedule.is_joined(step.index)) {
-            let before = self.schedule.step(step.index - 1);
-            for at in self.schedule.inside(before.index) {
-                let weight = tableau.weights_at(at.x)[last];
-                for (y, k) in self.outputs.of(at.output)?.iter().zip(k) {
-                    let value = ops::dot(y, k)?;
-                    times.add(TimeTerm::new(before, value, -weight, weight)?)?;
-                }
-            }
-        }
-        Ok(first.cloned())
-    }
-
     /// y_{m+1} from y_m, for a plan that did not keep it.
     fn replay(
         &self,
@@ -238,230 +220,11 @@ impl Sweep<'_> {
         stats.recomputed += self.scheme.evaluations_of(&step);
         self.scheme.advance(self.field, step, y, watch)
     }
-
-    /// max|λ| over the leaves whose cotangents can overflow.  Over all if none can, or while it is
-    /// zero: a leaf whose λ starts at zero gets it from the others', through the field.
-    fn magnitude(&self, adj: &[Tensor], dense: &Dense) -> Result<f64> {
-        let max_over = |looked_at: fn(&Roles) -> bool| {
-            let leaves = adj.iter().zip(&self.scheme.roles);
-            let leaves = leaves.filter(|(_, roles)| looked_at(roles));
-            let start = dense.magnitude(|leaf| looked_at(&self.scheme.roles[leaf]))?;
-            leaves
-                .map(|(adj, _)| ops::magnitude(adj))
-                .try_fold(start, |max, m| Ok::<_, Error>(f64::max(max, m?)))
-        };
-        match max_over(Roles::needs_scaling)? {
-            0.0 => max_over(|_| true),
-            max => Ok(max),
-        }
-    }
-
-    /// w_i of every stage, θ̄ and time terms added on the way.
-    #[allow(clippy::too_many_arguments)]
-    fn pull_back(
-        &self,
-        step: Step,
-        seeds: &Seeds<'_>,
-        linear: &[Option<Linear<'_>>],
-        mut scaler: Scaler,
-        theta: &mut Accumulator,
-        times: &mut TimeGradients,
-        stats: &mut Stats,
-    ) -> Result<(Vec<Option<Pulled>>, Scaler)> {
-        let mut ws: Vec<Option<Pulled>> = linear.iter().map(|_| None).collect();
-        for i in (0..linear.len()).rev() {
-            let Some(stage) = &linear[i] else { continue };
-            let mut attempts = 0;
-            let grads = loop {
-                let v = self.cotangents(step, i, seeds, &ws, scaler.scale(), |l| {
-                    self.scheme.roles[l].compute
-                })?;
-                let scale = scaler.scale();
-                stats.vjps += 1;
-                if scaler.is_on() {
-                    stats.used_scale_at(stage.t, scale);
-                }
-                attempts += 1;
-                let grads = self.pull(step, i, stage, &v)?;
-                let outcome = match scaler.is_dynamic() {
-                    true => grads.outcome()?,
-                    false => Outcome::Clean,
-                };
-                if outcome == Outcome::Clean {
-                    break grads;
-                }
-                scaler = scaler.after(outcome);
-                stats.retries += 1;
-                if scaler.is_exhausted(attempts) {
-                    return Err(Error::ScaleExhausted {
-                        step: step.index,
-                        t: step.t,
-                        scale,
-                        attempts,
-                    });
-                }
-            };
-            let unscale = 1.0 / scaler.scale();
-            for (p, grad) in grads.theta.iter().enumerate() {
-                if let Some(grad) = grad {
-                    theta.add(p, step.h * unscale, grad)?;
-                }
-            }
-            if self.times > 0 {
-                // Without what the step before handed on, which its own length multiplies.
-                let own = Seeds {
-                    dense: &seeds.dense.own(),
-                    ..*seeds
-                };
-                let v =
-                    self.cotangents(step, i, &own, &ws, 1.0, |l| self.scheme.roles[l].state())?;
-                self.time_terms(
-                    step,
-                    self.scheme.tableau.c()[i],
-                    &v,
-                    &stage.k,
-                    grads.t,
-                    unscale,
-                    times,
-                )?;
-            }
-            ws[i] = Some((grads.y, unscale));
-        }
-        Ok((ws, scaler.after_step()))
-    }
-
-    /// Q(S·v_i), v_i = b_i λ + h Σ_{j>i} a_ji w_j.
-    fn cotangents(
-        &self,
-        step: Step,
-        i: usize,
-        Seeds { adj, dense }: &Seeds<'_>,
-        ws: &[Option<Pulled>],
-        scale: f64,
-        rounding: impl Fn(usize) -> Rounding,
-    ) -> Result<Vec<Tensor>> {
-        let tableau = &self.scheme.tableau;
-        let of_leaf = |(leaf, adj): (usize, &Tensor)| {
-            let later = ws.iter().enumerate().skip(i + 1).filter_map(|(j, w)| {
-                let (w, unscale) = w.as_ref()?;
-                let a = tableau.a(j)[i];
-                (a != 0.0).then(|| (step.h * a * unscale, &w[leaf]))
-            });
-            let b = tableau.b()[i];
-            // A sum is formed in the widest dtype of its operands: with λ among them, in f64 where the
-            // state is.
-            let first = (b != 0.0 || adj.dtype() == DType::F64).then_some((b, adj));
-            let dense = dense.terms(i, leaf);
-            let mut terms: Vec<_> = first.into_iter().chain(later).chain(dense).collect();
-            if terms.is_empty() {
-                terms.push((0.0, adj));
-            }
-            ops::combine(&terms, scale, rounding(leaf))
-        };
-        adj.iter().enumerate().map(of_leaf).collect()
-    }
-
-    /// One pull-back; the cotangent of the state is rounded as the seed was.
-    fn pull(&self, step: Step, i: usize, stage: &Linear<'_>, v: &Vec<Tensor>) -> Result<Grads> {
-        let mut pulled = (stage.pull)(v).map_err(|e| located(e.into(), step, i, stage.t))?;
-        let invalid = |defect| Error::InvalidPullback {
-            step: step.index,
-            stage: i,
-            t: stage.t,
-            defect,
-        };
-        pullback::check(v, self.theta, &pulled).map_err(invalid)?;
-        let round = |(w, roles): (&Tensor, &Roles)| roles.compute.round(w);
-        let y = pulled.y.iter().zip(&self.scheme.roles).map(round);
-        let params = self.theta.iter().map(|p| pulled.params.remove(p));
-        let params = params.map(|g| g.map(|g| g.detach())).collect();
-        pullback::check_rest(self.field, &pulled.params).map_err(invalid)?;
-        Ok(Grads {
-            y: y.collect::<Result<_>>()?,
-            theta: params,
-            t: pulled.t.map(|t| t.detach()),
-        })
-    }
-
-    /// λ + h Σ w_i + ȳ.
-    fn update(
-        &self,
-        step: Step,
-        Seeds { adj, dense }: &Seeds<'_>,
-        ws: &[Option<Pulled>],
-        incoming: Option<&[Tensor]>,
-    ) -> Result<Vec<Tensor>> {
-        let of_leaf = |(leaf, adj): (usize, &Tensor)| {
-            let ws = ws.iter().flatten();
-            let ws = ws.map(|(w, unscale)| (step.h * unscale, &w[leaf]));
-            let incoming = incoming.map(|y| (1.0, &y[leaf]));
-            let terms: Vec<_> = std::iter::once((1.0, adj))
-                .chain(ws)
-                .chain(incoming)
-                .chain(dense.of_state(leaf))
-                .collect();
-            ops::combine(&terms, 1.0, self.scheme.roles[leaf].state())
-        };
-        adj.iter().enumerate().map(of_leaf).collect()
-    }
-
-    /// The contributions of stage i to t̄: h depends on both ends of the step, the stage's time too.
-    #[allow(clippy::too_many_arguments)]
-    fn time_terms(
-        &self,
-        step: Step,
-        c: f64,
-        v: &[Tensor],
-        k: &[Tensor],
-        through_f: Option<Tensor>,
-        unscale: f64,
-        times: &mut TimeGradients,
-    ) -> Result<()> {
-        for (v, k) in v.iter().zip(k) {
-            times.add(TimeTerm::new(step, ops::dot(v, k)?, -1.0, 1.0)?)?;
-        }
-        if let Some(dt) = through_f {
-            let h = step.h * unscale;
-            times.add(TimeTerm::new(step, dt, (1.0 - c) * h, c * h)?)?;
-        }
-        Ok(())
-    }
 }
 
 fn gradient(step: Step) -> Error {
     Error::NonFiniteGradient {
         step: step.index,
         t: step.t,
-    }
-}
-
-/// λ_{n+1}, and what enters the step from outputs inside it.
-#[derive(Clone, Copy)]
-struct Seeds<'a> {
-    adj: &'a [Tensor],
-    dense: &'a Dense,
-}
-
-/// What one pull-back gave, still multiplied by S.
-struct Grads {
-    y: Vec<Tensor>,
-    theta: Vec<Option<Tensor>>,
-    t: Option<Tensor>,
-}
-
-impl Grads {
-    fn outcome(&self) -> Result<Outcome> {
-        let finite = |x: &Tensor| Ok::<_, Error>(ops::magnitude(x)?.is_finite());
-        for w in self.y.iter().chain(&self.t) {
-            if !finite(w)? {
-                return Ok(Outcome::StateOverflow);
-            }
-        }
-        for grad in self.theta.iter().flatten() {
-            if !finite(grad)? {
-                return Ok(Outcome::ParameterOverflow);
-            }
-        }
-        Ok(Outcome::Clean)
     }
 }

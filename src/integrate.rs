@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Shape, Tensor};
 
-use crate::adjoint::StepByStep;
+use crate::adjoint::{Method, StepByStep};
 use crate::error::{Error, MemoryNeed, Result};
 use crate::field::Field;
 use crate::memory::TENSOR;

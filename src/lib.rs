@@ -15,7 +15,7 @@
 //!   the CPU, several times faster.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
 //!   train them on.
-//! * [`OdeOptions`]: method ([`Tableau`]), steps, checkpoints, scaling, statistics.
+//! * [`OdeOptions`]: method ([`Tableau`]), steps, fixed or [`Adaptive`], checkpoints, scaling, statistics.
 //!
 //! # Theory
 //!
@@ -62,7 +62,7 @@
 //!
 //! # Limits
 //!
-//! Fixed steps.  Second derivatives are not supported: returned gradients are detached, and differentiating
+//! Explicit methods, with fixed or adaptive steps.  Second derivatives are not supported: returned gradients are detached, and differentiating
 //! them silently yields none; only a cotangent that is itself tracked is an error.  A field must be
 //! deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to
 //! time see what a field computes from [`Time::tensor`], not from [`Time::value`].

@@ -136,7 +136,7 @@ impl RowLoss {
         &self,
         problem: &Problem,
         layout: &RowLayout,
-    ) -> Result<Option<Prepared<T>>> {
+    ) -> Result<Option<PreparedLoss<T>>> {
         let features = layout.features[0];
         if problem.packing.shapes()[0].dims().last() != Some(&features) {
             // A row of the tiles is not a row of the loss.
@@ -149,10 +149,10 @@ impl RowLoss {
             Self::MeanSquaredError(target) if target.track_op() => None,
             Self::MeanSquaredError(target) => {
                 let target = target.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1()?;
-                Some(Prepared::MeanSquaredError(target))
+                Some(PreparedLoss::MeanSquaredError(target))
             }
-            Self::GaussianNll => Some(Prepared::GaussianNll),
-            Self::CrossEntropy(_) => Some(Prepared::CrossEntropy(self.classes(features)?)),
+            Self::GaussianNll => Some(PreparedLoss::GaussianNll),
+            Self::CrossEntropy(_) => Some(PreparedLoss::CrossEntropy(self.classes(features)?)),
         })
     }
 }
@@ -187,14 +187,14 @@ impl std::fmt::Display for RowLoss {
 }
 
 /// A [`RowLoss`] for tiles.
-enum Prepared<T> {
+enum PreparedLoss<T> {
     /// The target, packed `(outputs, elements)`.
     MeanSquaredError(Vec<T>),
     GaussianNll,
     CrossEntropy(Vec<u32>),
 }
 
-impl<T: Element> Grade<T> for Prepared<T> {
+impl<T: Element> Grade<T> for PreparedLoss<T> {
     fn grade(&self, layout: &RowLayout, of: &RowsOf<'_, T>, cotangent: &mut [T]) -> f64 {
         let features = layout.features[0];
         let rows = of.y.len() / layout.dim();

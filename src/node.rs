@@ -71,7 +71,7 @@ pub(crate) fn in_graph(
         Some(times) if times.track_op() => times.to_device(problem.device())?,
         _ => token.detach(),
     };
-    let node = Node {
+    let node = SolveNode {
         problem,
         source,
         theta,
@@ -84,7 +84,7 @@ pub(crate) fn in_graph(
 }
 
 /// The solve as a custom op of y0, joined, the token of θ, and t.
-struct Node {
+struct SolveNode {
     problem: Arc<Problem>,
     source: Source,
     theta: Theta,
@@ -96,7 +96,7 @@ struct Node {
     result: Mutex<Option<Tensor>>,
 }
 
-impl Node {
+impl SolveNode {
     fn result(&self) -> candle_core::Result<Tensor> {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
         match result.take() {
@@ -155,7 +155,7 @@ fn nan(shape: &Shape, dtype: DType, like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::full(f32::NAN, shape, like.device())?.to_dtype(dtype)?)
 }
 
-impl CustomOp3 for Node {
+impl CustomOp3 for SolveNode {
     fn name(&self) -> &'static str {
         "odeint"
     }

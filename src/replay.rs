@@ -50,7 +50,7 @@ impl<'a> StepSequence<'a> {
         let (scheme, copies) = (self.scheme, self.copies);
         #[cfg(feature = "cuda")]
         {
-            let at = device::At { field, step, y };
+            let at = device::StepAt { field, step, y };
             if let Some(next) = self
                 .replay
                 .advance(scheme, copies, &at, kept, watch, stats)?

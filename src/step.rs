@@ -55,7 +55,7 @@ pub(crate) struct Scheme {
 }
 
 /// A stage linearised: its velocity and its pull-back.
-pub(crate) struct Linear<'f> {
+pub(crate) struct LinearStage<'f> {
     /// Time of the stage.
     pub(crate) t: f64,
     pub(crate) k: Vec<Tensor>,
@@ -106,22 +106,6 @@ impl Scheme {
     /// Number of stages that are evaluated in a step that no output is inside of.
     pub(crate) fn evaluations(&self) -> usize {
         self.active.iter().filter(|&&active| active).count()
-    }
-
-    /// The same of one step.
-    pub(crate) fn evaluations_of(&self, step: &Step) -> usize {
-        self.active(step).iter().filter(|&&active| active).count()
-    }
-
-    /// y_{n+1}.  Non-finite velocities and states are left to `watch`.
-    pub(crate) fn advance(
-        &self,
-        field: &Field<'_>,
-        step: Step,
-        y: &[Tensor],
-        watch: &mut Watch,
-    ) -> Result<Vec<Tensor>> {
-        Ok(self.advance_and_store(field, step, y, false, watch)?.y)
     }
 
     /// y_{n+1} and, if `copies` are wanted and come with it, ŷ_{n+1}.
@@ -225,9 +209,9 @@ impl Scheme {
         step: Step,
         y: &[Tensor],
         differentiate_time: bool,
-    ) -> Result<Vec<Option<Linear<'f>>>> {
+    ) -> Result<Vec<Option<LinearStage<'f>>>> {
         let stages = self.tableau.stages();
-        let mut linear: Vec<Option<Linear<'f>>> = Vec::with_capacity(stages);
+        let mut linear: Vec<Option<LinearStage<'f>>> = Vec::with_capacity(stages);
         let mut ks: Increments = Vec::with_capacity(stages);
         for i in 0..stages {
             if !self.active(&step)[i] {
@@ -245,7 +229,7 @@ impl Scheme {
             self.check(&stage, &k)?;
             let k = self.rounded(&k)?;
             ks.push(Some(k.clone()));
-            linear.push(Some(Linear { t: at, k, pull }));
+            linear.push(Some(LinearStage { t: at, k, pull }));
         }
         Ok(linear)
     }

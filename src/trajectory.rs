@@ -54,7 +54,7 @@ impl Checkpoint {
 
 /// A [`Checkpoint`] for N steps of a given size.
 #[derive(Clone, Copy, Debug)]
-enum Plan {
+enum Placement {
     All,
     Every(usize),
     States(usize),
@@ -89,7 +89,7 @@ impl Store<Vec<Tensor>> for Vec<Roles> {
 
 /// The states that were kept, by step.
 pub(crate) struct Trajectory<Y = Vec<Tensor>, K = Vec<Roles>> {
-    plan: Plan,
+    plan: Placement,
     store: K,
     /// Ascending.  A pass of the budget plan takes all but y_0, which any number of passes share.
     kept: Mutex<Vec<(usize, Y)>>,
@@ -107,17 +107,17 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
         };
         let needed = store.bytes(y0);
         let plan = match checkpoint {
-            Checkpoint::All => Plan::All,
-            Checkpoint::Nothing => Plan::Nothing,
+            Checkpoint::All => Placement::All,
+            Checkpoint::Nothing => Placement::Nothing,
             Checkpoint::Every(0) => return Err(invalid("Every", 0, 1)),
-            Checkpoint::Every(k) => Plan::Every(k),
+            Checkpoint::Every(k) => Placement::Every(k),
             Checkpoint::States(0) => return Err(invalid("States", 0, 1)),
-            Checkpoint::States(b) => Plan::States(b),
+            Checkpoint::States(b) => Placement::States(b),
             Checkpoint::Bytes(b) if b < needed => return Err(invalid("Bytes", b, needed)),
-            Checkpoint::Bytes(b) => Plan::States(b / needed.max(1)),
+            Checkpoint::Bytes(b) => Placement::States(b / needed.max(1)),
         };
         let mark = match plan {
-            Plan::States(budget) => Mark::first(steps, budget),
+            Placement::States(budget) => Mark::first(steps, budget),
             _ => None,
         };
         Ok(Self {
@@ -133,25 +133,25 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
     /// at most log₂ of the stride, rounded up, as often as the best placement does.
     pub(crate) fn online(checkpoint: Checkpoint, store: K, y0: &Y) -> Result<Self> {
         let mut trajectory = Self::new(checkpoint, 0, store, y0)?;
-        if let Plan::States(budget) = trajectory.plan {
-            trajectory.plan = Plan::Online { budget, stride: 1 };
+        if let Placement::States(budget) = trajectory.plan {
+            trajectory.plan = Placement::Online { budget, stride: 1 };
         }
         Ok(trajectory)
     }
 
     /// Whether a backward pass is possible.
     pub(crate) fn can_rewind(&self) -> bool {
-        !matches!(self.plan, Plan::Nothing)
+        !matches!(self.plan, Placement::Nothing)
     }
 
     /// Whether y_n is to be kept; n ascends from 0.
     pub(crate) fn wants(&self, n: usize) -> bool {
         match self.plan {
-            Plan::All => true,
-            Plan::Every(k) => n.is_multiple_of(k),
-            Plan::States(_) => self.mark.is_some_and(|mark| mark.at == n),
-            Plan::Online { stride, .. } => n.is_multiple_of(stride),
-            Plan::Nothing => false,
+            Placement::All => true,
+            Placement::Every(k) => n.is_multiple_of(k),
+            Placement::States(_) => self.mark.is_some_and(|mark| mark.at == n),
+            Placement::Online { stride, .. } => n.is_multiple_of(stride),
+            Placement::Nothing => false,
         }
     }
 
@@ -162,19 +162,19 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
 
     /// Whether what is kept are copies in store precision.
     pub(crate) fn keeps_copies(&self) -> bool {
-        matches!(self.plan, Plan::All)
+        matches!(self.plan, Placement::All)
     }
 
     /// The same, with ŷ_n where it is at hand.
     pub(crate) fn offer_stored(&mut self, n: usize, y: &Y, stored: Option<Y>) -> Result<()> {
         if self.wants(n) {
             let y = match (self.plan, stored) {
-                (Plan::All, Some(stored)) => stored,
-                (Plan::All, None) => self.store.stored(y)?,
+                (Placement::All, Some(stored)) => stored,
+                (Placement::All, None) => self.store.stored(y)?,
                 _ => y.clone(),
             };
             push("kept states", &mut self.kept(), (n, y))?;
-            if let Plan::Online { budget, stride } = &mut self.plan {
+            if let Placement::Online { budget, stride } = &mut self.plan {
                 let kept = self.kept.get_mut().unwrap_or_else(PoisonError::into_inner);
                 while kept.len() > *budget {
                     *stride *= 2;
@@ -197,7 +197,7 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
     pub(crate) fn rewind(&self) -> Rewind<'_, Y, K> {
         let mut kept = self.kept();
         let own = match self.plan {
-            Plan::States(_) | Plan::Online { .. } if !kept.is_empty() => {
+            Placement::States(_) | Placement::Online { .. } if !kept.is_empty() => {
                 let later = kept.split_off(1);
                 kept.iter().cloned().chain(later).collect()
             }
@@ -241,11 +241,11 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
     ) -> Result<Y> {
         let store = &self.trajectory.store;
         match self.trajectory.plan {
-            Plan::All | Plan::Nothing => match self.kept.pop() {
+            Placement::All | Placement::Nothing => match self.kept.pop() {
                 Some((at, y)) if at == n => Ok(y),
                 _ => Err(Error::NothingKept),
             },
-            Plan::Every(_) => {
+            Placement::Every(_) => {
                 if self.segment.is_empty() {
                     let (at, mut y) = self.pop()?;
                     for m in at..n {
@@ -257,7 +257,7 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
                 }
                 self.segment.pop().ok_or(Error::NothingKept)
             }
-            Plan::States(budget) | Plan::Online { budget, .. } => {
+            Placement::States(budget) | Placement::Online { budget, .. } => {
                 let (mut at, mut y) = self.pop()?;
                 while at < n {
                     // The state at hand stays kept; a further one, while the budget lasts, goes
@@ -285,7 +285,7 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
     fn record(&self, stats: &mut Stats) {
         let store = &self.trajectory.store;
         let (states, bytes) = match self.trajectory.plan {
-            Plan::States(_) | Plan::Online { .. } => size(store, &self.kept),
+            Placement::States(_) | Placement::Online { .. } => size(store, &self.kept),
             _ => size(store, &self.trajectory.kept()),
         };
         let segment: usize = self.segment.iter().map(|y| store.bytes(y)).sum();

@@ -31,7 +31,7 @@ pub(crate) enum Verdict {
 
 /// Why a solve does not go on.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Failure {
+pub(crate) enum Halt {
     /// So many attempts were not enough.
     Attempts,
     /// A step does not change the time.
@@ -110,10 +110,10 @@ impl Pace {
     }
 
     /// The next attempt.  It never goes beyond a target, and ends exactly on one that is near.
-    pub(crate) fn attempt(&self, control: &Control) -> Result<Attempt, Failure> {
+    pub(crate) fn attempt(&self, control: &Control) -> Result<Attempt, Halt> {
         let options = &control.options;
         if self.accepted + self.rejected >= options.max_steps {
-            return Err(Failure::Attempts);
+            return Err(Halt::Attempts);
         }
         let target = control.targets[self.target].t;
         let left = (target - self.t).abs();
@@ -134,8 +134,8 @@ impl Pace {
         let again = self.refused == Some(end) && !forced;
         if h == 0.0 || !h.is_finite() || again {
             return Err(match self.non_finite {
-                0 => Failure::Underflow,
-                _ => Failure::NonFinite,
+                0 => Halt::Underflow,
+                _ => Halt::NonFinite,
             });
         }
         Ok(Attempt {
@@ -155,7 +155,7 @@ impl Pace {
         attempt: &Attempt,
         r: f64,
         plain: f64,
-    ) -> Result<Verdict, Failure> {
+    ) -> Result<Verdict, Halt> {
         let controller = &control.options.controller;
         let accepted = r <= 1.0 || attempt.forced && r.is_finite();
         let length = attempt.h.abs();
@@ -168,7 +168,7 @@ impl Pace {
                 self.non_finite + 1
             };
             if self.non_finite >= MOST_NON_FINITE || attempt.forced {
-                return Err(Failure::NonFinite);
+                return Err(Halt::NonFinite);
             }
             self.h = next;
             self.refused = Some(attempt.end);

@@ -8,7 +8,8 @@ use candle_core::{DType, Tensor};
 
 use super::outputs::Dense;
 use super::replay::SweepReplay;
-use super::{gradient, Grads, Sweep};
+use super::runge_kutta::Grads;
+use super::{gradient, Method, Sweep};
 use crate::accumulator::Accumulator;
 use crate::error::{Error, Result};
 use crate::ops;
@@ -19,7 +20,7 @@ use crate::reverse::Adjoint;
 use crate::scaler::{Outcome, Scaler};
 use crate::schedule::Step;
 use crate::stats::Stats;
-use crate::step::{Linear, Scheme};
+use crate::step::{LinearStage, Scheme};
 use crate::watch::Watch;
 
 /// Where a sweep begins, and with what.
@@ -234,7 +235,7 @@ impl Sweep<'_> {
         &self,
         back: &Back<'_>,
         adj: &[Tensor],
-        linear: &[Option<Linear<'_>>],
+        linear: &[Option<LinearStage<'_>>],
         state: &SweepState,
         theta: &mut Accumulator,
         stats: &mut Stats,

@@ -22,7 +22,7 @@ pub(super) enum SweepReplay {
     Off,
     /// The next step, of so many, is the first.
     Asked(usize),
-    On(Box<Steps>),
+    On(Box<SweepSteps>),
 }
 
 impl SweepReplay {
@@ -47,15 +47,17 @@ impl SweepReplay {
         let (mut steps, is_first) = match std::mem::replace(self, Self::Off) {
             Self::Off => return Ok(false),
             Self::On(steps) => (steps, false),
-            Self::Asked(count) => match Steps::begin(sweep.scheme, count, back.y, adj, theta) {
-                Ok(steps) => (Box::new(steps), true),
-                Err(reason) => {
-                    stats.not_replayed = Some(reason);
-                    return Ok(false);
+            Self::Asked(count) => {
+                match SweepSteps::begin(sweep.scheme, count, back.y, adj, theta) {
+                    Ok(steps) => (Box::new(steps), true),
+                    Err(reason) => {
+                        stats.not_replayed = Some(reason);
+                        return Ok(false);
+                    }
                 }
-            },
+            }
         };
-        let at = At {
+        let at = SweepAt {
             sweep,
             back,
             adj,
@@ -79,7 +81,7 @@ impl SweepReplay {
 }
 
 /// A step back: of which sweep, from where, and what it changes in place.
-struct At<'a> {
+struct SweepAt<'a> {
     sweep: &'a Sweep<'a>,
     back: &'a Back<'a>,
     adj: &'a [Tensor],
@@ -87,7 +89,7 @@ struct At<'a> {
 }
 
 /// Steps that read from the same memory.
-pub(super) struct Steps {
+pub(super) struct SweepSteps {
     scheme: Scheme,
     fixture: Arc<Fixture>,
     /// ŷ_n.
@@ -102,7 +104,7 @@ pub(super) struct Steps {
     terms: Vec<usize>,
 }
 
-impl Steps {
+impl SweepSteps {
     fn begin(
         scheme: &Scheme,
         count: usize,
@@ -142,7 +144,7 @@ impl Steps {
     }
 
     /// The step itself.
-    fn run(&self, at: &At<'_>, theta: &mut Accumulator, stats: &mut Stats) -> Result<()> {
+    fn run(&self, at: &SweepAt<'_>, theta: &mut Accumulator, stats: &mut Stats) -> Result<()> {
         let scheme = &self.scheme;
         let own = Back {
             y: &self.y,
@@ -159,7 +161,12 @@ impl Steps {
     }
 
     /// The first step, which brings to the device what the others need.
-    fn warm_up(&mut self, at: &At<'_>, theta: &mut Accumulator, stats: &mut Stats) -> Result<()> {
+    fn warm_up(
+        &mut self,
+        at: &SweepAt<'_>,
+        theta: &mut Accumulator,
+        stats: &mut Stats,
+    ) -> Result<()> {
         self.show(at.back)?;
         let _uploads = keep_uploads(&self.scheme.device)?;
         let (before, mut counts) = (theta.terms(), Stats::default());
@@ -174,7 +181,7 @@ impl Steps {
     /// The step as a graph, captured if there is none yet; or why not, and nothing was done.
     fn replay(
         &mut self,
-        at: &At<'_>,
+        at: &SweepAt<'_>,
         theta: &mut Accumulator,
         stats: &mut Stats,
     ) -> Result<Option<NotReplayed>> {

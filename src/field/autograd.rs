@@ -16,9 +16,9 @@ use crate::time::Time;
 ///
 /// candle seeds `backward` with ones; this feeds any seed exactly, where ⟨k, v⟩ would take a
 /// product and a sum in low precision.
-struct Seed(Tensor);
+struct Seeded(Tensor);
 
-impl CustomOp1 for Seed {
+impl CustomOp1 for Seeded {
     fn name(&self) -> &'static str {
         "seed"
     }
@@ -41,7 +41,7 @@ impl CustomOp1 for Seed {
 fn seeded(k: &[Tensor], v: &[Tensor]) -> candle_core::Result<Option<Tensor>> {
     let mut sum = None;
     for (k, v) in k.iter().zip(v).filter(|(k, _)| k.track_op()) {
-        let seed = k.apply_op1(Seed(v.detach()))?;
+        let seed = k.apply_op1(Seeded(v.detach()))?;
         sum = Some(match sum {
             None => seed,
             Some(sum) => (sum + seed)?,

@@ -26,7 +26,7 @@ use crate::field::{autograd, pullback, pullback::alike, Cotangents, Field, Leave
 use crate::state::State;
 use crate::time::Time;
 pub(crate) use differences::depends_on;
-use differences::{cotangent_of, differing, numbers, Of, Trial, Verdict, SEED};
+use differences::{cotangent_of, differing, numbers, Evidence, Of, Trial, SEED};
 use moved::Mover;
 pub(crate) use moved::{Rebuilt, Written};
 
@@ -296,10 +296,10 @@ impl Subject<'_> {
         }
         for of in arguments {
             let verdict = trial.agrees(of, &first, &mut rng)?;
-            if let (Of::Parameter(i), Verdict::Agrees) = (of, verdict) {
+            if let (Of::Parameter(i), Evidence::Agrees) = (of, verdict) {
                 sound[i] = true;
             }
-            if verdict != Verdict::Doubtful {
+            if verdict != Evidence::Doubtful {
                 continue;
             }
             // A wrong one is right along some direction by chance, so three of seven decide.

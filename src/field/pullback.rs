@@ -40,11 +40,11 @@ pub(crate) fn alike(y: &[Tensor], k: &[Tensor]) -> Result<()> {
     Ok(())
 }
 
-type Checked = std::result::Result<(), PullbackDefect>;
+type Found = std::result::Result<(), PullbackDefect>;
 
 /// Cotangents of the state are like the seed v, that of time is one number, and those of parameters
 /// have their shapes; all lie where these do.
-pub(crate) fn check(v: &[Tensor], theta: &[Tensor], pulled: &Cotangents<Vec<Tensor>>) -> Checked {
+pub(crate) fn check(v: &[Tensor], theta: &[Tensor], pulled: &Cotangents<Vec<Tensor>>) -> Found {
     if pulled.y.len() != v.len() {
         let (expected, got) = (v.len(), pulled.y.len());
         return Err(PullbackDefect::LeafCount { expected, got });
@@ -78,7 +78,7 @@ pub(crate) fn check(v: &[Tensor], theta: &[Tensor], pulled: &Cotangents<Vec<Tens
 
 /// Where the field lists its parameters, gradients of no other tensor are left once theirs have been
 /// taken out.  Where it does not, candle may have left those of constants.
-pub(crate) fn check_rest(field: &Field<'_>, params: &GradStore) -> Checked {
+pub(crate) fn check_rest(field: &Field<'_>, params: &GradStore) -> Found {
     match params.get_ids().count() {
         0 => Ok(()),
         _ if field.parameters().is_none() => Ok(()),
@@ -86,7 +86,7 @@ pub(crate) fn check_rest(field: &Field<'_>, params: &GradStore) -> Checked {
     }
 }
 
-fn same_place(of: Argument, x: &Tensor, cotangent: &Tensor) -> Checked {
+fn same_place(of: Argument, x: &Tensor, cotangent: &Tensor) -> Found {
     if x.shape() != cotangent.shape() {
         let (expected, got) = (x.shape().clone(), cotangent.shape().clone());
         return Err(PullbackDefect::Shape { of, expected, got });
@@ -94,7 +94,7 @@ fn same_place(of: Argument, x: &Tensor, cotangent: &Tensor) -> Checked {
     same_device(of, x, cotangent)
 }
 
-fn same_device(of: Argument, x: &Tensor, cotangent: &Tensor) -> Checked {
+fn same_device(of: Argument, x: &Tensor, cotangent: &Tensor) -> Found {
     if x.device().same_device(cotangent.device()) {
         return Ok(());
     }
@@ -102,7 +102,7 @@ fn same_device(of: Argument, x: &Tensor, cotangent: &Tensor) -> Checked {
     Err(PullbackDefect::Device { of, expected, got })
 }
 
-fn floating(of: Argument, expected: DType, cotangent: &Tensor) -> Checked {
+fn floating(of: Argument, expected: DType, cotangent: &Tensor) -> Found {
     match cotangent.dtype() {
         DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(()),
         _ => Err(dtype(of, expected, cotangent)),

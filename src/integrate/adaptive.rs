@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use super::estimate::{Estimate, Floor};
 use super::Forward;
-use crate::adaptive::{Attempt, Control, Failure, Pace, Verdict};
+use crate::adaptive::{Attempt, Control, Halt, Pace, Verdict};
 use crate::error::{Error, Result, StopReason, Stopped};
 use crate::field::Field;
 use crate::ops;
@@ -283,12 +283,12 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    fn failed(&self, failure: Failure, last: Option<&(Attempt, Tried)>) -> Error {
+    fn failed(&self, failure: Halt, last: Option<&(Attempt, Tried)>) -> Error {
         let max_steps = self.control.options.max_steps;
         let reason = match failure {
-            Failure::Attempts => StopReason::Attempts { max_steps },
-            Failure::Underflow => StopReason::Underflow,
-            Failure::NonFinite => StopReason::NonFinite,
+            Halt::Attempts => StopReason::Attempts { max_steps },
+            Halt::Underflow => StopReason::Underflow,
+            Halt::NonFinite => StopReason::NonFinite,
         };
         self.stopped(reason, last)
     }

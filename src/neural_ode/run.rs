@@ -30,7 +30,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         times: &T,
         loss: Option<&RowLoss>,
         untracked_too: bool,
-    ) -> Result<Prepared> {
+    ) -> Result<Inputs> {
         let problem = Problem::new(y0, times.to_grid()?, &self.options)?;
         if let Some(loss) = loss {
             loss.check(&problem)?;
@@ -39,7 +39,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let all = masters.iter().map(|var| var.as_tensor());
         let name = |i: usize| self.names[i].clone();
         parameters::check_parameters(all, name, problem.device())?;
-        Ok(Prepared {
+        Ok(Inputs {
             args: Args::new(args.leaves(), &problem, &self.options, untracked_too)?,
             y0: Packing::join(y0, problem.state())?,
             masters,
@@ -56,7 +56,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         in_graph: bool,
     ) -> Result<Solve> {
         let given = y0.leaves();
-        let Prepared {
+        let Inputs {
             problem,
             masters,
             args,
@@ -228,7 +228,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         times: &T,
     ) -> Result<S> {
         let prepared = self.prepare((&y0.leaves(), args), times, None, false)?;
-        let Prepared {
+        let Inputs {
             masters, args, y0, ..
         } = prepared;
         let problem = prepared.problem.keeping_nothing();
@@ -249,7 +249,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
 }
 
 /// What a solve was given, checked.
-struct Prepared {
+struct Inputs {
     problem: Problem,
     masters: Vec<Var>,
     args: Args,

@@ -44,12 +44,12 @@ struct Filter {
     weight: Tensor,
     bias: Tensor,
     /// Of a hidden layer that has one.
-    norm: Option<Norm>,
+    norm: Option<GroupNorm>,
 }
 
 /// Group norm: over the channels of a group and all pixels.
 #[derive(Clone, Debug)]
-struct Norm {
+struct GroupNorm {
     groups: usize,
     weight: Tensor,
     bias: Tensor,
@@ -93,8 +93,8 @@ impl Filter {
 
     /// The same of other tensors.
     fn map(&self, of: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        let norm = |norm: &Norm| {
-            Ok::<_, candle_core::Error>(Norm {
+        let norm = |norm: &GroupNorm| {
+            Ok::<_, candle_core::Error>(GroupNorm {
                 groups: norm.groups,
                 weight: of(&norm.weight)?,
                 bias: of(&norm.bias)?,
@@ -122,7 +122,7 @@ fn channel_sums(x: &Tensor) -> Result<Tensor> {
     x.sum((0, 2, 3))
 }
 
-impl Norm {
+impl GroupNorm {
     /// `(batch, group, its numbers)`, also of no image.
     fn grouped(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, channels, height, width) = x.dims4()?;
@@ -209,7 +209,7 @@ impl ConvField {
                 candle_core::bail!("{channels} channels of layer {l} in {groups} groups")
             }
             let vb = vb.pp(l).pp("norm");
-            layer.norm = Some(Norm {
+            layer.norm = Some(GroupNorm {
                 groups,
                 weight: vb.get_with_hints(channels, "weight", Init::Const(1.0))?,
                 bias: vb.get_with_hints(channels, "bias", Init::Const(0.0))?,

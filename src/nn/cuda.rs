@@ -12,7 +12,7 @@ use super::Activation;
 use crate::error::{Error, Result};
 use crate::field::{Cotangents, OnDevice, Pullback};
 use crate::offer::Launch;
-use crate::ops::cuda::mlp::{self, Failure, Forward, LayerOf, SmallNet, Step};
+use crate::ops::cuda::mlp::{LayerOf, NetBackward, NetFailure, NetForward, NetStep, SmallNet};
 use crate::ops::cuda::{activate, pull};
 use crate::problem::Problem;
 use crate::reverse::{Adjoint, Backward, Reversible};
@@ -64,7 +64,7 @@ fn solve(mlp: &Mlp, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result
     };
     let steps = net.upload(&in_order(schedule))?;
     let roles = problem.scheme.roles[0];
-    let (packed, kept, told) = net.forward(&Forward {
+    let (packed, kept, told) = net.forward(&NetForward {
         y0,
         steps: &steps,
         count: schedule.len(),
@@ -85,7 +85,7 @@ fn solve(mlp: &Mlp, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result
         stats.kept(schedule.len(), bytes);
     }
     let weights = mlp.tensors().map(Tensor::id).collect();
-    let trajectory = Trajectory {
+    let trajectory = LaunchedSolve {
         keeps: problem.checkpoint == Checkpoint::All,
         net,
         steps,
@@ -133,11 +133,11 @@ fn suits(mlp: &Mlp, problem: &Problem) -> bool {
 const MOST_STEPS: usize = 1 << 24;
 
 /// The steps, with the outputs at their ends.
-fn in_order(schedule: &Schedule) -> Vec<Step> {
+fn in_order(schedule: &Schedule) -> Vec<NetStep> {
     let number = |output: Option<usize>| output.map_or(-1, |output| output as i32);
     let step = |n| {
         let step = schedule.step(n);
-        Step {
+        NetStep {
             t: step.t,
             h: step.h,
             output: number(schedule.at_node(n + 1)),
@@ -147,14 +147,14 @@ fn in_order(schedule: &Schedule) -> Vec<Step> {
     (0..schedule.len()).map(step).collect()
 }
 
-fn forward_error(failure: Failure, problem: &Problem, schedule: &Schedule) -> Error {
+fn forward_error(failure: NetFailure, problem: &Problem, schedule: &Schedule) -> Error {
     match failure {
-        Failure::Velocity { step, stage } => Error::NonFiniteVelocity {
+        NetFailure::Velocity { step, stage } => Error::NonFiniteVelocity {
             step,
             stage,
             t: schedule.step(step).at(problem.scheme.tableau.c()[stage]),
         },
-        Failure::Solution { step } => {
+        NetFailure::Solution { step } => {
             let at = schedule.step(step);
             Error::NonFiniteSolution { step, t: at.end }
         }
@@ -162,14 +162,14 @@ fn forward_error(failure: Failure, problem: &Problem, schedule: &Schedule) -> Er
     }
 }
 
-fn backward_error(failure: Failure, schedule: &Schedule) -> Error {
+fn backward_error(failure: NetFailure, schedule: &Schedule) -> Error {
     let step = |steps: usize| schedule.step(schedule.len() - steps);
     match failure {
-        Failure::Gradient { steps } => Error::NonFiniteGradient {
+        NetFailure::Gradient { steps } => Error::NonFiniteGradient {
             step: step(steps).index,
             t: step(steps).t,
         },
-        Failure::Exhausted {
+        NetFailure::Exhausted {
             steps,
             exponent,
             attempts,
@@ -179,15 +179,15 @@ fn backward_error(failure: Failure, schedule: &Schedule) -> Error {
             scale: 2f64.powi(exponent),
             attempts,
         },
-        Failure::Parameters => Error::NonFiniteParameterGradient,
+        NetFailure::Parameters => Error::NonFiniteParameterGradient,
         _ => Error::NonFiniteCotangent,
     }
 }
 
 /// What a solve in one launch keeps.
-struct Trajectory {
+struct LaunchedSolve {
     net: SmallNet,
-    steps: CudaSlice<Step>,
+    steps: CudaSlice<NetStep>,
     /// Whether a backward pass is wanted at all.
     keeps: bool,
     kept: Option<Tensor>,
@@ -195,7 +195,7 @@ struct Trajectory {
     schedule: Arc<Schedule>,
 }
 
-impl Reversible for Trajectory {
+impl Reversible for LaunchedSolve {
     fn can_rewind(&self) -> bool {
         self.keeps
     }
@@ -203,7 +203,7 @@ impl Reversible for Trajectory {
     fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {
         let Backward { problem, theta, .. } = *back;
         let steps = self.schedule.len();
-        let (y0, gradients, told) = self.net.backward(&mlp::Backward {
+        let (y0, gradients, told) = self.net.backward(&NetBackward {
             cotangent: &back.cotangent.to_dtype(DType::F32)?,
             kept: self.kept.as_ref(),
             steps: &self.steps,

@@ -118,7 +118,7 @@ pub(super) fn affine(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     }
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Affine),
+        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, AffineOp),
         None => x.apply_op2(&weight, Product(Form::Abt)),
     }
 }
@@ -253,9 +253,9 @@ fn pull(x: &Tensor, weight: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Opti
 }
 
 /// x Wᵀ + b.
-struct Affine;
+struct AffineOp;
 
-impl CustomOp3 for Affine {
+impl CustomOp3 for AffineOp {
     fn name(&self) -> &'static str {
         "affine"
     }

@@ -97,13 +97,13 @@ impl OtFlow {
     }
 
     /// (x, t).
-    fn point(&self, t: &Time, x: &Tensor) -> Result<Point> {
+    fn point(&self, t: &Time, x: &Tensor) -> Result<SpaceTime> {
         let features = self.features();
         if x.dims().last() != Some(&features) {
             let field = format!("an OtFlow of {features} features");
             return Err(wrong_state(field, format!("x (…, {features})"), &[x]));
         }
-        Ok(Point {
+        Ok(SpaceTime {
             x: x.reshape(((), features))?,
             // A copy: it may be a tensor that shows another time later.
             t: t.tensor()?.copy()?,
@@ -111,7 +111,7 @@ impl OtFlow {
     }
 
     /// K₀s + b₀, σ of it, and K₁u + b₁.
-    fn layers(&self, s: &Point) -> Result<[Tensor; 3]> {
+    fn layers(&self, s: &SpaceTime) -> Result<[Tensor; 3]> {
         let ([k0, b0], [k1, b1]) = (&self.open, &self.inner);
         let open = s.product(k0, Some(b0))?;
         let u = log_two_cosh(&open)?;
@@ -171,12 +171,12 @@ impl OtFlow {
 /// s = (x, t), x `(row, feature)`.
 ///
 /// What time adds to a product is formed in the precision of t, and rounded once; t is not.
-struct Point {
+struct SpaceTime {
     x: Tensor,
     t: Tensor,
 }
 
-impl Point {
+impl SpaceTime {
     fn detach(&self) -> Self {
         Self {
             x: self.x.detach(),

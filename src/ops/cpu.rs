@@ -71,7 +71,7 @@ impl Out<'_> {
 }
 
 /// `out = round(scale · Σ c_j x_j)`, of one piece.
-struct Sum<'a, A> {
+struct BlockSum<'a, A> {
     terms: &'a [(A, Slice<'a>)],
     scale: A,
     to: DType,
@@ -80,7 +80,7 @@ struct Sum<'a, A> {
     out: Out<'a>,
 }
 
-impl<A: Real> WithSimd for Sum<'_, A> {
+impl<A: Real> WithSimd for BlockSum<'_, A> {
     type Output = ();
 
     #[inline(always)]
@@ -107,7 +107,7 @@ fn sum<A: Real>(
     let terms: Vec<_> = terms.iter().map(|&(c, x)| (A::of(c), x)).collect();
     let unit = unit()?;
     let piece = |at: usize, piece: Out<'_>| {
-        unit.dispatch(Sum {
+        unit.dispatch(BlockSum {
             terms: &terms,
             scale: A::of(scale),
             to: out.to,
@@ -187,7 +187,7 @@ impl Axpy {
     fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) -> Result<()> {
         let unit = unit()?;
         by_piece(acc, &|at, acc| {
-            unit.dispatch(Add {
+            unit.dispatch(AddScaled {
                 c: A::of(self.0),
                 x: x.part(at, acc.len()),
                 acc,
@@ -198,13 +198,13 @@ impl Axpy {
 }
 
 /// `acc += c · x`, of one piece.
-struct Add<'a, A> {
+struct AddScaled<'a, A> {
     c: A,
     x: Slice<'a>,
     acc: &'a mut [A],
 }
 
-impl<A: Real> WithSimd for Add<'_, A> {
+impl<A: Real> WithSimd for AddScaled<'_, A> {
     type Output = ();
 
     #[inline(always)]

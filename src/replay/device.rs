@@ -38,7 +38,7 @@ pub(crate) fn overwrite(x: &Tensor, value: &Tensor) -> Result<()> {
 }
 
 /// An evaluation to be made: the field, and where.
-pub(super) struct At<'a> {
+pub(super) struct StepAt<'a> {
     pub(super) field: &'a Field<'a>,
     pub(super) step: Step,
     pub(super) y: &'a [Tensor],
@@ -51,8 +51,8 @@ pub(super) enum StepReplay {
     /// The next step is the first.
     Asked(usize),
     /// The next step is captured.
-    Warm(Box<Steps>),
-    Ready(Box<Steps>, Graph),
+    Warm(Box<ReplayedSteps>),
+    Ready(Box<ReplayedSteps>, Graph),
 }
 
 impl StepReplay {
@@ -68,14 +68,14 @@ impl StepReplay {
         &mut self,
         scheme: &Scheme,
         copies: bool,
-        at: &At<'_>,
+        at: &StepAt<'_>,
         kept: bool,
         watch: &mut Watch,
         stats: &mut Stats,
     ) -> Result<Option<Taken>> {
         let (mut steps, graph) = match std::mem::replace(self, Self::Off) {
             Self::Off => return Ok(None),
-            Self::Asked(count) => match Steps::begin(scheme, copies, count, at.y) {
+            Self::Asked(count) => match ReplayedSteps::begin(scheme, copies, count, at.y) {
                 Ok(mut steps) => {
                     steps.warm_up(at, watch)?;
                     let next = steps.next(kept)?;
@@ -116,7 +116,7 @@ impl StepReplay {
 }
 
 /// Steps that begin and end in the same memory.
-pub(super) struct Steps {
+pub(super) struct ReplayedSteps {
     scheme: Scheme,
     fixture: Arc<Fixture>,
     /// y_n, then y_{n+1}.
@@ -130,7 +130,7 @@ pub(super) struct Steps {
     evaluations: usize,
 }
 
-impl Steps {
+impl ReplayedSteps {
     fn begin(
         scheme: &Scheme,
         copies: bool,
@@ -157,7 +157,7 @@ impl Steps {
     }
 
     /// Puts y_n in place and sets the clock.
-    fn show(&self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
+    fn show(&self, at: &StepAt<'_>, watch: &mut Watch) -> Result<()> {
         for ((own, like), y) in self.y.iter().zip(&self.like).zip(at.y) {
             if y.id() != *like && y.id() != own.id() {
                 overwrite(own, y)?;
@@ -168,7 +168,7 @@ impl Steps {
     }
 
     /// The step itself.
-    fn run(&mut self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
+    fn run(&mut self, at: &StepAt<'_>, watch: &mut Watch) -> Result<()> {
         let Self { scheme, y, .. } = &*self;
         let (taken, looks) = watch.in_replay(&y[0], &self.fixture.clock, |watch| {
             scheme.advance_and_store(at.field, at.step, y, self.copies, watch)
@@ -198,7 +198,7 @@ impl Steps {
     }
 
     /// A step operation by operation, which brings to the device what the others need.
-    fn warm_up(&mut self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
+    fn warm_up(&mut self, at: &StepAt<'_>, watch: &mut Watch) -> Result<()> {
         self.show(at, watch)?;
         {
             let _uploads = keep_uploads(&self.scheme.device)?;
@@ -208,7 +208,7 @@ impl Steps {
         self.looked(at, watch)
     }
 
-    fn capture(&mut self, at: &At<'_>, watch: &mut Watch) -> Result<Captured> {
+    fn capture(&mut self, at: &StepAt<'_>, watch: &mut Watch) -> Result<Captured> {
         let device = self.scheme.device.clone();
         let captured = capture(&device, || self.run(at, watch))?;
         Ok(match self.fixture.value_was_read() {
@@ -218,7 +218,7 @@ impl Steps {
     }
 
     /// The step has looked for NaN.
-    fn looked(&self, at: &At<'_>, watch: &mut Watch) -> Result<()> {
+    fn looked(&self, at: &StepAt<'_>, watch: &mut Watch) -> Result<()> {
         watch.replayed(&self.y[0], self.scheme.meanings(at.step))
     }
 

@@ -75,7 +75,7 @@ pub(crate) fn product<T: Element>(
     // Whole blocks of rows, as many as are worth a thread, and a copy of b.
     let rows = (PIECE / (a.columns * b.columns).max(1)).max(64);
     let piece = |(i, out): (usize, &mut [T])| {
-        unit.dispatch(Piece {
+        unit.dispatch(RowBlock {
             a,
             b,
             start,
@@ -120,7 +120,7 @@ const BLOCK: usize = 256;
 const AHEAD: usize = 8;
 
 /// Some rows of a product, from the first on; `out` is zero.
-pub(super) struct Piece<'a, T> {
+pub(super) struct RowBlock<'a, T> {
     pub(super) a: Matrix<'a, T>,
     pub(super) b: Matrix<'a, T>,
     pub(super) start: &'a [T],
@@ -128,7 +128,7 @@ pub(super) struct Piece<'a, T> {
     pub(super) out: &'a mut [T],
 }
 
-impl<T: Element> WithSimd for Piece<'_, T> {
+impl<T: Element> WithSimd for RowBlock<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -141,7 +141,7 @@ impl<T: Element> WithSimd for Piece<'_, T> {
     }
 }
 
-impl<T: Element> Piece<'_, T> {
+impl<T: Element> RowBlock<'_, T> {
     #[inline(always)]
     fn panels<S: Simd, const V: usize>(self, s: S) {
         let (inner, columns) = (self.a.columns, self.b.columns);

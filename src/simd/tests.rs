@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use pulp::{Scalar, Simd, WithSimd};
 
-use super::matrix::{Matrix, Piece};
+use super::matrix::{Matrix, RowBlock};
 use super::outer::{add_rows, outer_room, Dot, Outer, Pair};
 use super::product::{padded, Epilogue, Layer, Packed, Tanh, Transpose, WithEpilogue, FAR, NEAR};
 use super::tiles::{load, store, Idle};
@@ -548,7 +548,7 @@ impl Product<'_> {
         let [a_turned, b_turned] = self.transposed;
         let first = rows.min(3) - 1;
         let mut out = vec![T::default(); (rows - first) * columns];
-        let piece = Piece {
+        let piece = RowBlock {
             a: matrix(&a, rows, inner, a_turned),
             b: matrix(&b, inner, columns, b_turned),
             start: &start,

@@ -3,7 +3,7 @@
 //! y(t_n + x h) = y_n + h Σ_i b_i(x) k_i with polynomials b_i, b(0) = 0 and b(1) = b.  Every interpolant of this
 //! crate is C¹ from step to step: b′(0) is the first stage, and b′(1) the last one, f(t_{n+1}, y_{n+1}).
 
-use super::{meets, Checked, Rows, Tableau};
+use super::{meets, Finding, Rows, Tableau};
 use crate::error::TableauDefect;
 
 impl Tableau {
@@ -79,7 +79,7 @@ impl Tableau {
     }
 
     /// That b(1) = b.
-    pub(super) fn check_interpolant(&self) -> Checked {
+    pub(super) fn check_interpolant(&self) -> Finding {
         let Some(rows) = &self.interpolant else {
             return Ok(());
         };

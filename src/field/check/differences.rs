@@ -28,7 +28,7 @@ pub(super) type PullAt<'a> = dyn Fn(&Vec<Tensor>) -> Result<Cotangents<Vec<Tenso
 
 /// What one difference says of the pull-back.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum Evidence {
     /// The velocity changes, as the pull-back says.
     Agrees,
     /// The velocity does not change here, or the argument cannot be moved.
@@ -230,14 +230,14 @@ impl Trial<'_> {
         of: Of,
         first: &[(Vec<f64>, Cotangents<Vec<Tensor>>)],
         rng: &mut StdRng,
-    ) -> Result<Verdict> {
+    ) -> Result<Evidence> {
         let x = self.value(of)?;
         if x.elem_count() == 0 || x.dtype().is_int() {
-            return Ok(Verdict::Silent);
+            return Ok(Evidence::Silent);
         }
         let d = self.direction(of, &numbers(std::slice::from_ref(&x))?, rng);
         let Some(sides) = self.sides(of, &x, &d, self.epsilon(of))? else {
-            return Ok(Verdict::Silent);
+            return Ok(Evidence::Silent);
         };
         let change: Vec<_> = sides
             .plus
@@ -251,19 +251,19 @@ impl Trial<'_> {
         let noise = 8.0 * self.unit() * norm(self.base.iter().copied());
         if size > 0.0 && noise > 0.1 * size {
             // What moves is small beside what does not, and must be looked at alone.
-            return Ok(Verdict::Doubtful);
+            return Ok(Evidence::Doubtful);
         }
         for (v, pulled) in first {
             let (along, is_zero) = self.along(of, pulled, &sides.distance)?;
             let number: f64 = v.iter().zip(&change).map(|(v, c)| v * c).sum();
             let near = (number - along).abs() <= 0.01 * size + noise;
             if !near || is_zero && size > noise {
-                return Ok(Verdict::Doubtful);
+                return Ok(Evidence::Doubtful);
             }
         }
         Ok(match size > noise {
-            true => Verdict::Agrees,
-            false => Verdict::Silent,
+            true => Evidence::Agrees,
+            false => Evidence::Silent,
         })
     }
 

@@ -10,14 +10,14 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{column_sums, OtFlow, Point};
+use super::{column_sums, OtFlow, SpaceTime};
 use crate::nn::spread::{row_sums, spread};
 use crate::nn::Activation;
 
 /// One evaluation, and what its pull-back reads; `(row, unit)` where nothing else is said.
 pub(super) struct Evaluation {
     of: OtFlow,
-    s: Point,
+    s: SpaceTime,
     u: Tensor,
     t0: Tensor,
     t1: Tensor,
@@ -46,7 +46,7 @@ fn slope(t: &Tensor) -> Result<Tensor> {
 
 impl Evaluation {
     /// At `s`; what ends in costs is formed in the dtype `wide`.
-    pub(super) fn new(of: OtFlow, s: Point, wide: DType) -> Result<Self> {
+    pub(super) fn new(of: OtFlow, s: SpaceTime, wide: DType) -> Result<Self> {
         let (rows, d) = (s.x.dim(0)?, of.features());
         let ([k0, _], [k1, _]) = (&of.open, &of.inner);
         let [open, u, inner] = of.layers(&s)?;

@@ -128,7 +128,7 @@ pub(crate) fn capture(device: &Device, work: impl FnOnce() -> Result<()>) -> Res
             };
         }
     };
-    let held = match Held::of(&graph.graph) {
+    let held = match HeldUploads::of(&graph.graph) {
         Ok(held) => held,
         Err(error) => return refused(&error),
     };
@@ -145,14 +145,14 @@ pub(crate) fn capture(device: &Device, work: impl FnOnce() -> Result<()>) -> Res
 }
 
 /// What a graph consists of.
-struct Held {
+struct HeldUploads {
     allocated: usize,
     freed: usize,
     /// Whether everything stays on the device.
     repeatable: bool,
 }
 
-impl Held {
+impl HeldUploads {
     fn of(graph: &CudaGraph) -> Result<Self> {
         let graph = graph.cu_graph();
         let mut count = 0;

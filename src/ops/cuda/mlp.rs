@@ -40,7 +40,7 @@ pub(crate) struct LayerOf<'a> {
 /// A step as kernels see it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Step {
+pub(crate) struct NetStep {
     pub(crate) t: f64,
     pub(crate) h: f64,
     /// Which output y_{n+1} is, or −1.
@@ -51,7 +51,7 @@ pub(crate) struct Step {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct Layer {
+struct NetLayer {
     weight: u64,
     bias: u64,
     inputs: i32,
@@ -69,7 +69,7 @@ struct Layer {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct Net {
-    layers: [Layer; MOST_LAYERS],
+    layers: [NetLayer; MOST_LAYERS],
     count: i32,
     dim: i32,
     time: i32,
@@ -84,7 +84,7 @@ struct Net {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Method {
+struct NetMethod {
     a: [[f64; MOST_STAGES]; MOST_STAGES],
     b: [f64; MOST_STAGES],
     c: [f64; MOST_STAGES],
@@ -94,7 +94,7 @@ struct Method {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Solve {
+struct NetSolve {
     steps: u64,
     count: u64,
     rows: u64,
@@ -126,13 +126,13 @@ struct Report {
 }
 
 // SAFETY: plain numbers, laid out as in kernels/mlp.cu.
-unsafe impl DeviceRepr for Step {}
+unsafe impl DeviceRepr for NetStep {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Net {}
 // SAFETY: as above.
-unsafe impl DeviceRepr for Method {}
+unsafe impl DeviceRepr for NetMethod {}
 // SAFETY: as above.
-unsafe impl DeviceRepr for Solve {}
+unsafe impl DeviceRepr for NetSolve {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Report {}
 
@@ -147,7 +147,7 @@ impl Report {
 
 /// What failed first, in the order of the pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Failure {
+pub(crate) enum NetFailure {
     /// y_0, or a cotangent of the returned states.
     Given,
     /// A velocity.
@@ -169,7 +169,7 @@ pub(crate) enum Failure {
 /// Steps of a pass whose failure is that of parameters.
 const AFTER_ALL: u64 = 1 << 39;
 
-impl Failure {
+impl NetFailure {
     /// From a key of kernels/mlp.cu.
     fn of_key(key: u64) -> Option<Self> {
         if key == u64::MAX {
@@ -202,7 +202,7 @@ impl Failure {
 
 /// What a pass reports beside its results.
 pub(crate) struct Told {
-    pub(crate) failure: Option<Failure>,
+    pub(crate) failure: Option<NetFailure>,
     pub(crate) retries: usize,
     /// Exponents of the smallest and the largest S.
     pub(crate) exponents: (i32, i32),
@@ -225,7 +225,7 @@ pub(crate) struct Fit {
 pub(crate) struct SmallNet {
     device: CudaDevice,
     net: Net,
-    method: Method,
+    method: NetMethod,
     fit: Fit,
     multiprocessors: u32,
     /// Held: the kernels read them.
@@ -290,8 +290,8 @@ impl SmallNet {
     }
 
     /// Steps in device memory.
-    pub(crate) fn upload(&self, steps: &[Step]) -> Result<CudaSlice<Step>> {
-        let none = [Step {
+    pub(crate) fn upload(&self, steps: &[NetStep]) -> Result<CudaSlice<NetStep>> {
+        let none = [NetStep {
             t: 0.0,
             h: 0.0,
             output: -1,
@@ -319,7 +319,7 @@ impl SmallNet {
     }
 
     /// Returned states, `(outputs, elements)`, and what is kept, `(steps, elements)`.
-    pub(crate) fn forward(&self, pass: &Forward<'_>) -> Result<(Tensor, Option<Tensor>, Told)> {
+    pub(crate) fn forward(&self, pass: &NetForward<'_>) -> Result<(Tensor, Option<Tensor>, Told)> {
         let elements = pass.y0.elem_count();
         let y0 = pass.y0.contiguous()?;
         let y0_at = Operand::new(&y0)?;
@@ -331,7 +331,7 @@ impl SmallNet {
             .transpose()?;
         let report = self.device.clone_htod(&[Report::EMPTY])?;
         let rows = (elements / self.net.dim as usize) as u64;
-        let solve = Solve {
+        let solve = NetSolve {
             steps: pointer(pass.steps),
             count: pass.count as u64,
             rows,
@@ -368,7 +368,7 @@ impl SmallNet {
     }
 
     /// λ_0, and the gradients of weights and biases, in f32.
-    pub(crate) fn backward(&self, pass: &Backward<'_>) -> Result<(Tensor, Vec<Tensor>, Told)> {
+    pub(crate) fn backward(&self, pass: &NetBackward<'_>) -> Result<(Tensor, Vec<Tensor>, Told)> {
         let given = pass.cotangent.contiguous()?;
         let last = given.get(given.dim(0)? - 1)?.contiguous()?;
         let elements = last.elem_count();
@@ -388,7 +388,7 @@ impl SmallNet {
             )?),
         };
         let report = self.device.clone_htod(&[Report::EMPTY])?;
-        let solve = Solve {
+        let solve = NetSolve {
             steps: pointer(pass.steps),
             count: pass.count as u64,
             rows,
@@ -455,7 +455,7 @@ impl SmallNet {
         note_host_read(&Device::Cuda(self.device.clone()));
         let report = self.device.clone_dtoh(report)?[0];
         Ok(Told {
-            failure: Failure::of_key(report.failure),
+            failure: NetFailure::of_key(report.failure),
             retries: report.retries as usize,
             exponents: (report.smallest, report.largest),
         })
@@ -466,10 +466,10 @@ impl SmallNet {
 const BLOCK: i32 = 128;
 
 /// A forward pass.
-pub(crate) struct Forward<'a> {
+pub(crate) struct NetForward<'a> {
     /// In f32.
     pub(crate) y0: &'a Tensor,
-    pub(crate) steps: &'a CudaSlice<Step>,
+    pub(crate) steps: &'a CudaSlice<NetStep>,
     pub(crate) count: usize,
     pub(crate) outputs: usize,
     pub(crate) returns_first: bool,
@@ -481,11 +481,11 @@ pub(crate) struct Forward<'a> {
 }
 
 /// A backward pass.
-pub(crate) struct Backward<'a> {
+pub(crate) struct NetBackward<'a> {
     /// `(outputs, elements)`, in f32.
     pub(crate) cotangent: &'a Tensor,
     pub(crate) kept: Option<&'a Tensor>,
-    pub(crate) steps: &'a CudaSlice<Step>,
+    pub(crate) steps: &'a CudaSlice<NetStep>,
     pub(crate) count: usize,
     pub(crate) compute: DType,
     pub(crate) scaler: &'a Scaler,
@@ -500,25 +500,28 @@ mod tests {
         let key = |order: u64, detail: u64, kind: u64| order << 24 | detail << 2 | kind;
         let at = |step: u64, stage: u64| 1 + step * (MOST_STAGES as u64 + 1) + stage;
         for (key, failure) in [
-            (key(0, 0, 1), Failure::Given),
-            (key(at(7, 3), 3, 0), Failure::Velocity { step: 7, stage: 3 }),
+            (key(0, 0, 1), NetFailure::Given),
+            (
+                key(at(7, 3), 3, 0),
+                NetFailure::Velocity { step: 7, stage: 3 },
+            ),
             (
                 key(at(7, MOST_STAGES as u64), 0, 1),
-                Failure::Solution { step: 7 },
+                NetFailure::Solution { step: 7 },
             ),
-            (key(4, 0, 2), Failure::Gradient { steps: 4 }),
+            (key(4, 0, 2), NetFailure::Gradient { steps: 4 }),
             (
                 key(4, 5 << 9 | (256 - 9), 3),
-                Failure::Exhausted {
+                NetFailure::Exhausted {
                     steps: 4,
                     exponent: -9,
                     attempts: 5,
                 },
             ),
-            (key(AFTER_ALL, 0, 2), Failure::Parameters),
+            (key(AFTER_ALL, 0, 2), NetFailure::Parameters),
         ] {
-            assert_eq!(Failure::of_key(key), Some(failure));
+            assert_eq!(NetFailure::of_key(key), Some(failure));
         }
-        assert_eq!(Failure::of_key(u64::MAX), None);
+        assert_eq!(NetFailure::of_key(u64::MAX), None);
     }
 }

@@ -19,7 +19,7 @@ const MOST_TERMS: usize = 16;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(super) struct Terms {
+pub(super) struct KernelTerms {
     x: [u64; MOST_TERMS],
     c: [f64; MOST_TERMS],
     dtype: [i32; MOST_TERMS],
@@ -30,11 +30,11 @@ pub(super) struct Terms {
 }
 
 // SAFETY: plain numbers, laid out as in kernels/sum.cuh.
-unsafe impl DeviceRepr for Terms {}
+unsafe impl DeviceRepr for KernelTerms {}
 
 /// Terms in device memory, with what keeps them there.
 pub(super) struct Sum<'a> {
-    pub(super) terms: Terms,
+    pub(super) terms: KernelTerms,
     /// Whether the sum is formed in f64.
     pub(super) wide: bool,
     pub(super) n: u64,
@@ -52,7 +52,7 @@ impl<'a> Sum<'a> {
                 candle_core::Error::Msg(format!("a sum of tensors of sizes {sizes:?}")).into(),
             );
         }
-        let mut terms = Terms {
+        let mut terms = KernelTerms {
             x: [0; MOST_TERMS],
             c: [0.0; MOST_TERMS],
             dtype: [0; MOST_TERMS],

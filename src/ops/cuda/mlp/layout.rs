@@ -3,13 +3,13 @@
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 
 use super::super::launch::THREADS;
-use super::{Fit, Layer, LayerOf, Method, Net, GROUP, MOST_LAYERS, MOST_STAGES, PITCH};
+use super::{Fit, LayerOf, Net, NetLayer, NetMethod, GROUP, MOST_LAYERS, MOST_STAGES, PITCH};
 use crate::tableau::Tableau;
 
 /// Where everything of a net is in shared memory.
 pub(super) fn outline(layers: &[LayerOf<'_>], dim: usize, time: bool, keeps_slopes: bool) -> Net {
     let mut net = Net {
-        layers: [Layer::default(); MOST_LAYERS],
+        layers: [NetLayer::default(); MOST_LAYERS],
         count: layers.len() as i32,
         dim: dim as i32,
         time: time.into(),
@@ -72,8 +72,8 @@ pub(super) fn fit(net: &Net, stages: usize, limit: usize) -> Option<Fit> {
     })
 }
 
-pub(super) fn in_numbers(tableau: &Tableau) -> Method {
-    let mut method = Method {
+pub(super) fn in_numbers(tableau: &Tableau) -> NetMethod {
+    let mut method = NetMethod {
         a: [[0.0; MOST_STAGES]; MOST_STAGES],
         b: [0.0; MOST_STAGES],
         c: [0.0; MOST_STAGES],
