@@ -35,7 +35,8 @@ pub use tolerance::Tolerance;
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_diffeq::{odeint, Adaptive, OdeOptions, Steps, Time, DOPRI5};
+/// use candle_diffeq::control::Adaptive;
+/// use candle_diffeq::{odeint, OdeOptions, Steps, Time, DOPRI5};
 /// let options = OdeOptions {
 ///     method: DOPRI5,
 ///     steps: Steps::Adaptive(Adaptive::new(1e-8, 1e-10)),

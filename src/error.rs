@@ -3,12 +3,14 @@
 mod adaptive;
 mod crossing;
 mod defects;
+mod event;
 mod need;
 
 use candle_core::{DType, DeviceLocation, Shape};
 
 pub use adaptive::{AdaptiveDefect, StopReason, Stopped, Worst};
 pub use defects::{Argument, PullbackDefect, TableauDefect};
+pub use event::EventDefect;
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
 
@@ -125,6 +127,9 @@ pub enum Error {
     /// An adaptive solve did not reach its end.
     #[error("{0}")]
     Stopped(Box<Stopped>),
+    /// An event cannot be found or differentiated.
+    #[error("{0}")]
+    Event(EventDefect),
     /// A step so small that the time does not change in f64.
     #[error("step {step} at t = {t:?} is below the resolution of f64")]
     StepUnderflow {

@@ -2,6 +2,7 @@
 
 mod adaptive;
 mod estimate;
+pub(crate) mod observe;
 
 use std::sync::Arc;
 
@@ -21,6 +22,7 @@ use crate::stats::Stats;
 use crate::time::Time;
 use crate::trajectory::{Checkpoint, Trajectory};
 use crate::watch::Watch;
+use observe::Observer;
 
 /// What the forward pass hands on.
 pub(crate) struct Forward {
@@ -109,10 +111,11 @@ pub(crate) fn integrate(
     field: &Field<'_>,
     y0: Vec<Tensor>,
     keep: &dyn Fn() -> bool,
+    observer: &mut dyn Observer,
     stats: &mut Stats,
 ) -> Result<Forward> {
     let mut counted = Stats::default();
-    let forward = pass(problem, field, y0.clone(), keep, &mut counted);
+    let forward = pass(problem, field, y0.clone(), keep, observer, &mut counted);
     // A pass that failed is counted up to its failure.
     let forward = forward.inspect_err(|_| stats.take_over(&mut counted))?;
     let forgot = !forward.back.can_rewind() && problem.checkpoint != Checkpoint::Nothing;
@@ -120,7 +123,7 @@ pub(crate) fn integrate(
         stats.take_over(&mut counted);
         return Ok(forward);
     }
-    pass(problem, field, y0, &|| true, stats)
+    pass(problem, field, y0, &|| true, observer, stats)
 }
 
 /// One pass over all steps.
@@ -129,6 +132,7 @@ fn pass(
     field: &Field<'_>,
     y0: Vec<Tensor>,
     keep: &dyn Fn() -> bool,
+    observer: &mut dyn Observer,
     stats: &mut Stats,
 ) -> Result<Forward> {
     if problem.is_empty() {
@@ -136,7 +140,9 @@ fn pass(
     }
     let schedule = match &problem.plan {
         Plan::Known(schedule) => schedule,
-        Plan::Adaptive(control) => return adaptive::pass(problem, control, field, y0, keep, stats),
+        Plan::Adaptive(control) => {
+            return adaptive::pass(problem, control, field, y0, keep, observer, stats)
+        }
     };
     // What is not known to be kept yet is reckoned after the first step.
     let known = keep();

@@ -57,7 +57,7 @@
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: both passes by any of the solvers; a solve as a node of candle's graph, or without.
-//! * `odeint`, `piecewise`, `neural_ode`: the public entry points; fields that are piecewise constant in time.
+//! * `odeint`, `events`, `piecewise`, `neural_ode`: the public entry points; fields that are piecewise constant in time.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //!
 //! # Limits
@@ -75,6 +75,7 @@ mod arguments;
 #[cfg(feature = "datasets")]
 pub mod datasets;
 pub mod error;
+pub mod events;
 mod field;
 mod integrate;
 mod link;
@@ -108,7 +109,6 @@ mod time;
 mod trajectory;
 mod watch;
 
-pub use adaptive::Adaptive;
 pub use error::{Error, Result};
 pub use field::check::{check_field, FieldCheck};
 pub use field::VectorField;
@@ -145,7 +145,7 @@ pub mod scaling {
 
 /// What adaptive steps are controlled by: tolerances, controllers, norms.
 pub mod control {
-    pub use crate::adaptive::{Controller, Norm, Tolerance};
+    pub use crate::adaptive::{Adaptive, Controller, Norm, Tolerance};
 }
 
 /// To judge continuous flows by.

@@ -58,7 +58,7 @@ pub(crate) fn in_graph(
     let Forward { packed, back, .. } = forward;
     let result = match forward.is_loss {
         true => packed.reshape(())?,
-        false => packed.reshape(problem.returned())?,
+        false => packed.reshape(problem.returned(packed.dim(0)?))?,
     };
     let of_theta = theta.masters.iter().any(Tensor::track_op);
     let tracked = y0.track_op() || problem.grid.is_tracked() || of_theta;

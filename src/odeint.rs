@@ -117,10 +117,23 @@ where
 
 /// A solve of a closure of some `kind` that becomes part of candle's graph, from y0, arguments and times.
 fn closure_in_graph<S: State>(
+    start: (Vec<Tensor>, Vec<Tensor>, TimeGrid),
+    options: &OdeOptions,
+    kind: TypeId,
+    bind: impl FnOnce(Vec<Tensor>) -> Result<SharedField>,
+) -> Result<S> {
+    in_graph_by(start, options, kind, bind, |problem, field, y0, keep| {
+        run(problem, field, y0, None, keep)
+    })
+}
+
+/// The same by a forward pass from y0, joined.
+pub(crate) fn in_graph_by<S: State>(
     (y0, args, grid): (Vec<Tensor>, Vec<Tensor>, TimeGrid),
     options: &OdeOptions,
     kind: TypeId,
     bind: impl FnOnce(Vec<Tensor>) -> Result<SharedField>,
+    solve: impl FnOnce(&Problem, &Field<'_>, &Tensor, &dyn Fn() -> bool) -> Result<Forward>,
 ) -> Result<S> {
     let problem = Problem::new(&y0, grid, options)?;
     let args = Args::new(args, &problem, options, false)?;
@@ -132,7 +145,7 @@ fn closure_in_graph<S: State>(
     let observed = Observed::closure(&*field, true).solving(&problem, identity, checks);
     let tracked = joined.track_op() || problem.grid.is_tracked() || args.is_tracked();
     let keep = || tracked || observed.reads_variables();
-    let forward = run(&problem, &observed, &joined, None, &keep)?;
+    let forward = solve(&problem, &observed, &joined, &keep)?;
     if checks && keep() && !problem.is_empty() {
         // Of an argument that candle does not connect with the velocity the gradient is looked at, too.
         let mut read = observed.parameters_so_far();
@@ -300,6 +313,9 @@ where
 
 /// The returned states, without history.
 pub(crate) fn states<S: State>(problem: &Problem, forward: Forward) -> Result<S> {
-    let states = forward.packed.reshape(problem.returned())?.detach();
+    let states = forward
+        .packed
+        .reshape(problem.returned(forward.packed.dim(0)?))?
+        .detach();
     S::from_leaves(problem.packing.split(&states)?)
 }

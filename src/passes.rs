@@ -4,6 +4,7 @@ use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::field::Field;
+use crate::integrate::observe::{Observer, Unobserved};
 use crate::integrate::{integrate, Forward};
 use crate::offer::Offered;
 use crate::ops;
@@ -33,7 +34,21 @@ pub(crate) fn run(
             return Ok(forward);
         }
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
-        integrate(problem, field, y0, keep, stats)
+        integrate(problem, field, y0, keep, &mut Unobserved, stats)
+    })
+}
+
+/// The same step by step, where every step is looked at.
+pub(crate) fn run_observed(
+    problem: &Problem,
+    field: &Field<'_>,
+    y0: &Tensor,
+    keep: &dyn Fn() -> bool,
+    observer: &mut dyn Observer,
+) -> Result<Forward> {
+    counted(problem, |stats| {
+        let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
+        integrate(problem, field, y0, keep, observer, stats)
     })
 }
 

@@ -297,11 +297,11 @@ impl Problem {
         &self.scheme.device
     }
 
-    /// The shape of the returned states, joined.
-    pub(crate) fn returned(&self) -> Vec<usize> {
+    /// The shape of so many returned states, joined.
+    pub(crate) fn returned(&self, outputs: usize) -> Vec<usize> {
         let state = self.packing.joined();
         match self.output {
-            Output::All => [vec![self.outputs()], state].concat(),
+            Output::All => [vec![outputs], state].concat(),
             Output::Final => state,
         }
     }

@@ -138,8 +138,10 @@ impl Step {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Inside {
     pub(crate) step: usize,
-    /// Its number among the returned states, and the user's time that it is at.
+    /// Its number among the returned states.
     pub(crate) output: usize,
+    /// The user's time that it is at; an event has none.
+    pub(crate) given: Option<usize>,
     /// Where it is: t = t_n + x h.
     pub(crate) x: f64,
 }

@@ -30,7 +30,9 @@ impl<'f, S: State> Solution<'f, S> {
         theta: Theta,
         forward: Forward,
     ) -> Result<Self> {
-        let states = forward.packed.reshape(problem.returned())?;
+        let states = forward
+            .packed
+            .reshape(problem.returned(forward.packed.dim(0)?))?;
         Ok(Self {
             states: S::from_leaves(problem.packing.split(&states)?)?,
             problem,

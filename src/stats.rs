@@ -16,10 +16,10 @@ pub struct Stats {
     /// Attempts of adaptive steps that were rejected; `steps` are those that were accepted.
     pub rejected: usize,
     /// Adaptive steps that were accepted only because they could not be shorter
-    /// ([`Adaptive::min_step`](crate::Adaptive::min_step)).
+    /// ([`Adaptive::min_step`](crate::control::Adaptive::min_step)).
     pub forced: usize,
     /// Adaptive steps that were accepted only because of the noise floor
-    /// ([`Adaptive::noise_floor`](crate::Adaptive::noise_floor)): their error estimate is mostly rounding.
+    /// ([`Adaptive::noise_floor`](crate::control::Adaptive::noise_floor)): their error estimate is mostly rounding.
     pub limited: usize,
     /// The largest error of an accepted adaptive step without the noise floor, relative to the tolerance: tolerances
     /// were kept to within this factor.

@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::control::{Controller, Norm};
+use candle_diffeq::control::{Adaptive, Controller, Norm};
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{
-    odeint, predict, Adaptive, Checkpoint, OdeOptions, Output, Precision, Recorder, Stats, Steps,
-    Tableau, Time, DOPRI5, RK4,
+    odeint, predict, Checkpoint, OdeOptions, Output, Precision, Recorder, Stats, Steps, Tableau,
+    Time, DOPRI5, RK4,
 };
 use common::{bits, relative, scattered, values, var, worst, U_F64};
 

@@ -110,6 +110,7 @@ fn every_error_has_a_test() {
     let tests = [
         include_str!("errors.rs"),
         include_str!("adaptive.rs"),
+        include_str!("events.rs"),
         include_str!("graphs.rs"),
         include_str!("arguments.rs"),
         include_str!("field_check.rs"),

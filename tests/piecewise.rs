@@ -328,7 +328,7 @@ fn the_order_of_the_method_is_kept_across_breaks_inside_of_steps() {
         };
         let [coarse, fine] = [18, 36].map(at);
         assert!(coarse / fine > 12.0, "{coarse:e} {fine:e}");
-        let adaptive = candle_diffeq::Adaptive::new(1e-9, 1e-9);
+        let adaptive = candle_diffeq::control::Adaptive::new(1e-9, 1e-9);
         let options = OdeOptions {
             method: candle_diffeq::DOPRI5,
             steps: Steps::Adaptive(adaptive),

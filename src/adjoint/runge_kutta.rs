@@ -88,7 +88,9 @@ impl Sweep<'_> {
                 }
                 let slope = ops::combine(&terms, 1.0, self.scheme.roles[leaf].state())?;
                 let value = ops::dot(y, &slope)?;
-                times.add(TimeTerm::at(at.output, step, value.clone())?)?;
+                if let Some(given) = at.given {
+                    times.add(TimeTerm::at(given, step, value.clone())?)?;
+                }
                 times.add(TimeTerm::new(step, value, at.x - 1.0, -at.x)?)?;
             }
         }

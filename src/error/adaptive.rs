@@ -44,6 +44,9 @@ pub enum AdaptiveDefect {
         /// Its name.
         method: String,
     },
+    /// With events, all times are asked for.
+    #[error("a solve with events returns the states at all times: leave OdeOptions::output at Output::All")]
+    EventOutput,
     /// A time is in `step_t` and in `jump_t`.
     #[error("t = {t:?} is in step_t and in jump_t")]
     ForcedTwice {
@@ -70,7 +73,7 @@ pub enum StopReason {
     #[error("the field gives NaN or infinity here, however short the step is")]
     NonFinite,
     /// More than a tenth of the steps were accepted only because of the noise floor
-    /// ([`Adaptive::precision_limit_is_error`](crate::Adaptive::precision_limit_is_error)).
+    /// ([`Adaptive::precision_limit_is_error`](crate::control::Adaptive::precision_limit_is_error)).
     #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}")]
     PrecisionLimited {
         /// How many.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::estimate::{Estimate, Floor};
+use super::observe::{InStep, Observer};
 use super::Forward;
 use crate::adaptive::{Attempt, Control, Halt, Pace, Verdict};
 use crate::error::{Error, Result, StopReason, Stopped};
@@ -18,12 +19,13 @@ use crate::step::Increments;
 use crate::trajectory::{Checkpoint, Trajectory};
 
 /// One pass from the start to the end.
-pub(super) fn pass(
-    problem: &Problem,
-    control: &Control,
-    field: &Field<'_>,
+pub(super) fn pass<'a>(
+    problem: &'a Problem,
+    control: &'a Control,
+    field: &'a Field<'_>,
     y0: Vec<Tensor>,
     keep: &dyn Fn() -> bool,
+    observer: &mut dyn Observer,
     stats: &mut Stats,
 ) -> Result<Forward> {
     for (leaf, y) in y0.iter().enumerate() {
@@ -32,7 +34,8 @@ pub(super) fn pass(
         }
     }
     let mut pass = Pass::begin(problem, control, field, y0, keep())?;
-    let run = pass.run(keep);
+    observer.begin();
+    let run = pass.run(keep, observer);
     stats.evaluations += pass.evaluations;
     pass.pace.count(stats);
     stats.step_times.extend(pass.record.times());
@@ -64,6 +67,8 @@ struct Pass<'a> {
     /// The user's time that is met next.
     next: usize,
     evaluations: usize,
+    /// Whether the observer has ended the solve.
+    ended: bool,
 }
 
 /// An attempt that was made: its solution, its stages, and its error.
@@ -74,6 +79,17 @@ struct Tried {
     /// Relative to the tolerance, with the noise floor and without.
     norms: [f64; 2],
 }
+
+/// A step as it is taken: what was tried, and where inside of it states are returned, with the user's time, if it is
+/// one.
+struct Taken {
+    step: Step,
+    tried: Tried,
+    inside: Vec<(f64, Option<usize>)>,
+}
+
+/// The part of a step, at both of its ends, in which the interpolant is as accurate as the step.
+const NEAR: f64 = 1e-3;
 
 impl<'a> Pass<'a> {
     fn begin(
@@ -102,6 +118,7 @@ impl<'a> Pass<'a> {
             outputs: vec![],
             next: 0,
             evaluations: 0,
+            ended: false,
             y,
         };
         pass.returns_node(control.start)?;
@@ -124,8 +141,8 @@ impl<'a> Pass<'a> {
             return Ok(());
         }
         let number = match self.problem.output {
-            Output::Final => (self.next + 1 == points.len()).then_some(0),
-            _ => Some(self.next),
+            Output::Final => (self.next + 1 == points.len()).then_some(self.outputs.len()),
+            Output::All => Some(self.outputs.len()),
         };
         self.record.mark(self.next, number)?;
         self.next += 1;
@@ -193,10 +210,10 @@ impl<'a> Pass<'a> {
         Ok(h)
     }
 
-    fn run(&mut self, keep: &dyn Fn() -> bool) -> Result<()> {
+    fn run(&mut self, keep: &dyn Fn() -> bool, observer: &mut dyn Observer) -> Result<()> {
         let control = self.control;
         let mut last = None;
-        while !self.pace.is_done(control) {
+        while !self.ended && !self.pace.is_done(control) {
             let attempt = match self.pace.attempt(control) {
                 Ok(attempt) => attempt,
                 Err(failure) => return Err(self.failed(failure, last.as_ref())),
@@ -212,7 +229,7 @@ impl<'a> Pass<'a> {
             let verdict = self.pace.judge(control, &attempt, r, plain);
             tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
             match verdict {
-                Ok(Verdict::Accepted) => self.accept(step, &attempt, tried)?,
+                Ok(Verdict::Accepted) => self.accept(step, &attempt, tried, observer)?,
                 Ok(Verdict::Rejected) => last = Some((attempt, tried)),
                 Err(failure) => return Err(self.failed(failure, Some(&(attempt, tried)))),
             }
@@ -243,33 +260,42 @@ impl<'a> Pass<'a> {
         })
     }
 
-    fn accept(&mut self, step: Step, attempt: &Attempt, tried: Tried) -> Result<()> {
+    fn accept(
+        &mut self,
+        step: Step,
+        attempt: &Attempt,
+        tried: Tried,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
         let (problem, control) = (self.problem, self.control);
-        let (scheme, points) = (&problem.scheme, problem.grid.points());
-        let Tried { y, mut ks, .. } = tried;
-        self.trajectory.offer(step.index, &self.y)?;
-        self.record.push(attempt.t, attempt.h, attempt.end)?;
         let is_done = self.pace.is_done(control);
-        let passed = |t: f64| (attempt.end - t) * control.direction > 0.0;
-        let from = self.next;
-        self.next += points[from..].iter().take_while(|&&t| passed(t)).count();
-        let inside = match problem.output {
-            Output::Final => from..from,
-            _ => from..self.next,
-        };
-        if control.appended && (!inside.is_empty() || !is_done) {
-            let all = vec![true; scheme.tableau.stages()];
-            scheme.evaluate(self.field, step, &self.y, &mut ks, &all, |_, _| Ok(()))?;
-            self.evaluations += 1;
+        let mut taken = self.finished(step, tried, observer.looks() || !is_done)?;
+        if observer.looks() {
+            let stops = self.observed(&mut taken, observer)?;
+            if let Some(last) = stops.filter(|x| (NEAR..1.0 - NEAR).contains(x)) {
+                taken = self.polished(taken, last, observer)?;
+            }
         }
-        for i in inside {
-            let x = (points[i] - attempt.t) / attempt.h;
-            self.record.save(x, i)?;
-            let y = scheme.interpolated((&step, x), &self.y, &ks)?;
+        let step = taken.step;
+        self.trajectory.offer(step.index, &self.y)?;
+        self.record.push(step.t, step.h, step.end)?;
+        for (x, given) in &taken.inside {
+            self.record.save(*x, self.outputs.len(), *given)?;
+            let y = problem
+                .scheme
+                .interpolated((&step, *x), &self.y, &taken.tried.ks)?;
             self.returns(&y)?;
+            self.next += usize::from(given.is_some());
         }
+        if self.ended {
+            return Ok(());
+        }
+        let passed = |t: &&f64| (step.end - **t) * control.direction > 0.0;
+        let points = &problem.grid.points()[self.next..];
+        self.next += points.iter().take_while(passed).count();
+        let Tried { y, mut ks, .. } = taken.tried;
         self.y = y;
-        self.returns_node(attempt.end)?;
+        self.returns_node(step.end)?;
         self.jumps = control.jumps_at(attempt);
         if is_done {
             return Ok(());
@@ -281,6 +307,74 @@ impl<'a> Pass<'a> {
         self.k = ks.pop().flatten().unwrap_or_default();
         self.floor = self.estimate.floor(&self.y, &self.k)?;
         Ok(())
+    }
+
+    /// A step that was tried, with the outputs inside of it and, if these or others need it, its last stage.
+    fn finished(&mut self, step: Step, mut tried: Tried, needed: bool) -> Result<Taken> {
+        let points = &self.problem.grid.points()[self.next..];
+        let passed = |t: &&f64| (step.end - **t) * self.control.direction > 0.0;
+        let met = points.iter().take_while(passed).enumerate();
+        let inside: Vec<_> = match self.problem.output {
+            Output::Final => vec![],
+            Output::All => met
+                .map(|(i, t)| ((t - step.t) / step.h, Some(self.next + i)))
+                .collect(),
+        };
+        if self.control.appended && (needed || !inside.is_empty()) {
+            let scheme = &self.problem.scheme;
+            let all = vec![true; scheme.tableau.stages()];
+            let ks = &mut tried.ks;
+            scheme.evaluate(self.field, step, &self.y, ks, &all, |_, _| Ok(()))?;
+            self.evaluations += 1;
+        }
+        Ok(Taken {
+            step,
+            tried,
+            inside,
+        })
+    }
+
+    /// Adds what the observer wants of a step; where it ends the solve, if it does.
+    fn observed(&mut self, taken: &mut Taken, observer: &mut dyn Observer) -> Result<Option<f64>> {
+        let within = InStep {
+            scheme: &self.problem.scheme,
+            step: &taken.step,
+            y: &self.y,
+            ks: &taken.tried.ks,
+        };
+        let others: Vec<f64> = taken.inside.iter().map(|(x, _)| *x).collect();
+        let wanted = observer.accepted(&within, self.outputs.len(), &others)?;
+        self.ended = wanted.stops;
+        let last = wanted.at.last().copied().filter(|_| wanted.stops);
+        let inside = &mut taken.inside;
+        inside.retain(|(x, _)| last.is_none_or(|last| *x < last));
+        inside.extend(wanted.at.iter().map(|x| (*x, None)));
+        inside.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Ok(last)
+    }
+
+    /// The same step, but little longer than to where the observer ends the solve: at the end of a step the
+    /// interpolant is as accurate as the step.
+    fn polished(&mut self, taken: Taken, last: f64, observer: &mut dyn Observer) -> Result<Taken> {
+        let Step { t, h, .. } = taken.step;
+        let end = t + h * last * (1.0 + 1e-4);
+        let shorter = Step {
+            h: end - t,
+            end,
+            limits: [taken.step.limits[0], end],
+            ..taken.step
+        };
+        let tried = self.attempt(shorter)?;
+        let mut again = self.finished(shorter, tried, true)?;
+        observer.retract();
+        if self.observed(&mut again, observer)?.is_some() {
+            return Ok(again);
+        }
+        // It has lost the end; the longer step has not.
+        observer.retract();
+        let mut taken = self.finished(taken.step, taken.tried, true)?;
+        self.observed(&mut taken, observer)?;
+        Ok(taken)
     }
 
     fn failed(&self, failure: Halt, last: Option<&(Attempt, Tried)>) -> Error {

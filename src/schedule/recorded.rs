@@ -89,7 +89,7 @@ impl Recorded {
                 if t == w[1] {
                     record.mark(i, number)?;
                 } else if let Some(number) = number {
-                    record.save((t - w[0]) / (w[1] - w[0]), number)?;
+                    record.save((t - w[0]) / (w[1] - w[0]), number, Some(i))?;
                 }
             }
         }
@@ -120,10 +120,19 @@ impl Recorded {
     }
 
     /// An output is returned at a fraction x of the last step.
-    pub(crate) fn save(&mut self, x: f64, output: usize) -> Result<()> {
+    pub(crate) fn save(&mut self, x: f64, output: usize, given: Option<usize>) -> Result<()> {
         let step = self.steps.len() - 1;
         self.outputs = self.outputs.max(output + 1);
-        push("steps", &mut self.inside, Inside { step, output, x })
+        push(
+            "steps",
+            &mut self.inside,
+            Inside {
+                step,
+                output,
+                given,
+                x,
+            },
+        )
     }
 
     /// The next step begins with an evaluation of its own.

@@ -1,0 +1,47 @@
+//! What can be wrong with an event.
+
+use candle_core::Shape;
+
+/// Events that cannot be found or differentiated.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum EventDefect {
+    /// Events are located in adaptive steps.
+    #[error("events are located in adaptive steps: set OdeOptions::steps to Steps::Adaptive")]
+    Steps,
+    /// An event function is not one number.
+    #[error("event function {event} is of shape {shape:?}, not one number")]
+    NotScalar {
+        /// Which of the events.
+        event: usize,
+        /// Its shape.
+        shape: Shape,
+    },
+    /// An event function is NaN or infinite.
+    #[error("event function {event} is not finite at t = {t:?}")]
+    NonFinite {
+        /// Which of the events.
+        event: usize,
+        /// The time.
+        t: f64,
+    },
+    /// The trajectory touches the surface of an event without crossing it, so that the time of the event has no
+    /// derivative.
+    #[error("event {event} grazes its surface at t = {t:?}: the derivative of its function along the trajectory is {derivative:e}, so its time has no gradient")]
+    Grazing {
+        /// Which of the events.
+        event: usize,
+        /// The time.
+        t: f64,
+        /// The derivative of the event function along the trajectory.
+        derivative: f64,
+    },
+    /// There are more events than permitted: perhaps infinitely many in a finite time.
+    #[error("{count} events until t = {t:?}: are there infinitely many (Zeno)? Hybrid::max_events sets the limit")]
+    TooMany {
+        /// How many.
+        count: usize,
+        /// The time of the last.
+        t: f64,
+    },
+}

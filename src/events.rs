@@ -1,0 +1,270 @@
+//! Events: times at which a function of time and state crosses zero, located on the interpolant of adaptive steps.
+//!
+//! With p the interpolant, an event at t_e has g(t_e, p(t_e)) = 0.  By the implicit function theorem
+//!
+//! δt_e = −(g_y · δp + g_θ δθ) / D,  D = g_t + g_y · ṗ(t_e),
+//!
+//! where δp is the change of the interpolant at a fixed time.  ṗ, not f(t_e, p), makes it the exact derivative of what
+//! was computed.  Both sides are ordinary tensors in candle's graph.
+
+mod hybrid;
+mod search;
+
+use std::any::TypeId;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use crate::error::{AdaptiveDefect, Error, EventDefect, Result};
+use crate::field::{Leaves, SharedField, VectorField};
+use crate::odeint::in_graph_by;
+use crate::passes::run_observed;
+use crate::problem::OdeOptions;
+use crate::schedule::{Output, Steps};
+use crate::state::State;
+use crate::time::{Time, Times};
+pub use hybrid::{Hybrid, HybridSolution, Jump};
+use search::{Found, Search};
+
+/// A function g(t, y) → number, tracked by candle in y and in what it captures.
+pub(crate) type EventFunction<S> = dyn Fn(&Time, &S) -> candle_core::Result<Tensor> + Send + Sync;
+
+/// Which crossings of zero are events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direction {
+    /// All.
+    #[default]
+    Both,
+    /// From negative to positive.
+    Rising,
+    /// From positive to negative.
+    Falling,
+}
+
+/// An event: a number g(t, y) that crosses zero.
+///
+/// g is evaluated in state precision at accepted steps and at a few points of the interpolant inside each; the field
+/// never sees it.  Where it is zero at the start of a solve, its sign is that of the first point at which it is not,
+/// so that a solve may begin on the surface.  Two crossings between two of those points are missed:
+/// [`Adaptive::max_step`](crate::control::Adaptive::max_step) bounds their distance.
+pub struct Event<S = Tensor> {
+    pub(crate) function: Arc<EventFunction<S>>,
+    pub(crate) direction: Direction,
+    pub(crate) terminal: bool,
+}
+
+impl<S> Clone for Event<S> {
+    fn clone(&self) -> Self {
+        Self {
+            function: Arc::clone(&self.function),
+            ..*self
+        }
+    }
+}
+
+impl<S> std::fmt::Debug for Event<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Event")
+            .field("direction", &self.direction)
+            .field("terminal", &self.terminal)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S> Event<S> {
+    /// An event that ends the solve, where `function` crosses zero in any direction.  The function returns a tensor of
+    /// one element.
+    pub fn new(
+        function: impl Fn(&Time, &S) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            function: Arc::new(function),
+            direction: Direction::Both,
+            terminal: true,
+        }
+    }
+
+    /// Only crossings in one direction.
+    #[must_use]
+    pub fn direction(self, direction: Direction) -> Self {
+        Self { direction, ..self }
+    }
+
+    /// An event that is recorded, and does not end the solve.
+    #[must_use]
+    pub fn recorded(self) -> Self {
+        Self {
+            terminal: false,
+            ..self
+        }
+    }
+}
+
+/// What a solve with events returns.
+#[derive(Clone, Debug)]
+pub struct EventSolution<S> {
+    /// The states at the times before the end, `(outputs, …)`.
+    pub states: S,
+    /// How many of the times these are: all, unless an event has ended the solve.
+    pub outputs: usize,
+    /// The events, in order of time.
+    pub events: Vec<Occurrence<S>>,
+    /// Whether the last of them has ended the solve.
+    pub ended: bool,
+}
+
+/// An event that has occurred.
+#[derive(Clone, Debug)]
+pub struct Occurrence<S> {
+    /// Which of the events.
+    pub event: usize,
+    /// Its time, one number in f64, differentiable with respect to everything that the solve and the event function
+    /// read.
+    pub t: Tensor,
+    /// The state there, differentiable likewise.
+    pub y: S,
+}
+
+/// Solves y' = f(t, y) as [`odeint`](crate::odeint), with adaptive steps, until an event ends the solve or the last
+/// time is reached.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_diffeq::control::Adaptive;
+/// use candle_diffeq::events::{odeint_event, Event};
+/// use candle_diffeq::{OdeOptions, Steps, Time, DOPRI5};
+/// // A stone that falls from a height of 2: it hits the ground at t = √(2 · 2 / g).
+/// let g = Var::new(&[9.81f64], &Device::Cpu)?;
+/// let gravity = g.as_tensor().clone();
+/// let fall = move |_: &Time, y: &Tensor| Tensor::cat(&[&y.narrow(0, 1, 1)?, &gravity.neg()?], 0);
+/// let ground = Event::new(|_: &Time, y: &Tensor| y.get(0));
+/// let options = OdeOptions {
+///     method: DOPRI5,
+///     steps: Steps::Adaptive(Adaptive::new(1e-9, 1e-9)),
+///     ..Default::default()
+/// };
+/// let y0 = Tensor::new(&[2f64, 0.0], &Device::Cpu)?;
+/// let solved = odeint_event(fall, &y0, &[0.0, 10.0], &[ground], &options)?;
+/// let t = &solved.events[0].t;
+/// let exact = (4.0f64 / 9.81).sqrt();
+/// assert!((t.to_scalar::<f64>()? - exact).abs() < 1e-9);
+/// let grads = t.backward()?;                                             // ∂t/∂g = −t / 2g
+/// let grad = grads.get(&g).unwrap().get(0)?.to_scalar::<f64>()?;
+/// assert!((grad + exact / (2.0 * 9.81)).abs() < 1e-9);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`odeint`](crate::odeint), and [`Error::Event`]: steps that are not adaptive, a function that is not one number
+/// or not finite, and, where gradients are wanted, a trajectory that touches the surface without crossing it.
+pub fn odeint_event<S, F, T>(
+    field: F,
+    y0: &S,
+    times: &T,
+    events: &[Event<S>],
+    options: &OdeOptions,
+) -> Result<EventSolution<S>>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+    T: Times + ?Sized,
+{
+    solve(Arc::new(field), y0, times, events, None, options)
+}
+
+/// The same for a field that others share; `fired` is the event that has led to the start.
+fn solve<S, F, T>(
+    field: Arc<F>,
+    y0: &S,
+    times: &T,
+    events: &[Event<S>],
+    fired: Option<usize>,
+    options: &OdeOptions,
+) -> Result<EventSolution<S>>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+    T: Times + ?Sized,
+{
+    if !matches!(options.steps, Steps::Adaptive(_)) {
+        return Err(Error::Event(EventDefect::Steps));
+    }
+    if options.output != Output::All {
+        return Err(Error::Adaptive(AdaptiveDefect::EventOutput));
+    }
+    let bind = |_| {
+        let field: SharedField = Arc::new(Leaves::<Arc<F>, S>::new(field));
+        Ok(field)
+    };
+    let mut search = Search::new(events, fired);
+    let start = (y0.leaves(), vec![], times.to_grid()?);
+    let states: S = in_graph_by(
+        start,
+        options,
+        TypeId::of::<F>(),
+        bind,
+        |problem, field, y0, keep| run_observed(problem, field, y0, keep, &mut search),
+    )?;
+    let leaves = states.leaves();
+    let count = leaves[0].dim(0)?;
+    let is_event = |row: &usize| search.found.iter().any(|found| found.row == *row);
+    let rows: Vec<u32> = (0..count)
+        .filter(|row| !is_event(row))
+        .map(|row| row as u32)
+        .collect();
+    let outputs = rows.len();
+    let of_times = |x: &Tensor| match outputs == count {
+        true => Ok(x.clone()),
+        false => x.index_select(&Tensor::new(rows.as_slice(), x.device())?, 0),
+    };
+    let of_times = leaves.iter().map(of_times);
+    let states = S::from_leaves(of_times.collect::<candle_core::Result<_>>()?)?;
+    let occurrence = |found: &Found| {
+        let p = leaves.iter().map(|x| x.get(found.row));
+        let p = p.collect::<candle_core::Result<Vec<_>>>()?;
+        occurred(&events[found.event], found, p)
+    };
+    Ok(EventSolution {
+        states,
+        outputs,
+        events: search.found.iter().map(occurrence).collect::<Result<_>>()?,
+        ended: search
+            .found
+            .last()
+            .is_some_and(|found| events[found.event].terminal),
+    })
+}
+
+/// An event at p, the state at its time as a fixed one.
+fn occurred<S: State>(event: &Event<S>, found: &Found, p: Vec<Tensor>) -> Result<Occurrence<S>> {
+    let device = p[0].device().clone();
+    let dtype = p[0].dtype();
+    let number = Tensor::new(found.t, &device)?;
+    let surface = (event.function)(
+        &Time::new(found.t, dtype, &device),
+        &S::from_leaves(p.clone())?,
+    )?;
+    let surface = surface.reshape(())?.to_dtype(DType::F64)?;
+    if !surface.track_op() {
+        return Ok(Occurrence {
+            event: found.event,
+            t: number,
+            y: S::from_leaves(p)?,
+        });
+    }
+    let derivative = search::derivative(event, found, &p)?;
+    // The event function is zero but for rounding, and so is its value's part of t.
+    let zero = (&surface - surface.detach())?;
+    let t = (number - (zero / derivative)?)?;
+    let moved = (&t - t.detach())?;
+    let y = p.iter().zip(&found.slope).map(|(p, slope)| {
+        let moved = moved.to_dtype(p.dtype())?;
+        p + slope.to_dtype(p.dtype())?.broadcast_mul(&moved)?
+    });
+    let y = y.collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(Occurrence {
+        event: found.event,
+        t,
+        y: S::from_leaves(y)?,
+    })
+}

@@ -1,0 +1,157 @@
+//! Hybrid systems: a flow that is interrupted by events, at which the state jumps.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use super::{solve, Event, Occurrence};
+use crate::error::{Error, EventDefect, Result};
+use crate::field::VectorField;
+use crate::problem::OdeOptions;
+use crate::state::State;
+use crate::time::Times;
+
+/// A flow y' = f(t, y) until an event, a jump y⁺ = J(t, y⁻), and on.
+///
+/// Times and states of the jumps are differentiable: the flow after a jump begins at a time that has a gradient, so the
+/// whole is the saltation matrix of hybrid systems, which need not be written down.
+pub struct Hybrid<S, F> {
+    field: Arc<F>,
+    events: Vec<Event<S>>,
+    jump: Box<JumpFunction<S>>,
+    max_events: usize,
+}
+
+/// J(event, t, y⁻), in candle's graph.
+type JumpFunction<S> = dyn Fn(usize, &Tensor, &S) -> candle_core::Result<S> + Send + Sync;
+
+/// A jump that was made.
+#[derive(Clone, Debug)]
+pub struct Jump<S> {
+    /// The event, its time, and the state before.
+    pub before: Occurrence<S>,
+    /// The state after.
+    pub after: S,
+}
+
+/// What a hybrid solve returns.
+#[derive(Clone, Debug)]
+pub struct HybridSolution<S> {
+    /// The states at all times, `(times, …)`.
+    pub states: S,
+    /// The jumps, in order of time.
+    pub jumps: Vec<Jump<S>>,
+}
+
+impl<S, F> Hybrid<S, F>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+{
+    /// A field, the events that interrupt it, and the jump: which event, its time, and the state before it.
+    pub fn new(
+        field: F,
+        events: Vec<Event<S>>,
+        jump: impl Fn(usize, &Tensor, &S) -> candle_core::Result<S> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            field: Arc::new(field),
+            events,
+            jump: Box::new(jump),
+            max_events: 1000,
+        }
+    }
+
+    /// The most jumps; more are [`EventDefect::TooMany`].  Default: 1000.
+    #[must_use]
+    pub fn max_events(self, most: usize) -> Self {
+        Self {
+            max_events: most,
+            ..self
+        }
+    }
+
+    /// The states at `times`, and the jumps between them.  At the time of a jump the state is the one before it.
+    ///
+    /// # Errors
+    /// As [`odeint_event`](super::odeint_event), of the jump, and [`EventDefect::TooMany`].
+    pub fn solve<T: Times + ?Sized>(
+        &self,
+        y0: &S,
+        times: &T,
+        options: &OdeOptions,
+    ) -> Result<HybridSolution<S>> {
+        let grid = times.to_grid()?;
+        let points = grid.points();
+        let device = y0.leaves()[0].device().clone();
+        let all = match grid.tensor() {
+            Some(times) => times.to_dtype(DType::F64)?,
+            None => Tensor::new(points, &device)?,
+        };
+        let mut parts: Vec<Vec<Tensor>> = vec![];
+        let (mut jumps, mut done) = (vec![], 0);
+        let (mut y, mut start, mut fired) = (y0.clone(), None, None);
+        loop {
+            let rest = all.narrow(0, done, points.len() - done)?;
+            let times = match &start {
+                // The start of a flow after a jump is a time that is no output.
+                Some(t) => Tensor::cat(&[t, &rest], 0)?,
+                None => rest,
+            };
+            let solved = solve(
+                Arc::clone(&self.field),
+                &y,
+                &times,
+                &self.events,
+                fired,
+                options,
+            )?;
+            let own = usize::from(start.is_some());
+            let kept = solved.outputs - own;
+            if kept > 0 {
+                let of = |x: &Tensor| x.narrow(0, own, kept);
+                let leaves = solved.states.leaves();
+                let part = leaves.iter().map(of).collect::<candle_core::Result<_>>()?;
+                parts.push(part);
+            }
+            done += kept;
+            let ended = solved.ended;
+            let Some(before) = solved.events.into_iter().last().filter(|_| ended) else {
+                break;
+            };
+            let t: f64 = before.t.to_scalar()?;
+            if jumps.len() == self.max_events {
+                let count = jumps.len();
+                return Err(Error::Event(EventDefect::TooMany { count, t }));
+            }
+            y = (self.jump)(before.event, &before.t, &before.y)?;
+            fired = Some(before.event);
+            start = Some(before.t.reshape(1)?);
+            jumps.push(Jump {
+                before,
+                after: y.clone(),
+            });
+            if done == points.len() {
+                break;
+            }
+        }
+        let leaf = |i: usize| {
+            let parts: Vec<_> = parts.iter().map(|part| &part[i]).collect();
+            Tensor::cat(&parts, 0)
+        };
+        let leaves = (0..y.leaves().len()).map(leaf);
+        Ok(HybridSolution {
+            states: S::from_leaves(leaves.collect::<candle_core::Result<_>>()?)?,
+            jumps,
+        })
+    }
+}
+
+impl<S, F> std::fmt::Debug for Hybrid<S, F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hybrid")
+            .field("events", &self.events)
+            .field("max_events", &self.max_events)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,88 @@
+//! A look at every accepted step, before the next one.
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::schedule::Step;
+use crate::step::{Increments, Scheme};
+
+/// The solution inside a step that was accepted.
+pub(crate) struct InStep<'a> {
+    pub(super) scheme: &'a Scheme,
+    pub(super) step: &'a Step,
+    pub(super) y: &'a [Tensor],
+    pub(super) ks: &'a Increments,
+}
+
+impl InStep<'_> {
+    /// The step.
+    pub(crate) fn step(&self) -> &Step {
+        self.step
+    }
+
+    /// The time at a fraction x of the step.
+    pub(crate) fn time(&self, x: f64) -> f64 {
+        match x {
+            1.0 => self.step.end,
+            _ => self.step.t + x * self.step.h,
+        }
+    }
+
+    /// The interpolated state there.
+    pub(crate) fn state(&self, x: f64) -> Result<Vec<Tensor>> {
+        match x {
+            0.0 => Ok(self.y.to_vec()),
+            _ => self.scheme.interpolated((self.step, x), self.y, self.ks),
+        }
+    }
+
+    /// Its derivative with respect to time.
+    pub(crate) fn slope(&self, x: f64) -> Result<Vec<Tensor>> {
+        let slopes = self.scheme.tableau.slopes_at(x);
+        self.scheme.weighted(1.0, &slopes, self.ks)
+    }
+}
+
+/// What an observer wants of a step.
+#[derive(Default)]
+pub(crate) struct Wanted {
+    /// Fractions of the step at which the state is to be returned, ascending.
+    pub(crate) at: Vec<f64>,
+    /// Whether the solve ends at the last of these.
+    pub(crate) stops: bool,
+}
+
+/// Sees every accepted step.
+pub(crate) trait Observer {
+    /// Whether it looks at all.
+    fn looks(&self) -> bool {
+        true
+    }
+
+    /// A pass begins.
+    fn begin(&mut self);
+
+    /// A step was accepted.  So many states were returned before it, and the others that are returned inside of it lie
+    /// at these fractions.
+    fn accepted(&mut self, inside: &InStep<'_>, returned: usize, others: &[f64]) -> Result<Wanted>;
+
+    /// The last step that was accepted is taken otherwise.
+    fn retract(&mut self);
+}
+
+/// Nobody looks.
+pub(crate) struct Unobserved;
+
+impl Observer for Unobserved {
+    fn looks(&self) -> bool {
+        false
+    }
+
+    fn begin(&mut self) {}
+
+    fn retract(&mut self) {}
+
+    fn accepted(&mut self, _: &InStep<'_>, _: usize, _: &[f64]) -> Result<Wanted> {
+        Ok(Wanted::default())
+    }
+}

@@ -1,0 +1,360 @@
+//! Events and jumps, held against closed forms.
+//!
+//! `cargo test --test events`.
+
+mod common;
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Result, Tensor, Var};
+use candle_diffeq::control::Adaptive;
+use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect};
+use candle_diffeq::events::{odeint_event, Direction, Event, Hybrid};
+use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
+use candle_diffeq::{Checkpoint, OdeOptions, Output, Steps, Tableau, Time, DOPRI5};
+use common::{bits, values};
+
+fn options(method: &Tableau, tolerance: f64) -> OdeOptions {
+    OdeOptions {
+        method: method.clone(),
+        steps: Steps::Adaptive(Adaptive::new(tolerance, tolerance)),
+        ..Default::default()
+    }
+}
+
+fn file(name: &str) -> HashMap<String, Tensor> {
+    let path = format!("tests/data/adaptive/{name}.safetensors");
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+fn number(x: &Tensor) -> f64 {
+    values(x)[0]
+}
+
+fn variable(x: &Tensor) -> Var {
+    Var::from_tensor(x).unwrap()
+}
+
+/// (v, −g) of a state (p, v).
+fn ball(g: &Var) -> impl Fn(&Time, &Tensor) -> Result<Tensor> + Send + Sync {
+    let g = g.as_tensor().clone();
+    move |_, y| Tensor::cat(&[&y.narrow(0, 1, 1)?, &g.neg()?], 0)
+}
+
+fn ground() -> Event {
+    Event::new(|_: &Time, y: &Tensor| y.get(0)).direction(Direction::Falling)
+}
+
+/// A ball that loses a part of its speed at each bounce.
+fn bouncing(
+    g: &Var,
+    e: &Var,
+) -> Hybrid<Tensor, impl Fn(&Time, &Tensor) -> Result<Tensor> + Send + Sync> {
+    let e = e.as_tensor().clone();
+    Hybrid::new(ball(g), vec![ground()], move |_, _, y| {
+        let v = y.narrow(0, 1, 1)?.broadcast_mul(&e)?.neg()?;
+        // Exactly on the ground.
+        Tensor::cat(&[&(y.narrow(0, 0, 1)? * 0.0)?, &v], 0)
+    })
+}
+
+#[test]
+fn the_bounces_of_a_ball_and_their_derivatives_are_those_of_the_closed_form() {
+    let file = file("11_bouncing_ball");
+    let [g, e, y0] = ["w.g", "w.e", "y0"].map(|n| variable(&file[n]));
+    let exact = values(&file["event_t"]);
+    let before = file["event_y_before"].to_vec2::<f64>().unwrap();
+    let slopes = file["grad.event_t"].to_vec2::<f64>().unwrap();
+    let end = exact[exact.len() - 1] + 1e-3;
+    for method in [DOPRI5, TSIT5, DOPRI8] {
+        let system = bouncing(&g, &e);
+        let solved = system
+            .solve(y0.as_tensor(), &[0.0, end], &options(&method, 1e-10))
+            .unwrap();
+        assert_eq!(solved.jumps.len(), exact.len(), "{}", method.name());
+        for (i, jump) in solved.jumps.iter().enumerate() {
+            let t = &jump.before.t;
+            assert!(
+                (number(t) - exact[i]).abs() <= 1e-9,
+                "{} {i}",
+                method.name()
+            );
+            let y = values(&jump.before.y);
+            let error = (y[0] - before[i][0]).abs() + (y[1] - before[i][1]).abs();
+            assert!(
+                error <= 1e-8,
+                "{} {i}: {y:?} {:?}",
+                method.name(),
+                before[i]
+            );
+            let grads = t.backward().unwrap();
+            let of_y0 = values(grads.get(&y0).unwrap());
+            let of = |var: &Var| grads.get(var).map_or(0.0, number);
+            let ours = [of(&g), of(&e), of_y0[0], of_y0[1]];
+            for (ours, exact) in ours.iter().zip(&slopes[i]) {
+                let error = (ours - exact).abs() / (1.0 + exact.abs());
+                assert!(error <= 1e-6, "{} {i}: {ours} {exact}", method.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_crossing_of_an_oscillator_and_its_derivatives_are_exact() {
+    let file = file("12_oscillator_event");
+    let [omega, level, y0] = ["w.omega", "w.level", "y0"].map(|n| variable(&file[n]));
+    for (method, tolerance, bar) in [
+        (DOPRI5, 1e-10, 1.0),
+        (TSIT5, 1e-10, 1.0),
+        (DOPRI8, 1e-10, 1.0),
+        (BOSH3, 1e-7, 1e3),
+        (FEHLBERG45, 1e-7, 1e3),
+    ] {
+        let (w, l) = (omega.as_tensor().clone(), level.as_tensor().clone());
+        let field = move |_: &Time, y: &Tensor| {
+            let force = y.narrow(0, 0, 1)?.broadcast_mul(&w.sqr()?)?.neg()?;
+            Tensor::cat(&[&y.narrow(0, 1, 1)?, &force], 0)
+        };
+        let event = Event::new(move |_: &Time, y: &Tensor| y.narrow(0, 0, 1)?.sub(&l));
+        let times = [0.0, 100.0];
+        let solved = odeint_event(
+            field,
+            y0.as_tensor(),
+            &times,
+            &[event],
+            &options(&method, tolerance),
+        );
+        let solved = solved.unwrap();
+        assert!(solved.ended && solved.outputs == 1);
+        let event = &solved.events[0];
+        assert!(
+            (number(&event.t) - number(&file["event_t"])).abs() <= bar * 1e-9,
+            "{}",
+            method.name()
+        );
+        let (y, exact) = (values(&event.y), values(&file["event_y"]));
+        assert!(y
+            .iter()
+            .zip(exact)
+            .all(|(y, e)| (y - e).abs() <= bar * 1e-8));
+        let grads = event.t.backward().unwrap();
+        let of_y0 = values(grads.get(&y0).unwrap());
+        let of = |var: &Var| number(grads.get(var).unwrap());
+        let ours = [of(&omega), of(&level), of_y0[0], of_y0[1]];
+        for (ours, exact) in ours.iter().zip(values(&file["grad.event_t"])) {
+            assert!(
+                (ours - exact).abs() <= bar * 1e-6,
+                "{} {ours} {exact}",
+                method.name()
+            );
+        }
+        // The state on the surface changes with the level as the surface does.
+        let grads = event.y.get(0).unwrap().backward().unwrap();
+        assert!((number(grads.get(&level).unwrap()) - 1.0).abs() <= bar * 1e-8);
+        assert!(number(grads.get(&omega).unwrap()).abs() <= bar * 1e-6);
+    }
+}
+
+/// y' = 1.
+fn clock(_: &Time, y: &Tensor) -> Result<Tensor> {
+    (y * 0.0)? + 1.0
+}
+
+fn at(level: f64) -> Event {
+    Event::new(move |_: &Time, y: &Tensor| y.get(0)? - level)
+}
+
+fn start(y: f64) -> Tensor {
+    Tensor::new(&[y], &Device::Cpu).unwrap()
+}
+
+#[test]
+fn events_are_recorded_in_order_and_a_terminal_one_ends_the_solve() {
+    let events = [
+        at(0.75).recorded(),
+        at(0.25).recorded(),
+        at(2.5),
+        at(0.5).direction(Direction::Falling),
+    ];
+    let times = [0.0, 0.3, 0.7, 1.0, 2.0, 3.0];
+    let solved =
+        odeint_event(clock, &start(0.0), &times, &events, &options(&DOPRI5, 1e-6)).unwrap();
+    let which: Vec<_> = solved.events.iter().map(|e| e.event).collect();
+    assert_eq!(which, [1, 0, 2]);
+    for (event, exact) in solved.events.iter().zip([0.25, 0.75, 2.5]) {
+        assert!((number(&event.t) - exact).abs() <= 4.0 * f64::EPSILON * exact);
+        assert!((number(&event.y) - exact).abs() <= 1e-14);
+    }
+    assert_eq!((solved.outputs, solved.ended), (5, true));
+    for (y, t) in values(&solved.states).iter().zip(times) {
+        assert!((y - t).abs() < 1e-14);
+    }
+    // Backward in time, and no event at all.
+    let back = [3.0, 1.0, 0.0];
+    let solved = odeint_event(
+        clock,
+        &start(3.0),
+        &back,
+        &[at(2.5)],
+        &options(&DOPRI5, 1e-6),
+    )
+    .unwrap();
+    assert!((number(&solved.events[0].t) - 2.5).abs() < 1e-14 && solved.outputs == 1);
+    let solved = odeint_event(
+        clock,
+        &start(0.0),
+        &times,
+        &[at(9.0)],
+        &options(&DOPRI5, 1e-6),
+    )
+    .unwrap();
+    assert_eq!(
+        (solved.events.len(), solved.outputs, solved.ended),
+        (0, 6, false)
+    );
+}
+
+#[test]
+fn a_solve_may_begin_on_the_surface() {
+    // Upwards from zero: nothing until it comes down again.
+    let g = Var::new(&[2f64], &Device::Cpu).unwrap();
+    let y0 = Tensor::new(&[0f64, 1.0], &Device::Cpu).unwrap();
+    for event in [ground(), Event::new(|_: &Time, y: &Tensor| y.get(0))] {
+        let solved = odeint_event(
+            ball(&g),
+            &y0,
+            &[0.0, 5.0],
+            &[event],
+            &options(&DOPRI5, 1e-8),
+        )
+        .unwrap();
+        assert!((number(&solved.events[0].t) - 1.0).abs() < 1e-9);
+    }
+}
+
+#[test]
+fn two_crossings_within_one_step_are_seen_at_interior_points() {
+    // One step of this smooth field is longer than the time between the crossings.
+    let g = Var::new(&[2f64], &Device::Cpu).unwrap();
+    let y0 = Tensor::new(&[-0.1f64, 1.0], &Device::Cpu).unwrap();
+    let event = Event::new(|_: &Time, y: &Tensor| y.get(0)).recorded();
+    let solved = odeint_event(
+        ball(&g),
+        &y0,
+        &[0.0, 4.0],
+        &[event],
+        &options(&DOPRI5, 1e-8),
+    )
+    .unwrap();
+    assert!(!solved.events.is_empty());
+    let root = (1.0 - (1.0f64 - 0.4).sqrt()) / 2.0;
+    assert!(
+        (number(&solved.events[0].t) - root).abs() < 1e-9,
+        "{:?} {root}",
+        solved.events
+    );
+}
+
+#[test]
+fn gradients_with_events_have_the_same_bits_whatever_is_kept() {
+    let [g, e] = [2.0, 0.8].map(|x| Var::new(&[x], &Device::Cpu).unwrap());
+    let y0 = Var::new(&[1f64, 0.0], &Device::Cpu).unwrap();
+    let solve = |checkpoint| {
+        let options = OdeOptions {
+            checkpoint,
+            ..options(&DOPRI5, 1e-8)
+        };
+        let solved = bouncing(&g, &e)
+            .solve(y0.as_tensor(), &[0.0, 2.0, 3.5], &options)
+            .unwrap();
+        let loss = solved.states.sqr().unwrap().sum_all().unwrap();
+        let grads = loss.backward().unwrap();
+        [&g, &e, &y0].map(|var| bits(grads.get(var).unwrap()))
+    };
+    let all = solve(Checkpoint::All);
+    for checkpoint in [Checkpoint::Every(3), Checkpoint::States(2)] {
+        assert_eq!(solve(checkpoint), all);
+    }
+}
+
+#[test]
+fn the_state_after_jumps_has_the_derivative_of_the_closed_form() {
+    // After the first bounce from height h: p(t) = v (t − t1) − g/2 (t − t1)², v = e √(2gh), t1 = √(2h/g).
+    let [g, e] = [2.0, 0.8].map(|x| Var::new(&[x], &Device::Cpu).unwrap());
+    let y0 = Var::new(&[1f64, 0.0], &Device::Cpu).unwrap();
+    let solved = bouncing(&g, &e)
+        .solve(y0.as_tensor(), &[0.0, 1.5], &options(&DOPRI5, 1e-10))
+        .unwrap();
+    assert_eq!(solved.jumps.len(), 1);
+    let p = solved.states.get(1).unwrap().get(0).unwrap();
+    let grads = p.backward().unwrap();
+    let exact = |g: f64, e: f64, h: f64| {
+        let (v, s) = (e * (2.0 * g * h).sqrt(), 1.5 - (2.0 * h / g).sqrt());
+        v * s - 0.5 * g * s * s
+    };
+    let d = 1e-6;
+    let slope = |dg: f64, de: f64, dh: f64| {
+        let at = |s: f64| exact(2.0 + s * dg, 0.8 + s * de, 1.0 + s * dh);
+        (at(d) - at(-d)) / (2.0 * d)
+    };
+    assert!((number(&p) - exact(2.0, 0.8, 1.0)).abs() < 1e-9);
+    assert!((number(grads.get(&g).unwrap()) - slope(1.0, 0.0, 0.0)).abs() < 1e-7);
+    assert!((number(grads.get(&e).unwrap()) - slope(0.0, 1.0, 0.0)).abs() < 1e-7);
+    assert!((number(grads.get(&y0).unwrap()) - slope(0.0, 0.0, 1.0)).abs() < 1e-7);
+}
+
+fn defect(result: candle_diffeq::Result<impl std::fmt::Debug>) -> EventDefect {
+    match result {
+        Err(Error::Event(defect)) => defect,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn events_that_cannot_be_found_or_differentiated_are_errors() {
+    let ok = options(&DOPRI5, 1e-6);
+    let times = [0.0, 2.0];
+    let solve = |y0: &Tensor, event: Event, options: &OdeOptions| {
+        odeint_event(clock, y0, &times, &[event], options)
+    };
+    let fixed = OdeOptions::default();
+    assert_eq!(
+        defect(solve(&start(0.0), at(1.0), &fixed)),
+        EventDefect::Steps
+    );
+    let last = OdeOptions {
+        output: Output::Final,
+        ..ok.clone()
+    };
+    let error = solve(&start(0.0), at(1.0), &last).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Adaptive(AdaptiveDefect::EventOutput)
+    ));
+    let two = Event::new(|_: &Time, y: &Tensor| Tensor::cat(&[y, y], 0));
+    assert!(matches!(
+        defect(solve(&start(0.0), two, &ok)),
+        EventDefect::NotScalar { event: 0, .. }
+    ));
+    let nan = Event::new(|_: &Time, y: &Tensor| y.get(0)? * f64::NAN);
+    assert!(matches!(
+        defect(solve(&start(0.0), nan, &ok)),
+        EventDefect::NonFinite { .. }
+    ));
+    // (y − 1)³ touches with slope zero.
+    let flat = Event::new(|_: &Time, y: &Tensor| (y.get(0)? - 1.0)?.powf(3.0));
+    let y0 = Var::new(&[0f64], &Device::Cpu).unwrap();
+    let grazing = defect(odeint_event(clock, y0.as_tensor(), &times, &[flat], &ok));
+    assert!(
+        matches!(grazing, EventDefect::Grazing { event: 0, .. }),
+        "{grazing}"
+    );
+    // A ball that bounces infinitely often in a finite time.
+    let [g, e] = [2.0, 0.1].map(|x| Var::new(&[x], &Device::Cpu).unwrap());
+    let y0 = Tensor::new(&[1f64, 0.0], &Device::Cpu).unwrap();
+    let zeno = bouncing(&g, &e).max_events(5).solve(&y0, &[0.0, 9.0], &ok);
+    assert!(matches!(
+        defect(zeno),
+        EventDefect::TooMany { count: 5, .. }
+    ));
+}
