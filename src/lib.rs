@@ -15,7 +15,7 @@
 //!   the CPU, several times faster.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
 //!   train them on.
-//! * [`OdeOptions`]: method ([`Tableau`]), steps, fixed or [`Adaptive`], checkpoints, scaling, statistics.
+//! * [`OdeOptions`]: method ([`Tableau`]), steps, fixed or [adaptive](control::Adaptive), checkpoints, scaling, statistics.
 //!
 //! # Theory
 //!

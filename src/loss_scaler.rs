@@ -20,7 +20,7 @@ pub enum Stepped {
 /// Scales the loss, for the f16 layers before and after a solve.
 ///
 /// The solve's own adjoint is rescaled inside, so both compose: what reaches the solve is S times
-/// larger, and so is what it returns.  With [`OnOverflow::SkipUpdate`] an overflow inside the solve
+/// larger, and so is what it returns.  With [`OnOverflow::SkipUpdate`](crate::scaling::OnOverflow::SkipUpdate) an overflow inside the solve
 /// makes this scaler skip the step.  The rule is that of Micikevicius et al., "Mixed Precision
 /// Training", arXiv 1710.03740.
 ///

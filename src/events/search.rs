@@ -223,7 +223,8 @@ pub(super) fn derivative<S: State>(event: &Event<S>, found: &Found, p: &[Tensor]
             }
         }
     }
-    if !(sum.abs() > FLAT * found.pace) {
+    // A derivative that is NaN is none.
+    if sum.is_nan() || sum.abs() <= FLAT * found.pace {
         return Err(Error::Event(EventDefect::Grazing {
             event: found.event,
             t: found.t,
