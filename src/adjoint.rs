@@ -41,7 +41,7 @@ use times::TimeGradients;
 
 /// A solve step by step over the whole batch: what it kept, and the steps that it took.
 pub(crate) struct StepByStep {
-    pub(crate) trajectory: Trajectory,
+    pub(crate) trajectory: Arc<Trajectory>,
     pub(crate) schedule: Arc<Schedule>,
 }
 
@@ -52,6 +52,19 @@ impl Reversible for StepByStep {
 
     fn reads_field(&self) -> bool {
         true
+    }
+
+    fn returning(&self, places: &[(usize, f64)]) -> Option<Arc<dyn Reversible>> {
+        let Schedule::Recorded(record) = &*self.schedule else {
+            return None;
+        };
+        let schedule = Schedule::Recorded(record.returning(places));
+        self.can_rewind().then(|| {
+            Arc::new(Self {
+                trajectory: Arc::clone(&self.trajectory),
+                schedule: Arc::new(schedule),
+            }) as _
+        })
     }
 
     fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {

@@ -40,7 +40,7 @@ impl Forward {
         Self {
             packed,
             back: Arc::new(StepByStep {
-                trajectory,
+                trajectory: Arc::new(trajectory),
                 schedule,
             }),
             is_loss: false,

@@ -57,7 +57,7 @@
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: both passes by any of the solvers; a solve as a node of candle's graph, or without.
-//! * `odeint`, `events`, `piecewise`, `neural_ode`: the public entry points; fields that are piecewise constant in time.
+//! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`: the public entry points; fields that are piecewise constant in time.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //!
 //! # Limits
@@ -74,6 +74,7 @@ mod adjoint;
 mod arguments;
 #[cfg(feature = "datasets")]
 pub mod datasets;
+pub mod dense;
 pub mod error;
 pub mod events;
 mod field;

@@ -129,12 +129,40 @@ fn closure_in_graph<S: State>(
 
 /// The same by a forward pass from y0, joined.
 pub(crate) fn in_graph_by<S: State>(
-    (y0, args, grid): (Vec<Tensor>, Vec<Tensor>, TimeGrid),
+    start: (Vec<Tensor>, Vec<Tensor>, TimeGrid),
     options: &OdeOptions,
     kind: TypeId,
     bind: impl FnOnce(Vec<Tensor>) -> Result<SharedField>,
     solve: impl FnOnce(&Problem, &Field<'_>, &Tensor, &dyn Fn() -> bool) -> Result<Forward>,
 ) -> Result<S> {
+    let InGraph {
+        problem,
+        field,
+        theta,
+        forward,
+        joined,
+    } = solved_in_graph(start, options, kind, bind, solve)?;
+    node(problem, Source::Shared(field), theta, forward, &joined)
+}
+
+/// A solve of a closure that is to become part of candle's graph: the forward pass, and what the graph needs.
+pub(crate) struct InGraph {
+    pub(crate) problem: Problem,
+    pub(crate) field: SharedField,
+    pub(crate) theta: Theta,
+    pub(crate) forward: Forward,
+    /// y0, joined.
+    pub(crate) joined: Tensor,
+}
+
+/// The forward pass of such a solve, its field checked.
+pub(crate) fn solved_in_graph(
+    (y0, args, grid): (Vec<Tensor>, Vec<Tensor>, TimeGrid),
+    options: &OdeOptions,
+    kind: TypeId,
+    bind: impl FnOnce(Vec<Tensor>) -> Result<SharedField>,
+    solve: impl FnOnce(&Problem, &Field<'_>, &Tensor, &dyn Fn() -> bool) -> Result<Forward>,
+) -> Result<InGraph> {
     let problem = Problem::new(&y0, grid, options)?;
     let args = Args::new(args, &problem, options, false)?;
     let field = bind(args.leaves.clone())?;
@@ -183,7 +211,13 @@ pub(crate) fn in_graph_by<S: State>(
     }
     observed.settle();
     let theta = Theta::captured(observed.into_parameters(), &args, problem.device())?;
-    node(problem, Source::Shared(field), theta, forward, &joined)
+    Ok(InGraph {
+        problem,
+        field,
+        theta,
+        forward,
+        joined,
+    })
 }
 
 /// Solves without candle's graph: the field may be borrowed and need not cross threads, and

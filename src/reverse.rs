@@ -1,5 +1,7 @@
 //! The way back: what every solve hands to its backward pass, whichever way it was solved.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use crate::error::Result;
@@ -16,6 +18,12 @@ pub(crate) trait Reversible: Send + Sync {
     /// Whether the backward pass evaluates the field as tensors.
     fn reads_field(&self) -> bool {
         false
+    }
+
+    /// The same solve with states returned at these places instead, each a step and a fraction of it; `None` where
+    /// that cannot be.
+    fn returning(&self, _places: &[(usize, f64)]) -> Option<Arc<dyn Reversible>> {
+        None
     }
 
     /// Pulls the cotangent of the returned states back.

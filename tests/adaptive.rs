@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::control::{Adaptive, Controller, Norm};
+use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{
@@ -688,4 +689,47 @@ fn a_step_that_may_not_be_shorter_is_accepted_and_counted() {
     assert!(stats.forced >= 10, "{stats:?}");
     let (least, most) = stats.step_range.unwrap();
     assert!(least >= 0.05 - 1e-12 && most <= 0.2);
+}
+
+#[test]
+fn a_dense_solution_is_that_of_a_solve_with_outputs_there_and_so_are_its_gradients() {
+    let [y0, w, b, t] = small_problem(&TIMES);
+    for method in PAIRS {
+        let adaptive = || Adaptive::new(1e-5, 1e-7).step_on_outputs(false);
+        let options = options(&method, adaptive());
+        let ends = [TIMES[0], TIMES[5]];
+        let dense = odeint_dense(small_field(&w, &b), y0.as_tensor(), &ends, &options).unwrap();
+        let ys = dense.at(&t).unwrap();
+        let direct = odeint(small_field(&w, &b), y0.as_tensor(), &t, &options).unwrap();
+        assert!(relative(&ys, &direct) <= 8.0 * U_F64, "{}", method.name());
+        let ours = gradients(&ys, [&y0, &w, &b, &t]);
+        let exact = gradients(&direct, [&y0, &w, &b, &t]);
+        for (ours, exact) in ours.iter().zip(&exact).take(3) {
+            assert!(relative(ours, exact) <= 1e-12, "{}", method.name());
+        }
+        // The ends are constants here.
+        let inner = |x: &Tensor| x.narrow(0, 1, 4).unwrap();
+        assert!(relative(&inner(&ours[3]), &inner(&exact[3])) <= 1e-12);
+        // In any order, at the steps' own times, and its derivative is f.
+        let back = dense.at(&[2.0, 1.3, 0.1]).unwrap();
+        for (i, j) in [(0, 5), (1, 4), (2, 1)] {
+            assert_eq!(bits(&back.get(i).unwrap()), bits(&ys.get(j).unwrap()));
+        }
+        let own = dense.step_times();
+        let (states, slopes) = (dense.at(&own).unwrap(), dense.slopes_at(&own).unwrap());
+        for (n, time) in own.iter().enumerate() {
+            let time = Time::new(*time, DType::F64, &Device::Cpu);
+            let exact = small_field(&w, &b)(&time, &states.get(n).unwrap()).unwrap();
+            assert!(
+                relative(&slopes.get(n).unwrap(), &exact) <= 1e-10,
+                "{}",
+                method.name()
+            );
+        }
+        let outside = dense.at(&[2.5]).unwrap_err();
+        assert!(matches!(
+            outside,
+            Error::Adaptive(AdaptiveDefect::Outside { .. })
+        ));
+    }
 }

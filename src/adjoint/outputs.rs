@@ -78,11 +78,9 @@ impl Outputs<'_> {
         inside: &[Inside],
         weights: impl Fn(&Inside) -> Vec<f64>,
     ) -> Result<Vec<Vec<Tensor>>> {
-        // Their numbers are consecutive.
-        let cotangents = self
-            .packed
-            .narrow(0, inside[0].output, inside.len())?
-            .contiguous()?;
+        let numbers: Vec<_> = inside.iter().map(|at| at.output as u32).collect();
+        let numbers = Tensor::new(numbers.as_slice(), self.packed.device())?;
+        let cotangents = self.packed.contiguous()?.index_select(&numbers, 0)?;
         let columns: Vec<_> = inside.iter().map(weights).collect();
         let rows = columns[0].len();
         let by_row = (0..rows).flat_map(|r| columns.iter().map(move |column| column[r]));

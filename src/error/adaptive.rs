@@ -44,6 +44,16 @@ pub enum AdaptiveDefect {
         /// Its name.
         method: String,
     },
+    /// A dense solution is asked for a time outside of its interval.
+    #[error("t = {t:?} is outside of the interval from {from:?} to {to:?}")]
+    Outside {
+        /// The time.
+        t: f64,
+        /// The first time of the solution.
+        from: f64,
+        /// The last one.
+        to: f64,
+    },
     /// With events, all times are asked for.
     #[error("a solve with events returns the states at all times: leave OdeOptions::output at Output::All")]
     EventOutput,

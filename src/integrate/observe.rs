@@ -15,6 +15,11 @@ pub(crate) struct InStep<'a> {
 }
 
 impl InStep<'_> {
+    /// y_n and the stages.
+    pub(crate) fn parts(&self) -> (Vec<Tensor>, Increments) {
+        (self.y.to_vec(), self.ks.clone())
+    }
+
     /// The step.
     pub(crate) fn step(&self) -> &Step {
         self.step

@@ -135,6 +135,25 @@ impl Recorded {
         )
     }
 
+    /// The same steps, with states returned at these places, each a step and a fraction of it.
+    pub(crate) fn returning(&self, places: &[(usize, f64)]) -> Self {
+        let of = |(output, &(step, x)): (usize, &(usize, f64))| Inside {
+            step,
+            output,
+            given: Some(output),
+            x,
+        };
+        let mut inside: Vec<_> = places.iter().enumerate().map(of).collect();
+        inside.sort_by_key(|inside| inside.step);
+        Self {
+            given: vec![],
+            returned: vec![],
+            outputs: places.len(),
+            inside,
+            ..self.clone()
+        }
+    }
+
     /// The next step begins with an evaluation of its own.
     pub(crate) fn break_here(&mut self) {
         self.breaks.push(self.steps.len());

@@ -67,6 +67,9 @@ impl Tableau {
 
     /// b_i(x) of every stage; none where there is no interpolant.
     pub(crate) fn weights_at(&self, x: f64) -> Vec<f64> {
+        if x == 1.0 {
+            return self.b.to_vec();
+        }
         self.polynomials(|row| row.iter().rev().fold(0.0, |sum, c| (sum + c) * x))
     }
 

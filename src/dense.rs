@@ -1,0 +1,243 @@
+//! Solutions that are evaluated later, at any time.
+
+use std::any::TypeId;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::error::{AdaptiveDefect, Error, EventDefect, Result};
+use crate::field::{Leaves, SharedField, VectorField};
+use crate::integrate::observe::{InStep, Observer, Wanted};
+use crate::integrate::Forward;
+use crate::node::{in_graph, Source};
+use crate::odeint::{solved_in_graph, InGraph};
+use crate::parameters::Theta;
+use crate::passes::run_observed;
+use crate::problem::{OdeOptions, Problem};
+use crate::reverse::Reversible;
+use crate::schedule::{Output, Step, Steps};
+use crate::state::{Packing, State};
+use crate::step::{Increments, Scheme};
+use crate::time::Times;
+
+/// A solution over an interval of time, which can be evaluated at any time in it and is differentiable there.
+///
+/// It keeps the state and all stages of every step: s + 1 states a step for a method of s stages.  Between steps it is
+/// the interpolant of the method.
+pub struct DenseSolution<S> {
+    problem: Problem,
+    field: SharedField,
+    theta: Theta,
+    back: Arc<dyn Reversible>,
+    y0: Tensor,
+    steps: Vec<Kept>,
+    state: std::marker::PhantomData<fn() -> S>,
+}
+
+/// A step: its start, and its stages.
+struct Kept {
+    step: Step,
+    y: Vec<Tensor>,
+    ks: Increments,
+}
+
+/// Keeps every step.
+#[derive(Default)]
+struct All(Vec<Kept>);
+
+impl Observer for All {
+    fn begin(&mut self) {
+        self.0.clear();
+    }
+
+    fn accepted(&mut self, inside: &InStep<'_>, _: usize, _: &[f64]) -> Result<Wanted> {
+        let (y, ks) = inside.parts();
+        self.0.push(Kept {
+            step: *inside.step(),
+            y,
+            ks,
+        });
+        Ok(Wanted::default())
+    }
+
+    fn retract(&mut self) {
+        self.0.pop();
+    }
+}
+
+/// Solves y' = f(t, y) from y0 over the interval between the first and the last of `times`, with adaptive steps.
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// use candle_diffeq::control::Adaptive;
+/// use candle_diffeq::dense::odeint_dense;
+/// use candle_diffeq::{OdeOptions, Steps, Time, DOPRI5};
+/// let options = OdeOptions {
+///     method: DOPRI5,
+///     steps: Steps::Adaptive(Adaptive::new(1e-9, 1e-9)),
+///     ..Default::default()
+/// };
+/// let y0 = Var::new(&[1f64], &Device::Cpu)?;
+/// let decay = |_: &Time, y: &candle_core::Tensor| y.neg();
+/// let solution = odeint_dense(decay, y0.as_tensor(), &[0.0, 2.0], &options)?;
+/// let ys = solution.at(&[0.3, 1.7])?;
+/// assert!((ys.get(1)?.get(0)?.to_scalar::<f64>()? - (-1.7f64).exp()).abs() < 1e-8);
+/// let grads = ys.get(0)?.sum_all()?.backward()?;                         // ∂y(0.3)/∂y0
+/// let grad = grads.get(&y0).unwrap().get(0)?.to_scalar::<f64>()?;
+/// assert!((grad - (-0.3f64).exp()).abs() < 1e-8);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`odeint`](crate::odeint), and [`EventDefect::Steps`] where steps are not adaptive.
+pub fn odeint_dense<S, F, T>(
+    field: F,
+    y0: &S,
+    times: &T,
+    options: &OdeOptions,
+) -> Result<DenseSolution<S>>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+    T: Times + ?Sized,
+{
+    if !matches!(options.steps, Steps::Adaptive(_)) {
+        return Err(Error::Event(EventDefect::Steps));
+    }
+    let bind = |_| {
+        let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));
+        Ok(field)
+    };
+    let options = OdeOptions {
+        output: Output::Final,
+        ..options.clone()
+    };
+    let mut all = All::default();
+    let start = (y0.leaves(), vec![], times.to_grid()?);
+    let kind = TypeId::of::<F>();
+    let solved = solved_in_graph(start, &options, kind, bind, |problem, field, y0, keep| {
+        run_observed(problem, field, y0, keep, &mut all)
+    })?;
+    let InGraph {
+        problem,
+        field,
+        theta,
+        forward,
+        joined,
+    } = solved;
+    Ok(DenseSolution {
+        problem,
+        field,
+        theta,
+        back: forward.back,
+        y0: joined,
+        steps: all.0,
+        state: std::marker::PhantomData,
+    })
+}
+
+impl<S: State> DenseSolution<S> {
+    /// The times between the steps, from the first to the last.
+    pub fn step_times(&self) -> Vec<f64> {
+        let starts = self.steps.iter().map(|kept| kept.step.t);
+        let end = self.steps.last().map(|kept| kept.step.end);
+        starts.chain(end).collect()
+    }
+
+    /// The states at `times`, `(times, …)`, in candle's graph: differentiable with respect to y0, everything that the
+    /// field read, and the times.
+    ///
+    /// # Errors
+    /// Of the grid, and [`AdaptiveDefect::Outside`] for a time outside the interval.
+    pub fn at<T: Times + ?Sized>(&self, times: &T) -> Result<S> {
+        let grid = times.to_grid()?;
+        let places = self.places(grid.points())?;
+        let scheme = &self.problem.scheme;
+        let values = self.packed(&places, |kept, x| match x {
+            0.0 => Ok(kept.y.clone()),
+            _ => scheme.interpolated((&kept.step, x), &kept.y, &kept.ks),
+        })?;
+        let back = self.back.returning(&places);
+        let problem = Problem {
+            grid,
+            output: Output::All,
+            ..self.problem.clone()
+        };
+        let Some(back) = back else {
+            let states = values.reshape(problem.returned(values.dim(0)?))?;
+            return S::from_leaves(problem.packing.split(&states)?);
+        };
+        let problem = Arc::new(problem);
+        let forward = Forward {
+            packed: values,
+            back,
+            is_loss: false,
+        };
+        let (source, theta) = (Source::Shared(Arc::clone(&self.field)), self.theta.clone());
+        let states = in_graph(Arc::clone(&problem), source, theta, forward, &self.y0)?;
+        S::from_leaves(problem.packing.split(&states)?)
+    }
+
+    /// The derivatives of the interpolant at `times`, `(times, …)`, without history.
+    ///
+    /// # Errors
+    /// As [`at`](Self::at).
+    pub fn slopes_at<T: Times + ?Sized>(&self, times: &T) -> Result<S> {
+        let grid = times.to_grid()?;
+        let scheme: &Scheme = &self.problem.scheme;
+        let slopes = self.packed(&self.places(grid.points())?, |kept, x| {
+            scheme.weighted(1.0, &scheme.tableau.slopes_at(x), &kept.ks)
+        })?;
+        let problem = &self.problem;
+        let state = problem.packing.joined();
+        let slopes = slopes.reshape([vec![grid.points().len()], state].concat())?;
+        S::from_leaves(problem.packing.split(&slopes)?)
+    }
+
+    /// The step and the fraction of it for each time.
+    fn places(&self, times: &[f64]) -> Result<Vec<(usize, f64)>> {
+        let own = self.step_times();
+        let (from, to) = match (own.first(), own.last()) {
+            (Some(from), Some(to)) => (*from, *to),
+            _ => return Err(Error::NothingKept),
+        };
+        let sign = if to < from { -1.0 } else { 1.0 };
+        let place = |&t: &f64| {
+            if !((t - from) * sign >= 0.0 && (to - t) * sign >= 0.0) {
+                return Err(Error::Adaptive(AdaptiveDefect::Outside { t, from, to }));
+            }
+            let after = self
+                .steps
+                .partition_point(|kept| (kept.step.end - t) * sign < 0.0);
+            let step = &self.steps[after].step;
+            let x = match t == step.end {
+                true => 1.0,
+                false => (t - step.t) / step.h,
+            };
+            Ok((after, x))
+        };
+        times.iter().map(place).collect()
+    }
+
+    /// Values at places, `(places, elements)`.
+    fn packed(
+        &self,
+        places: &[(usize, f64)],
+        value: impl Fn(&Kept, f64) -> Result<Vec<Tensor>>,
+    ) -> Result<Tensor> {
+        let pack = |(step, x): &(usize, f64)| {
+            let leaves = value(&self.steps[*step], *x)?;
+            Packing::pack(&leaves, self.problem.state())
+        };
+        let all = places.iter().map(pack).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&all, 0)?)
+    }
+}
+
+impl<S> std::fmt::Debug for DenseSolution<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DenseSolution")
+            .field("steps", &self.steps.len())
+            .finish_non_exhaustive()
+    }
+}
