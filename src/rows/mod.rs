@@ -11,6 +11,7 @@ mod activations;
 mod backward;
 mod forward;
 mod graded;
+mod lanes;
 mod pulls;
 mod stepper;
 #[cfg(test)]
@@ -29,7 +30,7 @@ use pulp::{Simd, WithSimd};
 use crate::error::{Error, MemoryNeed, Result};
 use crate::loss::{Prepared, RowLoss};
 use crate::precision::Low;
-use crate::problem::Problem;
+use crate::problem::{Plan, Problem};
 use crate::reverse::Reversible;
 use crate::schedule::Schedule;
 use crate::simd::{unit, Element};
@@ -37,7 +38,7 @@ use crate::state::RowLayout;
 use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
-pub(crate) use tile::{Slot, TileField};
+pub(crate) use tile::{At, Slot, TileField};
 use tile::{Tiled, Wide};
 
 /// A field that the solver may integrate tile by tile.
@@ -84,7 +85,7 @@ impl<'f> Rows<'f> {
         let Some(layout) = self.0.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
-        let Some(schedule) = problem.plan.known().filter(|schedule| !schedule.is_dense()) else {
+        let Plan::Known(schedule) = &problem.plan else {
             return Ok(None);
         };
         if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
@@ -101,15 +102,19 @@ impl<'f> Rows<'f> {
                 .all(|r| r.state == dtype && r.compute.held == dtype)
         };
         let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
-        let plan = TilePlan::new(problem, schedule, &layout);
+        let plan = TilePlan::new(problem, &layout);
         if held(DType::F32) && stores(roles[0].store.to) {
             match Wanted::of(loss, &plan)? {
-                Some(wanted) => self.0.single(self.task(&plan, y0)?, wanted, stats),
+                Some(wanted) => self
+                    .0
+                    .single(self.task(&plan, y0)?, schedule, wanted, stats),
                 None => Ok(None),
             }
         } else if held(DType::F64) && stores(DType::F64) {
             match Wanted::of(loss, &plan)? {
-                Some(wanted) => self.0.double(self.task(&plan, y0)?, wanted, stats),
+                Some(wanted) => self
+                    .0
+                    .double(self.task(&plan, y0)?, schedule, wanted, stats),
                 None => Ok(None),
             }
         } else {
@@ -144,6 +149,7 @@ trait AnyRows {
     fn single(
         &self,
         task: Task<'_, f32>,
+        schedule: &Arc<Schedule>,
         wanted: Wanted<f32>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>>;
@@ -152,6 +158,7 @@ trait AnyRows {
     fn double(
         &self,
         task: Task<'_, f64>,
+        schedule: &Arc<Schedule>,
         wanted: Wanted<f64>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>>;
@@ -173,31 +180,35 @@ impl<F: RowField> AnyRows for &F {
     fn single(
         &self,
         task: Task<'_, f32>,
+        schedule: &Arc<Schedule>,
         wanted: Wanted<f32>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        solve_in(*self, task, wanted, stats)
+        solve_in(*self, task, schedule, wanted, stats)
     }
 
     fn double(
         &self,
         task: Task<'_, f64>,
+        schedule: &Arc<Schedule>,
         wanted: Wanted<f64>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        solve_in(*self, task, wanted, stats)
+        solve_in(*self, task, schedule, wanted, stats)
     }
 }
 
 fn solve_in<T: Element, F: RowField>(
     spec: &F,
     task: Task<'_, T>,
+    schedule: &Arc<Schedule>,
     wanted: Wanted<T>,
     stats: &mut Stats,
 ) -> Result<Option<Solved>> {
     let job = OnUnit {
         spec,
         task,
+        schedule,
         wanted,
         stats,
     };
@@ -238,6 +249,7 @@ impl<T: Element> Wanted<T> {
 struct OnUnit<'a, T, F> {
     spec: &'a F,
     task: Task<'a, T>,
+    schedule: &'a Arc<Schedule>,
     wanted: Wanted<T>,
     stats: &'a mut Stats,
 }
@@ -250,6 +262,7 @@ impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
         let Self {
             spec,
             task,
+            schedule,
             wanted,
             stats,
         } = self;
@@ -258,7 +271,7 @@ impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
             true => Box::new(Wide::<_, 2>(field)),
             false => Box::new(Wide::<_, 1>(field)),
         };
-        solve_tiles(s, field, task, wanted, stats)
+        solve_tiles(s, field, task, schedule, wanted, stats)
     }
 }
 
@@ -266,19 +279,19 @@ fn solve_tiles<T: Element, S: Simd>(
     s: S,
     field: Box<dyn Tiled<T, S>>,
     task: Task<'_, T>,
+    schedule: &Arc<Schedule>,
     wanted: Wanted<T>,
     stats: &mut Stats,
 ) -> Result<Solved> {
     match wanted {
-        Wanted::States => forward::run(s, field, task, stats),
-        Wanted::Loss(loss) => graded::run(s, &*field, task, &loss, stats),
+        Wanted::States => forward::run(s, field, task, schedule, stats),
+        Wanted::Loss(loss) => graded::run(s, &*field, task, schedule, &loss, stats),
     }
 }
 
 /// The solve as both passes see it.
 struct TilePlan<'p> {
     problem: &'p Problem,
-    schedule: &'p Arc<Schedule>,
     layout: &'p RowLayout,
     /// What the compute precision of each leaf rounds to.
     low: Vec<Low>,
@@ -288,36 +301,35 @@ struct TilePlan<'p> {
 }
 
 impl<'p> TilePlan<'p> {
-    fn new(problem: &'p Problem, schedule: &'p Arc<Schedule>, layout: &'p RowLayout) -> Self {
+    fn new(problem: &'p Problem, layout: &'p RowLayout) -> Self {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {
             low: low.collect(),
             #[cfg(test)]
             forced: tests::width::here(),
             problem,
-            schedule,
             layout,
         }
     }
 
     /// What there is to keep of so many rows, in slots of so many features.
-    fn size(&self, rows: usize, features: usize) -> Size {
+    fn size(&self, schedule: &Schedule, rows: usize, features: usize) -> Size {
         Size {
             rows,
             features,
-            stages: self.problem.scheme.evaluations(),
-            steps: self.schedule.len(),
+            stages: backward::most_stages(self.problem, schedule),
+            steps: schedule.len(),
         }
     }
 
-    /// The memory that tiles with `rows` rows hold at once in addition to kept evaluations.  `elements` is the
-    /// number of state elements of those rows without the padding of the last tile.
-    fn need<T: Element, S: Simd>(&self, rows: usize, elements: usize) -> MemoryNeed {
+    /// The memory that tiles with `rows` rows hold at once over so many steps, in addition to kept evaluations.
+    /// `elements` is the number of state elements of those rows without the padding of the last tile.
+    fn need<T: Element, S: Simd>(&self, steps: usize, rows: usize, elements: usize) -> MemoryNeed {
         /// Bytes of a state that is kept by itself beside its numbers.
         const STATE: usize = 64;
         let problem = self.problem;
         let bytes = elements.saturating_mul(size_of::<T>());
-        let (restart, stored) = problem.checkpoint.most(self.schedule.len(), bytes);
+        let (restart, stored) = problem.checkpoint.most(steps, bytes);
         // Kept with the lanes that fill up the last tile.
         let numbers = rows as u128 * self.layout.dim() as u128;
         let tiles = rows.div_ceil(self.batch::<T, S>());
