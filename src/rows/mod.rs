@@ -8,6 +8,7 @@
 //! alone, so results do not depend on the number of threads.
 
 mod activations;
+mod adaptive;
 mod backward;
 mod forward;
 mod graded;
@@ -27,6 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
+use crate::adaptive::StepControl;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::loss::{Prepared, RowLoss};
 use crate::precision::Low;
@@ -85,15 +87,17 @@ impl<'f> Rows<'f> {
         let Some(layout) = self.0.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
-        let Plan::Known(schedule) = &problem.plan else {
-            return Ok(None);
-        };
         if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
             return Ok(None);
         }
         // That time stands still for a field that reads it is found where steps are taken one by one.
         if self.0.reads_time() && !problem.resolved {
             return Ok(None);
+        }
+        if let Plan::Adaptive(control) = &problem.plan {
+            if control.options.control == Some(StepControl::Batch) {
+                return Ok(None);
+            }
         }
         let roles = &problem.scheme.roles;
         let held = |dtype| {
@@ -105,16 +109,12 @@ impl<'f> Rows<'f> {
         let plan = TilePlan::new(problem, &layout);
         if held(DType::F32) && stores(roles[0].store.to) {
             match Wanted::of(loss, &plan)? {
-                Some(wanted) => self
-                    .0
-                    .single(self.task(&plan, y0)?, schedule, wanted, stats),
+                Some(wanted) => self.0.single(self.task(&plan, y0)?, wanted, stats),
                 None => Ok(None),
             }
         } else if held(DType::F64) && stores(DType::F64) {
             match Wanted::of(loss, &plan)? {
-                Some(wanted) => self
-                    .0
-                    .double(self.task(&plan, y0)?, schedule, wanted, stats),
+                Some(wanted) => self.0.double(self.task(&plan, y0)?, wanted, stats),
                 None => Ok(None),
             }
         } else {
@@ -149,7 +149,6 @@ trait AnyRows {
     fn single(
         &self,
         task: Task<'_, f32>,
-        schedule: &Arc<Schedule>,
         wanted: Wanted<f32>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>>;
@@ -158,7 +157,6 @@ trait AnyRows {
     fn double(
         &self,
         task: Task<'_, f64>,
-        schedule: &Arc<Schedule>,
         wanted: Wanted<f64>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>>;
@@ -180,35 +178,31 @@ impl<F: RowField> AnyRows for &F {
     fn single(
         &self,
         task: Task<'_, f32>,
-        schedule: &Arc<Schedule>,
         wanted: Wanted<f32>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        solve_in(*self, task, schedule, wanted, stats)
+        solve_in(*self, task, wanted, stats)
     }
 
     fn double(
         &self,
         task: Task<'_, f64>,
-        schedule: &Arc<Schedule>,
         wanted: Wanted<f64>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        solve_in(*self, task, schedule, wanted, stats)
+        solve_in(*self, task, wanted, stats)
     }
 }
 
 fn solve_in<T: Element, F: RowField>(
     spec: &F,
     task: Task<'_, T>,
-    schedule: &Arc<Schedule>,
     wanted: Wanted<T>,
     stats: &mut Stats,
 ) -> Result<Option<Solved>> {
     let job = OnUnit {
         spec,
         task,
-        schedule,
         wanted,
         stats,
     };
@@ -234,6 +228,9 @@ impl<T: Element> Wanted<T> {
         let (Some(loss), problem) = (loss, plan.problem) else {
             return Ok(Some(Self::States));
         };
+        if problem.plan.known().is_none() {
+            return Ok(None);
+        }
         // What a fixed scale is for, the scale of the loss, is not known yet; and of states that are rounded
         // when they are kept, the last steps would be linearised at others than the first.
         let scales =
@@ -249,7 +246,6 @@ impl<T: Element> Wanted<T> {
 struct OnUnit<'a, T, F> {
     spec: &'a F,
     task: Task<'a, T>,
-    schedule: &'a Arc<Schedule>,
     wanted: Wanted<T>,
     stats: &'a mut Stats,
 }
@@ -262,7 +258,6 @@ impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
         let Self {
             spec,
             task,
-            schedule,
             wanted,
             stats,
         } = self;
@@ -271,7 +266,7 @@ impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
             true => Box::new(Wide::<_, 2>(field)),
             false => Box::new(Wide::<_, 1>(field)),
         };
-        solve_tiles(s, field, task, schedule, wanted, stats)
+        solve_tiles(s, field, task, wanted, stats)
     }
 }
 
@@ -279,13 +274,16 @@ fn solve_tiles<T: Element, S: Simd>(
     s: S,
     field: Box<dyn Tiled<T, S>>,
     task: Task<'_, T>,
-    schedule: &Arc<Schedule>,
     wanted: Wanted<T>,
     stats: &mut Stats,
 ) -> Result<Solved> {
-    match wanted {
-        Wanted::States => forward::run(s, field, task, schedule, stats),
-        Wanted::Loss(loss) => graded::run(s, &*field, task, schedule, &loss, stats),
+    match (&task.plan.problem.plan, wanted) {
+        (Plan::Known(schedule), Wanted::States) => forward::run(s, field, task, schedule, stats),
+        (Plan::Known(schedule), Wanted::Loss(loss)) => {
+            graded::run(s, &*field, task, schedule, &loss, stats)
+        }
+        // A loss is left to two passes.
+        (Plan::Adaptive(control), _) => adaptive::run(s, field, task, control, stats),
     }
 }
 
@@ -362,13 +360,16 @@ impl<'p> TilePlan<'p> {
     fn groups<T: Element, S: Simd>(&self, parameters: usize) -> Vec<Vec<usize>> {
         let batch = self.batch::<T, S>();
         let tiles: Vec<usize> = (0..self.layout.rows).step_by(batch).collect();
-        // As many as many cores can use, but no more than a few million numbers of partial sums.
-        let most = (MOST_NUMBERS / parameters.max(1)).clamp(4, MOST_GROUPS);
-        let groups = tiles.len().min(most);
+        let groups = tiles.len().min(self.most_groups(parameters));
         let cut = |g: usize| g * tiles.len() / groups;
         (0..groups)
             .map(|g| tiles[cut(g)..cut(g + 1)].to_vec())
             .collect()
+    }
+
+    /// As many groups as many cores can use, but no more than a few million numbers of partial sums.
+    fn most_groups(&self, parameters: usize) -> usize {
+        (MOST_NUMBERS / parameters.max(1)).clamp(4, MOST_GROUPS)
     }
 
     /// Rows of the tile that begins at `first`.

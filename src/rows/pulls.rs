@@ -66,8 +66,8 @@ impl<T: Element, S: Simd> DenseSeeds<T, S> {
 pub(super) struct StagePulls<T: Element, S: Simd> {
     /// w'_i by stage.
     ws: Vectors<T, S>,
-    /// Multiplied by the scale, and by m where compute precision is not low: by stage the a_ji with j > i, then by
-    /// stage the b_i, then 1.
+    /// Multiplied by the scale, and by m where compute precision is not low: by stage the a_ji with j > i, of
+    /// the stages of a step without outputs inside and of one with them, then by stage the b_i, then 1.
     coefficients: Coefficients<T, S>,
     /// Rows of ones: for every active stage, for every stage of a step with outputs inside, and for one vector.
     ones: Coefficients<T, S>,
@@ -90,12 +90,14 @@ pub(super) struct Seeds<'a, T: Element, S: Simd> {
 impl<T: Element, S: Simd> StagePulls<T, S> {
     pub(super) fn new(stepper: &Stepper<'_, T, S>) -> Self {
         let (tableau, width) = (&stepper.plan.problem.scheme.tableau, stepper.width);
-        let column = |i: usize| -> Row {
-            let later = stepper.stages(true).iter().filter(|&&j| j > i);
+        let column = |(dense, i): (bool, usize)| -> Row {
+            let later = stepper.stages(dense).iter().filter(|&&j| j > i);
             let terms = later.map(|&j| (tableau.a(j)[i], j));
             terms.filter(|(a, _)| *a != 0.0).collect()
         };
-        let columns = (0..tableau.stages()).map(column);
+        let both = [false, true].into_iter();
+        let columns = both.flat_map(|dense| (0..tableau.stages()).map(move |i| (dense, i)));
+        let columns = columns.map(column);
         let weights = tableau.b().iter().map(|b| vec![(*b, 0)]);
         let rows: Vec<_> = columns.chain(weights).chain([vec![(1.0, 0)]]).collect();
         let ones = |stages: &[usize]| stages.iter().map(|&j| (1.0, j)).collect();
@@ -230,11 +232,12 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
             let v = &mut cotangents[..size];
             // S m v_i, or m Q(S v_i) where compute precision is low.
             let rows = &self.coefficients;
-            let first = (rows.row(stages + i).coefficient(), seeds.adj);
-            combine::<T, S>(s, width, v, first, rows.row(i), &self.ws);
+            let first = (rows.row(2 * stages + i).coefficient(), seeds.adj);
+            let later = rows.row(if steps.is_dense() { stages + i } else { i });
+            combine::<T, S>(s, width, v, first, later, &self.ws);
             if let Some(dense) = seeds.dense {
                 let dense = &dense.stages[i * size..][..size];
-                add::<T, S>(s, width, v, rows.row(2 * stages), dense);
+                add::<T, S>(s, width, v, rows.row(3 * stages), dense);
             }
             if rounds {
                 stepper.round(v);

@@ -27,7 +27,7 @@ pub(super) struct Stepper<'p, T: Element, S: Simd> {
     pub(super) clock: Clock<T, S>,
     /// h of all lanes, or of each.
     lengths: Vec<f64>,
-    /// h a_ij, row after row, and h b_j.
+    /// h a_ij, row after row, h b_j, and h (b_j − b̂_j).
     coefficients: Coefficients<T, S>,
     /// 1 in all lanes.
     one: Vectors<T, S>,
@@ -37,6 +37,16 @@ pub(super) struct Stepper<'p, T: Element, S: Simd> {
 
 impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     pub(super) fn new(s: S, field: &'p dyn Tiled<T, S>, plan: &'p TilePlan<'p>) -> Self {
+        Self::estimating(s, field, plan, &[])
+    }
+
+    /// One that also forms the error estimate with these weights b − b̂.
+    pub(super) fn estimating(
+        s: S,
+        field: &'p dyn Tiled<T, S>,
+        plan: &'p TilePlan<'p>,
+        estimate: &[f64],
+    ) -> Self {
         let scheme = &plan.problem.scheme;
         let (tableau, width) = (&scheme.tableau, field.width());
         let size = plan.layout.dim() * width;
@@ -49,6 +59,13 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
             .map(|i| terms(&tableau.a(i)[..i.min(tableau.a(i).len())], &stages[1]))
             .collect();
         rows.push(terms(tableau.b(), &stages[0]));
+        let estimate = estimate.iter().copied().enumerate();
+        rows.push(
+            estimate
+                .filter(|(_, e)| *e != 0.0)
+                .map(|(i, e)| (e, i))
+                .collect(),
+        );
         let mut one = vectors::<T, S>(width);
         one.fill(T::splat(s, T::of(1.0)));
         Self {
@@ -208,16 +225,32 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     /// Y_i = Q(y + h Σ a_ij k_j), the first features of the slot.
     #[inline(always)]
     pub(super) fn stage(&self, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
-        let stage = &mut slot[..self.size];
-        let terms = self.coefficients.row(i);
+        self.sum_stage(i, y, slot);
+        self.round(&mut slot[..self.size]);
+    }
+
+    /// The same before it is rounded.
+    #[inline(always)]
+    pub(super) fn sum_stage(&self, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
+        let (stage, terms) = (&mut slot[..self.size], self.coefficients.row(i));
         combine::<T, S>(self.s, self.width, stage, (&self.one, y), terms, &self.ks);
-        self.round(stage);
+    }
+
+    /// How many stages the method has.
+    pub(super) fn count(&self) -> usize {
+        self.c.len()
+    }
+
+    /// Sets the clock to stage i.
+    #[inline(always)]
+    pub(super) fn tell(&mut self, steps: LaneSteps<'_>, i: usize) {
+        self.clock.at(self.s, steps, self.c[i]);
     }
 
     /// k_i = Q(f(t_i, Y_i)).
     #[inline(always)]
     pub(super) fn evaluate(&mut self, steps: LaneSteps<'_>, i: usize, slot: &mut [T::Vector<S>]) {
-        self.clock.at(self.s, steps, self.c[i]);
+        self.tell(steps, i);
         self.evaluate_now(i, slot);
     }
 
@@ -235,6 +268,27 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     pub(super) fn update(&self, y: &mut [T::Vector<S>]) {
         let b = self.coefficients.row(self.c.len());
         add::<T, S>(self.s, self.width, y, b, &self.ks);
+    }
+
+    /// y + h Σ b_i k_i, and the error estimate h Σ (b_i − b̂_i) k_i.
+    #[inline(always)]
+    pub(super) fn finish(
+        &self,
+        y: &[T::Vector<S>],
+        after: &mut [T::Vector<S>],
+        error: &mut [T::Vector<S>],
+    ) {
+        let (b, e) = (self.c.len(), self.c.len() + 1);
+        let terms = self.coefficients.row(b);
+        combine::<T, S>(self.s, self.width, after, (&self.one, y), terms, &self.ks);
+        error.fill(T::zeros::<S>());
+        add::<T, S>(
+            self.s,
+            self.width,
+            error,
+            self.coefficients.row(e),
+            &self.ks,
+        );
     }
 
     /// b_i(x).
