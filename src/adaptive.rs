@@ -11,6 +11,8 @@
 mod pace;
 mod tolerance;
 
+use candle_core::{DType, Device, Shape};
+
 use crate::error::{AdaptiveDefect, Error, Result};
 use crate::tableau::Tableau;
 use crate::time::{coincide, TimeGrid};
@@ -65,6 +67,8 @@ pub struct Adaptive {
     pub(crate) on_outputs: Option<bool>,
     pub(crate) noise_floor: bool,
     pub(crate) limited_is_error: bool,
+    pub(crate) control: Option<StepControl>,
+    pub(crate) on_failure: OnFailure,
 }
 
 impl Adaptive {
@@ -84,6 +88,8 @@ impl Adaptive {
             on_outputs: None,
             noise_floor: true,
             limited_is_error: false,
+            control: None,
+            on_failure: OnFailure::default(),
         }
     }
 
@@ -182,6 +188,23 @@ impl Adaptive {
         }
     }
 
+    /// Whether each row has its own steps.  Default: [`StepControl::Rows`] where the field is integrated tile by tile,
+    /// otherwise [`StepControl::Batch`].  Where rows are asked for and cannot be had, the solve is
+    /// [`AdaptiveDefect::NoRows`].
+    #[must_use]
+    pub fn control(self, control: StepControl) -> Self {
+        Self {
+            control: Some(control),
+            ..self
+        }
+    }
+
+    /// What happens when a row that has its own steps does not reach the end.  Default: [`OnFailure::Error`].
+    #[must_use]
+    pub fn on_failure(self, on_failure: OnFailure) -> Self {
+        Self { on_failure, ..self }
+    }
+
     /// Whether a solve is [`StopReason::PrecisionLimited`](crate::error::StopReason::PrecisionLimited) if more than a tenth of its steps would not have been accepted
     /// without the noise floor.  Default: no; [`Stats::limited`](crate::Stats::limited) counts them.
     #[must_use]
@@ -191,6 +214,32 @@ impl Adaptive {
             ..self
         }
     }
+}
+
+/// What a length of step is chosen for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StepControl {
+    /// For each row of the batch: every row has its own steps, and keeps the tolerance by itself.  Its solution does not depend
+    /// on the other rows, to the bit.  Fields that are integrated tile by tile on the CPU can do this (see
+    /// [`OdeOptions::fusion`](crate::OdeOptions::fusion)).
+    ///
+    /// A row takes fewer steps than the batch, and is less accurate than where the hardest row sets the steps of all:
+    /// compare both at equal error.
+    Rows,
+    /// For the whole batch, by one error; see [`Norm`].
+    Batch,
+}
+
+/// What happens when a row that has its own steps does not reach the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnFailure {
+    /// The solve is the error of the first such row, [`Error::Stopped`](crate::Error::Stopped).
+    #[default]
+    Error,
+    /// The outputs of the row after its failure are NaN, its cotangents are ignored, and the other rows go on.
+    Nan,
 }
 
 /// How the errors of all elements become one number r.
@@ -246,8 +295,10 @@ impl Controller {
             0.0 => most,
             r if r.is_finite() => {
                 let [r1, r2] = before;
+                // x⁰ is 1 to the bit, and not worth its time.
+                let power = |x: f64, e: f64| if e == 0.0 { 1.0 } else { x.powf(e) };
                 let powers =
-                    r.powf(-(p + i + d) / m) * r1.powf((p + 2.0 * d) / m) * r2.powf(-d / m);
+                    power(r, -(p + i + d) / m) * power(r1, (p + 2.0 * d) / m) * power(r2, -d / m);
                 self.safety * powers
             }
             _ => least,
@@ -354,8 +405,42 @@ impl Control {
         })
     }
 
+    /// rtol and atol by tensor of a state of these shapes.
+    pub(crate) fn tolerances(
+        &self,
+        shapes: &[Shape],
+        state: DType,
+        device: &Device,
+    ) -> Result<[Vec<OfLeaf>; 2]> {
+        let Adaptive { rtol, atol, .. } = &self.options;
+        let rtol = rtol.by_leaf("rtol", shapes, state, device)?;
+        let atol = atol.by_leaf("atol", shapes, state, device)?;
+        for (leaf, (rtol, atol)) in rtol.iter().zip(&atol).enumerate() {
+            if rtol.is_zero()? && atol.is_zero()? {
+                return Err(Error::Adaptive(AdaptiveDefect::NoTolerance { leaf }));
+            }
+        }
+        Ok([rtol, atol])
+    }
+
+    /// u ‖b − b̂‖₂ and κ of every tensor of the state, from their u and κ, where there is a noise floor.
+    pub(crate) fn noise(&self, precisions: &[(f64, f64)]) -> Result<Option<Vec<(f64, f64)>>> {
+        if !self.options.noise_floor {
+            return Ok(None);
+        }
+        let size = self.estimate_size();
+        // In f64 a floor of 1e-17 would change the steps in their last digits only.
+        let least = self.options.rtol.least()?;
+        let counts = |u: f64| u > 2f64.powi(-50) || least < 1e-12;
+        let noise = precisions.iter().map(|&(u, least)| match counts(u) {
+            true => (u * size, least),
+            false => (0.0, 0.0),
+        });
+        Ok(Some(noise.collect()))
+    }
+
     /// ‖b − b̂‖₂.
-    pub(crate) fn estimate_size(&self) -> f64 {
+    fn estimate_size(&self) -> f64 {
         let squares = self.estimate.iter().map(|e| e * e);
         squares.sum::<f64>().sqrt()
     }

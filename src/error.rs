@@ -8,13 +8,13 @@ mod need;
 
 use candle_core::{DType, DeviceLocation, Shape};
 
-pub use adaptive::{AdaptiveDefect, StopReason, Stopped, Worst};
+pub use adaptive::{AdaptiveDefect, Stopped, Worst};
 pub use defects::{Argument, PullbackDefect, TableauDefect};
 pub use event::EventDefect;
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
 
-pub use crate::stats::NotReplayed;
+pub use crate::stats::{NotReplayed, StopReason};
 
 /// Result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -123,7 +123,7 @@ pub use problem::{ActivationCache, OdeOptions};
 pub use schedule::{Output, Steps};
 pub use solution::{Gradients, Solution};
 pub use state::State;
-pub use stats::{Recorder, Stats};
+pub use stats::{Recorder, RowStats, Stats};
 pub use tableau::{Tableau, DOPRI5, RK4};
 pub use time::{Time, TimeGrid, Times};
 pub use trajectory::Checkpoint;
@@ -146,7 +146,7 @@ pub mod scaling {
 
 /// What adaptive steps are controlled by: tolerances, controllers, norms.
 pub mod control {
-    pub use crate::adaptive::{Adaptive, Controller, Norm, Tolerance};
+    pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
 }
 
 /// To judge continuous flows by.

@@ -2,14 +2,15 @@
 
 use candle_core::Tensor;
 
-use crate::error::{Error, Result};
+use crate::adaptive::StepControl;
+use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::Field;
 use crate::integrate::observe::{Observer, Unobserved};
 use crate::integrate::{integrate, Forward};
 use crate::offer::Offered;
 use crate::ops;
 use crate::parameters::Theta;
-use crate::problem::Problem;
+use crate::problem::{Plan, Problem};
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::rows::{RowGrade, Solved};
 use crate::stats::Stats;
@@ -32,6 +33,13 @@ pub(crate) fn run(
         };
         if let Some(forward) = tiles {
             return Ok(forward);
+        }
+        if let Plan::Adaptive(control) = &problem.plan {
+            if control.options.control == Some(StepControl::Rows) {
+                let offered = Offered::from(field.offer());
+                let row_wise = offered.is_some_and(|offered| offered.rows.is_some());
+                return Err(Error::Adaptive(AdaptiveDefect::NoRows { row_wise }));
+            }
         }
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
         integrate(problem, field, y0, keep, &mut Unobserved, stats)
@@ -139,7 +147,8 @@ pub(crate) fn adjoint(
         }
         theta.check_unchanged()?;
         // Sweeps and kernels on a device look for themselves, so that nothing waits for the device.
-        if back.cotangent.device().is_cpu() && !ops::magnitude(back.cotangent)?.is_finite() {
+        let looks = back.cotangent.device().is_cpu() && !solved.ignores_cotangents();
+        if looks && !ops::magnitude(back.cotangent)?.is_finite() {
             return Err(Error::NonFiniteCotangent);
         }
         solved.pull_back(back, stats)

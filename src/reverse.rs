@@ -26,6 +26,11 @@ pub(crate) trait Reversible: Send + Sync {
         None
     }
 
+    /// Whether some cotangents are ignored, so that the pass itself looks at those that are not.
+    fn ignores_cotangents(&self) -> bool {
+        false
+    }
+
     /// Pulls the cotangent of the returned states back.
     fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint>;
 }

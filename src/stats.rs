@@ -34,6 +34,15 @@ pub struct Stats {
     /// Velocities evaluated by the forward pass.  Evaluations that only tell whether candle can trace
     /// the field, one where a velocity does not read the whole state, are not among them.
     pub evaluations: usize,
+    /// The sum over the rows of the evaluations of each, where every row has steps of its own
+    /// ([`StepControl::Rows`](crate::control::StepControl::Rows)).  There, `steps`, `rejected`, `forced`, `limited` and
+    /// `evaluations` are those of the row that has most of them.
+    pub row_evaluations: usize,
+    /// Evaluations of whole tiles in such a solve.  Times the lanes of a tile, it is `row_evaluations` and what lanes
+    /// computed in vain.
+    pub tile_evaluations: usize,
+    /// What each row did in such a solve, in their order.  Only of a [`Recorder::tracing`].
+    pub rows: Vec<RowStats>,
     /// Velocities evaluated again by the backward pass, to linearise steps and to replay segments
     /// between checkpoints.  Fewer where an [`ActivationCache`](crate::ActivationCache) keeps them, which only
     /// tiles do: a step of which all is kept counts none, one of which a part is kept counts whole.
@@ -70,6 +79,52 @@ pub struct Stats {
     pub replayed: usize,
     /// Why others were not although that was asked for: the last reason.
     pub not_replayed: Option<NotReplayed>,
+}
+
+/// Why an adaptive solve did not reach its end.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// All attempts were used up.
+    #[error("all {max_steps} attempts are used up")]
+    Attempts {
+        /// How many there were.
+        max_steps: usize,
+    },
+    /// The step is so short that the time does not change: the problem is stiff, or the field has a singularity.
+    #[error("the step is below the resolution of f64: the problem is stiff or singular here, or the tolerance is out of reach")]
+    Underflow,
+    /// Velocities or states were NaN or infinite in many attempts in a row, although each was shorter than the one
+    /// before, or at the start.
+    #[error("the field gives NaN or infinity here, however short the step is")]
+    NonFinite,
+    /// More than a tenth of the steps were accepted only because of the noise floor
+    /// ([`Adaptive::precision_limit_is_error`](crate::Adaptive::precision_limit_is_error)).
+    #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}")]
+    PrecisionLimited {
+        /// How many.
+        limited: usize,
+        /// The largest error relative to the tolerance.
+        factor: f64,
+    },
+}
+
+/// What one row did that has steps of its own.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct RowStats {
+    /// Steps.
+    pub accepted: usize,
+    /// Attempts that were rejected.
+    pub rejected: usize,
+    /// Velocities that were evaluated for it.
+    pub evaluations: usize,
+    /// Steps that were accepted only because of the noise floor.
+    pub limited: usize,
+    /// Why it did not reach the end, if it did not.
+    pub stopped: Option<StopReason>,
+    /// The times between its steps, from the first to the last.
+    pub times: Vec<f64>,
 }
 
 /// Why steps were launched operation by operation although
@@ -145,6 +200,8 @@ impl Stats {
         self.limited += pass.limited;
         self.first_step = pass.first_step.or(self.first_step);
         self.evaluations += pass.evaluations;
+        self.row_evaluations += pass.row_evaluations;
+        self.tile_evaluations += pass.tile_evaluations;
         self.recomputed += pass.recomputed;
         self.vjps += pass.vjps;
         self.retries += pass.retries;
@@ -160,6 +217,18 @@ impl Stats {
     pub(crate) fn take_over(&mut self, pass: &mut Self) {
         self.add(pass);
         self.step_times.append(&mut pass.step_times);
+        self.rows.append(&mut pass.rows);
+    }
+
+    /// Joins the counts of a row that had steps of its own.
+    pub(crate) fn see_row(&mut self, row: &Self) {
+        self.steps = self.steps.max(row.steps);
+        self.rejected = self.rejected.max(row.rejected);
+        self.forced = self.forced.max(row.forced);
+        self.limited = self.limited.max(row.limited);
+        self.evaluations = self.evaluations.max(row.evaluations);
+        self.first_step = self.first_step.or(row.first_step);
+        self.see(row);
     }
 
     /// Takes over what is an extreme.
@@ -215,6 +284,11 @@ impl Recorder {
         }
     }
 
+    /// Whether what grows with every solve is kept.
+    pub(crate) fn traces(&self) -> bool {
+        self.traces
+    }
+
     /// The counts so far.
     pub fn stats(&self) -> Stats {
         self.lock().clone()
@@ -232,6 +306,7 @@ impl Recorder {
         if self.traces {
             stats.scales.extend_from_slice(&pass.scales);
             stats.step_times.extend_from_slice(&pass.step_times);
+            stats.rows.extend_from_slice(&pass.rows);
         }
     }
 

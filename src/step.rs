@@ -103,6 +103,12 @@ impl Scheme {
         (0..self.active.len()).filter(|&i| self.active[i]).collect()
     }
 
+    /// The stages that an output inside a step depends on, or the solution, ascending.
+    pub(crate) fn dense_stages(&self) -> Vec<usize> {
+        let all = 0..self.dense_active.len();
+        all.filter(|&i| self.dense_active[i]).collect()
+    }
+
     /// Number of stages that are evaluated in a step that no output is inside of.
     pub(crate) fn evaluations(&self) -> usize {
         self.active.iter().filter(|&&active| active).count()

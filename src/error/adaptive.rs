@@ -2,6 +2,8 @@
 
 use candle_core::Tensor;
 
+use crate::stats::StopReason;
+
 /// Options of adaptive steps that cannot be followed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -57,39 +59,17 @@ pub enum AdaptiveDefect {
     /// With events, all times are asked for.
     #[error("a solve with events returns the states at all times: leave OdeOptions::output at Output::All")]
     EventOutput,
+    /// Control per row was asked for and cannot be had.
+    #[error("StepControl::Rows needs a field that is integrated tile by tile on the CPU (nn::Mlp, nn::Cnf, nn::ConvField with OdeOptions::fusion, in f32 or f64 with one store precision, over times that are not tracked){}", if *row_wise { "" } else { ": this one is not" })]
+    NoRows {
+        /// Whether the field itself is one whose rows are independent.
+        row_wise: bool,
+    },
     /// A time is in `step_t` and in `jump_t`.
     #[error("t = {t:?} is in step_t and in jump_t")]
     ForcedTwice {
         /// The time.
         t: f64,
-    },
-}
-
-/// Why an adaptive solve did not reach its end.
-#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum StopReason {
-    /// All attempts were used up.
-    #[error("all {max_steps} attempts are used up")]
-    Attempts {
-        /// How many there were.
-        max_steps: usize,
-    },
-    /// The step is so short that the time does not change: the problem is stiff, or the field has a singularity.
-    #[error("the step is below the resolution of f64: the problem is stiff or singular here, or the tolerance is out of reach")]
-    Underflow,
-    /// Velocities or states were NaN or infinite in many attempts in a row, although each was shorter than the one
-    /// before, or at the start.
-    #[error("the field gives NaN or infinity here, however short the step is")]
-    NonFinite,
-    /// More than a tenth of the steps were accepted only because of the noise floor
-    /// ([`Adaptive::precision_limit_is_error`](crate::control::Adaptive::precision_limit_is_error)).
-    #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}")]
-    PrecisionLimited {
-        /// How many.
-        limited: usize,
-        /// The largest error relative to the tolerance.
-        factor: f64,
     },
 }
 

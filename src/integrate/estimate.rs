@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::adaptive::{Control, Norm, OfLeaf};
-use crate::error::{AdaptiveDefect, Error, Result, Worst};
+use crate::error::{Error, Result, Worst};
 use crate::ops::ratio::{error_norms, row_rms, rows_of, Estimated};
 use crate::problem::Problem;
 
@@ -24,33 +24,14 @@ pub(super) type Floor = Option<Vec<(Tensor, Tensor)>>;
 impl Estimate {
     pub(super) fn new(problem: &Problem, control: &Control) -> Result<Self> {
         let (shapes, state) = (problem.packing.shapes(), problem.state());
-        let options = &control.options;
-        let rtol = options
-            .rtol
-            .by_leaf("rtol", shapes, state, problem.device())?;
-        let atol = options
-            .atol
-            .by_leaf("atol", shapes, state, problem.device())?;
-        for (leaf, (rtol, atol)) in rtol.iter().zip(&atol).enumerate() {
-            if rtol.is_zero()? && atol.is_zero()? {
-                return Err(Error::Adaptive(AdaptiveDefect::NoTolerance { leaf }));
-            }
-        }
+        let [rtol, atol] = control.tolerances(shapes, state, problem.device())?;
         let roles = problem.scheme.roles.iter();
         let precisions: Vec<_> = roles.map(|r| r.compute.roundoff()).collect();
-        let size = control.estimate_size();
-        // In f64 a floor of 1e-17 would change the steps in their last digits only.
-        let least = options.rtol.least()?;
-        let counts = |u: f64| u > 2f64.powi(-50) || least < 1e-12;
-        let noise = precisions.iter().map(|&(u, least)| match counts(u) {
-            true => (u * size, least),
-            false => (0.0, 0.0),
-        });
         Ok(Self {
             rtol,
             atol,
-            worst_row: options.norm == Norm::WorstRow,
-            noise: options.noise_floor.then(|| noise.collect()),
+            worst_row: control.options.norm == Norm::WorstRow,
+            noise: control.noise(&precisions)?,
             roundoffs: precisions.iter().map(|(u, _)| *u).collect(),
         })
     }

@@ -1,13 +1,4 @@
 //! The backward pass, tile by tile.
-//!
-//! With w' = h w the sweep of a step is, for descending stages,
-//!
-//! v_i = b_i λ + Σ_{j>i} a_ji w'_j,  w'_i = (∂f/∂y)ᵀ (h v_i),  θ̄ += (∂f/∂θ)ᵀ (h v_i),
-//! λ ← λ + Σ_i w'_i + ȳ_n,
-//!
-//! so that the contribution of a step to θ̄ needs no further factor, and a window may span several steps.  A very
-//! small or very large h is factored as m p, where p is a power of two: v_i is multiplied by m only, so that it
-//! stays in the range of f32, and p is part of the scale of the window and of w'_i.
 
 use std::sync::Arc;
 
@@ -16,8 +7,9 @@ use pulp::Simd;
 
 use super::activations::Selection;
 use super::forward::{each_leaf, Tile};
-use super::pulls::StagePulls;
-use super::stepper::{add, is_finite, Stepper};
+use super::lanes::LaneSteps;
+use super::pulls::{DenseSeeds, StagePulls};
+use super::stepper::{is_finite, Stepper};
 use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
 use super::window::{KeptBy, Window};
@@ -53,7 +45,7 @@ impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
 
     fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {
         let Backward { problem, theta, .. } = *back;
-        let plan = TilePlan::new(problem, &self.schedule, &self.layout);
+        let plan = TilePlan::new(problem, &self.layout);
         let cotangent = numbers::<T>(back.cotangent)?;
         let mut y0 = vec![T::default(); problem.packing.len()];
         let mut gradients = vec![];
@@ -70,9 +62,11 @@ impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
             field: &*self.field,
             selection: &self.selection,
             plan: &plan,
+            schedule: &self.schedule,
             differentiate: !theta.is_empty(),
         };
-        let (stages, steps) = (problem.scheme.evaluations(), plan.schedule.len());
+        let stages = most_stages(problem, &self.schedule);
+        let steps = self.schedule.len();
         let window = || Window::new(pass.field, stages, steps, pass.differentiate);
         let each = |window: &mut Window<T, S>, tiles: &Vec<Tile<T>>| {
             let seed = Seed::Packed(&cotangent);
@@ -151,6 +145,7 @@ pub(super) struct Pass<'a, T: Element, S: Simd> {
     pub(super) field: &'a dyn Tiled<T, S>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a TilePlan<'a>,
+    pub(super) schedule: &'a Schedule,
     pub(super) differentiate: bool,
 }
 
@@ -225,13 +220,14 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
             field,
             selection,
             plan,
+            schedule,
             ..
         } = *self.pass;
         let (problem, layout) = (plan.problem, plan.layout);
         let mut stepper = Stepper::<T, S>::new(s, field, plan);
         let (size, width) = (stepper.size, stepper.width);
         let batch = width * T::lanes::<S>();
-        let steps = plan.schedule.len();
+        let steps = schedule.len();
         // Room for replays, which this plan needs none of.
         let mut slot = match problem.checkpoint {
             Checkpoint::All => vectors::<T, S>(0),
@@ -241,11 +237,12 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
         window.clear();
         let mut state = vectors::<T, S>(size);
         let mut adj = vectors::<T, S>(size);
-        let mut incoming = match plan.schedule.outputs() {
+        let mut incoming = match schedule.outputs() {
             1 => vectors::<T, S>(0),
             _ => vectors::<T, S>(size),
         };
         let mut pull = StagePulls::<T, S>::new(&stepper);
+        let mut dense = schedule.is_dense().then(|| DenseSeeds::new(&stepper));
         let mut y0 = vec![];
         let mut stats = Stats::default();
         // Where the tile's states begin among the group's.
@@ -263,6 +260,7 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
                     load::<T, S>(numbers, features, batch, Idle::Zeros, &mut to[range]);
                 });
             };
+            stepper.clock.hold(rows.clone());
             seed(problem.outputs() - 1, &mut adj);
             let mut scaler = problem.scaler;
             // Steps that are known need no state, and no replay.
@@ -273,15 +271,16 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
                 evaluations,
             };
             for n in (0..steps).rev() {
-                let step = plan.schedule.step(n);
+                let step = schedule.step(n);
                 let failed = |error| Failure {
                     at: (steps - n, 0),
                     error,
                 };
+                let stages = stepper.stages(step.dense).len();
                 window.begin_step(s, field, &kept);
                 let slots = window.next_kept();
                 if !selection.knows_all(n) {
-                    counted.recomputed += stepper.stages.len();
+                    counted.recomputed += stages;
                 }
                 if selection.has_whole(n) {
                     // They are read where they are.
@@ -297,43 +296,48 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
                             let mut replayed = 0;
                             let mut states = Stats::default();
                             let mut replay = |m, y: &_| {
-                                replayed += 1;
-                                stepper.replay(m, y, &mut slot).map_err(|f| f.error)
+                                let step = schedule.step(m);
+                                replayed += stepper.stages(step.dense).len();
+                                stepper.replay(step, y, &mut slot).map_err(|f| f.error)
                             };
                             let rewind = rewind.get_or_insert_with(|| planned.rewind_from(n));
                             let y = rewind.state(n, &mut replay, &mut states).map_err(failed)?;
                             counted.kept(states.states_kept, states.bytes_kept);
-                            counted.recomputed += replayed * stepper.stages.len();
+                            counted.recomputed += replayed;
                             y.load::<S>(&mut state);
                         }
                     }
-                    stepper.linearize(step, &state, slots);
+                    stepper.linearize(LaneSteps::All(step), &state, slots);
                 }
 
+                let inside = schedule.inside(n);
+                let mut seeds = dense.as_mut().filter(|_| !inside.is_empty());
+                if let Some(seeds) = &mut seeds {
+                    seeds.clear();
+                    for at in inside {
+                        seed(at.output, &mut incoming);
+                        seeds.weigh(&stepper, &stepper.interpolant(at.x), &incoming);
+                    }
+                }
+                let seeds = seeds.as_deref();
                 if scaler.is_dynamic() {
-                    scaler = scaler.aimed(magnitude::<T, S>(s, plan, width, &adj));
+                    scaler = scaler.aimed(magnitude::<T, S>(s, plan, width, &adj, seeds));
                 }
-                for stage in (0..stepper.stages.len()).rev() {
-                    let i = stepper.stages[stage];
-                    let at = (i, stage);
-                    scaler = pull
-                        .stage(
-                            &stepper,
-                            step,
-                            at,
-                            &adj,
-                            window,
-                            &kept,
-                            scaler,
-                            &mut counted,
-                        )
-                        .map_err(failed)?;
-                }
-                scaler = scaler.after_step();
-                add::<T, S>(s, &mut adj, 1.0, &pull.all, &pull.ws);
-                if let Some(output) = plan.schedule.at_node(n) {
+                scaler = pull
+                    .step(
+                        &stepper,
+                        LaneSteps::All(step),
+                        &mut adj,
+                        seeds,
+                        window,
+                        &kept,
+                        scaler,
+                        &mut counted,
+                    )
+                    .map_err(failed)?;
+                if let Some(output) = schedule.at_node(n) {
                     seed(output, &mut incoming);
-                    add::<T, S>(s, &mut adj, 1.0, &[(1.0, 0)], &incoming);
+                    pull.add(s, width, &mut adj, &incoming);
                 }
                 if !is_finite::<T, S>(s, &adj) {
                     return Err(failed(not_finite(step)));
@@ -357,27 +361,41 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
     }
 }
 
-/// max|λ| over the leaves whose cotangents can overflow, or over all where these are zero.
+/// The most stages that are evaluated in a step of a schedule.
+pub(super) fn most_stages(problem: &Problem, schedule: &Schedule) -> usize {
+    match schedule.is_dense() {
+        true => problem.scheme.dense_stages().len(),
+        false => problem.scheme.evaluations(),
+    }
+}
+
+/// max|λ|, and that of what enters from outputs inside the step, over the leaves whose cotangents can overflow, or
+/// over all where these are zero.
 #[inline(always)]
-fn magnitude<T: Element, S: Simd>(
+pub(super) fn magnitude<T: Element, S: Simd>(
     s: S,
     plan: &TilePlan<'_>,
     width: usize,
     adj: &[T::Vector<S>],
+    dense: Option<&DenseSeeds<T, S>>,
 ) -> f64 {
     let (mut low, mut all) = (0.0, 0.0f64);
-    let mut rest = adj;
-    for (features, rounds_to) in plan.layout.features.iter().zip(&plan.low) {
-        let leaf;
-        (leaf, rest) = rest.split_at(features * width);
-        let mut max = T::zeros::<S>();
-        for x in leaf {
-            max = T::larger(s, max, T::abs(s, *x));
-        }
-        let max = T::largest(s, max).to_f64();
-        all = all.max(max);
-        if *rounds_to == Low::F16 {
-            low = f64::max(low, max);
+    let size = adj.len();
+    let stages = dense.map_or(&[][..], |dense| &dense.stages);
+    for tile in std::iter::once(adj).chain(stages.chunks_exact(size)) {
+        let mut rest = tile;
+        for (features, rounds_to) in plan.layout.features.iter().zip(&plan.low) {
+            let leaf;
+            (leaf, rest) = rest.split_at(features * width);
+            let mut max = T::zeros::<S>();
+            for x in leaf {
+                max = T::larger(s, max, T::abs(s, *x));
+            }
+            let max = T::largest(s, max).to_f64();
+            all = all.max(max);
+            if *rounds_to == Low::F16 {
+                low = f64::max(low, max);
+            }
         }
     }
     if low > 0.0 {

@@ -12,10 +12,12 @@ use super::stepper::Stepper;
 use super::tile::Tiled;
 use super::trajectory::{TileStore, TileTrajectory};
 use super::{numbers, on_all_threads, Failure, Solved, Task, TilePlan};
+use crate::adjoint::Method;
 use crate::error::{Error, Result};
 use crate::memory::{room_for, zeros};
 use crate::ops;
 use crate::problem::{ActivationCache, Problem};
+use crate::schedule::Schedule;
 use crate::simd::tiles::{load, store, Idle};
 use crate::simd::{enter, vectors, Element, Kernel};
 use crate::state::RowLayout;
@@ -49,25 +51,29 @@ pub(super) fn run<T: Element, S: Simd>(
     s: S,
     field: Box<dyn Tiled<T, S>>,
     task: Task<'_, T>,
+    schedule: &Arc<Schedule>,
     stats: &mut Stats,
 ) -> Result<Solved> {
-    let Task {
-        plan, y0, weights, ..
-    } = task;
+    let Task { plan, y0, weights } = task;
     let (problem, layout) = (plan.problem, plan.layout);
     let cache = match problem.stores_state() {
         true => problem.activation_cache,
         false => ActivationCache::NONE,
     };
     let rows = layout.rows.next_multiple_of(plan.batch::<T, S>());
-    let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows, field.kept()));
-    let need = plan.need::<T, S>(rows, problem.packing.len());
+    let selection = Selection::new::<T>(
+        field.parts(),
+        cache,
+        plan.size(schedule, rows, field.kept()),
+    );
+    let need = plan.need::<T, S>(schedule.len(), rows, problem.packing.len());
     need.of(selection.bytes::<T>()).check()?;
     let groups = plan.groups::<T, S>(field.parameters());
     let pass = Integrate {
         field: &*field,
         selection: &selection,
         plan,
+        schedule,
         y0: &y0,
         elements: problem.packing.len(),
     };
@@ -77,8 +83,7 @@ pub(super) fn run<T: Element, S: Simd>(
     let packed = assemble(plan, &done)?;
     let shape = (problem.outputs(), problem.packing.len());
     let groups: Vec<_> = done.into_iter().map(|g| g.tiles).collect();
-    stats.steps += plan.schedule.len();
-    stats.evaluations += plan.schedule.len() * problem.scheme.evaluations();
+    count(problem, schedule, stats);
     if let Some(tile) = groups.iter().flatten().next() {
         tile.trajectory.record(stats);
     }
@@ -92,10 +97,21 @@ pub(super) fn run<T: Element, S: Simd>(
             weights: weights.iter().map(Tensor::id).collect(),
             shapes: weights.iter().map(|w| w.shape().clone()).collect(),
             layout: layout.clone(),
-            schedule: Arc::clone(plan.schedule),
+            schedule: Arc::clone(schedule),
             groups,
         }),
     })
+}
+
+/// Notes the steps of a forward pass.
+pub(super) fn count(problem: &Problem, schedule: &Schedule, stats: &mut Stats) {
+    stats.steps += schedule.len();
+    stats.evaluations += match schedule.is_dense() {
+        true => (0..schedule.len())
+            .map(|n| problem.scheme.evaluations_of(&schedule.step(n)))
+            .sum(),
+        false => schedule.len() * problem.scheme.evaluations(),
+    };
 }
 
 /// What every tile's forward pass reads.
@@ -104,6 +120,7 @@ pub(super) struct Integrate<'a, T: Element, S: Simd> {
     pub(super) field: &'a dyn Tiled<T, S>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a TilePlan<'a>,
+    pub(super) schedule: &'a Schedule,
     pub(super) y0: &'a [T],
     /// Elements of all states that are kept at a time, for the statistics.
     pub(super) elements: usize,
@@ -146,6 +163,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
             field,
             selection,
             plan,
+            schedule,
             elements,
             ..
         } = self.pass;
@@ -155,6 +173,9 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
         let mut stepper = Stepper::<T, S>::new(s, field, plan);
         let mut slot = stepper.slot();
         let mut y = vectors::<T, S>(stepper.size);
+        // The state at the start of a step that outputs are inside of, and such an output.
+        let between = if schedule.is_dense() { stepper.size } else { 0 };
+        let (mut start, mut output) = (vectors::<T, S>(between), vectors::<T, S>(between));
         let width = stepper.width;
         let batch = width * T::lanes::<S>();
         let mut group = IntegratedGroup {
@@ -168,13 +189,14 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
         group.states = room_for("returned states", numbers).map_err(anywhere)?;
         for &first in self.tiles {
             let rows = plan.rows(first, batch);
+            stepper.clock.hold(rows.clone());
             each_leaf(layout, width, |leaf, features, range| {
                 let from = layout.offset(leaf, first);
                 let numbers = &self.pass.y0[from..from + rows.len() * features];
                 load::<T, S>(numbers, features, batch, Idle::Copies, &mut y[range]);
             });
             let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
-            let steps = plan.schedule.len();
+            let steps = schedule.len();
             let trajectory = TileTrajectory::new::<S>(problem.checkpoint, steps, store, &y);
             let mut trajectory = trajectory.map_err(anywhere)?;
             let returned = |y: &[T::Vector<S>], states: &mut Vec<T>| {
@@ -184,7 +206,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
                     self::store::<T, S>(&y[range], features, batch, &mut states[at..]);
                 });
             };
-            if plan.schedule.at_node(0).is_some() {
+            if schedule.at_node(0).is_some() {
                 returned(&y, &mut group.states);
             }
             let mut kept = match self.rooms.pop() {
@@ -192,11 +214,19 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
                 None => KeptEvaluations::new(selection, batch).map_err(anywhere)?,
             };
             for n in 0..steps {
-                let step = plan.schedule.step(n);
+                let step = schedule.step(n);
                 trajectory.keep::<S>(n, &y).map_err(anywhere)?;
                 let wanted = Some((selection, &mut kept));
+                let inside = schedule.inside(n);
+                if !inside.is_empty() {
+                    start.copy_from_slice(&y);
+                }
                 stepper.advance(step, &mut y, &mut slot, wanted)?;
-                if plan.schedule.at_node(n + 1).is_some() {
+                for at in inside {
+                    stepper.interpolate((&step, at.x), &start, &mut output);
+                    returned(&output, &mut group.states);
+                }
+                if schedule.at_node(n + 1).is_some() {
                     returned(&y, &mut group.states);
                 }
             }

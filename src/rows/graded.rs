@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::memory::zeros;
 use crate::problem::ActivationCache;
 use crate::reverse::{Adjoint, Backward, Reversible};
+use crate::schedule::Schedule;
 use crate::simd::Element;
 use crate::stats::Stats;
 
@@ -62,6 +63,7 @@ pub(super) fn run<T: Element, S: Simd>(
     s: S,
     field: &dyn Tiled<T, S>,
     task: Task<'_, T>,
+    schedule: &Schedule,
     loss: &dyn Grade<T>,
     stats: &mut Stats,
 ) -> Result<Solved> {
@@ -84,22 +86,27 @@ pub(super) fn run<T: Element, S: Simd>(
         counted.join(&group.swept.stats);
         counted.kept_evaluations(group.bytes);
     };
-    let (stages, steps) = (problem.scheme.evaluations(), plan.schedule.len());
+    let (stages, steps) = (backward::most_stages(problem, schedule), schedule.len());
     let groups = plan.groups::<T, S>(field.parameters());
     let rows = field.width() * T::lanes::<S>();
     let cache = ActivationCache::within(KEPT);
-    let selection = Selection::new::<T>(field.parts(), cache, plan.size(rows, field.kept()));
+    let selection = Selection::new::<T>(
+        field.parts(),
+        cache,
+        plan.size(schedule, rows, field.kept()),
+    );
     // A tile of every thread at a time; what fills up the last one is not of the batch.
     let alive = groups.len().min(rayon::current_num_threads());
     let elements = layout.rows.min(alive * rows) * layout.dim();
     let bytes = alive as u128 * selection.bytes::<T>();
-    plan.need::<T, S>(alive * rows, elements)
+    plan.need::<T, S>(steps, alive * rows, elements)
         .of(bytes)
         .check()?;
     let integrate = Integrate {
         field,
         selection: &selection,
         plan,
+        schedule,
         y0: &y0,
         elements,
     };
@@ -107,6 +114,7 @@ pub(super) fn run<T: Element, S: Simd>(
         field,
         selection: &selection,
         plan,
+        schedule,
         differentiate: weights.iter().any(Tensor::track_op),
     };
     // Pages cost more than what is written to them: the room of one tile is the next one's.
@@ -142,8 +150,7 @@ pub(super) fn run<T: Element, S: Simd>(
     if graded.gradients.iter().any(|g| !g.to_f64().is_finite()) {
         return Err(Error::NonFiniteParameterGradient);
     }
-    stats.steps += plan.schedule.len();
-    stats.evaluations += plan.schedule.len() * problem.scheme.evaluations();
+    forward::count(problem, schedule, stats);
     stats.add(&counted);
     Ok(Solved {
         packed: Tensor::new(&[T::of(total)], problem.device())?,

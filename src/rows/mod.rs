@@ -8,10 +8,12 @@
 //! alone, so results do not depend on the number of threads.
 
 mod activations;
+mod adaptive;
 mod backward;
 mod forward;
 mod grade;
 mod graded;
+mod lanes;
 mod pulls;
 mod stepper;
 #[cfg(test)]
@@ -27,9 +29,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
+use crate::adaptive::StepControl;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::precision::Low;
-use crate::problem::Problem;
+use crate::problem::{Plan, Problem};
 use crate::reverse::Reversible;
 use crate::schedule::Schedule;
 use crate::simd::{unit, Element};
@@ -38,7 +41,7 @@ use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
-pub(crate) use tile::{Slot, TileField};
+pub(crate) use tile::{At, Slot, TileField};
 use tile::{Tiled, Wide};
 
 /// A field that the solver may integrate tile by tile.
@@ -85,15 +88,17 @@ impl Rows {
         let Some(layout) = self.0.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
-        let Some(schedule) = problem.plan.known().filter(|schedule| !schedule.is_dense()) else {
-            return Ok(None);
-        };
         if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
             return Ok(None);
         }
         // That time stands still for a field that reads it is found where steps are taken one by one.
         if self.0.reads_time() && !problem.resolved {
             return Ok(None);
+        }
+        if let Plan::Adaptive(control) = &problem.plan {
+            if control.options.control == Some(StepControl::Batch) {
+                return Ok(None);
+            }
         }
         let roles = &problem.scheme.roles;
         let held = |dtype| {
@@ -102,7 +107,7 @@ impl Rows {
                 .all(|r| r.state == dtype && r.compute.held == dtype)
         };
         let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
-        let plan = TilePlan::new(problem, schedule, &layout);
+        let plan = TilePlan::new(problem, &layout);
         if held(DType::F32) && stores(roles[0].store.to) {
             let prepared = |loss: &dyn RowGrade| loss.single(problem, &layout);
             match Wanted::of(loss, &plan, &prepared)? {
@@ -233,6 +238,9 @@ impl<T: Element> Wanted<T> {
         let (Some(loss), problem) = (loss, plan.problem) else {
             return Ok(Some(Self::States));
         };
+        if problem.plan.known().is_none() {
+            return Ok(None);
+        }
         // What a fixed scale is for, the scale of the loss, is not known yet; and of states that are rounded
         // when they are kept, the last steps would be linearised at others than the first.
         let scales =
@@ -279,16 +287,19 @@ fn solve_tiles<T: Element, S: Simd>(
     wanted: Wanted<T>,
     stats: &mut Stats,
 ) -> Result<Solved> {
-    match wanted {
-        Wanted::States => forward::run(s, field, task, stats),
-        Wanted::Loss(loss) => graded::run(s, &*field, task, &*loss, stats),
+    match (&task.plan.problem.plan, wanted) {
+        (Plan::Known(schedule), Wanted::States) => forward::run(s, field, task, schedule, stats),
+        (Plan::Known(schedule), Wanted::Loss(loss)) => {
+            graded::run(s, &*field, task, schedule, &*loss, stats)
+        }
+        // A loss is left to two passes.
+        (Plan::Adaptive(control), _) => adaptive::run(s, field, task, control, stats),
     }
 }
 
 /// The solve as both passes see it.
 struct TilePlan<'p> {
     problem: &'p Problem,
-    schedule: &'p Arc<Schedule>,
     layout: &'p RowLayout,
     /// What the compute precision of each leaf rounds to.
     low: Vec<Low>,
@@ -298,36 +309,35 @@ struct TilePlan<'p> {
 }
 
 impl<'p> TilePlan<'p> {
-    fn new(problem: &'p Problem, schedule: &'p Arc<Schedule>, layout: &'p RowLayout) -> Self {
+    fn new(problem: &'p Problem, layout: &'p RowLayout) -> Self {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {
             low: low.collect(),
             #[cfg(test)]
             forced: tests::width::here(),
             problem,
-            schedule,
             layout,
         }
     }
 
     /// What there is to keep of so many rows, in slots of so many features.
-    fn size(&self, rows: usize, features: usize) -> Size {
+    fn size(&self, schedule: &Schedule, rows: usize, features: usize) -> Size {
         Size {
             rows,
             features,
-            stages: self.problem.scheme.evaluations(),
-            steps: self.schedule.len(),
+            stages: backward::most_stages(self.problem, schedule),
+            steps: schedule.len(),
         }
     }
 
-    /// The memory that tiles with `rows` rows hold at once in addition to kept evaluations.  `elements` is the
-    /// number of state elements of those rows without the padding of the last tile.
-    fn need<T: Element, S: Simd>(&self, rows: usize, elements: usize) -> MemoryNeed {
+    /// The memory that tiles with `rows` rows hold at once over so many steps, in addition to kept evaluations.
+    /// `elements` is the number of state elements of those rows without the padding of the last tile.
+    fn need<T: Element, S: Simd>(&self, steps: usize, rows: usize, elements: usize) -> MemoryNeed {
         /// Bytes of a state that is kept by itself beside its numbers.
         const STATE: usize = 64;
         let problem = self.problem;
         let bytes = elements.saturating_mul(size_of::<T>());
-        let (restart, stored) = problem.checkpoint.most(self.schedule.len(), bytes);
+        let (restart, stored) = problem.checkpoint.most(steps, bytes);
         // Kept with the lanes that fill up the last tile.
         let numbers = rows as u128 * self.layout.dim() as u128;
         let tiles = rows.div_ceil(self.batch::<T, S>());
@@ -360,13 +370,16 @@ impl<'p> TilePlan<'p> {
     fn groups<T: Element, S: Simd>(&self, parameters: usize) -> Vec<Vec<usize>> {
         let batch = self.batch::<T, S>();
         let tiles: Vec<usize> = (0..self.layout.rows).step_by(batch).collect();
-        // As many as many cores can use, but no more than a few million numbers of partial sums.
-        let most = (MOST_NUMBERS / parameters.max(1)).clamp(4, MOST_GROUPS);
-        let groups = tiles.len().min(most);
+        let groups = tiles.len().min(self.most_groups(parameters));
         let cut = |g: usize| g * tiles.len() / groups;
         (0..groups)
             .map(|g| tiles[cut(g)..cut(g + 1)].to_vec())
             .collect()
+    }
+
+    /// As many groups as many cores can use, but no more than a few million numbers of partial sums.
+    fn most_groups(&self, parameters: usize) -> usize {
+        (MOST_NUMBERS / parameters.max(1)).clamp(4, MOST_GROUPS)
     }
 
     /// Rows of the tile that begins at `first`.

@@ -1,59 +1,220 @@
 //! The pull-backs of one step of a tile.
+//!
+//! With w' = h w the sweep of a step is, for descending stages,
+//!
+//! v_i = b_i λ + Σ_m b_i(x_m) ȳ_m + Σ_{j>i} a_ji w'_j,  w'_i = (∂f/∂y)ᵀ (h v_i),  θ̄ += (∂f/∂θ)ᵀ (h v_i),
+//! λ ← λ + Σ_m ȳ_m + Σ_i w'_i + ȳ_n,
+//!
+//! where ȳ_m are the cotangents of outputs at fractions x_m of the step, and h may differ from lane to lane.  So the
+//! contribution of a step to θ̄ needs no further factor, and a window may span several steps.  A very
+//! small or very large h is factored as m p, where p is a power of two: v_i is multiplied by m only, so that it
+//! stays in the range of f32, and p is part of the scale of the window and of w'_i.
 
 use pulp::Simd;
 
-use super::stepper::{combine, is_finite, Stepper};
-use super::window::{in_range, power, KeptBy, OpenSlot, Window};
+use super::lanes::{add, combine, Coefficients, Factor, LaneSteps, Row};
+use super::stepper::{is_finite, Stepper};
+use super::window::{power, KeptBy, OpenSlot, Window};
 use crate::error::{Error, Result};
 use crate::precision::Low;
 use crate::scaler::{Outcome, Scaler};
-use crate::schedule::Step;
 use crate::simd::{vectors, Element, Vectors};
 use crate::stats::Stats;
+
+/// The cotangents of outputs inside the steps of a tile, by the weights of the interpolant.
+pub(super) struct DenseSeeds<T: Element, S: Simd> {
+    /// Σ_m b_i(x_m) ȳ_m, stage after stage.
+    pub(super) stages: Vectors<T, S>,
+    /// Σ_m ȳ_m.
+    pub(super) state: Vectors<T, S>,
+}
+
+impl<T: Element, S: Simd> DenseSeeds<T, S> {
+    /// Zeros.
+    pub(super) fn new(stepper: &Stepper<'_, T, S>) -> Self {
+        let stages = stepper.plan.problem.scheme.tableau.stages();
+        Self {
+            stages: vectors::<T, S>(stages * stepper.size),
+            state: vectors::<T, S>(stepper.size),
+        }
+    }
+
+    /// Adds the cotangent ȳ of an output with these weights b_i(x), in all lanes.
+    pub(super) fn weigh(
+        &mut self,
+        stepper: &Stepper<'_, T, S>,
+        weights: &[f64],
+        output: &[T::Vector<S>],
+    ) {
+        let (s, width, size) = (stepper.s, stepper.width, stepper.size);
+        let rows: Vec<Row> = weights.iter().map(|b| vec![(*b, 0)]).collect();
+        let weights = Coefficients::<T, S>::plain(s, width, &rows);
+        for (i, stage) in self.stages.chunks_exact_mut(size).enumerate() {
+            add::<T, S>(s, width, stage, weights.row(i), output);
+        }
+        let one = Coefficients::<T, S>::plain(s, width, &[vec![(1.0, 0)]]);
+        add::<T, S>(s, width, &mut self.state, one.row(0), output);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.stages.fill(T::zeros::<S>());
+        self.state.fill(T::zeros::<S>());
+    }
+}
 
 /// The pull-backs of a step.
 pub(super) struct StagePulls<T: Element, S: Simd> {
     /// w'_i by stage.
-    pub(super) ws: Vectors<T, S>,
-    /// a_ji by stage i, for the j > i.
-    a: Vec<Vec<(f64, usize)>>,
-    /// Every active stage, with coefficient 1.
-    pub(super) all: Vec<(f64, usize)>,
+    ws: Vectors<T, S>,
+    /// Multiplied by the scale, and by m where compute precision is not low: by stage the a_ji with j > i, of
+    /// the stages of a step without outputs inside and of one with them, then by stage the b_i, then 1.
+    coefficients: Coefficients<T, S>,
+    /// Rows of ones: for every active stage, for every stage of a step with outputs inside, and for one vector.
+    ones: Coefficients<T, S>,
+    factors: Vec<f64>,
+    /// m of all lanes or of each, and p.
+    mantissas: Vec<f64>,
+    power: f64,
+    m: Factor<T, S>,
+    inverse: Factor<T, S>,
+    unscale: Factor<T, S>,
+}
+
+/// λ, and what enters the step from outputs inside it.
+#[derive(Clone, Copy)]
+pub(super) struct Seeds<'a, T: Element, S: Simd> {
+    pub(super) adj: &'a [T::Vector<S>],
+    pub(super) dense: Option<&'a DenseSeeds<T, S>>,
 }
 
 impl<T: Element, S: Simd> StagePulls<T, S> {
     pub(super) fn new(stepper: &Stepper<'_, T, S>) -> Self {
-        let tableau = &stepper.plan.problem.scheme.tableau;
-        let column = |i: usize| {
-            let later = stepper.stages.iter().filter(|&&j| j > i);
+        let (tableau, width) = (&stepper.plan.problem.scheme.tableau, stepper.width);
+        let column = |(dense, i): (bool, usize)| -> Row {
+            let later = stepper.stages(dense).iter().filter(|&&j| j > i);
             let terms = later.map(|&j| (tableau.a(j)[i], j));
             terms.filter(|(a, _)| *a != 0.0).collect()
         };
+        let both = [false, true].into_iter();
+        let columns = both.flat_map(|dense| (0..tableau.stages()).map(move |i| (dense, i)));
+        let columns = columns.map(column);
+        let weights = tableau.b().iter().map(|b| vec![(*b, 0)]);
+        let rows: Vec<_> = columns.chain(weights).chain([vec![(1.0, 0)]]).collect();
+        let ones = |stages: &[usize]| stages.iter().map(|&j| (1.0, j)).collect();
+        let ones = [
+            ones(stepper.stages(false)),
+            ones(stepper.stages(true)),
+            vec![(1.0, 0)],
+        ];
         Self {
             ws: vectors::<T, S>(tableau.stages() * stepper.size),
-            a: (0..tableau.stages()).map(column).collect(),
-            all: stepper.stages.iter().map(|&j| (1.0, j)).collect(),
+            coefficients: Coefficients::new(width, &rows),
+            ones: Coefficients::plain(stepper.s, width, &ones),
+            factors: vec![],
+            mantissas: vec![],
+            power: 1.0,
+            m: Factor::new(width),
+            inverse: Factor::new(width),
+            unscale: Factor::new(width),
+        }
+    }
+
+    /// λ_n but for what is returned at the node, in place of λ_{n+1}, with the cotangents left in the window; the
+    /// scaler after it.
+    #[allow(clippy::too_many_arguments)]
+    #[inline(always)]
+    pub(super) fn step(
+        &mut self,
+        stepper: &Stepper<'_, T, S>,
+        steps: LaneSteps<'_>,
+        adj: &mut [T::Vector<S>],
+        dense: Option<&DenseSeeds<T, S>>,
+        window: &mut Window<T, S>,
+        kept: &KeptBy<'_, T>,
+        mut scaler: Scaler,
+        stats: &mut Stats,
+    ) -> Result<Scaler> {
+        let (s, width) = (stepper.s, stepper.width);
+        self.measure(steps);
+        let stages = stepper.stages(steps.is_dense());
+        for (at, &i) in stages.iter().enumerate().rev() {
+            let seeds = Seeds { adj: &*adj, dense };
+            scaler = self.stage(stepper, steps, (i, at), seeds, window, kept, scaler, stats)?;
+        }
+        let all = self.ones.row(usize::from(steps.is_dense()));
+        add::<T, S>(s, width, adj, all, &self.ws);
+        if let Some(dense) = dense {
+            self.add(s, width, adj, &dense.state);
+        }
+        Ok(scaler.after_step())
+    }
+
+    /// λ + ȳ.
+    pub(super) fn add(
+        &self,
+        s: S,
+        width: usize,
+        adj: &mut [T::Vector<S>],
+        incoming: &[T::Vector<S>],
+    ) {
+        add::<T, S>(s, width, adj, self.ones.row(2), incoming);
+    }
+
+    /// Takes the lengths of the steps as m p.
+    #[inline(always)]
+    fn measure(&mut self, steps: LaneSteps<'_>) {
+        steps.each(|step| step.h, &mut self.mantissas);
+        let longest = self
+            .mantissas
+            .iter()
+            .fold(0.0f64, |max, h| max.max(h.abs()));
+        self.power = divisor(longest);
+        for h in &mut self.mantissas {
+            *h /= self.power;
+        }
+    }
+
+    /// Prepares for a scale.
+    #[inline(always)]
+    fn scale_by(&mut self, s: S, rounds: bool, scale: f64) {
+        let (mantissas, p) = (&self.mantissas, self.power);
+        let factors = &mut self.factors;
+        let mut set = |of: &dyn Fn(f64) -> f64, factor: &mut Factor<T, S>| {
+            factors.clear();
+            factors.extend(mantissas.iter().map(|m| of(*m)));
+            factor.set(s, factors);
+        };
+        if rounds {
+            self.coefficients.multiply(s, &[scale]);
+            set(&|m| m, &mut self.m);
+            set(&|m| 1.0 / m, &mut self.inverse);
+            set(&|m| m * p / scale, &mut self.unscale);
+        } else {
+            factors.clear();
+            factors.extend(mantissas.iter().map(|m| scale * m));
+            self.coefficients.multiply(s, factors);
+            self.unscale.set(s, &[p / scale]);
         }
     }
 
     /// w'_i, with the cotangents left in the window; the scaler after it.
     #[allow(clippy::too_many_arguments)]
     #[inline(always)]
-    pub(super) fn stage(
+    fn stage(
         &mut self,
         stepper: &Stepper<'_, T, S>,
-        step: Step,
+        steps: LaneSteps<'_>,
         (i, at): (usize, usize),
-        adj: &[T::Vector<S>],
+        seeds: Seeds<'_, T, S>,
         window: &mut Window<T, S>,
         kept: &KeptBy<'_, T>,
         mut scaler: Scaler,
         stats: &mut Stats,
     ) -> Result<Scaler> {
-        let (s, size) = (stepper.s, stepper.size);
-        let b = stepper.plan.problem.scheme.tableau.b()[i];
+        let (s, size, width) = (stepper.s, stepper.size, stepper.width);
+        let stages = stepper.plan.problem.scheme.tableau.stages();
         let rounds = stepper.plan.low.iter().any(|low| *low != Low::None);
-        let (m, p) = mantissa(step.h);
+        let place = (steps.index(), at);
         let mut attempts = 0;
         loop {
             let scale = scaler.scale();
@@ -62,23 +223,30 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
                 stats.used_scale(scale);
             }
             attempts += 1;
-            window.scaled_by(s, stepper.field, kept, scale / p);
+            self.scale_by(s, rounds, scale);
+            window.scaled_by(s, stepper.field, kept, scale / self.power);
             let OpenSlot {
                 kept: values,
                 cotangents,
-            } = window.slot((step.index, at), kept);
+            } = window.slot(place, kept);
             let v = &mut cotangents[..size];
             // S m v_i, or m Q(S v_i) where compute precision is low.
-            let factor = if rounds { scale } else { scale * m };
-            combine::<T, S>(s, v, (factor * b, adj), factor, &self.a[i], &self.ws);
+            let rows = &self.coefficients;
+            let first = (rows.row(2 * stages + i).coefficient(), seeds.adj);
+            let later = rows.row(if steps.is_dense() { stages + i } else { i });
+            combine::<T, S>(s, width, v, first, later, &self.ws);
+            if let Some(dense) = seeds.dense {
+                let dense = &dense.stages[i * size..][..size];
+                add::<T, S>(s, width, v, rows.row(3 * stages), dense);
+            }
             if rounds {
                 stepper.round(v);
-                scale_by::<T, S>(s, v, m);
+                self.m.apply(s, v);
             }
             let w = &mut self.ws[i * size..][..size];
             stepper.field.vjp(s, values, cotangents, w);
             if rounds {
-                scale_by::<T, S>(s, w, 1.0 / m);
+                self.inverse.apply(s, w);
                 stepper.round(w);
             }
             let outcome = match scaler.is_dynamic() && !is_finite::<T, S>(s, w) {
@@ -86,19 +254,17 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
                 false => Outcome::Clean,
             };
             if outcome == Outcome::Clean {
-                let unscale = if rounds { step.h / scale } else { p / scale };
-                if unscale != 1.0 {
-                    scale_by::<T, S>(s, w, unscale);
-                }
-                window.push(s, stepper.field, (step.index, at), kept);
+                self.unscale.apply(s, w);
+                window.push(s, stepper.field, place, kept);
                 return Ok(scaler);
             }
             scaler = scaler.after(outcome);
             stats.retries += 1;
             if scaler.is_exhausted(attempts) {
+                let step = steps.first();
                 return Err(Error::ScaleExhausted {
-                    step: step.index,
-                    t: step.t,
+                    step: step.map_or(0, |step| step.index),
+                    t: step.map_or(f64::NAN, |step| step.t),
                     scale,
                     attempts,
                 });
@@ -107,34 +273,23 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
     }
 }
 
-#[inline(always)]
-fn scale_by<T: Element, S: Simd>(s: S, x: &mut [T::Vector<S>], c: f64) {
-    let (a, b) = in_range::<T>(c);
-    let a = T::splat(s, T::of(a));
-    for x in &mut *x {
-        *x = T::times(s, *x, a);
-    }
-    if b != 1.0 {
-        let b = T::splat(s, T::of(b));
-        for x in x {
-            *x = T::times(s, *x, b);
-        }
-    }
-}
-
-/// h as m p, p a power of two, which is one where h is neither very small nor very large.
-fn mantissa(h: f64) -> (f64, f64) {
+/// The power of two that a length is divided by: one where it is neither very small nor very large.
+fn divisor(h: f64) -> f64 {
     const MODERATE: f64 = (1 << 24) as f64;
     if (1.0 / MODERATE..=MODERATE).contains(&h.abs()) {
-        return (h, 1.0);
+        return 1.0;
     }
-    let p = power(h);
-    (h / p, p)
+    power(h)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rows::window::in_range;
+
+    fn mantissa(h: f64) -> (f64, f64) {
+        (h / divisor(h), divisor(h))
+    }
 
     #[test]
     fn steps_are_cut_exactly_and_stay_whole_where_they_are_moderate() {

@@ -3,6 +3,7 @@
 use pulp::Simd;
 
 use super::activations::{KeptEvaluations, Selection};
+use super::lanes::{add, combine, Clock, Coefficients, LaneSteps, Row};
 use super::tile::Tiled;
 use super::trajectory::Snapshot;
 use super::{Failure, TilePlan};
@@ -10,9 +11,6 @@ use crate::error::Error;
 use crate::precision::Low;
 use crate::schedule::Step;
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
-
-/// Non-zero coefficients of a tableau's row or column, with the stages that they belong to.
-type Terms = Vec<(f64, usize)>;
 
 /// Takes steps of one tile after the other; owns the room that a step needs.
 pub(super) struct Stepper<'p, T: Element, S: Simd> {
@@ -23,39 +21,72 @@ pub(super) struct Stepper<'p, T: Element, S: Simd> {
     pub(super) width: usize,
     /// Vectors of a state.
     pub(super) size: usize,
-    /// Active stages, ascending.
-    pub(super) stages: Vec<usize>,
-    /// a_ij by stage i.
-    a: Vec<Terms>,
-    /// b_j.
-    b: Terms,
+    /// Active stages, ascending: those that the solution reads, and those that outputs inside a step read.
+    stages: [Vec<usize>; 2],
+    c: Vec<f64>,
+    pub(super) clock: Clock<T, S>,
+    /// h of all lanes, or of each.
+    lengths: Vec<f64>,
+    /// h a_ij, row after row, h b_j, and h (b_j − b̂_j).
+    coefficients: Coefficients<T, S>,
+    /// 1 in all lanes.
+    one: Vectors<T, S>,
     /// k_j.
-    ks: Vectors<T, S>,
+    pub(super) ks: Vectors<T, S>,
 }
 
 impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     pub(super) fn new(s: S, field: &'p dyn Tiled<T, S>, plan: &'p TilePlan<'p>) -> Self {
+        Self::estimating(s, field, plan, &[])
+    }
+
+    /// One that also forms the error estimate with these weights b − b̂.
+    pub(super) fn estimating(
+        s: S,
+        field: &'p dyn Tiled<T, S>,
+        plan: &'p TilePlan<'p>,
+        estimate: &[f64],
+    ) -> Self {
         let scheme = &plan.problem.scheme;
         let (tableau, width) = (&scheme.tableau, field.width());
         let size = plan.layout.dim() * width;
-        let stages = scheme.stages();
-        let terms = |row: &[f64]| {
+        let stages = [scheme.stages(), scheme.dense_stages()];
+        let terms = |row: &[f64], stages: &[usize]| -> Row {
             let of = stages.iter().filter_map(|&j| Some((*row.get(j)?, j)));
             of.filter(|(c, _)| *c != 0.0).collect()
         };
+        let mut rows: Vec<_> = (0..tableau.stages())
+            .map(|i| terms(&tableau.a(i)[..i.min(tableau.a(i).len())], &stages[1]))
+            .collect();
+        rows.push(terms(tableau.b(), &stages[0]));
+        let estimate = estimate.iter().copied().enumerate();
+        rows.push(
+            estimate
+                .filter(|(_, e)| *e != 0.0)
+                .map(|(i, e)| (e, i))
+                .collect(),
+        );
+        let mut one = vectors::<T, S>(width);
+        one.fill(T::splat(s, T::of(1.0)));
         Self {
             s,
             field,
             plan,
             width,
             size,
-            a: (0..tableau.stages())
-                .map(|i| terms(&tableau.a(i)[..i.min(tableau.a(i).len())]))
-                .collect(),
-            b: terms(tableau.b()),
+            c: tableau.c().to_vec(),
+            clock: Clock::new(width),
+            lengths: vec![],
+            coefficients: Coefficients::new(width, &rows),
+            one,
             ks: vectors::<T, S>(tableau.stages() * size),
             stages,
         }
+    }
+
+    /// The stages of steps with outputs inside them, or without.
+    pub(super) fn stages(&self, dense: bool) -> &[usize] {
+        &self.stages[usize::from(dense)]
     }
 
     /// Room for what one evaluation keeps.
@@ -89,8 +120,10 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         slot: &mut [T::Vector<S>],
         mut kept: Option<(&Selection, &mut KeptEvaluations<T>)>,
     ) -> Result<(), Failure> {
-        for at in 0..self.stages.len() {
-            let i = self.stages[at];
+        let steps = LaneSteps::All(step);
+        self.begin(steps);
+        for at in 0..self.stages(step.dense).len() {
+            let i = self.stages(step.dense)[at];
             let place = match &mut kept {
                 Some((selection, kept)) => {
                     kept.slot_mut::<S>(selection, (step.index, at), self.width)
@@ -98,11 +131,11 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
                 None => None,
             };
             if let Some(place) = place {
-                self.stage(step, i, y, place);
-                self.evaluate(step, i, place);
+                self.stage(i, y, place);
+                self.evaluate(steps, i, place);
             } else {
-                self.stage(step, i, y, slot);
-                self.evaluate(step, i, slot);
+                self.stage(i, y, slot);
+                self.evaluate(steps, i, slot);
                 if let Some((selection, kept)) = &mut kept {
                     kept.save(self.s, selection, (step.index, at), slot, self.width);
                 }
@@ -114,12 +147,12 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
                     error: Error::NonFiniteVelocity {
                         step: step.index,
                         stage: i,
-                        t: step.at(self.plan.problem.scheme.tableau.c()[i]),
+                        t: step.at(self.c[i]),
                     },
                 });
             }
         }
-        add::<T, S>(self.s, y, step.h, &self.b, &self.ks);
+        self.update(y);
         if !is_finite::<T, S>(self.s, y) {
             return Err(Failure {
                 at: (step.index, usize::MAX),
@@ -132,24 +165,33 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         Ok(())
     }
 
-    /// Evaluates the stages of the step from y again, each into a slot of its own; the velocities
+    /// Evaluates the stages of the steps from y again, each into a slot of its own; the velocities
     /// only as far as later stages read them.
     #[inline(always)]
-    pub(super) fn linearize(&mut self, step: Step, y: &[T::Vector<S>], slots: &mut [T::Vector<S>]) {
+    pub(super) fn linearize(
+        &mut self,
+        steps: LaneSteps<'_>,
+        y: &[T::Vector<S>],
+        slots: &mut [T::Vector<S>],
+    ) {
+        self.begin(steps);
         let size = self.field.kept() * self.width;
-        for (at, slot) in (0..self.stages.len()).zip(slots.chunks_exact_mut(size)) {
-            let i = self.stages[at];
-            self.stage(step, i, y, slot);
-            if at + 1 < self.stages.len() {
-                self.evaluate(step, i, slot);
+        let (dense, mut slots) = (steps.is_dense(), slots.chunks_exact_mut(size));
+        for at in 0..self.stages(dense).len() {
+            let (i, Some(slot)) = (self.stages(dense)[at], slots.next()) else {
+                return;
+            };
+            self.stage(i, y, slot);
+            if at + 1 < self.stages(dense).len() {
+                self.evaluate(steps, i, slot);
             } else {
-                let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
-                self.field.velocity(self.s, t, slot, None);
+                let at = self.clock.at(self.s, steps, self.c[i]);
+                self.field.velocity(self.s, &at, slot, None);
             }
         }
     }
 
-    /// The same from what was kept of them.
+    /// The same of one step that all lanes take, from what was kept of it.
     #[inline(always)]
     pub(super) fn recall(
         &mut self,
@@ -160,29 +202,114 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     ) {
         let known = selection.known(step.index);
         let size = self.field.kept() * self.width;
-        for (at, slot) in (0..self.stages.len()).zip(slots.chunks_exact_mut(size)) {
-            let i = self.stages[at];
+        let stages = &self.stages[usize::from(step.dense)];
+        for ((at, &i), slot) in stages.iter().enumerate().zip(slots.chunks_exact_mut(size)) {
             kept.load(self.s, selection, (step.index, at), slot, self.width);
-            let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
-            self.field.recall(self.s, t, slot, &known);
+            let at = self.clock.at(self.s, LaneSteps::All(step), self.c[i]);
+            self.field.recall(self.s, &at, slot, &known);
         }
+    }
+
+    /// From now on, steps have these lengths.
+    #[inline(always)]
+    pub(super) fn begin(&mut self, steps: LaneSteps<'_>) {
+        steps.each(|step| step.h, &mut self.lengths);
+        self.coefficients.multiply(self.s, &self.lengths);
+    }
+
+    /// h of all lanes, or of each.
+    pub(super) fn lengths(&self) -> &[f64] {
+        &self.lengths
     }
 
     /// Y_i = Q(y + h Σ a_ij k_j), the first features of the slot.
     #[inline(always)]
-    fn stage(&self, step: Step, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
-        let stage = &mut slot[..self.size];
-        combine::<T, S>(self.s, stage, (1.0, y), step.h, &self.a[i], &self.ks);
-        self.round(stage);
+    pub(super) fn stage(&self, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
+        self.sum_stage(i, y, slot);
+        self.round(&mut slot[..self.size]);
+    }
+
+    /// The same before it is rounded.
+    #[inline(always)]
+    pub(super) fn sum_stage(&self, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
+        let (stage, terms) = (&mut slot[..self.size], self.coefficients.row(i));
+        combine::<T, S>(self.s, self.width, stage, (&self.one, y), terms, &self.ks);
+    }
+
+    /// How many stages the method has.
+    pub(super) fn count(&self) -> usize {
+        self.c.len()
+    }
+
+    /// Sets the clock to stage i.
+    #[inline(always)]
+    pub(super) fn tell(&mut self, steps: LaneSteps<'_>, i: usize) {
+        self.clock.at(self.s, steps, self.c[i]);
     }
 
     /// k_i = Q(f(t_i, Y_i)).
     #[inline(always)]
-    fn evaluate(&mut self, step: Step, i: usize, slot: &mut [T::Vector<S>]) {
-        let t = step.at(self.plan.problem.scheme.tableau.c()[i]);
+    pub(super) fn evaluate(&mut self, steps: LaneSteps<'_>, i: usize, slot: &mut [T::Vector<S>]) {
+        self.tell(steps, i);
+        self.evaluate_now(i, slot);
+    }
+
+    /// The same at the times that the clock shows.
+    #[inline(always)]
+    pub(super) fn evaluate_now(&mut self, i: usize, slot: &mut [T::Vector<S>]) {
         let k = &mut self.ks[i * self.size..][..self.size];
-        self.field.velocity(self.s, t, slot, Some(k));
+        self.field
+            .velocity(self.s, &self.clock.now(), slot, Some(k));
         round::<T, S>(self.s, self.plan, self.width, k);
+    }
+
+    /// y + h Σ b_i k_i in place of y.
+    #[inline(always)]
+    pub(super) fn update(&self, y: &mut [T::Vector<S>]) {
+        let b = self.coefficients.row(self.c.len());
+        add::<T, S>(self.s, self.width, y, b, &self.ks);
+    }
+
+    /// y + h Σ b_i k_i, and the error estimate h Σ (b_i − b̂_i) k_i.
+    #[inline(always)]
+    pub(super) fn finish(
+        &self,
+        y: &[T::Vector<S>],
+        after: &mut [T::Vector<S>],
+        error: &mut [T::Vector<S>],
+    ) {
+        let (b, e) = (self.c.len(), self.c.len() + 1);
+        let terms = self.coefficients.row(b);
+        combine::<T, S>(self.s, self.width, after, (&self.one, y), terms, &self.ks);
+        error.fill(T::zeros::<S>());
+        add::<T, S>(
+            self.s,
+            self.width,
+            error,
+            self.coefficients.row(e),
+            &self.ks,
+        );
+    }
+
+    /// b_i(x).
+    pub(super) fn interpolant(&self, x: f64) -> Vec<f64> {
+        self.plan.problem.scheme.tableau.weights_at(x)
+    }
+
+    /// The state at a fraction x of the step that all lanes have taken from y.
+    pub(super) fn interpolate(
+        &self,
+        (step, x): (&Step, f64),
+        y: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+    ) {
+        let weights = self.interpolant(x);
+        let terms = weights.iter().enumerate().filter(|(_, b)| **b != 0.0);
+        let row = terms.map(|(i, b)| (*b, i)).collect();
+        let mut coefficients = Coefficients::<T, S>::new(self.width, &[row]);
+        coefficients.multiply(self.s, &[step.h]);
+        let terms = coefficients.row(0);
+        combine::<T, S>(self.s, self.width, out, (&self.one, y), terms, &self.ks);
     }
 
     /// Rounds a state-like tile to compute precision, leaf by leaf.
@@ -191,17 +318,20 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         round::<T, S>(self.s, self.plan, self.width, x);
     }
 
-    /// y_{m+1} from y_m as they are kept, for a plan that did not keep it.
+    /// y at the end of a step from y at its start as it is kept, for a plan that did not keep it.
     pub(super) fn replay(
         &mut self,
-        m: usize,
+        step: Step,
         y: &Snapshot<T>,
         slot: &mut [T::Vector<S>],
     ) -> Result<Snapshot<T>, Failure> {
         let mut tile = vectors::<T, S>(self.size);
         y.load::<S>(&mut tile);
-        self.advance(self.plan.schedule.step(m), &mut tile, slot, None)?;
-        let failed = |error| Failure { at: (m, 0), error };
+        self.advance(step, &mut tile, slot, None)?;
+        let failed = |error| Failure {
+            at: (step.index, 0),
+            error,
+        };
         Snapshot::of::<S>(&tile).map_err(failed)
     }
 }
@@ -236,157 +366,6 @@ fn round<T: Element, S: Simd>(s: S, plan: &TilePlan<'_>, width: usize, x: &mut [
             }
         }
     }
-}
-
-/// `y += h Σ c x_j`, the x_j one after the other in `xs`.
-pub(super) fn add<T: Element, S: Simd>(
-    s: S,
-    y: &mut [T::Vector<S>],
-    h: f64,
-    terms: &[(f64, usize)],
-    xs: &[T::Vector<S>],
-) {
-    enter(
-        s,
-        Add::<T, S> {
-            out: y,
-            first: None,
-            h,
-            terms,
-            xs,
-        },
-    );
-}
-
-/// `out = c x + h Σ c_j x_j`, in one pass over `out` for few terms.
-pub(super) fn combine<T: Element, S: Simd>(
-    s: S,
-    out: &mut [T::Vector<S>],
-    first: (f64, &[T::Vector<S>]),
-    h: f64,
-    terms: &[(f64, usize)],
-    xs: &[T::Vector<S>],
-) {
-    enter(
-        s,
-        Add::<T, S> {
-            out,
-            first: Some(first),
-            h,
-            terms,
-            xs,
-        },
-    );
-}
-
-/// A sum of multiples: of `out` itself, or of a first vector in its place, and of the x_j.
-struct Add<'a, T: Element, S: Simd> {
-    out: &'a mut [T::Vector<S>],
-    first: Option<(f64, &'a [T::Vector<S>])>,
-    h: f64,
-    terms: &'a [(f64, usize)],
-    xs: &'a [T::Vector<S>],
-}
-
-impl<T: Element, S: Simd> Kernel<S> for Add<'_, T, S> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, s: S) {
-        let Self { out, h, xs, .. } = self;
-        let Some((c, x)) = self.first else {
-            return add_all::<T, S>(s, out, h, self.terms, xs);
-        };
-        let first = (T::of(c), x);
-        match self.terms {
-            [] => set_terms::<T, S, 0>(s, out, first, h, &[], xs),
-            [a] => set_terms::<T, S, 1>(s, out, first, h, &[*a], xs),
-            [a, b] => set_terms::<T, S, 2>(s, out, first, h, &[*a, *b], xs),
-            [a, b, d] => set_terms::<T, S, 3>(s, out, first, h, &[*a, *b, *d], xs),
-            [a, b, d, e, rest @ ..] => {
-                set_terms::<T, S, 4>(s, out, first, h, &[*a, *b, *d, *e], xs);
-                add_all::<T, S>(s, out, h, rest, xs);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn add_all<T: Element, S: Simd>(
-    s: S,
-    y: &mut [T::Vector<S>],
-    h: f64,
-    terms: &[(f64, usize)],
-    xs: &[T::Vector<S>],
-) {
-    let (fours, rest) = terms.as_chunks::<4>();
-    for terms in fours {
-        add_terms::<T, S, 4>(s, y, h, terms, xs);
-    }
-    match *rest {
-        [a] => add_terms::<T, S, 1>(s, y, h, &[a], xs),
-        [a, b] => add_terms::<T, S, 2>(s, y, h, &[a, b], xs),
-        [a, b, c] => add_terms::<T, S, 3>(s, y, h, &[a, b, c], xs),
-        _ => {}
-    }
-}
-
-/// [`add`] of N terms.
-#[inline(always)]
-fn add_terms<T: Element, S: Simd, const N: usize>(
-    s: S,
-    y: &mut [T::Vector<S>],
-    h: f64,
-    terms: &[(f64, usize); N],
-    xs: &[T::Vector<S>],
-) {
-    let (cs, xs) = factors::<T, S, N>(s, y.len(), h, terms, xs);
-    for (i, y) in y.iter_mut().enumerate() {
-        let mut sum = *y;
-        for n in 0..N {
-            sum = T::mul_add(s, cs[n], xs[n][i], sum);
-        }
-        *y = sum;
-    }
-}
-
-/// [`combine`] of N terms.
-#[inline(always)]
-fn set_terms<T: Element, S: Simd, const N: usize>(
-    s: S,
-    out: &mut [T::Vector<S>],
-    (c, x): (T, &[T::Vector<S>]),
-    h: f64,
-    terms: &[(f64, usize); N],
-    xs: &[T::Vector<S>],
-) {
-    let (cs, xs) = factors::<T, S, N>(s, out.len(), h, terms, xs);
-    let (c, x) = (T::splat(s, c), &x[..out.len()]);
-    for (i, y) in out.iter_mut().enumerate() {
-        let mut sum = T::times(s, c, x[i]);
-        for n in 0..N {
-            sum = T::mul_add(s, cs[n], xs[n][i], sum);
-        }
-        *y = sum;
-    }
-}
-
-/// h c_j and x_j of the terms.
-#[allow(clippy::type_complexity)]
-#[inline(always)]
-fn factors<'a, T: Element, S: Simd, const N: usize>(
-    s: S,
-    size: usize,
-    h: f64,
-    terms: &[(f64, usize); N],
-    xs: &'a [T::Vector<S>],
-) -> ([T::Vector<S>; N], [&'a [T::Vector<S>]; N]) {
-    let (mut cs, mut each) = ([T::zeros::<S>(); N], [&xs[..0]; N]);
-    for n in 0..N {
-        cs[n] = T::splat(s, T::of(h * terms[n].0));
-        each[n] = &xs[terms[n].1 * size..][..size];
-    }
-    (cs, each)
 }
 
 /// Whether no number is NaN or infinite.

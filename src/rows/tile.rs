@@ -5,6 +5,15 @@ use pulp::Simd;
 use super::activations::Part;
 use crate::simd::{enter, Element, Kernel};
 
+/// When and what a tile is evaluated: the time of every lane, V vectors of them, and its row in the batch.
+#[derive(Clone, Copy)]
+pub(crate) struct At<'a, X> {
+    pub(crate) times: &'a [X],
+    /// For fields that know something of each row.
+    #[allow(dead_code)]
+    pub(crate) rows: &'a [usize],
+}
+
 /// A vector field over tiles `[feature][B]` of V vectors, with its pull-back.
 ///
 /// An evaluation keeps what its pull-back needs in one slot, and a pull-back leaves the cotangents
@@ -26,12 +35,12 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     /// Numbers of all parameters.
     fn parameters(&self) -> usize;
 
-    /// Computes f(t, y) into `k`, where y is the first features of `kept`, and fills the rest of `kept`; without
+    /// Computes f(t, y) into `k`, with t by lane, where y is the first features of `kept`, and fills the rest of `kept`; without
     /// `k`, only `kept` is filled.
     fn velocity<S: Simd, const V: usize>(
         &self,
         s: S,
-        t: f64,
+        at: &At<'_, T::Vector<S>>,
         kept: &mut [T::Vector<S>],
         k: Option<&mut [T::Vector<S>]>,
     );
@@ -49,7 +58,7 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     fn recall<S: Simd, const V: usize>(
         &self,
         _: S,
-        _: f64,
+        _: &At<'_, T::Vector<S>>,
         _kept: &mut [T::Vector<S>],
         _known: &[bool],
     ) {
@@ -109,10 +118,16 @@ pub(super) trait Tiled<T: Element, S: Simd>: Send + Sync {
     fn parts(&self) -> Vec<Part>;
 
     /// [`TileField::velocity`].
-    fn velocity(&self, s: S, t: f64, kept: &mut [T::Vector<S>], k: Option<&mut [T::Vector<S>]>);
+    fn velocity(
+        &self,
+        s: S,
+        at: &At<'_, T::Vector<S>>,
+        kept: &mut [T::Vector<S>],
+        k: Option<&mut [T::Vector<S>]>,
+    );
 
     /// [`TileField::recall`].
-    fn recall(&self, s: S, t: f64, kept: &mut [T::Vector<S>], known: &[bool]);
+    fn recall(&self, s: S, at: &At<'_, T::Vector<S>>, kept: &mut [T::Vector<S>], known: &[bool]);
 
     /// [`TileField::vjp`].
     fn vjp(
@@ -168,15 +183,21 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S> for Wide<
         self.0.parts()
     }
 
-    fn velocity(&self, s: S, t: f64, kept: &mut [T::Vector<S>], k: Option<&mut [T::Vector<S>]>) {
+    fn velocity(
+        &self,
+        s: S,
+        at: &At<'_, T::Vector<S>>,
+        kept: &mut [T::Vector<S>],
+        k: Option<&mut [T::Vector<S>]>,
+    ) {
         let field = &self.0;
-        enter(s, Velocity::<T, S, F, V> { field, t, kept, k });
+        enter(s, Velocity::<T, S, F, V> { field, at, kept, k });
     }
 
-    fn recall(&self, s: S, t: f64, kept: &mut [T::Vector<S>], known: &[bool]) {
+    fn recall(&self, s: S, at: &At<'_, T::Vector<S>>, kept: &mut [T::Vector<S>], known: &[bool]) {
         let recall = Recall::<T, S, F, V> {
             field: &self.0,
-            t,
+            at,
             kept,
             known,
         };
@@ -229,7 +250,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S> for Wide<
 /// [`TileField::velocity`], in code for the vector unit; so are the others below.
 struct Velocity<'a, T: Element, S: Simd, F, const V: usize> {
     field: &'a F,
-    t: f64,
+    at: &'a At<'a, T::Vector<S>>,
     kept: &'a mut [T::Vector<S>],
     k: Option<&'a mut [T::Vector<S>]>,
 }
@@ -239,13 +260,13 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Velocit
 
     #[inline(always)]
     fn run(self, s: S) {
-        self.field.velocity::<S, V>(s, self.t, self.kept, self.k);
+        self.field.velocity::<S, V>(s, self.at, self.kept, self.k);
     }
 }
 
 struct Recall<'a, T: Element, S: Simd, F, const V: usize> {
     field: &'a F,
-    t: f64,
+    at: &'a At<'a, T::Vector<S>>,
     kept: &'a mut [T::Vector<S>],
     known: &'a [bool],
 }
@@ -255,7 +276,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Recall<
 
     #[inline(always)]
     fn run(self, s: S) {
-        self.field.recall::<S, V>(s, self.t, self.kept, self.known);
+        self.field.recall::<S, V>(s, self.at, self.kept, self.known);
     }
 }
 

@@ -34,6 +34,14 @@ impl<T: Element> TileTrajectory<T> {
         })
     }
 
+    /// An empty one for a number of steps that is not known yet, of one row.
+    pub(super) fn online(checkpoint: Checkpoint, store: TileStore, y: &[T]) -> Result<Self> {
+        Ok(match checkpoint {
+            Checkpoint::All => Self::All(States::new(store, 0, y.len())?),
+            plan => Self::Planned(Trajectory::online(plan, store, &Snapshot::of_numbers(y)?)?),
+        })
+    }
+
     /// Whether a backward pass is possible.
     pub(super) fn can_rewind(&self) -> bool {
         match self {
@@ -47,7 +55,8 @@ impl<T: Element> TileTrajectory<T> {
         self.keep_numbers(n, scalars::<T, S>(y))
     }
 
-    fn keep_numbers(&mut self, n: usize, y: &[T]) -> Result<()> {
+    /// The same of one row, or of all lanes.
+    pub(super) fn keep_numbers(&mut self, n: usize, y: &[T]) -> Result<()> {
         match self {
             Self::All(states) => states.push(y),
             Self::Planned(trajectory) if trajectory.wants(n) => {
@@ -122,7 +131,8 @@ impl<T: Element> States<T> {
         self.load_numbers(n, scalars_mut::<T, S>(y))
     }
 
-    fn load_numbers(&self, n: usize, y: &mut [T]) -> Option<()> {
+    /// The same of one row.
+    pub(super) fn load_numbers(&self, n: usize, y: &mut [T]) -> Option<()> {
         let place = n * self.size..(n + 1) * self.size;
         match &self.numbers {
             Numbers::State(all) => y.copy_from_slice(all.get(place)?),
@@ -158,7 +168,7 @@ impl<T: Element> Snapshot<T> {
         Self::of_numbers(scalars::<T, S>(y))
     }
 
-    fn of_numbers(y: &[T]) -> Result<Self> {
+    pub(super) fn of_numbers(y: &[T]) -> Result<Self> {
         let mut state = room_for("a kept state", y.len())?;
         state.extend_from_slice(y);
         Ok(Self::State(Arc::new(state)))
@@ -169,7 +179,8 @@ impl<T: Element> Snapshot<T> {
         self.load_numbers(scalars_mut::<T, S>(y));
     }
 
-    fn load_numbers(&self, y: &mut [T]) {
+    /// The same of one row.
+    pub(super) fn load_numbers(&self, y: &mut [T]) {
         match self {
             Self::State(kept) => y.copy_from_slice(kept),
             Self::Bf16(kept) => widen(y, kept),

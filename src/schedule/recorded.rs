@@ -201,13 +201,13 @@ impl Recorded {
     }
 
     /// The number of the state that is returned at node n.
-    pub(super) fn at_node(&self, n: usize) -> Option<usize> {
+    pub(crate) fn at_node(&self, n: usize) -> Option<usize> {
         let i = self.returned.binary_search_by_key(&n, |(n, _)| *n).ok()?;
         Some(self.returned[i].1)
     }
 
     /// The states that are returned inside step n.
-    pub(super) fn inside(&self, n: usize) -> &[Inside] {
+    pub(crate) fn inside(&self, n: usize) -> &[Inside] {
         let from = self.inside.partition_point(|inside| inside.step < n);
         let count = self.inside[from..].partition_point(|inside| inside.step == n);
         &self.inside[from..from + count]
@@ -218,7 +218,7 @@ impl Recorded {
     }
 
     /// Whether step n begins with the last stage of the one before.
-    pub(super) fn is_joined(&self, n: usize) -> bool {
+    pub(crate) fn is_joined(&self, n: usize) -> bool {
         let inner = n > 0 && n < self.len();
         self.joins && inner && self.breaks.binary_search(&n).is_err()
     }

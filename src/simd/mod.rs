@@ -46,6 +46,10 @@ pub(crate) trait Element:
 
     /// A coefficient, rounded once.
     fn of(x: f64) -> Self;
+    /// The same number in f64.
+    fn wide(self) -> f64;
+    /// a·b + self, rounded once, as [`mul_add`](Self::mul_add) does it.
+    fn plus_product(self, a: Self, b: Self) -> Self;
 
     fn splat<S: Simd>(s: S, x: Self) -> Self::Vector<S>;
     fn plus<S: Simd>(s: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
@@ -210,8 +214,19 @@ impl Element for f32 {
 
     type Vector<S: Simd> = S::f32s;
 
+    #[inline(always)]
     fn of(x: f64) -> Self {
         x as f32
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        self.into()
+    }
+
+    #[inline(always)]
+    fn plus_product(self, a: f32, b: f32) -> f32 {
+        a.mul_add(b, self)
     }
 
     #[inline(always)]
@@ -306,8 +321,19 @@ impl Element for f64 {
 
     type Vector<S: Simd> = S::f64s;
 
+    #[inline(always)]
     fn of(x: f64) -> Self {
         x
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        self
+    }
+
+    #[inline(always)]
+    fn plus_product(self, a: f64, b: f64) -> f64 {
+        a.mul_add(b, self)
     }
 
     #[inline(always)]

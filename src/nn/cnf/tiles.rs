@@ -6,7 +6,7 @@ use pulp::Simd;
 use crate::nn::activation::{Bend, Expand};
 use crate::nn::weights::{append_totals, fill, numbers, Place, Weights};
 use crate::nn::{Activation, Mlp};
-use crate::rows::{Slot, TileField};
+use crate::rows::{At, Slot, TileField};
 use crate::simd::outer::add_rows;
 use crate::simd::product::Layer;
 use crate::simd::{enter, Element, Kernel};
@@ -279,7 +279,7 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
     fn velocity<S: Simd, const V: usize>(
         &self,
         s: S,
-        t: f64,
+        at: &At<'_, T::Vector<S>>,
         kept: &mut [T::Vector<S>],
         k: Option<&mut [T::Vector<S>]>,
     ) {
@@ -288,7 +288,7 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
         };
         let (mut x, rest) = kept.split_at_mut((self.features + 1) * V);
         if self.time {
-            x[self.features * V..].fill(T::splat(s, T::of(t)));
+            x[self.features * V..].copy_from_slice(at.times);
         }
         let (mut values, rest) = rest.split_at_mut(self.hidden() * V);
         let (slopes, rest) = rest.split_at_mut(self.slopes() * V);

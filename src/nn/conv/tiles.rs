@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::nn::activation::{Apply, Pull};
 use crate::nn::weights::{append_totals, numbers, with_numbers};
 use crate::nn::Activation;
-use crate::rows::{RowField, Slot, TileField};
+use crate::rows::{At, RowField, Slot, TileField};
 use crate::simd::convolution::{
     adjoint_filters, filter_totals, filters, Convolution, Correlation, Image,
 };
@@ -139,7 +139,7 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
     fn velocity<S: Simd, const V: usize>(
         &self,
         s: S,
-        _: f64,
+        _: &At<'_, T::Vector<S>>,
         kept: &mut [T::Vector<S>],
         k: Option<&mut [T::Vector<S>]>,
     ) {

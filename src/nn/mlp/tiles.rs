@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::nn::activation::{Apply, Pull, TimesSlope};
 use crate::nn::weights::{append_totals, fill, numbers, with_numbers, Place, Weights};
 use crate::nn::Activation;
-use crate::rows::{Part, RowField, Slot, TileField};
+use crate::rows::{At, Part, RowField, Slot, TileField};
 use crate::simd::outer::add_rows;
 use crate::simd::product::{Layer, Tanh, WithEpilogue};
 use crate::simd::{enter, Element};
@@ -104,7 +104,7 @@ impl<T: Element> MlpTiles<T> {
     fn evaluate<S: Simd, const V: usize>(
         &self,
         s: S,
-        t: f64,
+        at: &At<'_, T::Vector<S>>,
         kept: &mut [T::Vector<S>],
         k: Option<&mut [T::Vector<S>]>,
         known: &[bool],
@@ -112,8 +112,8 @@ impl<T: Element> MlpTiles<T> {
         let (read, mut slopes) = kept.split_at_mut(self.inputs() * V);
         let (mut x, mut rest) = read.split_at_mut(self.layers[0].weights.inputs * V);
         if self.time {
-            let at = x.len() - V;
-            x[at..].fill(T::splat(s, T::of(t)));
+            let time = x.len() - V;
+            x[time..].copy_from_slice(at.times);
         }
         let (last, hidden) = match self.layers.split_last() {
             Some(split) => split,
@@ -228,11 +228,11 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     fn velocity<S: Simd, const V: usize>(
         &self,
         s: S,
-        t: f64,
+        at: &At<'_, T::Vector<S>>,
         kept: &mut [T::Vector<S>],
         k: Option<&mut [T::Vector<S>]>,
     ) {
-        self.evaluate::<S, V>(s, t, kept, k, &[]);
+        self.evaluate::<S, V>(s, at, kept, k, &[]);
     }
 
     fn parts(&self) -> Vec<Part> {
@@ -265,11 +265,11 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     fn recall<S: Simd, const V: usize>(
         &self,
         s: S,
-        t: f64,
+        at: &At<'_, T::Vector<S>>,
         kept: &mut [T::Vector<S>],
         known: &[bool],
     ) {
-        self.evaluate::<S, V>(s, t, kept, None, &known[1..]);
+        self.evaluate::<S, V>(s, at, kept, None, &known[1..]);
     }
 
     #[inline(always)]

@@ -1,0 +1,474 @@
+//! The backward pass of the rows of a group: every lane walks the steps of its own row, from the last to the first,
+//! and takes the next row when it has arrived.
+//!
+//! The last stage of a step is the first of the next one, which the walk has met already.  So the part that outputs
+//! inside the step give it is handed on: κ = h_n Σ_m b_s(x_m) ȳ_m enters v_1 of the next step as κ / h_{n+1}.
+//!
+//! The tile has one scale, that of its largest λ.
+
+use pulp::Simd;
+
+use super::{keeps_no_evaluations, RowSolve, RowTrajectories, SolvedGroup};
+use crate::error::{Error, Result};
+use crate::reverse::{Adjoint, Backward};
+use crate::rows::activations::{KeptEvaluations, Selection};
+use crate::rows::backward::{add_up, adjoint, magnitude, SweptGroup};
+use crate::rows::lanes::LaneSteps;
+use crate::rows::pulls::{DenseSeeds, StagePulls};
+use crate::rows::stepper::{is_finite, Stepper};
+use crate::rows::trajectory::{Snapshot, TileStore, TileTrajectory};
+use crate::rows::window::{KeptBy, Window};
+use crate::rows::{on_all_threads, Failure, TilePlan};
+use crate::schedule::{Inside, Step};
+use crate::simd::{enter, scalars_mut, vectors, Element, Kernel, Vectors};
+use crate::stats::Stats;
+use crate::tableau::Tableau;
+use crate::trajectory::Rewind;
+
+/// The gradients of y0 and θ.
+pub(super) fn pull_back<T: Element, S: Simd>(
+    solved: &RowTrajectories<T, S>,
+    cotangent: &[T],
+    back: &Backward<'_>,
+    stats: &mut Stats,
+) -> Result<Adjoint> {
+    let Backward { problem, theta, .. } = *back;
+    let plan = TilePlan::new(problem, &solved.layout);
+    let stages = problem.scheme.dense_stages().len();
+    let pass = Pass {
+        solved,
+        plan: &plan,
+        selection: &keeps_no_evaluations(&*solved.field, stages),
+        cotangent,
+    };
+    pass.check()?;
+    let mut y0 = vec![T::default(); problem.packing.len()];
+    let mut gradients = vec![];
+    let mut counted = Stats::default();
+    let mut fold = |g: usize, group: SweptGroup<T>| {
+        let mut rest = group.y0.as_slice();
+        for row in solved.groups[g].rows.clone() {
+            rest = solved.layout.place(&(row..row + 1), rest, &mut y0);
+        }
+        add_up(&mut gradients, group.gradients);
+        counted.join(&group.stats);
+    };
+    let differentiate = !theta.is_empty();
+    let window = || Window::new(&*solved.field, stages, usize::MAX, differentiate);
+    let each = |window: &mut Window<T, S>, group: &SolvedGroup<T>| {
+        let sweep = Sweep {
+            pass: &pass,
+            group,
+            window,
+        };
+        enter(solved.s, sweep)
+    };
+    on_all_threads(&solved.groups, &window, &each, &mut fold)?;
+    stats.add(&counted);
+    if !gradients.iter().all(|g| g.wide().is_finite()) {
+        return Err(Error::NonFiniteParameterGradient);
+    }
+    let of = (&solved.weights[..], &solved.shapes[..]);
+    adjoint(problem, of, theta, y0, gradients)
+}
+
+/// What every group's backward pass reads.
+struct Pass<'a, T: Element, S: Simd> {
+    solved: &'a RowTrajectories<T, S>,
+    plan: &'a TilePlan<'a>,
+    selection: &'a Selection,
+    /// Of the returned states, `(outputs, elements)`.
+    cotangent: &'a [T],
+}
+
+impl<T: Element, S: Simd> Pass<'_, T, S> {
+    /// The cotangents of an output of a row, feature after feature.
+    fn seed(&self, row: usize, output: usize) -> impl Iterator<Item = T> + '_ {
+        let layout = self.plan.layout;
+        let all = &self.cotangent[output * self.plan.problem.packing.len()..];
+        let leaves = layout.features.iter().enumerate();
+        leaves.flat_map(move |(leaf, &features)| {
+            all[layout.offset(leaf, row)..][..features].iter().copied()
+        })
+    }
+
+    /// That the cotangents of every row that has reached the end are finite.
+    fn check(&self) -> Result<()> {
+        for group in &self.solved.groups {
+            for (row, _) in group
+                .rows
+                .clone()
+                .zip(&group.solves)
+                .filter(|(_, s)| s.stopped.is_none())
+            {
+                for output in 0..self.plan.problem.outputs() {
+                    if !self.seed(row, output).all(|y| y.wide().is_finite()) {
+                        return Err(Error::NonFiniteCotangent);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The backward pass of one group.
+struct Sweep<'a, T: Element, S: Simd> {
+    pass: &'a Pass<'a, T, S>,
+    group: &'a SolvedGroup<T>,
+    window: &'a mut Window<T, S>,
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
+    type Output = std::result::Result<SweptGroup<T>, Failure>;
+
+    #[inline(always)]
+    fn run(self, s: S) -> Self::Output {
+        let anywhere = |error| Failure { at: (0, 0), error };
+        let Self {
+            pass,
+            group,
+            window,
+        } = self;
+        let (field, plan) = (&*pass.solved.field, pass.plan);
+        let evaluations = KeptEvaluations::new(pass.selection, 0).map_err(anywhere)?;
+        let kept = KeptBy {
+            selection: pass.selection,
+            evaluations: &evaluations,
+        };
+        window.clear();
+        let mut walks = Walks::new(s, pass, group);
+        let mut pull = StagePulls::<T, S>::new(&walks.stepper);
+        let mut dense = DenseSeeds::new(&walks.stepper);
+        let (width, mut scaler) = (walks.stepper.width, plan.problem.scaler);
+        let mut counted = Stats::default();
+        while walks.enter_steps(&mut counted).map_err(anywhere)? {
+            let steps = LaneSteps::Each(&walks.steps);
+            let seeds = walks.weigh(&mut dense).then_some(&dense);
+            window.begin_step(s, field, &kept);
+            walks.stepper.linearize(steps, &walks.y, window.next_kept());
+            counted.recomputed += walks.stepper.stages(steps.is_dense()).len();
+            if scaler.is_dynamic() {
+                scaler = scaler.aimed(magnitude::<T, S>(s, plan, width, &walks.adj, seeds));
+            }
+            scaler = pull
+                .step(
+                    &walks.stepper,
+                    steps,
+                    &mut walks.adj,
+                    seeds,
+                    window,
+                    &kept,
+                    scaler,
+                    &mut counted,
+                )
+                .map_err(anywhere)?;
+            walks.leave_steps()?;
+            window.end_step();
+        }
+        window.flush(s, field, &kept);
+        Ok(SweptGroup {
+            y0: walks.y0,
+            gradients: window.finish(s, field),
+            stats: counted,
+        })
+    }
+}
+
+/// A lane on its way through the steps of a row.
+struct Walk<'a, T> {
+    row: usize,
+    solve: &'a RowSolve<T>,
+    /// The step that it is in, or before which it has arrived.
+    n: usize,
+    rewind: Option<Rewind<'a, Snapshot<T>, TileStore>>,
+}
+
+/// The lanes of a tile on their ways.
+struct Walks<'a, T: Element, S: Simd> {
+    pass: &'a Pass<'a, T, S>,
+    group: &'a SolvedGroup<T>,
+    stepper: Stepper<'a, T, S>,
+    /// The next row that a lane takes, of the group.
+    next: usize,
+    lanes: Vec<Option<Walk<'a, T>>>,
+    steps: Vec<Step>,
+    y: Vectors<T, S>,
+    adj: Vectors<T, S>,
+    /// A tile that is replayed, and its slot.
+    tile: Vectors<T, S>,
+    slot: Vectors<T, S>,
+    /// λ_0, `[row][feature]`.
+    y0: Vec<T>,
+}
+
+impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
+    fn new(s: S, pass: &'a Pass<'a, T, S>, group: &'a SolvedGroup<T>) -> Self {
+        let stepper = Stepper::new(s, &*pass.solved.field, pass.plan);
+        let (size, batch) = (stepper.size, stepper.width * T::lanes::<S>());
+        let mut walks = Self {
+            next: 0,
+            lanes: (0..batch).map(|_| None).collect(),
+            steps: vec![],
+            y: vectors::<T, S>(size),
+            adj: vectors::<T, S>(size),
+            tile: vectors::<T, S>(size),
+            slot: stepper.slot(),
+            y0: vec![T::default(); group.rows.len() * pass.plan.layout.dim()],
+            pass,
+            group,
+            stepper,
+        };
+        for lane in 0..batch {
+            walks.refill(lane);
+        }
+        walks
+    }
+
+    fn batch(&self) -> usize {
+        self.lanes.len()
+    }
+
+    /// Lets a lane begin at the end of the next row that has steps.
+    fn refill(&mut self, at: usize) {
+        let batch = self.batch();
+        let adj = scalars_mut::<T, S>(&mut self.adj);
+        self.lanes[at] = None;
+        for i in (at..adj.len()).step_by(batch) {
+            adj[i] = T::default();
+        }
+        while let Some(solve) = self.group.solves.get(self.next) {
+            let (row, place) = (self.group.rows.start + self.next, self.next);
+            self.next += 1;
+            let (n, dim) = (solve.steps.len(), self.pass.plan.layout.dim());
+            // The cotangents of a row that has stopped are ignored.
+            let output = solve.steps.at_node(n).filter(|_| solve.stopped.is_none());
+            let seed = output.into_iter().flat_map(|o| self.pass.seed(row, o));
+            if n == 0 || solve.stopped.is_some() {
+                let y0 = &mut self.y0[place * dim..][..dim];
+                y0.iter_mut().zip(seed).for_each(|(y0, seed)| *y0 = seed);
+                continue;
+            }
+            for (i, y) in seed.enumerate() {
+                adj[i * batch + at] = y;
+            }
+            self.stepper.clock.rows_mut()[at] = row;
+            self.lanes[at] = Some(Walk {
+                row,
+                solve,
+                n,
+                rewind: None,
+            });
+            return;
+        }
+    }
+
+    /// Puts every lane at the start of the step before; false if no lane has any.
+    #[inline(always)]
+    fn enter_steps(&mut self, stats: &mut Stats) -> Result<bool> {
+        let batch = self.batch();
+        let Some(live) = self.lanes.iter().position(Option::is_some) else {
+            return Ok(false);
+        };
+        for at in 0..batch {
+            let Some(mut walk) = self.lanes[at].take() else {
+                continue;
+            };
+            walk.n -= 1;
+            let state = self.state(&mut walk, stats)?;
+            let y = scalars_mut::<T, S>(&mut self.y);
+            for (i, x) in state.iter().enumerate() {
+                y[i * batch + at] = *x;
+            }
+            let step = walk.solve.steps.step(walk.n);
+            if self.steps.is_empty() {
+                self.steps = vec![step; batch];
+            }
+            self.steps[at] = step;
+            self.lanes[at] = Some(walk);
+        }
+        // Lanes without a row do what another does, with cotangents of zero.
+        let y = scalars_mut::<T, S>(&mut self.y);
+        for at in 0..batch {
+            if self.lanes[at].is_none() {
+                self.steps[at] = self.steps[live];
+                for i in (0..y.len()).step_by(batch) {
+                    y[i + at] = y[i + live];
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// ŷ_n of a lane's row.
+    fn state(&mut self, walk: &mut Walk<'a, T>, stats: &mut Stats) -> Result<Vec<T>> {
+        let mut state = vec![T::default(); self.pass.plan.layout.dim()];
+        match &walk.solve.trajectory {
+            TileTrajectory::All(states) => {
+                let there = states.load_numbers(walk.n, &mut state);
+                there.ok_or(Error::NothingKept)?;
+            }
+            TileTrajectory::Planned(planned) => {
+                let rewind = walk.rewind.get_or_insert_with(|| planned.rewind());
+                let (row, steps) = (walk.row, &walk.solve.steps);
+                let (mut replayed, mut seen) = (0, Stats::default());
+                let mut replay = |m: usize, y: &Snapshot<T>| {
+                    let step = steps.step(m);
+                    replayed += self.stepper.stages(step.dense).len();
+                    self.replay(row, step, y)
+                };
+                let y = rewind.state(walk.n, &mut replay, &mut seen)?;
+                stats.kept(seen.states_kept, seen.bytes_kept);
+                stats.recomputed += replayed;
+                y.load_numbers(&mut state);
+            }
+        }
+        Ok(state)
+    }
+
+    /// y at the end of a step of a row from y at its start, in all lanes.
+    fn replay(&mut self, row: usize, step: Step, y: &Snapshot<T>) -> Result<Snapshot<T>> {
+        let batch = self.batch();
+        let mut numbers = vec![T::default(); self.pass.plan.layout.dim()];
+        y.load_numbers(&mut numbers);
+        let tile = scalars_mut::<T, S>(&mut self.tile);
+        for (lanes, y) in tile.chunks_exact_mut(batch).zip(&numbers) {
+            lanes.fill(*y);
+        }
+        let rows = self.stepper.clock.rows_mut().to_vec();
+        self.stepper.clock.rows_mut().fill(row);
+        // Outputs inside the step have been returned.
+        let step = Step {
+            dense: false,
+            ..step
+        };
+        let taken = self
+            .stepper
+            .advance(step, &mut self.tile, &mut self.slot, None);
+        self.stepper.clock.rows_mut().copy_from_slice(&rows);
+        taken.map_err(|failure| failure.error)?;
+        let tile = scalars_mut::<T, S>(&mut self.tile);
+        for (lanes, y) in tile.chunks_exact(batch).zip(&mut numbers) {
+            *y = lanes[0];
+        }
+        Snapshot::of_numbers(&numbers)
+    }
+
+    /// What enters the steps from outputs inside them and inside those before, if there are any.
+    #[inline(always)]
+    fn weigh(&self, dense: &mut DenseSeeds<T, S>) -> bool {
+        let tableau = &self.pass.plan.problem.scheme.tableau;
+        let mut any = false;
+        for (at, walk) in self.lanes.iter().enumerate() {
+            let Some(walk) = walk else { continue };
+            let (steps, n) = (&walk.solve.steps, walk.n);
+            let own = steps.inside(n);
+            let before = match steps.is_joined(n) {
+                true => steps.inside(n - 1),
+                false => &[],
+            };
+            if own.is_empty() && before.is_empty() {
+                continue;
+            }
+            if !any {
+                dense.clear();
+                any = true;
+            }
+            let keeps_last = !steps.is_joined(n + 1);
+            self.weigh_lane(tableau, (at, walk.row), own, keeps_last, dense);
+            if !before.is_empty() {
+                let ratio = steps.step(n - 1).h / steps.step(n).h;
+                self.hand_on(tableau, (at, walk.row), before, ratio, dense);
+            }
+        }
+        any
+    }
+
+    fn weigh_lane(
+        &self,
+        tableau: &Tableau,
+        (at, row): (usize, usize),
+        inside: &[Inside],
+        keeps_last: bool,
+        dense: &mut DenseSeeds<T, S>,
+    ) {
+        let (batch, last) = (self.batch(), tableau.stages() - 1);
+        let size = self.stepper.size;
+        for output in inside {
+            let weights = tableau.weights_at(output.x);
+            for (i, b) in weights.into_iter().enumerate() {
+                if b == 0.0 || i == last && !keeps_last {
+                    continue;
+                }
+                let stage = scalars_mut::<T, S>(&mut dense.stages[i * size..][..size]);
+                let seed = self.pass.seed(row, output.output).enumerate();
+                for (i, y) in seed {
+                    let sum = &mut stage[i * batch + at];
+                    *sum = sum.plus_product(T::of(b), y);
+                }
+            }
+            let state = scalars_mut::<T, S>(&mut dense.state);
+            for (i, y) in self.pass.seed(row, output.output).enumerate() {
+                state[i * batch + at] += y;
+            }
+        }
+    }
+
+    /// κ / h of the outputs inside the step before.
+    fn hand_on(
+        &self,
+        tableau: &Tableau,
+        (at, row): (usize, usize),
+        before: &[Inside],
+        ratio: f64,
+        dense: &mut DenseSeeds<T, S>,
+    ) {
+        let (batch, last) = (self.batch(), tableau.stages() - 1);
+        let stage = scalars_mut::<T, S>(&mut dense.stages[..self.stepper.size]);
+        for output in before {
+            let weight = T::of(ratio * tableau.weights_at(output.x)[last]);
+            for (i, y) in self.pass.seed(row, output.output).enumerate() {
+                let sum = &mut stage[i * batch + at];
+                *sum = sum.plus_product(weight, y);
+            }
+        }
+    }
+
+    /// Adds what is returned at the nodes that the lanes have reached; those at the start of their row take the next.
+    #[inline(always)]
+    fn leave_steps(&mut self) -> std::result::Result<(), Failure> {
+        let finite = is_finite::<T, S>(self.stepper.s, &self.adj);
+        let (batch, dim) = (self.batch(), self.pass.plan.layout.dim());
+        for at in 0..batch {
+            let Some(walk) = &self.lanes[at] else {
+                continue;
+            };
+            let adj = scalars_mut::<T, S>(&mut self.adj);
+            if let Some(output) = walk.solve.steps.at_node(walk.n) {
+                for (i, y) in self.pass.seed(walk.row, output).enumerate() {
+                    adj[i * batch + at] += y;
+                }
+            }
+            let mut lane = adj.iter().skip(at).step_by(batch);
+            if !finite && !lane.all(|x| x.wide().is_finite()) {
+                let step = walk.solve.steps.step(walk.n);
+                let error = Error::NonFiniteGradient {
+                    step: step.index,
+                    t: step.t,
+                };
+                return Err(Failure {
+                    at: (walk.row, 0),
+                    error,
+                });
+            }
+            if walk.n == 0 {
+                let place = walk.row - self.group.rows.start;
+                let lane = adj.iter().skip(at).step_by(batch);
+                let y0 = &mut self.y0[place * dim..][..dim];
+                y0.iter_mut().zip(lane).for_each(|(y0, adj)| *y0 = *adj);
+                self.refill(at);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,199 @@
+//! One lane of a tile: its row, where the row is, and what it is to do next.
+
+use candle_core::Tensor;
+
+use super::norms::{Attempted, Norms};
+use super::RowSolve;
+use crate::adaptive::{Attempt, Control, Halt, Pace};
+use crate::error::{Error, Result, StopReason, Stopped, Worst};
+use crate::problem::Problem;
+use crate::rows::trajectory::TileTrajectory;
+use crate::schedule::{Node, Output, Recorded, Step};
+use crate::simd::Element;
+use crate::state::RowLayout;
+
+/// What a lane does with its next evaluation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Phase {
+    /// Its first velocity, for attempts of a length that is given or still to be found.
+    Start(Option<f64>),
+    /// A velocity after an explicit Euler step of a length, beside the norm of the first velocity.
+    Probe(f64, f64),
+    /// It waits for the next attempt of the tile.
+    Ready,
+    /// It takes part in the attempt under way.
+    Attempts(Attempt),
+}
+
+/// A row that a lane holds.
+pub(super) struct Lane<T> {
+    pub(super) row: usize,
+    pub(super) phase: Phase,
+    pub(super) pace: Pace,
+    pub(super) record: Recorded,
+    pub(super) trajectory: TileTrajectory<T>,
+    /// Whether the field jumps where the row is.
+    pub(super) jumps: bool,
+    /// The user's time that is met next.
+    pub(super) next: usize,
+    pub(super) evaluations: usize,
+    /// States returned so far.
+    pub(super) returned: usize,
+    /// The last attempt, if it was rejected, and its error.
+    pub(super) last: Option<(Attempt, f64)>,
+}
+
+impl<T: Element> Lane<T> {
+    /// At the start of a row.
+    pub(super) fn new(control: &Control, row: usize, trajectory: TileTrajectory<T>) -> Self {
+        Self {
+            row,
+            phase: Phase::Start(control.options.first_step),
+            pace: Pace::new(control, control.options.first_step.unwrap_or(0.0)),
+            record: Recorded::from(control.start, true),
+            trajectory,
+            jumps: false,
+            next: 0,
+            evaluations: 0,
+            returned: 0,
+            last: None,
+        }
+    }
+
+    /// A step of length h from where the row is.
+    pub(super) fn step(&self, h: f64, end: f64, jumps_at_end: bool) -> Step {
+        let t = self.pace.t;
+        let step = Step {
+            index: self.record.len(),
+            t,
+            h,
+            end,
+            limits: [t, end],
+            nodes: [Node::Constant; 2],
+            dense: false,
+        };
+        step.between_jumps([self.jumps, jumps_at_end])
+    }
+
+    /// Where a lane waits: a step of length zero.
+    pub(super) fn standing(&self) -> Step {
+        self.step(0.0, self.pace.t, false)
+    }
+
+    /// Marks the node at t, where the row is, if it is one of the user's times; the number of the state that is to
+    /// be returned there.
+    pub(super) fn node(&mut self, problem: &Problem, t: f64) -> Result<Option<usize>> {
+        let points = problem.grid.points();
+        if points.get(self.next) != Some(&t) {
+            return Ok(None);
+        }
+        let number = match problem.output {
+            Output::Final => (self.next + 1 == points.len()).then_some(0),
+            Output::All => Some(self.next),
+        };
+        self.record.mark(self.next, number)?;
+        self.next += 1;
+        self.returned += usize::from(number.is_some());
+        Ok(number)
+    }
+
+    /// The user's times that an attempt has passed before its end, whose states are to be returned.
+    pub(super) fn passed(
+        &mut self,
+        problem: &Problem,
+        direction: f64,
+        end: f64,
+    ) -> std::ops::Range<usize> {
+        let (points, from) = (problem.grid.points(), self.next);
+        let passed = |t: f64| (end - t) * direction > 0.0;
+        self.next += points[from..].iter().take_while(|&&t| passed(t)).count();
+        match problem.output {
+            Output::Final => from..from,
+            Output::All => from..self.next,
+        }
+    }
+
+    /// What is left of a row that has reached the end, or stopped.
+    pub(super) fn finish(self, stopped: Option<StopReason>) -> RowSolve<T> {
+        RowSolve {
+            steps: self.record,
+            trajectory: self.trajectory,
+            pace: self.pace,
+            evaluations: self.evaluations,
+            stopped,
+        }
+    }
+
+    /// The error of a row that has stopped, of which these states were computed, `[output][feature]`.
+    pub(super) fn error(
+        &self,
+        problem: &Problem,
+        layout: &RowLayout,
+        reason: StopReason,
+        worst: Option<Worst>,
+        states: &[T],
+    ) -> Error {
+        let (h, error) = self
+            .last
+            .map_or((0.0, 0.0), |(attempt, error)| (attempt.h, error));
+        let states = states_of_row(problem, layout, &states[..self.returned * layout.dim()]);
+        Error::Stopped(Box::new(Stopped {
+            reason,
+            t: self.pace.t,
+            h,
+            error,
+            worst: worst.or(Some(Worst {
+                leaf: 0,
+                row: self.row,
+                index: 0,
+            })),
+            accepted: self.pace.accepted,
+            rejected: self.pace.rejected,
+            outputs: self.returned,
+            states: states.unwrap_or_default(),
+        }))
+    }
+
+    /// Where the error of the last attempt was largest, if it was rejected.
+    pub(super) fn worst(
+        &self,
+        norms: &Norms<'_>,
+        lane: usize,
+        attempt: Attempted<'_, T>,
+    ) -> Option<Worst> {
+        let _ = self.last?;
+        norms.worst((lane, self.row), attempt)
+    }
+}
+
+/// States of one row, `(outputs, 1, …)` for each leaf.
+fn states_of_row<T: Element>(
+    problem: &Problem,
+    layout: &RowLayout,
+    states: &[T],
+) -> Result<Vec<Tensor>> {
+    let dim = layout.dim();
+    let outputs = states.len() / dim.max(1);
+    if outputs == 0 {
+        return Ok(vec![]);
+    }
+    let all = Tensor::from_slice(states, (outputs, 1, dim), problem.device())?;
+    let mut at = 0;
+    let leaf = |&features: &usize| {
+        let leaf = all.narrow(2, at, features)?.contiguous()?;
+        at += features;
+        Ok(leaf)
+    };
+    layout.features.iter().map(leaf).collect()
+}
+
+/// Why a row stops.
+pub(super) fn reason(control: &Control, failure: Halt) -> StopReason {
+    match failure {
+        Halt::Attempts => StopReason::Attempts {
+            max_steps: control.options.max_steps,
+        },
+        Halt::Underflow => StopReason::Underflow,
+        Halt::NonFinite => StopReason::NonFinite,
+    }
+}

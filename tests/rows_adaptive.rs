@@ -1,0 +1,519 @@
+//! Adaptive steps of every row by itself, tile by tile: held against the row alone, against the same steps taken as
+//! fixed ones on the general path, and against control of the whole batch.
+//!
+//! `cargo test --release --test rows_adaptive`.
+
+mod common;
+
+use candle_core::{DType, Device, IndexOp, Tensor, Var};
+use candle_diffeq::control::{Adaptive, OnFailure, StepControl};
+use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
+use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
+use candle_diffeq::{
+    Checkpoint, NeuralOde, OdeOptions, Output, Precision, Recorder, State, Stats, Steps, Tableau,
+    DOPRI5, RK4,
+};
+use candle_nn::{VarBuilder, VarMap};
+use common::{all, bits, fill, relative, scattered, values};
+
+const PAIRS: [Tableau; 5] = [BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOPRI8];
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Mlp,
+    Timed,
+    Cnf,
+    Conv,
+}
+
+const KINDS: [Kind; 4] = [Kind::Mlp, Kind::Timed, Kind::Cnf, Kind::Conv];
+
+/// Where each row begins: the later ones move faster.
+fn start(kind: Kind, rows: usize, dtype: DType) -> Vec<Tensor> {
+    let shapes: &[&[usize]] = match kind {
+        Kind::Mlp | Kind::Timed => &[&[3]],
+        Kind::Cnf => &[&[3], &[1]],
+        Kind::Conv => &[&[2, 3, 2]],
+    };
+    let leaf = |(i, shape): (usize, &&[usize])| {
+        let x = scattered(&[&[rows], *shape].concat(), 1.5, 11 + i);
+        x.to_dtype(dtype).unwrap()
+    };
+    shapes.iter().enumerate().map(leaf).collect()
+}
+
+/// What comes out of a solve: states by leaf, gradients of Σ v y of y0 by leaf and of the weights, or of none.
+struct Answers {
+    states: Vec<Tensor>,
+    y0: Vec<Tensor>,
+    weights: Vec<Tensor>,
+    stats: Stats,
+}
+
+const TIMES: [f64; 6] = [0.0, 0.11, 0.45, 0.5, 1.3, 2.0];
+
+fn adaptive(rtol: f64, atol: f64) -> Adaptive {
+    Adaptive::new(rtol, atol)
+        .control(StepControl::Rows)
+        .step_on_outputs(false)
+}
+
+fn options(method: &Tableau, adaptive: Adaptive) -> OdeOptions {
+    OdeOptions {
+        method: method.clone(),
+        steps: Steps::Adaptive(adaptive),
+        ..Default::default()
+    }
+}
+
+fn solve(
+    kind: Kind,
+    y0: &[Tensor],
+    times: &[f64],
+    options: &OdeOptions,
+) -> candle_diffeq::Result<Answers> {
+    let (vars, dtype) = (VarMap::new(), y0[0].dtype());
+    let tanh = Activation::Tanh;
+    match kind {
+        Kind::Mlp | Kind::Timed => {
+            let build = move |vb: VarBuilder<'_>| match kind {
+                Kind::Mlp => Mlp::new(&[3, 12, 9, 3], tanh, vb),
+                _ => Mlp::with_time(&[3, 12, 9, 3], tanh, vb),
+            };
+            let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
+            run::<Tensor>(ode, &vars, y0, times, options)
+        }
+        Kind::Cnf => {
+            let build = |vb: VarBuilder<'_>| {
+                Cnf::new(Mlp::with_time(&[3, 12, 9, 3], Activation::Softplus, vb)?)
+            };
+            let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
+            run::<(Tensor, Tensor)>(ode, &vars, y0, times, options)
+        }
+        Kind::Conv => {
+            let build = move |vb: VarBuilder<'_>| ConvField::new(&[2, 3, 2], 3, tanh, vb);
+            let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
+            run::<Tensor>(ode, &vars, y0, times, options)
+        }
+    }
+}
+
+fn run<S: State + 'static>(
+    ode: NeuralOde<S>,
+    vars: &VarMap,
+    y0: &[Tensor],
+    times: &[f64],
+    options: &OdeOptions,
+) -> candle_diffeq::Result<Answers> {
+    fill(vars);
+    for (_, var) in all(vars) {
+        var.set(&(var.as_tensor() * 1.5)?)?;
+    }
+    let recorder = Recorder::tracing();
+    let ode = ode.options(OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options.clone()
+    });
+    let y0: Vec<_> = y0.iter().map(|y| Var::from_tensor(y).unwrap()).collect();
+    let start = S::from_leaves(y0.iter().map(|y| y.as_tensor().clone()).collect())?;
+    let states = ode.solve(&start, times)?.leaves();
+    let (mut gradients, mut weights) = (vec![], vec![]);
+    if options.checkpoint != Checkpoint::Nothing {
+        let mut loss = Tensor::zeros((), states[0].dtype(), &Device::Cpu)?;
+        for (i, y) in states.iter().enumerate() {
+            // Of every row and output another weight, that does not depend on the number of rows.
+            let rank = y.rank();
+            let v = scattered(&y.dims()[rank - 1..], 1.0, 5 + i).to_dtype(y.dtype())?;
+            loss = (loss + y.sqr()?.broadcast_mul(&v)?.sum_all()?)?;
+        }
+        let grads = loss.backward()?;
+        gradients = y0.iter().map(|y| grads.get(y).unwrap().clone()).collect();
+        let of = |(_, var): &(String, Var)| grads.get(var).unwrap().clone();
+        weights = all(vars).iter().map(of).collect();
+    }
+    Ok(Answers {
+        states,
+        y0: gradients,
+        weights,
+        stats: recorder.take(),
+    })
+}
+
+/// Some rows of a batch.
+fn rows(y0: &[Tensor], which: &[u32]) -> Vec<Tensor> {
+    let which = Tensor::new(which, &Device::Cpu).unwrap();
+    let of = |y: &Tensor| y.index_select(&which, 0).unwrap();
+    y0.iter().map(of).collect()
+}
+
+/// The bits of one row of states and gradients.
+fn row_bits(answers: &Answers, row: usize) -> Vec<Vec<u64>> {
+    let state = |y: &Tensor| bits(&y.i((.., row)).unwrap());
+    let gradient = |y: &Tensor| bits(&y.i(row).unwrap());
+    let states = answers.states.iter().map(state);
+    states.chain(answers.y0.iter().map(gradient)).collect()
+}
+
+fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.unwrap().install(f)
+}
+
+#[test]
+fn a_row_is_solved_as_if_it_were_alone_to_the_bit() {
+    for dtype in [DType::F32, DType::F64] {
+        for kind in KINDS {
+            let y0 = start(kind, 200, dtype);
+            let options = options(&DOPRI5, adaptive(1e-5, 1e-7));
+            let whole = on_threads(7, || solve(kind, &y0, &TIMES, &options).unwrap());
+            let again = on_threads(1, || solve(kind, &y0, &TIMES, &options).unwrap());
+            for (a, b) in whole.weights.iter().zip(&again.weights) {
+                assert_eq!(bits(a), bits(b), "{kind:?} {dtype:?}: threads");
+            }
+            assert!(whole
+                .stats
+                .rows
+                .iter()
+                .any(|row| row.accepted != whole.stats.rows[0].accepted));
+            let backwards: Vec<u32> = (0..200).rev().collect();
+            for which in [
+                &[0][..],
+                &[7],
+                &[199],
+                &[3, 150],
+                &[9, 8, 7, 6, 5],
+                &backwards[50..120],
+                &backwards,
+            ] {
+                let part = solve(kind, &rows(&y0, which), &TIMES, &options).unwrap();
+                for (at, &row) in which.iter().enumerate() {
+                    let (ours, theirs) = (row_bits(&part, at), row_bits(&whole, row as usize));
+                    assert_eq!(
+                        ours,
+                        theirs,
+                        "{kind:?} {dtype:?} row {row} of {}",
+                        which.len()
+                    );
+                    assert_eq!(part.stats.rows[at], whole.stats.rows[row as usize]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn one_row_is_solved_as_a_batch_of_one_is() {
+    for method in &PAIRS {
+        for kind in KINDS {
+            for row in [0, 5] {
+                let y0 = rows(&start(kind, 8, DType::F64), &[row]);
+                let ours =
+                    solve(kind, &y0, &TIMES, &options(method, adaptive(1e-5, 1e-7))).unwrap();
+                let batch = adaptive(1e-5, 1e-7).control(StepControl::Batch);
+                let theirs = solve(kind, &y0, &TIMES, &options(method, batch)).unwrap();
+                let name = method.name();
+                assert_eq!(ours.stats.steps, theirs.stats.steps, "{name} {kind:?}");
+                assert_eq!(
+                    ours.stats.rejected, theirs.stats.rejected,
+                    "{name} {kind:?}"
+                );
+                assert_eq!(
+                    ours.stats.evaluations, theirs.stats.evaluations,
+                    "{name} {kind:?}"
+                );
+                let all = |answers: Answers| [answers.states, answers.y0, answers.weights].concat();
+                for (x, y) in all(ours).iter().zip(all(theirs)) {
+                    let error = relative(x, &y);
+                    // Lengths follow from errors of 1e-7, which have nine digits.
+                    assert!(error <= 1e-8, "{name} {kind:?} {error:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_those_of_the_accepted_steps_of_every_row() {
+    for method in &PAIRS {
+        for (kind, times) in KINDS
+            .into_iter()
+            .flat_map(|k| [(k, TIMES), (k, TIMES.map(|t| 1.0 - t))])
+        {
+            let y0 = start(kind, 37, DType::F64);
+            let control = adaptive(1e-4, 1e-6).jump_t([0.77]);
+            let ours = solve(kind, &y0, &times, &options(method, control.clone())).unwrap();
+            let mut weights: Vec<Tensor> = vec![];
+            for row in 0..37u32 {
+                let alone = rows(&y0, &[row]);
+                let at = &ours.stats.rows[row as usize].times;
+                let fixed = OdeOptions {
+                    method: method.clone(),
+                    steps: Steps::At(at.clone()),
+                    fusion: false,
+                    ..Default::default()
+                };
+                let theirs = solve(kind, &alone, &times, &fixed).unwrap();
+                let of = |ours: &[Tensor], dim: usize| -> Vec<Tensor> {
+                    let row = |y: &Tensor| y.narrow(dim, row as usize, 1).unwrap();
+                    ours.iter().map(row).collect()
+                };
+                let states = of(&ours.states, 1);
+                let gradients = of(&ours.y0, 0);
+                for (x, y) in states
+                    .iter()
+                    .zip(&theirs.states)
+                    .chain(gradients.iter().zip(&theirs.y0))
+                {
+                    let error = relative(x, y);
+                    assert!(
+                        error <= 1e-12,
+                        "{} {kind:?} row {row}: {error:e}",
+                        method.name()
+                    );
+                }
+                weights = match weights.is_empty() {
+                    true => theirs.weights,
+                    false => weights
+                        .iter()
+                        .zip(&theirs.weights)
+                        .map(|(a, b)| (a + b).unwrap())
+                        .collect(),
+                };
+            }
+            for (x, y) in ours.weights.iter().zip(&weights) {
+                let error = relative(x, y);
+                assert!(error <= 1e-12, "{} {kind:?}: {error:e}", method.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_have_the_same_bits_whatever_is_kept() {
+    for method in [DOPRI5, FEHLBERG45] {
+        let y0 = start(Kind::Timed, 45, DType::F32);
+        let run = |checkpoint| {
+            let options = OdeOptions {
+                checkpoint,
+                ..options(&method, adaptive(1e-6, 1e-7))
+            };
+            solve(Kind::Timed, &y0, &TIMES, &options).unwrap()
+        };
+        let whole = run(Checkpoint::All);
+        let bytes = 45 * 3 * 4;
+        for checkpoint in [
+            Checkpoint::Every(1),
+            Checkpoint::Every(5),
+            Checkpoint::States(1),
+            Checkpoint::States(3),
+            Checkpoint::States(1000),
+            Checkpoint::Bytes(3 * bytes),
+        ] {
+            let part = run(checkpoint);
+            for (a, b) in part
+                .y0
+                .iter()
+                .chain(&part.weights)
+                .zip(whole.y0.iter().chain(&whole.weights))
+            {
+                assert_eq!(bits(a), bits(b), "{checkpoint:?}");
+            }
+            match checkpoint {
+                Checkpoint::States(n) => assert!(part.stats.states_kept <= n),
+                Checkpoint::Bytes(n) => assert!(part.stats.bytes_kept <= n),
+                _ => {}
+            }
+        }
+        let nothing = run(Checkpoint::Nothing);
+        assert_eq!(bits(&nothing.states[0]), bits(&whole.states[0]));
+    }
+}
+
+#[test]
+fn lanes_that_are_done_take_other_rows() {
+    let y0 = start(Kind::Mlp, 800, DType::F32);
+    let options = OdeOptions {
+        checkpoint: Checkpoint::Nothing,
+        ..options(&DOPRI5, adaptive(1e-5, 1e-7))
+    };
+    let Stats {
+        row_evaluations,
+        tile_evaluations,
+        evaluations,
+        rows,
+        ..
+    } = solve(Kind::Mlp, &y0, &[0.0, 2.0], &options).unwrap().stats;
+    assert_eq!(
+        rows.iter().map(|row| row.evaluations).sum::<usize>(),
+        row_evaluations
+    );
+    assert_eq!(
+        rows.iter().map(|row| row.evaluations).max().unwrap(),
+        evaluations
+    );
+    let used = row_evaluations as f64 / tile_evaluations as f64;
+    // Tiles have 4 to 32 lanes.
+    let lanes = [4, 8, 16, 32]
+        .into_iter()
+        .find(|&lanes| used <= f64::from(lanes))
+        .unwrap();
+    println!("{used} of {lanes} lanes");
+    assert!(used >= 0.75 * f64::from(lanes), "{used} of {lanes} lanes");
+}
+
+#[test]
+fn outputs_inside_fixed_steps_are_those_of_the_general_path() {
+    for method in [RK4, DOPRI5, DOPRI8] {
+        for kind in KINDS {
+            for (rows, checkpoint) in [(3, Checkpoint::All), (70, Checkpoint::States(2))] {
+                let y0 = start(kind, rows, DType::F64);
+                let fixed = |fusion| OdeOptions {
+                    method: method.clone(),
+                    steps: Steps::At(vec![0.3, 0.7, 1.2]),
+                    fusion,
+                    checkpoint,
+                    ..Default::default()
+                };
+                let ours = solve(kind, &y0, &TIMES, &fixed(true)).unwrap();
+                let theirs = solve(kind, &y0, &TIMES, &fixed(false)).unwrap();
+                assert_eq!(ours.stats.evaluations, theirs.stats.evaluations);
+                assert_eq!(ours.stats.vjps, theirs.stats.vjps);
+                let all = |answers: Answers| [answers.states, answers.y0, answers.weights].concat();
+                for (x, y) in all(ours).iter().zip(all(theirs)) {
+                    let error = relative(x, &y);
+                    assert!(error <= 1e-12, "{} {kind:?} {error:e}", method.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn low_precision_takes_no_steps_that_bring_nothing() {
+    for precision in [Precision::bf16(), Precision::f16()] {
+        let y0 = start(Kind::Timed, 64, DType::F32);
+        let of = |rtol: f64| {
+            let options = OdeOptions {
+                precision: Some(precision),
+                ..options(&DOPRI5, adaptive(rtol, rtol / 100.0))
+            };
+            solve(Kind::Timed, &y0, &TIMES, &options).unwrap()
+        };
+        let (loose, tight) = (of(1e-3), of(1e-8));
+        assert!(tight.stats.row_evaluations <= 3 * loose.stats.row_evaluations);
+        let attempts: usize = tight
+            .stats
+            .rows
+            .iter()
+            .map(|r| r.accepted + r.rejected)
+            .sum();
+        let rejected: usize = tight.stats.rows.iter().map(|r| r.rejected).sum();
+        assert!(5 * rejected <= attempts, "{rejected} of {attempts}");
+        assert!(tight.stats.limited > 0);
+        let single = solve(
+            Kind::Timed,
+            &y0,
+            &TIMES,
+            &options(&DOPRI5, adaptive(1e-6, 1e-8)),
+        )
+        .unwrap();
+        let u = if precision == Precision::bf16() {
+            2f64.powi(-8)
+        } else {
+            2f64.powi(-11)
+        };
+        for (x, y) in tight
+            .states
+            .iter()
+            .chain(&tight.y0)
+            .chain(&tight.weights)
+            .zip(
+                single
+                    .states
+                    .iter()
+                    .chain(&single.y0)
+                    .chain(&single.weights),
+            )
+        {
+            let error = relative(x, y);
+            assert!(error <= 16.0 * u, "{precision:?} {error:e}");
+        }
+    }
+}
+
+#[test]
+fn a_row_that_fails_leaves_the_others_alone() {
+    let y0 = start(Kind::Mlp, 50, DType::F64);
+    let fine = solve(
+        Kind::Mlp,
+        &y0,
+        &TIMES,
+        &options(&DOPRI5, adaptive(1e-5, 1e-7)),
+    )
+    .unwrap();
+    let most = fine.stats.rows.iter().map(|r| r.accepted + r.rejected);
+    let limit = most.clone().max().unwrap() - 1;
+    let fails: Vec<_> = most.map(|attempts| attempts > limit).collect();
+    let first = fails.iter().position(|fails| *fails).unwrap();
+    let stopped = adaptive(1e-5, 1e-7).max_steps(limit);
+    match solve(Kind::Mlp, &y0, &TIMES, &options(&DOPRI5, stopped.clone())) {
+        Err(Error::Stopped(stopped)) => {
+            assert_eq!(stopped.reason, StopReason::Attempts { max_steps: limit });
+            assert_eq!(stopped.worst.unwrap().row, first);
+            assert_eq!(stopped.states[0].dims(), [stopped.outputs, 1, 3]);
+        }
+        other => panic!("{:?}", other.err()),
+    }
+    let options = options(&DOPRI5, stopped.on_failure(OnFailure::Nan));
+    let nan = solve(Kind::Mlp, &y0, &TIMES, &options).unwrap();
+    for (row, &fails) in fails.iter().enumerate() {
+        assert_eq!(nan.stats.rows[row].stopped.is_some(), fails);
+        let gradient = values(&nan.y0[0].i(row).unwrap());
+        if fails {
+            let last = values(&nan.states[0].i((TIMES.len() - 1, row)).unwrap());
+            assert!(last.iter().all(|x| x.is_nan()));
+            assert!(gradient.iter().all(|x| *x == 0.0));
+            let first = nan.states[0].i((0, row)).unwrap();
+            assert_eq!(bits(&first), bits(&y0[0].i(row).unwrap()));
+        } else {
+            assert_eq!(row_bits(&nan, row), row_bits(&fine, row));
+        }
+    }
+    assert!(nan
+        .weights
+        .iter()
+        .flat_map(values)
+        .all(f64::is_finite));
+}
+
+#[test]
+fn rows_that_are_asked_for_and_cannot_be_had_are_an_error() {
+    let y0 = start(Kind::Mlp, 5, DType::F64);
+    let options = OdeOptions {
+        fusion: false,
+        ..options(&DOPRI5, adaptive(1e-5, 1e-7))
+    };
+    let error = solve(Kind::Mlp, &y0, &TIMES, &options).err();
+    assert!(matches!(
+        error,
+        Some(Error::Adaptive(AdaptiveDefect::NoRows { row_wise: true }))
+    ));
+}
+
+#[test]
+fn the_final_state_alone_takes_the_same_steps() {
+    let y0 = start(Kind::Cnf, 20, DType::F64);
+    for method in &PAIRS {
+        let all = options(method, adaptive(1e-5, 1e-7));
+        let last = OdeOptions {
+            output: Output::Final,
+            ..all.clone()
+        };
+        let all = solve(Kind::Cnf, &y0, &TIMES, &all).unwrap();
+        let last = solve(Kind::Cnf, &y0, &TIMES, &last).unwrap();
+        for (a, b) in all.states.iter().zip(&last.states) {
+            assert_eq!(bits(&a.i(TIMES.len() - 1).unwrap()), bits(b));
+        }
+    }
+}
