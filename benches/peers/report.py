@@ -58,6 +58,8 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
         bars(good),
         table(results, "Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
         table(results, "Forward alone, ms", spread("fwd_ms")),
+        table(results, "Processor time of all threads, forward and backward, ms: the least",
+              lambda lines: figure(min(line["fwdbwd_cpu_ms"] for line in lines))),
         table(results, "Peak RSS less RSS before the first call, MB (buffers of XLA); W0 is the fixed part", memory),
         table(results, "Relative errors of loss, ∂θ, ∂y0 against the f64 reference",
               lambda lines: ", ".join(f"{lines[-1][part]:.0e}" for part in ERROR_BARS)),

@@ -10,6 +10,7 @@
 mod common;
 mod fields;
 mod peak;
+mod processor;
 mod workload;
 
 use std::path::PathBuf;
@@ -127,13 +128,16 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         false => None,
     };
     let (mut forward, mut both, mut peaks) = (vec![], vec![], vec![]);
+    let mut processor = f64::INFINITY;
     for _ in 0..args.repeats {
         let clock = Instant::now();
         solve()?.detach().to_dtype(DType::F64)?.to_scalar::<f64>()?;
         forward.push(milliseconds(clock));
-        let clock = Instant::now();
+        let (clock, before) = (Instant::now(), processor::milliseconds());
         solve()?.backward()?;
         both.push(milliseconds(clock));
+        let took = processor::milliseconds().zip(before).map(|(b, a)| b - a);
+        processor = processor.min(took.unwrap_or(f64::NAN));
         if args.share {
             peaks.push(peak::rate());
         }
@@ -144,6 +148,7 @@ fn run(args: &Args) -> Result<serde_json::Value> {
     let times = [median(forward), median(both)];
     let mut line = line(args, &workload, &stats, &times, growth, errors);
     line["err_y"] = json!(state_error);
+    line["fwdbwd_cpu_ms"] = json!(processor);
     if let (true, Some(products)) = (args.share, workload.products()) {
         // Evaluation, pull-back and gradient, and what is evaluated again.
         let passes = 3 * stats.evaluations + stats.recomputed;
