@@ -1,7 +1,7 @@
 """Fields, classic steps and losses, written once for torch and JAX.
 
-`ops` holds what the two call by different names: linear, conv, tanh, relu, sigmoid, zeros_like, and
-`time(t, like)`, t as a 1 × 1 matrix.
+`ops` holds what the two call by different names: linear, conv, tanh, softplus, relu, sigmoid, exp, cat,
+zeros_like, and `time(t, like)`, t as a 1 × 1 matrix.
 """
 
 from typing import Any, Callable, NamedTuple
@@ -19,10 +19,18 @@ class Cell(NamedTuple):
     numbers: Callable[[Any], tuple[float, list]]  # loss, gradients of weights and y0 by `both`
     buffers_mb: Callable[[], float | None] = lambda: None  # compiled scratch memory
     clear: Callable[[], None] = lambda: None  # drops gradients
+    counts: Callable[[], dict] = dict  # of adaptive steps: of a forward pass, and the error of its states
 
 
-def velocity(kind: str, ops, weights: list, t, y):
+def velocity(kind: str, ops, weights: list, t, y, activation: str = "tanh"):
     """dy/dt; of a `cnf` with the exact trace by forward tangents."""
+    if kind == "van_der_pol":
+        x, v = y[..., :1], y[..., 1:]
+        return ops.cat([v, weights[0] * (1 - x * x) * v - x])
+    if kind == "scaled_mlp":
+        x, s = y[..., :-1], y[..., -1:]
+        towards = velocity("mlp", ops, weights, t, x, activation)
+        return ops.cat([ops.exp(s) * (towards - x), ops.zeros_like(s)])
     *hidden, last = zip(weights[::2], weights[1::2])
     if kind == "hyper":
         return hyper(ops, [*hidden, last], t, y[0])
@@ -30,9 +38,10 @@ def velocity(kind: str, ops, weights: list, t, y):
         return ops.conv(ops.relu(ops.conv(y, *hidden[0])), *last)
     h, slopes = y[0] if kind == "cnf" else y, []
     for layer in hidden:
-        h = ops.tanh(ops.linear(h, *layer))
+        before = ops.linear(h, *layer)
+        h = getattr(ops, activation)(before)
         if kind == "cnf":
-            slopes.append(1 - h * h)
+            slopes.append(1 - h * h if activation == "tanh" else ops.sigmoid(before))
     out = ops.linear(h, *last)
     if kind == "mlp":
         return out
@@ -68,6 +77,30 @@ def loss(kind: str, y, target):
     if kind in DENSITIES:
         return (0.5 * (y[0] ** 2).sum(axis=-1, keepdims=True) + y[1]).mean()
     return ((y - target) ** 2).mean()
+
+
+def first_output(kind: str) -> int:
+    """The number of the first time whose state is an output of a workload with tolerances."""
+    return 0 if kind == "van_der_pol" else 1
+
+
+def packed_velocity(kind: str, ops, weights: list, t, y, activation: str):
+    """dy/dt of a state that is one array, a density's logarithm its last column."""
+    if kind not in DENSITIES:
+        return velocity(kind, ops, weights, t, y, activation)
+    return ops.cat(velocity(kind, ops, weights, t, (y[..., :-1], y[..., -1:]), activation))
+
+
+def packed_initial(kind: str, ops, y0):
+    """The same state at the start."""
+    return ops.cat(initial(kind, ops, y0)) if kind in DENSITIES else y0
+
+
+def loss_of_outputs(kind: str, ys, target):
+    """Mean square distance of all outputs, in as many columns as the target has, or that of the end of a density."""
+    if kind in DENSITIES:
+        return loss(kind, (ys[-1, ..., :-1], ys[-1, ..., -1:]), None)
+    return ((ys[first_output(kind) :, ..., : target.shape[-1]] - target) ** 2).mean()
 
 
 def step(method: str, f: Callable, t, y, h):

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Times candle-diffeq and its peers in turn on workload files and writes a Markdown report.
 
-peers.py make DIR                                   # W0 … W5 with their f64 reference
+peers.py make DIR                                   # W0 … W5 and A0 … A5 with their f64 reference
 peers.py run --workloads DIR --markdown README.md   # between <!-- peers --> and <!-- /peers -->
+peers.py run --workloads DIR --only A1 A2 A3 A4 A5  # adaptive steps
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -20,15 +22,19 @@ from typing import Callable
 
 import numpy as np
 
+import adaptive
 import report
 import workload
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Peers and the packages they are from.
 PEERS = {"torch": "torch", "rampde": "rampde", "torchdiffeq": "torchdiffeq", "torchdiffeq adjoint": "torchdiffeq",
-         "torchdyn": "torchdyn", "torchdyn adjoint": "torchdyn", "diffrax": "diffrax", "jax scan": "jax"}
+         "torchdyn": "torchdyn", "torchdyn adjoint": "torchdyn", "diffrax": "diffrax", "jax scan": "jax",
+         "diffrax pi": "diffrax", "diffrax rows": "diffrax", "torchode": "torchode"}
+#: Those without adaptive steps, and those that have nothing else here.
+FIXED, ADAPTIVE = ("torch", "rampde", "jax scan"), ("diffrax pi", "diffrax rows", "torchode")
 #: Repetitions in one process, alike for all: about half a second of the best peer.
-REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3}
+REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3, "A0": 100, "A1": 3, "A2": 5, "A3": 7, "A4": 3, "A5": 3}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,13 +46,15 @@ def run(args: argparse.Namespace) -> None:
     peers = [name for name in args.peers if util.find_spec(PEERS[name])]
     commands = {}
     for name in args.only:
+        file = args.workloads / f"{name}.safetensors"
+        others = FIXED if workload.read(file).tolerances else ADAPTIVE
         for precision in args.precisions:
-            tail = [str(args.workloads / f"{name}.safetensors"), "--precision", precision,
+            tail = [str(file), "--precision", precision,
                     "--repeats", str(REPEATS.get(name, 5))]
             for label, extra in variants.items():
                 commands[name, label, precision] = [str(args.binary), *tail, *shlex.split(extra)]
             for peer in peers:
-                if peer == "torch" or precision == "f32":
+                if peer not in others and (peer == "torch" or precision == "f32"):
                     commands[name, peer, precision] = [sys.executable, "-Wignore", __file__, "one", peer, *tail]
     results, quiet = {}, Quiet(args.quiet)
     try:
@@ -106,18 +114,25 @@ def ask(command: list[str], timeout: float) -> dict:
 
 def one(args: argparse.Namespace) -> None:
     """Times one peer on one file and prints what the `workloads` example prints of ours."""
-    if PEERS[args.peer] in ("diffrax", "jax"):
-        from jax_peers import build
-    else:
-        from torch_peers import build
     work = workload.read(args.file)
+    is_jax = PEERS[args.peer] in ("diffrax", "jax")
+    if work.tolerances:
+        module = "adaptive_jax" if is_jax else "adaptive_torch"
+    else:
+        module = "jax_peers" if is_jax else "torch_peers"
+    build = importlib.import_module(module).build
     cell = build(args.peer, args.precision, work)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of start-up
     before = memory("VmRSS:")
-    line = workload.errors(work, *cell.numbers(cell.both()))
+    line = workload.errors(work, *cell.numbers(cell.both())) | cell.counts()
     cell.forward()
-    pairs = [(clock(cell.forward), clock(cell.both)) for _ in range(args.repeats)]
-    line["fwd_ms"], line["fwdbwd_ms"] = map(median, zip(*pairs))
+    times, processor = [], []
+    for _ in range(args.repeats):
+        forward, before = clock(cell.forward), time.process_time()
+        times.append((forward, clock(cell.both)))
+        processor.append((time.process_time() - before) * 1e3)
+    line["fwd_ms"], line["fwdbwd_ms"] = map(median, zip(*times))
+    line["fwdbwd_cpu_ms"] = min(processor)
     line |= {"rss_mb": memory("VmHWM:") - before, "buffers_mb": cell.buffers_mb()}
     print(json.dumps(line))
 
@@ -153,11 +168,15 @@ def main() -> None:
         sub.set_defaults(call=call)
         return sub.add_argument
 
-    add = command("make", "write workload files", lambda args: workload.make(args.directory))
+    def make(args: argparse.Namespace) -> None:
+        workload.make(args.directory)
+        adaptive.make(args.directory)
+
+    add = command("make", "write workload files", make)
     add("directory", type=Path)
 
     add = command("run", "time everything in turn", run)
-    add("--workloads", type=Path, required=True, metavar="DIR", help="where W0.safetensors … are")
+    add("--workloads", type=Path, required=True, metavar="DIR", help="where W0.safetensors … and A1.safetensors … are")
     add("--only", nargs="+", default=list(workload.SPECS), metavar="W", help="workloads")
     add("--peers", nargs="*", default=list(PEERS), choices=PEERS, metavar="PEER", help="those not installed are left out")
     add("--precisions", nargs="+", default=["f32", "bf16", "f16"], metavar="P", help="of ours and of torch")

@@ -33,16 +33,44 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
     measured = [line for lines in good.values() for line in lines]
     quiet = sum(line.get("quiet", False) for line in measured) / max(len(measured), 1)
     undisturbed = f"; undisturbed by other jobs: {quiet:.0%} of the cells" if quiet else ""
+    def steps(lines: list[dict]) -> str:
+        line = lines[-1]
+        if "accepted" not in line:  # torchdyn does not say
+            return f"{line['nfe_fwd']:.0f}"
+        parts = [f"{line['accepted']:.0f} + {line['rejected']:.0f}, {line['nfe_fwd']:.0f}"]
+        if "accepted_most" in line:
+            parts.append(f"at most {line['accepted_most']:.0f}")
+        if line.get("limited"):
+            parts.append(f"limited {line['limited']}")
+        if line.get("stand_in"):
+            parts.append(line["stand_in"])
+        return "; ".join(parts)
+
+    tables = []
+    if any(is_adaptive(lines) for lines in good.values()):
+        adaptive = {key: lines for key, lines in results.items() if "error" in lines[-1] or is_adaptive(lines)}
+        tables.append(table(adaptive, "Steps: accepted + rejected, evaluations forward (of rows their means and the most steps; "
+                            "a method that stands in)", steps))
+        tables.append(table(adaptive, "Relative error of the states against the f64 reference",
+                            lambda lines: f"{lines[-1]['err_y']:.1e}"))
     return "\n\n".join([
         f"{cpu()}; threads: {threads}; {packages}; rounds in turn: {rounds}{undisturbed}.",
         bars(good),
         table(results, "Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
         table(results, "Forward alone, ms", spread("fwd_ms")),
+        table(results, "Processor time of all threads, forward and backward, ms: the least",
+              lambda lines: figure(min(line["fwdbwd_cpu_ms"] for line in lines))),
         table(results, "Peak RSS less RSS before the first call, MB (buffers of XLA); W0 is the fixed part", memory),
         table(results, "Relative errors of loss, ∂θ, ∂y0 against the f64 reference",
               lambda lines: ", ".join(f"{lines[-1][part]:.0e}" for part in ERROR_BARS)),
+        *tables,
         *(f"{' '.join(key)} failed: {error}" for key, error in failed.items()),
     ])
+
+
+def is_adaptive(lines: list[dict]) -> bool:
+    """Whether a cell is of a workload with tolerances."""
+    return lines[-1].get("err_y") is not None
 
 
 def table(results: dict[tuple, list[dict]], title: str, cell: Callable[[list[dict]], str]) -> str:
@@ -66,7 +94,8 @@ def bars(good: dict[tuple, list[dict]]) -> str:
         lines.append(f"| {what} | {value:.2g} | {sign} {bound:.3g} | {'holds' if holds else '**missed**'} |")
 
     both = {key: median(line["fwdbwd_ms"] for line in found) for key, found in good.items()}
-    ours = [key for key in good if key[1].startswith("ours") and key[2] == "f32"]
+    # Errors of adaptive steps are those of the tolerance.
+    ours = [key for key in good if key[1].startswith("ours") and key[2] == "f32" and not is_adaptive(good[key])]
     for key in ours:
         rivals = [k for k in good if k[0] == key[0] and k[2] == "f32" and not k[1].startswith("ours")]
         kept = key[:2] == ("W2", "ours cached")

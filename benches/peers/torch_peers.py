@@ -19,7 +19,7 @@ def time(t, like: torch.Tensor) -> torch.Tensor:
 
 
 OPS = SimpleNamespace(linear=F.linear, conv=lambda x, w, b: F.conv2d(x, w, b, padding=1),
-                      tanh=torch.tanh, relu=torch.relu, sigmoid=torch.sigmoid, zeros_like=torch.zeros_like,
+                      tanh=torch.tanh, softplus=F.softplus, exp=torch.exp, cat=lambda parts: torch.cat(parts, -1), relu=torch.relu, sigmoid=torch.sigmoid, zeros_like=torch.zeros_like,
                       time=time)
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

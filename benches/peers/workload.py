@@ -28,23 +28,33 @@ GPU_SPECS = {
 
 
 class Workload(NamedTuple):
-    """Kind of field (mlp, conv, cnf, hyper), method (rk4, euler), and tensors by name."""
+    """Kind of field (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp), method, and tensors by name; relative and absolute
+    tolerance where steps are adaptive."""
 
     kind: str
     method: str
     tensors: dict[str, np.ndarray]
+    tolerances: tuple[float, float] | None = None
+    activation: str = "tanh"
 
     @property
     def weights(self) -> list[np.ndarray]:
         """p0, p1, …: weight and bias of every layer in turn."""
         return [self.tensors[f"p{i}"] for i in range(sum(name[0] == "p" for name in self.tensors))]
 
+    def state_error(self, ys: np.ndarray) -> float:
+        """Of states at all times, the relative error of those that the file has."""
+        expected = self.tensors["ref.ys"]
+        return distance([ys[self.tensors["ref.index"]]], [expected])
+
 
 def read(path: Path) -> Workload:
     """Reads a file."""
     with safe_open(path, "numpy") as file:
-        kind, method = (json.loads(file.metadata()[key]) for key in ("kind", "method"))
-        return Workload(kind, method, {name: file.get_tensor(name) for name in file.keys()})
+        header = {key: json.loads(text) for key, text in file.metadata().items()}
+        tolerances = (header["rtol"], header["atol"]) if "rtol" in header else None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return Workload(header["kind"], header["method"], tensors, tolerances, header.get("activation", "tanh"))
 
 
 def random(spec: dict) -> Workload:
@@ -106,11 +116,15 @@ def reference(work: Workload, device: str, rows: int) -> dict[str, np.ndarray]:
 
 def errors(work: Workload, loss: float, grads: list[np.ndarray]) -> dict[str, float]:
     """Relative errors of the loss, of all weight gradients together, and of that of y0."""
-    flat = lambda arrays: np.concatenate([np.asarray(x, np.float64).ravel() for x in arrays])
-    distance = lambda x, y: float(np.linalg.norm(flat(x) - flat(y)) / np.linalg.norm(flat(y)))
     expected = [work.tensors[f"grad.p{i}"] for i in range(len(work.weights))]
     return {
         "err_loss": distance([loss], [work.tensors["loss"]]),
         "err_grad_w": distance(grads[:-1], expected),
         "err_grad_y0": distance(grads[-1:], [work.tensors["grad.y0"]]),
     }
+
+
+def distance(x: list, y: list) -> float:
+    """‖x − y‖ / ‖y‖ of arrays taken together."""
+    flat = lambda arrays: np.concatenate([np.asarray(x, np.float64).ravel() for x in arrays])
+    return float(np.linalg.norm(flat(x) - flat(y)) / np.linalg.norm(flat(y)))

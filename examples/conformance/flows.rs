@@ -2,22 +2,36 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Tensor, D};
+use candle_core::{DType, Error, Tensor, D};
 use candle_diffeq::Time;
 
-/// Weights by name.
+/// Weights by name; of a field that jumps also `jump_t`, the time at which it does.
 pub(crate) type Weights = BTreeMap<String, Tensor>;
 
 /// A field over one tensor.
 pub(crate) type Flow = Box<dyn Fn(&Time, &Tensor) -> candle_core::Result<Tensor> + Send + Sync>;
+
+/// A weight, which the file must have.
+fn of<'a>(weights: &'a Weights, name: &str) -> candle_core::Result<&'a Tensor> {
+    let missing = || Error::CannotFindTensor {
+        path: name.to_owned(),
+    };
+    weights.get(name).ok_or_else(missing)
+}
+
+/// The i-th coordinate of y, as a last dimension of one.
+fn coordinate(y: &Tensor, i: usize) -> candle_core::Result<Tensor> {
+    y.narrow(D::Minus1, i, 1)
+}
 
 /// The field of a problem, if there is one of this name.
 pub(crate) fn flow(problem: &str, w: Weights) -> Option<Flow> {
     let problem = problem.trim_start_matches(|c: char| c.is_ascii_digit() || c == '_');
     Some(match problem {
         "constant" => Box::new(move |t, y| {
-            let line = (t.tensor()?.broadcast_mul(&w["a"])? + &w["b"])?;
-            y.broadcast_sub(&line)?.powf(5.0)?.broadcast_add(&w["a"])
+            let (a, b) = (of(&w, "a")?, of(&w, "b")?);
+            let line = t.tensor()?.broadcast_mul(a)?.broadcast_add(b)?;
+            y.broadcast_sub(&line)?.powf(5.0)?.broadcast_add(a)
         }),
         "sine" => Box::new(|t, y| {
             let t = t.tensor()?;
@@ -29,47 +43,63 @@ pub(crate) fn flow(problem: &str, w: Weights) -> Option<Flow> {
             let decay = ((t.tensor()? * -0.1)?.exp()? * -0.1)?;
             (y * 0.0)?.broadcast_add(&decay)
         }),
-        "linear" => Box::new(move |_, y| w["A"].matmul(&y.unsqueeze(1)?)?.squeeze(1)),
+        "linear" => Box::new(move |_, y| {
+            let columns = y.dims().last().copied().unwrap_or(1);
+            let rows = y.reshape(((), columns))?;
+            rows.matmul(&of(&w, "A")?.t()?)?.reshape(y.shape())
+        }),
         name if name.starts_with("van_der_pol") => Box::new(move |_, y| {
-            let (x, v) = (y.narrow(0, 0, 1)?, y.narrow(0, 1, 1)?);
-            let damping = (x.sqr()?.neg()? + 1.0)?.broadcast_mul(&w["mu"])?;
-            Tensor::cat(&[&v, &((damping * &v)? - x)?], 0)
+            let (x, v) = (coordinate(y, 0)?, coordinate(y, 1)?);
+            let damping = (x.sqr()?.neg()? + 1.0)?.broadcast_mul(of(&w, "mu")?)?;
+            Tensor::cat(&[&v, &((damping * &v)? - x)?], D::Minus1)
         }),
         "lorenz" => Box::new(move |_, y| {
-            let [x, y, z] = [0, 1, 2].map(|i| y.narrow(0, i, 1));
+            let [x, y, z] = [0, 1, 2].map(|i| coordinate(y, i));
             let (x, y, z) = (x?, y?, z?);
-            let dx = ((&y - &x)? * &w["sigma"])?;
-            let dy = ((&x * (&w["rho"] - &z)?)? - &y)?;
-            let dz = ((x * y)? - (z * &w["beta"])?)?;
-            Tensor::cat(&[dx, dy, dz], 0)
+            let dx = (&y - &x)?.broadcast_mul(of(&w, "sigma")?)?;
+            let dy = ((&x * z.neg()?.broadcast_add(of(&w, "rho")?)?)? - &y)?;
+            let dz = ((x * y)? - z.broadcast_mul(of(&w, "beta")?)?)?;
+            Tensor::cat(&[dx, dy, dz], D::Minus1)
         }),
         "mlp" => Box::new(move |t, y| {
-            let rows = y.dims()[0];
-            let t = t.tensor()?.reshape((1, 1))?.broadcast_as((rows, 1))?;
-            let mut x = Tensor::cat(&[y, &t], 1)?;
+            let columns = y.dims().last().copied().unwrap_or(1);
+            let y_rows = y.reshape(((), columns))?;
+            let t = t.tensor()?.reshape((1, 1))?;
+            let t = t.broadcast_as((y_rows.dim(0)?, 1))?;
+            let mut x = Tensor::cat(&[&y_rows, &t], 1)?;
             for l in 1.. {
-                let (Some(weight), Some(bias)) =
-                    (w.get(&format!("l{l}.weight")), w.get(&format!("l{l}.bias")))
-                else {
-                    break;
-                };
+                let (weight, bias) = (of(&w, &layer(l))?, of(&w, &format!("l{l}.bias"))?);
                 x = x.matmul(&weight.t()?)?.broadcast_add(bias)?;
-                if w.contains_key(&format!("l{}.weight", l + 1)) {
-                    x = x.tanh()?;
+                if !w.contains_key(&layer(l + 1)) {
+                    break;
                 }
+                x = x.tanh()?;
             }
-            Ok(x)
+            x.reshape(y.shape())
         }),
         "spiral_rows" => Box::new(move |_, y| {
             let cube = (y.sqr()? * y)?;
-            cube.matmul(&w["A"])?.broadcast_mul(&w["rate"])
+            cube.matmul(of(&w, "A")?)?.broadcast_mul(of(&w, "rate")?)
         }),
-        "jump" => Box::new(|t, y| match t.value() < 0.5 {
-            true => y * -0.5,
-            false => y.sqr(),
-        }),
+        "jump" => {
+            let at = w.get("jump_t").map_or(Ok(0.5), first);
+            Box::new(move |t, y| match &at {
+                Ok(at) if t.value() < *at => y * -0.5,
+                Ok(_) => y.sqr(),
+                Err(error) => candle_core::bail!("jump_t: {error}"),
+            })
+        }
         _ => return None,
     })
+}
+
+/// The name of a layer's weight.
+fn layer(l: usize) -> String {
+    format!("l{l}.weight")
+}
+
+fn first(x: &Tensor) -> candle_core::Result<f64> {
+    x.flatten_all()?.get(0)?.to_dtype(DType::F64)?.to_scalar()
 }
 
 /// Σ over all elements of the loss of the files: Σ_i ⟨v_i, y(t_i)⟩ + ½ |y(t_last) − target|².
@@ -90,8 +120,23 @@ const MASSES: [f64; 5] = [
     0.00000277777777778,
 ];
 
-/// The 25 problems of DETEST (Hull, Enright, Fellen & Sedgwick, SIAM J. Numer. Anal. 9, 1972).
+/// The 25 problems of DETEST (Hull, Enright, Fellen & Sedgwick, SIAM J. Numer. Anal. 9, 1972); None of another name,
+/// and of a state of another size.
 pub(crate) fn detest(problem: &str, t: f64, y: &[f64]) -> Option<Vec<f64>> {
+    let size = match problem {
+        "B1" => 2,
+        "C5" => 30,
+        _ => match problem.chars().next()? {
+            'A' => 1,
+            'B' => 3,
+            'C' => y.len().max(1),
+            'D' => 4,
+            _ => 2,
+        },
+    };
+    if y.len() != size {
+        return None;
+    }
     let band = |below: &dyn Fn(usize) -> f64, diagonal: &dyn Fn(usize) -> f64, above: f64| {
         let n = y.len();
         let row = |i: usize| {
@@ -165,7 +210,7 @@ fn planets(y: &[f64]) -> Vec<f64> {
     out
 }
 
-/// The rows of a tensor of one dimension, for a field that computes with numbers.
+/// All numbers of a tensor in f64, for a field that computes with them.
 pub(crate) fn numbers(y: &Tensor) -> candle_core::Result<Vec<f64>> {
-    y.flatten_to(D::Minus1)?.to_vec1()
+    y.flatten_all()?.to_vec1()
 }

@@ -6,14 +6,18 @@
 //!   f64 and against what two PyTorch recipes reach.  Seconds.
 //! * `… -- --demo DIR`: adjoints that underflow in f16, with and without scaling; the last line is
 //!   `worst scaled <figure>`.  Seconds.
+//! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, and the problems of DETEST;
+//!   the last line is `worst <largest error over its bar>`.  A minute.
 //!
 //! `--cuda` computes on the first GPU (in a build with `--features cuda`).
 //!
 //! Exits with 1 when an error exceeds its bound, or when a file cannot be used.
 
+mod adaptive;
 mod demo;
 mod discrete;
 mod fields;
+mod flows;
 mod low_precision;
 mod oracle;
 mod outcome;
@@ -25,6 +29,7 @@ use candle_core::Device;
 use candle_diffeq::{scaling::Scaling, Precision};
 use clap::{Parser, ValueEnum};
 
+use crate::adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};
 use crate::discrete::METHODS;
 use crate::low_precision::Recipe;
 use crate::oracle::{Oracle, Result};
@@ -34,17 +39,20 @@ use crate::outcome::{worse, QUANTITIES};
 #[derive(Parser)]
 struct Args {
     /// Directory of .safetensors files.
-    #[arg(required_unless_present = "demo")]
+    #[arg(required_unless_present_any = ["demo", "adaptive"])]
     dir: Option<PathBuf>,
     /// Largest relative error in f64.
-    #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo"])]
+    #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo", "adaptive"])]
     tol: f64,
     /// Evaluate the fields in low precision.
-    #[arg(long, conflicts_with = "demo")]
+    #[arg(long, conflicts_with_all = ["demo", "adaptive"])]
     compute: Option<Compute>,
     /// Directory of f16 demonstrations, which are run instead.
     #[arg(long, value_name = "DIR", conflicts_with = "dir")]
     demo: Option<PathBuf>,
+    /// Directory of exact flows for adaptive steps, which are run instead.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo"])]
+    adaptive: Option<PathBuf>,
     /// Compute on the first GPU, in low precision natively.
     #[arg(long)]
     cuda: bool,
@@ -95,6 +103,9 @@ fn verdict(args: &Args) -> Result<Verdict> {
         true => Device::new_cuda(0)?,
         false => Device::Cpu,
     };
+    if let Some(dir) = &args.adaptive {
+        return adaptive_steps(dir, &device);
+    }
     match (&args.demo, &args.dir, args.compute) {
         (Some(dir), ..) => demos(dir, &device),
         (_, Some(dir), Some(compute)) => low(dir, &compute.recipe(), &device),
@@ -201,6 +212,97 @@ fn low(dir: &Path, recipe: &Recipe, device: &Device) -> Result<Verdict> {
     );
     let passed = verdicts.iter().all(|v| *v == Verdict::Pass);
     Ok(if passed { Verdict::Pass } else { Verdict::Fail })
+}
+
+fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {
+    println!(
+        "relative errors of whole quantities, in f64\n{:<36}{:<12}{:>9}{:>9}{:>9}{:>9}{:>10}{:>10}{:>13}{:>12}",
+        "file",
+        "pair",
+        "traj",
+        "grad_y0",
+        "grad_w",
+        "grad_t",
+        "accepted",
+        "rejected",
+        "evaluations",
+        "over bar"
+    );
+    let (mut worst, mut checked) = (0.0, false);
+    for oracle in Oracle::read_all(dir)? {
+        let kind = match oracle.problem() {
+            None => {
+                println!("skipped {}: names no problem", oracle.file);
+                continue;
+            }
+            Some(name) => match adaptive::kind(name) {
+                None => {
+                    println!("skipped {}: unknown problem `{name}`", oracle.file);
+                    continue;
+                }
+                Some(kind) => kind,
+            },
+        };
+        let oracle = oracle.on(device)?;
+        checked |= kind != Kind::Events;
+        match kind {
+            // Here the times of events, their states and their derivatives will be compared.
+            Kind::Events => println!("{:<36}not checked: events", oracle.file),
+            Kind::Flow => {
+                for pair in &PAIRS {
+                    worst = worse(worst, flow(&oracle, pair)?);
+                }
+            }
+            Kind::Detest => worst = worse(worst, detest(&oracle)?),
+        }
+    }
+    if !checked {
+        return Err(format!("{}: nothing to check", dir.display()).into());
+    }
+    println!("worst {worst:.3e}");
+    Ok(Verdict::of(worst, 1.0))
+}
+
+/// A row for a flow under one pair; its largest error over its bar.
+fn flow(oracle: &Oracle, pair: &Pair) -> Result<f64> {
+    let name = pair.method.name();
+    let failed = |e| oracle.failed(format_args!("{name}: {e}"));
+    let run = adaptive::flow(oracle, pair).map_err(failed)?;
+    let over_bar = run.over_bar(pair);
+    let figures = [Some(run.trajectory), run.y0, run.weights, run.times];
+    let figures = figures.map(|e| e.map_or_else(|| "-".to_owned(), |e| format!("{e:.1e}")));
+    println!(
+        "{:<36}{name:<12}{}{:>10}{:>10}{:>13}{over_bar:>12.1e}",
+        oracle.file,
+        figures.map(|e| format!("{e:>9}")).concat(),
+        run.stats.steps,
+        run.stats.rejected,
+        run.stats.evaluations,
+    );
+    Ok(over_bar)
+}
+
+/// Two rows for DETEST under each pair, one for each tolerance; the largest error over its bar.
+fn detest(oracle: &Oracle) -> Result<f64> {
+    let (problems, unknown) = adaptive::detest_problems(oracle)?;
+    for name in unknown {
+        println!("skipped {name} of {}: unknown problem", oracle.file);
+    }
+    let mut worst = 0.0;
+    for pair in &PAIRS {
+        for tol in DETEST {
+            let name = pair.method.name();
+            let failed = |e| oracle.failed(format_args!("{name}: {e}"));
+            let run = |share| adaptive::detest(oracle, &problems, pair, tol, share).map_err(failed);
+            let (run, plain) = (run(HELD)?, run(PLAIN)?);
+            println!(
+                "{:<36}{name:<12}tol {tol:.0e}: {} ends at {:.1} tol{:>30}{:>12.1e}  (steps of rtol = atol = tol: {} at {:.0} tol)",
+                oracle.file, run.problem, run.error, run.evaluations, run.over_bar, plain.problem, plain.error
+            );
+            worst = worse(worst, run.over_bar);
+        }
+    }
+    Ok(worst)
 }
 
 fn demos(dir: &Path, device: &Device) -> Result<Verdict> {

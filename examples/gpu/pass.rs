@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::{OdeOptions, Output, Precision, Recorder};
+use candle_diffeq::{OdeOptions, Precision, Recorder};
 use candle_nn::VarMap;
 use serde_json::{json, Value};
 
@@ -65,17 +65,15 @@ impl<'a> Pass<'a> {
         workload.fill(&vars, precision.state)?;
         let precision = precision.store(precision.compute);
         let options = OdeOptions {
-            method: workload.method.clone(),
             precision: Some(precision),
             leaf_precision: match workload.is_density() {
                 true => vec![precision, Precision::new(precision.state, precision.state)],
                 false => vec![],
             },
-            output: Output::Final,
             fusion: way.fusion,
             graphs: way.graphs,
             recorder: Some(recorder.clone()),
-            ..Default::default()
+            ..workload.options()
         };
         let y0 = workload.y0(precision.state)?;
         Ok(Self {

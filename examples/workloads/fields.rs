@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_diffeq::nn::{self, Activation, Cnf, ConvField, HyperCnf, Mlp};
-use candle_diffeq::{NeuralOde, OdeOptions, RowLoss, State, Tableau, Time, VectorField};
+use candle_diffeq::{NeuralOde, OdeOptions, RowLoss, State, Steps, Tableau, Time, VectorField};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
 /// A kind of field.
@@ -16,7 +16,7 @@ pub(crate) struct Kind {
 }
 
 /// Every kind.
-pub(crate) const KINDS: [Kind; 4] = [
+pub(crate) const KINDS: [Kind; 6] = [
     Kind {
         name: "mlp",
         plain: mlp,
@@ -37,6 +37,16 @@ pub(crate) const KINDS: [Kind; 4] = [
         plain: hyper,
         ours: Some(our_hyper),
     },
+    Kind {
+        name: "van_der_pol",
+        plain: van_der_pol,
+        ours: None,
+    },
+    Kind {
+        name: "scaled_mlp",
+        plain: scaled_mlp,
+        ours: Some(our_scaled_mlp),
+    },
 ];
 
 /// Where the variables are, of what dtype, and the features of the state.
@@ -45,6 +55,7 @@ pub(crate) struct Place<'a> {
     pub(crate) dtype: DType,
     pub(crate) device: &'a Device,
     pub(crate) features: usize,
+    pub(crate) activation: Activation,
 }
 
 impl Place<'_> {
@@ -62,28 +73,48 @@ impl Place<'_> {
     }
 }
 
-/// Weights: matrix or kernel, bias, matrix or kernel, bias, ….
+/// Asks a builder for the weights.
+pub(crate) type Ask = Box<dyn Fn(VarBuilder<'_>) -> Result<Vec<Tensor>> + Send + Sync>;
+
+/// Weights in pairs: matrix or kernel, and bias.
 type Layers = Vec<(Tensor, Tensor)>;
 
-/// Asks a builder for them.
-pub(crate) type Ask = Box<dyn Fn(VarBuilder<'_>) -> Result<Layers> + Send + Sync>;
+fn layers(weights: Vec<Tensor>) -> Result<Layers> {
+    let pair = |pair: &[Tensor]| match pair {
+        [weight, bias] => Ok((weight.clone(), bias.clone())),
+        _ => candle_core::bail!("its weights are not pairs p0, p1, …"),
+    };
+    weights.chunks(2).map(pair).collect()
+}
 
 /// A field over the parts of the state.
 type Field = Box<dyn Fn(&Time, &Vec<Tensor>) -> Result<Vec<Tensor>> + Send + Sync>;
 
-type Plain = fn(Layers, Parts) -> Result<Field>;
+type Plain = fn(Vec<Tensor>, Parts) -> Result<Field>;
 
 /// Whose layers and activations.
 #[derive(Clone, Copy)]
 pub(crate) struct Parts {
     affine: fn(&Tensor, &(Tensor, Tensor)) -> Result<Tensor>,
-    tanh: fn(&Tensor) -> Result<Tensor>,
+    act: fn(Activation, &Tensor) -> Result<Tensor>,
+    pub(crate) activation: Activation,
+}
+
+impl Parts {
+    fn activated(&self, x: &Tensor) -> Result<Tensor> {
+        (self.act)(self.activation, x)
+    }
 }
 
 /// candle's.
 pub(crate) const CANDLES: Parts = Parts {
     affine: |x, (weight, bias)| x.matmul(&weight.t()?)?.broadcast_add(bias),
-    tanh: Tensor::tanh,
+    act: |activation, x| match activation {
+        Activation::Tanh => x.tanh(),
+        Activation::Softplus => x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?,
+        other => candle_core::bail!("no field of candle's layers with {other:?}"),
+    },
+    activation: Activation::Tanh,
 };
 
 /// The library's.
@@ -92,7 +123,8 @@ pub(crate) const DROP_IN: Parts = Parts {
         let layer = Linear::new(weight.clone(), Some(bias.clone()));
         nn::Linear::from(layer).forward(x)
     },
-    tanh: |x| Activation::Tanh.forward(x),
+    act: Activation::forward,
+    activation: Activation::Tanh,
 };
 
 type Ours = fn(&Place<'_>, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
@@ -178,8 +210,15 @@ fn unrolled(field: &Field, tableau: &Tableau, y0: &[Tensor], times: &[f64]) -> R
 
 /// The plain field on a tape.
 pub(crate) fn tape(build: Plain, place: &Place<'_>, ask: Ask, options: &OdeOptions) -> Result<Ode> {
-    let layers = ask(place.builder())?;
-    Ok(Ode::Tape(build(layers, CANDLES)?, options.method.clone()))
+    if matches!(options.steps, Steps::Adaptive(_)) {
+        candle_core::bail!("adaptive steps are not unrolled on a tape");
+    }
+    let parts = Parts {
+        activation: place.activation,
+        ..CANDLES
+    };
+    let field = build(ask(place.builder())?, parts)?;
+    Ok(Ode::Tape(field, options.method.clone()))
 }
 
 /// A neural ODE of a plain field.
@@ -190,31 +229,43 @@ pub(crate) fn plain(
     ask: Ask,
     options: OdeOptions,
 ) -> candle_diffeq::Result<Ode> {
+    let parts = Parts {
+        activation: place.activation,
+        ..parts
+    };
     let field = move |vb: VarBuilder<'_>| build(ask(vb)?, parts);
     Ok(Ode::Several(place.ode(field, options)?))
 }
 
 fn our_mlp(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
-    let field = move |vb: VarBuilder<'_>| perceptron(ask(vb)?);
+    let activation = place.activation;
+    let field = move |vb: VarBuilder<'_>| perceptron(ask(vb)?, activation);
     Ok(Ode::One(place.ode(field, options)?))
 }
 
+/// A closure over the library's layers.
+fn our_scaled_mlp(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
+    plain(scaled_mlp, DROP_IN, place, ask, options)
+}
+
 fn our_cnf(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
-    let field = move |vb: VarBuilder<'_>| Cnf::new(perceptron(ask(vb)?)?);
+    let activation = place.activation;
+    let field = move |vb: VarBuilder<'_>| Cnf::new(perceptron(ask(vb)?, activation)?);
     Ok(Ode::Two(place.ode(field, options)?))
 }
 
 fn our_hyper(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
-    let layers = ask(place.builder())?;
+    let layers = layers(ask(place.builder())?)?;
     let (hidden, numbers) = (layers[0].0.dim(0)?, layers[layers.len() - 1].0.dim(0)?);
     let (features, width) = (place.features, numbers / (3 * place.features + 1));
     let field = move |vb: VarBuilder<'_>| HyperCnf::new(features, width, hidden, vb);
     Ok(Ode::Two(place.ode(field, options)?))
 }
 
-fn perceptron(layers: Layers) -> Result<Mlp> {
-    let layers = layers.into_iter().map(|(w, b)| Linear::new(w, Some(b)));
-    Mlp::from_layers(&layers.collect::<Vec<_>>(), Activation::Tanh, false)
+fn perceptron(weights: Vec<Tensor>, activation: Activation) -> Result<Mlp> {
+    let layers = layers(weights)?.into_iter();
+    let layers = layers.map(|(w, b)| Linear::new(w, Some(b)));
+    Mlp::from_layers(&layers.collect::<Vec<_>>(), activation, false)
 }
 
 fn our_conv(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
@@ -226,7 +277,7 @@ fn our_conv(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::
             };
             Ok(Conv2d::new(w, Some(b), config))
         };
-        let layers = ask(vb)?
+        let layers = layers(ask(vb)?)?
             .into_iter()
             .map(layer)
             .collect::<Result<Vec<_>>>()?;
@@ -235,19 +286,21 @@ fn our_conv(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::
     Ok(Ode::One(place.ode(field, options)?))
 }
 
-/// Layers with tanh between them.
-fn mlp(layers: Layers, parts: Parts) -> Result<Field> {
+/// Layers with activations between them.
+fn mlp(weights: Vec<Tensor>, parts: Parts) -> Result<Field> {
+    let layers = layers(weights)?;
     Ok(Box::new(move |_, y| {
         let mut x = y[0].clone();
         for (i, layer) in layers.iter().enumerate() {
-            x = (parts.affine)(&if i > 0 { (parts.tanh)(&x)? } else { x }, layer)?;
+            x = (parts.affine)(&if i > 0 { parts.activated(&x)? } else { x }, layer)?;
         }
         Ok(vec![x])
     }))
 }
 
 /// Convolutions that keep the size of the image, with relu between them.
-fn conv(layers: Layers, _: Parts) -> Result<Field> {
+fn conv(weights: Vec<Tensor>, _: Parts) -> Result<Field> {
+    let layers = layers(weights)?;
     Ok(Box::new(move |_, y| {
         let mut x = y[0].clone();
         for (i, (kernel, bias)) in layers.iter().enumerate() {
@@ -261,13 +314,19 @@ fn conv(layers: Layers, _: Parts) -> Result<Field> {
 }
 
 /// z' = `mlp`(z), (log p)' = −tr ∂z'/∂z, by one forward tangent for each coordinate of z.
-fn cnf(layers: Layers, parts: Parts) -> Result<Field> {
+fn cnf(weights: Vec<Tensor>, parts: Parts) -> Result<Field> {
+    let layers = layers(weights)?;
     Ok(Box::new(move |_, y| {
         let (mut x, mut slopes) = (y[0].clone(), vec![]);
         for (i, layer) in layers.iter().enumerate() {
             if i > 0 {
-                x = (parts.tanh)(&x)?;
-                slopes.push((1.0 - x.sqr()?)?);
+                let value = parts.activated(&x)?;
+                slopes.push(match parts.activation {
+                    Activation::Tanh => (1.0 - value.sqr()?)?,
+                    Activation::Softplus => candle_nn::ops::sigmoid(&x)?,
+                    other => candle_core::bail!("no trace of candle's layers with {other:?}"),
+                });
+                x = value;
             }
             x = (parts.affine)(&x, layer)?;
         }
@@ -286,20 +345,46 @@ fn cnf(layers: Layers, parts: Parts) -> Result<Field> {
 
 /// z' = 1/m Σ_j u_j tanh(w_j·z + b_j), (log p)' = −tr ∂z'/∂z, with weights that the layers compute from
 /// time, as [`HyperCnf`] has it.
-fn hyper(layers: Layers, parts: Parts) -> Result<Field> {
+fn hyper(weights: Vec<Tensor>, parts: Parts) -> Result<Field> {
+    let layers = layers(weights)?;
     Ok(Box::new(move |t, y| {
         let (z, log) = (&y[0], &y[1]);
         let mut x = t.tensor()?.to_dtype(z.dtype())?.reshape((1, 1))?;
         for (i, layer) in layers.iter().enumerate() {
-            x = (parts.affine)(&if i > 0 { (parts.tanh)(&x)? } else { x }, layer)?;
+            x = (parts.affine)(&if i > 0 { parts.activated(&x)? } else { x }, layer)?;
         }
         let d = z.dim(1)?;
         let m = x.dim(1)? / (3 * d + 1);
         let block = |i: usize| x.narrow(1, i * m * d, m * d)?.reshape((m, d));
         let (w, bias) = (block(0)?, x.narrow(1, 3 * m * d, m)?);
         let u = ((block(1)? * candle_nn::ops::sigmoid(&block(2)?)?)? / m as f64)?;
-        let h = (parts.tanh)(&z.matmul(&w.t()?)?.broadcast_add(&bias)?)?;
+        let h = parts.activated(&z.matmul(&w.t()?)?.broadcast_add(&bias)?)?;
         let trace = (h.sqr()? - 1.0)?.matmul(&(&u * w)?.sum_keepdim(1)?)?;
         Ok(vec![h.matmul(&u)?, trace.to_dtype(log.dtype())?])
+    }))
+}
+
+/// (x, v)' = (v, α (1 − x²) v − x) in every row.
+fn van_der_pol(weights: Vec<Tensor>, _: Parts) -> Result<Field> {
+    let [alpha] = weights.as_slice() else {
+        candle_core::bail!("an oscillator has one weight p0, not {}", weights.len());
+    };
+    let alpha = alpha.clone();
+    Ok(Box::new(move |_, y| {
+        let (x, v) = (y[0].narrow(1, 0, 1)?, y[0].narrow(1, 1, 1)?);
+        let damping = ((1.0 - x.sqr()?)? * &v)?.broadcast_mul(&alpha)?;
+        Ok(vec![Tensor::cat(&[&v, &(damping - x)?], 1)?])
+    }))
+}
+
+/// x' = eˢ (`mlp`(x) − x) at a speed of its own in every row, s' = 0, s the last column of the state.
+fn scaled_mlp(weights: Vec<Tensor>, parts: Parts) -> Result<Field> {
+    let network = mlp(weights, parts)?;
+    Ok(Box::new(move |t, y| {
+        let last = y[0].dim(1)?.saturating_sub(1);
+        let (x, s) = (y[0].narrow(1, 0, last)?, y[0].narrow(1, last, 1)?);
+        let towards = network(t, &vec![x.clone()])?.remove(0);
+        let velocity = (towards - x)?.broadcast_mul(&s.exp()?)?;
+        Ok(vec![Tensor::cat(&[velocity, s.zeros_like()?], 1)?])
     }))
 }

@@ -2,12 +2,15 @@
 //! its loss and gradients with the file's reference.
 //!
 //! `cargo run --release --example workloads -- FILE [--precision bf16] [--checkpoint every:10]`
-//! (seconds) prints one line of JSON.
+//! (seconds) prints one line of JSON.  A file that has tolerances is solved by adaptive steps: `accepted` and `rejected`
+//! count them, `limited` those that the noise floor let pass, `nfe_fwd` evaluations and `nfe_bwd` pull-backs, `err_y` is
+//! the error of the states.  Of other files `nfe_bwd` counts evaluations that the backward pass repeats.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod fields;
 mod peak;
+mod processor;
 mod workload;
 
 use std::path::PathBuf;
@@ -15,7 +18,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use candle_diffeq::{ActivationCache, Checkpoint, OdeOptions, Output, Recorder, Stats};
+use candle_diffeq::{ActivationCache, Checkpoint, OdeOptions, Recorder, Stats};
 use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
@@ -93,20 +96,21 @@ fn run(args: &Args) -> Result<serde_json::Value> {
     workload.fill(&vars, state)?;
     let recorder = Recorder::default();
     let options = OdeOptions {
-        method: workload.method.clone(),
         precision: Some(args.precision.precision()),
         checkpoint: args.checkpoint,
         activation_cache: match ActivationCache::within(args.activations << 20) {
             kept if args.activations_bf16 => kept.in_bf16(),
             kept => kept,
         },
-        output: Output::Final,
         recorder: Some(recorder.clone()),
-        ..Default::default()
+        ..workload.options()
     };
     let ode = workload.ode(&vars, state, args.field, options)?;
     let y0 = workload.y0(state)?;
     let target = workload.target(state)?;
+    if args.row_loss && !workload.is_of_the_end() {
+        return Err("--row-loss forms a loss of the last state alone".into());
+    }
     let solve = || -> Result<Tensor> {
         if let (true, Some(target)) = (args.row_loss, &target) {
             return Ok(ode.mean_square(&y0.leaves, &workload.times, target)?);
@@ -119,14 +123,21 @@ fn run(args: &Args) -> Result<serde_json::Value> {
     let grads = solve()?.backward()?;
     let stats = recorder.take();
     let errors = workload.errors(&solve()?, &vars, &y0.var, &grads)?;
+    let state_error = match workload.is_adaptive() {
+        true => workload.state_error(&ode.solve(&y0.leaves, &workload.times)?)?,
+        false => None,
+    };
     let (mut forward, mut both, mut peaks) = (vec![], vec![], vec![]);
+    let mut processor = f64::INFINITY;
     for _ in 0..args.repeats {
         let clock = Instant::now();
         solve()?.detach().to_dtype(DType::F64)?.to_scalar::<f64>()?;
         forward.push(milliseconds(clock));
-        let clock = Instant::now();
+        let (clock, before) = (Instant::now(), processor::milliseconds());
         solve()?.backward()?;
         both.push(milliseconds(clock));
+        let took = processor::milliseconds().zip(before).map(|(b, a)| b - a);
+        processor = processor.min(took.unwrap_or(f64::NAN));
         if args.share {
             peaks.push(peak::rate());
         }
@@ -136,6 +147,8 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         .map(|(peak, before)| (peak.saturating_sub(before)) as f64 / f64::from(1 << 20));
     let times = [median(forward), median(both)];
     let mut line = line(args, &workload, &stats, &times, growth, errors);
+    line["err_y"] = json!(state_error);
+    line["fwdbwd_cpu_ms"] = json!(processor);
     if let (true, Some(products)) = (args.share, workload.products()) {
         // Evaluation, pull-back and gradient, and what is evaluated again.
         let passes = 3 * stats.evaluations + stats.recomputed;
@@ -173,7 +186,15 @@ fn line(
         "activation_bytes": stats.activation_bytes,
         "row_loss": args.row_loss,
         "nfe_fwd": stats.evaluations,
-        "nfe_bwd": stats.recomputed,
+        "nfe_bwd": match workload.is_adaptive() {
+            true => stats.vjps,
+            false => stats.recomputed,
+        },
+        "accepted": stats.steps,
+        "rejected": stats.rejected,
+        "limited": stats.limited,
+        "tolerance_factor": stats.tolerance_factor,
+        "recomputed": stats.recomputed,
         "vjps": stats.vjps,
         "retries": stats.retries,
         "err_loss": loss,

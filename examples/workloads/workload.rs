@@ -1,12 +1,16 @@
 //! A workload file: weights p0, p1, …, y0, t, target, and the reference's loss and gradients in f64;
-//! in its header `kind` (mlp, conv, cnf, hyper) and `method`.
+//! in its header `kind` (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp) and `method`.
+//!
+//! Where the header has `rtol` and `atol`, steps are adaptive, the loss is of all outputs, and `ref.ys` is the state at
+//! the times of numbers `ref.index`; it may have an `activation`, too.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::{OdeOptions, Tableau};
+use candle_core::{DType, Device, Tensor, Var, D};
+use candle_diffeq::nn::Activation;
+use candle_diffeq::{Adaptive, OdeOptions, Output, Steps, Tableau};
 use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 
@@ -18,6 +22,9 @@ pub(crate) struct Workload {
     pub(crate) name: String,
     pub(crate) times: Vec<f64>,
     pub(crate) method: Tableau,
+    /// Relative and absolute, where steps are adaptive.
+    tolerances: Option<[f64; 2]>,
+    activation: Activation,
     kind: &'static Kind,
     /// Weights p0, p1, … in this order.
     weights: usize,
@@ -38,17 +45,63 @@ impl Workload {
         let bytes = std::fs::read(path).map_err(|e| failed(&e))?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| failed(&e))?;
         let header = header.metadata().clone().unwrap_or_default();
+        let missing = |key: &str| failed(&format!("no `{key}` in its header"));
         let text = |key: &str| {
-            let json = header
-                .get(key)
-                .ok_or_else(|| failed(&format!("no `{key}` in its header")))?;
+            let json = header.get(key).ok_or_else(|| missing(key))?;
             serde_json::from_str::<String>(json).map_err(|e| failed(&format!("`{key}`: {e}")))
+        };
+        let number = |key: &str| {
+            let json = header.get(key).ok_or_else(|| missing(key))?;
+            serde_json::from_str::<f64>(json).map_err(|e| failed(&format!("`{key}`: {e}")))
         };
         let tensors =
             candle_core::safetensors::load_buffer(&bytes, device).map_err(|e| failed(&e))?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        Self::new(&name, &text("kind")?, &text("method")?, tensors, device)
-            .map_err(|e| failed(&e).into())
+        let mut workload = Self::new(&name, &text("kind")?, &text("method")?, tensors, device)
+            .map_err(|e| failed(&e))?;
+        if header.contains_key("rtol") || header.contains_key("atol") {
+            workload.tolerances = Some([number("rtol")?, number("atol")?]);
+        }
+        if header.contains_key("activation") {
+            let name = text("activation")?;
+            let known = Activation::ALL.into_iter();
+            let mut known = known.filter(|a| format!("{a:?}").to_lowercase() == name);
+            let unknown = || failed(&format!("unknown activation `{name}`"));
+            workload.activation = known.next().ok_or_else(unknown)?;
+        }
+        Ok(workload)
+    }
+
+    /// How the file asks for it to be solved.
+    pub(crate) fn options(&self) -> OdeOptions {
+        let steps = self.tolerances.map(|[rtol, atol]| {
+            // What else there is to choose about adaptive steps goes here.
+            Steps::Adaptive(Adaptive::new(rtol, atol))
+        });
+        OdeOptions {
+            method: self.method.clone(),
+            steps: steps.unwrap_or_default(),
+            output: match self.is_of_the_end() {
+                true => Output::Final,
+                false => Output::All,
+            },
+            ..Default::default()
+        }
+    }
+
+    /// Whether steps are adaptive.
+    pub(crate) fn is_adaptive(&self) -> bool {
+        self.tolerances.is_some()
+    }
+
+    /// Whether the loss reads the last state alone.
+    pub(crate) fn is_of_the_end(&self) -> bool {
+        self.is_density() || !self.is_adaptive()
+    }
+
+    /// The first of the times whose states are outputs: an oscillator's start is one.
+    fn first_output(&self) -> usize {
+        usize::from(self.kind.name != "van_der_pol")
     }
 
     /// Of tensors by their names in a file; the reference may be missing.
@@ -66,13 +119,15 @@ impl Workload {
         let weights = (0..)
             .take_while(|i| tensors.contains_key(&format!("p{i}")))
             .count();
-        if weights == 0 || weights % 2 == 1 {
-            return Err("its weights are not pairs p0, p1, …".into());
+        if weights == 0 {
+            return Err("no weights p0, p1, …".into());
         }
         let mut workload = Self {
             name: name.to_owned(),
             times: vec![],
             method,
+            tolerances: None,
+            activation: Activation::Tanh,
             kind,
             weights,
             tensors,
@@ -122,15 +177,17 @@ impl Workload {
             .map(|i| Ok(self.tensor(&format!("p{i}"), dtype)?.shape().clone()))
             .collect::<Result<_>>()?;
         let layers = move |vb: VarBuilder<'_>| -> candle_core::Result<Vec<_>> {
-            let get = |i: usize| vb.get(shapes[i].clone(), &variable(i));
-            let pairs = (0..shapes.len()).step_by(2);
-            pairs.map(|i| Ok((get(i)?, get(i + 1)?))).collect()
+            let shapes = shapes.iter().enumerate();
+            shapes
+                .map(|(i, shape)| vb.get(shape.clone(), &variable(i)))
+                .collect()
         };
         let place = Place {
             vars,
             dtype,
             device: &self.device,
             features: self.tensor("y0", dtype)?.dim(1)?,
+            activation: self.activation,
         };
         let (ask, plain) = (Box::new(layers), self.kind.plain);
         Ok(match (whose, self.kind.ours) {
@@ -164,15 +221,21 @@ impl Workload {
         })
     }
 
-    /// The mean square distance from the target, or the mean negative log-likelihood under a
-    /// standard normal, up to a constant.
+    /// The mean square distance of all outputs from the target, in as many columns as that has, or the mean negative
+    /// log-likelihood under a standard normal, up to a constant.
     pub(crate) fn loss(
         &self,
         y: &[Tensor],
         target: Option<&Tensor>,
     ) -> candle_core::Result<Tensor> {
         match (y, target) {
-            ([y], Some(target)) => (y - target)?.sqr()?.mean_all(),
+            ([y], Some(target)) if self.is_of_the_end() => (y - target)?.sqr()?.mean_all(),
+            ([y], Some(target)) => {
+                let first = self.first_output();
+                let y = y.narrow(0, first, y.dim(0)?.saturating_sub(first))?;
+                let y = y.narrow(D::Minus1, 0, target.dim(D::Minus1)?)?;
+                y.broadcast_sub(target)?.sqr()?.mean_all()
+            }
             ([z, log], None) => ((z.sqr()?.sum_keepdim(1)? * 0.5)? + log)?.mean_all(),
             _ => candle_core::bail!("the state has {} parts", y.len()),
         }
@@ -202,6 +265,31 @@ impl Workload {
             distance(&got, &expected)?,
             distance(&flat(&y0.1)?, &reference(&y0.0)?)?,
         ])
+    }
+
+    /// The relative error of the states at the times for which the file has them.
+    pub(crate) fn state_error(&self, y: &[Tensor]) -> Result<Option<f64>> {
+        if !self.tensors.contains_key("ref.ys") {
+            return Ok(None);
+        }
+        let flat = |x: &Tensor| -> Result<Vec<f64>> {
+            Ok(x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+        };
+        let y = y.iter().map(Tensor::detach).collect::<Vec<_>>();
+        let y = Tensor::cat(&y, D::Minus1)?;
+        let y = match self.is_of_the_end() {
+            true => y.unsqueeze(0)?,
+            false => y,
+        };
+        let passed_over = self.times.len().saturating_sub(y.dim(0)?);
+        let mut got = vec![];
+        for index in self.tensor("ref.index", DType::F64)?.to_vec1::<f64>()? {
+            let state = (index as usize).checked_sub(passed_over);
+            let missing = || format!("{}: ref.index {index} is of no output", self.name);
+            got.extend(flat(&y.get(state.ok_or_else(missing)?)?)?);
+        }
+        let expected = flat(&self.tensor("ref.ys", DType::F64)?)?;
+        Ok(Some(distance(&got, &expected)?))
     }
 
     /// Gradients of the weights and, last, of y0, by their names in a file.
