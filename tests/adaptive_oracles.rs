@@ -20,7 +20,8 @@ use std::path::PathBuf;
 
 use adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};
 use candle_core::{DType, Tensor};
-use candle_diffeq::{predict, Adaptive, OdeOptions, Steps, Tableau};
+use candle_diffeq::control::Adaptive;
+use candle_diffeq::{predict, OdeOptions, Steps, Tableau};
 use common::{values, worst};
 use oracle::Oracle;
 

@@ -480,11 +480,7 @@ fn a_row_that_fails_leaves_the_others_alone() {
             assert_eq!(row_bits(&nan, row), row_bits(&fine, row));
         }
     }
-    assert!(nan
-        .weights
-        .iter()
-        .flat_map(values)
-        .all(f64::is_finite));
+    assert!(nan.weights.iter().flat_map(values).all(f64::is_finite));
 }
 
 #[test]

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Tensor, Var};
+use candle_diffeq::control::Adaptive;
 use candle_diffeq::control::Norm;
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{
-    odeint, predict, Adaptive, OdeOptions, Precision, Recorder, Stats, Steps, Tableau, Time, DOPRI5,
+    odeint, predict, OdeOptions, Precision, Recorder, Stats, Steps, Tableau, Time, DOPRI5,
 };
 
 use crate::flows::{self, Weights};

@@ -9,8 +9,9 @@ use std::path::Path;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
+use candle_diffeq::control::Adaptive;
 use candle_diffeq::nn::Activation;
-use candle_diffeq::{Adaptive, OdeOptions, Output, Steps, Tableau};
+use candle_diffeq::{OdeOptions, Output, Steps, Tableau};
 use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 
