@@ -34,7 +34,8 @@ PEERS = {"torch": "torch", "rampde": "rampde", "torchdiffeq": "torchdiffeq", "to
 #: Those without adaptive steps, and those that have nothing else here.
 FIXED, ADAPTIVE = ("torch", "rampde", "jax scan"), ("diffrax pi", "diffrax rows", "torchode")
 #: Repetitions in one process, alike for all: about half a second of the best peer.
-REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3, "A0": 100, "A1": 3, "A2": 5, "A3": 7, "A4": 3, "A5": 3}
+REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3,
+           "A0": 100, "A1": 3, "A2": 5, "A3": 7, "A4": 3, "A5": 3}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         results = {key: lines for key, lines in results.items() if lines}
     ours = re.search('version = "(.*)"', (ROOT / "Cargo.toml").read_text())[1]
     versions = {"candle-diffeq": ours} | {PEERS[name]: version(PEERS[name]) for name in peers}
+    versions |= {name: version(name) for name in ("torch", "jax") if util.find_spec(name)}  # what others rest on
     text = report.render(results, versions, len(cpus))
     report.insert(args.markdown, text) if args.markdown else print(text)
 

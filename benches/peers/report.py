@@ -49,8 +49,8 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
     tables = []
     if any(is_adaptive(lines) for lines in good.values()):
         adaptive = {key: lines for key, lines in results.items() if "error" in lines[-1] or is_adaptive(lines)}
-        tables.append(table(adaptive, "Steps: accepted + rejected, evaluations forward (of rows their means and the most steps; "
-                            "a method that stands in)", steps))
+        tables.append(table(adaptive, "Steps: accepted + rejected, evaluations forward (of rows the means, and the most "
+                            "that one accepted; a method that stands in)", steps))
         tables.append(table(adaptive, "Relative error of the states against the f64 reference",
                             lambda lines: f"{lines[-1]['err_y']:.1e}"))
     return "\n\n".join([

@@ -19,8 +19,8 @@ def time(t, like: torch.Tensor) -> torch.Tensor:
 
 
 OPS = SimpleNamespace(linear=F.linear, conv=lambda x, w, b: F.conv2d(x, w, b, padding=1),
-                      tanh=torch.tanh, softplus=F.softplus, exp=torch.exp, cat=lambda parts: torch.cat(parts, -1), relu=torch.relu, sigmoid=torch.sigmoid, zeros_like=torch.zeros_like,
-                      time=time)
+                      tanh=torch.tanh, softplus=F.softplus, relu=torch.relu, sigmoid=torch.sigmoid, exp=torch.exp,
+                      cat=lambda parts: torch.cat(parts, -1), zeros_like=torch.zeros_like, time=time)
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 

@@ -295,9 +295,17 @@ fn detest(oracle: &Oracle) -> Result<f64> {
             let failed = |e| oracle.failed(format_args!("{name}: {e}"));
             let run = |share| adaptive::detest(oracle, &problems, pair, tol, share).map_err(failed);
             let (run, plain) = (run(HELD)?, run(PLAIN)?);
+            let held = format!(
+                "tol {tol:.0e}: {} ends at {:.1} tol",
+                run.problem, run.error
+            );
+            let plain = format!(
+                "(rtol = atol = tol: {} at {:.0} tol)",
+                plain.problem, plain.error
+            );
             println!(
-                "{:<36}{name:<12}tol {tol:.0e}: {} ends at {:.1} tol{:>30}{:>12.1e}  (steps of rtol = atol = tol: {} at {:.0} tol)",
-                oracle.file, run.problem, run.error, run.evaluations, run.over_bar, plain.problem, plain.error
+                "{:<36}{name:<12}{held:<56}{:>13}{:>12.1e}  {plain}",
+                oracle.file, run.evaluations, run.over_bar
             );
             worst = worse(worst, run.over_bar);
         }

@@ -2,6 +2,8 @@
 
 /// Milliseconds that all threads of this process that are alive have run for, where the system tells (Linux).
 pub(crate) fn milliseconds() -> Option<f64> {
+    // The system counts a running thread at its next tick, or when it yields.
+    std::thread::yield_now();
     let threads = std::fs::read_dir("/proc/self/task").ok()?;
     let mut nanoseconds = 0;
     for thread in threads {
