@@ -99,7 +99,7 @@ pub enum StopReason {
     #[error("the field gives NaN or infinity here, however short the step is")]
     NonFinite,
     /// More than a tenth of the steps were accepted only because of the noise floor
-    /// ([`Adaptive::precision_limit_is_error`](crate::Adaptive::precision_limit_is_error)).
+    /// ([`Adaptive::precision_limit_is_error`](crate::control::Adaptive::precision_limit_is_error)).
     #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}")]
     PrecisionLimited {
         /// How many.
