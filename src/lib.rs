@@ -13,6 +13,8 @@
 //!   model is checked in this way once.
 //! * [`nn`]: layers and fields; perceptrons, their flows and convolutions are integrated tile by tile on
 //!   the CPU, several times faster.
+//! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
+//!   [`dense`]: solutions that are evaluated at any time later.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
 //!   train them on.
 //! * [`OdeOptions`]: method ([`Tableau`]), steps, fixed or [adaptive](control::Adaptive), checkpoints, scaling, statistics.
@@ -28,6 +30,10 @@
 //!
 //! v_i = b_i λ + h Σ_{j>i} a_ji w_j,  w_i = (∂f/∂y)ᵀ v_i,  θ̄ += h (∂f/∂θ)ᵀ v_i,
 //! λ ← λ + h Σ_i w_i + ȳ_n.
+//!
+//! An output inside a step, at a fraction x of it, is y_n + h Σ_i b_i(x) k_i with the method's interpolant b(x), and its
+//! cotangent enters λ_n once and v_i with weight b_i(x).  Adaptive steps are those that were accepted, with their
+//! lengths as constants.
 //!
 //! Only f and its pull-back run in compute precision.  So if f is evaluated with a rounding error u, the solution
 //! and the gradients change by O(u), for any number of steps.  In f16 the input of the pull-back is S·v_i with a

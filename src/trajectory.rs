@@ -128,9 +128,9 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
         })
     }
 
-    /// The same for a number of steps that is not known yet.  A budget of states is thinned out as steps are added:
-    /// they stand at multiples of a power of two, between half and all of the budget.  The backward pass replays
-    /// at most log₂ of the stride, rounded up, as often as the best placement does.
+    /// The same for a number of steps that is not known yet.  A budget of states is thinned out as steps are added: the
+    /// kept states are at the multiples of a power of two.  The first backward pass replays at most half as many steps
+    /// again as with the best placement.
     pub(crate) fn online(checkpoint: Checkpoint, store: K, y0: &Y) -> Result<Self> {
         let mut trajectory = Self::new(checkpoint, 0, store, y0)?;
         if let Placement::States(budget) = trajectory.plan {
@@ -542,6 +542,62 @@ mod tests {
                     "{checkpoint:?} of {steps}"
                 );
             }
+        }
+    }
+
+    /// Steps that the first backward pass replays where the number of steps was not known, and the most states that
+    /// lived at once.
+    fn online(budget: usize, steps: usize) -> (usize, usize) {
+        let alive = Rc::new(Cell::new(0));
+        let store = Copies(alive.clone());
+        let mut y = counted(0, &alive);
+        let mut trajectory = Trajectory::online(Checkpoint::States(budget), store, &y).unwrap();
+        let most = Cell::new(0);
+        let see = || most.set(most.get().max(alive.get()));
+        for n in 0..steps {
+            trajectory.offer(n, &y).unwrap();
+            see();
+            y = counted(n + 1, &alive);
+        }
+        drop(y);
+        let replays = Cell::new(0);
+        let mut rewind = trajectory.rewind();
+        for n in (0..steps).rev() {
+            let advance = |m: usize, y: &Counted| {
+                assert_eq!(y.n, m);
+                replays.set(replays.get() + 1);
+                let next = counted(m + 1, &alive);
+                see();
+                Ok(next)
+            };
+            let y = rewind
+                .state(n, &mut { advance }, &mut Stats::default())
+                .unwrap();
+            assert_eq!(y.n, n);
+            see();
+        }
+        (replays.get(), most.get())
+    }
+
+    #[test]
+    fn a_budget_holds_where_the_number_of_steps_is_not_known_and_costs_little_more() {
+        for (budget, steps) in [
+            (1, 40),
+            (2, 100),
+            (5, 1000),
+            (12, 1000),
+            (40, 100_000),
+            (100, 64),
+        ] {
+            let (replays, most) = online(budget, steps);
+            assert!(most <= budget + 3, "{budget} of {steps}: {most}");
+            let best = replayed(steps, budget.min(steps));
+            // The forward pass has replayed nothing yet: the best placement begins with a pass of its own.
+            println!("{budget} of {steps}: {replays}, best {best}");
+            assert!(
+                2 * replays <= 3 * best + 2 * steps,
+                "{budget} of {steps}: {replays}, {best}"
+            );
         }
     }
 
