@@ -225,7 +225,10 @@ pub enum StepControl {
     /// [`OdeOptions::fusion`](crate::OdeOptions::fusion)).
     ///
     /// A row takes fewer steps than the batch, and is less accurate than where the hardest row sets the steps of all:
-    /// compare both at equal error.
+    /// compare both at equal error.  [`Checkpoint::States`](crate::Checkpoint::States) and
+    /// [`Bytes`](crate::Checkpoint::Bytes) are budgets of every row in the same way as of the batch: so many states of
+    /// each.  Nothing is kept of evaluations ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).
+    /// In f16 the rows of a tile share a scale of the adjoint.
     Rows,
     /// For the whole batch, by one error; see [`Norm`].
     Batch,

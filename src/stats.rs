@@ -27,9 +27,9 @@ pub struct Stats {
     /// The shortest and the longest adaptive step.
     pub step_range: Option<(f64, f64)>,
     /// The times between adaptive steps, from the first to the last of each solve.  Only of a
-    /// [`Recorder::tracing`].
+    /// [`Recorder::tracing`], and not where every row has its own, see [`rows`](Self::rows).
     pub step_times: Vec<f64>,
-    /// The length of the first adaptive step of the last solve.
+    /// The length of the first adaptive step of the last solve; where every row has its own, that of the first row.
     pub first_step: Option<f64>,
     /// Velocities evaluated by the forward pass.  Evaluations that only tell whether candle can trace
     /// the field, one where a velocity does not read the whole state, are not among them.
@@ -276,7 +276,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// One that also keeps [`Stats::scales`] and [`Stats::step_times`], which grow with every solve until they are taken.
+    /// One that also keeps [`Stats::scales`], [`Stats::step_times`] and [`Stats::rows`], which grow with every solve until they are taken.
     pub fn tracing() -> Self {
         Self {
             traces: true,

@@ -6,7 +6,7 @@
 mod common;
 
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
-use candle_diffeq::control::{Adaptive, OnFailure, StepControl};
+use candle_diffeq::control::{Adaptive, Controller, OnFailure, StepControl};
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
@@ -25,6 +25,8 @@ enum Kind {
     Timed,
     Cnf,
     Conv,
+    /// Not bounded: large states move without bounds.
+    Relu,
 }
 
 const KINDS: [Kind; 4] = [Kind::Mlp, Kind::Timed, Kind::Cnf, Kind::Conv];
@@ -32,7 +34,7 @@ const KINDS: [Kind; 4] = [Kind::Mlp, Kind::Timed, Kind::Cnf, Kind::Conv];
 /// Where each row begins: the later ones move faster.
 fn start(kind: Kind, rows: usize, dtype: DType) -> Vec<Tensor> {
     let shapes: &[&[usize]] = match kind {
-        Kind::Mlp | Kind::Timed => &[&[3]],
+        Kind::Mlp | Kind::Timed | Kind::Relu => &[&[3]],
         Kind::Cnf => &[&[3], &[1]],
         Kind::Conv => &[&[2, 3, 2]],
     };
@@ -76,9 +78,10 @@ fn solve(
     let (vars, dtype) = (VarMap::new(), y0[0].dtype());
     let tanh = Activation::Tanh;
     match kind {
-        Kind::Mlp | Kind::Timed => {
+        Kind::Mlp | Kind::Timed | Kind::Relu => {
             let build = move |vb: VarBuilder<'_>| match kind {
                 Kind::Mlp => Mlp::new(&[3, 12, 9, 3], tanh, vb),
+                Kind::Relu => Mlp::new(&[3, 12, 9, 3], Activation::Relu, vb),
                 _ => Mlp::with_time(&[3, 12, 9, 3], tanh, vb),
             };
             let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
@@ -511,5 +514,143 @@ fn the_final_state_alone_takes_the_same_steps() {
         for (a, b) in all.states.iter().zip(&last.states) {
             assert_eq!(bits(&a.i(TIMES.len() - 1).unwrap()), bits(b));
         }
+    }
+}
+
+/// Options that Batch and Rows follow in the same way.
+fn variants() -> Vec<Adaptive> {
+    let plain = || adaptive(1e-5, 1e-7);
+    vec![
+        plain().step_t([0.3, 0.8, 7.0]).jump_t([1.1]),
+        plain().jump_t([0.2, 0.21, 1.7]),
+        plain().step_on_outputs(true),
+        plain().first_step(1e-3),
+        plain().max_step(0.04),
+        plain().min_step(0.02),
+        plain().controller(Controller::PI),
+        plain().noise_floor(false),
+        adaptive(0.0, 1e-6),
+        adaptive(1e-4, 0.0),
+    ]
+}
+
+#[test]
+fn every_option_means_for_a_row_what_it_means_for_a_batch() {
+    let times = [TIMES, TIMES.map(|t| 2.0 - t)];
+    for (method, times) in [DOPRI5, FEHLBERG45, BOSH3]
+        .iter()
+        .zip([times[0], times[1], times[0]])
+    {
+        for variant in variants() {
+            let y0 = rows(&start(Kind::Timed, 8, DType::F64), &[3]);
+            let batch = options(method, variant.clone().control(StepControl::Batch));
+            let ours = solve(Kind::Timed, &y0, &times, &options(method, variant.clone())).unwrap();
+            let theirs = solve(Kind::Timed, &y0, &times, &batch).unwrap();
+            let counts = |s: &Stats| (s.steps, s.rejected, s.forced, s.limited, s.evaluations);
+            let name = format!("{} {variant:?}", method.name());
+            assert_eq!(counts(&ours.stats), counts(&theirs.stats), "{name}");
+            let (ours_t, theirs_t) = (&ours.stats.rows[0].times, &theirs.stats.step_times);
+            let most = ours_t.iter().zip(theirs_t).map(|(a, b)| (a - b).abs());
+            assert!(most.fold(0.0, f64::max) <= 1e-8, "{name}");
+            for (x, y) in ours
+                .states
+                .iter()
+                .chain(&ours.y0)
+                .zip(theirs.states.iter().chain(&theirs.y0))
+            {
+                let error = relative(x, y);
+                assert!(error <= 1e-8, "{name} {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tolerance_of_each_element_is_that_of_its_row() {
+    let y0 = start(Kind::Mlp, 40, DType::F64);
+    let rtol: Vec<f64> = (0..40)
+        .flat_map(|row| [if row < 20 { 1e-3 } else { 1e-8 }; 3])
+        .collect();
+    let rtol = Tensor::from_vec(rtol, (40, 3), &Device::Cpu).unwrap();
+    let mixed = Adaptive::new(rtol, 1e-9).control(StepControl::Rows);
+    let mixed = solve(Kind::Mlp, &y0, &TIMES, &options(&DOPRI5, mixed)).unwrap();
+    for (rtol, rows) in [(1e-3, 0..20), (1e-8, 20..40)] {
+        let alike = adaptive(rtol, 1e-9);
+        let alike = solve(Kind::Mlp, &y0, &TIMES, &options(&DOPRI5, alike)).unwrap();
+        for row in rows {
+            assert_eq!(row_bits(&mixed, row), row_bits(&alike, row));
+        }
+    }
+}
+
+#[test]
+fn a_row_whose_field_is_no_number_from_the_start_is_not_the_others_affair() {
+    let y0 = start(Kind::Relu, 40, DType::F32);
+    let bad = Tensor::new(&[[3e38f32, 3e38, 3e38]], &Device::Cpu).unwrap();
+    let with_bad = y0[0].slice_assign(&[17..18, 0..3], &bad).unwrap();
+    let control = adaptive(1e-3, 1e-3);
+    match solve(
+        Kind::Relu,
+        std::slice::from_ref(&with_bad),
+        &TIMES,
+        &options(&DOPRI5, control.clone()),
+    ) {
+        Err(Error::NonFiniteVelocity {
+            step: 0,
+            stage: 0,
+            t,
+        }) => assert_eq!(t, 0.0),
+        other => panic!("{:?}", other.err()),
+    }
+    let options = options(&DOPRI5, control.on_failure(OnFailure::Nan));
+    let fine = solve(Kind::Relu, &y0, &TIMES, &options).unwrap();
+    let nan = solve(Kind::Relu, &[with_bad], &TIMES, &options).unwrap();
+    for row in 0..40 {
+        if row == 17 {
+            assert_eq!(nan.stats.rows[row].stopped, Some(StopReason::NonFinite));
+            let after = nan.states[0].i((1.., row)).unwrap();
+            assert!(values(&after).iter().all(|x| x.is_nan()));
+        } else {
+            assert_eq!(row_bits(&nan, row), row_bits(&fine, row));
+        }
+    }
+}
+
+#[test]
+fn a_perceptron_converges_to_the_exact_flow() {
+    let file =
+        candle_core::safetensors::load("tests/data/adaptive/08_mlp.safetensors", &Device::Cpu);
+    let file = file.unwrap();
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'_>| Mlp::with_time(&[3, 24, 24, 3], Activation::Tanh, vb);
+    let ode = NeuralOde::<Tensor>::from_field(&vars, "", DType::F64, &Device::Cpu, build).unwrap();
+    let theirs = |name: &str| {
+        let (layer, tensor) = name.split_once('.').unwrap();
+        format!("l{}.{tensor}", layer.parse::<usize>().unwrap() + 1)
+    };
+    for (name, var) in all(&vars) {
+        var.set(&file[&format!("w.{}", theirs(&name))]).unwrap();
+    }
+    let ode = ode.options(options(&DOPRI5, adaptive(1e-10, 1e-12)));
+    let y0 = Var::from_tensor(&file["y0"]).unwrap();
+    let times: Vec<f64> = file["t"].to_vec1().unwrap();
+    let ys = ode.solve(y0.as_tensor(), &times[..]).unwrap();
+    assert!(relative(&ys, &file["traj"]) <= 1e-8);
+    let last = ys.i(times.len() - 1).unwrap();
+    let squares = (&last - &file["loss.target"])
+        .unwrap()
+        .sqr()
+        .unwrap()
+        .sum_all()
+        .unwrap();
+    let linear = (&ys * &file["loss.v"]).unwrap().sum_all().unwrap();
+    let grads = (linear + (squares * 0.5).unwrap())
+        .unwrap()
+        .backward()
+        .unwrap();
+    assert!(relative(grads.get(&y0).unwrap(), &file["grad.y0"]) <= 1e-7);
+    for (name, var) in all(&vars) {
+        let exact = &file[&format!("grad.w.{}", theirs(&name))];
+        assert!(relative(grads.get(&var).unwrap(), exact) <= 1e-7, "{name}");
     }
 }

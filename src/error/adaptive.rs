@@ -84,7 +84,9 @@ pub struct Worst {
     pub index: usize,
 }
 
-/// An adaptive solve that did not reach its end: where it was, what it had done, and what it had computed.
+/// An adaptive solve that did not reach its end: where it was, what it had done, and what it had computed.  Where
+/// every row has steps of its own it is that of the first row that stopped, whose number is in `worst`, and the states
+/// are those of this row, `(outputs, 1, features)` for each tensor.
 #[derive(Clone, Debug)]
 pub struct Stopped {
     /// Why.

@@ -84,16 +84,19 @@ impl<T: Element, S: Simd> Clock<T, S> {
     /// A stage at abscissa c of every lane's step.
     #[inline(always)]
     pub(super) fn at(&mut self, s: S, steps: LaneSteps<'_>, c: f64) -> At<'_, T::Vector<S>> {
+        let times = &mut *self.times;
         match steps {
-            LaneSteps::All(step) => self.times.fill(T::splat(s, T::of(step.at(c)))),
+            LaneSteps::All(step) => times.fill(T::splat(s, T::of(step.at(c)))),
             LaneSteps::Each(steps) => {
-                let times = scalars_mut::<T, S>(&mut self.times);
-                for (time, step) in times.iter_mut().zip(steps) {
+                for (time, step) in scalars_mut::<T, S>(times).iter_mut().zip(steps) {
                     *time = T::of(step.at(c));
                 }
             }
         }
-        self.now()
+        At {
+            times,
+            rows: &self.rows,
+        }
     }
 
     /// Times that are given by lane.
@@ -265,7 +268,25 @@ impl<T: Element, S: Simd> Factor<T, S> {
     }
 }
 
+/// What a sum begins with: c x, with V vectors of c, or x.
+#[derive(Clone, Copy)]
+pub(super) struct First<'a, X> {
+    c: Option<&'a [X]>,
+    x: &'a [X],
+}
+
+impl<'a, X> First<'a, X> {
+    pub(super) fn plain(x: &'a [X]) -> Self {
+        Self { c: None, x }
+    }
+
+    pub(super) fn times(c: &'a [X], x: &'a [X]) -> Self {
+        Self { c: Some(c), x }
+    }
+}
+
 /// `out += Σ c x_j`, the x_j one after the other in `xs`.
+#[inline(always)]
 pub(super) fn add<T: Element, S: Simd>(
     s: S,
     width: usize,
@@ -276,12 +297,13 @@ pub(super) fn add<T: Element, S: Simd>(
     sum::<T, S>(s, width, out, None, terms, xs);
 }
 
-/// `out = c x + Σ c_j x_j`, in one pass over `out` for few terms.
+/// `out = first + Σ c_j x_j`, in one pass over `out` for few terms.
+#[inline(always)]
 pub(super) fn combine<T: Element, S: Simd>(
     s: S,
     width: usize,
     out: &mut [T::Vector<S>],
-    first: (&[T::Vector<S>], &[T::Vector<S>]),
+    first: First<'_, T::Vector<S>>,
     terms: Terms<'_, T::Vector<S>>,
     xs: &[T::Vector<S>],
 ) {
@@ -293,7 +315,7 @@ fn sum<'a, T: Element, S: Simd>(
     s: S,
     width: usize,
     out: &'a mut [T::Vector<S>],
-    first: Option<(&'a [T::Vector<S>], &'a [T::Vector<S>])>,
+    first: Option<First<'a, T::Vector<S>>>,
     terms: Terms<'a, T::Vector<S>>,
     xs: &'a [T::Vector<S>],
 ) {
@@ -322,7 +344,7 @@ fn sum<'a, T: Element, S: Simd>(
 /// A sum of multiples: of `out` itself, or of a first vector in its place, and of the x_j.
 struct Sum<'a, T: Element, S: Simd, const V: usize> {
     out: &'a mut [T::Vector<S>],
-    first: Option<(&'a [T::Vector<S>], &'a [T::Vector<S>])>,
+    first: Option<First<'a, T::Vector<S>>>,
     terms: Terms<'a, T::Vector<S>>,
     xs: &'a [T::Vector<S>],
 }
@@ -334,19 +356,35 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sum<'_, T, S, V> {
     fn run(self, s: S) {
         let Self { out, xs, terms, .. } = self;
         let (cs, of) = (terms.cs.as_chunks::<V>().0, terms.of);
-        let Some((c, x)) = self.first else {
+        let Some(First { c, x }) = self.first else {
             return add_all::<T, S, V>(s, out, cs, of, xs);
         };
-        let first = (&c.as_chunks::<V>().0[0], x);
-        match of.len() {
-            0 => set_terms::<T, S, V, 0>(s, out, first, cs, of, xs),
-            1 => set_terms::<T, S, V, 1>(s, out, first, cs, of, xs),
-            2 => set_terms::<T, S, V, 2>(s, out, first, cs, of, xs),
-            3 => set_terms::<T, S, V, 3>(s, out, first, cs, of, xs),
-            _ => {
-                set_terms::<T, S, V, 4>(s, out, first, cs, of, xs);
-                add_all::<T, S, V>(s, out, &cs[4..], &of[4..], xs);
-            }
+        match c.and_then(|c| c.as_chunks::<V>().0.first()) {
+            Some(c) => set_all::<T, S, V>(s, out, cs, of, xs, x, |x, v| T::times(s, c[v], x)),
+            None => set_all::<T, S, V>(s, out, cs, of, xs, x, |x, _| x),
+        }
+    }
+}
+
+/// `out = first(x) + Σ c_j x_j`, where `first` is told which of the V vectors it is given.
+#[inline(always)]
+fn set_all<T: Element, S: Simd, const V: usize>(
+    s: S,
+    out: &mut [T::Vector<S>],
+    cs: &[[T::Vector<S>; V]],
+    of: &[usize],
+    xs: &[T::Vector<S>],
+    x: &[T::Vector<S>],
+    first: impl Fn(T::Vector<S>, usize) -> T::Vector<S> + Copy,
+) {
+    match of.len() {
+        0 => set_terms::<T, S, V, 0>(s, out, cs, of, xs, x, first),
+        1 => set_terms::<T, S, V, 1>(s, out, cs, of, xs, x, first),
+        2 => set_terms::<T, S, V, 2>(s, out, cs, of, xs, x, first),
+        3 => set_terms::<T, S, V, 3>(s, out, cs, of, xs, x, first),
+        _ => {
+            set_terms::<T, S, V, 4>(s, out, cs, of, xs, x, first);
+            add_all::<T, S, V>(s, out, &cs[4..], &of[4..], xs);
         }
     }
 }
@@ -392,21 +430,22 @@ fn add_terms<T: Element, S: Simd, const V: usize, const N: usize>(
     }
 }
 
-/// [`combine`] of the first N terms.
+/// [`set_all`] of the first N terms.
 #[inline(always)]
 fn set_terms<T: Element, S: Simd, const V: usize, const N: usize>(
     s: S,
     out: &mut [T::Vector<S>],
-    (c, x): (&[T::Vector<S>; V], &[T::Vector<S>]),
     cs: &[[T::Vector<S>; V]],
     of: &[usize],
     xs: &[T::Vector<S>],
+    x: &[T::Vector<S>],
+    first: impl Fn(T::Vector<S>, usize) -> T::Vector<S> + Copy,
 ) {
     let (cs, xs) = multiples::<T, S, V, N>(out.len(), cs, of, xs);
-    let (c, x) = (*c, x[..out.len()].as_chunks::<V>().0);
+    let x = x[..out.len()].as_chunks::<V>().0;
     for (i, out) in out.as_chunks_mut::<V>().0.iter_mut().enumerate() {
         for v in 0..V {
-            let mut sum = T::times(s, c[v], x[i][v]);
+            let mut sum = first(x[i][v], v);
             for n in 0..N {
                 sum = T::mul_add(s, cs[n][v], xs[n][i][v], sum);
             }

@@ -12,7 +12,7 @@
 
 use pulp::Simd;
 
-use super::lanes::{add, combine, Coefficients, Factor, LaneSteps, Row};
+use super::lanes::{add, combine, Coefficients, Factor, First, LaneSteps, Row};
 use super::stepper::{is_finite, Stepper};
 use super::window::{power, KeptBy, OpenSlot, Window};
 use crate::error::{Error, Result};
@@ -232,7 +232,7 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
             let v = &mut cotangents[..size];
             // S m v_i, or m Q(S v_i) where compute precision is low.
             let rows = &self.coefficients;
-            let first = (rows.row(2 * stages + i).coefficient(), seeds.adj);
+            let first = First::times(rows.row(2 * stages + i).coefficient(), seeds.adj);
             let later = rows.row(if steps.is_dense() { stages + i } else { i });
             combine::<T, S>(s, width, v, first, later, &self.ws);
             if let Some(dense) = seeds.dense {

@@ -3,7 +3,7 @@
 use pulp::Simd;
 
 use super::activations::{KeptEvaluations, Selection};
-use super::lanes::{add, combine, Clock, Coefficients, LaneSteps, Row};
+use super::lanes::{add, combine, Clock, Coefficients, First, LaneSteps, Row};
 use super::tile::Tiled;
 use super::trajectory::Snapshot;
 use super::{Failure, TilePlan};
@@ -29,8 +29,6 @@ pub(super) struct Stepper<'p, T: Element, S: Simd> {
     lengths: Vec<f64>,
     /// h a_ij, row after row, h b_j, and h (b_j − b̂_j).
     coefficients: Coefficients<T, S>,
-    /// 1 in all lanes.
-    one: Vectors<T, S>,
     /// k_j.
     pub(super) ks: Vectors<T, S>,
 }
@@ -66,8 +64,6 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
                 .map(|(i, e)| (e, i))
                 .collect(),
         );
-        let mut one = vectors::<T, S>(width);
-        one.fill(T::splat(s, T::of(1.0)));
         Self {
             s,
             field,
@@ -78,7 +74,6 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
             clock: Clock::new(width),
             lengths: vec![],
             coefficients: Coefficients::new(width, &rows),
-            one,
             ks: vectors::<T, S>(tableau.stages() * size),
             stages,
         }
@@ -233,7 +228,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     #[inline(always)]
     pub(super) fn sum_stage(&self, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
         let (stage, terms) = (&mut slot[..self.size], self.coefficients.row(i));
-        combine::<T, S>(self.s, self.width, stage, (&self.one, y), terms, &self.ks);
+        combine::<T, S>(self.s, self.width, stage, First::plain(y), terms, &self.ks);
     }
 
     /// How many stages the method has.
@@ -250,8 +245,10 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     /// k_i = Q(f(t_i, Y_i)).
     #[inline(always)]
     pub(super) fn evaluate(&mut self, steps: LaneSteps<'_>, i: usize, slot: &mut [T::Vector<S>]) {
-        self.tell(steps, i);
-        self.evaluate_now(i, slot);
+        let k = &mut self.ks[i * self.size..][..self.size];
+        let at = self.clock.at(self.s, steps, self.c[i]);
+        self.field.velocity(self.s, &at, slot, Some(k));
+        round::<T, S>(self.s, self.plan, self.width, k);
     }
 
     /// The same at the times that the clock shows.
@@ -280,7 +277,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     ) {
         let (b, e) = (self.c.len(), self.c.len() + 1);
         let terms = self.coefficients.row(b);
-        combine::<T, S>(self.s, self.width, after, (&self.one, y), terms, &self.ks);
+        combine::<T, S>(self.s, self.width, after, First::plain(y), terms, &self.ks);
         error.fill(T::zeros::<S>());
         add::<T, S>(
             self.s,
@@ -309,7 +306,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         let mut coefficients = Coefficients::<T, S>::new(self.width, &[row]);
         coefficients.multiply(self.s, &[step.h]);
         let terms = coefficients.row(0);
-        combine::<T, S>(self.s, self.width, out, (&self.one, y), terms, &self.ks);
+        combine::<T, S>(self.s, self.width, out, First::plain(y), terms, &self.ks);
     }
 
     /// Rounds a state-like tile to compute precision, leaf by leaf.

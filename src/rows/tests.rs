@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use proptest::prelude::*;
 
+use crate::control::{Adaptive, StepControl};
 use crate::nn::{Activation, Cnf, ConvField, Mlp};
 use crate::simd::unit::{allowed, Cap};
 use crate::{
@@ -375,6 +376,58 @@ fn thin_flows_have_gradients_on_every_unit() {
                 graded: false,
             };
             case.check();
+        }
+    }
+}
+
+/// A row with adaptive steps of its own has the same bits in tiles of any width, and on every unit whose activation
+/// has the same bits: in f32 that of relu only, since units divide differently.
+#[test]
+fn adaptive_rows_have_the_same_bits_on_every_unit_and_in_tiles_of_every_width() {
+    let image = [3, 2];
+    let kinds = [
+        Kind::Mlp { residual: false },
+        Kind::Cnf,
+        Kind::Conv { size: 3, image },
+    ];
+    let cases = kinds.into_iter().flat_map(|kind| {
+        [DType::F32, DType::F64]
+            .map(|dtype| [Activation::Softplus, Activation::Relu].map(|a| (kind, dtype, a)))
+    });
+    for (kind, dtype, activation) in cases.flatten() {
+        let adaptive = Adaptive::new(1e-5, 1e-7).control(StepControl::Rows);
+        let case = Case {
+            kind,
+            state: 3,
+            hidden: vec![17],
+            activation,
+            time: true,
+            rows: 150,
+            times: vec![0.0, 0.3, 1.0],
+            options: OdeOptions {
+                method: DOPRI5,
+                steps: Steps::Adaptive(adaptive),
+                ..Default::default()
+            },
+            graded: false,
+        };
+        let bits = |x: &[f64]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let alike = dtype == DType::F64 || activation == Activation::Relu;
+        let mut first = None;
+        for cap in allowed::all().into_iter().filter(|cap| *cap != Cap::None) {
+            if !alike {
+                first = None;
+            }
+            for wide in [false, true] {
+                let solve = || width::forced(wide, || case.answers(dtype, true));
+                let [states, y0, _] = allowed::under(cap, solve);
+                let got = [bits(&states), bits(&y0)];
+                let wanted = first.get_or_insert_with(|| got.clone());
+                assert!(
+                    got == *wanted,
+                    "{kind:?} {dtype:?} {activation:?} {cap:?}, wide {wide}"
+                );
+            }
         }
     }
 }

@@ -5,10 +5,10 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::lane::{reason, Lane, Phase};
-use super::norms::{Attempted, Norms, Tolerances};
+use super::norms::{Norms, Tolerances};
 use super::{RowSolve, SolvedGroup};
-use crate::adaptive::{Attempt, Control, OnFailure, Verdict};
-use crate::error::{Error, Result, StopReason};
+use crate::adaptive::{Control, Pace};
+use crate::error::{Result, StopReason};
 use crate::memory::zeros;
 use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
@@ -62,25 +62,25 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
 }
 
 /// The rows of a group under way.
-struct Group<'a, T: Element, S: Simd> {
-    pass: Integrate<'a, T, S>,
-    stepper: Stepper<'a, T, S>,
-    norms: Norms<'a>,
-    rows: Range<usize>,
+pub(super) struct Group<'a, T: Element, S: Simd> {
+    pub(super) pass: Integrate<'a, T, S>,
+    pub(super) stepper: Stepper<'a, T, S>,
+    pub(super) norms: Norms<'a>,
+    pub(super) rows: Range<usize>,
     /// The next row that a lane takes.
     next: usize,
-    lanes: Vec<Option<Lane<T>>>,
+    pub(super) lanes: Vec<Option<Lane<T>>>,
     /// Steps of the lanes; without an attempt under way, of length zero.
-    steps: Vec<Step>,
-    y: Vectors<T, S>,
-    after: Vectors<T, S>,
-    error: Vectors<T, S>,
-    slot: Vectors<T, S>,
-    solves: Vec<Option<RowSolve<T>>>,
+    pub(super) steps: Vec<Step>,
+    pub(super) y: Vectors<T, S>,
+    pub(super) after: Vectors<T, S>,
+    pub(super) error: Vectors<T, S>,
+    pub(super) slot: Vectors<T, S>,
+    pub(super) solves: Vec<Option<RowSolve<T>>>,
     /// `[row][output][feature]`.
-    states: Vec<T>,
-    failure: Option<Failure>,
-    calls: usize,
+    pub(super) states: Vec<T>,
+    pub(super) failure: Option<Failure>,
+    pub(super) calls: usize,
 }
 
 impl<'a, T: Element, S: Simd> Group<'a, T, S> {
@@ -118,7 +118,7 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
         Ok(group)
     }
 
-    fn batch(&self) -> usize {
+    pub(super) fn batch(&self) -> usize {
         self.lanes.len()
     }
 
@@ -138,7 +138,7 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
     }
 
     /// Lets a lane take the next row, if there is one.
-    fn refill(&mut self, lane: usize) -> Result<()> {
+    pub(super) fn refill(&mut self, lane: usize) -> Result<()> {
         self.lanes[lane] = None;
         if self.next >= self.rows.end {
             return Ok(());
@@ -161,13 +161,13 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
     }
 
     /// The numbers of one lane.
-    fn numbers(&self, tile: &[T::Vector<S>], lane: usize) -> Vec<T> {
+    pub(super) fn numbers(&self, tile: &[T::Vector<S>], lane: usize) -> Vec<T> {
         let numbers = scalars::<T, S>(tile).iter().skip(lane);
         numbers.step_by(self.batch()).copied().collect()
     }
 
     /// Where an output of a row is returned.
-    fn returned(&mut self, row: usize, output: usize) -> &mut [T] {
+    pub(super) fn returned(&mut self, row: usize, output: usize) -> &mut [T] {
         let dim = self.pass.plan.layout.dim();
         let at = (row - self.rows.start) * self.pass.plan.problem.outputs() + output;
         &mut self.states[at * dim..][..dim]
@@ -319,215 +319,13 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
                     lane.evaluations += 1;
                     let found = (length, d1);
                     let h = self.norms.first_length(control, at, (y, k, new), found);
-                    lane.pace = crate::adaptive::Pace::new(control, h);
+                    lane.pace = Pace::new(control, h);
                     lane.phase = Phase::Ready;
                 }
                 _ => {}
             }
         }
         Ok(())
-    }
-
-    /// The attempts of all lanes, as tiles.
-    fn attempted(&self) -> Attempted<'_, T> {
-        Attempted {
-            y: scalars::<T, S>(&self.y),
-            next: scalars::<T, S>(&self.after),
-            k: scalars::<T, S>(&self.stepper.ks[..self.stepper.size]),
-            error: scalars::<T, S>(&self.error),
-            lengths: self.stepper.lengths(),
-        }
-    }
-
-    /// Decides about the attempts, of so many evaluations each.
-    #[inline(always)]
-    fn judge(&mut self, evaluations: usize) -> Result<()> {
-        let control = self.pass.control;
-        let attempted = Attempted {
-            y: scalars::<T, S>(&self.y),
-            next: scalars::<T, S>(&self.after),
-            k: scalars::<T, S>(&self.stepper.ks[..self.stepper.size]),
-            error: scalars::<T, S>(&self.error),
-            lengths: self.stepper.lengths(),
-        };
-        self.norms.measure(attempted);
-        let mut accepted = Vec::with_capacity(self.batch());
-        let mut needs_last = false;
-        for at in 0..self.batch() {
-            let (r, plain) = (self.norms.r[at], self.norms.plain[at]);
-            let Some(lane) = &mut self.lanes[at] else {
-                continue;
-            };
-            let Phase::Attempts(attempt) = lane.phase else {
-                continue;
-            };
-            lane.evaluations += evaluations;
-            lane.phase = Phase::Ready;
-            match lane.pace.judge(control, &attempt, r, plain) {
-                Ok(Verdict::Accepted) => {
-                    lane.last = None;
-                    let direction = control.direction;
-                    let inside = lane.passed(self.pass.plan.problem, direction, attempt.end);
-                    let is_done = lane.pace.is_done(control);
-                    if control.appended && (!inside.is_empty() || !is_done) {
-                        lane.evaluations += 1;
-                        needs_last = true;
-                    }
-                    accepted.push((at, attempt, inside));
-                }
-                Ok(Verdict::Rejected) => lane.last = Some((attempt, r)),
-                Err(failure) => {
-                    lane.last = Some((attempt, r));
-                    self.stop(at, reason(control, failure))?;
-                }
-            }
-        }
-        if needs_last {
-            self.evaluate_last();
-        }
-        for (at, attempt, inside) in &accepted {
-            self.record(*at, attempt, inside.clone())?;
-        }
-        self.go_on(&accepted)
-    }
-
-    /// The stage f(t_{n+1}, y_{n+1}) that was appended to the method.
-    #[inline(always)]
-    fn evaluate_last(&mut self) {
-        let last = self.stepper.count() - 1;
-        self.calls += 1;
-        self.stepper.stage(last, &self.y, &mut self.slot);
-        self.stepper
-            .evaluate(LaneSteps::Each(&self.steps), last, &mut self.slot);
-    }
-
-    /// Keeps and returns what is wanted of an accepted attempt.
-    fn record(&mut self, at: usize, attempt: &Attempt, inside: Range<usize>) -> Result<()> {
-        let problem = self.pass.plan.problem;
-        let y = self.numbers(&self.y, at);
-        let Some(lane) = &mut self.lanes[at] else {
-            return Ok(());
-        };
-        let row = lane.row;
-        lane.trajectory.keep_numbers(lane.record.len(), &y)?;
-        lane.record.push(attempt.t, attempt.h, attempt.end)?;
-        let fraction = |i: usize| (problem.grid.points()[i] - attempt.t) / attempt.h;
-        for i in inside.clone() {
-            lane.record.save(fraction(i), i, Some(i))?;
-            lane.returned += 1;
-        }
-        for i in inside {
-            let state = self.interpolated(at, attempt.h, fraction(i), &y);
-            self.returned(row, i).copy_from_slice(&state);
-        }
-        Ok(())
-    }
-
-    /// The state at a fraction x of a lane's step of length h.
-    fn interpolated(&self, at: usize, h: f64, x: f64, y: &[T]) -> Vec<T> {
-        let mut state = y.to_vec();
-        let (batch, size) = (self.batch(), self.stepper.size);
-        for (i, b) in self.stepper.interpolant(x).into_iter().enumerate() {
-            if b == 0.0 {
-                continue;
-            }
-            let c = T::of(h * b);
-            let k = scalars::<T, S>(&self.stepper.ks[i * size..][..size]);
-            let k = k.iter().skip(at).step_by(batch);
-            for (y, k) in state.iter_mut().zip(k) {
-                *y = y.plus_product(c, *k);
-            }
-        }
-        state
-    }
-
-    /// Moves the lanes whose attempts were accepted.
-    #[inline(always)]
-    fn go_on(&mut self, accepted: &[(usize, Attempt, Range<usize>)]) -> Result<()> {
-        let (batch, size, control) = (self.batch(), self.stepper.size, self.pass.control);
-        let mut mask = vec![false; batch];
-        for (at, ..) in accepted {
-            mask[*at] = true;
-        }
-        let last = (self.stepper.count() - 1) * size;
-        let (k, rest) = self.stepper.ks.split_at_mut(size);
-        let new = &rest[last - size..][..size];
-        for (to, from) in [(&mut *self.y, &*self.after), (k, new)] {
-            select::<T>(&mask, scalars_mut::<T, S>(to), scalars::<T, S>(from));
-        }
-        for (at, attempt, _) in accepted {
-            let at = *at;
-            let y = self.numbers(&self.y, at);
-            let problem = self.pass.plan.problem;
-            let Some(lane) = &mut self.lanes[at] else {
-                continue;
-            };
-            let row = lane.row;
-            let node = lane.node(problem, attempt.end)?;
-            lane.jumps = control.jumps_at(attempt);
-            let is_done = lane.pace.is_done(control);
-            if lane.jumps && !is_done {
-                lane.record.break_here();
-                lane.phase = Phase::Start(Some(attempt.h.abs()));
-            }
-            let limit = lane.pace.precision_limit(control).filter(|_| is_done);
-            if let Some(output) = node {
-                self.returned(row, output).copy_from_slice(&y);
-            }
-            if let Some(reason) = limit {
-                self.stop(at, reason)?;
-            } else if is_done {
-                self.complete(at, None)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// A lane's row has ended: the next one takes its place.
-    fn complete(&mut self, at: usize, stopped: Option<StopReason>) -> Result<()> {
-        if let Some(lane) = self.lanes[at].take() {
-            let place = lane.row - self.rows.start;
-            self.solves[place] = Some(lane.finish(stopped));
-        }
-        self.refill(at)
-    }
-
-    /// A lane's row cannot go on.
-    fn stop(&mut self, at: usize, reason: StopReason) -> Result<()> {
-        let (plan, control) = (self.pass.plan, self.pass.control);
-        let Some(lane) = &self.lanes[at] else {
-            return Ok(());
-        };
-        let dim = plan.layout.dim() * plan.problem.outputs();
-        let states = (lane.row - self.rows.start) * dim..(lane.row + 1 - self.rows.start) * dim;
-        if control.options.on_failure == OnFailure::Error {
-            let row = lane.row;
-            let worst = lane.worst(&self.norms, at, self.attempted());
-            let states = &self.states[states];
-            let error = match reason {
-                StopReason::NonFinite if lane.record.len() == 0 && lane.last.is_none() => {
-                    Error::NonFiniteVelocity {
-                        step: 0,
-                        stage: 0,
-                        t: control.start,
-                    }
-                }
-                _ => lane.error(plan.problem, plan.layout, reason, worst, states),
-            };
-            // Those before it go on: one of them may stop too, and is the first.
-            self.failure = Some(Failure {
-                at: (row, 0),
-                error,
-            });
-            self.rows.end = row;
-            for lane in &mut self.lanes {
-                lane.take_if(|lane| lane.row >= row);
-            }
-            return Ok(());
-        }
-        let done = lane.returned * plan.layout.dim();
-        self.states[states][done..].fill(T::of(f64::NAN));
-        self.complete(at, Some(reason))
     }
 
     fn finish(self) -> std::result::Result<SolvedGroup<T>, Failure> {
@@ -539,20 +337,6 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
                 states: self.states,
                 calls: self.calls,
             }),
-        }
-    }
-}
-
-/// Takes over the lanes that are marked.
-#[inline(always)]
-fn select<T: Element>(mask: &[bool], to: &mut [T], from: &[T]) {
-    if mask.iter().all(|taken| *taken) {
-        return to.copy_from_slice(from);
-    }
-    let batch = mask.len();
-    for (to, from) in to.chunks_exact_mut(batch).zip(from.chunks_exact(batch)) {
-        for ((to, from), taken) in to.iter_mut().zip(from).zip(mask) {
-            *to = if *taken { *from } else { *to };
         }
     }
 }

@@ -5,6 +5,7 @@
 //! row computes depends on nothing but that row: not on the other lanes, their number, or the threads.
 
 mod backward;
+mod decide;
 mod forward;
 mod lane;
 mod norms;

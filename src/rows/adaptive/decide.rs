@@ -1,0 +1,241 @@
+//! What becomes of the attempts of a tile: lanes go on, try again, or leave their place to the next row.
+
+use std::ops::Range;
+
+use pulp::Simd;
+
+use super::forward::Group;
+use super::lane::{reason, Phase};
+use super::norms::Attempted;
+use crate::adaptive::{Attempt, OnFailure, Verdict};
+use crate::error::{Error, Result, StopReason};
+use crate::rows::lanes::LaneSteps;
+use crate::rows::stepper::Stepper;
+use crate::rows::Failure;
+use crate::simd::{scalars, scalars_mut, Element};
+
+impl<T: Element, S: Simd> Group<'_, T, S> {
+    /// Decides about the attempts, of so many evaluations each.
+    #[inline(always)]
+    pub(super) fn judge(&mut self, evaluations: usize) -> Result<()> {
+        let control = self.pass.control;
+        let Self {
+            stepper,
+            y,
+            after,
+            error,
+            norms,
+            ..
+        } = self;
+        norms.measure(attempted(stepper, [&*y, &*after, &*error]));
+        let mut accepted = Vec::with_capacity(self.batch());
+        let mut needs_last = false;
+        for at in 0..self.batch() {
+            let (r, plain) = (self.norms.r[at], self.norms.plain[at]);
+            let Some(lane) = &mut self.lanes[at] else {
+                continue;
+            };
+            let Phase::Attempts(attempt) = lane.phase else {
+                continue;
+            };
+            lane.evaluations += evaluations;
+            lane.phase = Phase::Ready;
+            match lane.pace.judge(control, &attempt, r, plain) {
+                Ok(Verdict::Accepted) => {
+                    lane.last = None;
+                    let direction = control.direction;
+                    let inside = lane.passed(self.pass.plan.problem, direction, attempt.end);
+                    let is_done = lane.pace.is_done(control);
+                    if control.appended && (!inside.is_empty() || !is_done) {
+                        lane.evaluations += 1;
+                        needs_last = true;
+                    }
+                    accepted.push((at, attempt, inside));
+                }
+                Ok(Verdict::Rejected) => lane.last = Some((attempt, r)),
+                Err(failure) => {
+                    lane.last = Some((attempt, r));
+                    self.stop(at, reason(control, failure))?;
+                }
+            }
+        }
+        if needs_last {
+            self.evaluate_last();
+        }
+        for (at, attempt, inside) in &accepted {
+            self.record(*at, attempt, inside.clone())?;
+        }
+        self.go_on(&accepted)
+    }
+
+    /// The stage f(t_{n+1}, y_{n+1}) that was appended to the method.
+    #[inline(always)]
+    fn evaluate_last(&mut self) {
+        let last = self.stepper.count() - 1;
+        self.calls += 1;
+        self.stepper.stage(last, &self.y, &mut self.slot);
+        self.stepper
+            .evaluate(LaneSteps::Each(&self.steps), last, &mut self.slot);
+    }
+
+    /// Keeps and returns what is wanted of an accepted attempt.
+    fn record(&mut self, at: usize, attempt: &Attempt, inside: Range<usize>) -> Result<()> {
+        let problem = self.pass.plan.problem;
+        let y = self.numbers(&self.y, at);
+        let Some(lane) = &mut self.lanes[at] else {
+            return Ok(());
+        };
+        let row = lane.row;
+        lane.trajectory.keep_numbers(lane.record.len(), &y)?;
+        lane.record.push(attempt.t, attempt.h, attempt.end)?;
+        let fraction = |i: usize| (problem.grid.points()[i] - attempt.t) / attempt.h;
+        for i in inside.clone() {
+            lane.record.save(fraction(i), i, Some(i))?;
+            lane.returned += 1;
+        }
+        for i in inside {
+            let state = self.interpolated(at, attempt.h, fraction(i), &y);
+            self.returned(row, i).copy_from_slice(&state);
+        }
+        Ok(())
+    }
+
+    /// The state at a fraction x of a lane's step of length h.
+    fn interpolated(&self, at: usize, h: f64, x: f64, y: &[T]) -> Vec<T> {
+        let mut state = y.to_vec();
+        let (batch, size) = (self.batch(), self.stepper.size);
+        for (i, b) in self.stepper.interpolant(x).into_iter().enumerate() {
+            if b == 0.0 {
+                continue;
+            }
+            let c = T::of(h * b);
+            let k = scalars::<T, S>(&self.stepper.ks[i * size..][..size]);
+            let k = k.iter().skip(at).step_by(batch);
+            for (y, k) in state.iter_mut().zip(k) {
+                *y = y.plus_product(c, *k);
+            }
+        }
+        state
+    }
+
+    /// Moves the lanes whose attempts were accepted.
+    #[inline(always)]
+    fn go_on(&mut self, accepted: &[(usize, Attempt, Range<usize>)]) -> Result<()> {
+        let (batch, size, control) = (self.batch(), self.stepper.size, self.pass.control);
+        let mut mask = vec![false; batch];
+        for (at, ..) in accepted {
+            mask[*at] = true;
+        }
+        let last = (self.stepper.count() - 1) * size;
+        let (k, rest) = self.stepper.ks.split_at_mut(size);
+        let new = &rest[last - size..][..size];
+        for (to, from) in [(&mut *self.y, &*self.after), (k, new)] {
+            select::<T>(&mask, scalars_mut::<T, S>(to), scalars::<T, S>(from));
+        }
+        for (at, attempt, _) in accepted {
+            let at = *at;
+            let y = self.numbers(&self.y, at);
+            let problem = self.pass.plan.problem;
+            let Some(lane) = &mut self.lanes[at] else {
+                continue;
+            };
+            let row = lane.row;
+            let node = lane.node(problem, attempt.end)?;
+            lane.jumps = control.jumps_at(attempt);
+            let is_done = lane.pace.is_done(control);
+            if lane.jumps && !is_done {
+                lane.record.break_here();
+                lane.phase = Phase::Start(Some(attempt.h.abs()));
+            }
+            let limit = lane.pace.precision_limit(control).filter(|_| is_done);
+            if let Some(output) = node {
+                self.returned(row, output).copy_from_slice(&y);
+            }
+            if let Some(reason) = limit {
+                self.stop(at, reason)?;
+            } else if is_done {
+                self.complete(at, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A lane's row has ended: the next one takes its place.
+    fn complete(&mut self, at: usize, stopped: Option<StopReason>) -> Result<()> {
+        if let Some(lane) = self.lanes[at].take() {
+            let place = lane.row - self.rows.start;
+            self.solves[place] = Some(lane.finish(stopped));
+        }
+        self.refill(at)
+    }
+
+    /// A lane's row cannot go on.
+    pub(super) fn stop(&mut self, at: usize, reason: StopReason) -> Result<()> {
+        let (plan, control) = (self.pass.plan, self.pass.control);
+        let Some(lane) = &self.lanes[at] else {
+            return Ok(());
+        };
+        let dim = plan.layout.dim() * plan.problem.outputs();
+        let states = (lane.row - self.rows.start) * dim..(lane.row + 1 - self.rows.start) * dim;
+        if control.options.on_failure == OnFailure::Error {
+            let row = lane.row;
+            let worst = lane.worst(
+                &self.norms,
+                at,
+                attempted(&self.stepper, [&*self.y, &*self.after, &*self.error]),
+            );
+            let states = &self.states[states];
+            let error = match reason {
+                StopReason::NonFinite if lane.record.len() == 0 && lane.last.is_none() => {
+                    Error::NonFiniteVelocity {
+                        step: 0,
+                        stage: 0,
+                        t: control.start,
+                    }
+                }
+                _ => lane.error(plan.problem, plan.layout, reason, worst, states),
+            };
+            // Those before it go on: one of them may stop too, and is the first.
+            self.failure = Some(Failure {
+                at: (row, 0),
+                error,
+            });
+            self.rows.end = row;
+            for lane in &mut self.lanes {
+                lane.take_if(|lane| lane.row >= row);
+            }
+            return Ok(());
+        }
+        let done = lane.returned * plan.layout.dim();
+        self.states[states][done..].fill(T::of(f64::NAN));
+        self.complete(at, Some(reason))
+    }
+}
+
+/// An attempt of all lanes, from tiles of y_n, y_{n+1} and the error.
+fn attempted<'t, T: Element, S: Simd>(
+    stepper: &'t Stepper<'_, T, S>,
+    [y, next, error]: [&'t [T::Vector<S>]; 3],
+) -> Attempted<'t, T> {
+    Attempted {
+        y: scalars::<T, S>(y),
+        next: scalars::<T, S>(next),
+        k: scalars::<T, S>(&stepper.ks[..stepper.size]),
+        error: scalars::<T, S>(error),
+        lengths: stepper.lengths(),
+    }
+}
+
+/// Takes over the lanes that are marked.
+#[inline(always)]
+fn select<T: Element>(mask: &[bool], to: &mut [T], from: &[T]) {
+    if mask.iter().all(|taken| *taken) {
+        return to.copy_from_slice(from);
+    }
+    let batch = mask.len();
+    for (to, from) in to.chunks_exact_mut(batch).zip(from.chunks_exact(batch)) {
+        for ((to, from), taken) in to.iter_mut().zip(from).zip(mask) {
+            *to = if *taken { *from } else { *to };
+        }
+    }
+}
