@@ -1,11 +1,13 @@
-//! Adaptive steps: what the user chooses, and the decisions about a step as pure numbers.
+//! Adaptive steps: the options of the user, and the decision about each step, computed from numbers only.
 //!
-//! From an attempt of length h the error estimate err = h Σ (b_i − b̂_i) k_i gives r, the norm of err relative to the
-//! tolerance.  The attempt is accepted if r ≤ 1, and the next length is h times
+//! An attempt of length h has the error estimate err = h Σ (b_i − b̂_i) k_i.  Let r be the norm of err relative to
+//! the tolerance.  The attempt is accepted if r ≤ 1.  The length of the next attempt is h, multiplied by the
+//! following factor within the limits of the controller:
 //!
 //! safety · r^{−(P+I+D)/m} · r₁^{(P+2D)/m} · r₂^{−D/m},
 //!
-//! where m is the order of the method, and r₁ and r₂ are those of the last two accepted steps (Söderlind, "Digital
+//! where m is the order of the method, r₁ is the value of r in the last accepted step, and r₂ the value in the
+//! accepted step before it (Söderlind, "Digital
 //! filters in adaptive time-stepping", ACM Trans. Math. Software 29, 2003).
 
 mod pace;
@@ -22,18 +24,21 @@ pub use tolerance::Tolerance;
 
 /// Steps that are as long as a tolerance permits, for [`Steps::Adaptive`](crate::Steps::Adaptive).
 ///
-/// The method must be a pair: [`DOPRI5`](crate::DOPRI5), [`BOSH3`](crate::tableau::BOSH3),
+/// The method must be an embedded pair, which has an error estimate: [`DOPRI5`](crate::DOPRI5),
+/// [`BOSH3`](crate::tableau::BOSH3),
 /// [`TSIT5`](crate::tableau::TSIT5), [`FEHLBERG45`](crate::tableau::FEHLBERG45), [`DOPRI8`](crate::tableau::DOPRI8), or a
 /// user's own [`with_embedded`](Tableau::with_embedded).
 ///
-/// A step is accepted if the RMS of err_i / (atol + rtol max(|y_i|, |y⁺_i|) + φ) is at most one in every tensor of the
-/// state, where φ is what rounding in compute precision can contribute to err by itself; see
-/// [`noise_floor`](Self::noise_floor).  Gradients are those of the accepted steps, with their lengths as constants.
+/// A step is accepted if the RMS of err_i / (atol + rtol max(|y_i|, |y⁺_i|) + φ) is at most one in every tensor of
+/// the state.  Here y⁺ is the state at the end of the attempt, and φ is an upper bound of the part of err that
+/// rounding in compute precision causes; see [`noise_floor`](Self::noise_floor).  Gradients are those of the accepted
+/// steps; the step lengths are treated as constants.
 ///
-/// Tolerances have no default.  In f64 anything down to 1e-12 can be had, in f32 down to about 1e-6.  A field in bf16
-/// has a relative error of about 5e-3 itself, and one in f16 of 5e-4: sensible are rtol 1e-2 to 1e-3 with
-/// [`BOSH3`](crate::tableau::BOSH3) or [`DOPRI5`](crate::DOPRI5) in bf16, and 1e-3 to 1e-4 with `DOPRI5` in f16.  Smaller ones do no
-/// harm and bring nothing.  `TSIT5` and `DOPRI8` have large weights that cancel, and lose digits in low precision.
+/// Tolerances have no default.  Relative tolerances down to 1e-12 can be reached in f64, and down to about 1e-6 in
+/// f32.  The relative error of one evaluation of a field is about 5e-3 in bf16 and 5e-4 in f16.  Use an rtol of 1e-2
+/// to 1e-3 with [`BOSH3`](crate::tableau::BOSH3) or [`DOPRI5`](crate::DOPRI5) in bf16, and of 1e-3 to 1e-4 with
+/// `DOPRI5` in f16.  Smaller tolerances do no harm, but do not reduce the error.  `TSIT5` and `DOPRI8` have large
+/// weights that cancel, and lose digits in low precision.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -72,7 +77,7 @@ pub struct Adaptive {
 }
 
 impl Adaptive {
-    /// With a relative and an absolute tolerance.
+    /// Adaptive steps with a relative and an absolute tolerance, and defaults for all other options.
     pub fn new(rtol: impl Into<Tolerance>, atol: impl Into<Tolerance>) -> Self {
         Self {
             rtol: rtol.into(),
@@ -93,19 +98,21 @@ impl Adaptive {
         }
     }
 
-    /// How the next length follows from the error estimates.  Default: [`Controller::I`].
+    /// The step-size controller: how the next step length is computed from the error estimates.  Default:
+    /// [`Controller::I`].
     #[must_use]
     pub fn controller(self, controller: Controller) -> Self {
         Self { controller, ..self }
     }
 
-    /// How the error of a batch becomes one number.  Default: [`Norm::Batch`].
+    /// The norm by which the error estimate of a whole batch becomes one number.  Default: [`Norm::Batch`].
     #[must_use]
     pub fn norm(self, norm: Norm) -> Self {
         Self { norm, ..self }
     }
 
-    /// The length of the first attempt.  Default: from two evaluations (Hairer, Nørsett & Wanner I, §II.4).
+    /// The length of the first attempt.  By default it is computed from two evaluations of the field (Hairer, Nørsett
+    /// & Wanner I, §II.4).
     #[must_use]
     pub fn first_step(self, h: f64) -> Self {
         Self {
@@ -114,9 +121,10 @@ impl Adaptive {
         }
     }
 
-    /// The shortest step: an attempt of this length is accepted whatever its error is, and counted in
-    /// [`Stats::forced`](crate::Stats::forced).  Default: 0, where a step that is too short to change the time is
-    /// [`StopReason::Underflow`](crate::error::StopReason::Underflow).
+    /// The shortest length that the controller chooses.  An attempt of this length is accepted even if its error, as
+    /// long as it is finite, exceeds the tolerance; [`Stats::forced`](crate::Stats::forced) counts such steps.  Only
+    /// steps before a time at which a step must end may be shorter.  The default is 0: then the solve fails with
+    /// [`StopReason::Underflow`](crate::error::StopReason::Underflow) when a step is too short to change the time.
     #[must_use]
     pub fn min_step(self, h: f64) -> Self {
         Self {
@@ -125,7 +133,7 @@ impl Adaptive {
         }
     }
 
-    /// The longest step.  Default: none.
+    /// The largest step length.  By default there is no limit.
     #[must_use]
     pub fn max_step(self, h: f64) -> Self {
         Self {
@@ -134,7 +142,9 @@ impl Adaptive {
         }
     }
 
-    /// The most attempts of a solve, accepted or rejected.  Default: 65 536; more is [`StopReason::Attempts`](crate::error::StopReason::Attempts).
+    /// The largest number of attempts, accepted and rejected ones together, of a solve, or of each row if rows have
+    /// their own steps.  The default is 65 536.  A solve that needs more attempts fails with
+    /// [`StopReason::Attempts`](crate::error::StopReason::Attempts).
     #[must_use]
     pub fn max_steps(self, attempts: usize) -> Self {
         Self {
@@ -143,8 +153,8 @@ impl Adaptive {
         }
     }
 
-    /// Times at which a step must end, such as those at which a derivative of the field jumps.  Those outside the
-    /// interval of the solve are left out.
+    /// Times at which a step must end, for example times at which a derivative of the field is discontinuous.  Times
+    /// outside the interval of the solve are ignored.
     #[must_use]
     pub fn step_t(self, times: impl Into<Vec<f64>>) -> Self {
         Self {
@@ -153,8 +163,9 @@ impl Adaptive {
         }
     }
 
-    /// Times at which the field itself jumps: a step ends there, evaluated just before, and the next one begins just
-    /// after.  Those outside the interval of the solve are left out.
+    /// Times at which the field itself is discontinuous.  A step ends at each of these times.  The stages at the end
+    /// of this step are evaluated just before the jump, and the first stage of the next step just after it.  Times
+    /// outside the interval of the solve are ignored.
     #[must_use]
     pub fn jump_t(self, times: impl Into<Vec<f64>>) -> Self {
         Self {
@@ -173,13 +184,14 @@ impl Adaptive {
         }
     }
 
-    /// Whether the tolerance is raised to what rounding in compute precision can contribute to the error estimate,
+    /// Whether the tolerance is increased by an upper bound φ of the part of the error estimate that rounding in
+    /// compute precision causes,
     ///
     /// φ = u ‖b − b̂‖₂ (RMS(y_n) + |h| RMS(max(|k_1|, κ))),
     ///
-    /// by row and tensor of the state, where u is the unit roundoff of the compute precision and κ its smallest normal
-    /// number.  Default: yes.  Without it the number of steps grows like 1/rtol in low precision, and nothing is
-    /// gained.
+    /// computed for each row and each tensor of the state, where u is the unit roundoff of the compute precision and
+    /// κ its smallest normal number.  Default: yes.  Without the noise floor, the number of steps in low precision
+    /// grows like 1/rtol at small tolerances, and the error does not become smaller.
     #[must_use]
     pub fn noise_floor(self, on: bool) -> Self {
         Self {
@@ -188,9 +200,9 @@ impl Adaptive {
         }
     }
 
-    /// Whether each row has its own steps.  Default: [`StepControl::Rows`] where the field is integrated tile by tile,
-    /// otherwise [`StepControl::Batch`].  Where rows are asked for and cannot be had, the solve is
-    /// [`AdaptiveDefect::NoRows`].
+    /// Whether each row has its own steps.  The default is [`StepControl::Rows`] if the field is integrated tile by
+    /// tile, and [`StepControl::Batch`] otherwise.  If `Rows` is requested but the solve cannot be done row by row,
+    /// the solve fails with [`AdaptiveDefect::NoRows`].
     #[must_use]
     pub fn control(self, control: StepControl) -> Self {
         Self {
@@ -205,8 +217,9 @@ impl Adaptive {
         Self { on_failure, ..self }
     }
 
-    /// Whether a solve is [`StopReason::PrecisionLimited`](crate::error::StopReason::PrecisionLimited) if more than a tenth of its steps would not have been accepted
-    /// without the noise floor.  Default: no; [`Stats::limited`](crate::Stats::limited) counts them.
+    /// Whether a solve fails with [`StopReason::PrecisionLimited`](crate::error::StopReason::PrecisionLimited) if
+    /// more than a tenth of its steps were accepted only because of the noise floor.  Default: no;
+    /// [`Stats::limited`](crate::Stats::limited) counts such steps.
     #[must_use]
     pub fn precision_limit_is_error(self, on: bool) -> Self {
         Self {
@@ -216,21 +229,23 @@ impl Adaptive {
     }
 }
 
-/// What a length of step is chosen for.
+/// Whether the step length is chosen for each row or for the whole batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StepControl {
-    /// For each row of the batch: every row has its own steps, and keeps the tolerance by itself.  Its solution does not depend
-    /// on the other rows, to the bit.  Fields that are integrated tile by tile on the CPU can do this (see
-    /// [`OdeOptions::fusion`](crate::OdeOptions::fusion)).
+    /// Every row of the batch has its own steps, and the error estimate of each row is kept below the tolerance.  The
+    /// solution of a row is bitwise independent of the other rows.  This is possible for fields that are integrated
+    /// tile by tile on the CPU (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)).
     ///
-    /// A row takes fewer steps than the batch, and is less accurate than where the hardest row sets the steps of all:
-    /// compare both at equal error.  [`Checkpoint::States`](crate::Checkpoint::States) and
+    /// With `Rows`, an easy row takes fewer steps than with `Batch`, and is less accurate than with steps that are
+    /// chosen for the most difficult row.  Therefore compare the two settings at equal error, not at equal tolerance.
+    /// [`Checkpoint::States`](crate::Checkpoint::States) and
     /// [`Bytes`](crate::Checkpoint::Bytes) are budgets of every row in the same way as of the batch: so many states of
     /// each.  Nothing is kept of evaluations ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).
     /// In f16 the rows of a tile share a scale of the adjoint.
     Rows,
-    /// For the whole batch, by one error; see [`Norm`].
+    /// All rows of the batch have the same steps, which are chosen by one error estimate of the whole batch; see
+    /// [`Norm`].
     Batch,
 }
 
@@ -238,10 +253,11 @@ pub enum StepControl {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OnFailure {
-    /// The solve is the error of the first such row, [`Error::Stopped`](crate::Error::Stopped).
+    /// The solve fails with the error of the first such row, [`Error::Stopped`](crate::Error::Stopped).
     #[default]
     Error,
-    /// The outputs of the row after its failure are NaN, its cotangents are ignored, and the other rows go on.
+    /// The outputs of the row at times after its failure are NaN, all cotangents of the row are ignored, and the
+    /// other rows are solved as usual.
     Nan,
 }
 
@@ -249,11 +265,12 @@ pub enum OnFailure {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Norm {
-    /// The RMS over all elements of a tensor, and the largest of all tensors: rows that are easy hide those that are
-    /// hard, as in torchdiffeq.
+    /// The RMS over all elements of each tensor of the state, and the largest of these values.  The error of one
+    /// difficult row can be hidden by many easy rows, as in torchdiffeq.
     #[default]
     Batch,
-    /// The largest RMS of a row, over all rows and all tensors: every row keeps the tolerance.
+    /// The RMS over each row of each tensor, and the largest of these values: the error estimate of every row is
+    /// below the tolerance.
     WorstRow,
 }
 
@@ -266,14 +283,14 @@ pub struct Controller {
     pub i: f64,
     /// Derivative coefficient D.
     pub d: f64,
-    /// The part of the step that the estimate permits which is taken.
+    /// Safety factor: the step length that the error estimate permits is multiplied by this number.
     pub safety: f64,
-    /// The least and the most that a length is multiplied with.
+    /// The smallest and the largest factor by which the step length may change from one attempt to the next.
     pub limits: [f64; 2],
 }
 
 impl Controller {
-    /// From the last error alone: for smooth problems, which neural fields mostly are.
+    /// Uses only the last error estimate.  This is suitable for smooth problems; most neural fields are smooth.
     pub const I: Self = Self {
         p: 0.0,
         i: 1.0,
@@ -282,8 +299,8 @@ impl Controller {
         limits: [0.2, 10.0],
     };
 
-    /// From the last two errors, for problems that are mildly stiff: fewer attempts are rejected, and the step grows
-    /// more slowly.
+    /// Uses the last two error estimates.  This is suitable for mildly stiff problems: fewer attempts are rejected,
+    /// and the step length grows more slowly.
     pub const PI: Self = Self {
         p: 0.4,
         i: 0.3,

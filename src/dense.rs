@@ -1,4 +1,4 @@
-//! Solutions that are evaluated later, at any time.
+//! Dense output: solutions that can be evaluated at any time of their interval after the solve.
 
 use std::any::TypeId;
 use std::sync::Arc;
@@ -22,8 +22,9 @@ use crate::time::Times;
 
 /// A solution over an interval of time, which can be evaluated at any time in it and is differentiable there.
 ///
-/// It keeps the state and all stages of every step: s + 1 states a step for a method of s stages.  Between steps it is
-/// the interpolant of the method.
+/// The solution keeps the state and all stages of every step, which is the memory of s + 1 states per step for a
+/// method of s stages; s includes the stage at the end of the step.  Inside a step, the solution is the interpolant
+/// of the method.
 pub struct DenseSolution<S> {
     problem: Problem,
     field: SharedField,
@@ -89,7 +90,7 @@ impl Observer for All {
 /// ```
 ///
 /// # Errors
-/// As [`odeint`](crate::odeint), and [`EventDefect::Steps`] where steps are not adaptive.
+/// The errors of [`odeint`](crate::odeint), and [`EventDefect::Steps`] if the steps are not adaptive.
 pub fn odeint_dense<S, F, T>(
     field: F,
     y0: &S,
@@ -137,7 +138,7 @@ where
 }
 
 impl<S: State> DenseSolution<S> {
-    /// The times between the steps, from the first to the last.
+    /// The times at which steps begin or end, from the start of the first step to the end of the last step.
     pub fn step_times(&self) -> Vec<f64> {
         let starts = self.steps.iter().map(|kept| kept.step.t);
         let end = self.steps.last().map(|kept| kept.step.end);
@@ -148,7 +149,7 @@ impl<S: State> DenseSolution<S> {
     /// field read, and the times.
     ///
     /// # Errors
-    /// Of the grid, and [`AdaptiveDefect::Outside`] for a time outside the interval.
+    /// The errors of a time grid, and [`AdaptiveDefect::Outside`] if a time is outside the interval of the solution.
     pub fn at<T: Times + ?Sized>(&self, times: &T) -> Result<S> {
         let grid = times.to_grid()?;
         let places = self.places(grid.points())?;
@@ -178,7 +179,7 @@ impl<S: State> DenseSolution<S> {
         S::from_leaves(problem.packing.split(&states)?)
     }
 
-    /// The derivatives of the interpolant at `times`, `(times, …)`, without history.
+    /// The time derivatives of the interpolant at `times`, `(times, …)`, detached from candle's graph.
     ///
     /// # Errors
     /// As [`at`](Self::at).

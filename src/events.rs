@@ -1,11 +1,12 @@
 //! Events: times at which a function of time and state crosses zero, located on the interpolant of adaptive steps.
 //!
-//! With p the interpolant, an event at t_e has g(t_e, p(t_e)) = 0.  By the implicit function theorem
+//! Let p be the interpolant.  The time t_e of an event satisfies g(t_e, p(t_e)) = 0.  By the implicit function theorem
 //!
 //! δt_e = −(g_y · δp + g_θ δθ) / D,  D = g_t + g_y · ṗ(t_e),
 //!
-//! where δp is the change of the interpolant at a fixed time.  ṗ, not f(t_e, p), makes it the exact derivative of what
-//! was computed.  Both sides are ordinary tensors in candle's graph.
+//! where δp is the change of the interpolant at a fixed time.  D contains the derivative ṗ of the interpolant and not
+//! f(t_e, p), because t_e was located on the interpolant: only then δt_e is the exact derivative of the computed t_e.
+//! The time t_e and the state at t_e are returned as ordinary tensors in candle's graph.
 
 mod hybrid;
 mod search;
@@ -29,10 +30,10 @@ use search::{Found, Search};
 /// A function g(t, y) → number, tracked by candle in y and in what it captures.
 pub(crate) type EventFunction<S> = dyn Fn(&Time, &S) -> candle_core::Result<Tensor> + Send + Sync;
 
-/// Which crossings of zero are events.
+/// The directions of zero crossing that count as events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Direction {
-    /// All.
+    /// Crossings in both directions.
     #[default]
     Both,
     /// From negative to positive.
@@ -43,10 +44,11 @@ pub enum Direction {
 
 /// An event: a number g(t, y) that crosses zero.
 ///
-/// g is evaluated in state precision at accepted steps and at a few points of the interpolant inside each; the field
-/// never sees it.  Where it is zero at the start of a solve, its sign is that of the first point at which it is not,
-/// so that a solve may begin on the surface.  Two crossings between two of those points are missed:
-/// [`Adaptive::max_step`](crate::control::Adaptive::max_step) bounds their distance.
+/// The sign of g is examined in state precision at the end of every accepted step and at three points of the
+/// interpolant inside the step.  The field does not evaluate g.  If g is zero at the start of a solve, the first of
+/// these points at which g is not zero determines the sign of g, so that a solve may begin on the surface g = 0.  Two
+/// crossings between neighbouring points are not detected; [`Adaptive::max_step`](crate::control::Adaptive::max_step)
+/// limits the distance between the points.
 pub struct Event<S = Tensor> {
     pub(crate) function: Arc<EventFunction<S>>,
     pub(crate) direction: Direction,
@@ -84,7 +86,7 @@ impl<S> Event<S> {
         }
     }
 
-    /// Only crossings in one direction.
+    /// Restricts the event to crossings in this direction.
     #[must_use]
     pub fn direction(self, direction: Direction) -> Self {
         Self { direction, ..self }
@@ -103,25 +105,26 @@ impl<S> Event<S> {
 /// What a solve with events returns.
 #[derive(Clone, Debug)]
 pub struct EventSolution<S> {
-    /// The states at the times before the end, `(outputs, …)`.
+    /// The states at the requested times that were reached before the solve ended, `(outputs, …)`.
     pub states: S,
-    /// How many of the times these are: all, unless an event has ended the solve.
+    /// The number of requested times for which `states` has a state: all of them, unless an event ended the solve.
     pub outputs: usize,
     /// The events, in order of time.
     pub events: Vec<Occurrence<S>>,
-    /// Whether the last of them has ended the solve.
+    /// Whether the last event in `events` ended the solve.
     pub ended: bool,
 }
 
 /// An event that has occurred.
 #[derive(Clone, Debug)]
 pub struct Occurrence<S> {
-    /// Which of the events.
+    /// The index of the event in the list that was given to the solve.
     pub event: usize,
-    /// Its time, one number in f64, differentiable with respect to everything that the solve and the event function
+    /// The time of the event, one number in f64, differentiable with respect to everything that the solve and the
+    /// event function
     /// read.
     pub t: Tensor,
-    /// The state there, differentiable likewise.
+    /// The state at the time `t`, differentiable with respect to the same quantities.
     pub y: S,
 }
 
@@ -155,8 +158,9 @@ pub struct Occurrence<S> {
 /// ```
 ///
 /// # Errors
-/// As [`odeint`](crate::odeint), and [`Error::Event`]: steps that are not adaptive, a function that is not one number
-/// or not finite, and, where gradients are wanted, a trajectory that touches the surface without crossing it.
+/// The errors of [`odeint`](crate::odeint).  [`Error::Event`] if the steps are not adaptive, if an event function
+/// does not return one finite number, or if gradients are required and the trajectory touches the surface g = 0
+/// without crossing it.
 pub fn odeint_event<S, F, T>(
     field: F,
     y0: &S,

@@ -2,8 +2,8 @@
 //!
 //! A neural ODE y' = f_θ(t, y) calls one network thousands of times.  Here the network runs in
 //! bf16 or f16, and everything that is summed over its calls is f32: the state, the adjoint, the
-//! gradients.  Gradients are exact for the steps that were run, take no tape over steps, and reach
-//! the user's variables through candle's own `loss.backward()`.
+//! gradients.  Gradients are exact for the steps that were run, need no autograd tape over steps, and reach the
+//! user's variables through candle's own `loss.backward()`.
 //!
 //! * [`odeint`]: solves a closure as part of candle's graph; [`solution`]: without that graph, with gradients on
 //!   request; [`predict`]: without gradients.
@@ -17,11 +17,13 @@
 //!   [`dense`]: solutions that are evaluated at any time later.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
 //!   train them on.
-//! * [`OdeOptions`]: method ([`Tableau`]), steps, fixed or [adaptive](control::Adaptive), checkpoints, scaling, statistics.
+//! * [`OdeOptions`]: the method ([`Tableau`]), fixed or [adaptive](control::Adaptive) steps, checkpoints, scaling,
+//!   and statistics.
 //!
 //! # Theory
 //!
-//! With an explicit tableau (a, b, c), step h, and Q rounding to compute precision, forward is
+//! Let (a, b, c) be an explicit tableau, h the step length, and Q the rounding to compute precision.  The forward
+//! pass is
 //!
 //! Y_i = Q(y_n + h Σ_j a_ij k_j),  k_i = f(t_n + c_i h, Y_i),  y_{n+1} = y_n + h Σ_i b_i k_i,
 //!
@@ -36,8 +38,8 @@
 //! lengths as constants.
 //!
 //! Only f and its pull-back run in compute precision.  So if f is evaluated with a rounding error u, the solution
-//! and the gradients change by O(u), for any number of steps.  In f16 the input of the pull-back is S·v_i with a
-//! power of two S that follows max|λ|, and its results are divided by S in state precision.
+//! and the gradients change by O(u), for any number of steps.  In f16 the input of the pull-back is S·v_i, where S is
+//! a power of two that is chosen from max|λ|, and the results of the pull-back are divided by S in state precision.
 //!
 //! # Layout
 //!
@@ -46,8 +48,10 @@
 //!
 //! * `stats`, `error`: what a solve has done, and what can go wrong.
 //! * `tableau`: coefficients of methods, and their interpolants.
-//! * `state`, `memory`, `time`: the state and its rows, what a solve holds, the grid and the time of a field.
-//! * `adaptive`: adaptive steps: tolerances, controllers, and decisions about a step as pure numbers.
+//! * `state`, `memory`, `time`: the state and its rows; the memory that a solve needs; the time grid, and the time at
+//!   which a field is evaluated.
+//! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, computed from
+//!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `precision`, `scaler`: dtype roles, scales of the adjoint.
@@ -56,22 +60,25 @@
 //! * `step`, `replay`, `trajectory`: one step and its linearisation; the sequence of forward steps; which states are
 //!   kept for the backward pass.
 //! * `problem`, `arguments`: what the forward and the backward pass both need; the arguments of a field.
-//! * `reverse`: what a solve hands to its backward pass, whichever way it was solved.
+//! * `reverse`: the common interface by which every kind of forward pass hands its results to its backward pass.
 //! * `accumulator`, `adjoint`: sums of gradients, the backward sweep.
 //! * `rows`, `loss`: the forward and the backward pass, tile by tile; losses that are means over rows.
-//! * `offer`: what fields of this crate offer to the solver beside evaluations.
+//! * `offer`: how fields of this crate tell the solver that they can be solved tile by tile or in one GPU launch.
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
-//! * `passes`, `node`, `solution`: both passes by any of the solvers; a solve as a node of candle's graph, or without.
-//! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`: the public entry points; fields that are piecewise constant in time.
+//! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
+//!   solve without this graph.
+//! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`: the public entry points, and fields that are piecewise
+//!   constant in time.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //!
 //! # Limits
 //!
-//! Explicit methods, with fixed or adaptive steps.  Second derivatives are not supported: returned gradients are detached, and differentiating
-//! them silently yields none; only a cotangent that is itself tracked is an error.  A field must be
-//! deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to
-//! time see what a field computes from [`Time::tensor`], not from [`Time::value`].
+//! Only explicit methods are available, with fixed or adaptive steps.  Second derivatives are not supported: returned
+//! gradients are detached, so differentiating them gives no gradient and no error.  An error is returned only if the
+//! incoming cotangent is itself tracked by candle.  A field must be
+//! deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to time
+//! include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].
 #![deny(missing_docs)]
 
 mod accumulator;

@@ -1,5 +1,6 @@
-//! What a field of this crate offers to the solver beside evaluations.  Each field makes its own offer; the solver
-//! knows none of them by name.
+//! Capabilities of this crate's fields that the solver can use instead of single evaluations, such as whole solves
+//! tile by tile.  Each field describes its own capabilities, so that the solver does not depend on any particular
+//! field.
 
 use std::sync::Arc;
 

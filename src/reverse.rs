@@ -1,4 +1,5 @@
-//! The way back: what every solve hands to its backward pass, whichever way it was solved.
+//! The interface between the two passes: what every forward pass hands to its backward pass, whichever solver was
+//! used.
 
 use std::sync::Arc;
 

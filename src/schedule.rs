@@ -1,8 +1,8 @@
-//! The steps of a solve as data: what a backward pass walks, and which of its states a solve returns.
+//! The steps of a solve as data: the steps that the backward pass traverses, and the states that the solve returns.
 //!
-//! Nodes t_0 … t_N bound the steps: step n goes from node n to node n + 1.  A state is returned at a node, as it
-//! is, or inside a step at a fraction x of it, where it is y_n + h Σ b_i(x) k_i with the weights of the method's
-//! interpolant (see [`crate::tableau`]).
+//! Nodes t_0 … t_N bound the steps: step n goes from node n to node n + 1.  A returned state lies either at a node,
+//! where it is y_n, or inside step n at the time t_n + x h, where it is y_n + h Σ b_i(x) k_i with the weights b_i(x)
+//! of the method's interpolant (see [`crate::tableau`]).
 
 mod fixed;
 mod recorded;

@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Counts since the [`Recorder`] was last taken.
 ///
-/// Steps, evaluations and pull-backs are those of the whole batch: where a field is integrated tile by tile
-/// (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)), one of every tile is one, so that both ways
-/// report the same numbers for the same solve.  What only some tiles do, a pull-back repeated with a
-/// smaller scale, is counted for each of them.  Counts add up over passes and solves; what is said to be the largest or the smallest
-/// is that of any one of them.
+/// Steps, evaluations and pull-backs are counted for the whole batch.  If a field is integrated tile by tile (see
+/// [`OdeOptions::fusion`](crate::OdeOptions::fusion)), an evaluation that every tile makes counts once, so that the
+/// numbers are the same as without tiles.  Work that only some tiles do, such as a pull-back that is repeated with a
+/// smaller scale, is counted for each of these tiles.  Counts are added over passes and solves.  A largest or
+/// smallest value is the extreme value of all passes and solves.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stats {
     /// Steps of the forward pass.
@@ -21,63 +21,70 @@ pub struct Stats {
     /// Adaptive steps that were accepted only because of the noise floor
     /// ([`Adaptive::noise_floor`](crate::control::Adaptive::noise_floor)): their error estimate is mostly rounding.
     pub limited: usize,
-    /// The largest error of an accepted adaptive step without the noise floor, relative to the tolerance: tolerances
-    /// were kept to within this factor.
+    /// The largest error estimate of an accepted adaptive step, relative to the tolerance without the noise floor.
+    /// If it is greater than one, the tolerance was exceeded by this factor.
     pub tolerance_factor: f64,
     /// The shortest and the longest adaptive step.
     pub step_range: Option<(f64, f64)>,
-    /// The times between adaptive steps, from the first to the last of each solve.  Only of a
-    /// [`Recorder::tracing`], and not where every row has its own, see [`rows`](Self::rows).
+    /// The times at which adaptive steps begin or end, from the first to the last time of each solve.  Filled only by
+    /// a [`Recorder::tracing`], and not for solves in which every row has its own steps; see [`rows`](Self::rows) for
+    /// these.
     pub step_times: Vec<f64>,
-    /// The length of the first adaptive step of the last solve; where every row has its own, that of the first row.
+    /// The length of the first adaptive step of the last solve.  If every row has its own steps, this is the length
+    /// of the first step of the first row.
     pub first_step: Option<f64>,
-    /// Velocities evaluated by the forward pass.  Evaluations that only tell whether candle can trace
-    /// the field, one where a velocity does not read the whole state, are not among them.
+    /// Velocities evaluated by the forward pass.  Evaluations that only test whether candle can trace the field are
+    /// not counted; they are made where a velocity does not read the whole state.
     pub evaluations: usize,
-    /// The sum over the rows of the evaluations of each, where every row has steps of its own
-    /// ([`StepControl::Rows`](crate::control::StepControl::Rows)).  There, `steps`, `rejected`, `forced`, `limited` and
-    /// `evaluations` are those of the row that has most of them.
+    /// The number of evaluations, summed over all rows, of solves in which every row has its own steps
+    /// ([`StepControl::Rows`](crate::control::StepControl::Rows)).  In such a solve, each of `steps`, `rejected`,
+    /// `forced`, `limited` and `evaluations` is the largest count of any row.
     pub row_evaluations: usize,
-    /// Evaluations of whole tiles in such a solve.  Times the lanes of a tile, it is `row_evaluations` and what lanes
-    /// computed in vain.
+    /// The number of evaluations of whole tiles in such a solve.  This number, multiplied by the number of lanes of a
+    /// tile, is `row_evaluations` plus the number of evaluations in lanes whose result was not needed.
     pub tile_evaluations: usize,
-    /// What each row did in such a solve, in their order.  Only of a [`Recorder::tracing`].
+    /// Statistics of each row in such a solve, in the order of the rows.  Filled only by a [`Recorder::tracing`].
     pub rows: Vec<RowStats>,
     /// Velocities evaluated again by the backward pass, to linearise steps and to replay segments
-    /// between checkpoints.  Fewer where an [`ActivationCache`](crate::ActivationCache) keeps them, which only
-    /// tiles do: a step of which all is kept counts none, one of which a part is kept counts whole.
+    /// between checkpoints.  If an [`ActivationCache`](crate::ActivationCache) keeps evaluations, which is possible
+    /// only in tiles, a step that is kept completely adds nothing to this count, and a step that is kept in part adds
+    /// all of its evaluations.
     pub recomputed: usize,
     /// Pull-backs, repeated ones included: steps × stages + `retries`.
     pub vjps: usize,
-    /// Pull-backs repeated with a smaller adjoint scale.  Tiles have a scale each, and each repeats its own:
-    /// this is the sum over them, and may differ from that of the batch under one scale.
+    /// Pull-backs repeated with a smaller adjoint scale.  Each tile has its own scale and repeats its own pull-backs.
+    /// This number is the sum over all tiles, and may differ from the number for a batch that has one common scale.
     pub retries: usize,
     /// Smallest and largest adjoint scale that a pull-back used, of any tile; `None` where scaling is off.
     pub scale_range: Option<(f64, f64)>,
-    /// (t, S) at the stages at which the adjoint scale S became another, in the order of the backward
-    /// pass.  Only of a [`Recorder::tracing`], and not of fields that are integrated tile by tile,
-    /// each with a scale of its own (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)).
+    /// (t, S) at the stages at which the adjoint scale S changed, in the order of the backward pass.  Filled only by
+    /// a [`Recorder::tracing`], and not for fields that are integrated tile by tile, because there every tile has its
+    /// own scale (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)).
     pub scales: Vec<(f64, f64)>,
     /// Largest number of states kept at once by any one solve, by its forward pass for the backward
     /// pass and by the backward pass itself.  Several solves that are alive together keep more.
     pub states_kept: usize,
-    /// Bytes of the numbers of those states, of all rows that were kept at once: of the batch, or, for
-    /// [`NeuralOde::loss`](crate::NeuralOde::loss) tile by tile, of a tile for each thread.  Not counted is what
-    /// keeping them costs beside their numbers: on the general path some 400 bytes for each tensor, which is
-    /// most of it where states are small; in tiles the lanes that fill up the last one.
+    /// Bytes of the numbers in the kept states, for all rows whose states were kept at the same time.  These are the
+    /// rows of the whole batch, or, for [`NeuralOde::loss`](crate::NeuralOde::loss) tile by tile, the rows of one
+    /// tile for each thread.  Other memory is not counted: on the general path about 400 bytes for each tensor, which
+    /// is more than the numbers if states are small, and in tiles the unused lanes of the last tile.
     pub bytes_kept: usize,
     /// Largest number of bytes of evaluations that any one solve kept, see
-    /// [`ActivationCache`](crate::ActivationCache): of all tiles, the lanes that fill up the last one included,
-    /// or of those that are integrated at a time ([`NeuralOde::loss`](crate::NeuralOde::loss)).  Zero on the
+    /// [`ActivationCache`](crate::ActivationCache).  All tiles are counted, including the unused lanes of the last
+    /// tile; for [`NeuralOde::loss`](crate::NeuralOde::loss), only the tiles that are integrated at the same time are
+    /// counted.  Zero on the
     /// general path.
     pub activation_bytes: usize,
-    /// How often the solver waited for a device and read from it; what fields read is not counted.
+    /// The number of times that the solver waited for a device and read from its memory; reads by fields are not
+    /// counted.
     /// Zero on the CPU.
     pub host_reads: usize,
     /// Steps, forward and backward, that were launched as one CUDA graph each; see
     /// [`OdeOptions::graphs`](crate::OdeOptions::graphs).
     pub replayed: usize,
-    /// Why others were not although that was asked for: the last reason.
+    /// The reason why other steps were not launched as graphs although
+    /// [`OdeOptions::graphs`](crate::OdeOptions::graphs) is set.  If there were several reasons, this is the last
+    /// one.
     pub not_replayed: Option<NotReplayed>,
 }
 
@@ -94,8 +101,8 @@ pub enum StopReason {
     /// The step is so short that the time does not change: the problem is stiff, or the field has a singularity.
     #[error("the step is below the resolution of f64: the problem is stiff or singular here, or the tolerance is out of reach")]
     Underflow,
-    /// Velocities or states were NaN or infinite in many attempts in a row, although each was shorter than the one
-    /// before, or at the start.
+    /// Velocities or states were NaN or infinite at the start, or in many consecutive attempts although each attempt
+    /// was shorter than the previous one.
     #[error("the field gives NaN or infinity here, however short the step is")]
     NonFinite,
     /// More than a tenth of the steps were accepted only because of the noise floor
@@ -109,7 +116,7 @@ pub enum StopReason {
     },
 }
 
-/// What one row did that has steps of its own.
+/// Statistics of one row that has its own steps.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct RowStats {
@@ -121,9 +128,9 @@ pub struct RowStats {
     pub evaluations: usize,
     /// Steps that were accepted only because of the noise floor.
     pub limited: usize,
-    /// Why it did not reach the end, if it did not.
+    /// The reason why the row did not reach the end; `None` if it reached the end.
     pub stopped: Option<StopReason>,
-    /// The times between its steps, from the first to the last.
+    /// The times at which steps of the row begin or end, from the first to the last.
     pub times: Vec<f64>,
 }
 
@@ -132,7 +139,7 @@ pub struct RowStats {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotReplayed {
-    /// A graph does not pay for so few steps.
+    /// The solve has so few steps that capturing a graph would cost more time than it saves.
     #[error("there are {steps} steps, and a graph pays from {least} on")]
     FewSteps {
         /// Steps of the solve.
@@ -141,21 +148,21 @@ pub enum NotReplayed {
         least: usize,
     },
     /// The field reads [`Time::value`](crate::Time::value), [`interval`](crate::Time::interval) or
-    /// [`step`](crate::Time::step), which a graph would keep as they were; of these only the value can be
-    /// read from [`Time::tensor`](crate::Time::tensor) instead.
+    /// [`step`](crate::Time::step), whose results a graph would not update when it is replayed.  Only the value can
+    /// be read from [`Time::tensor`](crate::Time::tensor) instead.
     #[error("the field reads Time::value, interval or step, which stand still in a graph; Time::tensor does not")]
     TimeValue,
-    /// Gradients of the times are wanted.
+    /// Gradients with respect to the times are required.
     #[error("gradients of the times are wanted")]
     TimeGradients,
-    /// The device has a stream of its own and orders it by events, until
-    /// `CudaDevice::disable_event_tracking` is called.
+    /// The device has its own stream and synchronises it by events.  A call of `CudaDevice::disable_event_tracking`
+    /// turns this off.
     #[error("the device orders its stream by events: disable_event_tracking turns that off")]
     EventTracking,
     /// The field copies from or to the memory of the host.
     #[error("the field copies from or to the memory of the host")]
     HostMemory,
-    /// What the field, candle or the driver said when a step was captured.
+    /// The error message of the field, candle or the driver when a step was captured.
     #[error("a step cannot be captured: {0}")]
     Capture(String),
 }
@@ -276,7 +283,8 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// One that also keeps [`Stats::scales`], [`Stats::step_times`] and [`Stats::rows`], which grow with every solve until they are taken.
+    /// A recorder that also keeps [`Stats::scales`], [`Stats::step_times`] and [`Stats::rows`], which grow with every
+    /// solve until [`take`](Self::take) is called.
     pub fn tracing() -> Self {
         Self {
             traces: true,
@@ -294,7 +302,7 @@ impl Recorder {
         self.lock().clone()
     }
 
-    /// The counts so far, which start anew.
+    /// Returns the counts so far and resets them to zero.
     pub fn take(&self) -> Stats {
         std::mem::take(&mut self.lock())
     }

@@ -1,9 +1,10 @@
-//! The cotangents of returned states, as the sweep meets them: at nodes, where they are added to λ, and inside
-//! steps, where an output is y_n + h Σ b_i(x) k_i, so that its cotangent enters by the same weights.
+//! The cotangents of returned states in the backward sweep.  The cotangent of an output at a node is added to λ.  An
+//! output inside a step is y_n + h Σ b_i(x) k_i, so that its cotangent ȳ is added to λ_n, and b_i(x) ȳ to v_i.
 //!
-//! Where the last stage of a step is the first of the next one, the sweep has met it already when it comes to the
-//! step.  So the part of the cotangents that belongs to it is handed on: κ = h_n Σ_m b_s(x_m) ȳ_m enters v_1 of the
-//! next step as κ / h_{n+1}, and the stage is pulled back once.
+//! If the last stage of step n is also the first stage of step n + 1, the sweep has already pulled this stage back
+//! when it comes to step n.  The cotangent that the outputs inside step n give to this stage is therefore passed to
+//! step n + 1: κ = h_n Σ_m b_s(x_m) ȳ_m is added to v_1 of step n + 1 as κ / h_{n+1}, and the stage is pulled back
+//! only once.
 
 use candle_core::Tensor;
 

@@ -1,4 +1,5 @@
-//! Hybrid systems: a flow that is interrupted by events, at which the state jumps.
+//! Hybrid systems: the state follows an ODE until an event occurs, changes by a jump at the event, and then follows
+//! the ODE again.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The forward loop of adaptive steps, one length for the whole batch.
+//! The forward loop of adaptive steps, with one step length for the whole batch.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! The error of an attempt relative to the tolerance, and the floor below which it is rounding.
+//! The error estimate of an attempt relative to the tolerance, and the noise floor: an upper bound of the part of the
+//! estimate that rounding causes.
 
 use candle_core::{DType, Tensor};
 

@@ -1,4 +1,4 @@
-//! A look at every accepted step, before the next one.
+//! Observers, which are called after every accepted step and before the next step.
 
 use candle_core::Tensor;
 

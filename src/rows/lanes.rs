@@ -1,4 +1,5 @@
-//! What may differ between the lanes of a tile: their steps, and the coefficients that follow from the lengths.
+//! The data that may differ between the lanes of a tile: their steps, and the coefficients that depend on the step
+//! lengths.
 
 #![allow(clippy::type_complexity)] // pairs of slices of vectors
 

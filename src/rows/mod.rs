@@ -1,4 +1,4 @@
-//! Whole solves of fields whose batch rows do not see each other.
+//! Whole solves of fields whose batch rows are independent of each other.
 //!
 //! Such a field can be integrated tile by tile: one core takes a tile of rows, one row per lane, through the
 //! whole interval in its cache, forward and backward; threads synchronise twice per solve.

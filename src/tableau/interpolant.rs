@@ -1,7 +1,8 @@
-//! Interpolants: the state at a fraction x of a step, from the stages of the step.
+//! Interpolants (dense output): the state at a fraction x of a step, computed from the stages of the step.
 //!
-//! y(t_n + x h) = y_n + h Σ_i b_i(x) k_i with polynomials b_i, b(0) = 0 and b(1) = b.  Every interpolant of this
-//! crate is C¹ from step to step: b′(0) is the first stage, and b′(1) the last one, f(t_{n+1}, y_{n+1}).
+//! y(t_n + x h) = y_n + h Σ_i b_i(x) k_i with polynomials b_i, b(0) = 0 and b(1) = b.  Every interpolant that this
+//! crate provides is continuously differentiable across steps: its time derivative Σ_i b_i′(x) k_i is the first stage
+//! at x = 0, and the last stage f(t_{n+1}, y_{n+1}) at x = 1.
 
 use super::{meets, Finding, Rows, Tableau};
 use crate::error::TableauDefect;

@@ -1,10 +1,11 @@
-//! The backward pass of the rows of a group: every lane walks the steps of its own row, from the last to the first,
-//! and takes the next row when it has arrived.
+//! The backward pass of the rows of a group.  Every lane goes through the steps of its own row, from the last step to
+//! the first, and then takes the next row of the group.
 //!
-//! The last stage of a step is the first of the next one, which the walk has met already.  So the part that outputs
-//! inside the step give it is handed on: κ = h_n Σ_m b_s(x_m) ȳ_m enters v_1 of the next step as κ / h_{n+1}.
+//! If the field does not jump between them, the last stage of step n is also the first stage of step n + 1, which the
+//! backward pass has already pulled back.  The cotangent that the outputs inside step n give to this stage is
+//! therefore passed to step n + 1: κ = h_n Σ_m b_s(x_m) ȳ_m is added to v_1 of step n + 1 as κ / h_{n+1}.
 //!
-//! The tile has one scale, that of its largest λ.
+//! All lanes of a tile share one adjoint scale, which is chosen from the largest cotangent in the tile.
 
 use pulp::Simd;
 

@@ -1,4 +1,4 @@
-//! The forward pass of the rows of a group, through the lanes of one tile.
+//! The forward pass of a group of rows, which are integrated in the lanes of one tile.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! One lane of a tile: its row, where the row is, and what it is to do next.
+//! One lane of a tile: the row that it integrates, the time that the row has reached, and what the lane does next.
 
 use candle_core::Tensor;
 

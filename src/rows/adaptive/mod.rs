@@ -1,8 +1,9 @@
 //! Adaptive steps, tile by tile: every row of the batch has steps of its own.
 //!
-//! The lanes of a tile make their attempts in lock step, and each decides by itself what becomes of its own.  A lane
-//! whose row has reached the end takes the next row of its group at once, so that no row waits for another.  What a
-//! row computes depends on nothing but that row: not on the other lanes, their number, or the threads.
+//! All lanes of a tile evaluate the stages of their attempts together, and each lane accepts or rejects its own
+//! attempt.  A lane whose row has reached the end takes the next row of the group at once and does not wait for the
+//! other lanes.  The result of a row depends only on this row: not on the other lanes, the number of lanes, or the
+//! threads.
 
 mod backward;
 mod decide;

@@ -1,5 +1,6 @@
-//! Errors of the lanes of a tile relative to their tolerances.  Every sum over the features of a row is formed in f64
-//! in the order of the features, so that it depends neither on the other lanes nor on their number.
+//! Error estimates of the lanes of a tile relative to the tolerances of their rows.  Every sum over the features of a
+//! row is formed in f64 in the order of the features, so that the sum depends neither on the other lanes nor on the
+//! number of lanes.
 
 use candle_core::{DType, Tensor};
 
