@@ -25,7 +25,7 @@ use crate::schedule::{Output, Steps};
 use crate::state::State;
 use crate::time::{Time, Times};
 pub use hybrid::{Hybrid, HybridSolution, Jump};
-use search::{Found, Search};
+use search::{Crossing, Search};
 
 /// A function g(t, y) → number, tracked by candle in y and in what it captures.
 pub(crate) type EventFunction<S> = dyn Fn(&Time, &S) -> candle_core::Result<Tensor> + Send + Sync;
@@ -223,7 +223,7 @@ where
     };
     let of_times = leaves.iter().map(of_times);
     let states = S::from_leaves(of_times.collect::<candle_core::Result<_>>()?)?;
-    let occurrence = |found: &Found| {
+    let occurrence = |found: &Crossing| {
         let p = leaves.iter().map(|x| x.get(found.row));
         let p = p.collect::<candle_core::Result<Vec<_>>>()?;
         occurred(&events[found.event], found, p)
@@ -240,7 +240,7 @@ where
 }
 
 /// An event at p, the state at its time as a fixed one.
-fn occurred<S: State>(event: &Event<S>, found: &Found, p: Vec<Tensor>) -> Result<Occurrence<S>> {
+fn occurred<S: State>(event: &Event<S>, found: &Crossing, p: Vec<Tensor>) -> Result<Occurrence<S>> {
     let device = p[0].device().clone();
     let dtype = p[0].dtype();
     let number = Tensor::new(found.t, &device)?;

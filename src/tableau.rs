@@ -61,7 +61,7 @@ impl Rows {
 }
 
 /// What a check found, before it is tied to the tableau's name.
-type Finding = std::result::Result<(), TableauDefect>;
+type Verified = std::result::Result<(), TableauDefect>;
 
 /// Relative to the sum of absolute values, the constants below miss no condition by more than
 /// 9e-17; the rest is left to coefficients that a user copies with twelve digits.
@@ -265,7 +265,7 @@ impl Tableau {
         Error::InvalidTableau { name, defect }
     }
 
-    fn check_shape(&self) -> Finding {
+    fn check_shape(&self) -> Verified {
         let stages = self.stages();
         if stages == 0 {
             return Err(TableauDefect::NoStages);
@@ -296,7 +296,7 @@ impl Tableau {
         }
     }
 
-    fn check_row_sums(&self) -> Finding {
+    fn check_row_sums(&self) -> Verified {
         for (row, &c) in self.c.iter().enumerate() {
             let sum: f64 = self.a(row).iter().sum();
             let size: f64 = self.a(row).iter().map(|a| a.abs()).sum();
@@ -374,7 +374,7 @@ fn collect(all: &[Vec<Tree>], left: usize, chosen: &mut Vec<Tree>, forests: &mut
     }
 }
 
-fn check_order(tableau: &Tableau, what: &'static str, b: &[f64], order: usize) -> Finding {
+fn check_order(tableau: &Tableau, what: &'static str, b: &[f64], order: usize) -> Verified {
     if !(1..=8).contains(&order) {
         return Err(TableauDefect::OrderUnsupported { order });
     }

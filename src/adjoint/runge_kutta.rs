@@ -46,7 +46,7 @@ impl Method for Scheme {
             let magnitude = sweep.magnitude(adj, &dense)?;
             sums.scaler = sums.scaler.aimed(magnitude);
         }
-        let seeds = Seeds { adj, dense: &dense };
+        let seeds = StageSeeds { adj, dense: &dense };
         let ws = sweep.pull_stages_back(step, &seeds, &linear, sums, stats)?;
         if sweep.times > 0 {
             let after = sums.after.take();
@@ -128,7 +128,7 @@ impl Sweep<'_> {
     fn pull_stages_back(
         &self,
         step: Step,
-        seeds: &Seeds<'_>,
+        seeds: &StageSeeds<'_>,
         linear: &[Option<LinearStage<'_>>],
         sums: &mut Sums,
         stats: &mut Stats,
@@ -180,7 +180,7 @@ impl Sweep<'_> {
             }
             if self.times > 0 {
                 // Without what the step before handed on, which its own length multiplies.
-                let own = Seeds {
+                let own = StageSeeds {
                     dense: &seeds.dense.own(),
                     ..*seeds
                 };
@@ -207,7 +207,7 @@ impl Sweep<'_> {
         &self,
         step: Step,
         i: usize,
-        Seeds { adj, dense }: &Seeds<'_>,
+        StageSeeds { adj, dense }: &StageSeeds<'_>,
         ws: &[Option<Pulled>],
         scale: f64,
         rounding: impl Fn(usize) -> Rounding,
@@ -265,7 +265,7 @@ impl Sweep<'_> {
     fn update(
         &self,
         step: Step,
-        Seeds { adj, dense }: &Seeds<'_>,
+        StageSeeds { adj, dense }: &StageSeeds<'_>,
         ws: &[Option<Pulled>],
         incoming: Option<&[Tensor]>,
     ) -> Result<Vec<Tensor>> {
@@ -308,7 +308,7 @@ impl Sweep<'_> {
 
 /// λ_{n+1}, and what enters the step from outputs inside it.
 #[derive(Clone, Copy)]
-struct Seeds<'a> {
+struct StageSeeds<'a> {
     adj: &'a [Tensor],
     dense: &'a Dense,
 }

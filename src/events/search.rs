@@ -16,7 +16,7 @@ const POINTS: [f64; 4] = [0.25, 0.5, 0.75, 1.0];
 const FLAT: f64 = 1e-8;
 
 /// A crossing that was found.
-pub(super) struct Found {
+pub(super) struct Crossing {
     pub(super) event: usize,
     pub(super) t: f64,
     /// How fast its function changes in the step on average.
@@ -35,7 +35,7 @@ pub(super) struct Search<'a, S> {
     /// The sign of each event function where the solve is, once it has one.
     signs: Vec<Option<f64>>,
     begun: bool,
-    pub(super) found: Vec<Found>,
+    pub(super) found: Vec<Crossing>,
     /// The signs before the last step, and what had been found.
     before: (Vec<Option<f64>>, usize),
 }
@@ -185,7 +185,7 @@ impl<S: State> Observer for Search<'_, S> {
         let mut wanted = Wanted::default();
         for (x, pace, event) in crossings {
             let before = others.iter().filter(|&&other| other < x).count();
-            self.found.push(Found {
+            self.found.push(Crossing {
                 event,
                 t: inside.time(x),
                 pace,
@@ -203,7 +203,11 @@ impl<S: State> Observer for Search<'_, S> {
 }
 
 /// D = g_t + g_y · ṗ, the derivative of the event function along the trajectory.
-pub(super) fn derivative<S: State>(event: &Event<S>, found: &Found, p: &[Tensor]) -> Result<f64> {
+pub(super) fn derivative<S: State>(
+    event: &Event<S>,
+    found: &Crossing,
+    p: &[Tensor],
+) -> Result<f64> {
     let leaves = p.iter().map(|p| Var::from_tensor(&p.detach()));
     let leaves = leaves.collect::<candle_core::Result<Vec<_>>>()?;
     let time = Time::differentiable(found.t, p[0].dtype(), p[0].device());

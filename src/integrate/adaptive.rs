@@ -33,7 +33,7 @@ pub(super) fn pass<'a>(
             return Err(Error::NonFiniteState { leaf });
         }
     }
-    let mut pass = Pass::begin(problem, control, field, y0, keep())?;
+    let mut pass = AdaptivePass::begin(problem, control, field, y0, keep())?;
     observer.begin();
     let run = pass.run(keep, observer);
     stats.evaluations += pass.evaluations;
@@ -47,7 +47,7 @@ pub(super) fn pass<'a>(
 }
 
 /// A solve under way.
-struct Pass<'a> {
+struct AdaptivePass<'a> {
     problem: &'a Problem,
     control: &'a Control,
     field: &'a Field<'a>,
@@ -82,7 +82,7 @@ struct Tried {
 
 /// A step as it is taken: what was tried, and where inside of it states are returned, with the user's time, if it is
 /// one.
-struct Taken {
+struct AcceptedStep {
     step: Step,
     tried: Tried,
     inside: Vec<(f64, Option<usize>)>,
@@ -91,7 +91,7 @@ struct Taken {
 /// The part of a step, at both of its ends, in which the interpolant is as accurate as the step.
 const NEAR: f64 = 1e-3;
 
-impl<'a> Pass<'a> {
+impl<'a> AdaptivePass<'a> {
     fn begin(
         problem: &'a Problem,
         control: &'a Control,
@@ -310,7 +310,7 @@ impl<'a> Pass<'a> {
     }
 
     /// A step that was tried, with the outputs inside of it and, if these or others need it, its last stage.
-    fn finished(&mut self, step: Step, mut tried: Tried, needed: bool) -> Result<Taken> {
+    fn finished(&mut self, step: Step, mut tried: Tried, needed: bool) -> Result<AcceptedStep> {
         let points = &self.problem.grid.points()[self.next..];
         let passed = |t: &&f64| (step.end - **t) * self.control.direction > 0.0;
         let met = points.iter().take_while(passed).enumerate();
@@ -327,7 +327,7 @@ impl<'a> Pass<'a> {
             scheme.evaluate(self.field, step, &self.y, ks, &all, |_, _| Ok(()))?;
             self.evaluations += 1;
         }
-        Ok(Taken {
+        Ok(AcceptedStep {
             step,
             tried,
             inside,
@@ -335,7 +335,11 @@ impl<'a> Pass<'a> {
     }
 
     /// Adds what the observer wants of a step; where it ends the solve, if it does.
-    fn observed(&mut self, taken: &mut Taken, observer: &mut dyn Observer) -> Result<Option<f64>> {
+    fn observed(
+        &mut self,
+        taken: &mut AcceptedStep,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<f64>> {
         let within = InStep {
             scheme: &self.problem.scheme,
             step: &taken.step,
@@ -355,7 +359,12 @@ impl<'a> Pass<'a> {
 
     /// The same step, but little longer than to where the observer ends the solve: at the end of a step the
     /// interpolant is as accurate as the step.
-    fn polished(&mut self, taken: Taken, last: f64, observer: &mut dyn Observer) -> Result<Taken> {
+    fn polished(
+        &mut self,
+        taken: AcceptedStep,
+        last: f64,
+        observer: &mut dyn Observer,
+    ) -> Result<AcceptedStep> {
         let Step { t, h, .. } = taken.step;
         let end = t + h * last * (1.0 + 1e-4);
         let shorter = Step {

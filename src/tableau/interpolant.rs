@@ -4,7 +4,7 @@
 //! crate provides is continuously differentiable across steps: its time derivative Σ_i b_i′(x) k_i is the first stage
 //! at x = 0, and the last stage f(t_{n+1}, y_{n+1}) at x = 1.
 
-use super::{meets, Finding, Rows, Tableau};
+use super::{meets, Rows, Tableau, Verified};
 use crate::error::TableauDefect;
 
 impl Tableau {
@@ -83,7 +83,7 @@ impl Tableau {
     }
 
     /// That b(1) = b.
-    pub(super) fn check_interpolant(&self) -> Finding {
+    pub(super) fn check_interpolant(&self) -> Verified {
         let Some(rows) = &self.interpolant else {
             return Ok(());
         };

@@ -1,16 +1,18 @@
 //! Differences of a field along one argument, and what its pull-back says along the same direction.
 
 mod dependence;
+mod numbers;
 
 use candle_core::{DType, Device, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use rand_distr::StandardNormal;
 
 use super::{Point, Subject};
 use crate::error::Result;
 use crate::field::Cotangents;
 pub(crate) use dependence::depends_on;
+pub(crate) use numbers::{cotangent_of, differing, numbers};
+use numbers::{like, norm, unit_roundoff};
 
 /// What f depends on.
 #[derive(Clone, Copy)]
@@ -461,54 +463,4 @@ struct Smooth {
     /// How far the two step sizes are apart; `None` where an element is not smooth.
     doubt: Vec<Option<f64>>,
     distance: Vec<f64>,
-}
-
-/// All elements in f64.
-pub(super) fn numbers(tensors: &[Tensor]) -> candle_core::Result<Vec<f64>> {
-    let mut all = vec![];
-    for x in tensors {
-        let x = x.detach().flatten_all()?.to_dtype(DType::F64)?;
-        all.extend(x.to_vec1::<f64>()?);
-    }
-    Ok(all)
-}
-
-/// These numbers in a tensor like another.
-fn like(x: &[f64], other: &Tensor) -> Result<Tensor> {
-    let x = Tensor::from_vec(x.to_vec(), other.shape(), &Device::Cpu)?;
-    Ok(x.to_dtype(other.dtype())?.to_device(other.device())?)
-}
-
-/// The first tensor in which two evaluations differ by a bit; NaN equals NaN.
-pub(super) fn differing(a: &[Tensor], b: &[Tensor]) -> Result<Option<usize>> {
-    for (leaf, (a, b)) in a.iter().zip(b).enumerate() {
-        let (a, b) = (
-            numbers(std::slice::from_ref(a))?,
-            numbers(std::slice::from_ref(b))?,
-        );
-        let same = |(a, b): (&f64, &f64)| a == b || a.is_nan() && b.is_nan();
-        if a.len() != b.len() || !a.iter().zip(&b).all(same) {
-            return Ok(Some(leaf));
-        }
-    }
-    Ok(None)
-}
-
-/// A cotangent by chance.  Of ±1 alone, sums that are constant, those of a softmax for one, would cancel in
-/// half of all.
-pub(super) fn cotangent_of(rng: &mut StdRng, n: usize) -> Vec<f64> {
-    (0..n).map(|_| rng.sample(StandardNormal)).collect()
-}
-
-fn norm(x: impl Iterator<Item = f64>) -> f64 {
-    x.map(|x| x * x).sum::<f64>().sqrt()
-}
-
-fn unit_roundoff(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => f64::EPSILON / 2.0,
-        DType::F16 => 2f64.powi(-11),
-        DType::BF16 => 2f64.powi(-8),
-        _ => f64::from(f32::EPSILON) / 2.0,
-    }
 }

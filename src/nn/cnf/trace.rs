@@ -32,7 +32,7 @@ pub(super) enum Trace {
 }
 
 /// What the trace leaves for the layers, given its cotangent.
-pub(super) struct Pulled {
+pub(super) struct PulledTrace {
     /// Of the slopes.
     pub(super) slopes: Vec<Tensor>,
     /// Of the weights.
@@ -95,12 +95,12 @@ impl Trace {
     }
 
     /// Pulls back the trace's cotangent, `(rows, 1)`.
-    pub(super) fn pull(&self, c: &Tensor) -> Result<Pulled> {
+    pub(super) fn pull(&self, c: &Tensor) -> Result<PulledTrace> {
         match self {
             Self::Diagonal { weights, slope, m } => {
                 let [w1, w2] = weights;
                 let m_bar = slope.t()?.matmul(c)?;
-                Ok(Pulled {
+                Ok(PulledTrace {
                     slopes: vec![c.matmul(&m.t()?)?],
                     weights: vec![
                         w2.t()?.broadcast_mul(&m_bar)?,
@@ -119,7 +119,7 @@ impl Trace {
                 let u_bar = d2.broadcast_mul(c)?;
                 let b_bar = u_bar.t()?.matmul(d1)?;
                 let m_bar = (&b_bar * w2)?;
-                Ok(Pulled {
+                Ok(PulledTrace {
                     slopes: vec![u_bar.matmul(b)?, u.broadcast_mul(c)?],
                     weights: vec![
                         w3.matmul(&m_bar)?.t()?,
@@ -144,8 +144,8 @@ fn pull_tangents(
     before: &[Tensor],
     after: &[Tensor],
     c: &Tensor,
-) -> Result<Pulled> {
-    let mut pulled = Pulled {
+) -> Result<PulledTrace> {
+    let mut pulled = PulledTrace {
         slopes: vec![],
         weights: vec![],
     };

@@ -1,0 +1,220 @@
+//! Adaptive steps for one interval, validated: where steps must end, and what their errors are made of.
+
+use candle_core::{DType, Device, Shape};
+
+use super::{out_of_range, Adaptive, Attempt, OfLeaf};
+use crate::error::{AdaptiveDefect, Error, Result};
+use crate::tableau::Tableau;
+use crate::time::{coincide, TimeGrid};
+
+/// A time at which a step must end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Target {
+    pub(crate) t: f64,
+    /// Its number among the user's times.
+    pub(crate) given: Option<usize>,
+    /// Whether the field jumps there.
+    pub(crate) jumps: bool,
+}
+
+/// Adaptive steps for one interval, validated.
+#[derive(Clone, Debug)]
+pub(crate) struct Control {
+    pub(crate) options: Adaptive,
+    pub(crate) start: f64,
+    /// 1, or −1 where time decreases.
+    pub(crate) direction: f64,
+    /// In the order in which they are met; the last is the end.
+    pub(crate) targets: Vec<Target>,
+    /// The order of the method.
+    pub(crate) order: f64,
+    /// b − b̂ by stage of the tableau that ends in f(t_{n+1}, y_{n+1}).
+    pub(crate) estimate: Vec<f64>,
+    /// Whether that last stage was appended: then an attempt can do without it.
+    pub(crate) appended: bool,
+}
+
+impl Control {
+    pub(crate) fn new(
+        options: &Adaptive,
+        method: &Tableau,
+        grid: &TimeGrid,
+        jumps: &[f64],
+    ) -> Result<Self> {
+        options.controller.check()?;
+        let positive = |option, value: f64| match value > 0.0 {
+            true => Ok(()),
+            false => Err(out_of_range(option, value)),
+        };
+        options.first_step.map_or(Ok(()), |h| {
+            positive("first_step", if h.is_finite() { h } else { f64::NAN })
+        })?;
+        positive("max_step", options.max_step)?;
+        positive("max_steps", options.max_steps as f64)?;
+        let value = options.min_step;
+        if !(value >= 0.0 && value <= options.max_step) {
+            let option = "min_step";
+            return Err(out_of_range(option, value));
+        }
+        let Some(embedded) = method.embedded() else {
+            let method = method.name().to_owned();
+            return Err(Error::Adaptive(AdaptiveDefect::NoEstimate { method }));
+        };
+        let difference = method.b().iter().zip(embedded).map(|(b, e)| b - e);
+        let mut estimate: Vec<f64> = difference.collect();
+        estimate.resize(method.dense().stages(), 0.0);
+        let points = grid.points();
+        let (start, end) = (points[0], points[points.len() - 1]);
+        Ok(Self {
+            direction: if end < start { -1.0 } else { 1.0 },
+            targets: targets(options, method, points, jumps)?,
+            options: options.clone(),
+            start,
+            order: method.order() as f64,
+            estimate,
+            appended: !method.is_fsal(),
+        })
+    }
+
+    /// rtol and atol by tensor of a state of these shapes.
+    pub(crate) fn tolerances(
+        &self,
+        shapes: &[Shape],
+        state: DType,
+        device: &Device,
+    ) -> Result<[Vec<OfLeaf>; 2]> {
+        let Adaptive { rtol, atol, .. } = &self.options;
+        let rtol = rtol.by_leaf("rtol", shapes, state, device)?;
+        let atol = atol.by_leaf("atol", shapes, state, device)?;
+        for (leaf, (rtol, atol)) in rtol.iter().zip(&atol).enumerate() {
+            if rtol.is_zero()? && atol.is_zero()? {
+                return Err(Error::Adaptive(AdaptiveDefect::NoTolerance { leaf }));
+            }
+        }
+        Ok([rtol, atol])
+    }
+
+    /// u ‖b − b̂‖₂ and κ of every tensor of the state, from their u and κ, where there is a noise floor.
+    pub(crate) fn noise(&self, precisions: &[(f64, f64)]) -> Result<Option<Vec<(f64, f64)>>> {
+        if !self.options.noise_floor {
+            return Ok(None);
+        }
+        let size = self.estimate_size();
+        // In f64 a floor of 1e-17 would change the steps in their last digits only.
+        let least = self.options.rtol.least()?;
+        let counts = |u: f64| u > 2f64.powi(-50) || least < 1e-12;
+        let noise = precisions.iter().map(|&(u, least)| match counts(u) {
+            true => (u * size, least),
+            false => (0.0, 0.0),
+        });
+        Ok(Some(noise.collect()))
+    }
+
+    /// ‖b − b̂‖₂.
+    fn estimate_size(&self) -> f64 {
+        let squares = self.estimate.iter().map(|e| e * e);
+        squares.sum::<f64>().sqrt()
+    }
+
+    /// Whether the field jumps at the end of an attempt.
+    pub(crate) fn jumps_at(&self, attempt: &Attempt) -> bool {
+        attempt
+            .lands
+            .is_some_and(|target| self.targets[target].jumps)
+    }
+
+    /// The longest first step.
+    pub(crate) fn longest(&self) -> f64 {
+        let end = self.targets.last().map_or(self.start, |target| target.t);
+        (end - self.start).abs().min(self.options.max_step)
+    }
+
+    /// The length of the first attempt but for limits, from ‖y0‖, ‖f0‖ in the norm of the tolerance; the first part,
+    /// which says where to evaluate once more.
+    pub(crate) fn probe(d0: f64, d1: f64) -> f64 {
+        match d0 < 1e-5 || d1 < 1e-5 {
+            true => 1e-6,
+            false => 0.01 * d0 / d1,
+        }
+    }
+
+    /// The second part, from the difference d2 of the two evaluations divided by the length of the probe.
+    pub(crate) fn first_length(&self, probe: f64, d1: f64, d2: f64) -> f64 {
+        let d = d1.max(d2);
+        let h = match d <= 1e-15 {
+            true => f64::max(1e-6, probe * 1e-3),
+            false => (0.01 / d).powf(1.0 / self.order),
+        };
+        h.min(100.0 * probe)
+    }
+}
+
+/// All times at which a step must end, in order.
+fn targets(
+    options: &Adaptive,
+    method: &Tableau,
+    points: &[f64],
+    jumps: &[f64],
+) -> Result<Vec<Target>> {
+    let (start, end) = (points[0], points[points.len() - 1]);
+    let forward = end >= start;
+    let is_inside = |t: f64| (t > start) == forward && (t < end) == forward;
+    let mut all = vec![];
+    for (times, jumps) in [(&options.step_t, false), (&options.jump_t, true)] {
+        for &t in times {
+            if !t.is_finite() {
+                let option = if jumps { "jump_t" } else { "step_t" };
+                return Err(out_of_range(option, t));
+            }
+            if is_inside(t) && !coincide(t, start) {
+                all.push(Target {
+                    t,
+                    given: None,
+                    jumps,
+                });
+            }
+        }
+    }
+    let later = |a: &Target, b: &Target| match forward {
+        true => a.t.total_cmp(&b.t),
+        false => b.t.total_cmp(&a.t),
+    };
+    all.sort_by(later);
+    if let Some(w) = all
+        .windows(2)
+        .find(|w| w[0].t == w[1].t && w[0].jumps != w[1].jumps)
+    {
+        return Err(Error::Adaptive(AdaptiveDefect::ForcedTwice { t: w[0].t }));
+    }
+    all.dedup_by(|a, b| a.t == b.t);
+    // Those that the field says itself.
+    for &t in jumps
+        .iter()
+        .filter(|&&t| is_inside(t) && !coincide(t, start))
+    {
+        match all.iter_mut().find(|target| coincide(target.t, t)) {
+            Some(target) => target.jumps = true,
+            None => all.push(Target {
+                t,
+                given: None,
+                jumps: true,
+            }),
+        }
+    }
+    let on_outputs = options.on_outputs.unwrap_or(method.name() == "fehlberg45");
+    for (given, &t) in points.iter().enumerate().skip(1) {
+        let is_end = given + 1 == points.len();
+        if let Some(target) = all.iter_mut().find(|target| coincide(target.t, t)) {
+            // The user's own time, to the bit.
+            (target.t, target.given) = (t, Some(given));
+        } else if on_outputs || is_end {
+            all.push(Target {
+                t,
+                given: Some(given),
+                jumps: false,
+            });
+        }
+    }
+    all.sort_by(later);
+    Ok(all)
+}

@@ -1,0 +1,86 @@
+//! The law by which the length of a step follows from error estimates.
+
+use super::out_of_range;
+use crate::error::Result;
+
+/// The exponents and limits of a PID controller of the step length.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Controller {
+    /// Proportional coefficient P.
+    pub p: f64,
+    /// Integral coefficient I.
+    pub i: f64,
+    /// Derivative coefficient D.
+    pub d: f64,
+    /// Safety factor: the step length that the error estimate permits is multiplied by this number.
+    pub safety: f64,
+    /// The smallest and the largest factor by which the step length may change from one attempt to the next.
+    pub limits: [f64; 2],
+}
+
+impl Controller {
+    /// Uses only the last error estimate.  This is suitable for smooth problems; most neural fields are smooth.
+    pub const I: Self = Self {
+        p: 0.0,
+        i: 1.0,
+        d: 0.0,
+        safety: 0.9,
+        limits: [0.2, 10.0],
+    };
+
+    /// Uses the last two error estimates.  This is suitable for mildly stiff problems: fewer attempts are rejected,
+    /// and the step length grows more slowly.
+    pub const PI: Self = Self {
+        p: 0.4,
+        i: 0.3,
+        ..Self::I
+    };
+
+    /// What a length is multiplied with after an error r, in the order m of the method.
+    pub(super) fn factor(&self, r: f64, before: [f64; 2], m: f64, accepted: bool) -> f64 {
+        let Self { p, i, d, .. } = *self;
+        let [least, most] = self.limits;
+        let factor = match r {
+            0.0 => most,
+            r if r.is_finite() => {
+                let [r1, r2] = before;
+                // x⁰ is 1 to the bit, and not worth its time.
+                let power = |x: f64, e: f64| if e == 0.0 { 1.0 } else { x.powf(e) };
+                let powers =
+                    power(r, -(p + i + d) / m) * power(r1, (p + 2.0 * d) / m) * power(r2, -d / m);
+                self.safety * powers
+            }
+            _ => least,
+        };
+        match accepted {
+            true => factor.clamp(1.0, most.max(1.0)),
+            false => factor.clamp(least, self.safety.max(least)),
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        let [least, most] = self.limits;
+        let coefficients = [("p", self.p), ("i", self.i), ("d", self.d)];
+        for (option, value) in coefficients {
+            if !value.is_finite() {
+                return Err(out_of_range(option, value));
+            }
+        }
+        let within = |option, value: f64, range: std::ops::RangeInclusive<f64>| match range
+            .contains(&value)
+        {
+            true => Ok(()),
+            false => Err(out_of_range(option, value)),
+        };
+        within("i", self.p + self.i + self.d, f64::MIN_POSITIVE..=f64::MAX)?;
+        within("safety", self.safety, 1e-3..=1.0)?;
+        within("limits", least, f64::MIN_POSITIVE..=1.0 - 1e-3)?;
+        within("limits", most, 1.0..=f64::MAX)
+    }
+}
+
+impl Default for Controller {
+    fn default() -> Self {
+        Self::I
+    }
+}
