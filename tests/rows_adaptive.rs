@@ -483,11 +483,7 @@ fn a_row_that_fails_leaves_the_others_alone() {
             assert_eq!(row_bits(&nan, row), row_bits(&fine, row));
         }
     }
-    assert!(nan
-        .weights
-        .iter()
-        .flat_map(|w| values(w))
-        .all(f64::is_finite));
+    assert!(nan.weights.iter().flat_map(values).all(f64::is_finite));
 }
 
 #[test]
@@ -595,7 +591,7 @@ fn a_row_whose_field_is_no_number_from_the_start_is_not_the_others_affair() {
     let control = adaptive(1e-3, 1e-3);
     match solve(
         Kind::Relu,
-        &[with_bad.clone()],
+        std::slice::from_ref(&with_bad),
         &TIMES,
         &options(&DOPRI5, control.clone()),
     ) {
