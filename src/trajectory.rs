@@ -207,6 +207,9 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
             trajectory: self,
             kept: own,
             segment: vec![],
+            at: None,
+            asked: 0,
+            target: 0,
         }
     }
 
@@ -229,6 +232,19 @@ pub(crate) struct Rewind<'t, Y, K> {
     kept: Vec<(usize, Y)>,
     /// ŷ of the segment being reversed (plan `Every`), last step last.
     segment: Vec<Y>,
+    /// Where a replay is.
+    at: Option<(usize, Y)>,
+    /// The step that was asked for, and the node that the replay stops at next.
+    asked: usize,
+    target: usize,
+}
+
+/// What a backward pass is given, or has to give.
+pub(crate) enum Next<Y> {
+    /// ŷ_n.
+    State(Y),
+    /// y_m, of which y_{m+1} is needed first.
+    Advance(usize, Y),
 }
 
 impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
@@ -239,41 +255,69 @@ impl<Y: Clone, K: Store<Y>> Rewind<'_, Y, K> {
         advance: &mut dyn FnMut(usize, &Y) -> Result<Y>,
         stats: &mut Stats,
     ) -> Result<Y> {
+        loop {
+            match self.ask(n, stats)? {
+                Next::State(y) => return Ok(y),
+                Next::Advance(m, y) => {
+                    let y = advance(m, &y)?;
+                    self.answer(y);
+                }
+            }
+        }
+    }
+
+    /// The same step by step: ŷ_n, or a state that is to be advanced first and given to [`answer`](Self::answer).
+    pub(crate) fn ask(&mut self, n: usize, stats: &mut Stats) -> Result<Next<Y>> {
         let store = &self.trajectory.store;
         match self.trajectory.plan {
             Placement::All | Placement::Nothing => match self.kept.pop() {
-                Some((at, y)) if at == n => Ok(y),
+                Some((at, y)) if at == n => Ok(Next::State(y)),
                 _ => Err(Error::NothingKept),
             },
             Placement::Every(_) => {
-                if self.segment.is_empty() {
-                    let (at, mut y) = self.pop()?;
-                    for m in at..n {
-                        push("replayed states", &mut self.segment, store.stored(&y)?)?;
-                        y = advance(m, &y)?;
+                if self.segment.is_empty() && self.at.is_none() {
+                    self.at = Some(self.pop()?);
+                }
+                if let Some((m, y)) = self.at.take() {
+                    push("replayed states", &mut self.segment, store.stored(&y)?)?;
+                    if m < n {
+                        self.asked = m;
+                        return Ok(Next::Advance(m, y));
                     }
-                    self.segment.push(store.stored(&y)?);
                     self.record(stats);
                 }
-                self.segment.pop().ok_or(Error::NothingKept)
+                let y = self.segment.pop().ok_or(Error::NothingKept)?;
+                Ok(Next::State(y))
             }
             Placement::States(budget) | Placement::Online { budget, .. } => {
-                let (mut at, mut y) = self.pop()?;
-                while at < n {
+                let (m, y) = match self.at.take() {
+                    Some(replayed) => replayed,
+                    None => {
+                        let kept = self.pop()?;
+                        self.target = kept.0;
+                        kept
+                    }
+                };
+                if m == self.target && m < n {
                     // The state at hand stays kept; a further one, while the budget lasts, goes
                     // where the binomial schedule wants it, and otherwise replay runs up to n.
-                    self.kept.push((at, y.clone()));
+                    self.kept.push((m, y.clone()));
                     let free = budget.saturating_sub(self.kept.len());
-                    let next = at + split(n + 1 - at, free + 1);
-                    for m in at..next {
-                        y = advance(m, &y)?;
-                    }
-                    at = next;
+                    self.target = m + split(n + 1 - m, free + 1);
                     self.record(stats);
                 }
-                store.stored(&y)
+                if m < self.target {
+                    self.asked = m;
+                    return Ok(Next::Advance(m, y));
+                }
+                Ok(Next::State(store.stored(&y)?))
             }
         }
+    }
+
+    /// y_{m+1} of the state that was to be advanced.
+    pub(crate) fn answer(&mut self, y: Y) {
+        self.at = Some((self.asked + 1, y));
     }
 
     fn pop(&mut self) -> Result<(usize, Y)> {

@@ -17,6 +17,11 @@ use candle_diffeq::{
 use candle_nn::{VarBuilder, VarMap};
 use common::{all, bits, fill, relative, scattered, values};
 
+/// Whether the process has no vector unit, so that rows cannot have steps of their own.
+fn without_tiles() -> bool {
+    std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none")
+}
+
 const PAIRS: [Tableau; 5] = [BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOPRI8];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -165,6 +170,9 @@ fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
 
 #[test]
 fn a_row_is_solved_as_if_it_were_alone_to_the_bit() {
+    if without_tiles() {
+        return;
+    }
     for dtype in [DType::F32, DType::F64] {
         for kind in KINDS {
             let y0 = start(kind, 200, dtype);
@@ -207,6 +215,9 @@ fn a_row_is_solved_as_if_it_were_alone_to_the_bit() {
 
 #[test]
 fn one_row_is_solved_as_a_batch_of_one_is() {
+    if without_tiles() {
+        return;
+    }
     for method in &PAIRS {
         for kind in KINDS {
             for row in [0, 5] {
@@ -238,6 +249,9 @@ fn one_row_is_solved_as_a_batch_of_one_is() {
 
 #[test]
 fn gradients_are_those_of_the_accepted_steps_of_every_row() {
+    if without_tiles() {
+        return;
+    }
     for method in &PAIRS {
         for (kind, times) in KINDS
             .into_iter()
@@ -294,6 +308,9 @@ fn gradients_are_those_of_the_accepted_steps_of_every_row() {
 
 #[test]
 fn gradients_have_the_same_bits_whatever_is_kept() {
+    if without_tiles() {
+        return;
+    }
     for method in [DOPRI5, FEHLBERG45] {
         let y0 = start(Kind::Timed, 45, DType::F32);
         let run = |checkpoint| {
@@ -335,6 +352,9 @@ fn gradients_have_the_same_bits_whatever_is_kept() {
 
 #[test]
 fn lanes_that_are_done_take_other_rows() {
+    if without_tiles() {
+        return;
+    }
     let y0 = start(Kind::Mlp, 800, DType::F32);
     let options = OdeOptions {
         checkpoint: Checkpoint::Nothing,
@@ -367,6 +387,9 @@ fn lanes_that_are_done_take_other_rows() {
 
 #[test]
 fn outputs_inside_fixed_steps_are_those_of_the_general_path() {
+    if without_tiles() {
+        return;
+    }
     for method in [RK4, DOPRI5, DOPRI8] {
         for kind in KINDS {
             for (rows, checkpoint) in [(3, Checkpoint::All), (70, Checkpoint::States(2))] {
@@ -394,6 +417,9 @@ fn outputs_inside_fixed_steps_are_those_of_the_general_path() {
 
 #[test]
 fn low_precision_takes_no_steps_that_bring_nothing() {
+    if without_tiles() {
+        return;
+    }
     for precision in [Precision::bf16(), Precision::f16()] {
         let y0 = start(Kind::Timed, 64, DType::F32);
         let of = |rtol: f64| {
@@ -447,6 +473,9 @@ fn low_precision_takes_no_steps_that_bring_nothing() {
 
 #[test]
 fn a_row_that_fails_leaves_the_others_alone() {
+    if without_tiles() {
+        return;
+    }
     let y0 = start(Kind::Mlp, 50, DType::F64);
     let fine = solve(
         Kind::Mlp,
@@ -488,6 +517,9 @@ fn a_row_that_fails_leaves_the_others_alone() {
 
 #[test]
 fn rows_that_are_asked_for_and_cannot_be_had_are_an_error() {
+    if without_tiles() {
+        return;
+    }
     let y0 = start(Kind::Mlp, 5, DType::F64);
     let options = OdeOptions {
         fusion: false,
@@ -502,6 +534,9 @@ fn rows_that_are_asked_for_and_cannot_be_had_are_an_error() {
 
 #[test]
 fn the_final_state_alone_takes_the_same_steps() {
+    if without_tiles() {
+        return;
+    }
     let y0 = start(Kind::Cnf, 20, DType::F64);
     for method in &PAIRS {
         let all = options(method, adaptive(1e-5, 1e-7));
@@ -536,6 +571,9 @@ fn variants() -> Vec<Adaptive> {
 
 #[test]
 fn every_option_means_for_a_row_what_it_means_for_a_batch() {
+    if without_tiles() {
+        return;
+    }
     let times = [TIMES, TIMES.map(|t| 2.0 - t)];
     for (method, times) in [DOPRI5, FEHLBERG45, BOSH3]
         .iter()
@@ -567,6 +605,9 @@ fn every_option_means_for_a_row_what_it_means_for_a_batch() {
 
 #[test]
 fn a_tolerance_of_each_element_is_that_of_its_row() {
+    if without_tiles() {
+        return;
+    }
     let y0 = start(Kind::Mlp, 40, DType::F64);
     let rtol: Vec<f64> = (0..40)
         .flat_map(|row| [if row < 20 { 1e-3 } else { 1e-8 }; 3])
@@ -585,6 +626,9 @@ fn a_tolerance_of_each_element_is_that_of_its_row() {
 
 #[test]
 fn a_row_whose_field_is_no_number_from_the_start_is_not_the_others_affair() {
+    if without_tiles() {
+        return;
+    }
     let y0 = start(Kind::Relu, 40, DType::F32);
     let bad = Tensor::new(&[[3e38f32, 3e38, 3e38]], &Device::Cpu).unwrap();
     let with_bad = y0[0].slice_assign(&[17..18, 0..3], &bad).unwrap();
@@ -618,6 +662,9 @@ fn a_row_whose_field_is_no_number_from_the_start_is_not_the_others_affair() {
 
 #[test]
 fn a_perceptron_converges_to_the_exact_flow() {
+    if without_tiles() {
+        return;
+    }
     let file =
         candle_core::safetensors::load("tests/data/adaptive/08_mlp.safetensors", &Device::Cpu);
     let file = file.unwrap();

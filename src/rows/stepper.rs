@@ -309,6 +309,24 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         combine::<T, S>(self.s, self.width, out, First::plain(y), terms, &self.ks);
     }
 
+    /// y_{n+1} in place of y_n where each lane takes a step of its own, none with outputs inside.
+    pub(super) fn advance_lanes(
+        &mut self,
+        steps: &[Step],
+        y: &mut [T::Vector<S>],
+        slot: &mut [T::Vector<S>],
+    ) {
+        enter(
+            self.s,
+            AdvanceLanes {
+                stepper: self,
+                steps,
+                y,
+                slot,
+            },
+        );
+    }
+
     /// Rounds a state-like tile to compute precision, leaf by leaf.
     #[inline(always)]
     pub(super) fn round(&self, x: &mut [T::Vector<S>]) {
@@ -348,6 +366,30 @@ impl<T: Element, S: Simd> Kernel<S> for Advance<'_, '_, T, S> {
     #[inline(always)]
     fn run(self, _: S) -> Self::Output {
         self.stepper.take(self.step, self.y, self.slot, self.kept)
+    }
+}
+
+/// [`Stepper::advance_lanes`], in code for the vector unit.
+struct AdvanceLanes<'a, 'p, T: Element, S: Simd> {
+    stepper: &'a mut Stepper<'p, T, S>,
+    steps: &'a [Step],
+    y: &'a mut [T::Vector<S>],
+    slot: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for AdvanceLanes<'_, '_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, _: S) {
+        let (stepper, steps) = (self.stepper, LaneSteps::Each(self.steps));
+        stepper.begin(steps);
+        for at in 0..stepper.stages(false).len() {
+            let i = stepper.stages(false)[at];
+            stepper.stage(i, self.y, self.slot);
+            stepper.evaluate(steps, i, self.slot);
+        }
+        stepper.update(self.y);
     }
 }
 

@@ -24,7 +24,7 @@ use crate::schedule::{Inside, Step};
 use crate::simd::{enter, scalars_mut, vectors, Element, Kernel, Vectors};
 use crate::stats::Stats;
 use crate::tableau::Tableau;
-use crate::trajectory::Rewind;
+use crate::trajectory::{Next, Rewind};
 
 /// The gradients of y0 and θ.
 pub(super) fn pull_back<T: Element, S: Simd>(
@@ -183,6 +183,9 @@ struct Walk<'a, T> {
     /// The step that it is in, or before which it has arrived.
     n: usize,
     rewind: Option<Rewind<'a, Snapshot<T>, TileStore>>,
+    /// The step that is replayed, until the state is there.
+    replayed: Option<usize>,
+    arrived: bool,
 }
 
 /// The lanes of a tile on their ways.
@@ -196,7 +199,8 @@ struct Walks<'a, T: Element, S: Simd> {
     steps: Vec<Step>,
     y: Vectors<T, S>,
     adj: Vectors<T, S>,
-    /// A tile that is replayed, and its slot.
+    /// The numbers of one row; a tile that is replayed, and its slot.
+    row: Vec<T>,
     tile: Vectors<T, S>,
     slot: Vectors<T, S>,
     /// λ_0, `[row][feature]`.
@@ -213,6 +217,7 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
             steps: vec![],
             y: vectors::<T, S>(size),
             adj: vectors::<T, S>(size),
+            row: vec![T::default(); pass.plan.layout.dim()],
             tile: vectors::<T, S>(size),
             slot: stepper.slot(),
             y0: vec![T::default(); group.rows.len() * pass.plan.layout.dim()],
@@ -259,6 +264,8 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
                 solve,
                 n,
                 rewind: None,
+                replayed: None,
+                arrived: false,
             });
             return;
         }
@@ -271,22 +278,20 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
         let Some(live) = self.lanes.iter().position(Option::is_some) else {
             return Ok(false);
         };
-        for at in 0..batch {
-            let Some(mut walk) = self.lanes[at].take() else {
-                continue;
-            };
+        for walk in self.lanes.iter_mut().flatten() {
             walk.n -= 1;
-            let state = self.state(&mut walk, stats)?;
-            let y = scalars_mut::<T, S>(&mut self.y);
-            for (i, x) in state.iter().enumerate() {
-                y[i * batch + at] = *x;
-            }
+            walk.arrived = false;
+        }
+        while self.find_states(stats)? {
+            self.replay(stats)?;
+        }
+        for (at, walk) in self.lanes.iter().enumerate() {
+            let Some(walk) = walk else { continue };
             let step = walk.solve.steps.step(walk.n);
             if self.steps.is_empty() {
                 self.steps = vec![step; batch];
             }
             self.steps[at] = step;
-            self.lanes[at] = Some(walk);
         }
         // Lanes without a row do what another does, with cotangents of zero.
         let y = scalars_mut::<T, S>(&mut self.y);
@@ -301,58 +306,80 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
         Ok(true)
     }
 
-    /// ŷ_n of a lane's row.
-    fn state(&mut self, walk: &mut Walk<'a, T>, stats: &mut Stats) -> Result<Vec<T>> {
-        let mut state = vec![T::default(); self.pass.plan.layout.dim()];
-        match &walk.solve.trajectory {
-            TileTrajectory::All(states) => {
-                let there = states.load_numbers(walk.n, &mut state);
-                there.ok_or(Error::NothingKept)?;
+    /// ŷ_n of every lane that has it; whether others need a replay first.
+    fn find_states(&mut self, stats: &mut Stats) -> Result<bool> {
+        let batch = self.batch();
+        let y = scalars_mut::<T, S>(&mut self.y);
+        let tile = scalars_mut::<T, S>(&mut self.tile);
+        let mut replays = false;
+        for (at, walk) in self.lanes.iter_mut().enumerate() {
+            let Some(walk) = walk.as_mut().filter(|walk| !walk.arrived) else {
+                continue;
+            };
+            walk.replayed = None;
+            match &walk.solve.trajectory {
+                TileTrajectory::All(states) => {
+                    let there = states.load_numbers(walk.n, &mut self.row);
+                    there.ok_or(Error::NothingKept)?;
+                }
+                TileTrajectory::Planned(planned) => {
+                    let rewind = walk.rewind.get_or_insert_with(|| planned.rewind());
+                    let mut seen = Stats::default();
+                    let next = rewind.ask(walk.n, &mut seen)?;
+                    stats.kept(seen.states_kept, seen.bytes_kept);
+                    match next {
+                        Next::State(state) => state.load_numbers(&mut self.row),
+                        Next::Advance(m, state) => {
+                            state.load_numbers(&mut self.row);
+                            for (i, x) in self.row.iter().enumerate() {
+                                tile[i * batch + at] = *x;
+                            }
+                            walk.replayed = Some(m);
+                            replays = true;
+                            continue;
+                        }
+                    }
+                }
             }
-            TileTrajectory::Planned(planned) => {
-                let rewind = walk.rewind.get_or_insert_with(|| planned.rewind());
-                let (row, steps) = (walk.row, &walk.solve.steps);
-                let (mut replayed, mut seen) = (0, Stats::default());
-                let mut replay = |m: usize, y: &Snapshot<T>| {
-                    let step = steps.step(m);
-                    replayed += self.stepper.stages(step.dense).len();
-                    self.replay(row, step, y)
-                };
-                let y = rewind.state(walk.n, &mut replay, &mut seen)?;
-                stats.kept(seen.states_kept, seen.bytes_kept);
-                stats.recomputed += replayed;
-                y.load_numbers(&mut state);
+            for (i, x) in self.row.iter().enumerate() {
+                y[i * batch + at] = *x;
             }
+            walk.arrived = true;
         }
-        Ok(state)
+        Ok(replays)
     }
 
-    /// y at the end of a step of a row from y at its start, in all lanes.
-    fn replay(&mut self, row: usize, step: Step, y: &Snapshot<T>) -> Result<Snapshot<T>> {
+    /// Advances the lanes that need it by a step of their rows; the others stand still.
+    fn replay(&mut self, stats: &mut Stats) -> Result<()> {
         let batch = self.batch();
-        let mut numbers = vec![T::default(); self.pass.plan.layout.dim()];
-        y.load_numbers(&mut numbers);
-        let tile = scalars_mut::<T, S>(&mut self.tile);
-        for (lanes, y) in tile.chunks_exact_mut(batch).zip(&numbers) {
-            lanes.fill(*y);
-        }
-        let rows = self.stepper.clock.rows_mut().to_vec();
-        self.stepper.clock.rows_mut().fill(row);
-        // Outputs inside the step have been returned.
-        let step = Step {
-            dense: false,
-            ..step
+        let of = |walk: &Option<Walk<'_, T>>| {
+            let walk = walk.as_ref()?;
+            // Outputs inside the step have been returned.
+            let dense = false;
+            let step = walk.solve.steps.step(walk.replayed?);
+            Some(Step { dense, ..step })
         };
-        let taken = self
-            .stepper
-            .advance(step, &mut self.tile, &mut self.slot, None);
-        self.stepper.clock.rows_mut().copy_from_slice(&rows);
-        taken.map_err(|failure| failure.error)?;
+        let steps: Vec<_> = self.lanes.iter().map(of).collect();
+        let Some(replayed) = steps.iter().flatten().next().copied() else {
+            return Ok(());
+        };
+        let standing = Step { h: 0.0, ..replayed };
+        let each: Vec<_> = steps.iter().map(|step| step.unwrap_or(standing)).collect();
+        stats.recomputed += self.stepper.stages(false).len();
+        self.stepper
+            .advance_lanes(&each, &mut self.tile, &mut self.slot);
         let tile = scalars_mut::<T, S>(&mut self.tile);
-        for (lanes, y) in tile.chunks_exact(batch).zip(&mut numbers) {
-            *y = lanes[0];
+        for (at, walk) in self.lanes.iter_mut().enumerate() {
+            let Some(walk) = walk.as_mut().filter(|walk| walk.replayed.is_some()) else {
+                continue;
+            };
+            let lane = tile.iter().skip(at).step_by(batch);
+            self.row.iter_mut().zip(lane).for_each(|(x, y)| *x = *y);
+            if let Some(rewind) = &mut walk.rewind {
+                rewind.answer(Snapshot::of_numbers(&self.row)?);
+            }
         }
-        Snapshot::of_numbers(&numbers)
+        Ok(())
     }
 
     /// What enters the steps from outputs inside them and inside those before, if there are any.
