@@ -19,6 +19,7 @@ use candle_diffeq::datasets::Density;
 use clap::Parser;
 use serde_json::json;
 
+use crate::common::chart::SeriesLabelPosition;
 use crate::common::dtype::Dtype;
 use crate::common::flags::Flags;
 use crate::common::mode::Mode;
@@ -97,11 +98,14 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let last: Vec<_> = by_density.iter().filter_map(|of| of.last()).collect();
     picture::densities(&report.picture(""), &last, args.flags.seed)?;
     picture::flows(&report.picture("flow"), &last[..last.len().min(2)])?;
-    let name = "negative log-likelihood";
-    picture::over_iterations(&report.picture("loss"), &by_density, name, |o| &o.losses)?;
+    // Losses fall, and evaluations grow.
+    let axis = ("negative log-likelihood", SeriesLabelPosition::UpperRight);
+    picture::over_iterations(&report.picture("loss"), &by_density, axis, |o| &o.losses)?;
     if args.adaptive.is_some() {
-        let (path, name) = (report.picture("cost"), "evaluations forward");
-        picture::over_iterations(&path, &by_density, name, |o| &o.evaluations)?;
+        let axis = ("evaluations forward", SeriesLabelPosition::LowerRight);
+        picture::over_iterations(&report.picture("cost"), &by_density, axis, |o| {
+            &o.evaluations
+        })?;
     }
     report.figure("iterations", setting.iterations)?;
     report.figure("runs", outcomes.iter().map(json).collect::<Vec<_>>())?;

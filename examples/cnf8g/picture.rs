@@ -5,7 +5,9 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, TRUTH};
+use crate::common::chart::{
+    colour, picture, Area, Curve, Heat, Mark, Panel, SeriesLabelPosition, TRUTH,
+};
 use crate::common::{mean, values, Result};
 use crate::training::{Flow, Outcome};
 
@@ -106,7 +108,7 @@ pub(crate) fn flows(path: &Path, outcomes: &[&Outcome]) -> Result<()> {
 pub(crate) fn over_iterations(
     path: &Path,
     by_density: &[&[Outcome]],
-    name: &str,
+    (name, legend): (&str, SeriesLabelPosition),
     of: fn(&Outcome) -> &[f64],
 ) -> Result<()> {
     let columns = by_density.len().min(COLUMNS);
@@ -119,6 +121,7 @@ pub(crate) fn over_iterations(
                 continue;
             };
             let mut chart = Panel::new(first.density.name(), "iteration", name);
+            chart.legend = legend.clone();
             let curve = |(j, o): (usize, &Outcome)| {
                 let name = if i == 0 { &*o.way.name } else { "" };
                 Curve::new(name, colour(j), smoothed(of(o)))
