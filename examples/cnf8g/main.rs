@@ -2,6 +2,7 @@
 //! without and with adjoint scaling.
 //!
 //! `cargo run --release --example cnf8g` (minutes; `--smoke`: seconds; `--full`: the published size).
+//! `--adaptive TOL` takes adaptive steps of DOPRI5 and BOSH3 in f32 and bf16, and writes `cnf8g_adaptive`.
 //! Prints likelihoods and discrepancies, draws densities and samples, and how the density forms over
 //! time.  Exits with 1 when scaled f16 does not come within 2 % of the likelihood of f32.
 
@@ -9,6 +10,7 @@
 mod common;
 mod picture;
 mod training;
+mod way;
 
 use std::process::ExitCode;
 
@@ -17,6 +19,7 @@ use candle_diffeq::datasets::Density;
 use clap::Parser;
 use serde_json::json;
 
+use crate::common::chart::SeriesLabelPosition;
 use crate::common::dtype::Dtype;
 use crate::common::flags::Flags;
 use crate::common::mode::Mode;
@@ -24,6 +27,7 @@ use crate::common::report::{self, Report};
 use crate::common::table::Table;
 use crate::common::{jobs, mean, progress, Result};
 use crate::training::{train, Outcome, Setting};
+use crate::way::Way;
 
 /// How far scaled f16 may end from f32.
 const CLOSE: f64 = 0.02;
@@ -31,6 +35,9 @@ const CLOSE: f64 = 0.02;
 const LEARNT: f64 = 0.9;
 /// And of the eight Gaussians, whose entropy is 2.84.
 const EIGHT_GAUSSIANS: f64 = 2.84 * 1.03;
+
+/// Evaluations are noted as means over this many iterations.
+const SHOWN: usize = 50;
 
 /// Trains continuous normalising flows on densities in the plane.
 #[derive(Parser)]
@@ -43,11 +50,18 @@ struct Args {
     /// Iterations of each run [default: of the size].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     iters: Option<u32>,
+    /// Adaptive steps with this relative and absolute tolerance.
+    #[arg(long, value_name = "TOL")]
+    adaptive: Option<f64>,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    report::run("cnf8g", &args.flags, |device, report| {
+    let name = match args.adaptive {
+        Some(_) => "cnf8g_adaptive",
+        None => "cnf8g",
+    };
+    report::run(name, &args.flags, |device, report| {
         run(&args, device, report)
     })
 }
@@ -63,23 +77,36 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         asked => asked.to_vec(),
     };
     let all = [Dtype::F32, Dtype::Bf16, Dtype::F16];
-    let modes = Mode::of(&args.flags.precisions_among(&all, &all)?);
+    let default = match args.adaptive {
+        Some(_) => &all[..2],
+        None => &all,
+    };
+    let modes = Mode::of(&args.flags.precisions_among(default, &all)?);
+    let ways = Way::all(&modes, args.adaptive);
     let pairs = densities
         .iter()
-        .flat_map(|d| modes.iter().map(move |m| (*d, *m)));
+        .flat_map(|d| ways.iter().map(move |way| (*d, way)));
     let pairs: Vec<_> = pairs.collect();
     let bar = progress("train", pairs.len() * setting.iterations)?;
-    let outcomes = jobs::run(device, &pairs, |(density, mode)| {
-        train(*density, *mode, &setting, args.flags.seed, device, &bar)
+    let outcomes = jobs::run(device, &pairs, |(density, way)| {
+        train(*density, way, &setting, args.flags.seed, device, &bar)
     })?;
     bar.finish_and_clear();
-    print(&outcomes, modes.len());
-    let by_density: Vec<&[Outcome]> = outcomes.chunks(modes.len()).collect();
+    print(&outcomes, ways.len());
+    let by_density: Vec<&[Outcome]> = outcomes.chunks(ways.len()).collect();
     // Of the precision that comes last: scaled f16, unless others were asked for.
     let last: Vec<_> = by_density.iter().filter_map(|of| of.last()).collect();
     picture::densities(&report.picture(""), &last, args.flags.seed)?;
     picture::flows(&report.picture("flow"), &last[..last.len().min(2)])?;
-    picture::losses(&report.picture("loss"), &by_density)?;
+    // Losses fall, and evaluations grow.
+    let axis = ("negative log-likelihood", SeriesLabelPosition::UpperRight);
+    picture::over_iterations(&report.picture("loss"), &by_density, axis, |o| &o.losses)?;
+    if args.adaptive.is_some() {
+        let axis = ("evaluations forward", SeriesLabelPosition::LowerRight);
+        picture::over_iterations(&report.picture("cost"), &by_density, axis, |o| {
+            &o.evaluations
+        })?;
+    }
     report.figure("iterations", setting.iterations)?;
     report.figure("runs", outcomes.iter().map(json).collect::<Vec<_>>())?;
     demands(&by_density, report);
@@ -87,7 +114,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
 }
 
 /// One line for each density: likelihoods, then discrepancies; one line for each precision: times.
-fn print(outcomes: &[Outcome], modes: usize) {
+fn print(outcomes: &[Outcome], ways: usize) {
     for (title, figure) in [
         ("negative log-likelihood", nll as fn(&Outcome) -> String),
         ("10³ MMD² of samples to data", |o| thousandths(o.mmd)),
@@ -95,9 +122,9 @@ fn print(outcomes: &[Outcome], modes: usize) {
             thousandths(o.mmd_noise)
         }),
     ] {
-        let names = outcomes.iter().take(modes).map(|o| o.mode.name.to_owned());
+        let names = outcomes.iter().take(ways).map(|o| o.way.name.clone());
         let mut table = Table::of(std::iter::once(title.to_owned()).chain(names));
-        for of in outcomes.chunks(modes) {
+        for of in outcomes.chunks(ways) {
             let cells = of.iter().map(figure);
             table.line(
                 of.iter()
@@ -108,12 +135,22 @@ fn print(outcomes: &[Outcome], modes: usize) {
         }
         println!("{table}");
     }
-    let mut table = Table::new(["", "ms forward", "backward", "pull-backs redone", "scale"]);
-    for (i, first) in outcomes.iter().take(modes).enumerate() {
-        let of: Vec<_> = outcomes.iter().skip(i).step_by(modes).collect();
+    let mut table = Table::new([
+        "",
+        "evaluations, first 10",
+        "last 10",
+        "ms forward",
+        "backward",
+        "pull-backs redone",
+        "scale",
+    ]);
+    for (i, first) in outcomes.iter().take(ways).enumerate() {
+        let of: Vec<_> = outcomes.iter().skip(i).step_by(ways).collect();
         let over = |f: fn(&Outcome) -> f64| mean(&of.iter().map(|o| f(o)).collect::<Vec<_>>());
         table.row([
-            first.mode.name.to_owned(),
+            first.way.name.clone(),
+            format!("{:.1}", over(|o| mean(first_of(&o.evaluations)))),
+            format!("{:.1}", over(|o| mean(last_of(&o.evaluations)))),
             format!("{:.1}", over(|o| o.forward)),
             format!("{:.1}", over(|o| o.backward)),
             of.iter()
@@ -129,6 +166,15 @@ fn print(outcomes: &[Outcome], modes: usize) {
     print!("{table}");
 }
 
+/// Ten of them, or fewer.
+fn first_of(figures: &[f64]) -> &[f64] {
+    &figures[..figures.len().min(10)]
+}
+
+fn last_of(figures: &[f64]) -> &[f64] {
+    &figures[figures.len().saturating_sub(10)..]
+}
+
 fn nll(o: &Outcome) -> String {
     format!("{:.3}", o.nll)
 }
@@ -140,7 +186,8 @@ fn thousandths(x: f64) -> String {
 fn json(o: &Outcome) -> serde_json::Value {
     json!({
         "density": o.density.name(),
-        "precision": o.mode.name,
+        "precision": o.way.name,
+        "evaluations": o.evaluations.chunks(SHOWN).map(mean).collect::<Vec<_>>(),
         "nll": o.nll,
         "mmd": o.mmd,
         "mmd_noise": o.mmd_noise,
@@ -163,13 +210,13 @@ fn demands(by_density: &[&[Outcome]], report: &mut Report) {
             _ => LEARNT * first,
         };
         report.demand(o.nll <= highest, || {
-            let (density, mode, nll) = (o.density, o.mode.name, o.nll);
+            let (density, mode, nll) = (o.density, &o.way.name, o.nll);
             format!("{density}, {mode}: a likelihood of {nll:.3}, not {highest:.3} or less")
         });
     }
     for of in by_density {
-        let exact = of.iter().find(|o| o.mode.dtype == Dtype::F32);
-        let scaled = of.iter().find(|o| o.mode.is_scaled_f16());
+        let exact = of.iter().find(|o| o.way.mode.dtype == Dtype::F32);
+        let scaled = of.iter().find(|o| o.way.mode.is_scaled_f16());
         let (Some(exact), Some(scaled)) = (exact, scaled) else {
             continue;
         };

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, TRUTH};
+use crate::common::chart::{
+    colour, picture, Area, Curve, Heat, Mark, Panel, SeriesLabelPosition, TRUTH,
+};
 use crate::common::{mean, values, Result};
 use crate::training::{Flow, Outcome};
 
@@ -102,8 +104,13 @@ pub(crate) fn flows(path: &Path, outcomes: &[&Outcome]) -> Result<()> {
     })
 }
 
-/// Losses over the iterations, one panel for each density and one curve for each precision.
-pub(crate) fn losses(path: &Path, by_density: &[&[Outcome]]) -> Result<()> {
+/// Losses over the iterations, or evaluations, one panel for each density and one curve for each precision.
+pub(crate) fn over_iterations(
+    path: &Path,
+    by_density: &[&[Outcome]],
+    (name, legend): (&str, SeriesLabelPosition),
+    of: fn(&Outcome) -> &[f64],
+) -> Result<()> {
     let columns = by_density.len().min(COLUMNS);
     let rows = by_density.len().div_ceil(columns.max(1));
     let size = (columns as u32 * 320, rows as u32 * 280);
@@ -113,11 +120,11 @@ pub(crate) fn losses(path: &Path, by_density: &[&[Outcome]]) -> Result<()> {
             let Some(first) = outcomes.first() else {
                 continue;
             };
-            let mut chart =
-                Panel::new(first.density.name(), "iteration", "negative log-likelihood");
+            let mut chart = Panel::new(first.density.name(), "iteration", name);
+            chart.legend = legend.clone();
             let curve = |(j, o): (usize, &Outcome)| {
-                let name = if i == 0 { o.mode.name } else { "" };
-                Curve::new(name, colour(j), smoothed(&o.losses))
+                let name = if i == 0 { &*o.way.name } else { "" };
+                Curve::new(name, colour(j), smoothed(of(o)))
             };
             chart.curves = outcomes.iter().enumerate().map(curve).collect();
             chart.draw(panel)?;

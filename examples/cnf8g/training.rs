@@ -6,14 +6,14 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::datasets::Density;
 use candle_diffeq::nn::HyperCnf;
-use candle_diffeq::{metrics::mmd, NeuralOde, OdeOptions, Output, Recorder, Stats, Steps};
+use candle_diffeq::{metrics::mmd, NeuralOde, OdeOptions, Output, Recorder, Stats};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::ProgressBar;
 
 use crate::common::initial::layers;
-use crate::common::mode::Mode;
 use crate::common::random::{generator, normal};
 use crate::common::{median, Result};
+use crate::way::Way;
 
 /// Sizes of a run.
 #[derive(Clone, Copy, Debug)]
@@ -105,9 +105,11 @@ fn log_normal(z: &Tensor) -> candle_core::Result<Tensor> {
 /// What a run came to.
 pub(crate) struct Outcome {
     pub(crate) density: Density,
-    pub(crate) mode: Mode,
+    pub(crate) way: Way,
     /// Negative log-likelihood of every iteration's batch.
     pub(crate) losses: Vec<f64>,
+    /// Evaluations forward of every iteration.
+    pub(crate) evaluations: Vec<f64>,
     /// Of fresh points, computed in f32.
     pub(crate) nll: f64,
     /// Of samples to data, and of data sent to noise to noise.
@@ -125,7 +127,7 @@ pub(crate) struct Outcome {
 /// Trains on fresh points, the same ones in every precision.
 pub(crate) fn train(
     density: Density,
-    mode: Mode,
+    way: &Way,
     setting: &Setting,
     seed: u64,
     device: &Device,
@@ -133,15 +135,13 @@ pub(crate) fn train(
 ) -> Result<Outcome> {
     let (vars, recorder) = (VarMap::new(), Recorder::default());
     let options = OdeOptions {
-        steps: Steps::PerInterval(setting.steps),
         output: Output::Final,
         recorder: Some(recorder.clone()),
-        ..mode.options()
+        ..way.options(setting.steps)
     };
     let judged = OdeOptions {
-        steps: options.steps.clone(),
         output: options.output,
-        ..Default::default()
+        ..way.judged(setting.steps)
     };
     let flow = Flow::new(&vars, setting, options, device)?;
     layers(&vars, &mut generator(seed))?;
@@ -152,12 +152,14 @@ pub(crate) fn train(
     };
     let mut optimiser = AdamW::new(vars.all_vars(), parameters)?;
     let (mut losses, mut forward, mut backward) = (vec![], vec![], vec![]);
+    let mut evaluations = vec![];
     for i in 0..setting.iterations {
         // A tenth of it for the second half.
         if i == setting.iterations / 2 {
             optimiser.set_learning_rate(0.1 * LEARNING_RATE);
         }
         let x = density.sample(setting.batch, (seed << 20).wrapping_add(i as u64), device)?;
+        let before = recorder.stats().evaluations;
         let clock = Instant::now();
         let loss = flow.log_density(&x, 1.0)?.mean_all()?.neg()?;
         losses.push(f64::from(loss.to_scalar::<f32>()?));
@@ -166,6 +168,7 @@ pub(crate) fn train(
         optimiser.backward_step(&loss)?;
         device.synchronize()?;
         backward.push(1e3 * clock.elapsed().as_secs_f64());
+        evaluations.push((recorder.stats().evaluations - before) as f64);
         bar.inc(1);
     }
     let stats = recorder.stats();
@@ -173,8 +176,9 @@ pub(crate) fn train(
     judge(
         Outcome {
             density,
-            mode,
+            way: way.clone(),
             losses,
+            evaluations,
             nll: f64::NAN,
             mmd: f64::NAN,
             mmd_noise: f64::NAN,

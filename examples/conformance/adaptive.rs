@@ -41,7 +41,22 @@ impl Pair {
         }
     }
 
-    fn options(&self, adaptive: Adaptive, recorder: &Recorder) -> OdeOptions {
+    /// Whether it is held to the tight bars.
+    pub(crate) fn is_high(&self) -> bool {
+        self.gradients < 1e-3
+    }
+
+    /// Relative and absolute.
+    pub(crate) fn tolerances(&self) -> [f64; 2] {
+        self.tolerances
+    }
+
+    /// The largest relative error of states.
+    pub(crate) fn trajectory(&self) -> f64 {
+        self.trajectory
+    }
+
+    pub(crate) fn options(&self, adaptive: Adaptive, recorder: &Recorder) -> OdeOptions {
         OdeOptions {
             method: self.method.clone(),
             steps: Steps::Adaptive(adaptive),

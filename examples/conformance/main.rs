@@ -6,8 +6,8 @@
 //!   f64 and against what two PyTorch recipes reach.  Seconds.
 //! * `… -- --demo DIR`: adjoints that underflow in f16, with and without scaling; the last line is
 //!   `worst scaled <figure>`.  Seconds.
-//! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, and the problems of DETEST;
-//!   the last line is `worst <largest error over its bar>`.  A minute.
+//! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, the problems of DETEST,
+//!   and events with the derivatives of their times; the last line is `worst <largest error over its bar>`.  A minute.
 //!
 //! `--cuda` computes on the first GPU (in a build with `--features cuda`).
 //!
@@ -16,6 +16,7 @@
 mod adaptive;
 mod demo;
 mod discrete;
+mod events;
 mod fields;
 mod flows;
 mod low_precision;
@@ -244,10 +245,13 @@ fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {
             },
         };
         let oracle = oracle.on(device)?;
-        checked |= kind != Kind::Events;
+        checked = true;
         match kind {
-            // Here the times of events, their states and their derivatives will be compared.
-            Kind::Events => println!("{:<36}not checked: events", oracle.file),
+            Kind::Events => {
+                for pair in &PAIRS {
+                    worst = worse(worst, events(&oracle, pair)?);
+                }
+            }
             Kind::Flow => {
                 for pair in &PAIRS {
                     worst = worse(worst, flow(&oracle, pair)?);
@@ -278,6 +282,23 @@ fn flow(oracle: &Oracle, pair: &Pair) -> Result<f64> {
         run.stats.steps,
         run.stats.rejected,
         run.stats.evaluations,
+    );
+    Ok(over_bar)
+}
+
+/// A row for the events of a file under one pair; their largest error over its bar.
+fn events(oracle: &Oracle, pair: &Pair) -> Result<f64> {
+    let name = pair.method.name();
+    let failed = |e| oracle.failed(format_args!("{name}: {e}"));
+    let run = events::events(oracle, pair).map_err(failed)?;
+    let over_bar = run.over_bar(pair);
+    let held = format!(
+        "events: {}; t {:.1e}, y {:.1e}, grad_t {:.1e}",
+        run.count, run.time, run.state, run.derivative
+    );
+    println!(
+        "{:<36}{name:<12}{held:<56}{:>13}{over_bar:>12.1e}",
+        oracle.file, run.stats.evaluations
     );
     Ok(over_bar)
 }

@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release --example ode_mnist -- --data DIR` (minutes; `--smoke`: seconds; `--full`:
 //! the published size).  Trains on the files that it finds in DIR: on the full set, or on 9000 of the
-//! test images with 1000 held out.  Prints accuracy, evaluations, time and memory; draws confusions
+//! test images with 1000 held out.  `--adaptive TOL` takes adaptive steps of DOPRI5 instead of fixed ones of
+//! RK4, each image its own, and writes `ode_mnist_adaptive`.  Prints accuracy, evaluations, time and memory; draws confusions
 //! and progress.
 
 #[path = "../common/mod.rs"]
@@ -41,6 +42,7 @@ const SMALL: Setting = Setting {
         groups: 8,
         field: Field::Plain,
         steps: 4,
+        tolerance: None,
     },
     batch: 64,
     epochs: 8,
@@ -55,6 +57,7 @@ const PUBLISHED: Setting = Setting {
         groups: 32,
         field: Field::Normed,
         steps: 31,
+        tolerance: None,
     },
     batch: 128,
     epochs: 160,
@@ -73,11 +76,18 @@ struct Args {
     /// Epochs [default: of the size].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     epochs: Option<u32>,
+    /// Adaptive steps of DOPRI5 with this relative and absolute tolerance.
+    #[arg(long, value_name = "TOL")]
+    adaptive: Option<f64>,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    report::run("ode_mnist", &args.flags, |device, report| {
+    let name = match args.adaptive {
+        Some(_) => "ode_mnist_adaptive",
+        None => "ode_mnist",
+    };
+    report::run(name, &args.flags, |device, report| {
         run(&args, device, report)
     })
 }
@@ -97,6 +107,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     if let Some(epochs) = args.epochs {
         setting.epochs = epochs as usize;
     }
+    setting.layout.tolerance = args.adaptive;
     let data = load(args)?;
     let mut outcomes = vec![];
     let can_be = [Dtype::F32, Dtype::Bf16, Dtype::F16];
@@ -140,12 +151,17 @@ fn print(data: &Data, setting: &Setting, outcomes: &[Outcome]) {
             channels,
             field,
             steps,
+            tolerance,
             ..
         } = layout;
+        let steps = match tolerance {
+            Some(tol) => format!("adaptive steps at {tol:e}"),
+            None => format!("{steps} steps"),
+        };
         let convs = stem.len();
         println!(
             "{what}: {data}, moved by {shift} pixels at most; {convs} convolutions, {channels} channels, \
-             {field:?} field, {steps} steps; {epochs} epochs in batches of {batch}"
+             {field:?} field, {steps}; {epochs} epochs in batches of {batch}"
         );
     };
     line("here", &data.name, setting);
@@ -175,6 +191,17 @@ fn print(data: &Data, setting: &Setting, outcomes: &[Outcome]) {
         ]);
     }
     print!("{table}");
+    for o in outcomes
+        .iter()
+        .filter(|_| setting.layout.tolerance.is_some())
+    {
+        let by_epoch = o.epochs.iter().map(|e| format!("{:.1}", e.evaluations));
+        let by_epoch = by_epoch.collect::<Vec<_>>().join(", ");
+        println!(
+            "evaluations by image and epoch, {}: {by_epoch}",
+            o.dtype.name()
+        );
+    }
     if let (Some(first), Some(peak)) = (outcomes.first(), memory::peak()) {
         let megabytes = peak as f64 / 1e6;
         println!(
@@ -189,6 +216,7 @@ fn figures(o: &Outcome) -> serde_json::Value {
         "precision": o.dtype.name(),
         "accuracy": o.epochs.iter().map(|e| e.accuracy).collect::<Vec<_>>(),
         "loss": o.epochs.iter().map(|e| e.loss).collect::<Vec<_>>(),
+        "evaluations_by_image": o.epochs.iter().map(|e| e.evaluations).collect::<Vec<_>>(),
         "parameters": o.parameters,
         "iterations": o.iterations,
         "evaluations": o.stats.evaluations,

@@ -1,9 +1,10 @@
 //! The classifier: a stem that halves the image twice, the neural ODE, a head.
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var, D};
+use candle_diffeq::control::Adaptive;
 use candle_diffeq::nn::{Activation, ConvField};
 use candle_diffeq::{
-    fields::autonomous, Checkpoint, NeuralOde, OdeOptions, Output, Recorder, Steps, RK4,
+    fields::autonomous, Checkpoint, NeuralOde, OdeOptions, Output, Recorder, Steps, DOPRI5, RK4,
 };
 use candle_nn::{group_norm, linear, GroupNorm, Linear, VarBuilder, VarMap};
 use rand::rngs::StdRng;
@@ -35,6 +36,8 @@ pub(crate) struct Layout {
     pub(crate) field: Field,
     /// Of the solver.
     pub(crate) steps: usize,
+    /// Of adaptive steps, relative and absolute, which are taken instead.
+    pub(crate) tolerance: Option<f64>,
 }
 
 impl Layout {
@@ -118,10 +121,14 @@ impl Network {
                 normed(&layout, vb).map(autonomous)
             }),
         };
+        let (method, steps) = match layout.tolerance {
+            None => (RK4, Steps::PerInterval(layout.steps)),
+            Some(tol) => (DOPRI5, Steps::Adaptive(Adaptive::new(tol, tol))),
+        };
         let options = OdeOptions {
-            method: RK4,
+            method,
             precision: Some(dtype.precision()),
-            steps: Steps::PerInterval(layout.steps),
+            steps,
             output: Output::Final,
             recorder: Some(recorder.clone()),
             ..Default::default()

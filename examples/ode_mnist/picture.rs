@@ -1,20 +1,30 @@
-//! The picture: what was taken for what, and accuracy by epoch.
+//! The picture: what was taken for what, and by epoch accuracy, loss, and evaluations where they change.
 
 use std::path::Path;
 
 use crate::common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, SeriesLabelPosition};
 use crate::common::Result;
 use crate::data::{Data, CLASSES};
-use crate::training::Outcome;
+use crate::training::{Epoch, Outcome};
 
 /// Writes the picture.
 pub(crate) fn draw(path: &Path, data: &Data, outcomes: &[Outcome]) -> Result<()> {
-    picture(path, (1200, 560), |area| {
+    let evaluations = |o: &Outcome| o.epochs.iter().map(|e| e.evaluations).collect::<Vec<_>>();
+    let change = outcomes.iter().any(|o| {
+        let all = evaluations(o);
+        all.iter().any(|n| *n != all[0])
+    });
+    let height = if change { 780 } else { 560 };
+    picture(path, (1200, height), |area| {
         let (left, right) = area.split_horizontally(620);
+        let (left, _) = left.split_vertically(560);
         confusions(&left, data, outcomes)?;
-        let (top, bottom) = right.split_vertically(280);
-        accuracies(&top, outcomes)?;
-        losses(&bottom, outcomes)
+        let areas = right.split_evenly((if change { 3 } else { 2 }, 1));
+        accuracies(&areas[0], outcomes)?;
+        by_epoch("training", "cross entropy, nats", outcomes, |e| e.loss).draw(&areas[1])?;
+        let name = "evaluations by image";
+        let evaluations = by_epoch("cost, forward", name, outcomes, |e| e.evaluations);
+        areas.get(2).map_or(Ok(()), |area| evaluations.draw(area))
     })
 }
 
@@ -45,28 +55,25 @@ fn confusions(area: &Area<'_>, data: &Data, outcomes: &[Outcome]) -> Result<()> 
 }
 
 fn accuracies(area: &Area<'_>, outcomes: &[Outcome]) -> Result<()> {
-    let curve = |(i, o): (usize, &Outcome)| {
-        let points = o.epochs.iter().enumerate();
-        let points = points.map(|(n, e)| ((n + 1) as f64, 100.0 * e.accuracy));
-        Curve::new(o.dtype.name(), colour(i), points).mark(Mark::DottedLine)
-    };
+    let legend = SeriesLabelPosition::LowerRight;
+    let accuracies = by_epoch("validation", "accuracy, %", outcomes, |e| {
+        100.0 * e.accuracy
+    });
     Panel {
-        curves: outcomes.iter().enumerate().map(curve).collect(),
-        legend: SeriesLabelPosition::LowerRight,
-        ..Panel::new("validation", "epoch", "accuracy, %")
+        legend,
+        ..accuracies
     }
     .draw(area)
 }
 
-fn losses(area: &Area<'_>, outcomes: &[Outcome]) -> Result<()> {
+fn by_epoch(title: &str, name: &str, outcomes: &[Outcome], of: fn(&Epoch) -> f64) -> Panel {
     let curve = |(i, o): (usize, &Outcome)| {
         let points = o.epochs.iter().enumerate();
-        let points = points.map(|(n, e)| ((n + 1) as f64, e.loss));
+        let points = points.map(|(n, e)| ((n + 1) as f64, of(e)));
         Curve::new(o.dtype.name(), colour(i), points).mark(Mark::DottedLine)
     };
     Panel {
         curves: outcomes.iter().enumerate().map(curve).collect(),
-        ..Panel::new("training", "epoch", "cross entropy, nats")
+        ..Panel::new(title, "epoch", name)
     }
-    .draw(area)
 }

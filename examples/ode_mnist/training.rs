@@ -37,6 +37,8 @@ pub(crate) struct Epoch {
     pub(crate) loss: f64,
     /// Share of the validation images.
     pub(crate) accuracy: f64,
+    /// Of the field forward in training, by image.
+    pub(crate) evaluations: f64,
 }
 
 /// What a run came to.
@@ -90,6 +92,7 @@ pub(crate) fn train(
     let (mut epochs, mut milliseconds, mut confusion) = (vec![], vec![], vec![]);
     for epoch in 0..setting.epochs {
         order.shuffle(&mut rng);
+        let before = recorder.stats();
         let mut losses = vec![];
         for (n, indices) in order.chunks_exact(setting.batch).enumerate() {
             let share = (epoch * batches + n) as f64 / total as f64;
@@ -104,13 +107,15 @@ pub(crate) fn train(
             milliseconds.push(1e3 * clock.elapsed().as_secs_f64());
             bar.inc(1);
         }
+        let evaluations = by_image(&before, &recorder.stats(), batches * setting.batch, batches);
         confusion = confusions(&network, &data.validation, device)?;
         let right: f64 = (0..CLASSES).map(|c| confusion[c][c]).sum();
         epochs.push(Epoch {
             loss: mean(&losses),
             accuracy: right / data.validation.len() as f64,
+            evaluations,
         });
-        let Epoch { loss, accuracy } = &epochs[epoch];
+        let Epoch { loss, accuracy, .. } = &epochs[epoch];
         bar.set_message(format!(
             "loss {loss:.3}, accuracy {:.1} %",
             100.0 * accuracy
@@ -126,6 +131,14 @@ pub(crate) fn train(
         stats: recorder.take(),
         confusion,
     })
+}
+
+/// Evaluations of an image between two counts: of its own steps, or of those of its batch.
+fn by_image(before: &Stats, after: &Stats, images: usize, batches: usize) -> f64 {
+    match after.row_evaluations - before.row_evaluations {
+        0 => (after.evaluations - before.evaluations) as f64 / batches as f64,
+        of_rows => of_rows as f64 / images as f64,
+    }
 }
 
 fn confusions(network: &Network, images: &Images, device: &Device) -> Result<Vec<Vec<f64>>> {
