@@ -73,8 +73,8 @@ impl<T: Element> Weights<T> {
         }
     }
 
-    /// Vectors of room that [`accumulate`](Self::accumulate) needs.
-    pub(super) fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
+    /// Vectors of scratch that [`accumulate`](Self::accumulate) needs.
+    pub(super) fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
         if self.is_wide::<S>() {
             outer_room::<T, S, V>(pairs)
         } else {
@@ -88,7 +88,7 @@ impl<T: Element> Weights<T> {
         &self,
         s: S,
         pairs: &[Pair<'_, T::Vector<S>>],
-        room: &mut [T::Vector<S>],
+        scratch: &mut [T::Vector<S>],
         sums: &mut [T::Vector<S>],
     ) {
         if self.is_wide::<S>() {
@@ -96,7 +96,7 @@ impl<T: Element> Weights<T> {
                 inputs: self.inputs,
                 outputs: padded::<T, S>(self.outputs),
                 window: pairs,
-                transposed: room,
+                transposed: scratch,
                 sums,
             };
             enter(s, outer);

@@ -8,7 +8,7 @@ use pulp::Simd;
 
 use crate::error::{Error, Result};
 use crate::problem::ActivationCache;
-use crate::simd::room::Room;
+use crate::simd::scratch::Scratch;
 use crate::simd::{enter, scalars, scalars_mut, Element, Kernel};
 
 /// A part of what an evaluation keeps in its slot.
@@ -130,19 +130,19 @@ impl Selection {
 /// What is kept of the evaluations of one tile, part by part, `[step][stage][feature][row]`; whole
 /// slots are one part.
 pub(super) struct KeptEvaluations<T> {
-    room: Room,
+    scratch: Scratch,
     /// Where each part begins, in numbers.
     starts: Vec<usize>,
     number: PhantomData<T>,
 }
 
 impl<T: Element> KeptEvaluations<T> {
-    /// Room for a tile of so many rows.
+    /// Scratch for a tile of so many rows.
     pub(super) fn new(selection: &Selection, rows: usize) -> Result<Self> {
         let bytes = selection.numbers(rows) * selection.bytes_of_number::<T>() as u128;
         let what = "kept evaluations";
-        let room = usize::try_from(bytes).ok().and_then(Room::try_new);
-        let room = room.ok_or(Error::AllocationFailed { what, bytes })?;
+        let scratch = usize::try_from(bytes).ok().and_then(Scratch::try_new);
+        let scratch = scratch.ok_or(Error::AllocationFailed { what, bytes })?;
         let Size { stages, steps, .. } = selection.size;
         let (mut starts, mut end) = (vec![], 0);
         for (part, from) in selection.parts.iter().zip(&selection.from) {
@@ -150,7 +150,7 @@ impl<T: Element> KeptEvaluations<T> {
             end += (steps - from) * stages * part.size() * rows;
         }
         Ok(Self {
-            room,
+            scratch,
             starts,
             number: PhantomData,
         })
@@ -179,7 +179,7 @@ impl<T: Element> KeptEvaluations<T> {
         vectors: usize,
     ) -> Option<&[T::Vector<S>]> {
         let place = self.place(selection, at, vectors)?;
-        Some(&self.room.numbers::<T::Vector<S>>()[place])
+        Some(&self.scratch.numbers::<T::Vector<S>>()[place])
     }
 
     /// The same to write.
@@ -191,7 +191,7 @@ impl<T: Element> KeptEvaluations<T> {
         vectors: usize,
     ) -> Option<&mut [T::Vector<S>]> {
         let place = self.place(selection, at, vectors)?;
-        Some(&mut self.room.numbers_mut::<T::Vector<S>>()[place])
+        Some(&mut self.scratch.numbers_mut::<T::Vector<S>>()[place])
     }
 
     /// Keeps what is wanted of an evaluation, in parts.
@@ -257,12 +257,12 @@ impl<T: Element, S: Simd> Kernel<S> for Save<'_, T> {
             for features in &part.features {
                 let x = &self.slot[features.start * rows..features.end * rows];
                 if selection.low {
-                    let kept = &mut self.kept.room.numbers_mut::<bf16>()[at..][..x.len()];
+                    let kept = &mut self.kept.scratch.numbers_mut::<bf16>()[at..][..x.len()];
                     for (kept, x) in kept.iter_mut().zip(x) {
                         *kept = narrowed(x.to_f64() as f32);
                     }
                 } else {
-                    self.kept.room.numbers_mut::<T>()[at..][..x.len()].copy_from_slice(x);
+                    self.kept.scratch.numbers_mut::<T>()[at..][..x.len()].copy_from_slice(x);
                 }
                 at += x.len();
             }
@@ -294,12 +294,12 @@ impl<T: Element, S: Simd> Kernel<S> for Load<'_, T> {
             for features in &part.features {
                 let x = &mut self.slot[features.start * rows..features.end * rows];
                 if selection.low {
-                    let kept = &self.kept.room.numbers::<bf16>()[at..];
+                    let kept = &self.kept.scratch.numbers::<bf16>()[at..];
                     for (x, kept) in x.iter_mut().zip(kept) {
                         *x = T::of(f32::from_bits(u32::from(kept.to_bits()) << 16).into());
                     }
                 } else {
-                    x.copy_from_slice(&self.kept.room.numbers::<T>()[at..][..x.len()]);
+                    x.copy_from_slice(&self.kept.scratch.numbers::<T>()[at..][..x.len()]);
                 }
                 at += x.len();
             }

@@ -58,7 +58,7 @@ impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
             add_up(&mut gradients, group.gradients);
             counted.join(&group.stats);
         };
-        let pass = Pass {
+        let pass = TilePass {
             field: &*self.field,
             selection: &self.selection,
             plan: &plan,
@@ -141,7 +141,7 @@ pub(super) struct SweptGroup<T> {
 }
 
 /// What every tile's backward pass reads.
-pub(super) struct Pass<'a, T: Element, S: Simd> {
+pub(super) struct TilePass<'a, T: Element, S: Simd> {
     pub(super) field: &'a dyn Tiled<T, S>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a TilePlan<'a>,
@@ -183,7 +183,7 @@ impl<'a, T> Seed<'a, T> {
     }
 }
 
-impl<T: Element, S: Simd> Pass<'_, T, S> {
+impl<T: Element, S: Simd> TilePass<'_, T, S> {
     /// The backward pass of one group; compiled once for all that call it.
     #[inline(never)]
     pub(super) fn sweep(
@@ -193,7 +193,7 @@ impl<T: Element, S: Simd> Pass<'_, T, S> {
         seed: Seed<'_, T>,
         window: &mut Window<T, S>,
     ) -> std::result::Result<SweptGroup<T>, Failure> {
-        let sweep = Sweep {
+        let sweep = TileSweep {
             pass: self,
             tiles,
             seed,
@@ -204,19 +204,19 @@ impl<T: Element, S: Simd> Pass<'_, T, S> {
 }
 
 /// The backward pass of one group of tiles.
-struct Sweep<'a, T: Element, S: Simd> {
-    pass: &'a Pass<'a, T, S>,
+struct TileSweep<'a, T: Element, S: Simd> {
+    pass: &'a TilePass<'a, T, S>,
     tiles: &'a [Tile<T>],
     seed: Seed<'a, T>,
     window: &'a mut Window<T, S>,
 }
 
-impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
+impl<T: Element, S: Simd> Kernel<S> for TileSweep<'_, T, S> {
     type Output = std::result::Result<SweptGroup<T>, Failure>;
 
     #[inline(always)]
     fn run(self, s: S) -> Self::Output {
-        let Pass {
+        let TilePass {
             field,
             selection,
             plan,
@@ -228,7 +228,7 @@ impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
         let (size, width) = (stepper.size, stepper.width);
         let batch = width * T::lanes::<S>();
         let steps = schedule.len();
-        // Room for replays, which this plan needs none of.
+        // Scratch for replays, which this plan needs none of.
         let mut slot = match problem.checkpoint {
             Checkpoint::All => vectors::<T, S>(0),
             _ => stepper.slot(),

@@ -128,20 +128,20 @@ pub(super) struct Integrate<'a, T: Element, S: Simd> {
 
 impl<T: Element, S: Simd> Integrate<'_, T, S> {
     /// Runs the forward pass of the tiles with these first rows.  Buffers for kept evaluations are taken from
-    /// `rooms` before new ones are allocated.  Compiled once for all callers.
+    /// `spare` before new ones are allocated.  Compiled once for all callers.
     #[inline(never)]
     pub(super) fn group(
         &self,
         s: S,
         tiles: &[usize],
-        rooms: Vec<KeptEvaluations<T>>,
+        spare: Vec<KeptEvaluations<T>>,
     ) -> std::result::Result<IntegratedGroup<T>, Failure> {
         enter(
             s,
             OneGroup {
                 pass: *self,
                 tiles,
-                rooms,
+                spare,
             },
         )
     }
@@ -151,7 +151,7 @@ impl<T: Element, S: Simd> Integrate<'_, T, S> {
 struct OneGroup<'a, T: Element, S: Simd> {
     pass: Integrate<'a, T, S>,
     tiles: &'a [usize],
-    rooms: Vec<KeptEvaluations<T>>,
+    spare: Vec<KeptEvaluations<T>>,
 }
 
 impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
@@ -209,8 +209,8 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
             if schedule.at_node(0).is_some() {
                 returned(&y, &mut group.states);
             }
-            let mut kept = match self.rooms.pop() {
-                Some(room) => room,
+            let mut kept = match self.spare.pop() {
+                Some(scratch) => scratch,
                 None => KeptEvaluations::new(selection, batch).map_err(anywhere)?,
             };
             for n in 0..steps {

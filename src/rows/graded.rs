@@ -7,7 +7,7 @@ use candle_core::{Shape, Tensor, TensorId};
 use pulp::Simd;
 
 use super::activations::{KeptEvaluations, Selection};
-use super::backward::{self, add_up, Pass, Seed};
+use super::backward::{self, add_up, Seed, TilePass};
 use super::forward::{self, Integrate};
 use super::grade::{Grade, RowsOf};
 use super::tile::Tiled;
@@ -110,20 +110,20 @@ pub(super) fn run<T: Element, S: Simd>(
         y0: &y0,
         elements,
     };
-    let pass = Pass {
+    let pass = TilePass {
         field,
         selection: &selection,
         plan,
         schedule,
         differentiate: weights.iter().any(Tensor::track_op),
     };
-    // Pages cost more than what is written to them: the room of one tile is the next one's.
-    let room = || {
+    // Pages cost more than what is written to them: the scratch of one tile is the next one's.
+    let scratch = || {
         let window = Window::<T, S>::new(field, stages, steps, pass.differentiate);
         (window, vec![])
     };
-    let tile = |(window, rooms): &mut (Window<T, S>, Vec<KeptEvaluations<T>>), first: &usize| {
-        let integrated = integrate.group(s, std::slice::from_ref(first), std::mem::take(rooms))?;
+    let tile = |(window, spare): &mut (Window<T, S>, Vec<KeptEvaluations<T>>), first: &usize| {
+        let integrated = integrate.group(s, std::slice::from_ref(first), std::mem::take(spare))?;
         let anywhere = |error| Failure { at: (0, 0), error };
         let (loss, cotangent) = grade(loss, plan, &integrated).map_err(anywhere)?;
         let seed = Seed::ByTile(&cotangent);
@@ -133,7 +133,7 @@ pub(super) fn run<T: Element, S: Simd>(
         }
         let tiles = integrated.tiles.into_iter();
         let (rows, used) = tiles.map(|tile| (tile.rows, tile.kept)).unzip();
-        *rooms = used;
+        *spare = used;
         Ok::<_, Failure>(GradedGroup {
             loss,
             swept,
@@ -141,12 +141,12 @@ pub(super) fn run<T: Element, S: Simd>(
             rows,
         })
     };
-    let each = |room: &mut _, group: &Vec<usize>| {
-        let mut tiles = group.iter().map(|first| tile(room, first));
+    let each = |scratch: &mut _, group: &Vec<usize>| {
+        let mut tiles = group.iter().map(|first| tile(scratch, first));
         let first = tiles.next().unwrap_or_else(|| Ok(GradedGroup::default()))?;
         tiles.try_fold(first, |sum, next| Ok(sum.and(next?)))
     };
-    on_all_threads(&groups, &room, &each, &mut fold)?;
+    on_all_threads(&groups, &scratch, &each, &mut fold)?;
     if graded.gradients.iter().any(|g| !g.to_f64().is_finite()) {
         return Err(Error::NonFiniteParameterGradient);
     }

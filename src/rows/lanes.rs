@@ -55,13 +55,13 @@ impl LaneSteps<'_> {
 }
 
 /// The times at which a tile is evaluated, and its rows.
-pub(super) struct Clock<T: Element, S: Simd> {
+pub(super) struct LaneClock<T: Element, S: Simd> {
     /// By lane, V vectors.
     times: Vectors<T, S>,
     rows: Vec<usize>,
 }
 
-impl<T: Element, S: Simd> Clock<T, S> {
+impl<T: Element, S: Simd> LaneClock<T, S> {
     pub(super) fn new(width: usize) -> Self {
         Self {
             times: vectors::<T, S>(width),
@@ -323,7 +323,7 @@ fn sum<'a, T: Element, S: Simd>(
     match width {
         1 => enter(
             s,
-            Sum::<T, S, 1> {
+            LaneSum::<T, S, 1> {
                 out,
                 first,
                 terms,
@@ -332,7 +332,7 @@ fn sum<'a, T: Element, S: Simd>(
         ),
         _ => enter(
             s,
-            Sum::<T, S, 2> {
+            LaneSum::<T, S, 2> {
                 out,
                 first,
                 terms,
@@ -343,14 +343,14 @@ fn sum<'a, T: Element, S: Simd>(
 }
 
 /// A sum of multiples: of `out` itself, or of a first vector in its place, and of the x_j.
-struct Sum<'a, T: Element, S: Simd, const V: usize> {
+struct LaneSum<'a, T: Element, S: Simd, const V: usize> {
     out: &'a mut [T::Vector<S>],
     first: Option<First<'a, T::Vector<S>>>,
     terms: Terms<'a, T::Vector<S>>,
     xs: &'a [T::Vector<S>],
 }
 
-impl<T: Element, S: Simd, const V: usize> Kernel<S> for Sum<'_, T, S, V> {
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for LaneSum<'_, T, S, V> {
     type Output = ();
 
     #[inline(always)]

@@ -404,7 +404,7 @@ struct Failure {
 /// the order of the groups; a result waits only for those of earlier groups.
 fn on_all_threads<G: Sync, W, R: Send>(
     groups: &[G],
-    room: &(dyn Fn() -> W + Sync),
+    scratch: &(dyn Fn() -> W + Sync),
     run: &(dyn Fn(&mut W, &G) -> std::result::Result<R, Failure> + Sync),
     fold: &mut (dyn FnMut(usize, R) + Send),
 ) -> Result<()> {
@@ -416,12 +416,12 @@ fn on_all_threads<G: Sync, W, R: Send>(
         failure: None,
     });
     let work = || {
-        let mut room = room();
+        let mut scratch = scratch();
         while let Some((g, group)) = {
             let g = next.fetch_add(1, Ordering::Relaxed);
             groups.get(g).map(|group| (g, group))
         } {
-            let result = run(&mut room, group);
+            let result = run(&mut scratch, group);
             let mut folded = folded.lock().unwrap_or_else(PoisonError::into_inner);
             folded.take(g, result);
         }

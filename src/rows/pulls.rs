@@ -82,7 +82,7 @@ pub(super) struct StagePulls<T: Element, S: Simd> {
 
 /// λ, and what enters the step from outputs inside it.
 #[derive(Clone, Copy)]
-pub(super) struct Seeds<'a, T: Element, S: Simd> {
+pub(super) struct TileSeeds<'a, T: Element, S: Simd> {
     pub(super) adj: &'a [T::Vector<S>],
     pub(super) dense: Option<&'a DenseSeeds<T, S>>,
 }
@@ -138,7 +138,7 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
         self.measure(steps);
         let stages = stepper.stages(steps.is_dense());
         for (at, &i) in stages.iter().enumerate().rev() {
-            let seeds = Seeds { adj: &*adj, dense };
+            let seeds = TileSeeds { adj: &*adj, dense };
             scaler = self.stage(stepper, steps, (i, at), seeds, window, kept, scaler, stats)?;
         }
         let all = self.ones.row(usize::from(steps.is_dense()));
@@ -205,7 +205,7 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
         stepper: &Stepper<'_, T, S>,
         steps: LaneSteps<'_>,
         (i, at): (usize, usize),
-        seeds: Seeds<'_, T, S>,
+        seeds: TileSeeds<'_, T, S>,
         window: &mut Window<T, S>,
         kept: &KeptBy<'_, T>,
         mut scaler: Scaler,

@@ -3,7 +3,7 @@
 use pulp::Simd;
 
 use super::activations::{KeptEvaluations, Selection};
-use super::lanes::{add, combine, Clock, Coefficients, First, LaneSteps, Row};
+use super::lanes::{add, combine, Coefficients, First, LaneClock, LaneSteps, Row};
 use super::tile::Tiled;
 use super::trajectory::Snapshot;
 use super::{Failure, TilePlan};
@@ -12,7 +12,7 @@ use crate::precision::Low;
 use crate::schedule::Step;
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 
-/// Takes steps of one tile after the other; owns the room that a step needs.
+/// Takes steps of one tile after the other; owns the scratch that a step needs.
 pub(super) struct Stepper<'p, T: Element, S: Simd> {
     pub(super) s: S,
     pub(super) field: &'p dyn Tiled<T, S>,
@@ -24,7 +24,7 @@ pub(super) struct Stepper<'p, T: Element, S: Simd> {
     /// Active stages, ascending: those that the solution reads, and those that outputs inside a step read.
     stages: [Vec<usize>; 2],
     c: Vec<f64>,
-    pub(super) clock: Clock<T, S>,
+    pub(super) clock: LaneClock<T, S>,
     /// h of all lanes, or of each.
     lengths: Vec<f64>,
     /// h a_ij, row after row, h b_j, and h (b_j − b̂_j).
@@ -71,7 +71,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
             width,
             size,
             c: tableau.c().to_vec(),
-            clock: Clock::new(width),
+            clock: LaneClock::new(width),
             lengths: vec![],
             coefficients: Coefficients::new(width, &rows),
             ks: vectors::<T, S>(tableau.stages() * size),
@@ -84,7 +84,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         &self.stages[usize::from(dense)]
     }
 
-    /// Room for what one evaluation keeps.
+    /// Scratch for what one evaluation keeps.
     pub(super) fn slot(&self) -> Vectors<T, S> {
         vectors::<T, S>(self.field.kept() * self.width)
     }

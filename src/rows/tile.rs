@@ -29,8 +29,8 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     /// Vectors of sums of gradients.
     fn sums<S: Simd>(&self) -> usize;
 
-    /// Vectors of room that `accumulate` needs for a window of so many pairs.
-    fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize;
+    /// Vectors of scratch that `accumulate` needs for a window of so many pairs.
+    fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize;
 
     /// Numbers of all parameters.
     fn parameters(&self) -> usize;
@@ -78,7 +78,7 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
         &self,
         s: S,
         window: &[Slot<'_, T::Vector<S>>],
-        room: &mut [T::Vector<S>],
+        scratch: &mut [T::Vector<S>],
         sums: &mut [T::Vector<S>],
     );
 
@@ -108,8 +108,8 @@ pub(super) trait Tiled<T: Element, S: Simd>: Send + Sync {
     /// [`TileField::sums`].
     fn sums(&self) -> usize;
 
-    /// [`TileField::room`].
-    fn room(&self, pairs: usize) -> usize;
+    /// [`TileField::scratch`].
+    fn scratch(&self, pairs: usize) -> usize;
 
     /// [`TileField::parameters`].
     fn parameters(&self) -> usize;
@@ -143,7 +143,7 @@ pub(super) trait Tiled<T: Element, S: Simd>: Send + Sync {
         &self,
         s: S,
         window: &[Slot<'_, T::Vector<S>>],
-        room: &mut [T::Vector<S>],
+        scratch: &mut [T::Vector<S>],
         sums: &mut [T::Vector<S>],
     );
 
@@ -171,8 +171,8 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S> for Wide<
         self.0.sums::<S>()
     }
 
-    fn room(&self, pairs: usize) -> usize {
-        self.0.room::<S, V>(pairs)
+    fn scratch(&self, pairs: usize) -> usize {
+        self.0.scratch::<S, V>(pairs)
     }
 
     fn parameters(&self) -> usize {
@@ -224,13 +224,13 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S> for Wide<
         &self,
         s: S,
         window: &[Slot<'_, T::Vector<S>>],
-        room: &mut [T::Vector<S>],
+        scratch: &mut [T::Vector<S>],
         sums: &mut [T::Vector<S>],
     ) {
         let accumulate = Accumulate::<T, S, F, V> {
             field: &self.0,
             window,
-            room,
+            scratch,
             sums,
         };
         enter(s, accumulate);
@@ -239,7 +239,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S> for Wide<
     fn gradients(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
         enter(
             s,
-            Gradients::<T, S, F> {
+            GradientsOfTile::<T, S, F> {
                 field: &self.0,
                 sums,
             },
@@ -300,7 +300,7 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S> for Vjp<'_,
 struct Accumulate<'a, T: Element, S: Simd, F, const V: usize> {
     field: &'a F,
     window: &'a [Slot<'a, T::Vector<S>>],
-    room: &'a mut [T::Vector<S>],
+    scratch: &'a mut [T::Vector<S>],
     sums: &'a mut [T::Vector<S>],
 }
 
@@ -312,16 +312,16 @@ impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Kernel<S>
     #[inline(always)]
     fn run(self, s: S) {
         self.field
-            .accumulate::<S, V>(s, self.window, self.room, self.sums);
+            .accumulate::<S, V>(s, self.window, self.scratch, self.sums);
     }
 }
 
-struct Gradients<'a, T: Element, S: Simd, F> {
+struct GradientsOfTile<'a, T: Element, S: Simd, F> {
     field: &'a F,
     sums: &'a [T::Vector<S>],
 }
 
-impl<T: Element, S: Simd, F: TileField<T>> Kernel<S> for Gradients<'_, T, S, F> {
+impl<T: Element, S: Simd, F: TileField<T>> Kernel<S> for GradientsOfTile<'_, T, S, F> {
     type Output = Vec<T>;
 
     #[inline(always)]

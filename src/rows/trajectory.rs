@@ -96,12 +96,12 @@ enum Numbers<T> {
 
 impl<T: Element> States<T> {
     fn new(store: TileStore, steps: usize, size: usize) -> Result<Self> {
-        let (what, room) = ("kept states", steps.saturating_mul(size));
+        let (what, scratch) = ("kept states", steps.saturating_mul(size));
         Ok(Self {
             numbers: match store.dtype {
-                DType::BF16 => Numbers::Bf16(room_for(what, room)?),
-                DType::F16 => Numbers::F16(room_for(what, room)?),
-                _ => Numbers::State(room_for(what, room)?),
+                DType::BF16 => Numbers::Bf16(room_for(what, scratch)?),
+                DType::F16 => Numbers::F16(room_for(what, scratch)?),
+                _ => Numbers::State(room_for(what, scratch)?),
             },
             store,
             size,

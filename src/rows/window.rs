@@ -5,7 +5,7 @@ use pulp::Simd;
 
 use super::activations::{KeptEvaluations, Selection};
 use super::tile::{Slot, Tiled};
-use crate::simd::room::Room;
+use crate::simd::scratch::Scratch;
 use crate::simd::{enter, vectors, Element, Kernel, Vectors};
 
 /// Evaluations in a window, at least, where its slots are small.
@@ -31,7 +31,7 @@ struct Pending {
     at: (usize, usize),
 }
 
-/// What was kept of an evaluation, and room for its cotangents.
+/// What was kept of an evaluation, and scratch for its cotangents.
 pub(super) struct OpenSlot<'a, X> {
     pub(super) kept: &'a [X],
     pub(super) cotangents: &'a mut [X],
@@ -46,24 +46,24 @@ pub(super) struct Window<T: Element, S: Simd> {
     /// Vectors of a slot.
     kept_size: usize,
     cotangent_size: usize,
-    kept: Room,
-    cotangents: Room,
+    kept: Scratch,
+    cotangents: Scratch,
     /// Slots of this step, and how many there are in all.
     stages: usize,
     capacity: usize,
-    /// Whether every evaluation is collected at once, so that all share the room for cotangents.
+    /// Whether every evaluation is collected at once, so that all share the scratch for cotangents.
     at_once: bool,
     /// First slot of the step at hand.
     base: usize,
     /// What is not yet collected.
     pending: Vec<Pending>,
-    room: Vectors<T, S>,
+    scratch: Vectors<T, S>,
     /// S times the gradients of the block of windows at hand.
-    part: Room,
+    part: Scratch,
     windows: usize,
     scale: f64,
     /// The sum of the blocks before, once there is one.
-    total: Option<Room>,
+    total: Option<Scratch>,
 }
 
 impl<T: Element, S: Simd> Window<T, S> {
@@ -80,7 +80,7 @@ impl<T: Element, S: Simd> Window<T, S> {
         let several = WINDOW.div_ceil(stages.max(1)).min(steps.max(1));
         let capacity = if at_once { 1 } else { several } * stages;
         let pairs = if at_once { 1 } else { capacity };
-        let memory = |vectors| Room::new(vectors * size_of::<T::Vector<S>>());
+        let memory = |vectors| Scratch::new(vectors * size_of::<T::Vector<S>>());
         let sums = if differentiate { field.sums() } else { 0 };
         Self {
             differentiate,
@@ -94,7 +94,11 @@ impl<T: Element, S: Simd> Window<T, S> {
             at_once,
             base: 0,
             pending: Vec::with_capacity(capacity),
-            room: vectors::<T, S>(if differentiate { field.room(pairs) } else { 0 }),
+            scratch: vectors::<T, S>(if differentiate {
+                field.scratch(pairs)
+            } else {
+                0
+            }),
             part: memory(sums),
             windows: 0,
             scale: 1.0,
@@ -112,7 +116,7 @@ impl<T: Element, S: Simd> Window<T, S> {
         (self.base, self.windows, self.scale) = (0, 0, 1.0);
     }
 
-    /// Makes room for the slots of a step.
+    /// Makes space for the slots of a step.
     pub(super) fn begin_step(&mut self, s: S, field: &dyn Tiled<T, S>, kept: &KeptBy<'_, T>) {
         if self.base + self.stages > self.capacity {
             self.flush(s, field, kept);
@@ -125,7 +129,7 @@ impl<T: Element, S: Simd> Window<T, S> {
         &mut self.kept.numbers_mut()[slots]
     }
 
-    /// What was kept of a stage of the step, and room for its cotangents.
+    /// What was kept of a stage of the step, and scratch for its cotangents.
     pub(super) fn slot<'a>(
         &'a mut self,
         at: (usize, usize),
@@ -190,7 +194,7 @@ impl<T: Element, S: Simd> Window<T, S> {
                 }
             };
             let slots: Vec<_> = self.pending.iter().map(slot).collect();
-            field.accumulate(s, &slots, &mut self.room, self.part.numbers_mut());
+            field.accumulate(s, &slots, &mut self.scratch, self.part.numbers_mut());
             self.windows += 1;
         }
         self.pending.clear();
@@ -207,7 +211,7 @@ impl<T: Element, S: Simd> Window<T, S> {
         let part = self.part.numbers_mut::<T::Vector<S>>();
         let total = self
             .total
-            .get_or_insert_with(|| Room::new(size_of_val(part)));
+            .get_or_insert_with(|| Scratch::new(size_of_val(part)));
         let (a, b) = in_range::<T>(1.0 / self.scale);
         let (a, b) = (T::splat(s, T::of(a)), T::splat(s, T::of(b)));
         let promote = Promote::<T, S> {

@@ -9,7 +9,7 @@ pub(crate) mod elementary;
 pub(crate) mod matrix;
 pub(crate) mod outer;
 pub(crate) mod product;
-pub(crate) mod room;
+pub(crate) mod scratch;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tiles;
@@ -23,7 +23,7 @@ use bytemuck::{Pod, Zeroable};
 use pulp::Simd;
 
 use crate::precision::Low;
-use room::Room;
+use scratch::Scratch;
 pub(crate) use unit::unit;
 
 /// A number that fills vectors.
@@ -157,7 +157,7 @@ pub(crate) fn enter<S: Simd, K: Kernel<S>>(simd: S, kernel: K) -> K::Output {
 
 /// Owned numbers, from the beginning of a line of the cache on: a vector across two of them costs twice.
 pub(crate) struct Aligned<X> {
-    room: Room,
+    scratch: Scratch,
     number: PhantomData<X>,
 }
 
@@ -166,14 +166,14 @@ impl<X: Pod> Deref for Aligned<X> {
 
     #[inline(always)]
     fn deref(&self) -> &[X] {
-        self.room.numbers()
+        self.scratch.numbers()
     }
 }
 
 impl<X: Pod> DerefMut for Aligned<X> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [X] {
-        self.room.numbers_mut()
+        self.scratch.numbers_mut()
     }
 }
 
@@ -183,7 +183,7 @@ pub(crate) type Vectors<T, S> = Aligned<<T as Element>::Vector<S>>;
 /// n vectors of zeros.
 pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {
     Aligned {
-        room: Room::new(n * size_of::<T::Vector<S>>()),
+        scratch: Scratch::new(n * size_of::<T::Vector<S>>()),
         number: PhantomData,
     }
 }

@@ -18,21 +18,21 @@ use crate::simd::{enter, Element, Kernel};
 /// the place of l, which no layer reads.  Cotangents are `[v_z, v_l | g_2 | g_1 | c u]`, those of
 /// the hidden layers' z and, with c = −v_l that of the trace, the left factor of dB.
 pub(crate) struct CnfTiles<T> {
-    layers: Vec<TileLayer<T>>,
+    layers: Vec<CnfTileLayer<T>>,
     coupling: Weights<T>,
     activation: Activation,
     features: usize,
     time: bool,
 }
 
-struct TileLayer<T> {
+struct CnfTileLayer<T> {
     weights: Weights<T>,
     bias: Vec<T>,
     /// W, `[output][input]`.
     rows: Vec<T>,
 }
 
-impl<T: Element> TileLayer<T> {
+impl<T: Element> CnfTileLayer<T> {
     /// W_oi.
     fn at(&self, output: usize, input: usize) -> T {
         self.rows[output * self.weights.inputs + input]
@@ -55,7 +55,7 @@ impl<T: Element> CnfTiles<T> {
         for layer in &mlp.layers {
             let (inputs, outputs) = (layer.inputs(), layer.outputs());
             let rows = numbers(&layer.weight)?;
-            layers.push(TileLayer {
+            layers.push(CnfTileLayer {
                 weights: Weights::new(s, &rows, outputs, inputs, dim),
                 bias: numbers(&layer.bias)?,
                 rows,
@@ -112,7 +112,7 @@ impl<T: Element> CnfTiles<T> {
 }
 
 /// B, its rows and its columns.
-fn coupling<T: Element>(layers: &[TileLayer<T>], features: usize) -> (Vec<T>, usize, usize) {
+fn coupling<T: Element>(layers: &[CnfTileLayer<T>], features: usize) -> (Vec<T>, usize, usize) {
     let (first, last) = (&layers[0], &layers[layers.len() - 1]);
     let (left, right) = (last.weights.inputs, first.weights.outputs);
     if layers.len() == 2 {
@@ -131,7 +131,7 @@ fn coupling<T: Element>(layers: &[TileLayer<T>], features: usize) -> (Vec<T>, us
 }
 
 /// M = (W₁ W₃)ᵀ, `[k][j]`.
-fn through<T: Element>(first: &TileLayer<T>, last: &TileLayer<T>, features: usize) -> Vec<T> {
+fn through<T: Element>(first: &CnfTileLayer<T>, last: &CnfTileLayer<T>, features: usize) -> Vec<T> {
     let (left, right) = (last.weights.inputs, first.weights.outputs);
     let mut m = vec![T::default(); left * right];
     for (k, row) in m.chunks_exact_mut(right).enumerate() {
@@ -260,18 +260,18 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
     }
 
     fn sums<S: Simd>(&self) -> usize {
-        let of = |l: &TileLayer<T>| l.weights.sums::<S>() + l.weights.outputs;
+        let of = |l: &CnfTileLayer<T>| l.weights.sums::<S>() + l.weights.outputs;
         self.layers.iter().map(of).sum::<usize>() + self.coupling.sums::<S>()
     }
 
-    fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
-        let rooms = self.layers.iter().map(|l| l.weights.room::<S, V>(pairs));
-        let most = rooms.max().unwrap_or(0);
-        most.max(self.coupling.room::<S, V>(pairs))
+    fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
+        let spare = self.layers.iter().map(|l| l.weights.scratch::<S, V>(pairs));
+        let most = spare.max().unwrap_or(0);
+        most.max(self.coupling.scratch::<S, V>(pairs))
     }
 
     fn parameters(&self) -> usize {
-        let of = |l: &TileLayer<T>| l.rows.len() + l.bias.len();
+        let of = |l: &CnfTileLayer<T>| l.rows.len() + l.bias.len();
         self.layers.iter().map(of).sum()
     }
 
@@ -414,7 +414,7 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
         &self,
         s: S,
         window: &[Slot<'_, T::Vector<S>>],
-        room: &mut [T::Vector<S>],
+        scratch: &mut [T::Vector<S>],
         sums: &mut [T::Vector<S>],
     ) {
         let (mut read, mut left, mut rest) = (0, self.outputs(), sums);
@@ -430,7 +430,9 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
             };
             fill::<_, V>(&mut pairs, window, Place { read, left }, inputs);
             let (weights, after) = rest.split_at_mut(layer.weights.sums::<S>());
-            layer.weights.accumulate::<S, V>(s, &pairs, room, weights);
+            layer
+                .weights
+                .accumulate::<S, V>(s, &pairs, scratch, weights);
             let (biases, after) = after.split_at_mut(outputs);
             add_rows::<T, S, V>(s, &pairs, biases);
             rest = after;
@@ -441,7 +443,7 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
             left: self.outputs(),
         };
         fill::<_, V>(&mut pairs, window, place, self.coupling.inputs);
-        self.coupling.accumulate::<S, V>(s, &pairs, room, rest);
+        self.coupling.accumulate::<S, V>(s, &pairs, scratch, rest);
     }
 
     #[inline(always)]

@@ -54,7 +54,7 @@ impl RowField for ConvField {
             let (forward, adjoint) = with_numbers::<T, _>(&layer.weight, |w| {
                 (filters::<T, S>(shape, w), adjoint_filters::<T, S>(shape, w))
             })?;
-            layers.push(TileLayer {
+            layers.push(ConvTileLayer {
                 outputs: shape[0],
                 inputs: shape[1],
                 size: shape[2],
@@ -76,12 +76,12 @@ impl RowField for ConvField {
 /// A slot keeps `[y | h_1 | h_2 | …]`, what the layers read, and after that the slopes where they do
 /// not follow from h; cotangents are `[g_L | … | g_1]`, of the layers' z.
 pub(crate) struct ConvTiles<T> {
-    layers: Vec<TileLayer<T>>,
+    layers: Vec<ConvTileLayer<T>>,
     activation: Activation,
     image: Image,
 }
 
-struct TileLayer<T> {
+struct ConvTileLayer<T> {
     outputs: usize,
     inputs: usize,
     size: usize,
@@ -90,7 +90,7 @@ struct TileLayer<T> {
     bias: Vec<T>,
 }
 
-impl<T> TileLayer<T> {
+impl<T> ConvTileLayer<T> {
     /// Numbers of the filters.
     fn weights(&self) -> usize {
         self.outputs * self.inputs * self.size * self.size
@@ -127,7 +127,7 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
         self.parameters()
     }
 
-    fn room<S: Simd, const V: usize>(&self, _: usize) -> usize {
+    fn scratch<S: Simd, const V: usize>(&self, _: usize) -> usize {
         0
     }
 

@@ -44,7 +44,7 @@ impl RowField for Mlp {
         let mut dim = self.features();
         for (l, layer) in self.layers.iter().enumerate() {
             let (inputs, outputs) = (layer.inputs(), layer.outputs());
-            layers.push(TileLayer {
+            layers.push(MlpTileLayer {
                 weights: with_numbers(&layer.weight, |weight| {
                     Weights::new(s, weight, outputs, inputs, dim)
                 })?,
@@ -67,12 +67,12 @@ impl RowField for Mlp {
 /// do not follow from h; cotangents are `[g_L | … | g_1]`, of the layers' z, and behind them the
 /// cotangent that a skipped layer's output passes to its input.
 pub(crate) struct MlpTiles<T> {
-    layers: Vec<TileLayer<T>>,
+    layers: Vec<MlpTileLayer<T>>,
     activation: Activation,
     time: bool,
 }
 
-struct TileLayer<T> {
+struct MlpTileLayer<T> {
     weights: Weights<T>,
     bias: Vec<T>,
     skips: bool,
@@ -81,7 +81,7 @@ struct TileLayer<T> {
 /// Products that take as long as an activation.
 const ACTIVATION: usize = 16;
 
-impl<T: Element> TileLayer<T> {
+impl<T: Element> MlpTileLayer<T> {
     /// Vectors of the sums of dW and db.
     fn sums<S: Simd>(&self) -> usize {
         self.weights.sums::<S>() + self.weights.outputs
@@ -211,16 +211,16 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     }
 
     fn sums<S: Simd>(&self) -> usize {
-        self.layers.iter().map(TileLayer::sums::<S>).sum()
+        self.layers.iter().map(MlpTileLayer::sums::<S>).sum()
     }
 
-    fn room<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
-        let rooms = self.layers.iter().map(|l| l.weights.room::<S, V>(pairs));
-        rooms.max().unwrap_or(0)
+    fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
+        let spare = self.layers.iter().map(|l| l.weights.scratch::<S, V>(pairs));
+        spare.max().unwrap_or(0)
     }
 
     fn parameters(&self) -> usize {
-        let of = |l: &TileLayer<T>| (l.weights.inputs + 1) * l.weights.outputs;
+        let of = |l: &MlpTileLayer<T>| (l.weights.inputs + 1) * l.weights.outputs;
         self.layers.iter().map(of).sum()
     }
 
@@ -330,7 +330,7 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         &self,
         s: S,
         window: &[Slot<'_, T::Vector<S>>],
-        room: &mut [T::Vector<S>],
+        scratch: &mut [T::Vector<S>],
         sums: &mut [T::Vector<S>],
     ) {
         let (mut read, mut left, mut rest) = (0, self.outputs(), sums);
@@ -344,7 +344,9 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
                 layer.weights.inputs,
             );
             let (weights, after) = rest.split_at_mut(layer.weights.sums::<S>());
-            layer.weights.accumulate::<S, V>(s, &pairs, room, weights);
+            layer
+                .weights
+                .accumulate::<S, V>(s, &pairs, scratch, weights);
             let (biases, after) = after.split_at_mut(layer.weights.outputs);
             add_rows::<T, S, V>(s, &pairs, biases);
             rest = after;

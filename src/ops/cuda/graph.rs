@@ -156,12 +156,12 @@ impl HeldUploads {
     fn of(graph: &CudaGraph) -> Result<Self> {
         let graph = graph.cu_graph();
         let mut count = 0;
-        // SAFETY: the graph lives; without room for nodes their number is returned.
+        // SAFETY: the graph lives; without space for nodes their number is returned.
         unsafe { sys::cuGraphGetNodes(graph, null_mut(), &mut count) }
             .result()
             .w()?;
         let mut nodes = vec![null_mut(); count];
-        // SAFETY: there is room for `count` nodes.
+        // SAFETY: there is space for `count` nodes.
         unsafe { sys::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &mut count) }
             .result()
             .w()?;
@@ -198,12 +198,12 @@ impl HeldUploads {
 /// Whether a copy goes from the device to the device.
 fn stays_on_device(node: sys::CUgraphNode) -> Result<bool> {
     let mut copy = MaybeUninit::<sys::CUDA_MEMCPY3D>::zeroed();
-    // SAFETY: the node is a copy, and there is room for what it copies.
+    // SAFETY: the node is a copy, and there is space for what it copies.
     unsafe { sys::cuGraphMemcpyNodeGetParams(node, copy.as_mut_ptr()) }
         .result()
         .w()?;
     let copy = copy.as_ptr();
-    // SAFETY: both fields are enums of 32 bits within the room, read as numbers.
+    // SAFETY: both fields are enums of 32 bits within the buffer, read as numbers.
     let ends = unsafe {
         [
             addr_of!((*copy).srcMemoryType).cast::<u32>().read(),

@@ -188,13 +188,13 @@ fn address(storage: &CudaStorage) -> Result<u64> {
     }
 }
 
-/// Room for a result.
-pub(super) struct Room {
+/// A buffer for a result.
+pub(super) struct Buffer {
     pub(super) pointer: u64,
     storage: CudaStorage,
 }
 
-impl Room {
+impl Buffer {
     /// For n elements, with whatever was there before.
     pub(super) fn new(device: &CudaDevice, dtype: DType, n: usize) -> Result<Self> {
         count(n)?;
@@ -241,9 +241,9 @@ pub(super) struct Sink {
 unsafe impl DeviceRepr for Sink {}
 
 impl Sink {
-    pub(super) fn new(room: &Room, rounding: Rounding) -> Result<Self> {
+    pub(super) fn new(buffer: &Buffer, rounding: Rounding) -> Result<Self> {
         Ok(Self {
-            pointer: room.pointer,
+            pointer: buffer.pointer,
             to: code(rounding.to)?,
             held: code(rounding.held)?,
         })

@@ -4,7 +4,7 @@ use candle_core::cuda_backend::cudarc::driver::{LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Tensor, D};
 
-use super::launch::{blocks, device_of, grid, load, Operand, Room, Sink, LAYER, THREADS};
+use super::launch::{blocks, device_of, grid, load, Buffer, Operand, Sink, LAYER, THREADS};
 use crate::error::Result;
 use crate::precision::Rounding;
 
@@ -37,9 +37,9 @@ pub(crate) fn activate(
         return Ok((z.copy()?, slope.then(|| z.copy()).transpose()?));
     }
     let out = Rounding::cast(z.dtype());
-    let value = Room::new(device, z.dtype(), z.elem_count())?;
+    let value = Buffer::new(device, z.dtype(), z.elem_count())?;
     let slope = slope
-        .then(|| Room::new(device, z.dtype(), z.elem_count()))
+        .then(|| Buffer::new(device, z.dtype(), z.elem_count()))
         .transpose()?;
     let value_sink = Sink::new(&value, out)?;
     let slope_sink = match &slope {
@@ -94,18 +94,18 @@ pub(crate) fn pull(g: &Tensor, slope: Option<&Tensor>) -> Result<(Tensor, Tensor
             candle_core::Error::Msg("a slope of another shape than its cotangent".into()).into(),
         );
     }
-    let room = slope
+    let buffer = slope
         .as_ref()
-        .map(|_| Room::new(device, g.dtype(), g.elem_count()))
+        .map(|_| Buffer::new(device, g.dtype(), g.elem_count()))
         .transpose()?;
-    let sink = match &room {
-        Some(room) => Sink::new(room, out)?,
+    let sink = match &buffer {
+        Some(buffer) => Sink::new(buffer, out)?,
         None => Sink::NONE,
     };
     let slope = slope.as_ref().map(Operand::new).transpose()?;
     let (slope_at, slope_dtype) = slope.as_ref().map_or((0, 0), |s| (s.pointer, s.dtype));
     let parts_count = rows.div_ceil(LEAST_ROWS).min(MOST_PARTS);
-    let parts = Room::new(device, sum, parts_count * columns)?;
+    let parts = Buffer::new(device, sum, parts_count * columns)?;
     let g_at = Operand::new(&g)?;
     let (rows_given, columns_given) = (rows as u64, columns as u64);
     let kernel = load(
@@ -132,7 +132,7 @@ pub(crate) fn pull(g: &Tensor, slope: Option<&Tensor>) -> Result<(Tensor, Tensor
     // SAFETY: g, slope and result have rows · columns elements; there is a part for each block.
     unsafe { arguments.launch(config) }.w()?;
 
-    let total = Room::new(device, sum, columns)?;
+    let total = Buffer::new(device, sum, columns)?;
     let (total_sink, count) = (Sink::new(&total, Rounding::cast(sum))?, parts_count as i32);
     let kernel = load(
         device,
@@ -147,6 +147,6 @@ pub(crate) fn pull(g: &Tensor, slope: Option<&Tensor>) -> Result<(Tensor, Tensor
         .arg(&columns_given);
     // SAFETY: there are `count` parts of `columns` elements, and as many in the result.
     unsafe { arguments.launch(grid((columns as u32).div_ceil(THREADS))) }.w()?;
-    let pulled = room.map_or_else(|| g.clone(), |room| room.into_tensor(g.shape()));
+    let pulled = buffer.map_or_else(|| g.clone(), |buffer| buffer.into_tensor(g.shape()));
     Ok((pulled, total.into_tensor(&columns.into())))
 }

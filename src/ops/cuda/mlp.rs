@@ -8,7 +8,7 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 
 use super::launch::{
-    code, count, device_of, grid, load, pointer, Kernel, Operand, Room, MLP, THREADS,
+    code, count, device_of, grid, load, pointer, Buffer, Kernel, Operand, MLP, THREADS,
 };
 use super::sweep::DeviceScaler;
 use crate::error::Result;
@@ -322,10 +322,10 @@ impl SmallNet {
         let y0 = pass.y0.contiguous()?;
         let y0_at = Operand::new(&y0)?;
         count(pass.outputs * elements)?;
-        let out = Room::new(&self.device, DType::F32, pass.outputs * elements)?;
+        let out = Buffer::new(&self.device, DType::F32, pass.outputs * elements)?;
         let kept = pass.keeps && pass.count > 0;
         let kept = kept
-            .then(|| Room::new(&self.device, pass.store, pass.count * elements))
+            .then(|| Buffer::new(&self.device, pass.store, pass.count * elements))
             .transpose()?;
         let report = self.device.clone_htod(&[Report::EMPTY])?;
         let rows = (elements / self.net.dim as usize) as u64;
@@ -373,13 +373,13 @@ impl SmallNet {
         let rows = (elements / self.net.dim as usize) as u64;
         let (given_at, last_at) = (Operand::new(&given)?, Operand::new(&last)?);
         let kept = pass.kept.map(Operand::new).transpose()?;
-        let out = Room::new(&self.device, DType::F32, elements)?;
+        let out = Buffer::new(&self.device, DType::F32, elements)?;
         let blocks = self.blocks(rows, 2);
         let weights = self.net.weights as usize;
-        let totals = Room::new(&self.device, DType::F32, blocks as usize * weights)?;
+        let totals = Buffer::new(&self.device, DType::F32, blocks as usize * weights)?;
         let parts = match self.fit.parts_shared {
             true => None,
-            false => Some(Room::new(
+            false => Some(Buffer::new(
                 &self.device,
                 DType::F32,
                 blocks as usize * weights,
@@ -409,7 +409,7 @@ impl SmallNet {
         let kernel = self.load("mlp_backward", self.fit.backward)?;
         let mut arguments = kernel.builder();
         arguments.arg(&self.net).arg(&self.method).arg(&solve);
-        // SAFETY: as in `forward`; sums of gradients have room for every block.
+        // SAFETY: as in `forward`; sums of gradients have space for every block.
         unsafe { arguments.launch(with_shared(blocks, self.fit.backward)) }.w()?;
         let gradients = self.fold(&totals, blocks, pointer(&report))?;
         let told = self.read(&report)?;
@@ -417,13 +417,13 @@ impl SmallNet {
     }
 
     /// The sums of all blocks, by weight and bias.
-    fn fold(&self, totals: &Room, blocks: u32, report: u64) -> Result<Vec<Tensor>> {
+    fn fold(&self, totals: &Buffer, blocks: u32, report: u64) -> Result<Vec<Tensor>> {
         let kernel = load(&self.device, &MLP, "mlp_fold")?;
         let (blocks, stride) = (blocks as i32, self.net.weights as u64);
         let mut gradients = vec![];
         for (layer, pair) in self.net.layers.iter().zip(self.tensors.chunks(2)) {
-            let weight = Room::new(&self.device, DType::F32, pair[0].elem_count())?;
-            let bias = Room::new(&self.device, DType::F32, pair[1].elem_count())?;
+            let weight = Buffer::new(&self.device, DType::F32, pair[0].elem_count())?;
+            let bias = Buffer::new(&self.device, DType::F32, pair[1].elem_count())?;
             let mut arguments = kernel.builder();
             arguments
                 .arg(&totals.pointer)

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 
 use super::clock::Clock;
 use super::launch::{
-    blocks, device_of, grid, in_f64, load, pointer, Look, Looks, Operand, Room, Sink, ACCUMULATE,
+    blocks, device_of, grid, in_f64, load, pointer, Buffer, Look, Looks, Operand, Sink, ACCUMULATE,
     DOT, STAGE, UPDATE,
 };
 use super::sweep::SweepState;
@@ -129,14 +129,14 @@ fn sum_in_one(
     let (first, (coefficients, xs)) = (terms[0].1, split(terms)?);
     let device = device_of(first)?;
     let sum = Sum::new(&coefficients, &xs)?.stepped_from(1, clock);
-    let room = Room::new(device, out.held, first.elem_count())?;
-    let sink = Sink::new(&room, out)?;
+    let buffer = Buffer::new(device, out.held, first.elem_count())?;
+    let sink = Sink::new(&buffer, out)?;
     let kernel = load(device, &STAGE, in_f64(sum.wide, ["stage_f32", "stage_f64"]))?;
     let mut arguments = kernel.builder();
     arguments.arg(&sum.terms).arg(&scale).arg(&sink).arg(&sum.n);
     // SAFETY: all operands and the result have n elements, of the dtypes given.
     unsafe { arguments.launch(grid(blocks(sum.n as usize))) }.w()?;
-    Ok(room.into_tensor(first.shape()))
+    Ok(buffer.into_tensor(first.shape()))
 }
 
 /// `Σ c_j x_j` in state precision and, where asked for, as it is stored, looked at for NaN on the way.
@@ -160,14 +160,14 @@ pub(crate) fn update(
     let (first, (coefficients, xs)) = (terms[0].1, split(terms)?);
     let device = device_of(first)?;
     let sum = Sum::new(&coefficients, &xs)?.stepped_from(1, clock);
-    let room = |rounding: Rounding| Room::new(device, rounding.held, first.elem_count());
-    let y = room(state)?;
+    let buffer = |rounding: Rounding| Buffer::new(device, rounding.held, first.elem_count());
+    let y = buffer(state)?;
     let stored = store
-        .map(|store| Ok::<_, crate::Error>((room(store)?, store)))
+        .map(|store| Ok::<_, crate::Error>((buffer(store)?, store)))
         .transpose()?;
     let y_sink = Sink::new(&y, state)?;
     let stored_sink = match &stored {
-        Some((room, store)) => Sink::new(room, *store)?,
+        Some((buffer, store)) => Sink::new(buffer, *store)?,
         None => Sink::NONE,
     };
     let look: Look = looks.next();
@@ -185,7 +185,7 @@ pub(crate) fn update(
         .arg(&sum.n);
     // SAFETY: all operands and both results have n elements, of the dtypes given.
     unsafe { arguments.launch(grid(blocks(sum.n as usize))) }.w()?;
-    let stored = stored.map(|(room, _)| room.into_tensor(first.shape()));
+    let stored = stored.map(|(buffer, _)| buffer.into_tensor(first.shape()));
     Ok((y.into_tensor(first.shape()), stored))
 }
 
@@ -288,12 +288,12 @@ pub(crate) fn dot(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     arguments.arg(&parts_at).arg(&x.n);
     // SAFETY: x and y have n elements, and there is a part for each block.
     unsafe { arguments.launch(grid(used)) }.w()?;
-    let room = Room::new(device, out.held, 1)?;
-    let sink = Sink::new(&room, out)?;
+    let buffer = Buffer::new(device, out.held, 1)?;
+    let sink = Sink::new(&buffer, out)?;
     let kernel = load(device, &DOT, "dot_total")?;
     let mut arguments = kernel.builder();
     arguments.arg(&parts_at).arg(&parts_count).arg(&sink);
-    // SAFETY: there are `used` parts, and room for one element.
+    // SAFETY: there are `used` parts, and space for one element.
     unsafe { arguments.launch(grid(1)) }.w()?;
-    Ok(room.into_tensor(&().into()))
+    Ok(buffer.into_tensor(&().into()))
 }

@@ -7,8 +7,8 @@ use candle_core::{CudaDevice, DType, Device, Tensor};
 
 use super::clock::Clock;
 use super::launch::{
-    blocks, device_of, grid, in_f64, load, look, pointer, raise, Look, Looks, Operand, Room, Sink,
-    ADJOINT, ONE, SCALER, SEED,
+    blocks, device_of, grid, in_f64, load, look, pointer, raise, Buffer, Look, Looks, Operand,
+    Sink, ADJOINT, ONE, SCALER, SEED,
 };
 use super::sums::{split, Sum};
 use crate::error::{Error, Result};
@@ -188,8 +188,8 @@ impl SweepState {
         let sum = Sum::new(&coefficients, &xs)?
             .scaled_from(scaled_from)
             .stepped_from(scaled_from, clock);
-        let room = Room::new(&self.device, out.held, first.elem_count())?;
-        let (sink, at) = (Sink::new(&room, out)?, self.pointer());
+        let buffer = Buffer::new(&self.device, out.held, first.elem_count())?;
+        let (sink, at) = (Sink::new(&buffer, out)?, self.pointer());
         let kernel = load(
             &self.device,
             &SEED,
@@ -199,7 +199,7 @@ impl SweepState {
         arguments.arg(&sum.terms).arg(&at).arg(&sink).arg(&sum.n);
         // SAFETY: all operands and the result have n elements, of the dtypes given.
         unsafe { arguments.launch(grid(blocks(sum.n as usize))) }.w()?;
-        Ok(room.into_tensor(first.shape()))
+        Ok(buffer.into_tensor(first.shape()))
     }
 
     /// Looks whether the `pulled`th pull-back of the step overflowed, in the state or in parameters.

@@ -36,7 +36,7 @@ pub(super) fn pull_back<T: Element, S: Simd>(
     let Backward { problem, theta, .. } = *back;
     let plan = TilePlan::new(problem, &solved.layout);
     let stages = problem.scheme.dense_stages().len();
-    let pass = Pass {
+    let pass = RowsPass {
         solved,
         plan: &plan,
         selection: &keeps_no_evaluations(&*solved.field, stages),
@@ -57,7 +57,7 @@ pub(super) fn pull_back<T: Element, S: Simd>(
     let differentiate = !theta.is_empty();
     let window = || Window::new(&*solved.field, stages, usize::MAX, differentiate);
     let each = |window: &mut Window<T, S>, group: &SolvedGroup<T>| {
-        let sweep = Sweep {
+        let sweep = RowsSweep {
             pass: &pass,
             group,
             window,
@@ -74,7 +74,7 @@ pub(super) fn pull_back<T: Element, S: Simd>(
 }
 
 /// What every group's backward pass reads.
-struct Pass<'a, T: Element, S: Simd> {
+struct RowsPass<'a, T: Element, S: Simd> {
     solved: &'a RowTrajectories<T, S>,
     plan: &'a TilePlan<'a>,
     selection: &'a Selection,
@@ -82,7 +82,7 @@ struct Pass<'a, T: Element, S: Simd> {
     cotangent: &'a [T],
 }
 
-impl<T: Element, S: Simd> Pass<'_, T, S> {
+impl<T: Element, S: Simd> RowsPass<'_, T, S> {
     /// The cotangents of an output of a row, feature after feature.
     fn seed(&self, row: usize, output: usize) -> impl Iterator<Item = T> + '_ {
         let layout = self.plan.layout;
@@ -114,13 +114,13 @@ impl<T: Element, S: Simd> Pass<'_, T, S> {
 }
 
 /// The backward pass of one group.
-struct Sweep<'a, T: Element, S: Simd> {
-    pass: &'a Pass<'a, T, S>,
+struct RowsSweep<'a, T: Element, S: Simd> {
+    pass: &'a RowsPass<'a, T, S>,
     group: &'a SolvedGroup<T>,
     window: &'a mut Window<T, S>,
 }
 
-impl<T: Element, S: Simd> Kernel<S> for Sweep<'_, T, S> {
+impl<T: Element, S: Simd> Kernel<S> for RowsSweep<'_, T, S> {
     type Output = std::result::Result<SweptGroup<T>, Failure>;
 
     #[inline(always)]
@@ -190,7 +190,7 @@ struct Walk<'a, T> {
 
 /// The lanes of a tile on their ways.
 struct Walks<'a, T: Element, S: Simd> {
-    pass: &'a Pass<'a, T, S>,
+    pass: &'a RowsPass<'a, T, S>,
     group: &'a SolvedGroup<T>,
     stepper: Stepper<'a, T, S>,
     /// The next row that a lane takes, of the group.
@@ -208,7 +208,7 @@ struct Walks<'a, T: Element, S: Simd> {
 }
 
 impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
-    fn new(s: S, pass: &'a Pass<'a, T, S>, group: &'a SolvedGroup<T>) -> Self {
+    fn new(s: S, pass: &'a RowsPass<'a, T, S>, group: &'a SolvedGroup<T>) -> Self {
         let stepper = Stepper::new(s, &*pass.solved.field, pass.plan);
         let (size, batch) = (stepper.size, stepper.width * T::lanes::<S>());
         let mut walks = Self {

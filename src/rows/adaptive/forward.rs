@@ -20,7 +20,7 @@ use crate::simd::{enter, scalars, scalars_mut, vectors, Element, Kernel, Vectors
 
 /// What every group's forward pass reads.
 #[derive(Clone, Copy)]
-pub(super) struct Integrate<'a, T: Element, S: Simd> {
+pub(super) struct IntegrateRows<'a, T: Element, S: Simd> {
     pub(super) field: &'a dyn Tiled<T, S>,
     pub(super) plan: &'a TilePlan<'a>,
     pub(super) control: &'a Control,
@@ -28,7 +28,7 @@ pub(super) struct Integrate<'a, T: Element, S: Simd> {
     pub(super) y0: &'a [T],
 }
 
-impl<T: Element, S: Simd> Integrate<'_, T, S> {
+impl<T: Element, S: Simd> IntegrateRows<'_, T, S> {
     /// Solves the rows of one group.
     #[inline(never)]
     pub(super) fn group(
@@ -37,18 +37,18 @@ impl<T: Element, S: Simd> Integrate<'_, T, S> {
         rows: Range<usize>,
     ) -> std::result::Result<SolvedGroup<T>, Failure> {
         let anywhere = |error| Failure { at: (0, 0), error };
-        let group = OneGroup { pass: *self, rows };
+        let group = RowsOfGroup { pass: *self, rows };
         enter(s, group).map_err(anywhere)?
     }
 }
 
-/// [`Integrate::group`], in code for the vector unit.
-struct OneGroup<'a, T: Element, S: Simd> {
-    pass: Integrate<'a, T, S>,
+/// [`IntegrateRows::group`], in code for the vector unit.
+struct RowsOfGroup<'a, T: Element, S: Simd> {
+    pass: IntegrateRows<'a, T, S>,
     rows: Range<usize>,
 }
 
-impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
+impl<T: Element, S: Simd> Kernel<S> for RowsOfGroup<'_, T, S> {
     type Output = Result<std::result::Result<SolvedGroup<T>, Failure>>;
 
     #[inline(always)]
@@ -63,7 +63,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
 
 /// The rows of a group under way.
 pub(super) struct Group<'a, T: Element, S: Simd> {
-    pub(super) pass: Integrate<'a, T, S>,
+    pub(super) pass: IntegrateRows<'a, T, S>,
     pub(super) stepper: Stepper<'a, T, S>,
     pub(super) norms: Norms<'a>,
     pub(super) rows: Range<usize>,
@@ -84,8 +84,8 @@ pub(super) struct Group<'a, T: Element, S: Simd> {
 }
 
 impl<'a, T: Element, S: Simd> Group<'a, T, S> {
-    fn new(s: S, pass: Integrate<'a, T, S>, rows: Range<usize>) -> Result<Self> {
-        let Integrate { plan, control, .. } = pass;
+    fn new(s: S, pass: IntegrateRows<'a, T, S>, rows: Range<usize>) -> Result<Self> {
+        let IntegrateRows { plan, control, .. } = pass;
         let stepper = Stepper::estimating(s, pass.field, plan, &control.estimate);
         let (size, batch) = (stepper.size, stepper.width * T::lanes::<S>());
         let numbers = plan.problem.outputs().saturating_mul(plan.layout.dim());

@@ -30,7 +30,7 @@ use crate::schedule::Recorded;
 use crate::simd::Element;
 use crate::state::RowLayout;
 use crate::stats::{RowStats, Stats};
-use forward::Integrate;
+use forward::IntegrateRows;
 use norms::Tolerances;
 
 /// A row that was solved: its steps, what was kept of its states, and what it did.
@@ -76,7 +76,7 @@ pub(super) fn run<T: Element, S: Simd>(
     let (problem, layout) = (plan.problem, plan.layout);
     let tolerances = Tolerances::new(problem, control)?;
     let groups = groups::<T, S>(plan, field.parameters());
-    let pass = Integrate {
+    let pass = IntegrateRows {
         field: &*field,
         plan,
         control,

@@ -12,8 +12,8 @@ use crate::state::RowLayout;
 
 /// The tolerances of a solve.
 pub(super) struct Tolerances {
-    rtol: Vec<Numbers>,
-    atol: Vec<Numbers>,
+    rtol: Vec<ToleranceNumbers>,
+    atol: Vec<ToleranceNumbers>,
     /// u ‖b − b̂‖₂ and κ by leaf, where there is a floor.
     noise: Option<Vec<(f64, f64)>>,
     /// u by leaf.
@@ -21,12 +21,12 @@ pub(super) struct Tolerances {
 }
 
 /// A tolerance of one leaf: one number, or one for each element of the batch.
-enum Numbers {
+enum ToleranceNumbers {
     One(f64),
     Each(Vec<f64>),
 }
 
-impl Numbers {
+impl ToleranceNumbers {
     fn of(tolerance: &OfLeaf) -> Result<Self> {
         let numbers = |x: &Tensor| x.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
         Ok(match tolerance {
@@ -47,7 +47,7 @@ impl Tolerances {
     pub(super) fn new(problem: &Problem, control: &Control) -> Result<Self> {
         let (shapes, state) = (problem.packing.shapes(), problem.state());
         let [rtol, atol] = control.tolerances(shapes, state, problem.device())?;
-        let all = |of: &[OfLeaf]| of.iter().map(Numbers::of).collect::<Result<_>>();
+        let all = |of: &[OfLeaf]| of.iter().map(ToleranceNumbers::of).collect::<Result<_>>();
         let roles = problem.scheme.roles.iter();
         let precisions: Vec<_> = roles.map(|r| r.compute.roundoff()).collect();
         Ok(Self {
@@ -69,7 +69,7 @@ pub(super) struct Attempted<'a, T> {
     pub(super) lengths: &'a [f64],
 }
 
-/// The tolerances of the rows that the lanes hold, and room for their norms.
+/// The tolerances of the rows that the lanes hold, and scratch for their norms.
 pub(super) struct Norms<'a> {
     of: &'a Tolerances,
     layout: &'a RowLayout,

@@ -5,7 +5,7 @@ use bytemuck::Pod;
 use memmap2::MmapMut;
 
 /// Zeroed memory.
-pub(crate) struct Room {
+pub(crate) struct Scratch {
     memory: Memory,
     /// What was asked for.  Lines and pages hold more, which nobody may see: who takes all that is left
     /// for a part of it would take too much, or not, by the size of a vector.
@@ -27,7 +27,7 @@ struct Line([u64; 8]);
 /// Bytes from which on pages are asked for: what is less, the allocator has at hand.
 const LARGE: usize = 1 << 20;
 
-impl Room {
+impl Scratch {
     /// So many bytes; where the system does not give them, the allocator aborts.
     pub(crate) fn new(bytes: usize) -> Self {
         Self::try_new(bytes).unwrap_or_else(|| Self::of(bytes, None))
