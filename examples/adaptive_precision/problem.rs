@@ -9,10 +9,10 @@ use rand::rngs::StdRng;
 use crate::common::dtype::Dtype;
 use crate::common::random::{normal, uniform};
 
-/// y' = f(y) from y0 on [0, T].
+/// y' = f(y) on [0, T] from each of some starts, one solve for each.
 pub(crate) struct Problem {
     pub(crate) name: &'static str,
-    y0: Tensor,
+    pub(crate) starts: Vec<Tensor>,
     end: f64,
     field: Field,
 }
@@ -24,6 +24,7 @@ enum Field {
 }
 
 const MU: f64 = 5.0;
+const STARTS: u32 = 8;
 const BATCH: usize = 64;
 const WIDTHS: [usize; 4] = [2, 64, 64, 2];
 /// Of the weights against the usual initialisation, with which little moves.
@@ -41,26 +42,29 @@ pub(crate) fn perceptron(rng: &mut StdRng) -> Result<Problem> {
     }
     Ok(Problem {
         name: "MLP 2-64-64-2",
-        y0: normal(rng, (BATCH, WIDTHS[0]), DType::F64, &Device::Cpu)?,
+        starts: vec![normal(rng, (BATCH, WIDTHS[0]), DType::F64, &Device::Cpu)?],
         end: 4.0,
         field: Field::Perceptron(weights),
     })
 }
 
-/// y₁' = y₂, y₂' = μ (1 − y₁²) y₂ − y₁ with μ = 5 from (2, 0), T = 10.
+/// y₁' = y₂, y₂' = μ (1 − y₁²) y₂ − y₁ with μ = 5, T = 10, from (2, 0) and points beside it, since errors of one start are
+/// partly luck.
 pub(crate) fn van_der_pol() -> Result<Problem> {
+    let start = |k: u32| Tensor::new(&[[2.0 + f64::from(k) / 16.0, 0.0]], &Device::Cpu);
     Ok(Problem {
         name: "Van der Pol, μ = 5",
-        y0: Tensor::new(&[[2f64, 0.0]], &Device::Cpu)?,
+        starts: (0..STARTS).map(start).collect::<Result<_>>()?,
         end: 10.0,
         field: Field::VanDerPol,
     })
 }
 
 impl Problem {
-    /// y(T).
+    /// y(T) from one of the starts.
     pub(crate) fn solve(
         &self,
+        y0: &Tensor,
         dtype: Dtype,
         options: OdeOptions,
         device: &Device,
@@ -70,7 +74,7 @@ impl Problem {
             precision: Some(dtype.precision()),
             ..options
         };
-        let y0 = self.y0.to_device(device)?.to_dtype(state)?;
+        let y0 = y0.to_device(device)?.to_dtype(state)?;
         let times = [0.0, self.end];
         match &self.field {
             Field::VanDerPol => predict(&oscillator, &y0, &times, &options),
