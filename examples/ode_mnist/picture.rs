@@ -14,16 +14,18 @@ pub(crate) fn draw(path: &Path, data: &Data, outcomes: &[Outcome]) -> Result<()>
         let all = evaluations(o);
         all.iter().any(|n| *n != all[0])
     });
-    let height = if change { 780 } else { 560 };
+    let height = if change { 720 } else { 560 };
     picture(path, (1200, height), |area| {
         let (left, right) = area.split_horizontally(620);
-        let (left, _) = left.split_vertically(560);
         confusions(&left, data, outcomes)?;
         let areas = right.split_evenly((if change { 3 } else { 2 }, 1));
         accuracies(&areas[0], outcomes)?;
         by_epoch("training", "cross entropy, nats", outcomes, |e| e.loss).draw(&areas[1])?;
         let name = "evaluations by image";
-        let evaluations = by_epoch("cost, forward", name, outcomes, |e| e.evaluations);
+        let evaluations = Panel {
+            legend: SeriesLabelPosition::LowerRight,
+            ..by_epoch("cost, forward", name, outcomes, |e| e.evaluations)
+        };
         areas.get(2).map_or(Ok(()), |area| evaluations.draw(area))
     })
 }
