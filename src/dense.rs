@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use crate::error::{AdaptiveDefect, Error, EventDefect, Result};
+use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::{Leaves, SharedField, VectorField};
 use crate::integrate::observe::{InStep, Observer, Wanted};
 use crate::integrate::Forward;
@@ -90,7 +90,7 @@ impl Observer for All {
 /// ```
 ///
 /// # Errors
-/// The errors of [`odeint`](crate::odeint), and [`EventDefect::Steps`] if the steps are not adaptive.
+/// The errors of [`odeint`](crate::odeint), and [`AdaptiveDefect::FixedSteps`] if the steps are not adaptive.
 pub fn odeint_dense<S, F, T>(
     field: F,
     y0: &S,
@@ -103,7 +103,7 @@ where
     T: Times + ?Sized,
 {
     if !matches!(options.steps, Steps::Adaptive(_)) {
-        return Err(Error::Event(EventDefect::Steps));
+        return Err(Error::Adaptive(AdaptiveDefect::FixedSteps));
     }
     let bind = |_| {
         let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::error::{AdaptiveDefect, Error, EventDefect, Result};
+use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::{Leaves, SharedField, VectorField};
 use crate::odeint::in_graph_by;
 use crate::passes::run_observed;
@@ -191,7 +191,7 @@ where
     T: Times + ?Sized,
 {
     if !matches!(options.steps, Steps::Adaptive(_)) {
-        return Err(Error::Event(EventDefect::Steps));
+        return Err(Error::Adaptive(AdaptiveDefect::FixedSteps));
     }
     if options.output != Output::All {
         return Err(Error::Adaptive(AdaptiveDefect::EventOutput));

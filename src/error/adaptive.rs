@@ -56,6 +56,11 @@ pub enum AdaptiveDefect {
         /// The last one.
         to: f64,
     },
+    /// A solution between the steps and an event are had with adaptive steps only.
+    #[error(
+        "a dense solution and events need adaptive steps: set OdeOptions::steps to Steps::Adaptive"
+    )]
+    FixedSteps,
     /// With events, all times are asked for.
     #[error("a solve with events returns the states at all times: leave OdeOptions::output at Output::All")]
     EventOutput,

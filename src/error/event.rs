@@ -6,9 +6,6 @@ use candle_core::Shape;
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EventDefect {
-    /// Events are located in adaptive steps.
-    #[error("events are located in adaptive steps: set OdeOptions::steps to Steps::Adaptive")]
-    Steps,
     /// An event function is not one number.
     #[error("event function {event} is of shape {shape:?}, not one number")]
     NotScalar {

@@ -324,8 +324,9 @@ impl<'a> AdaptivePass<'a> {
             let scheme = &self.problem.scheme;
             let all = vec![true; scheme.tableau.stages()];
             let ks = &mut tried.ks;
+            let before = ks.len();
             scheme.evaluate(self.field, step, &self.y, ks, &all, |_, _| Ok(()))?;
-            self.evaluations += 1;
+            self.evaluations += all.len() - before;
         }
         Ok(AcceptedStep {
             step,
