@@ -53,8 +53,9 @@
 //! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, computed from
 //!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
+//! * `precision`: dtype roles, and rounding.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
-//! * `precision`, `scaler`: dtype roles, scales of the adjoint.
+//! * `scaler`: scales of the adjoint.
 //! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.
 //! * `watch`, `loss_scaler`: detection of NaN and infinity; a scale of the loss around a solve.
 //! * `step`, `replay`, `trajectory`: one step and its linearisation; the sequence of forward steps; which states are

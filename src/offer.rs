@@ -44,9 +44,10 @@ impl Offered {
         S: State + 'static,
         F: RowField + VectorField<S>,
     {
+        let field = Arc::new(field.clone());
         Self {
-            rows: has_tiles.then(|| Rows::new(field.clone())),
-            shared: Arc::new(Leaves::<Box<F>, S>::new(Box::new(field.clone()))),
+            rows: has_tiles.then(|| Rows::new(Arc::clone(&field))),
+            shared: Arc::new(Leaves::<Arc<F>, S>::new(field)),
             #[cfg(feature = "cuda")]
             launch: None,
         }

@@ -27,16 +27,18 @@ pub(crate) fn run(
     keep: &dyn Fn() -> bool,
 ) -> Result<Forward> {
     counted(problem, |stats| {
-        let tiles = match field.offer().is_some() && !keep() {
-            true => advance_tiles(&problem.keeping_nothing(), field, y0, loss, stats)?,
-            false => advance_tiles(problem, field, y0, loss, stats)?,
-        };
-        if let Some(forward) = tiles {
-            return Ok(forward);
+        let offered = Offered::from(field.offer());
+        if let Some(offered) = &offered {
+            let solved = match keep() {
+                true => advance_tiles(problem, offered, y0, loss, stats)?,
+                false => advance_tiles(&problem.keeping_nothing(), offered, y0, loss, stats)?,
+            };
+            if let Some(forward) = solved {
+                return Ok(forward);
+            }
         }
         if let Plan::Adaptive(control) = &problem.plan {
             if control.options.control == Some(StepControl::Rows) {
-                let offered = Offered::from(field.offer());
                 let row_wise = offered.is_some_and(|offered| offered.rows.is_some());
                 return Err(Error::Adaptive(AdaptiveDefect::NoRows { row_wise }));
             }
@@ -67,8 +69,9 @@ pub(crate) fn run_tiles(
     y0: &Tensor,
     loss: Option<&dyn RowGrade>,
 ) -> Result<Option<Forward>> {
-    counted(problem, |stats| {
-        advance_tiles(problem, field, y0, loss, stats)
+    counted(problem, |stats| match Offered::from(field.offer()) {
+        Some(offered) => advance_tiles(problem, &offered, y0, loss, stats),
+        None => Ok(None),
     })
 }
 
@@ -82,17 +85,14 @@ fn counted<R>(problem: &Problem, pass: impl FnOnce(&mut Stats) -> Result<R>) -> 
     result
 }
 
-/// Tile by tile, or in one launch, where the field allows it.
+/// Tile by tile, or in one launch, where what the field offers allows it.
 fn advance_tiles(
     problem: &Problem,
-    field: &Field<'_>,
+    offered: &Offered,
     y0: &Tensor,
     loss: Option<&dyn RowGrade>,
     stats: &mut Stats,
 ) -> Result<Option<Forward>> {
-    let Some(offered) = Offered::from(field.offer()) else {
-        return Ok(None);
-    };
     let packed = y0.detach().flatten_all()?;
     #[cfg(feature = "cuda")]
     if problem.device().is_cuda() {
@@ -102,7 +102,7 @@ fn advance_tiles(
         };
         return Ok(solved.map(of_rows));
     }
-    let Some(rows) = offered.rows else {
+    let Some(rows) = &offered.rows else {
         return Ok(None);
     };
     if loss.is_some() && problem.checkpoint != Checkpoint::Nothing {

@@ -147,6 +147,16 @@ impl Precision {
     }
 }
 
+/// Half of the distance from one to the next number.
+pub(crate) fn unit_roundoff(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => 2f64.powi(-8),
+        DType::F16 => 2f64.powi(-11),
+        DType::F64 => 2f64.powi(-53),
+        _ => 2f64.powi(-24),
+    }
+}
+
 /// A rounding to `to` whose result is held in `held`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rounding {
@@ -165,12 +175,12 @@ impl Rounding {
 
     /// The unit roundoff, and the smallest normal number.
     pub(crate) fn roundoff(&self) -> (f64, f64) {
-        match self.to {
-            DType::BF16 => (2f64.powi(-8), 2f64.powi(-126)),
-            DType::F16 => (2f64.powi(-11), 2f64.powi(-14)),
-            DType::F64 => (2f64.powi(-53), f64::MIN_POSITIVE),
-            _ => (2f64.powi(-24), 2f64.powi(-126)),
-        }
+        let smallest = match self.to {
+            DType::F16 => 2f64.powi(-14),
+            DType::F64 => f64::MIN_POSITIVE,
+            _ => 2f64.powi(-126),
+        };
+        (unit_roundoff(self.to), smallest)
     }
 
     /// The low dtype that values are rounded to while they are held in a wider one.

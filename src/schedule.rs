@@ -89,6 +89,19 @@ pub(crate) struct Step {
 }
 
 impl Step {
+    /// A step whose ends depend on none of the user's times.
+    pub(crate) fn free(index: usize, t: f64, h: f64, end: f64) -> Self {
+        Self {
+            index,
+            t,
+            h,
+            end,
+            nodes: [Node::Constant; 2],
+            limits: [t, end],
+            dense: false,
+        }
+    }
+
     /// Time of a stage at abscissa c.
     pub(crate) fn at(&self, c: f64) -> f64 {
         match c {

@@ -40,6 +40,19 @@ pub(crate) enum Halt {
     NonFinite,
 }
 
+impl Halt {
+    /// The same for the user.
+    pub(crate) fn reason(self, control: &Control) -> StopReason {
+        match self {
+            Self::Attempts => StopReason::Attempts {
+                max_steps: control.options.max_steps,
+            },
+            Self::Underflow => StopReason::Underflow,
+            Self::NonFinite => StopReason::NonFinite,
+        }
+    }
+}
+
 /// Where a solve is, and what it has done.
 #[derive(Clone, Debug)]
 pub(crate) struct Pace {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result, StopReason, Stopped};
 use crate::field::Field;
 use crate::ops;
 use crate::problem::Problem;
-use crate::schedule::{Node, Output, Recorded, Schedule, Step};
+use crate::schedule::{Output, Recorded, Schedule, Step};
 use crate::state::Packing;
 use crate::stats::Stats;
 use crate::step::Increments;
@@ -159,16 +159,7 @@ impl<'a> AdaptivePass<'a> {
 
     /// A step of length h from where the solve is.
     fn step(&self, h: f64, end: f64, jumps_at_end: bool) -> Step {
-        let t = self.pace.t;
-        let step = Step {
-            index: self.record.len(),
-            t,
-            h,
-            end,
-            limits: [t, end],
-            nodes: [Node::Constant; 2],
-            dense: false,
-        };
+        let step = Step::free(self.record.len(), self.pace.t, h, end);
         step.between_jumps([self.jumps, jumps_at_end])
     }
 
@@ -388,13 +379,7 @@ impl<'a> AdaptivePass<'a> {
     }
 
     fn failed(&self, failure: Halt, last: Option<&(Attempt, Tried)>) -> Error {
-        let max_steps = self.control.options.max_steps;
-        let reason = match failure {
-            Halt::Attempts => StopReason::Attempts { max_steps },
-            Halt::Underflow => StopReason::Underflow,
-            Halt::NonFinite => StopReason::NonFinite,
-        };
-        self.stopped(reason, last)
+        self.stopped(failure.reason(self.control), last)
     }
 
     fn stopped(&self, reason: StopReason, last: Option<&(Attempt, Tried)>) -> Error {

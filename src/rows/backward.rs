@@ -184,45 +184,21 @@ impl<'a, T> Seed<'a, T> {
 }
 
 impl<T: Element, S: Simd> TilePass<'_, T, S> {
-    /// The backward pass of one group; compiled once for all that call it.
-    #[inline(never)]
+    /// The backward pass of one group of tiles.
     pub(super) fn sweep(
         &self,
         s: S,
         tiles: &[Tile<T>],
-        seed: Seed<'_, T>,
+        seeds: Seed<'_, T>,
         window: &mut Window<T, S>,
     ) -> std::result::Result<SweptGroup<T>, Failure> {
-        let sweep = TileSweep {
-            pass: self,
-            tiles,
-            seed,
-            window,
-        };
-        enter(s, sweep)
-    }
-}
-
-/// The backward pass of one group of tiles.
-struct TileSweep<'a, T: Element, S: Simd> {
-    pass: &'a TilePass<'a, T, S>,
-    tiles: &'a [Tile<T>],
-    seed: Seed<'a, T>,
-    window: &'a mut Window<T, S>,
-}
-
-impl<T: Element, S: Simd> Kernel<S> for TileSweep<'_, T, S> {
-    type Output = std::result::Result<SweptGroup<T>, Failure>;
-
-    #[inline(always)]
-    fn run(self, s: S) -> Self::Output {
         let TilePass {
             field,
             selection,
             plan,
             schedule,
             ..
-        } = *self.pass;
+        } = *self;
         let (problem, layout) = (plan.problem, plan.layout);
         let mut stepper = Stepper::<T, S>::new(s, field, plan);
         let (size, width) = (stepper.size, stepper.width);
@@ -233,7 +209,6 @@ impl<T: Element, S: Simd> Kernel<S> for TileSweep<'_, T, S> {
             Checkpoint::All => vectors::<T, S>(0),
             _ => stepper.slot(),
         };
-        let window = self.window;
         window.clear();
         let mut state = vectors::<T, S>(size);
         let mut adj = vectors::<T, S>(size);
@@ -252,11 +227,11 @@ impl<T: Element, S: Simd> Kernel<S> for TileSweep<'_, T, S> {
             rows,
             trajectory,
             kept: evaluations,
-        } in self.tiles
+        } in tiles
         {
             let seed = |output: usize, to: &mut [T::Vector<S>]| {
                 each_leaf(layout, width, |leaf, features, range| {
-                    let numbers = self.seed.of(problem, layout, output, leaf, (rows, at));
+                    let numbers = seeds.of(problem, layout, output, leaf, (rows, at));
                     load::<T, S>(numbers, features, batch, Idle::Zeros, &mut to[range]);
                 });
             };
@@ -371,7 +346,6 @@ pub(super) fn most_stages(problem: &Problem, schedule: &Schedule) -> usize {
 
 /// max|λ|, and that of what enters from outputs inside the step, over the leaves whose cotangents can overflow, or
 /// over all where these are zero.
-#[inline(always)]
 pub(super) fn magnitude<T: Element, S: Simd>(
     s: S,
     plan: &TilePlan<'_>,
@@ -385,13 +359,9 @@ pub(super) fn magnitude<T: Element, S: Simd>(
     for tile in std::iter::once(adj).chain(stages.chunks_exact(size)) {
         let mut rest = tile;
         for (features, rounds_to) in plan.layout.features.iter().zip(&plan.low) {
-            let leaf;
-            (leaf, rest) = rest.split_at(features * width);
-            let mut max = T::zeros::<S>();
-            for x in leaf {
-                max = T::larger(s, max, T::abs(s, *x));
-            }
-            let max = T::largest(s, max).to_f64();
+            let x;
+            (x, rest) = rest.split_at(features * width);
+            let max = enter(s, Largest::<T, S> { x }).to_f64();
             all = all.max(max);
             if *rounds_to == Low::F16 {
                 low = f64::max(low, max);
@@ -402,5 +372,23 @@ pub(super) fn magnitude<T: Element, S: Simd>(
         low
     } else {
         all
+    }
+}
+
+/// The largest absolute value of a leaf of a tile.
+struct Largest<'a, T: Element, S: Simd> {
+    x: &'a [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Largest<'_, T, S> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run(self, s: S) -> T {
+        let mut max = T::zeros::<S>();
+        for x in self.x {
+            max = T::larger(s, max, T::abs(s, *x));
+        }
+        T::largest(s, max)
     }
 }

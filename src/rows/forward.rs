@@ -19,7 +19,7 @@ use crate::ops;
 use crate::problem::{ActivationCache, Problem};
 use crate::schedule::Schedule;
 use crate::simd::tiles::{load, store, Idle};
-use crate::simd::{enter, vectors, Element, Kernel};
+use crate::simd::{vectors, Element};
 use crate::state::RowLayout;
 use crate::stats::Stats;
 
@@ -128,37 +128,13 @@ pub(super) struct Integrate<'a, T: Element, S: Simd> {
 
 impl<T: Element, S: Simd> Integrate<'_, T, S> {
     /// Runs the forward pass of the tiles with these first rows.  Buffers for kept evaluations are taken from
-    /// `spare` before new ones are allocated.  Compiled once for all callers.
-    #[inline(never)]
+    /// `spare` before new ones are allocated.
     pub(super) fn group(
         &self,
         s: S,
         tiles: &[usize],
-        spare: Vec<KeptEvaluations<T>>,
+        mut spare: Vec<KeptEvaluations<T>>,
     ) -> std::result::Result<IntegratedGroup<T>, Failure> {
-        enter(
-            s,
-            OneGroup {
-                pass: *self,
-                tiles,
-                spare,
-            },
-        )
-    }
-}
-
-/// [`Integrate::group`], in code for the vector unit.
-struct OneGroup<'a, T: Element, S: Simd> {
-    pass: Integrate<'a, T, S>,
-    tiles: &'a [usize],
-    spare: Vec<KeptEvaluations<T>>,
-}
-
-impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
-    type Output = std::result::Result<IntegratedGroup<T>, Failure>;
-
-    #[inline(always)]
-    fn run(mut self, s: S) -> Self::Output {
         let Integrate {
             field,
             selection,
@@ -166,7 +142,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
             schedule,
             elements,
             ..
-        } = self.pass;
+        } = *self;
         let TilePlan {
             problem, layout, ..
         } = plan;
@@ -179,20 +155,20 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
         let width = stepper.width;
         let batch = width * T::lanes::<S>();
         let mut group = IntegratedGroup {
-            tiles: Vec::with_capacity(self.tiles.len()),
+            tiles: Vec::with_capacity(tiles.len()),
             states: vec![],
         };
         let anywhere = |error| Failure { at: (0, 0), error };
-        let rows: usize = self.tiles.iter().map(|&t| plan.rows(t, batch).len()).sum();
+        let rows: usize = tiles.iter().map(|&t| plan.rows(t, batch).len()).sum();
         let numbers = rows.saturating_mul(layout.dim());
         let numbers = numbers.saturating_mul(problem.outputs());
         group.states = room_for("returned states", numbers).map_err(anywhere)?;
-        for &first in self.tiles {
+        for &first in tiles {
             let rows = plan.rows(first, batch);
             stepper.clock.hold(rows.clone());
             each_leaf(layout, width, |leaf, features, range| {
                 let from = layout.offset(leaf, first);
-                let numbers = &self.pass.y0[from..from + rows.len() * features];
+                let numbers = &self.y0[from..from + rows.len() * features];
                 load::<T, S>(numbers, features, batch, Idle::Copies, &mut y[range]);
             });
             let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
@@ -209,7 +185,7 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
             if schedule.at_node(0).is_some() {
                 returned(&y, &mut group.states);
             }
-            let mut kept = match self.spare.pop() {
+            let mut kept = match spare.pop() {
                 Some(scratch) => scratch,
                 None => KeptEvaluations::new(selection, batch).map_err(anywhere)?,
             };
@@ -241,7 +217,6 @@ impl<T: Element, S: Simd> Kernel<S> for OneGroup<'_, T, S> {
 }
 
 /// Calls `see` with each leaf, its number of features and the range of its vectors, for `vectors` vectors per feature.
-#[inline(always)]
 pub(super) fn each_leaf(
     layout: &RowLayout,
     vectors: usize,

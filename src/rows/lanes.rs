@@ -83,21 +83,17 @@ impl<T: Element, S: Simd> LaneClock<T, S> {
     }
 
     /// A stage at abscissa c of every lane's step.
-    #[inline(always)]
-    pub(super) fn at(&mut self, s: S, steps: LaneSteps<'_>, c: f64) -> At<'_, T::Vector<S>> {
-        let times = &mut *self.times;
+    pub(super) fn at(&mut self, steps: LaneSteps<'_>, c: f64) -> At<'_, T::Vector<S>> {
+        let times = self.times_mut();
         match steps {
-            LaneSteps::All(step) => times.fill(T::splat(s, T::of(step.at(c)))),
+            LaneSteps::All(step) => times.fill(T::of(step.at(c))),
             LaneSteps::Each(steps) => {
-                for (time, step) in scalars_mut::<T, S>(times).iter_mut().zip(steps) {
+                for (time, step) in times.iter_mut().zip(steps) {
                     *time = T::of(step.at(c));
                 }
             }
         }
-        At {
-            times,
-            rows: &self.rows,
-        }
+        self.now()
     }
 
     /// Times that are given by lane.
@@ -149,30 +145,26 @@ impl<T: Element, S: Simd> Coefficients<T, S> {
     }
 
     /// The same, multiplied by one for all lanes.
-    pub(super) fn plain(s: S, width: usize, rows: &[Row]) -> Self {
+    pub(super) fn plain(width: usize, rows: &[Row]) -> Self {
         let mut coefficients = Self::new(width, rows);
-        coefficients.multiply(s, &[1.0]);
+        coefficients.multiply(&[1.0]);
         coefficients
     }
 
     /// Multiplies by one factor for all lanes, or by one for each.
-    #[inline(always)]
-    pub(super) fn multiply(&mut self, s: S, factors: &[f64]) {
+    pub(super) fn multiply(&mut self, factors: &[f64]) {
         if self.factors == factors {
             return;
         }
         self.factors.clear();
         self.factors.extend_from_slice(factors);
-        let coefficients = self
-            .values
-            .iter()
-            .zip(self.numbers.chunks_exact_mut(self.width));
-        for (c, numbers) in coefficients {
+        let lanes = self.width * T::lanes::<S>();
+        let numbers = scalars_mut::<T, S>(&mut self.numbers).chunks_exact_mut(lanes);
+        for (c, numbers) in self.values.iter().zip(numbers) {
             match *factors {
-                [factor] => numbers.fill(T::splat(s, T::of(factor * c))),
+                [factor] => numbers.fill(T::of(factor * c)),
                 _ => {
-                    let lanes = scalars_mut::<T, S>(numbers).iter_mut();
-                    for (number, factor) in lanes.zip(factors) {
+                    for (number, factor) in numbers.iter_mut().zip(factors) {
                         *number = T::of(factor * c);
                     }
                 }
@@ -180,7 +172,6 @@ impl<T: Element, S: Simd> Coefficients<T, S> {
         }
     }
 
-    #[inline(always)]
     pub(super) fn row(&self, i: usize) -> Terms<'_, T::Vector<S>> {
         let row = self.starts[i]..self.starts[i + 1];
         Terms {
@@ -224,47 +215,34 @@ impl<T: Element, S: Simd> Factor<T, S> {
     }
 
     /// One for all lanes, or one for each.
-    pub(super) fn set(&mut self, s: S, factors: &[f64]) {
+    pub(super) fn set(&mut self, factors: &[f64]) {
         if self.of == factors {
             return;
         }
         self.of.clear();
         self.of.extend_from_slice(factors);
         self.is_one = factors.iter().all(|f| *f == 1.0);
-        let (mut has_second, [first, second]) = (false, &mut self.parts);
-        match *factors {
-            [factor] => {
-                let (a, b) = in_range::<T>(factor);
-                first.fill(T::splat(s, T::of(a)));
-                second.fill(T::splat(s, T::of(b)));
-                has_second = b != 1.0;
-            }
-            _ => {
-                let lanes = scalars_mut::<T, S>(first).iter_mut();
-                let lanes = lanes.zip(scalars_mut::<T, S>(second)).zip(factors);
-                for ((first, second), factor) in lanes {
-                    let (a, b) = in_range::<T>(*factor);
-                    (*first, *second) = (T::of(a), T::of(b));
-                    has_second |= b != 1.0;
-                }
-            }
+        let [first, second] = &mut self.parts;
+        let lanes = scalars_mut::<T, S>(first).iter_mut();
+        let lanes = lanes.zip(scalars_mut::<T, S>(second));
+        let mut has_second = false;
+        // One factor for all lanes is repeated.
+        for ((first, second), factor) in lanes.zip(factors.iter().cycle()) {
+            let (a, b) = in_range::<T>(*factor);
+            (*first, *second) = (T::of(a), T::of(b));
+            has_second |= b != 1.0;
         }
         self.has_second = has_second;
     }
 
     /// x times the factor.
-    #[inline(always)]
     pub(super) fn apply(&self, s: S, x: &mut [T::Vector<S>]) {
         if self.is_one {
             return;
         }
         let parts = if self.has_second { 2 } else { 1 };
-        for part in &self.parts[..parts] {
-            for x in x.chunks_exact_mut(part.len()) {
-                for (x, factor) in x.iter_mut().zip(&**part) {
-                    *x = T::times(s, *x, *factor);
-                }
-            }
+        for factor in &self.parts[..parts] {
+            enter(s, Scale::<T, S> { x, factor });
         }
     }
 }
@@ -287,7 +265,6 @@ impl<'a, X> First<'a, X> {
 }
 
 /// `out += Σ c x_j`, the x_j one after the other in `xs`.
-#[inline(always)]
 pub(super) fn add<T: Element, S: Simd>(
     s: S,
     width: usize,
@@ -298,8 +275,7 @@ pub(super) fn add<T: Element, S: Simd>(
     sum::<T, S>(s, width, out, None, terms, xs);
 }
 
-/// `out = first + Σ c_j x_j`, in one pass over `out` for few terms.
-#[inline(always)]
+/// `out = first + Σ c_j x_j`.
 pub(super) fn combine<T: Element, S: Simd>(
     s: S,
     width: usize,
@@ -311,7 +287,6 @@ pub(super) fn combine<T: Element, S: Simd>(
     sum::<T, S>(s, width, out, Some(first), terms, xs);
 }
 
-#[inline(always)]
 fn sum<'a, T: Element, S: Simd>(
     s: S,
     width: usize,
@@ -320,19 +295,20 @@ fn sum<'a, T: Element, S: Simd>(
     terms: Terms<'a, T::Vector<S>>,
     xs: &'a [T::Vector<S>],
 ) {
-    match width {
-        1 => enter(
+    // Code for tiles of two vectors exists only where such tiles do.
+    match T::WIDE && width == 2 {
+        true => enter(
             s,
-            LaneSum::<T, S, 1> {
+            LaneSum::<T, S, 2> {
                 out,
                 first,
                 terms,
                 xs,
             },
         ),
-        _ => enter(
+        false => enter(
             s,
-            LaneSum::<T, S, 2> {
+            LaneSum::<T, S, 1> {
                 out,
                 first,
                 terms,
@@ -356,61 +332,34 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for LaneSum<'_, T, S, V> {
     #[inline(always)]
     fn run(self, s: S) {
         let Self { out, xs, terms, .. } = self;
-        let (cs, of) = (terms.cs.as_chunks::<V>().0, terms.of);
-        let Some(First { c, x }) = self.first else {
-            return add_all::<T, S, V>(s, out, cs, of, xs);
-        };
-        match c.and_then(|c| c.as_chunks::<V>().0.first()) {
-            Some(c) => set_all::<T, S, V>(s, out, cs, of, xs, x, |x, v| T::times(s, c[v], x)),
-            None => set_all::<T, S, V>(s, out, cs, of, xs, x, |x, _| x),
+        if let Some(First { c, x }) = self.first {
+            match c.and_then(|c| c.as_chunks::<V>().0.first()) {
+                Some(c) => {
+                    let x = x[..out.len()].as_chunks::<V>().0;
+                    for (out, x) in out.as_chunks_mut::<V>().0.iter_mut().zip(x) {
+                        for v in 0..V {
+                            out[v] = T::times(s, c[v], x[v]);
+                        }
+                    }
+                }
+                None => out.copy_from_slice(&x[..out.len()]),
+            }
+        }
+        let (mut cs, mut of) = (terms.cs.as_chunks::<V>().0, terms.of);
+        while of.len() >= 4 {
+            add_terms::<T, S, V, 4>(s, out, cs, of, xs);
+            (cs, of) = (&cs[4..], &of[4..]);
+        }
+        match of.len() {
+            1 => add_terms::<T, S, V, 1>(s, out, cs, of, xs),
+            2 => add_terms::<T, S, V, 2>(s, out, cs, of, xs),
+            3 => add_terms::<T, S, V, 3>(s, out, cs, of, xs),
+            _ => {}
         }
     }
 }
 
-/// `out = first(x) + Σ c_j x_j`, where `first` is told which of the V vectors it is given.
-#[inline(always)]
-fn set_all<T: Element, S: Simd, const V: usize>(
-    s: S,
-    out: &mut [T::Vector<S>],
-    cs: &[[T::Vector<S>; V]],
-    of: &[usize],
-    xs: &[T::Vector<S>],
-    x: &[T::Vector<S>],
-    first: impl Fn(T::Vector<S>, usize) -> T::Vector<S> + Copy,
-) {
-    match of.len() {
-        0 => set_terms::<T, S, V, 0>(s, out, cs, of, xs, x, first),
-        1 => set_terms::<T, S, V, 1>(s, out, cs, of, xs, x, first),
-        2 => set_terms::<T, S, V, 2>(s, out, cs, of, xs, x, first),
-        3 => set_terms::<T, S, V, 3>(s, out, cs, of, xs, x, first),
-        _ => {
-            set_terms::<T, S, V, 4>(s, out, cs, of, xs, x, first);
-            add_all::<T, S, V>(s, out, &cs[4..], &of[4..], xs);
-        }
-    }
-}
-
-#[inline(always)]
-fn add_all<T: Element, S: Simd, const V: usize>(
-    s: S,
-    out: &mut [T::Vector<S>],
-    mut cs: &[[T::Vector<S>; V]],
-    mut of: &[usize],
-    xs: &[T::Vector<S>],
-) {
-    while of.len() >= 4 {
-        add_terms::<T, S, V, 4>(s, out, cs, of, xs);
-        (cs, of) = (&cs[4..], &of[4..]);
-    }
-    match of.len() {
-        1 => add_terms::<T, S, V, 1>(s, out, cs, of, xs),
-        2 => add_terms::<T, S, V, 2>(s, out, cs, of, xs),
-        3 => add_terms::<T, S, V, 3>(s, out, cs, of, xs),
-        _ => {}
-    }
-}
-
-/// [`add`] of the first N terms.
+/// Adds the first N terms.
 #[inline(always)]
 fn add_terms<T: Element, S: Simd, const V: usize, const N: usize>(
     s: S,
@@ -419,55 +368,38 @@ fn add_terms<T: Element, S: Simd, const V: usize, const N: usize>(
     of: &[usize],
     xs: &[T::Vector<S>],
 ) {
-    let (cs, xs) = multiples::<T, S, V, N>(out.len(), cs, of, xs);
+    let size = out.len();
+    let (mut c, mut x) = ([[T::zeros::<S>(); V]; N], [xs[..0].as_chunks::<V>().0; N]);
+    for n in 0..N {
+        c[n] = cs[n];
+        x[n] = xs[of[n] * size..][..size].as_chunks::<V>().0;
+    }
     for (i, out) in out.as_chunks_mut::<V>().0.iter_mut().enumerate() {
         for v in 0..V {
             let mut sum = out[v];
             for n in 0..N {
-                sum = T::mul_add(s, cs[n][v], xs[n][i][v], sum);
+                sum = T::mul_add(s, c[n][v], x[n][i][v], sum);
             }
             out[v] = sum;
         }
     }
 }
 
-/// [`set_all`] of the first N terms.
-#[inline(always)]
-fn set_terms<T: Element, S: Simd, const V: usize, const N: usize>(
-    s: S,
-    out: &mut [T::Vector<S>],
-    cs: &[[T::Vector<S>; V]],
-    of: &[usize],
-    xs: &[T::Vector<S>],
-    x: &[T::Vector<S>],
-    first: impl Fn(T::Vector<S>, usize) -> T::Vector<S> + Copy,
-) {
-    let (cs, xs) = multiples::<T, S, V, N>(out.len(), cs, of, xs);
-    let x = x[..out.len()].as_chunks::<V>().0;
-    for (i, out) in out.as_chunks_mut::<V>().0.iter_mut().enumerate() {
-        for v in 0..V {
-            let mut sum = first(x[i][v], v);
-            for n in 0..N {
-                sum = T::mul_add(s, cs[n][v], xs[n][i][v], sum);
-            }
-            out[v] = sum;
-        }
-    }
+/// `x` times a factor of every lane.
+struct Scale<'a, T: Element, S: Simd> {
+    x: &'a mut [T::Vector<S>],
+    factor: &'a [T::Vector<S>],
 }
 
-/// The coefficients and the x_j of the first N terms.
-#[allow(clippy::type_complexity)]
-#[inline(always)]
-fn multiples<'a, T: Element, S: Simd, const V: usize, const N: usize>(
-    size: usize,
-    cs: &[[T::Vector<S>; V]],
-    of: &[usize],
-    xs: &'a [T::Vector<S>],
-) -> ([[T::Vector<S>; V]; N], [&'a [[T::Vector<S>; V]]; N]) {
-    let (mut c, mut each) = ([[T::zeros::<S>(); V]; N], [xs[..0].as_chunks::<V>().0; N]);
-    for n in 0..N {
-        c[n] = cs[n];
-        each[n] = xs[of[n] * size..][..size].as_chunks::<V>().0;
+impl<T: Element, S: Simd> Kernel<S> for Scale<'_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        for x in self.x.chunks_exact_mut(self.factor.len()) {
+            for (x, factor) in x.iter_mut().zip(self.factor) {
+                *x = T::times(s, *x, *factor);
+            }
+        }
     }
-    (c, each)
 }

@@ -64,11 +64,11 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
 }
 
 /// A [`RowField`] of any kind, as a vector field offers it to the solver.
-pub(crate) struct Rows(Box<dyn AnyRows>);
+pub(crate) struct Rows(Arc<dyn AnyRows>);
 
 impl Rows {
-    pub(crate) fn new<F: RowField>(field: F) -> Self {
-        Self(Box::new(field))
+    pub(crate) fn new<F: RowField>(field: Arc<F>) -> Self {
+        Self(field)
     }
 
     /// What the field reads when a solve begins.

@@ -48,11 +48,11 @@ impl<T: Element, S: Simd> DenseSeeds<T, S> {
     ) {
         let (s, width, size) = (stepper.s, stepper.width, stepper.size);
         let rows: Vec<Row> = weights.iter().map(|b| vec![(*b, 0)]).collect();
-        let weights = Coefficients::<T, S>::plain(s, width, &rows);
+        let weights = Coefficients::<T, S>::plain(width, &rows);
         for (i, stage) in self.stages.chunks_exact_mut(size).enumerate() {
             add::<T, S>(s, width, stage, weights.row(i), output);
         }
-        let one = Coefficients::<T, S>::plain(s, width, &[vec![(1.0, 0)]]);
+        let one = Coefficients::<T, S>::plain(width, &[vec![(1.0, 0)]]);
         add::<T, S>(s, width, &mut self.state, one.row(0), output);
     }
 
@@ -109,7 +109,7 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
         Self {
             ws: vectors::<T, S>(tableau.stages() * stepper.size),
             coefficients: Coefficients::new(width, &rows),
-            ones: Coefficients::plain(stepper.s, width, &ones),
+            ones: Coefficients::plain(width, &ones),
             factors: vec![],
             mantissas: vec![],
             power: 1.0,
@@ -122,7 +122,6 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
     /// λ_n but for what is returned at the node, in place of λ_{n+1}, with the cotangents left in the window; the
     /// scaler after it.
     #[allow(clippy::too_many_arguments)]
-    #[inline(always)]
     pub(super) fn step(
         &mut self,
         stepper: &Stepper<'_, T, S>,
@@ -161,7 +160,6 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
     }
 
     /// Takes the lengths of the steps as m p.
-    #[inline(always)]
     fn measure(&mut self, steps: LaneSteps<'_>) {
         steps.each(|step| step.h, &mut self.mantissas);
         let longest = self
@@ -175,31 +173,29 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
     }
 
     /// Prepares for a scale.
-    #[inline(always)]
-    fn scale_by(&mut self, s: S, rounds: bool, scale: f64) {
+    fn scale_by(&mut self, rounds: bool, scale: f64) {
         let (mantissas, p) = (&self.mantissas, self.power);
         let factors = &mut self.factors;
         let mut set = |of: &dyn Fn(f64) -> f64, factor: &mut Factor<T, S>| {
             factors.clear();
             factors.extend(mantissas.iter().map(|m| of(*m)));
-            factor.set(s, factors);
+            factor.set(factors);
         };
         if rounds {
-            self.coefficients.multiply(s, &[scale]);
+            self.coefficients.multiply(&[scale]);
             set(&|m| m, &mut self.m);
             set(&|m| 1.0 / m, &mut self.inverse);
             set(&|m| m * p / scale, &mut self.unscale);
         } else {
             factors.clear();
             factors.extend(mantissas.iter().map(|m| scale * m));
-            self.coefficients.multiply(s, factors);
-            self.unscale.set(s, &[p / scale]);
+            self.coefficients.multiply(factors);
+            self.unscale.set(&[p / scale]);
         }
     }
 
     /// w'_i, with the cotangents left in the window; the scaler after it.
     #[allow(clippy::too_many_arguments)]
-    #[inline(always)]
     fn stage(
         &mut self,
         stepper: &Stepper<'_, T, S>,
@@ -223,7 +219,7 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
                 stats.used_scale(scale);
             }
             attempts += 1;
-            self.scale_by(s, rounds, scale);
+            self.scale_by(rounds, scale);
             window.scaled_by(s, stepper.field, kept, scale / self.power);
             let OpenSlot {
                 kept: values,

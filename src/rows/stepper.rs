@@ -95,24 +95,6 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         step: Step,
         y: &mut [T::Vector<S>],
         slot: &mut [T::Vector<S>],
-        kept: Option<(&Selection, &mut KeptEvaluations<T>)>,
-    ) -> Result<(), Failure> {
-        let advance = Advance {
-            stepper: &mut *self,
-            step,
-            y,
-            slot,
-            kept,
-        };
-        enter(advance.stepper.s, advance)
-    }
-
-    #[inline(always)]
-    fn take(
-        &mut self,
-        step: Step,
-        y: &mut [T::Vector<S>],
-        slot: &mut [T::Vector<S>],
         mut kept: Option<(&Selection, &mut KeptEvaluations<T>)>,
     ) -> Result<(), Failure> {
         let steps = LaneSteps::All(step);
@@ -162,7 +144,6 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
 
     /// Evaluates the stages of the steps from y again, each into a slot of its own; the velocities
     /// only as far as later stages read them.
-    #[inline(always)]
     pub(super) fn linearize(
         &mut self,
         steps: LaneSteps<'_>,
@@ -180,14 +161,13 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
             if at + 1 < self.stages(dense).len() {
                 self.evaluate(steps, i, slot);
             } else {
-                let at = self.clock.at(self.s, steps, self.c[i]);
+                let at = self.clock.at(steps, self.c[i]);
                 self.field.velocity(self.s, &at, slot, None);
             }
         }
     }
 
     /// The same of one step that all lanes take, from what was kept of it.
-    #[inline(always)]
     pub(super) fn recall(
         &mut self,
         step: Step,
@@ -200,16 +180,15 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         let stages = &self.stages[usize::from(step.dense)];
         for ((at, &i), slot) in stages.iter().enumerate().zip(slots.chunks_exact_mut(size)) {
             kept.load(self.s, selection, (step.index, at), slot, self.width);
-            let at = self.clock.at(self.s, LaneSteps::All(step), self.c[i]);
+            let at = self.clock.at(LaneSteps::All(step), self.c[i]);
             self.field.recall(self.s, &at, slot, &known);
         }
     }
 
     /// From now on, steps have these lengths.
-    #[inline(always)]
     pub(super) fn begin(&mut self, steps: LaneSteps<'_>) {
         steps.each(|step| step.h, &mut self.lengths);
-        self.coefficients.multiply(self.s, &self.lengths);
+        self.coefficients.multiply(&self.lengths);
     }
 
     /// h of all lanes, or of each.
@@ -218,14 +197,12 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     }
 
     /// Y_i = Q(y + h Σ a_ij k_j), the first features of the slot.
-    #[inline(always)]
     pub(super) fn stage(&self, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
         self.sum_stage(i, y, slot);
         self.round(&mut slot[..self.size]);
     }
 
     /// The same before it is rounded.
-    #[inline(always)]
     pub(super) fn sum_stage(&self, i: usize, y: &[T::Vector<S>], slot: &mut [T::Vector<S>]) {
         let (stage, terms) = (&mut slot[..self.size], self.coefficients.row(i));
         combine::<T, S>(self.s, self.width, stage, First::plain(y), terms, &self.ks);
@@ -237,22 +214,19 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     }
 
     /// Sets the clock to stage i.
-    #[inline(always)]
     pub(super) fn tell(&mut self, steps: LaneSteps<'_>, i: usize) {
-        self.clock.at(self.s, steps, self.c[i]);
+        self.clock.at(steps, self.c[i]);
     }
 
     /// k_i = Q(f(t_i, Y_i)).
-    #[inline(always)]
     pub(super) fn evaluate(&mut self, steps: LaneSteps<'_>, i: usize, slot: &mut [T::Vector<S>]) {
         let k = &mut self.ks[i * self.size..][..self.size];
-        let at = self.clock.at(self.s, steps, self.c[i]);
+        let at = self.clock.at(steps, self.c[i]);
         self.field.velocity(self.s, &at, slot, Some(k));
         round::<T, S>(self.s, self.plan, self.width, k);
     }
 
     /// The same at the times that the clock shows.
-    #[inline(always)]
     pub(super) fn evaluate_now(&mut self, i: usize, slot: &mut [T::Vector<S>]) {
         let k = &mut self.ks[i * self.size..][..self.size];
         self.field
@@ -261,14 +235,12 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     }
 
     /// y + h Σ b_i k_i in place of y.
-    #[inline(always)]
     pub(super) fn update(&self, y: &mut [T::Vector<S>]) {
         let b = self.coefficients.row(self.c.len());
         add::<T, S>(self.s, self.width, y, b, &self.ks);
     }
 
     /// y + h Σ b_i k_i, and the error estimate h Σ (b_i − b̂_i) k_i.
-    #[inline(always)]
     pub(super) fn finish(
         &self,
         y: &[T::Vector<S>],
@@ -304,7 +276,7 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         let terms = weights.iter().enumerate().filter(|(_, b)| **b != 0.0);
         let row = terms.map(|(i, b)| (*b, i)).collect();
         let mut coefficients = Coefficients::<T, S>::new(self.width, &[row]);
-        coefficients.multiply(self.s, &[step.h]);
+        coefficients.multiply(&[step.h]);
         let terms = coefficients.row(0);
         combine::<T, S>(self.s, self.width, out, First::plain(y), terms, &self.ks);
     }
@@ -316,19 +288,17 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
         y: &mut [T::Vector<S>],
         slot: &mut [T::Vector<S>],
     ) {
-        enter(
-            self.s,
-            AdvanceLanes {
-                stepper: self,
-                steps,
-                y,
-                slot,
-            },
-        );
+        let steps = LaneSteps::Each(steps);
+        self.begin(steps);
+        for at in 0..self.stages(false).len() {
+            let i = self.stages(false)[at];
+            self.stage(i, y, slot);
+            self.evaluate(steps, i, slot);
+        }
+        self.update(y);
     }
 
     /// Rounds a state-like tile to compute precision, leaf by leaf.
-    #[inline(always)]
     pub(super) fn round(&self, x: &mut [T::Vector<S>]) {
         round::<T, S>(self.s, self.plan, self.width, x);
     }
@@ -351,76 +321,61 @@ impl<'p, T: Element, S: Simd> Stepper<'p, T, S> {
     }
 }
 
-/// [`Stepper::advance`], in code for the vector unit.
-struct Advance<'a, 'p, T: Element, S: Simd> {
-    stepper: &'a mut Stepper<'p, T, S>,
-    step: Step,
-    y: &'a mut [T::Vector<S>],
-    slot: &'a mut [T::Vector<S>],
-    kept: Option<(&'a Selection, &'a mut KeptEvaluations<T>)>,
-}
-
-impl<T: Element, S: Simd> Kernel<S> for Advance<'_, '_, T, S> {
-    type Output = Result<(), Failure>;
-
-    #[inline(always)]
-    fn run(self, _: S) -> Self::Output {
-        self.stepper.take(self.step, self.y, self.slot, self.kept)
-    }
-}
-
-/// [`Stepper::advance_lanes`], in code for the vector unit.
-struct AdvanceLanes<'a, 'p, T: Element, S: Simd> {
-    stepper: &'a mut Stepper<'p, T, S>,
-    steps: &'a [Step],
-    y: &'a mut [T::Vector<S>],
-    slot: &'a mut [T::Vector<S>],
-}
-
-impl<T: Element, S: Simd> Kernel<S> for AdvanceLanes<'_, '_, T, S> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, _: S) {
-        let (stepper, steps) = (self.stepper, LaneSteps::Each(self.steps));
-        stepper.begin(steps);
-        for at in 0..stepper.stages(false).len() {
-            let i = stepper.stages(false)[at];
-            stepper.stage(i, self.y, self.slot);
-            stepper.evaluate(steps, i, self.slot);
-        }
-        stepper.update(self.y);
-    }
-}
-
-#[inline(always)]
 fn round<T: Element, S: Simd>(s: S, plan: &TilePlan<'_>, width: usize, x: &mut [T::Vector<S>]) {
     let mut rest = x;
     for (features, low) in plan.layout.features.iter().zip(&plan.low) {
-        let leaf;
-        (leaf, rest) = rest.split_at_mut(features * width);
+        let x;
+        (x, rest) = rest.split_at_mut(features * width);
         if *low != Low::None {
-            for x in leaf {
-                *x = T::round(s, *low, *x);
-            }
+            enter(s, RoundLeaf::<T, S> { low: *low, x });
+        }
+    }
+}
+
+/// Rounds a leaf of a tile.
+struct RoundLeaf<'a, T: Element, S: Simd> {
+    low: Low,
+    x: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for RoundLeaf<'_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        for x in self.x {
+            *x = T::round(s, self.low, *x);
         }
     }
 }
 
 /// Whether no number is NaN or infinite.
-#[inline(always)]
 pub(super) fn is_finite<T: Element, S: Simd>(s: S, x: &[T::Vector<S>]) -> bool {
-    // 0·x is 0 for finite x, and NaN otherwise; NaN stays in a sum.
-    let (zero, mut sums) = (T::zeros::<S>(), [T::zeros::<S>(); 4]);
-    let (fours, rest) = x.as_chunks::<4>();
-    for x in fours {
-        for i in 0..4 {
-            sums[i] = T::mul_add(s, zero, x[i], sums[i]);
+    enter(s, IsFinite::<T, S> { x })
+}
+
+/// [`is_finite`], in code for the vector unit.
+struct IsFinite<'a, T: Element, S: Simd> {
+    x: &'a [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for IsFinite<'_, T, S> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run(self, s: S) -> bool {
+        // 0·x is 0 for finite x, and NaN otherwise; NaN stays in a sum.
+        let (zero, mut sums) = (T::zeros::<S>(), [T::zeros::<S>(); 4]);
+        let (fours, rest) = self.x.as_chunks::<4>();
+        for x in fours {
+            for i in 0..4 {
+                sums[i] = T::mul_add(s, zero, x[i], sums[i]);
+            }
         }
+        for x in rest {
+            sums[0] = T::mul_add(s, zero, *x, sums[0]);
+        }
+        let pairs = [T::plus(s, sums[0], sums[1]), T::plus(s, sums[2], sums[3])];
+        T::total(s, T::plus(s, pairs[0], pairs[1])) == T::default()
     }
-    for x in rest {
-        sums[0] = T::mul_add(s, zero, *x, sums[0]);
-    }
-    let pairs = [T::plus(s, sums[0], sums[1]), T::plus(s, sums[2], sums[3])];
-    T::total(s, T::plus(s, pairs[0], pairs[1])) == T::default()
 }

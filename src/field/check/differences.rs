@@ -10,9 +10,10 @@ use rand::{Rng, SeedableRng};
 use super::{Point, Subject};
 use crate::error::Result;
 use crate::field::Cotangents;
+use crate::precision::unit_roundoff;
 pub(crate) use dependence::depends_on;
 pub(crate) use numbers::{cotangent_of, differing, numbers};
-use numbers::{like, norm, unit_roundoff};
+use numbers::{like, norm};
 
 /// What f depends on.
 #[derive(Clone, Copy)]

@@ -21,7 +21,7 @@ use crate::rows::trajectory::{Snapshot, TileStore, TileTrajectory};
 use crate::rows::window::{KeptBy, Window};
 use crate::rows::{on_all_threads, Failure, TilePlan};
 use crate::schedule::{Inside, Step};
-use crate::simd::{enter, scalars_mut, vectors, Element, Kernel, Vectors};
+use crate::simd::{scalars_mut, vectors, Element, Vectors};
 use crate::stats::Stats;
 use crate::tableau::Tableau;
 use crate::trajectory::{Next, Rewind};
@@ -56,14 +56,7 @@ pub(super) fn pull_back<T: Element, S: Simd>(
     };
     let differentiate = !theta.is_empty();
     let window = || Window::new(&*solved.field, stages, usize::MAX, differentiate);
-    let each = |window: &mut Window<T, S>, group: &SolvedGroup<T>| {
-        let sweep = RowsSweep {
-            pass: &pass,
-            group,
-            window,
-        };
-        enter(solved.s, sweep)
-    };
+    let each = |window: &mut Window<T, S>, group: &SolvedGroup<T>| pass.sweep(group, window);
     on_all_threads(&solved.groups, &window, &each, &mut fold)?;
     stats.add(&counted);
     if !gradients.iter().all(|g| g.wide().is_finite()) {
@@ -111,34 +104,23 @@ impl<T: Element, S: Simd> RowsPass<'_, T, S> {
         }
         Ok(())
     }
-}
 
-/// The backward pass of one group.
-struct RowsSweep<'a, T: Element, S: Simd> {
-    pass: &'a RowsPass<'a, T, S>,
-    group: &'a SolvedGroup<T>,
-    window: &'a mut Window<T, S>,
-}
-
-impl<T: Element, S: Simd> Kernel<S> for RowsSweep<'_, T, S> {
-    type Output = std::result::Result<SweptGroup<T>, Failure>;
-
-    #[inline(always)]
-    fn run(self, s: S) -> Self::Output {
+    /// The backward pass of one group.
+    fn sweep(
+        &self,
+        group: &SolvedGroup<T>,
+        window: &mut Window<T, S>,
+    ) -> std::result::Result<SweptGroup<T>, Failure> {
         let anywhere = |error| Failure { at: (0, 0), error };
-        let Self {
-            pass,
-            group,
-            window,
-        } = self;
-        let (field, plan) = (&*pass.solved.field, pass.plan);
-        let evaluations = KeptEvaluations::new(pass.selection, 0).map_err(anywhere)?;
+        let s = self.solved.s;
+        let (field, plan) = (&*self.solved.field, self.plan);
+        let evaluations = KeptEvaluations::new(self.selection, 0).map_err(anywhere)?;
         let kept = KeptBy {
-            selection: pass.selection,
+            selection: self.selection,
             evaluations: &evaluations,
         };
         window.clear();
-        let mut walks = Walks::new(s, pass, group);
+        let mut walks = Walks::new(s, self, group);
         let mut pull = StagePulls::<T, S>::new(&walks.stepper);
         let mut dense = DenseSeeds::new(&walks.stepper);
         let (width, mut scaler) = (walks.stepper.width, plan.problem.scaler);
@@ -272,7 +254,6 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
     }
 
     /// Puts every lane at the start of the step before; false if no lane has any.
-    #[inline(always)]
     fn enter_steps(&mut self, stats: &mut Stats) -> Result<bool> {
         let batch = self.batch();
         let Some(live) = self.lanes.iter().position(Option::is_some) else {
@@ -383,7 +364,6 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
     }
 
     /// What enters the steps from outputs inside them and inside those before, if there are any.
-    #[inline(always)]
     fn weigh(&self, dense: &mut DenseSeeds<T, S>) -> bool {
         let tableau = &self.pass.plan.problem.scheme.tableau;
         let mut any = false;
@@ -463,7 +443,6 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
     }
 
     /// Adds what is returned at the nodes that the lanes have reached; those at the start of their row take the next.
-    #[inline(always)]
     fn leave_steps(&mut self) -> std::result::Result<(), Failure> {
         let finite = is_finite::<T, S>(self.stepper.s, &self.adj);
         let (batch, dim) = (self.batch(), self.pass.plan.layout.dim());

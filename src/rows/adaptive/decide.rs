@@ -5,18 +5,17 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::forward::Group;
-use super::lane::{reason, Phase};
-use super::norms::Attempted;
+use super::lane::Phase;
+use super::norms::{Attempted, Measure};
 use crate::adaptive::{Attempt, OnFailure, Verdict};
 use crate::error::{Error, Result, StopReason};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
 use crate::rows::Failure;
-use crate::simd::{scalars, scalars_mut, Element};
+use crate::simd::{enter, scalars, scalars_mut, Element, Kernel};
 
 impl<T: Element, S: Simd> Group<'_, T, S> {
     /// Decides about the attempts, of so many evaluations each.
-    #[inline(always)]
     pub(super) fn judge(&mut self, evaluations: usize) -> Result<()> {
         let control = self.pass.control;
         let Self {
@@ -27,7 +26,8 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
             norms,
             ..
         } = self;
-        norms.measure(attempted(stepper, [&*y, &*after, &*error]));
+        let attempt = attempted(stepper, [&*y, &*after, &*error]);
+        enter(stepper.s, Measure { norms, attempt });
         let mut accepted = Vec::with_capacity(self.batch());
         let mut needs_last = false;
         for at in 0..self.batch() {
@@ -55,7 +55,7 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
                 Ok(Verdict::Rejected) => lane.last = Some((attempt, r)),
                 Err(failure) => {
                     lane.last = Some((attempt, r));
-                    self.stop(at, reason(control, failure))?;
+                    self.stop(at, failure.reason(control))?;
                 }
             }
         }
@@ -69,7 +69,6 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
     }
 
     /// The stage f(t_{n+1}, y_{n+1}) that was appended to the method.
-    #[inline(always)]
     fn evaluate_last(&mut self) {
         let last = self.stepper.count() - 1;
         self.calls += 1;
@@ -119,7 +118,6 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
     }
 
     /// Moves the lanes whose attempts were accepted.
-    #[inline(always)]
     fn go_on(&mut self, accepted: &[(usize, Attempt, Range<usize>)]) -> Result<()> {
         let (batch, size, control) = (self.batch(), self.stepper.size, self.pass.control);
         let mut mask = vec![false; batch];
@@ -130,7 +128,9 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
         let (k, rest) = self.stepper.ks.split_at_mut(size);
         let new = &rest[last - size..][..size];
         for (to, from) in [(&mut *self.y, &*self.after), (k, new)] {
-            select::<T>(&mask, scalars_mut::<T, S>(to), scalars::<T, S>(from));
+            let (to, from) = (scalars_mut::<T, S>(to), scalars::<T, S>(from));
+            let mask = &mask;
+            enter(self.stepper.s, Select { mask, to, from });
         }
         for (at, attempt, _) in accepted {
             let at = *at;
@@ -227,15 +227,26 @@ fn attempted<'t, T: Element, S: Simd>(
 }
 
 /// Takes over the lanes that are marked.
-#[inline(always)]
-fn select<T: Element>(mask: &[bool], to: &mut [T], from: &[T]) {
-    if mask.iter().all(|taken| *taken) {
-        return to.copy_from_slice(from);
-    }
-    let batch = mask.len();
-    for (to, from) in to.chunks_exact_mut(batch).zip(from.chunks_exact(batch)) {
-        for ((to, from), taken) in to.iter_mut().zip(from).zip(mask) {
-            *to = if *taken { *from } else { *to };
+struct Select<'a, T> {
+    mask: &'a [bool],
+    to: &'a mut [T],
+    from: &'a [T],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Select<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, _: S) {
+        let Self { mask, to, from } = self;
+        if mask.iter().all(|taken| *taken) {
+            return to.copy_from_slice(from);
+        }
+        let batch = mask.len();
+        for (to, from) in to.chunks_exact_mut(batch).zip(from.chunks_exact(batch)) {
+            for ((to, from), taken) in to.iter_mut().zip(from).zip(mask) {
+                *to = if *taken { *from } else { *to };
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::lane::{reason, Lane, Phase};
+use super::lane::{Lane, Phase};
 use super::norms::{Norms, Tolerances};
 use super::{RowSolve, SolvedGroup};
 use crate::adaptive::{Control, Pace};
@@ -16,7 +16,7 @@ use crate::rows::tile::Tiled;
 use crate::rows::trajectory::{TileStore, TileTrajectory};
 use crate::rows::{Failure, TilePlan};
 use crate::schedule::Step;
-use crate::simd::{enter, scalars, scalars_mut, vectors, Element, Kernel, Vectors};
+use crate::simd::{scalars, scalars_mut, vectors, Element, Vectors};
 
 /// What every group's forward pass reads.
 #[derive(Clone, Copy)]
@@ -30,34 +30,17 @@ pub(super) struct IntegrateRows<'a, T: Element, S: Simd> {
 
 impl<T: Element, S: Simd> IntegrateRows<'_, T, S> {
     /// Solves the rows of one group.
-    #[inline(never)]
     pub(super) fn group(
         &self,
         s: S,
         rows: Range<usize>,
     ) -> std::result::Result<SolvedGroup<T>, Failure> {
         let anywhere = |error| Failure { at: (0, 0), error };
-        let group = RowsOfGroup { pass: *self, rows };
-        enter(s, group).map_err(anywhere)?
-    }
-}
-
-/// [`IntegrateRows::group`], in code for the vector unit.
-struct RowsOfGroup<'a, T: Element, S: Simd> {
-    pass: IntegrateRows<'a, T, S>,
-    rows: Range<usize>,
-}
-
-impl<T: Element, S: Simd> Kernel<S> for RowsOfGroup<'_, T, S> {
-    type Output = Result<std::result::Result<SolvedGroup<T>, Failure>>;
-
-    #[inline(always)]
-    fn run(self, s: S) -> Self::Output {
-        let mut group = Group::new(s, self.pass, self.rows)?;
+        let mut group = Group::new(s, *self, rows).map_err(anywhere)?;
         while group.lanes.iter().any(Option::is_some) {
-            group.round()?;
+            group.round().map_err(anywhere)?;
         }
-        Ok(group.finish())
+        group.finish()
     }
 }
 
@@ -174,7 +157,6 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
     }
 
     /// One attempt of all lanes that are ready; the others begin meanwhile.
-    #[inline(always)]
     fn round(&mut self) -> Result<()> {
         let control = self.pass.control;
         self.plan_attempts()?;
@@ -208,7 +190,6 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
     }
 
     /// The next attempt of every lane that is ready.
-    #[inline(always)]
     fn plan_attempts(&mut self) -> Result<()> {
         let control = self.pass.control;
         for at in 0..self.batch() {
@@ -233,7 +214,7 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
                     }
                 }
                 Err(failure) => {
-                    self.stop(at, reason(control, failure))?;
+                    self.stop(at, failure.reason(control))?;
                     match &self.lanes[at] {
                         Some(lane) => self.steps[at] = lane.standing(),
                         None => self.steps[at].h = 0.0,
@@ -245,7 +226,6 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
     }
 
     /// Stage i of the attempts; lanes that begin use the evaluation for themselves.
-    #[inline(always)]
     fn stage(&mut self, i: usize, begins: bool) -> Result<()> {
         let (batch, direction) = (self.batch(), self.pass.control.direction);
         let size = self.stepper.size;

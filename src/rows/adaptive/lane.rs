@@ -4,11 +4,11 @@ use candle_core::Tensor;
 
 use super::norms::{Attempted, Norms};
 use super::RowSolve;
-use crate::adaptive::{Attempt, Control, Halt, Pace};
+use crate::adaptive::{Attempt, Control, Pace};
 use crate::error::{Error, Result, StopReason, Stopped, Worst};
 use crate::problem::Problem;
 use crate::rows::trajectory::TileTrajectory;
-use crate::schedule::{Node, Output, Recorded, Step};
+use crate::schedule::{Output, Recorded, Step};
 use crate::simd::Element;
 use crate::state::RowLayout;
 
@@ -62,16 +62,7 @@ impl<T: Element> Lane<T> {
 
     /// A step of length h from where the row is.
     pub(super) fn step(&self, h: f64, end: f64, jumps_at_end: bool) -> Step {
-        let t = self.pace.t;
-        let step = Step {
-            index: self.record.len(),
-            t,
-            h,
-            end,
-            limits: [t, end],
-            nodes: [Node::Constant; 2],
-            dense: false,
-        };
+        let step = Step::free(self.record.len(), self.pace.t, h, end);
         step.between_jumps([self.jumps, jumps_at_end])
     }
 
@@ -185,15 +176,4 @@ fn states_of_row<T: Element>(
         Ok(leaf)
     };
     layout.features.iter().map(leaf).collect()
-}
-
-/// Why a row stops.
-pub(super) fn reason(control: &Control, failure: Halt) -> StopReason {
-    match failure {
-        Halt::Attempts => StopReason::Attempts {
-            max_steps: control.options.max_steps,
-        },
-        Halt::Underflow => StopReason::Underflow,
-        Halt::NonFinite => StopReason::NonFinite,
-    }
 }

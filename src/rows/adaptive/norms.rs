@@ -3,11 +3,12 @@
 //! number of lanes.
 
 use candle_core::{DType, Tensor};
+use pulp::Simd;
 
 use crate::adaptive::{Control, OfLeaf};
 use crate::error::{Result, Worst};
 use crate::problem::Problem;
-use crate::simd::Element;
+use crate::simd::{Element, Kernel};
 use crate::state::RowLayout;
 
 /// The tolerances of a solve.
@@ -115,7 +116,7 @@ impl<'a> Norms<'a> {
 
     /// The norms of an attempt of all lanes: the largest RMS of a leaf, infinite where a number is not finite.
     #[inline(always)]
-    pub(super) fn measure<T: Element>(&mut self, attempt: Attempted<'_, T>) {
+    fn measure<T: Element>(&mut self, attempt: Attempted<'_, T>) {
         let (batch, mut at) = (self.batch, 0);
         self.r.fill(0.0);
         self.plain.fill(0.0);
@@ -253,6 +254,21 @@ impl<'a> Norms<'a> {
             }
         }
         worst
+    }
+}
+
+/// [`Norms::measure`], in code for the vector unit.
+pub(super) struct Measure<'a, 'n, T> {
+    pub(super) norms: &'a mut Norms<'n>,
+    pub(super) attempt: Attempted<'a, T>,
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Measure<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, _: S) {
+        self.norms.measure(self.attempt);
     }
 }
 

@@ -47,12 +47,3 @@ pub(crate) fn cotangent_of(rng: &mut StdRng, n: usize) -> Vec<f64> {
 pub(crate) fn norm(x: impl Iterator<Item = f64>) -> f64 {
     x.map(|x| x * x).sum::<f64>().sqrt()
 }
-
-pub(crate) fn unit_roundoff(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => f64::EPSILON / 2.0,
-        DType::F16 => 2f64.powi(-11),
-        DType::BF16 => 2f64.powi(-8),
-        _ => f64::from(f32::EPSILON) / 2.0,
-    }
-}
