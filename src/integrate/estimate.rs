@@ -96,7 +96,9 @@ impl Estimate {
             let state = y[0].dtype();
             let (a, b) = (a.to_dtype(state)?, b.to_dtype(state)?);
             let noise = (a.abs()? * (2.0 * u))?;
-            Ok(((b - a)?.abs()? - noise)?.maximum(0.0)?)
+            let change = ((b - a)?.abs()? - noise)?;
+            let zero = Tensor::zeros((), state, change.device())?;
+            Ok(change.broadcast_maximum(&zero)?)
         };
         let pairs = k.iter().zip(&further).zip(&self.roundoffs);
         let difference = pairs.map(difference).collect::<Result<Vec<_>>>()?;

@@ -36,7 +36,10 @@ pub(crate) fn row_rms(x: &Tensor, least: f64) -> Result<Tensor> {
         return Ok(Tensor::from_vec(rms, rows, x.device())?);
     }
     let x = x.detach().reshape((rows, features))?.to_dtype(DType::F64)?;
-    Ok(x.abs()?.maximum(least)?.sqr()?.mean(D::Minus1)?.sqrt()?)
+    // `Tensor::maximum` is generic, and would be compiled here again for every dtype.
+    let least = Tensor::new(least, x.device())?;
+    let larger = x.abs()?.broadcast_maximum(&least)?;
+    Ok(larger.sqr()?.mean(D::Minus1)?.sqrt()?)
 }
 
 /// The largest norm of the tensors, with the floor and without: the RMS of a tensor or, if `worst_row` says so, of a
@@ -144,7 +147,7 @@ fn chained(estimated: &Estimated<'_>, worst_row: bool) -> Result<Tensor> {
     };
     let [y0, y1] = estimated.y;
     let (error, y1) = (wide(estimated.error)?, wide(y1)?);
-    let largest = wide(y0)?.abs()?.maximum(&y1.abs()?)?;
+    let largest = wide(y0)?.abs()?.broadcast_maximum(&y1.abs()?)?;
     let rtol = tolerance(estimated.rtol, &largest)?;
     let plain = ((rtol * largest)? + tolerance(estimated.atol, &error)?)?;
     let floored = match &estimated.floor {

@@ -6,10 +6,11 @@ use std::ops::Range;
 use half::bf16;
 use pulp::Simd;
 
+use super::lanewise::Lanewise;
 use crate::error::{Error, Result};
 use crate::problem::ActivationCache;
 use crate::simd::scratch::Scratch;
-use crate::simd::{enter, scalars, scalars_mut, Element, Kernel};
+use crate::simd::{Element, Kernel};
 
 /// A part of what an evaluation keeps in its slot.
 #[derive(Clone, Debug)]
@@ -156,14 +157,14 @@ impl<T: Element> KeptEvaluations<T> {
         })
     }
 
-    /// Where the slot of an evaluation is kept as it is, in vectors.
+    /// Where the slot of an evaluation is kept as it is.
     fn place(
         &self,
         selection: &Selection,
         (n, stage): (usize, usize),
-        vectors: usize,
+        batch: usize,
     ) -> Option<Range<usize>> {
-        let size = selection.size.features * vectors;
+        let size = selection.size.features * batch;
         let evaluation = n.checked_sub(selection.from[0])? * selection.size.stages + stage;
         selection
             .whole
@@ -172,69 +173,67 @@ impl<T: Element> KeptEvaluations<T> {
 
     /// The slot of an evaluation, if it is kept as it is.
     #[inline(always)]
-    pub(super) fn slot<S: Simd>(
+    pub(super) fn slot(
         &self,
         selection: &Selection,
         at: (usize, usize),
-        vectors: usize,
-    ) -> Option<&[T::Vector<S>]> {
-        let place = self.place(selection, at, vectors)?;
-        Some(&self.scratch.numbers::<T::Vector<S>>()[place])
+        batch: usize,
+    ) -> Option<&[T]> {
+        let place = self.place(selection, at, batch)?;
+        Some(&self.scratch.numbers::<T>()[place])
     }
 
     /// The same to write.
     #[inline(always)]
-    pub(super) fn slot_mut<S: Simd>(
+    pub(super) fn slot_mut(
         &mut self,
         selection: &Selection,
         at: (usize, usize),
-        vectors: usize,
-    ) -> Option<&mut [T::Vector<S>]> {
-        let place = self.place(selection, at, vectors)?;
-        Some(&mut self.scratch.numbers_mut::<T::Vector<S>>()[place])
+        batch: usize,
+    ) -> Option<&mut [T]> {
+        let place = self.place(selection, at, batch)?;
+        Some(&mut self.scratch.numbers_mut::<T>()[place])
     }
 
     /// Keeps what is wanted of an evaluation, in parts.
-    pub(super) fn save<S: Simd>(
+    pub(super) fn save(
         &mut self,
-        s: S,
+        on: &dyn Lanewise<T>,
         selection: &Selection,
         at: (usize, usize),
-        slot: &[T::Vector<S>],
-        vectors: usize,
+        slot: &[T],
+        rows: usize,
     ) {
-        let save = Save {
+        on.save(Save {
             kept: self,
             selection,
             at,
-            slot: scalars::<T, S>(slot),
-            rows: vectors * T::lanes::<S>(),
-        };
-        enter(s, save);
+            slot,
+            rows,
+        });
     }
 
     /// Puts what was kept of an evaluation back.
-    pub(super) fn load<S: Simd>(
+    pub(super) fn load(
         &self,
-        s: S,
+        on: &dyn Lanewise<T>,
         selection: &Selection,
         at: (usize, usize),
-        slot: &mut [T::Vector<S>],
-        vectors: usize,
+        slot: &mut [T],
+        rows: usize,
     ) {
-        let load = Load {
+        on.load(Load {
             kept: self,
             selection,
             at,
-            slot: scalars_mut::<T, S>(slot),
-            rows: vectors * T::lanes::<S>(),
-        };
-        enter(s, load);
+            slot,
+            rows,
+        });
     }
 }
 
 /// [`KeptEvaluations::save`].
-struct Save<'a, T> {
+pub(super) struct Save<'a, T> {
     kept: &'a mut KeptEvaluations<T>,
     selection: &'a Selection,
     at: (usize, usize),
@@ -271,7 +270,7 @@ impl<T: Element, S: Simd> Kernel<S> for Save<'_, T> {
 }
 
 /// [`KeptEvaluations::load`].
-struct Load<'a, T> {
+pub(super) struct Load<'a, T> {
     kept: &'a KeptEvaluations<T>,
     selection: &'a Selection,
     at: (usize, usize),

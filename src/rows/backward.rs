@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use candle_core::{Shape, Tensor, TensorId};
-use pulp::Simd;
 
 use super::activations::Selection;
 use super::forward::{each_leaf, Tile};
 use super::lanes::LaneSteps;
+use super::lanewise::Lanewise;
 use super::pulls::{DenseSeeds, StagePulls};
-use super::stepper::{is_finite, Stepper};
+use super::stepper::Stepper;
 use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
 use super::window::{KeptBy, Window};
@@ -20,15 +20,14 @@ use crate::problem::Problem;
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::schedule::{Schedule, Step};
 use crate::simd::tiles::{load, store, Idle};
-use crate::simd::{enter, vectors, Element, Kernel};
+use crate::simd::{aligned, Element};
 use crate::state::RowLayout;
 use crate::stats::Stats;
 use crate::trajectory::Checkpoint;
 
 /// What a forward pass over tiles leaves for the way back.
-pub(super) struct Trajectories<T: Element, S: Simd> {
-    pub(super) s: S,
-    pub(super) field: Box<dyn Tiled<T, S>>,
+pub(super) struct Trajectories<T: Element> {
+    pub(super) field: Box<dyn Tiled<T>>,
     pub(super) selection: Selection,
     pub(super) weights: Vec<TensorId>,
     pub(super) shapes: Vec<Shape>,
@@ -37,7 +36,7 @@ pub(super) struct Trajectories<T: Element, S: Simd> {
     pub(super) groups: Vec<Vec<Tile<T>>>,
 }
 
-impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
+impl<T: Element> Reversible for Trajectories<T> {
     fn can_rewind(&self) -> bool {
         let mut tiles = self.groups.iter().flatten();
         tiles.all(|tile| tile.trajectory.can_rewind())
@@ -68,9 +67,9 @@ impl<T: Element, S: Simd> Reversible for Trajectories<T, S> {
         let stages = most_stages(problem, &self.schedule);
         let steps = self.schedule.len();
         let window = || Window::new(pass.field, stages, steps, pass.differentiate);
-        let each = |window: &mut Window<T, S>, tiles: &Vec<Tile<T>>| {
+        let each = |window: &mut Window<T>, tiles: &Vec<Tile<T>>| {
             let seed = Seed::Packed(&cotangent);
-            pass.sweep(self.s, tiles, seed, window)
+            pass.sweep(tiles, seed, window)
         };
         on_all_threads(&self.groups, &window, &each, &mut fold)?;
         stats.add(&counted);
@@ -141,8 +140,8 @@ pub(super) struct SweptGroup<T> {
 }
 
 /// What every tile's backward pass reads.
-pub(super) struct TilePass<'a, T: Element, S: Simd> {
-    pub(super) field: &'a dyn Tiled<T, S>,
+pub(super) struct TilePass<'a, T: Element> {
+    pub(super) field: &'a dyn Tiled<T>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a TilePlan<'a>,
     pub(super) schedule: &'a Schedule,
@@ -183,14 +182,13 @@ impl<'a, T> Seed<'a, T> {
     }
 }
 
-impl<T: Element, S: Simd> TilePass<'_, T, S> {
+impl<T: Element> TilePass<'_, T> {
     /// The backward pass of one group of tiles.
     pub(super) fn sweep(
         &self,
-        s: S,
         tiles: &[Tile<T>],
         seeds: Seed<'_, T>,
-        window: &mut Window<T, S>,
+        window: &mut Window<T>,
     ) -> std::result::Result<SweptGroup<T>, Failure> {
         let TilePass {
             field,
@@ -200,23 +198,22 @@ impl<T: Element, S: Simd> TilePass<'_, T, S> {
             ..
         } = *self;
         let (problem, layout) = (plan.problem, plan.layout);
-        let mut stepper = Stepper::<T, S>::new(s, field, plan);
-        let (size, width) = (stepper.size, stepper.width);
-        let batch = width * T::lanes::<S>();
+        let mut stepper = Stepper::<T>::new(field, plan);
+        let (size, batch) = (stepper.size, stepper.batch);
         let steps = schedule.len();
         // Scratch for replays, which this plan needs none of.
         let mut slot = match problem.checkpoint {
-            Checkpoint::All => vectors::<T, S>(0),
+            Checkpoint::All => aligned(0),
             _ => stepper.slot(),
         };
         window.clear();
-        let mut state = vectors::<T, S>(size);
-        let mut adj = vectors::<T, S>(size);
+        let mut state = aligned(size);
+        let mut adj = aligned(size);
         let mut incoming = match schedule.outputs() {
-            1 => vectors::<T, S>(0),
-            _ => vectors::<T, S>(size),
+            1 => aligned(0),
+            _ => aligned(size),
         };
-        let mut pull = StagePulls::<T, S>::new(&stepper);
+        let mut pull = StagePulls::<T>::new(&stepper);
         let mut dense = schedule.is_dense().then(|| DenseSeeds::new(&stepper));
         let mut y0 = vec![];
         let mut stats = Stats::default();
@@ -229,10 +226,10 @@ impl<T: Element, S: Simd> TilePass<'_, T, S> {
             kept: evaluations,
         } in tiles
         {
-            let seed = |output: usize, to: &mut [T::Vector<S>]| {
-                each_leaf(layout, width, |leaf, features, range| {
+            let seed = |output: usize, to: &mut [T]| {
+                each_leaf(layout, batch, |leaf, features, range| {
                     let numbers = seeds.of(problem, layout, output, leaf, (rows, at));
-                    load::<T, S>(numbers, features, batch, Idle::Zeros, &mut to[range]);
+                    load(numbers, features, batch, Idle::Zeros, &mut to[range]);
                 });
             };
             stepper.clock.hold(rows.clone());
@@ -252,7 +249,7 @@ impl<T: Element, S: Simd> TilePass<'_, T, S> {
                     error,
                 };
                 let stages = stepper.stages(step.dense).len();
-                window.begin_step(s, field, &kept);
+                window.begin_step(field, &kept);
                 let slots = window.next_kept();
                 if !selection.knows_all(n) {
                     counted.recomputed += stages;
@@ -264,7 +261,7 @@ impl<T: Element, S: Simd> TilePass<'_, T, S> {
                 } else {
                     match trajectory {
                         TileTrajectory::All(states) => {
-                            let there = states.load::<S>(n, &mut state);
+                            let there = states.load(n, &mut state);
                             there.ok_or(Error::NothingKept).map_err(failed)?;
                         }
                         TileTrajectory::Planned(planned) => {
@@ -279,7 +276,7 @@ impl<T: Element, S: Simd> TilePass<'_, T, S> {
                             let y = rewind.state(n, &mut replay, &mut states).map_err(failed)?;
                             counted.kept(states.states_kept, states.bytes_kept);
                             counted.recomputed += replayed;
-                            y.load::<S>(&mut state);
+                            y.load(&mut state);
                         }
                     }
                     stepper.linearize(LaneSteps::All(step), &state, slots);
@@ -296,7 +293,7 @@ impl<T: Element, S: Simd> TilePass<'_, T, S> {
                 }
                 let seeds = seeds.as_deref();
                 if scaler.is_dynamic() {
-                    scaler = scaler.aimed(magnitude::<T, S>(s, plan, width, &adj, seeds));
+                    scaler = scaler.aimed(magnitude(stepper.on, plan, batch, &adj, seeds));
                 }
                 scaler = pull
                     .step(
@@ -312,25 +309,25 @@ impl<T: Element, S: Simd> TilePass<'_, T, S> {
                     .map_err(failed)?;
                 if let Some(output) = schedule.at_node(n) {
                     seed(output, &mut incoming);
-                    pull.add(s, width, &mut adj, &incoming);
+                    pull.add(stepper.on, batch, &mut adj, &incoming);
                 }
-                if !is_finite::<T, S>(s, &adj) {
+                if !stepper.on.is_finite(&adj) {
                     return Err(failed(not_finite(step)));
                 }
                 window.end_step();
             }
-            window.flush(s, field, &kept);
-            each_leaf(layout, width, |_, features, range| {
+            window.flush(field, &kept);
+            each_leaf(layout, batch, |_, features, range| {
                 let at = y0.len();
                 y0.resize(at + rows.len() * features, T::default());
-                store::<T, S>(&adj[range], features, batch, &mut y0[at..]);
+                store(&adj[range], features, batch, &mut y0[at..]);
             });
             stats.join(&counted);
             at += problem.outputs() * rows.len() * layout.dim();
         }
         Ok(SweptGroup {
             y0,
-            gradients: window.finish(s, field),
+            gradients: window.finish(field),
             stats,
         })
     }
@@ -346,12 +343,12 @@ pub(super) fn most_stages(problem: &Problem, schedule: &Schedule) -> usize {
 
 /// max|λ|, and that of what enters from outputs inside the step, over the leaves whose cotangents can overflow, or
 /// over all where these are zero.
-pub(super) fn magnitude<T: Element, S: Simd>(
-    s: S,
+pub(super) fn magnitude<T: Element>(
+    on: &dyn Lanewise<T>,
     plan: &TilePlan<'_>,
-    width: usize,
-    adj: &[T::Vector<S>],
-    dense: Option<&DenseSeeds<T, S>>,
+    batch: usize,
+    adj: &[T],
+    dense: Option<&DenseSeeds<T>>,
 ) -> f64 {
     let (mut low, mut all) = (0.0, 0.0f64);
     let size = adj.len();
@@ -360,8 +357,8 @@ pub(super) fn magnitude<T: Element, S: Simd>(
         let mut rest = tile;
         for (features, rounds_to) in plan.layout.features.iter().zip(&plan.low) {
             let x;
-            (x, rest) = rest.split_at(features * width);
-            let max = enter(s, Largest::<T, S> { x }).to_f64();
+            (x, rest) = rest.split_at(features * batch);
+            let max = on.largest(x).wide();
             all = all.max(max);
             if *rounds_to == Low::F16 {
                 low = f64::max(low, max);
@@ -372,23 +369,5 @@ pub(super) fn magnitude<T: Element, S: Simd>(
         low
     } else {
         all
-    }
-}
-
-/// The largest absolute value of a leaf of a tile.
-struct Largest<'a, T: Element, S: Simd> {
-    x: &'a [T::Vector<S>],
-}
-
-impl<T: Element, S: Simd> Kernel<S> for Largest<'_, T, S> {
-    type Output = T;
-
-    #[inline(always)]
-    fn run(self, s: S) -> T {
-        let mut max = T::zeros::<S>();
-        for x in self.x {
-            max = T::larger(s, max, T::abs(s, *x));
-        }
-        T::largest(s, max)
     }
 }

@@ -4,7 +4,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use pulp::Simd;
 
 use super::activations::{KeptEvaluations, Selection};
 use super::backward::Trajectories;
@@ -19,7 +18,7 @@ use crate::ops;
 use crate::problem::{ActivationCache, Problem};
 use crate::schedule::Schedule;
 use crate::simd::tiles::{load, store, Idle};
-use crate::simd::{vectors, Element};
+use crate::simd::{aligned, Element};
 use crate::state::RowLayout;
 use crate::stats::Stats;
 
@@ -47,9 +46,8 @@ pub(super) fn start<T: Element>(problem: &Problem, y0: &Tensor) -> Result<Vec<T>
 }
 
 /// The forward pass of all tiles, and the way back.
-pub(super) fn run<T: Element, S: Simd>(
-    s: S,
-    field: Box<dyn Tiled<T, S>>,
+pub(super) fn run<T: Element>(
+    field: Box<dyn Tiled<T>>,
     task: Task<'_, T>,
     schedule: &Arc<Schedule>,
     stats: &mut Stats,
@@ -60,15 +58,16 @@ pub(super) fn run<T: Element, S: Simd>(
         true => problem.activation_cache,
         false => ActivationCache::NONE,
     };
-    let rows = layout.rows.next_multiple_of(plan.batch::<T, S>());
+    let batch = field.batch();
+    let rows = layout.rows.next_multiple_of(batch);
     let selection = Selection::new::<T>(
         field.parts(),
         cache,
         plan.size(schedule, rows, field.kept()),
     );
-    let need = plan.need::<T, S>(schedule.len(), rows, problem.packing.len());
+    let need = plan.need::<T>(batch, schedule.len(), rows, problem.packing.len());
     need.of(selection.bytes::<T>()).check()?;
-    let groups = plan.groups::<T, S>(field.parameters());
+    let groups = plan.groups(batch, field.parameters());
     let pass = Integrate {
         field: &*field,
         selection: &selection,
@@ -77,7 +76,7 @@ pub(super) fn run<T: Element, S: Simd>(
         y0: &y0,
         elements: problem.packing.len(),
     };
-    let each = |(): &mut (), tiles: &Vec<usize>| pass.group(s, tiles, vec![]);
+    let each = |(): &mut (), tiles: &Vec<usize>| pass.group(tiles, vec![]);
     let mut done = Vec::with_capacity(groups.len());
     on_all_threads(&groups, &|| (), &each, &mut |_, group| done.push(group))?;
     let packed = assemble(plan, &done)?;
@@ -91,7 +90,6 @@ pub(super) fn run<T: Element, S: Simd>(
     Ok(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         back: Arc::new(Trajectories {
-            s,
             field,
             selection,
             weights: weights.iter().map(Tensor::id).collect(),
@@ -116,8 +114,8 @@ pub(super) fn count(problem: &Problem, schedule: &Schedule, stats: &mut Stats) {
 
 /// What every tile's forward pass reads.
 #[derive(Clone, Copy)]
-pub(super) struct Integrate<'a, T: Element, S: Simd> {
-    pub(super) field: &'a dyn Tiled<T, S>,
+pub(super) struct Integrate<'a, T: Element> {
+    pub(super) field: &'a dyn Tiled<T>,
     pub(super) selection: &'a Selection,
     pub(super) plan: &'a TilePlan<'a>,
     pub(super) schedule: &'a Schedule,
@@ -126,12 +124,11 @@ pub(super) struct Integrate<'a, T: Element, S: Simd> {
     pub(super) elements: usize,
 }
 
-impl<T: Element, S: Simd> Integrate<'_, T, S> {
+impl<T: Element> Integrate<'_, T> {
     /// Runs the forward pass of the tiles with these first rows.  Buffers for kept evaluations are taken from
     /// `spare` before new ones are allocated.
     pub(super) fn group(
         &self,
-        s: S,
         tiles: &[usize],
         mut spare: Vec<KeptEvaluations<T>>,
     ) -> std::result::Result<IntegratedGroup<T>, Failure> {
@@ -146,14 +143,13 @@ impl<T: Element, S: Simd> Integrate<'_, T, S> {
         let TilePlan {
             problem, layout, ..
         } = plan;
-        let mut stepper = Stepper::<T, S>::new(s, field, plan);
+        let mut stepper = Stepper::<T>::new(field, plan);
         let mut slot = stepper.slot();
-        let mut y = vectors::<T, S>(stepper.size);
+        let mut y = aligned(stepper.size);
         // The state at the start of a step that outputs are inside of, and such an output.
         let between = if schedule.is_dense() { stepper.size } else { 0 };
-        let (mut start, mut output) = (vectors::<T, S>(between), vectors::<T, S>(between));
-        let width = stepper.width;
-        let batch = width * T::lanes::<S>();
+        let (mut start, mut output) = (aligned(between), aligned(between));
+        let batch = stepper.batch;
         let mut group = IntegratedGroup {
             tiles: Vec::with_capacity(tiles.len()),
             states: vec![],
@@ -166,20 +162,20 @@ impl<T: Element, S: Simd> Integrate<'_, T, S> {
         for &first in tiles {
             let rows = plan.rows(first, batch);
             stepper.clock.hold(rows.clone());
-            each_leaf(layout, width, |leaf, features, range| {
+            each_leaf(layout, batch, |leaf, features, range| {
                 let from = layout.offset(leaf, first);
                 let numbers = &self.y0[from..from + rows.len() * features];
-                load::<T, S>(numbers, features, batch, Idle::Copies, &mut y[range]);
+                load(numbers, features, batch, Idle::Copies, &mut y[range]);
             });
             let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
             let steps = schedule.len();
-            let trajectory = TileTrajectory::new::<S>(problem.checkpoint, steps, store, &y);
+            let trajectory = TileTrajectory::new(problem.checkpoint, steps, store, &y);
             let mut trajectory = trajectory.map_err(anywhere)?;
-            let returned = |y: &[T::Vector<S>], states: &mut Vec<T>| {
-                each_leaf(layout, width, |_, features, range| {
+            let returned = |y: &[T], states: &mut Vec<T>| {
+                each_leaf(layout, batch, |_, features, range| {
                     let at = states.len();
                     states.resize(at + rows.len() * features, T::default());
-                    self::store::<T, S>(&y[range], features, batch, &mut states[at..]);
+                    self::store(&y[range], features, batch, &mut states[at..]);
                 });
             };
             if schedule.at_node(0).is_some() {
@@ -191,7 +187,7 @@ impl<T: Element, S: Simd> Integrate<'_, T, S> {
             };
             for n in 0..steps {
                 let step = schedule.step(n);
-                trajectory.keep::<S>(n, &y).map_err(anywhere)?;
+                trajectory.keep(n, &y).map_err(anywhere)?;
                 let wanted = Some((selection, &mut kept));
                 let inside = schedule.inside(n);
                 if !inside.is_empty() {
@@ -216,16 +212,16 @@ impl<T: Element, S: Simd> Integrate<'_, T, S> {
     }
 }
 
-/// Calls `see` with each leaf, its number of features and the range of its vectors, for `vectors` vectors per feature.
+/// Calls `see` with each leaf, its number of features and the range of its numbers, in tiles of `batch` rows.
 pub(super) fn each_leaf(
     layout: &RowLayout,
-    vectors: usize,
+    batch: usize,
     mut see: impl FnMut(usize, usize, std::ops::Range<usize>),
 ) {
     let mut at = 0;
     for (leaf, &features) in layout.features.iter().enumerate() {
-        see(leaf, features, at..at + features * vectors);
-        at += features * vectors;
+        see(leaf, features, at..at + features * batch);
+        at += features * batch;
     }
 }
 

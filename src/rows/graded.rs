@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use candle_core::{Shape, Tensor, TensorId};
-use pulp::Simd;
 
 use super::activations::{KeptEvaluations, Selection};
 use super::backward::{self, add_up, Seed, TilePass};
@@ -59,9 +58,8 @@ impl<T: Element> Reversible for Graded<T> {
 }
 
 /// The loss of all rows, in a tensor of one element, and its gradients.
-pub(super) fn run<T: Element, S: Simd>(
-    s: S,
-    field: &dyn Tiled<T, S>,
+pub(super) fn run<T: Element>(
+    field: &dyn Tiled<T>,
     task: Task<'_, T>,
     schedule: &Schedule,
     loss: &dyn Grade<T>,
@@ -87,8 +85,8 @@ pub(super) fn run<T: Element, S: Simd>(
         counted.kept_evaluations(group.bytes);
     };
     let (stages, steps) = (backward::most_stages(problem, schedule), schedule.len());
-    let groups = plan.groups::<T, S>(field.parameters());
-    let rows = field.width() * T::lanes::<S>();
+    let rows = field.batch();
+    let groups = plan.groups(rows, field.parameters());
     let cache = ActivationCache::within(KEPT);
     let selection = Selection::new::<T>(
         field.parts(),
@@ -99,7 +97,7 @@ pub(super) fn run<T: Element, S: Simd>(
     let alive = groups.len().min(rayon::current_num_threads());
     let elements = layout.rows.min(alive * rows) * layout.dim();
     let bytes = alive as u128 * selection.bytes::<T>();
-    plan.need::<T, S>(steps, alive * rows, elements)
+    plan.need::<T>(rows, steps, alive * rows, elements)
         .of(bytes)
         .check()?;
     let integrate = Integrate {
@@ -119,15 +117,15 @@ pub(super) fn run<T: Element, S: Simd>(
     };
     // Pages cost more than what is written to them: the scratch of one tile is the next one's.
     let scratch = || {
-        let window = Window::<T, S>::new(field, stages, steps, pass.differentiate);
+        let window = Window::<T>::new(field, stages, steps, pass.differentiate);
         (window, vec![])
     };
-    let tile = |(window, spare): &mut (Window<T, S>, Vec<KeptEvaluations<T>>), first: &usize| {
-        let integrated = integrate.group(s, std::slice::from_ref(first), std::mem::take(spare))?;
+    let tile = |(window, spare): &mut (Window<T>, Vec<KeptEvaluations<T>>), first: &usize| {
+        let integrated = integrate.group(std::slice::from_ref(first), std::mem::take(spare))?;
         let anywhere = |error| Failure { at: (0, 0), error };
         let (loss, cotangent) = grade(loss, plan, &integrated).map_err(anywhere)?;
         let seed = Seed::ByTile(&cotangent);
-        let mut swept = pass.sweep(s, &integrated.tiles, seed, window)?;
+        let mut swept = pass.sweep(&integrated.tiles, seed, window)?;
         if let Some(tile) = integrated.tiles.first() {
             tile.trajectory.record(&mut swept.stats);
         }

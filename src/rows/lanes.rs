@@ -1,14 +1,11 @@
 //! The data that may differ between the lanes of a tile: their steps, and the coefficients that depend on the step
 //! lengths.
 
-#![allow(clippy::type_complexity)] // pairs of slices of vectors
-
-use pulp::Simd;
-
+use super::lanewise::Lanewise;
 use super::tile::At;
 use super::window::in_range;
 use crate::schedule::Step;
-use crate::simd::{enter, scalars_mut, vectors, Element, Kernel, Vectors};
+use crate::simd::{aligned, Aligned, Element};
 
 /// The steps that the lanes of a tile take.
 #[derive(Clone, Copy)]
@@ -55,17 +52,17 @@ impl LaneSteps<'_> {
 }
 
 /// The times at which a tile is evaluated, and its rows.
-pub(super) struct LaneClock<T: Element, S: Simd> {
+pub(super) struct LaneClock<T: Element> {
     /// By lane, V vectors.
-    times: Vectors<T, S>,
+    times: Aligned<T>,
     rows: Vec<usize>,
 }
 
-impl<T: Element, S: Simd> LaneClock<T, S> {
-    pub(super) fn new(width: usize) -> Self {
+impl<T: Element> LaneClock<T> {
+    pub(super) fn new(batch: usize) -> Self {
         Self {
-            times: vectors::<T, S>(width),
-            rows: vec![0; width * T::lanes::<S>()],
+            times: aligned::<T>(batch),
+            rows: vec![0; batch],
         }
     }
 
@@ -83,7 +80,7 @@ impl<T: Element, S: Simd> LaneClock<T, S> {
     }
 
     /// A stage at abscissa c of every lane's step.
-    pub(super) fn at(&mut self, steps: LaneSteps<'_>, c: f64) -> At<'_, T::Vector<S>> {
+    pub(super) fn at(&mut self, steps: LaneSteps<'_>, c: f64) -> At<'_, T> {
         let times = self.times_mut();
         match steps {
             LaneSteps::All(step) => times.fill(T::of(step.at(c))),
@@ -98,10 +95,10 @@ impl<T: Element, S: Simd> LaneClock<T, S> {
 
     /// Times that are given by lane.
     pub(super) fn times_mut(&mut self) -> &mut [T] {
-        scalars_mut::<T, S>(&mut self.times)
+        &mut self.times
     }
 
-    pub(super) fn now(&self) -> At<'_, T::Vector<S>> {
+    pub(super) fn now(&self) -> At<'_, T> {
         At {
             times: &self.times,
             rows: &self.rows,
@@ -113,21 +110,21 @@ impl<T: Element, S: Simd> LaneClock<T, S> {
 pub(super) type Row = Vec<(f64, usize)>;
 
 /// Rows of coefficients, each multiplied by a factor of every lane.  The products are formed in f64 and rounded once.
-pub(super) struct Coefficients<T: Element, S: Simd> {
+pub(super) struct Coefficients<T: Element> {
     /// Row after row.
     values: Vec<f64>,
     of: Vec<usize>,
     /// Where each row begins and the last one ends.
     starts: Vec<usize>,
-    width: usize,
-    /// `[coefficient][V]`.
-    numbers: Vectors<T, S>,
+    batch: usize,
+    /// `[coefficient][B]`.
+    numbers: Aligned<T>,
     /// What they were multiplied by: one factor for all lanes, or one for each.
     factors: Vec<f64>,
 }
 
-impl<T: Element, S: Simd> Coefficients<T, S> {
-    pub(super) fn new(width: usize, rows: &[Row]) -> Self {
+impl<T: Element> Coefficients<T> {
+    pub(super) fn new(batch: usize, rows: &[Row]) -> Self {
         let mut starts = vec![0];
         for row in rows {
             starts.push(starts[starts.len() - 1] + row.len());
@@ -135,18 +132,18 @@ impl<T: Element, S: Simd> Coefficients<T, S> {
         let all = rows.iter().flatten();
         let (values, of): (Vec<_>, Vec<_>) = all.copied().unzip();
         Self {
-            numbers: vectors::<T, S>(values.len() * width),
+            numbers: aligned::<T>(values.len() * batch),
             values,
             of,
             starts,
-            width,
+            batch,
             factors: vec![],
         }
     }
 
     /// The same, multiplied by one for all lanes.
-    pub(super) fn plain(width: usize, rows: &[Row]) -> Self {
-        let mut coefficients = Self::new(width, rows);
+    pub(super) fn plain(batch: usize, rows: &[Row]) -> Self {
+        let mut coefficients = Self::new(batch, rows);
         coefficients.multiply(&[1.0]);
         coefficients
     }
@@ -158,8 +155,7 @@ impl<T: Element, S: Simd> Coefficients<T, S> {
         }
         self.factors.clear();
         self.factors.extend_from_slice(factors);
-        let lanes = self.width * T::lanes::<S>();
-        let numbers = scalars_mut::<T, S>(&mut self.numbers).chunks_exact_mut(lanes);
+        let numbers = self.numbers.chunks_exact_mut(self.batch);
         for (c, numbers) in self.values.iter().zip(numbers) {
             match *factors {
                 [factor] => numbers.fill(T::of(factor * c)),
@@ -172,20 +168,20 @@ impl<T: Element, S: Simd> Coefficients<T, S> {
         }
     }
 
-    pub(super) fn row(&self, i: usize) -> Terms<'_, T::Vector<S>> {
+    pub(super) fn row(&self, i: usize) -> Terms<'_, T> {
         let row = self.starts[i]..self.starts[i + 1];
         Terms {
-            cs: &self.numbers[row.start * self.width..row.end * self.width],
+            cs: &self.numbers[row.start * self.batch..row.end * self.batch],
             of: &self.of[row],
         }
     }
 }
 
-/// Multiples c x_j: V vectors of each c, and the j.
+/// Multiples c x_j: B numbers of each c, and the j.
 #[derive(Clone, Copy)]
 pub(super) struct Terms<'a, X> {
-    cs: &'a [X],
-    of: &'a [usize],
+    pub(super) cs: &'a [X],
+    pub(super) of: &'a [usize],
 }
 
 impl<'a, X> Terms<'a, X> {
@@ -196,18 +192,18 @@ impl<'a, X> Terms<'a, X> {
 }
 
 /// A factor of every lane, as a product of two numbers that T holds.
-pub(super) struct Factor<T: Element, S: Simd> {
-    parts: [Vectors<T, S>; 2],
+pub(super) struct Factor<T: Element> {
+    parts: [Aligned<T>; 2],
     of: Vec<f64>,
     is_one: bool,
     /// Whether the second part is not one everywhere.
     has_second: bool,
 }
 
-impl<T: Element, S: Simd> Factor<T, S> {
-    pub(super) fn new(width: usize) -> Self {
+impl<T: Element> Factor<T> {
+    pub(super) fn new(batch: usize) -> Self {
         Self {
-            parts: [vectors::<T, S>(width), vectors::<T, S>(width)],
+            parts: [aligned::<T>(batch), aligned::<T>(batch)],
             of: vec![],
             is_one: false,
             has_second: false,
@@ -223,8 +219,8 @@ impl<T: Element, S: Simd> Factor<T, S> {
         self.of.extend_from_slice(factors);
         self.is_one = factors.iter().all(|f| *f == 1.0);
         let [first, second] = &mut self.parts;
-        let lanes = scalars_mut::<T, S>(first).iter_mut();
-        let lanes = lanes.zip(scalars_mut::<T, S>(second));
+        let lanes = first.iter_mut();
+        let lanes = lanes.zip(second.iter_mut());
         let mut has_second = false;
         // One factor for all lanes is repeated.
         for ((first, second), factor) in lanes.zip(factors.iter().cycle()) {
@@ -236,22 +232,22 @@ impl<T: Element, S: Simd> Factor<T, S> {
     }
 
     /// x times the factor.
-    pub(super) fn apply(&self, s: S, x: &mut [T::Vector<S>]) {
+    pub(super) fn apply(&self, on: &dyn Lanewise<T>, x: &mut [T]) {
         if self.is_one {
             return;
         }
         let parts = if self.has_second { 2 } else { 1 };
         for factor in &self.parts[..parts] {
-            enter(s, Scale::<T, S> { x, factor });
+            on.scale(x, factor);
         }
     }
 }
 
-/// What a sum begins with: c x, with V vectors of c, or x.
+/// What a sum begins with: c x, with B numbers of c, or x.
 #[derive(Clone, Copy)]
 pub(super) struct First<'a, X> {
-    c: Option<&'a [X]>,
-    x: &'a [X],
+    pub(super) c: Option<&'a [X]>,
+    pub(super) x: &'a [X],
 }
 
 impl<'a, X> First<'a, X> {
@@ -265,141 +261,24 @@ impl<'a, X> First<'a, X> {
 }
 
 /// `out += Σ c x_j`, the x_j one after the other in `xs`.
-pub(super) fn add<T: Element, S: Simd>(
-    s: S,
-    width: usize,
-    out: &mut [T::Vector<S>],
-    terms: Terms<'_, T::Vector<S>>,
-    xs: &[T::Vector<S>],
+pub(super) fn add<T: Element>(
+    on: &dyn Lanewise<T>,
+    batch: usize,
+    out: &mut [T],
+    terms: Terms<'_, T>,
+    xs: &[T],
 ) {
-    sum::<T, S>(s, width, out, None, terms, xs);
+    on.sum(batch, out, None, terms, xs);
 }
 
 /// `out = first + Σ c_j x_j`.
-pub(super) fn combine<T: Element, S: Simd>(
-    s: S,
-    width: usize,
-    out: &mut [T::Vector<S>],
-    first: First<'_, T::Vector<S>>,
-    terms: Terms<'_, T::Vector<S>>,
-    xs: &[T::Vector<S>],
+pub(super) fn combine<T: Element>(
+    on: &dyn Lanewise<T>,
+    batch: usize,
+    out: &mut [T],
+    first: First<'_, T>,
+    terms: Terms<'_, T>,
+    xs: &[T],
 ) {
-    sum::<T, S>(s, width, out, Some(first), terms, xs);
-}
-
-fn sum<'a, T: Element, S: Simd>(
-    s: S,
-    width: usize,
-    out: &'a mut [T::Vector<S>],
-    first: Option<First<'a, T::Vector<S>>>,
-    terms: Terms<'a, T::Vector<S>>,
-    xs: &'a [T::Vector<S>],
-) {
-    // Code for tiles of two vectors exists only where such tiles do.
-    match T::WIDE && width == 2 {
-        true => enter(
-            s,
-            LaneSum::<T, S, 2> {
-                out,
-                first,
-                terms,
-                xs,
-            },
-        ),
-        false => enter(
-            s,
-            LaneSum::<T, S, 1> {
-                out,
-                first,
-                terms,
-                xs,
-            },
-        ),
-    }
-}
-
-/// A sum of multiples: of `out` itself, or of a first vector in its place, and of the x_j.
-struct LaneSum<'a, T: Element, S: Simd, const V: usize> {
-    out: &'a mut [T::Vector<S>],
-    first: Option<First<'a, T::Vector<S>>>,
-    terms: Terms<'a, T::Vector<S>>,
-    xs: &'a [T::Vector<S>],
-}
-
-impl<T: Element, S: Simd, const V: usize> Kernel<S> for LaneSum<'_, T, S, V> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, s: S) {
-        let Self { out, xs, terms, .. } = self;
-        if let Some(First { c, x }) = self.first {
-            match c.and_then(|c| c.as_chunks::<V>().0.first()) {
-                Some(c) => {
-                    let x = x[..out.len()].as_chunks::<V>().0;
-                    for (out, x) in out.as_chunks_mut::<V>().0.iter_mut().zip(x) {
-                        for v in 0..V {
-                            out[v] = T::times(s, c[v], x[v]);
-                        }
-                    }
-                }
-                None => out.copy_from_slice(&x[..out.len()]),
-            }
-        }
-        let (mut cs, mut of) = (terms.cs.as_chunks::<V>().0, terms.of);
-        while of.len() >= 4 {
-            add_terms::<T, S, V, 4>(s, out, cs, of, xs);
-            (cs, of) = (&cs[4..], &of[4..]);
-        }
-        match of.len() {
-            1 => add_terms::<T, S, V, 1>(s, out, cs, of, xs),
-            2 => add_terms::<T, S, V, 2>(s, out, cs, of, xs),
-            3 => add_terms::<T, S, V, 3>(s, out, cs, of, xs),
-            _ => {}
-        }
-    }
-}
-
-/// Adds the first N terms.
-#[inline(always)]
-fn add_terms<T: Element, S: Simd, const V: usize, const N: usize>(
-    s: S,
-    out: &mut [T::Vector<S>],
-    cs: &[[T::Vector<S>; V]],
-    of: &[usize],
-    xs: &[T::Vector<S>],
-) {
-    let size = out.len();
-    let (mut c, mut x) = ([[T::zeros::<S>(); V]; N], [xs[..0].as_chunks::<V>().0; N]);
-    for n in 0..N {
-        c[n] = cs[n];
-        x[n] = xs[of[n] * size..][..size].as_chunks::<V>().0;
-    }
-    for (i, out) in out.as_chunks_mut::<V>().0.iter_mut().enumerate() {
-        for v in 0..V {
-            let mut sum = out[v];
-            for n in 0..N {
-                sum = T::mul_add(s, c[n][v], x[n][i][v], sum);
-            }
-            out[v] = sum;
-        }
-    }
-}
-
-/// `x` times a factor of every lane.
-struct Scale<'a, T: Element, S: Simd> {
-    x: &'a mut [T::Vector<S>],
-    factor: &'a [T::Vector<S>],
-}
-
-impl<T: Element, S: Simd> Kernel<S> for Scale<'_, T, S> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, s: S) {
-        for x in self.x.chunks_exact_mut(self.factor.len()) {
-            for (x, factor) in x.iter_mut().zip(self.factor) {
-                *x = T::times(s, *x, *factor);
-            }
-        }
-    }
+    on.sum(batch, out, Some(first), terms, xs);
 }

@@ -14,6 +14,7 @@ mod forward;
 mod grade;
 mod graded;
 mod lanes;
+mod lanewise;
 mod pulls;
 mod stepper;
 #[cfg(test)]
@@ -22,6 +23,7 @@ mod tile;
 mod trajectory;
 mod window;
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -41,6 +43,7 @@ use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
+use lanewise::On;
 pub(crate) use tile::{At, Slot, TileField};
 use tile::{Tiled, Wide};
 
@@ -110,18 +113,33 @@ impl Rows {
         let plan = TilePlan::new(problem, &layout);
         if held(DType::F32) && stores(roles[0].store.to) {
             let prepared = |loss: &dyn RowGrade| loss.single(problem, &layout);
-            match Wanted::of(loss, &plan, &prepared)? {
-                Some(wanted) => self.0.single(self.task(&plan, y0)?, wanted, stats),
-                None => Ok(None),
-            }
+            let tiles = || self.0.single(&plan);
+            self.solve_in::<f32>(&plan, y0, (loss, &prepared), &tiles, stats)
         } else if held(DType::F64) && stores(DType::F64) {
             let prepared = |loss: &dyn RowGrade| loss.double(problem, &layout);
-            match Wanted::of(loss, &plan, &prepared)? {
-                Some(wanted) => self.0.double(self.task(&plan, y0)?, wanted, stats),
-                None => Ok(None),
-            }
+            let tiles = || self.0.double(&plan);
+            self.solve_in::<f64>(&plan, y0, (loss, &prepared), &tiles, stats)
         } else {
             Ok(None)
+        }
+    }
+
+    /// The same over numbers of T.
+    fn solve_in<T: Element>(
+        &self,
+        plan: &TilePlan<'_>,
+        y0: &Tensor,
+        (loss, prepared): (Option<&dyn RowGrade>, &Preparation<'_, T>),
+        tiles: &dyn Fn() -> Result<Option<Box<dyn Tiled<T>>>>,
+        stats: &mut Stats,
+    ) -> Result<Option<Solved>> {
+        let Some(wanted) = Wanted::of(loss, plan, prepared)? else {
+            return Ok(None);
+        };
+        let task = self.task(plan, y0)?;
+        match tiles()? {
+            Some(field) => solve_tiles(field, task, wanted, stats).map(Some),
+            None => Ok(None),
         }
     }
 
@@ -149,20 +167,11 @@ trait AnyRows: Send + Sync {
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout>;
 
     /// Solves in f32; `None` without a vector unit.
-    fn single(
-        &self,
-        task: Task<'_, f32>,
-        wanted: Wanted<f32>,
-        stats: &mut Stats,
-    ) -> Result<Option<Solved>>;
+    /// In tiles of f32 on the vector unit, if there is one.
+    fn single(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f32>>>>;
 
-    /// The same in f64.
-    fn double(
-        &self,
-        task: Task<'_, f64>,
-        wanted: Wanted<f64>,
-        stats: &mut Stats,
-    ) -> Result<Option<Solved>>;
+    /// In tiles of f64.
+    fn double(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f64>>>>;
 }
 
 impl<F: RowField> AnyRows for F {
@@ -178,36 +187,23 @@ impl<F: RowField> AnyRows for F {
         RowField::layout(self, shapes)
     }
 
-    fn single(
-        &self,
-        task: Task<'_, f32>,
-        wanted: Wanted<f32>,
-        stats: &mut Stats,
-    ) -> Result<Option<Solved>> {
-        solve_in(self, task, wanted, stats)
+    fn single(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f32>>>> {
+        tiles_of(self, plan)
     }
 
-    fn double(
-        &self,
-        task: Task<'_, f64>,
-        wanted: Wanted<f64>,
-        stats: &mut Stats,
-    ) -> Result<Option<Solved>> {
-        solve_in(self, task, wanted, stats)
+    fn double(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f64>>>> {
+        tiles_of(self, plan)
     }
 }
 
-fn solve_in<T: Element, F: RowField>(
+fn tiles_of<T: Element, F: RowField>(
     spec: &F,
-    task: Task<'_, T>,
-    wanted: Wanted<T>,
-    stats: &mut Stats,
-) -> Result<Option<Solved>> {
+    plan: &TilePlan<'_>,
+) -> Result<Option<Box<dyn Tiled<T>>>> {
     let job = OnUnit {
         spec,
-        task,
-        wanted,
-        stats,
+        plan,
+        number: PhantomData,
     };
     dispatch(job)?.transpose()
 }
@@ -252,48 +248,40 @@ impl<T: Element> Wanted<T> {
     }
 }
 
-/// A solve on the vector unit.
+/// The tiles of a field on the vector unit.
 struct OnUnit<'a, T, F> {
     spec: &'a F,
-    task: Task<'a, T>,
-    wanted: Wanted<T>,
-    stats: &'a mut Stats,
+    plan: &'a TilePlan<'a>,
+    number: PhantomData<T>,
 }
 
 impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
-    type Output = Result<Solved>;
+    type Output = Result<Box<dyn Tiled<T>>>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let Self {
-            spec,
-            task,
-            wanted,
-            stats,
-        } = self;
-        let field = spec.tiles(s, task.plan.problem.packing.shapes())?;
-        let field: Box<dyn Tiled<T, S>> = match T::WIDE && task.plan.is_wide::<T, S>() {
-            true => Box::new(Wide::<_, 2>(field)),
-            false => Box::new(Wide::<_, 1>(field)),
-        };
-        solve_tiles(s, field, task, wanted, stats)
+        let field = self.spec.tiles(s, self.plan.problem.packing.shapes())?;
+        let on = On(s);
+        Ok(match T::WIDE && self.plan.is_wide::<T>(T::lanes::<S>()) {
+            true => Box::new(Wide::<_, S, 2> { field, on }),
+            false => Box::new(Wide::<_, S, 1> { field, on }),
+        })
     }
 }
 
-fn solve_tiles<T: Element, S: Simd>(
-    s: S,
-    field: Box<dyn Tiled<T, S>>,
+fn solve_tiles<T: Element>(
+    field: Box<dyn Tiled<T>>,
     task: Task<'_, T>,
     wanted: Wanted<T>,
     stats: &mut Stats,
 ) -> Result<Solved> {
     match (&task.plan.problem.plan, wanted) {
-        (Plan::Known(schedule), Wanted::States) => forward::run(s, field, task, schedule, stats),
+        (Plan::Known(schedule), Wanted::States) => forward::run(field, task, schedule, stats),
         (Plan::Known(schedule), Wanted::Loss(loss)) => {
-            graded::run(s, &*field, task, schedule, &*loss, stats)
+            graded::run(&*field, task, schedule, &*loss, stats)
         }
         // A loss is left to two passes.
-        (Plan::Adaptive(control), _) => adaptive::run(s, field, task, control, stats),
+        (Plan::Adaptive(control), _) => adaptive::run(field, task, control, stats),
     }
 }
 
@@ -330,9 +318,15 @@ impl<'p> TilePlan<'p> {
         }
     }
 
-    /// The memory that tiles with `rows` rows hold at once over so many steps, in addition to kept evaluations.
+    /// The memory that tiles of `batch` rows, `rows` rows in all, hold at once over so many steps, in addition to kept evaluations.
     /// `elements` is the number of state elements of those rows without the padding of the last tile.
-    fn need<T: Element, S: Simd>(&self, steps: usize, rows: usize, elements: usize) -> MemoryNeed {
+    fn need<T: Element>(
+        &self,
+        batch: usize,
+        steps: usize,
+        rows: usize,
+        elements: usize,
+    ) -> MemoryNeed {
         /// Bytes of a state that is kept by itself beside its numbers.
         const STATE: usize = 64;
         let problem = self.problem;
@@ -340,7 +334,7 @@ impl<'p> TilePlan<'p> {
         let (restart, stored) = problem.checkpoint.most(steps, bytes);
         // Kept with the lanes that fill up the last tile.
         let numbers = rows as u128 * self.layout.dim() as u128;
-        let tiles = rows.div_ceil(self.batch::<T, S>());
+        let tiles = rows.div_ceil(batch);
         let state = numbers * size_of::<T>() as u128;
         let store = problem.scheme.roles[0].store.to.size_in_bytes();
         let single = state + (tiles * STATE) as u128;
@@ -352,23 +346,17 @@ impl<'p> TilePlan<'p> {
         }
     }
 
-    /// Rows of every tile but the last.
-    fn batch<T: Element, S: Simd>(&self) -> usize {
-        T::lanes::<S>() * if self.is_wide::<T, S>() { 2 } else { 1 }
-    }
-
-    /// Whether there are rows enough for tiles of two vectors, and the tiles stay small.
-    fn is_wide<T: Element, S: Simd>(&self) -> bool {
+    /// Whether there are rows enough for tiles of two vectors of so many lanes, and the tiles stay small.
+    fn is_wide<T: Element>(&self, lanes: usize) -> bool {
         #[cfg(test)]
         if let Some(wide) = self.forced {
             return T::WIDE && wide;
         }
-        T::WIDE && self.layout.rows >= 4 * T::lanes::<S>() && self.layout.dim() <= WIDEST
+        T::WIDE && self.layout.rows >= 4 * lanes && self.layout.dim() <= WIDEST
     }
 
     /// First rows of the tiles, group by group; the tiles of a group share a partial sum.
-    fn groups<T: Element, S: Simd>(&self, parameters: usize) -> Vec<Vec<usize>> {
-        let batch = self.batch::<T, S>();
+    fn groups(&self, batch: usize, parameters: usize) -> Vec<Vec<usize>> {
         let tiles: Vec<usize> = (0..self.layout.rows).step_by(batch).collect();
         let groups = tiles.len().min(self.most_groups(parameters));
         let cut = |g: usize| g * tiles.len() / groups;

@@ -10,86 +10,80 @@
 //! small or very large h is factored as m p, where p is a power of two: v_i is multiplied by m only, so that it
 //! stays in the range of f32, and p is part of the scale of the window and of w'_i.
 
-use pulp::Simd;
-
 use super::lanes::{add, combine, Coefficients, Factor, First, LaneSteps, Row};
-use super::stepper::{is_finite, Stepper};
+use super::lanewise::Lanewise;
+use super::stepper::Stepper;
 use super::window::{power, KeptBy, OpenSlot, Window};
 use crate::error::{Error, Result};
 use crate::precision::Low;
 use crate::scaler::{Outcome, Scaler};
-use crate::simd::{vectors, Element, Vectors};
+use crate::simd::{aligned, Aligned, Element};
 use crate::stats::Stats;
 
 /// The cotangents of outputs inside the steps of a tile, by the weights of the interpolant.
-pub(super) struct DenseSeeds<T: Element, S: Simd> {
+pub(super) struct DenseSeeds<T: Element> {
     /// Σ_m b_i(x_m) ȳ_m, stage after stage.
-    pub(super) stages: Vectors<T, S>,
+    pub(super) stages: Aligned<T>,
     /// Σ_m ȳ_m.
-    pub(super) state: Vectors<T, S>,
+    pub(super) state: Aligned<T>,
 }
 
-impl<T: Element, S: Simd> DenseSeeds<T, S> {
+impl<T: Element> DenseSeeds<T> {
     /// Zeros.
-    pub(super) fn new(stepper: &Stepper<'_, T, S>) -> Self {
+    pub(super) fn new(stepper: &Stepper<'_, T>) -> Self {
         let stages = stepper.plan.problem.scheme.tableau.stages();
         Self {
-            stages: vectors::<T, S>(stages * stepper.size),
-            state: vectors::<T, S>(stepper.size),
+            stages: aligned(stages * stepper.size),
+            state: aligned(stepper.size),
         }
     }
 
     /// Adds the cotangent ȳ of an output with these weights b_i(x), in all lanes.
-    pub(super) fn weigh(
-        &mut self,
-        stepper: &Stepper<'_, T, S>,
-        weights: &[f64],
-        output: &[T::Vector<S>],
-    ) {
-        let (s, width, size) = (stepper.s, stepper.width, stepper.size);
+    pub(super) fn weigh(&mut self, stepper: &Stepper<'_, T>, weights: &[f64], output: &[T]) {
+        let (on, batch, size) = (stepper.on, stepper.batch, stepper.size);
         let rows: Vec<Row> = weights.iter().map(|b| vec![(*b, 0)]).collect();
-        let weights = Coefficients::<T, S>::plain(width, &rows);
+        let weights = Coefficients::<T>::plain(batch, &rows);
         for (i, stage) in self.stages.chunks_exact_mut(size).enumerate() {
-            add::<T, S>(s, width, stage, weights.row(i), output);
+            add::<T>(on, batch, stage, weights.row(i), output);
         }
-        let one = Coefficients::<T, S>::plain(width, &[vec![(1.0, 0)]]);
-        add::<T, S>(s, width, &mut self.state, one.row(0), output);
+        let one = Coefficients::<T>::plain(batch, &[vec![(1.0, 0)]]);
+        add::<T>(on, batch, &mut self.state, one.row(0), output);
     }
 
     pub(super) fn clear(&mut self) {
-        self.stages.fill(T::zeros::<S>());
-        self.state.fill(T::zeros::<S>());
+        self.stages.fill(T::default());
+        self.state.fill(T::default());
     }
 }
 
 /// The pull-backs of a step.
-pub(super) struct StagePulls<T: Element, S: Simd> {
+pub(super) struct StagePulls<T: Element> {
     /// w'_i by stage.
-    ws: Vectors<T, S>,
+    ws: Aligned<T>,
     /// Multiplied by the scale, and by m where compute precision is not low: by stage the a_ji with j > i, of
     /// the stages of a step without outputs inside and of one with them, then by stage the b_i, then 1.
-    coefficients: Coefficients<T, S>,
+    coefficients: Coefficients<T>,
     /// Rows of ones: for every active stage, for every stage of a step with outputs inside, and for one vector.
-    ones: Coefficients<T, S>,
+    ones: Coefficients<T>,
     factors: Vec<f64>,
     /// m of all lanes or of each, and p.
     mantissas: Vec<f64>,
     power: f64,
-    m: Factor<T, S>,
-    inverse: Factor<T, S>,
-    unscale: Factor<T, S>,
+    m: Factor<T>,
+    inverse: Factor<T>,
+    unscale: Factor<T>,
 }
 
 /// λ, and what enters the step from outputs inside it.
 #[derive(Clone, Copy)]
-pub(super) struct TileSeeds<'a, T: Element, S: Simd> {
-    pub(super) adj: &'a [T::Vector<S>],
-    pub(super) dense: Option<&'a DenseSeeds<T, S>>,
+pub(super) struct TileSeeds<'a, T: Element> {
+    pub(super) adj: &'a [T],
+    pub(super) dense: Option<&'a DenseSeeds<T>>,
 }
 
-impl<T: Element, S: Simd> StagePulls<T, S> {
-    pub(super) fn new(stepper: &Stepper<'_, T, S>) -> Self {
-        let (tableau, width) = (&stepper.plan.problem.scheme.tableau, stepper.width);
+impl<T: Element> StagePulls<T> {
+    pub(super) fn new(stepper: &Stepper<'_, T>) -> Self {
+        let (tableau, batch) = (&stepper.plan.problem.scheme.tableau, stepper.batch);
         let column = |(dense, i): (bool, usize)| -> Row {
             let later = stepper.stages(dense).iter().filter(|&&j| j > i);
             let terms = later.map(|&j| (tableau.a(j)[i], j));
@@ -107,15 +101,15 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
             vec![(1.0, 0)],
         ];
         Self {
-            ws: vectors::<T, S>(tableau.stages() * stepper.size),
-            coefficients: Coefficients::new(width, &rows),
-            ones: Coefficients::plain(width, &ones),
+            ws: aligned(tableau.stages() * stepper.size),
+            coefficients: Coefficients::new(batch, &rows),
+            ones: Coefficients::plain(batch, &ones),
             factors: vec![],
             mantissas: vec![],
             power: 1.0,
-            m: Factor::new(width),
-            inverse: Factor::new(width),
-            unscale: Factor::new(width),
+            m: Factor::new(batch),
+            inverse: Factor::new(batch),
+            unscale: Factor::new(batch),
         }
     }
 
@@ -124,16 +118,16 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
     #[allow(clippy::too_many_arguments)]
     pub(super) fn step(
         &mut self,
-        stepper: &Stepper<'_, T, S>,
+        stepper: &Stepper<'_, T>,
         steps: LaneSteps<'_>,
-        adj: &mut [T::Vector<S>],
-        dense: Option<&DenseSeeds<T, S>>,
-        window: &mut Window<T, S>,
+        adj: &mut [T],
+        dense: Option<&DenseSeeds<T>>,
+        window: &mut Window<T>,
         kept: &KeptBy<'_, T>,
         mut scaler: Scaler,
         stats: &mut Stats,
     ) -> Result<Scaler> {
-        let (s, width) = (stepper.s, stepper.width);
+        let (on, batch) = (stepper.on, stepper.batch);
         self.measure(steps);
         let stages = stepper.stages(steps.is_dense());
         for (at, &i) in stages.iter().enumerate().rev() {
@@ -141,22 +135,16 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
             scaler = self.stage(stepper, steps, (i, at), seeds, window, kept, scaler, stats)?;
         }
         let all = self.ones.row(usize::from(steps.is_dense()));
-        add::<T, S>(s, width, adj, all, &self.ws);
+        add::<T>(on, batch, adj, all, &self.ws);
         if let Some(dense) = dense {
-            self.add(s, width, adj, &dense.state);
+            self.add(on, batch, adj, &dense.state);
         }
         Ok(scaler.after_step())
     }
 
     /// λ + ȳ.
-    pub(super) fn add(
-        &self,
-        s: S,
-        width: usize,
-        adj: &mut [T::Vector<S>],
-        incoming: &[T::Vector<S>],
-    ) {
-        add::<T, S>(s, width, adj, self.ones.row(2), incoming);
+    pub(super) fn add(&self, on: &dyn Lanewise<T>, batch: usize, adj: &mut [T], incoming: &[T]) {
+        add::<T>(on, batch, adj, self.ones.row(2), incoming);
     }
 
     /// Takes the lengths of the steps as m p.
@@ -176,7 +164,7 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
     fn scale_by(&mut self, rounds: bool, scale: f64) {
         let (mantissas, p) = (&self.mantissas, self.power);
         let factors = &mut self.factors;
-        let mut set = |of: &dyn Fn(f64) -> f64, factor: &mut Factor<T, S>| {
+        let mut set = |of: &dyn Fn(f64) -> f64, factor: &mut Factor<T>| {
             factors.clear();
             factors.extend(mantissas.iter().map(|m| of(*m)));
             factor.set(factors);
@@ -198,16 +186,16 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
     #[allow(clippy::too_many_arguments)]
     fn stage(
         &mut self,
-        stepper: &Stepper<'_, T, S>,
+        stepper: &Stepper<'_, T>,
         steps: LaneSteps<'_>,
         (i, at): (usize, usize),
-        seeds: TileSeeds<'_, T, S>,
-        window: &mut Window<T, S>,
+        seeds: TileSeeds<'_, T>,
+        window: &mut Window<T>,
         kept: &KeptBy<'_, T>,
         mut scaler: Scaler,
         stats: &mut Stats,
     ) -> Result<Scaler> {
-        let (s, size, width) = (stepper.s, stepper.size, stepper.width);
+        let (on, size, batch) = (stepper.on, stepper.size, stepper.batch);
         let stages = stepper.plan.problem.scheme.tableau.stages();
         let rounds = stepper.plan.low.iter().any(|low| *low != Low::None);
         let place = (steps.index(), at);
@@ -220,7 +208,7 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
             }
             attempts += 1;
             self.scale_by(rounds, scale);
-            window.scaled_by(s, stepper.field, kept, scale / self.power);
+            window.scaled_by(stepper.field, kept, scale / self.power);
             let OpenSlot {
                 kept: values,
                 cotangents,
@@ -230,28 +218,28 @@ impl<T: Element, S: Simd> StagePulls<T, S> {
             let rows = &self.coefficients;
             let first = First::times(rows.row(2 * stages + i).coefficient(), seeds.adj);
             let later = rows.row(if steps.is_dense() { stages + i } else { i });
-            combine::<T, S>(s, width, v, first, later, &self.ws);
+            combine::<T>(on, batch, v, first, later, &self.ws);
             if let Some(dense) = seeds.dense {
                 let dense = &dense.stages[i * size..][..size];
-                add::<T, S>(s, width, v, rows.row(3 * stages), dense);
+                add::<T>(on, batch, v, rows.row(3 * stages), dense);
             }
             if rounds {
                 stepper.round(v);
-                self.m.apply(s, v);
+                self.m.apply(on, v);
             }
             let w = &mut self.ws[i * size..][..size];
-            stepper.field.vjp(s, values, cotangents, w);
+            stepper.field.vjp(values, cotangents, w);
             if rounds {
-                self.inverse.apply(s, w);
+                self.inverse.apply(on, w);
                 stepper.round(w);
             }
-            let outcome = match scaler.is_dynamic() && !is_finite::<T, S>(s, w) {
+            let outcome = match scaler.is_dynamic() && !on.is_finite(w) {
                 true => Outcome::StateOverflow,
                 false => Outcome::Clean,
             };
             if outcome == Outcome::Clean {
-                self.unscale.apply(s, w);
-                window.push(s, stepper.field, place, kept);
+                self.unscale.apply(on, w);
+                window.push(stepper.field, place, kept);
                 return Ok(scaler);
             }
             scaler = scaler.after(outcome);

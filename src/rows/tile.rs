@@ -3,6 +3,7 @@
 use pulp::Simd;
 
 use super::activations::Part;
+use super::lanewise::{Lanewise, On};
 use crate::simd::{enter, Element, Kernel};
 
 /// When and what a tile is evaluated: the time of every lane, V vectors of them, and its row in the batch.
@@ -94,10 +95,13 @@ pub(crate) struct Slot<'a, X> {
 }
 
 /// A type-erased [`TileField`] for one vector unit and one tile width, so that the loops over steps are
-/// compiled once for all fields and widths.
-pub(super) trait Tiled<T: Element, S: Simd>: Send + Sync {
-    /// Vectors of a feature.
-    fn width(&self) -> usize;
+/// compiled once for all fields, units and widths.  Tiles are numbers `[feature][B]`.
+pub(super) trait Tiled<T: Element>: Send + Sync {
+    /// Rows of a tile.
+    fn batch(&self) -> usize;
+
+    /// The operations of the solver on these tiles.
+    fn lanewise(&self) -> &dyn Lanewise<T>;
 
     /// [`TileField::kept`].
     fn kept(&self) -> usize;
@@ -105,10 +109,10 @@ pub(super) trait Tiled<T: Element, S: Simd>: Send + Sync {
     /// [`TileField::cotangents`].
     fn cotangents(&self) -> usize;
 
-    /// [`TileField::sums`].
+    /// Numbers of sums of gradients; see [`TileField::sums`].
     fn sums(&self) -> usize;
 
-    /// [`TileField::scratch`].
+    /// Numbers of scratch; see [`TileField::scratch`].
     fn scratch(&self, pairs: usize) -> usize;
 
     /// [`TileField::parameters`].
@@ -118,132 +122,120 @@ pub(super) trait Tiled<T: Element, S: Simd>: Send + Sync {
     fn parts(&self) -> Vec<Part>;
 
     /// [`TileField::velocity`].
-    fn velocity(
-        &self,
-        s: S,
-        at: &At<'_, T::Vector<S>>,
-        kept: &mut [T::Vector<S>],
-        k: Option<&mut [T::Vector<S>]>,
-    );
+    fn velocity(&self, at: &At<'_, T>, kept: &mut [T], k: Option<&mut [T]>);
 
     /// [`TileField::recall`].
-    fn recall(&self, s: S, at: &At<'_, T::Vector<S>>, kept: &mut [T::Vector<S>], known: &[bool]);
+    fn recall(&self, at: &At<'_, T>, kept: &mut [T], known: &[bool]);
 
     /// [`TileField::vjp`].
-    fn vjp(
-        &self,
-        s: S,
-        kept: &[T::Vector<S>],
-        cotangents: &mut [T::Vector<S>],
-        w: &mut [T::Vector<S>],
-    );
+    fn vjp(&self, kept: &[T], cotangents: &mut [T], w: &mut [T]);
 
     /// [`TileField::accumulate`].
-    fn accumulate(
-        &self,
-        s: S,
-        window: &[Slot<'_, T::Vector<S>>],
-        scratch: &mut [T::Vector<S>],
-        sums: &mut [T::Vector<S>],
-    );
+    fn accumulate(&self, window: &[Slot<'_, T>], scratch: &mut [T], sums: &mut [T]);
 
     /// [`TileField::gradients`].
-    fn gradients(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T>;
+    fn gradients(&self, sums: &[T]) -> Vec<T>;
 }
 
-/// A field in tiles of V vectors a feature.
-pub(super) struct Wide<F, const V: usize>(pub(super) F);
+/// A field in tiles of V vectors of S a feature.
+pub(super) struct Wide<F, S, const V: usize> {
+    pub(super) field: F,
+    pub(super) on: On<S>,
+}
 
-impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T, S> for Wide<F, V> {
-    fn width(&self) -> usize {
-        V
+impl<T: Element, S: Simd, F: TileField<T>, const V: usize> Tiled<T> for Wide<F, S, V> {
+    fn batch(&self) -> usize {
+        V * T::lanes::<S>()
+    }
+
+    fn lanewise(&self) -> &dyn Lanewise<T> {
+        &self.on
     }
 
     fn kept(&self) -> usize {
-        self.0.kept()
+        self.field.kept()
     }
 
     fn cotangents(&self) -> usize {
-        self.0.cotangents::<S>()
+        self.field.cotangents::<S>()
     }
 
     fn sums(&self) -> usize {
-        self.0.sums::<S>()
+        self.field.sums::<S>() * T::lanes::<S>()
     }
 
     fn scratch(&self, pairs: usize) -> usize {
-        self.0.scratch::<S, V>(pairs)
+        self.field.scratch::<S, V>(pairs) * T::lanes::<S>()
     }
 
     fn parameters(&self) -> usize {
-        self.0.parameters()
+        self.field.parameters()
     }
 
     fn parts(&self) -> Vec<Part> {
-        self.0.parts()
+        self.field.parts()
     }
 
-    fn velocity(
-        &self,
-        s: S,
-        at: &At<'_, T::Vector<S>>,
-        kept: &mut [T::Vector<S>],
-        k: Option<&mut [T::Vector<S>]>,
-    ) {
-        let field = &self.0;
-        enter(s, Velocity::<T, S, F, V> { field, at, kept, k });
+    fn velocity(&self, at: &At<'_, T>, kept: &mut [T], k: Option<&mut [T]>) {
+        let velocity = Velocity::<T, S, F, V> {
+            field: &self.field,
+            at: &at.vectors::<S>(),
+            kept: T::vectors_mut::<S>(kept),
+            k: k.map(T::vectors_mut::<S>),
+        };
+        enter(self.on.0, velocity);
     }
 
-    fn recall(&self, s: S, at: &At<'_, T::Vector<S>>, kept: &mut [T::Vector<S>], known: &[bool]) {
+    fn recall(&self, at: &At<'_, T>, kept: &mut [T], known: &[bool]) {
         let recall = Recall::<T, S, F, V> {
-            field: &self.0,
-            at,
-            kept,
+            field: &self.field,
+            at: &at.vectors::<S>(),
+            kept: T::vectors_mut::<S>(kept),
             known,
         };
-        enter(s, recall);
+        enter(self.on.0, recall);
     }
 
-    fn vjp(
-        &self,
-        s: S,
-        kept: &[T::Vector<S>],
-        cotangents: &mut [T::Vector<S>],
-        w: &mut [T::Vector<S>],
-    ) {
+    fn vjp(&self, kept: &[T], cotangents: &mut [T], w: &mut [T]) {
         let vjp = Vjp::<T, S, F, V> {
-            field: &self.0,
-            kept,
-            cotangents,
-            w,
+            field: &self.field,
+            kept: T::vectors::<S>(kept),
+            cotangents: T::vectors_mut::<S>(cotangents),
+            w: T::vectors_mut::<S>(w),
         };
-        enter(s, vjp);
+        enter(self.on.0, vjp);
     }
 
-    fn accumulate(
-        &self,
-        s: S,
-        window: &[Slot<'_, T::Vector<S>>],
-        scratch: &mut [T::Vector<S>],
-        sums: &mut [T::Vector<S>],
-    ) {
+    fn accumulate(&self, window: &[Slot<'_, T>], scratch: &mut [T], sums: &mut [T]) {
+        let slots = window.iter().map(|slot| Slot {
+            kept: T::vectors::<S>(slot.kept),
+            cotangents: T::vectors::<S>(slot.cotangents),
+        });
         let accumulate = Accumulate::<T, S, F, V> {
-            field: &self.0,
-            window,
-            scratch,
-            sums,
+            field: &self.field,
+            window: &slots.collect::<Vec<_>>(),
+            scratch: T::vectors_mut::<S>(scratch),
+            sums: T::vectors_mut::<S>(sums),
         };
-        enter(s, accumulate);
+        enter(self.on.0, accumulate);
     }
 
-    fn gradients(&self, s: S, sums: &[T::Vector<S>]) -> Vec<T> {
-        enter(
-            s,
-            GradientsOfTile::<T, S, F> {
-                field: &self.0,
-                sums,
-            },
-        )
+    fn gradients(&self, sums: &[T]) -> Vec<T> {
+        let gradients = GradientsOfTile::<T, S, F> {
+            field: &self.field,
+            sums: T::vectors::<S>(sums),
+        };
+        enter(self.on.0, gradients)
+    }
+}
+
+impl<T: Element> At<'_, T> {
+    /// The same in vectors.
+    fn vectors<S: Simd>(&self) -> At<'_, T::Vector<S>> {
+        At {
+            times: T::vectors::<S>(self.times),
+            rows: self.rows,
+        }
     }
 }
 

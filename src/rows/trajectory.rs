@@ -6,11 +6,10 @@ use std::sync::Arc;
 use candle_core::DType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use pulp::Simd;
 
 use crate::error::Result;
 use crate::memory::room_for;
-use crate::simd::{scalars, scalars_mut, Element};
+use crate::simd::Element;
 use crate::stats::Stats;
 use crate::trajectory::{Checkpoint, Store, Trajectory};
 
@@ -22,15 +21,15 @@ pub(super) enum TileTrajectory<T> {
 
 impl<T: Element> TileTrajectory<T> {
     /// An empty one for so many steps from y, which is in state precision.
-    pub(super) fn new<S: Simd>(
+    pub(super) fn new(
         checkpoint: Checkpoint,
         steps: usize,
         store: TileStore,
-        y: &[T::Vector<S>],
+        y: &[T],
     ) -> Result<Self> {
         Ok(match checkpoint {
-            Checkpoint::All => Self::All(States::new(store, steps, scalars::<T, S>(y).len())?),
-            plan => Self::Planned(Trajectory::new(plan, steps, store, &Snapshot::of::<S>(y)?)?),
+            Checkpoint::All => Self::All(States::new(store, steps, y.len())?),
+            plan => Self::Planned(Trajectory::new(plan, steps, store, &Snapshot::of(y)?)?),
         })
     }
 
@@ -51,8 +50,8 @@ impl<T: Element> TileTrajectory<T> {
     }
 
     /// Keeps y_n at the start of step n if it is wanted; n ascends from 0.
-    pub(super) fn keep<S: Simd>(&mut self, n: usize, y: &[T::Vector<S>]) -> Result<()> {
-        self.keep_numbers(n, scalars::<T, S>(y))
+    pub(super) fn keep(&mut self, n: usize, y: &[T]) -> Result<()> {
+        self.keep_numbers(n, y)
     }
 
     /// The same of one row, or of all lanes.
@@ -127,8 +126,8 @@ impl<T: Element> States<T> {
     }
 
     /// ŷ_n back into a tile; `None` if it is not there.
-    pub(super) fn load<S: Simd>(&self, n: usize, y: &mut [T::Vector<S>]) -> Option<()> {
-        self.load_numbers(n, scalars_mut::<T, S>(y))
+    pub(super) fn load(&self, n: usize, y: &mut [T]) -> Option<()> {
+        self.load_numbers(n, y)
     }
 
     /// The same of one row.
@@ -164,8 +163,8 @@ pub(super) enum Snapshot<T> {
 
 impl<T: Element> Snapshot<T> {
     /// In state precision.
-    pub(super) fn of<S: Simd>(y: &[T::Vector<S>]) -> Result<Self> {
-        Self::of_numbers(scalars::<T, S>(y))
+    pub(super) fn of(y: &[T]) -> Result<Self> {
+        Self::of_numbers(y)
     }
 
     pub(super) fn of_numbers(y: &[T]) -> Result<Self> {
@@ -175,8 +174,8 @@ impl<T: Element> Snapshot<T> {
     }
 
     /// Back into a tile.
-    pub(super) fn load<S: Simd>(&self, y: &mut [T::Vector<S>]) {
-        self.load_numbers(scalars_mut::<T, S>(y));
+    pub(super) fn load(&self, y: &mut [T]) {
+        self.load_numbers(y);
     }
 
     /// The same of one row.

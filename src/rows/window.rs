@@ -1,12 +1,11 @@
 //! Evaluations with their cotangents, from which parameter gradients are collected window by window.
 
-use candle_core::DType;
-use pulp::Simd;
-
 use super::activations::{KeptEvaluations, Selection};
+use super::lanewise::Lanewise;
 use super::tile::{Slot, Tiled};
 use crate::simd::scratch::Scratch;
-use crate::simd::{enter, vectors, Element, Kernel, Vectors};
+use crate::simd::{aligned, Aligned, Element};
+use candle_core::DType;
 
 /// Evaluations in a window, at least, where its slots are small.
 const WINDOW: usize = 4;
@@ -38,12 +37,12 @@ pub(super) struct OpenSlot<'a, X> {
 }
 
 /// Evaluations with their cotangents, from which parameter gradients are collected.
-pub(super) struct Window<T: Element, S: Simd> {
+pub(super) struct Window<T: Element> {
     /// Whether gradients of parameters are wanted at all.
     differentiate: bool,
-    /// Vectors of a feature.
-    width: usize,
-    /// Vectors of a slot.
+    /// Numbers of a feature: rows of a tile.
+    batch: usize,
+    /// Numbers of a slot.
     kept_size: usize,
     cotangent_size: usize,
     kept: Scratch,
@@ -57,7 +56,7 @@ pub(super) struct Window<T: Element, S: Simd> {
     base: usize,
     /// What is not yet collected.
     pending: Vec<Pending>,
-    scratch: Vectors<T, S>,
+    scratch: Aligned<T>,
     /// S times the gradients of the block of windows at hand.
     part: Scratch,
     windows: usize,
@@ -66,25 +65,25 @@ pub(super) struct Window<T: Element, S: Simd> {
     total: Option<Scratch>,
 }
 
-impl<T: Element, S: Simd> Window<T, S> {
+impl<T: Element> Window<T> {
     pub(super) fn new(
-        field: &dyn Tiled<T, S>,
+        field: &dyn Tiled<T>,
         stages: usize,
         steps: usize,
         differentiate: bool,
     ) -> Self {
-        let width = field.width();
-        let (kept, cotangents) = (field.kept() * width, field.cotangents() * width);
-        let slot = (kept + cotangents) * size_of::<T::Vector<S>>();
+        let batch = field.batch();
+        let (kept, cotangents) = (field.kept() * batch, field.cotangents() * batch);
+        let slot = (kept + cotangents) * size_of::<T>();
         let at_once = slot > CACHED;
         let several = WINDOW.div_ceil(stages.max(1)).min(steps.max(1));
         let capacity = if at_once { 1 } else { several } * stages;
         let pairs = if at_once { 1 } else { capacity };
-        let memory = |vectors| Scratch::new(vectors * size_of::<T::Vector<S>>());
+        let memory = |numbers| Scratch::new(numbers * size_of::<T>());
         let sums = if differentiate { field.sums() } else { 0 };
         Self {
             differentiate,
-            width,
+            batch,
             kept_size: kept,
             cotangent_size: cotangents,
             kept: memory(capacity * kept),
@@ -94,7 +93,7 @@ impl<T: Element, S: Simd> Window<T, S> {
             at_once,
             base: 0,
             pending: Vec::with_capacity(capacity),
-            scratch: vectors::<T, S>(if differentiate {
+            scratch: aligned(if differentiate {
                 field.scratch(pairs)
             } else {
                 0
@@ -110,21 +109,21 @@ impl<T: Element, S: Simd> Window<T, S> {
     pub(super) fn clear(&mut self) {
         self.pending.clear();
         if self.windows > 0 {
-            self.part.numbers_mut().fill(T::zeros::<S>());
+            self.part.numbers_mut().fill(T::default());
         }
         self.total = None;
         (self.base, self.windows, self.scale) = (0, 0, 1.0);
     }
 
     /// Makes space for the slots of a step.
-    pub(super) fn begin_step(&mut self, s: S, field: &dyn Tiled<T, S>, kept: &KeptBy<'_, T>) {
+    pub(super) fn begin_step(&mut self, field: &dyn Tiled<T>, kept: &KeptBy<'_, T>) {
         if self.base + self.stages > self.capacity {
-            self.flush(s, field, kept);
+            self.flush(field, kept);
             self.base = 0;
         }
     }
 
-    pub(super) fn next_kept(&mut self) -> &mut [T::Vector<S>] {
+    pub(super) fn next_kept(&mut self) -> &mut [T] {
         let slots = self.base * self.kept_size..(self.base + self.stages) * self.kept_size;
         &mut self.kept.numbers_mut()[slots]
     }
@@ -134,10 +133,10 @@ impl<T: Element, S: Simd> Window<T, S> {
         &'a mut self,
         at: (usize, usize),
         kept: &'a KeptBy<'_, T>,
-    ) -> OpenSlot<'a, T::Vector<S>> {
+    ) -> OpenSlot<'a, T> {
         let slot = self.base + at.1;
         let pair = if self.at_once { 0 } else { slot };
-        let whole = kept.evaluations.slot::<S>(kept.selection, at, self.width);
+        let whole = kept.evaluations.slot(kept.selection, at, self.batch);
         OpenSlot {
             kept: whole
                 .unwrap_or_else(|| &self.kept.numbers()[slot * self.kept_size..][..self.kept_size]),
@@ -146,17 +145,11 @@ impl<T: Element, S: Simd> Window<T, S> {
         }
     }
 
-    pub(super) fn push(
-        &mut self,
-        s: S,
-        field: &dyn Tiled<T, S>,
-        at: (usize, usize),
-        kept: &KeptBy<'_, T>,
-    ) {
+    pub(super) fn push(&mut self, field: &dyn Tiled<T>, at: (usize, usize), kept: &KeptBy<'_, T>) {
         let slot = self.base + at.1;
         self.pending.push(Pending { slot, at });
         if self.at_once {
-            self.flush(s, field, kept);
+            self.flush(field, kept);
         }
     }
 
@@ -165,26 +158,20 @@ impl<T: Element, S: Simd> Window<T, S> {
     }
 
     /// From now on, cotangents carry this scale.
-    pub(super) fn scaled_by(
-        &mut self,
-        s: S,
-        field: &dyn Tiled<T, S>,
-        kept: &KeptBy<'_, T>,
-        scale: f64,
-    ) {
+    pub(super) fn scaled_by(&mut self, field: &dyn Tiled<T>, kept: &KeptBy<'_, T>, scale: f64) {
         if self.scale != scale {
-            self.flush(s, field, kept);
-            self.promote(s);
+            self.flush(field, kept);
+            self.promote(field.lanewise());
             self.scale = scale;
         }
     }
 
     /// Collects the gradients of what is pending.
-    pub(super) fn flush(&mut self, s: S, field: &dyn Tiled<T, S>, kept: &KeptBy<'_, T>) {
+    pub(super) fn flush(&mut self, field: &dyn Tiled<T>, kept: &KeptBy<'_, T>) {
         if self.differentiate && !self.pending.is_empty() {
             let slot = |&Pending { slot, at }: &Pending| {
                 let pair = if self.at_once { 0 } else { slot };
-                let whole = kept.evaluations.slot::<S>(kept.selection, at, self.width);
+                let whole = kept.evaluations.slot(kept.selection, at, self.batch);
                 Slot {
                     kept: whole.unwrap_or_else(|| {
                         &self.kept.numbers()[slot * self.kept_size..][..self.kept_size]
@@ -194,65 +181,39 @@ impl<T: Element, S: Simd> Window<T, S> {
                 }
             };
             let slots: Vec<_> = self.pending.iter().map(slot).collect();
-            field.accumulate(s, &slots, &mut self.scratch, self.part.numbers_mut());
+            field.accumulate(&slots, &mut self.scratch, self.part.numbers_mut());
             self.windows += 1;
         }
         self.pending.clear();
         if self.windows >= BLOCK {
-            self.promote(s);
+            self.promote(field.lanewise());
         }
     }
 
     /// Adds the partial sums to the total.
-    fn promote(&mut self, s: S) {
+    fn promote(&mut self, on: &dyn Lanewise<T>) {
         if self.windows == 0 {
             return;
         }
-        let part = self.part.numbers_mut::<T::Vector<S>>();
+        let part = self.part.numbers_mut::<T>();
         let total = self
             .total
             .get_or_insert_with(|| Scratch::new(size_of_val(part)));
         let (a, b) = in_range::<T>(1.0 / self.scale);
-        let (a, b) = (T::splat(s, T::of(a)), T::splat(s, T::of(b)));
-        let promote = Promote::<T, S> {
-            factors: [a, b],
-            part,
-            total: total.numbers_mut(),
-        };
-        enter(s, promote);
+        on.promote([T::of(a), T::of(b)], part, total.numbers_mut());
         self.windows = 0;
     }
 
     /// The gradients of a group, of which a single block is not copied.
-    pub(super) fn finish(&mut self, s: S, field: &dyn Tiled<T, S>) -> Vec<T> {
+    pub(super) fn finish(&mut self, field: &dyn Tiled<T>) -> Vec<T> {
         if !self.differentiate {
             return vec![];
         }
         if self.scale != 1.0 || self.total.is_some() {
-            self.promote(s);
+            self.promote(field.lanewise());
         }
         let sums = self.total.as_ref().unwrap_or(&self.part);
-        field.gradients(s, sums.numbers())
-    }
-}
-
-/// `total += a b part`, and zeros in its place.
-struct Promote<'a, T: Element, S: Simd> {
-    factors: [T::Vector<S>; 2],
-    part: &'a mut [T::Vector<S>],
-    total: &'a mut [T::Vector<S>],
-}
-
-impl<T: Element, S: Simd> Kernel<S> for Promote<'_, T, S> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, s: S) {
-        let [a, b] = self.factors;
-        for (total, part) in self.total.iter_mut().zip(self.part) {
-            *total = T::mul_add(s, a, T::times(s, b, *part), *total);
-            *part = T::zeros::<S>();
-        }
+        field.gradients(sums.numbers())
     }
 }
 

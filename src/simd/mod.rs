@@ -111,6 +111,18 @@ pub(crate) trait Element:
         size_of::<Self::Vector<S>>() / size_of::<Self>()
     }
 
+    /// Numbers as vectors, of which there is a whole number.
+    #[inline(always)]
+    fn vectors<S: Simd>(numbers: &[Self]) -> &[Self::Vector<S>] {
+        bytemuck::cast_slice(numbers)
+    }
+
+    /// The same to write.
+    #[inline(always)]
+    fn vectors_mut<S: Simd>(numbers: &mut [Self]) -> &mut [Self::Vector<S>] {
+        bytemuck::cast_slice_mut(numbers)
+    }
+
     /// 0 in all lanes.
     fn zeros<S: Simd>() -> Self::Vector<S> {
         Zeroable::zeroed()
@@ -179,6 +191,14 @@ impl<X: Pod> DerefMut for Aligned<X> {
 
 /// Owned vectors.
 pub(crate) type Vectors<T, S> = Aligned<<T as Element>::Vector<S>>;
+
+/// n zeros.
+pub(crate) fn aligned<X: Pod>(n: usize) -> Aligned<X> {
+    Aligned {
+        scratch: Scratch::new(n * size_of::<X>()),
+        number: PhantomData,
+    }
+}
 
 /// n vectors of zeros.
 pub(crate) fn vectors<T: Element, S: Simd>(n: usize) -> Vectors<T, S> {

@@ -1,8 +1,6 @@
 //! Rows of a state into the lanes of a tile, and back.
 
-use pulp::Simd;
-
-use super::{scalars, scalars_mut, Element};
+use super::Element;
 
 /// What the lanes of a tile hold that no row is left for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,18 +12,13 @@ pub(crate) enum Idle {
 }
 
 /// Rows `[row][feature]` of a batch into a tile `[feature][B]`.
-pub(crate) fn load<T: Element, S: Simd>(
+pub(crate) fn load<T: Element>(
     rows: &[T],
     features: usize,
     batch: usize,
     idle: Idle,
-    tile: &mut [T::Vector<S>],
+    tile: &mut [T],
 ) {
-    spread(rows, features, batch, idle, scalars_mut::<T, S>(tile));
-}
-
-/// [`load`], which needs no vectors.
-fn spread<T: Element>(rows: &[T], features: usize, batch: usize, idle: Idle, tile: &mut [T]) {
     for (b, row) in rows.chunks_exact(features).enumerate() {
         for (i, &x) in row.iter().enumerate() {
             tile[i * batch + b] = x;
@@ -42,17 +35,7 @@ fn spread<T: Element>(rows: &[T], features: usize, batch: usize, idle: Idle, til
 }
 
 /// The inverse of [`load`].
-pub(crate) fn store<T: Element, S: Simd>(
-    tile: &[T::Vector<S>],
-    features: usize,
-    batch: usize,
-    rows: &mut [T],
-) {
-    gather(scalars::<T, S>(tile), features, batch, rows);
-}
-
-/// [`store`], which needs none either.
-fn gather<T: Element>(tile: &[T], features: usize, batch: usize, rows: &mut [T]) {
+pub(crate) fn store<T: Element>(tile: &[T], features: usize, batch: usize, rows: &mut [T]) {
     for (b, row) in rows.chunks_exact_mut(features).enumerate() {
         for (i, x) in row.iter_mut().enumerate() {
             *x = tile[i * batch + b];

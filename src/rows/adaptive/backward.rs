@@ -7,8 +7,6 @@
 //!
 //! All lanes of a tile share one adjoint scale, which is chosen from the largest cotangent in the tile.
 
-use pulp::Simd;
-
 use super::{keeps_no_evaluations, RowSolve, RowTrajectories, SolvedGroup};
 use crate::error::{Error, Result};
 use crate::reverse::{Adjoint, Backward};
@@ -16,19 +14,19 @@ use crate::rows::activations::{KeptEvaluations, Selection};
 use crate::rows::backward::{add_up, adjoint, magnitude, SweptGroup};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::pulls::{DenseSeeds, StagePulls};
-use crate::rows::stepper::{is_finite, Stepper};
+use crate::rows::stepper::Stepper;
 use crate::rows::trajectory::{Snapshot, TileStore, TileTrajectory};
 use crate::rows::window::{KeptBy, Window};
 use crate::rows::{on_all_threads, Failure, TilePlan};
 use crate::schedule::{Inside, Step};
-use crate::simd::{scalars_mut, vectors, Element, Vectors};
+use crate::simd::{aligned, Aligned, Element};
 use crate::stats::Stats;
 use crate::tableau::Tableau;
 use crate::trajectory::{Next, Rewind};
 
 /// The gradients of y0 and θ.
-pub(super) fn pull_back<T: Element, S: Simd>(
-    solved: &RowTrajectories<T, S>,
+pub(super) fn pull_back<T: Element>(
+    solved: &RowTrajectories<T>,
     cotangent: &[T],
     back: &Backward<'_>,
     stats: &mut Stats,
@@ -56,7 +54,7 @@ pub(super) fn pull_back<T: Element, S: Simd>(
     };
     let differentiate = !theta.is_empty();
     let window = || Window::new(&*solved.field, stages, usize::MAX, differentiate);
-    let each = |window: &mut Window<T, S>, group: &SolvedGroup<T>| pass.sweep(group, window);
+    let each = |window: &mut Window<T>, group: &SolvedGroup<T>| pass.sweep(group, window);
     on_all_threads(&solved.groups, &window, &each, &mut fold)?;
     stats.add(&counted);
     if !gradients.iter().all(|g| g.wide().is_finite()) {
@@ -67,15 +65,15 @@ pub(super) fn pull_back<T: Element, S: Simd>(
 }
 
 /// What every group's backward pass reads.
-struct RowsPass<'a, T: Element, S: Simd> {
-    solved: &'a RowTrajectories<T, S>,
+struct RowsPass<'a, T: Element> {
+    solved: &'a RowTrajectories<T>,
     plan: &'a TilePlan<'a>,
     selection: &'a Selection,
     /// Of the returned states, `(outputs, elements)`.
     cotangent: &'a [T],
 }
 
-impl<T: Element, S: Simd> RowsPass<'_, T, S> {
+impl<T: Element> RowsPass<'_, T> {
     /// The cotangents of an output of a row, feature after feature.
     fn seed(&self, row: usize, output: usize) -> impl Iterator<Item = T> + '_ {
         let layout = self.plan.layout;
@@ -109,10 +107,9 @@ impl<T: Element, S: Simd> RowsPass<'_, T, S> {
     fn sweep(
         &self,
         group: &SolvedGroup<T>,
-        window: &mut Window<T, S>,
+        window: &mut Window<T>,
     ) -> std::result::Result<SweptGroup<T>, Failure> {
         let anywhere = |error| Failure { at: (0, 0), error };
-        let s = self.solved.s;
         let (field, plan) = (&*self.solved.field, self.plan);
         let evaluations = KeptEvaluations::new(self.selection, 0).map_err(anywhere)?;
         let kept = KeptBy {
@@ -120,19 +117,19 @@ impl<T: Element, S: Simd> RowsPass<'_, T, S> {
             evaluations: &evaluations,
         };
         window.clear();
-        let mut walks = Walks::new(s, self, group);
-        let mut pull = StagePulls::<T, S>::new(&walks.stepper);
+        let mut walks = Walks::new(self, group);
+        let mut pull = StagePulls::<T>::new(&walks.stepper);
         let mut dense = DenseSeeds::new(&walks.stepper);
-        let (width, mut scaler) = (walks.stepper.width, plan.problem.scaler);
+        let (batch, mut scaler) = (walks.stepper.batch, plan.problem.scaler);
         let mut counted = Stats::default();
         while walks.enter_steps(&mut counted).map_err(anywhere)? {
             let steps = LaneSteps::Each(&walks.steps);
             let seeds = walks.weigh(&mut dense).then_some(&dense);
-            window.begin_step(s, field, &kept);
+            window.begin_step(field, &kept);
             walks.stepper.linearize(steps, &walks.y, window.next_kept());
             counted.recomputed += walks.stepper.stages(steps.is_dense()).len();
             if scaler.is_dynamic() {
-                scaler = scaler.aimed(magnitude::<T, S>(s, plan, width, &walks.adj, seeds));
+                scaler = scaler.aimed(magnitude(walks.stepper.on, plan, batch, &walks.adj, seeds));
             }
             scaler = pull
                 .step(
@@ -149,10 +146,10 @@ impl<T: Element, S: Simd> RowsPass<'_, T, S> {
             walks.leave_steps()?;
             window.end_step();
         }
-        window.flush(s, field, &kept);
+        window.flush(field, &kept);
         Ok(SweptGroup {
             y0: walks.y0,
-            gradients: window.finish(s, field),
+            gradients: window.finish(field),
             stats: counted,
         })
     }
@@ -171,36 +168,36 @@ struct Walk<'a, T> {
 }
 
 /// The lanes of a tile on their ways.
-struct Walks<'a, T: Element, S: Simd> {
-    pass: &'a RowsPass<'a, T, S>,
+struct Walks<'a, T: Element> {
+    pass: &'a RowsPass<'a, T>,
     group: &'a SolvedGroup<T>,
-    stepper: Stepper<'a, T, S>,
+    stepper: Stepper<'a, T>,
     /// The next row that a lane takes, of the group.
     next: usize,
     lanes: Vec<Option<Walk<'a, T>>>,
     steps: Vec<Step>,
-    y: Vectors<T, S>,
-    adj: Vectors<T, S>,
+    y: Aligned<T>,
+    adj: Aligned<T>,
     /// The numbers of one row; a tile that is replayed, and its slot.
     row: Vec<T>,
-    tile: Vectors<T, S>,
-    slot: Vectors<T, S>,
+    tile: Aligned<T>,
+    slot: Aligned<T>,
     /// λ_0, `[row][feature]`.
     y0: Vec<T>,
 }
 
-impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
-    fn new(s: S, pass: &'a RowsPass<'a, T, S>, group: &'a SolvedGroup<T>) -> Self {
-        let stepper = Stepper::new(s, &*pass.solved.field, pass.plan);
-        let (size, batch) = (stepper.size, stepper.width * T::lanes::<S>());
+impl<'a, T: Element> Walks<'a, T> {
+    fn new(pass: &'a RowsPass<'a, T>, group: &'a SolvedGroup<T>) -> Self {
+        let stepper = Stepper::new(&*pass.solved.field, pass.plan);
+        let (size, batch) = (stepper.size, stepper.batch);
         let mut walks = Self {
             next: 0,
             lanes: (0..batch).map(|_| None).collect(),
             steps: vec![],
-            y: vectors::<T, S>(size),
-            adj: vectors::<T, S>(size),
+            y: aligned(size),
+            adj: aligned(size),
             row: vec![T::default(); pass.plan.layout.dim()],
-            tile: vectors::<T, S>(size),
+            tile: aligned(size),
             slot: stepper.slot(),
             y0: vec![T::default(); group.rows.len() * pass.plan.layout.dim()],
             pass,
@@ -220,7 +217,7 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
     /// Lets a lane begin at the end of the next row that has steps.
     fn refill(&mut self, at: usize) {
         let batch = self.batch();
-        let adj = scalars_mut::<T, S>(&mut self.adj);
+        let adj = &mut self.adj;
         self.lanes[at] = None;
         for i in (at..adj.len()).step_by(batch) {
             adj[i] = T::default();
@@ -275,7 +272,7 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
             self.steps[at] = step;
         }
         // Lanes without a row do what another does, with cotangents of zero.
-        let y = scalars_mut::<T, S>(&mut self.y);
+        let y = &mut self.y;
         for at in 0..batch {
             if self.lanes[at].is_none() {
                 self.steps[at] = self.steps[live];
@@ -290,8 +287,8 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
     /// ŷ_n of every lane that has it; whether others need a replay first.
     fn find_states(&mut self, stats: &mut Stats) -> Result<bool> {
         let batch = self.batch();
-        let y = scalars_mut::<T, S>(&mut self.y);
-        let tile = scalars_mut::<T, S>(&mut self.tile);
+        let y = &mut self.y;
+        let tile = &mut self.tile;
         let mut replays = false;
         for (at, walk) in self.lanes.iter_mut().enumerate() {
             let Some(walk) = walk.as_mut().filter(|walk| !walk.arrived) else {
@@ -349,7 +346,7 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
         stats.recomputed += self.stepper.stages(false).len();
         self.stepper
             .advance_lanes(&each, &mut self.tile, &mut self.slot);
-        let tile = scalars_mut::<T, S>(&mut self.tile);
+        let tile = &mut self.tile;
         for (at, walk) in self.lanes.iter_mut().enumerate() {
             let Some(walk) = walk.as_mut().filter(|walk| walk.replayed.is_some()) else {
                 continue;
@@ -364,7 +361,7 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
     }
 
     /// What enters the steps from outputs inside them and inside those before, if there are any.
-    fn weigh(&self, dense: &mut DenseSeeds<T, S>) -> bool {
+    fn weigh(&self, dense: &mut DenseSeeds<T>) -> bool {
         let tableau = &self.pass.plan.problem.scheme.tableau;
         let mut any = false;
         for (at, walk) in self.lanes.iter().enumerate() {
@@ -398,7 +395,7 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
         (at, row): (usize, usize),
         inside: &[Inside],
         keeps_last: bool,
-        dense: &mut DenseSeeds<T, S>,
+        dense: &mut DenseSeeds<T>,
     ) {
         let (batch, last) = (self.batch(), tableau.stages() - 1);
         let size = self.stepper.size;
@@ -408,14 +405,14 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
                 if b == 0.0 || i == last && !keeps_last {
                     continue;
                 }
-                let stage = scalars_mut::<T, S>(&mut dense.stages[i * size..][..size]);
+                let stage = &mut dense.stages[i * size..][..size];
                 let seed = self.pass.seed(row, output.output).enumerate();
                 for (i, y) in seed {
                     let sum = &mut stage[i * batch + at];
                     *sum = sum.plus_product(T::of(b), y);
                 }
             }
-            let state = scalars_mut::<T, S>(&mut dense.state);
+            let state = &mut dense.state;
             for (i, y) in self.pass.seed(row, output.output).enumerate() {
                 state[i * batch + at] += y;
             }
@@ -429,10 +426,10 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
         (at, row): (usize, usize),
         before: &[Inside],
         ratio: f64,
-        dense: &mut DenseSeeds<T, S>,
+        dense: &mut DenseSeeds<T>,
     ) {
         let (batch, last) = (self.batch(), tableau.stages() - 1);
-        let stage = scalars_mut::<T, S>(&mut dense.stages[..self.stepper.size]);
+        let stage = &mut dense.stages[..self.stepper.size];
         for output in before {
             let weight = T::of(ratio * tableau.weights_at(output.x)[last]);
             for (i, y) in self.pass.seed(row, output.output).enumerate() {
@@ -444,13 +441,13 @@ impl<'a, T: Element, S: Simd> Walks<'a, T, S> {
 
     /// Adds what is returned at the nodes that the lanes have reached; those at the start of their row take the next.
     fn leave_steps(&mut self) -> std::result::Result<(), Failure> {
-        let finite = is_finite::<T, S>(self.stepper.s, &self.adj);
+        let finite = self.stepper.on.is_finite(&self.adj);
         let (batch, dim) = (self.batch(), self.pass.plan.layout.dim());
         for at in 0..batch {
             let Some(walk) = &self.lanes[at] else {
                 continue;
             };
-            let adj = scalars_mut::<T, S>(&mut self.adj);
+            let adj = &mut self.adj;
             if let Some(output) = walk.solve.steps.at_node(walk.n) {
                 for (i, y) in self.pass.seed(walk.row, output).enumerate() {
                     adj[i * batch + at] += y;

@@ -2,19 +2,17 @@
 
 use std::ops::Range;
 
-use pulp::Simd;
-
 use super::forward::Group;
 use super::lane::Phase;
-use super::norms::{Attempted, Measure};
+use super::norms::Attempted;
 use crate::adaptive::{Attempt, OnFailure, Verdict};
 use crate::error::{Error, Result, StopReason};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
 use crate::rows::Failure;
-use crate::simd::{enter, scalars, scalars_mut, Element, Kernel};
+use crate::simd::Element;
 
-impl<T: Element, S: Simd> Group<'_, T, S> {
+impl<T: Element> Group<'_, T> {
     /// Decides about the attempts, of so many evaluations each.
     pub(super) fn judge(&mut self, evaluations: usize) -> Result<()> {
         let control = self.pass.control;
@@ -27,7 +25,7 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
             ..
         } = self;
         let attempt = attempted(stepper, [&*y, &*after, &*error]);
-        enter(stepper.s, Measure { norms, attempt });
+        stepper.on.measure(norms, attempt);
         let mut accepted = Vec::with_capacity(self.batch());
         let mut needs_last = false;
         for at in 0..self.batch() {
@@ -108,7 +106,7 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
                 continue;
             }
             let c = T::of(h * b);
-            let k = scalars::<T, S>(&self.stepper.ks[i * size..][..size]);
+            let k = &self.stepper.ks[i * size..][..size];
             let k = k.iter().skip(at).step_by(batch);
             for (y, k) in state.iter_mut().zip(k) {
                 *y = y.plus_product(c, *k);
@@ -128,9 +126,7 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
         let (k, rest) = self.stepper.ks.split_at_mut(size);
         let new = &rest[last - size..][..size];
         for (to, from) in [(&mut *self.y, &*self.after), (k, new)] {
-            let (to, from) = (scalars_mut::<T, S>(to), scalars::<T, S>(from));
-            let mask = &mask;
-            enter(self.stepper.s, Select { mask, to, from });
+            self.stepper.on.select(&mask, to, from);
         }
         for (at, attempt, _) in accepted {
             let at = *at;
@@ -213,40 +209,15 @@ impl<T: Element, S: Simd> Group<'_, T, S> {
 }
 
 /// An attempt of all lanes, from tiles of y_n, y_{n+1} and the error.
-fn attempted<'t, T: Element, S: Simd>(
-    stepper: &'t Stepper<'_, T, S>,
-    [y, next, error]: [&'t [T::Vector<S>]; 3],
+fn attempted<'t, T: Element>(
+    stepper: &'t Stepper<'_, T>,
+    [y, next, error]: [&'t [T]; 3],
 ) -> Attempted<'t, T> {
     Attempted {
-        y: scalars::<T, S>(y),
-        next: scalars::<T, S>(next),
-        k: scalars::<T, S>(&stepper.ks[..stepper.size]),
-        error: scalars::<T, S>(error),
+        y: y,
+        next: next,
+        k: (&stepper.ks[..stepper.size]),
+        error: error,
         lengths: stepper.lengths(),
-    }
-}
-
-/// Takes over the lanes that are marked.
-struct Select<'a, T> {
-    mask: &'a [bool],
-    to: &'a mut [T],
-    from: &'a [T],
-}
-
-impl<T: Element, S: Simd> Kernel<S> for Select<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, _: S) {
-        let Self { mask, to, from } = self;
-        if mask.iter().all(|taken| *taken) {
-            return to.copy_from_slice(from);
-        }
-        let batch = mask.len();
-        for (to, from) in to.chunks_exact_mut(batch).zip(from.chunks_exact(batch)) {
-            for ((to, from), taken) in to.iter_mut().zip(from).zip(mask) {
-                *to = if *taken { *from } else { *to };
-            }
-        }
     }
 }

@@ -2,8 +2,6 @@
 
 use std::ops::Range;
 
-use pulp::Simd;
-
 use super::lane::{Lane, Phase};
 use super::norms::{Norms, Tolerances};
 use super::{RowSolve, SolvedGroup};
@@ -16,27 +14,23 @@ use crate::rows::tile::Tiled;
 use crate::rows::trajectory::{TileStore, TileTrajectory};
 use crate::rows::{Failure, TilePlan};
 use crate::schedule::Step;
-use crate::simd::{scalars, scalars_mut, vectors, Element, Vectors};
+use crate::simd::{aligned, Aligned, Element};
 
 /// What every group's forward pass reads.
 #[derive(Clone, Copy)]
-pub(super) struct IntegrateRows<'a, T: Element, S: Simd> {
-    pub(super) field: &'a dyn Tiled<T, S>,
+pub(super) struct IntegrateRows<'a, T: Element> {
+    pub(super) field: &'a dyn Tiled<T>,
     pub(super) plan: &'a TilePlan<'a>,
     pub(super) control: &'a Control,
     pub(super) tolerances: &'a Tolerances,
     pub(super) y0: &'a [T],
 }
 
-impl<T: Element, S: Simd> IntegrateRows<'_, T, S> {
+impl<T: Element> IntegrateRows<'_, T> {
     /// Solves the rows of one group.
-    pub(super) fn group(
-        &self,
-        s: S,
-        rows: Range<usize>,
-    ) -> std::result::Result<SolvedGroup<T>, Failure> {
+    pub(super) fn group(&self, rows: Range<usize>) -> std::result::Result<SolvedGroup<T>, Failure> {
         let anywhere = |error| Failure { at: (0, 0), error };
-        let mut group = Group::new(s, *self, rows).map_err(anywhere)?;
+        let mut group = Group::new(*self, rows).map_err(anywhere)?;
         while group.lanes.iter().any(Option::is_some) {
             group.round().map_err(anywhere)?;
         }
@@ -45,9 +39,9 @@ impl<T: Element, S: Simd> IntegrateRows<'_, T, S> {
 }
 
 /// The rows of a group under way.
-pub(super) struct Group<'a, T: Element, S: Simd> {
-    pub(super) pass: IntegrateRows<'a, T, S>,
-    pub(super) stepper: Stepper<'a, T, S>,
+pub(super) struct Group<'a, T: Element> {
+    pub(super) pass: IntegrateRows<'a, T>,
+    pub(super) stepper: Stepper<'a, T>,
     pub(super) norms: Norms<'a>,
     pub(super) rows: Range<usize>,
     /// The next row that a lane takes.
@@ -55,10 +49,10 @@ pub(super) struct Group<'a, T: Element, S: Simd> {
     pub(super) lanes: Vec<Option<Lane<T>>>,
     /// Steps of the lanes; without an attempt under way, of length zero.
     pub(super) steps: Vec<Step>,
-    pub(super) y: Vectors<T, S>,
-    pub(super) after: Vectors<T, S>,
-    pub(super) error: Vectors<T, S>,
-    pub(super) slot: Vectors<T, S>,
+    pub(super) y: Aligned<T>,
+    pub(super) after: Aligned<T>,
+    pub(super) error: Aligned<T>,
+    pub(super) slot: Aligned<T>,
     pub(super) solves: Vec<Option<RowSolve<T>>>,
     /// `[row][output][feature]`.
     pub(super) states: Vec<T>,
@@ -66,20 +60,20 @@ pub(super) struct Group<'a, T: Element, S: Simd> {
     pub(super) calls: usize,
 }
 
-impl<'a, T: Element, S: Simd> Group<'a, T, S> {
-    fn new(s: S, pass: IntegrateRows<'a, T, S>, rows: Range<usize>) -> Result<Self> {
+impl<'a, T: Element> Group<'a, T> {
+    fn new(pass: IntegrateRows<'a, T>, rows: Range<usize>) -> Result<Self> {
         let IntegrateRows { plan, control, .. } = pass;
-        let stepper = Stepper::estimating(s, pass.field, plan, &control.estimate);
-        let (size, batch) = (stepper.size, stepper.width * T::lanes::<S>());
+        let stepper = Stepper::estimating(pass.field, plan, &control.estimate);
+        let (size, batch) = (stepper.size, stepper.batch);
         let numbers = plan.problem.outputs().saturating_mul(plan.layout.dim());
         let mut group = Self {
             norms: Norms::new(pass.tolerances, plan.layout, batch),
             next: rows.start,
             lanes: (0..batch).map(|_| None).collect(),
             steps: vec![],
-            y: vectors::<T, S>(size),
-            after: vectors::<T, S>(size),
-            error: vectors::<T, S>(size),
+            y: aligned(size),
+            after: aligned(size),
+            error: aligned(size),
             slot: stepper.slot(),
             solves: rows.clone().map(|_| None).collect(),
             states: zeros("returned states", numbers.saturating_mul(rows.len()))?,
@@ -108,7 +102,7 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
     /// Puts a row's y0 into a lane.
     fn load(&mut self, lane: usize, row: usize) {
         let (layout, batch) = (self.pass.plan.layout, self.batch());
-        let y = scalars_mut::<T, S>(&mut self.y);
+        let y = &mut self.y;
         let mut at = lane;
         for (leaf, &features) in layout.features.iter().enumerate() {
             for x in &self.pass.y0[layout.offset(leaf, row)..][..features] {
@@ -144,8 +138,8 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
     }
 
     /// The numbers of one lane.
-    pub(super) fn numbers(&self, tile: &[T::Vector<S>], lane: usize) -> Vec<T> {
-        let numbers = scalars::<T, S>(tile).iter().skip(lane);
+    pub(super) fn numbers(&self, tile: &[T], lane: usize) -> Vec<T> {
+        let numbers = tile.iter().skip(lane);
         numbers.step_by(self.batch()).copied().collect()
     }
 
@@ -232,9 +226,9 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
         self.calls += 1;
         self.stepper.sum_stage(i, &self.y, &mut self.slot);
         if begins {
-            let stage = scalars_mut::<T, S>(&mut self.slot[..size]);
-            let y = scalars::<T, S>(&self.y);
-            let k = scalars::<T, S>(&self.stepper.ks[..size]);
+            let stage = &mut self.slot[..size];
+            let y = &self.y;
+            let k = &self.stepper.ks[..size];
             for (at, lane) in self.lanes.iter().enumerate() {
                 let h = match lane.as_ref().map(|lane| lane.phase) {
                     Some(Phase::Start(_)) => None,
@@ -269,10 +263,10 @@ impl<'a, T: Element, S: Simd> Group<'a, T, S> {
     fn begin(&mut self, i: usize) -> Result<()> {
         let (batch, size, control) = (self.batch(), self.stepper.size, self.pass.control);
         for at in 0..batch {
-            let y = scalars::<T, S>(&self.y);
+            let y = &self.y;
             let (k, rest) = self.stepper.ks.split_at_mut(size);
-            let k = scalars_mut::<T, S>(k);
-            let new = scalars::<T, S>(&rest[(i - 1) * size..][..size]);
+            let k = k;
+            let new = &rest[(i - 1) * size..][..size];
             let Some(lane) = &mut self.lanes[at] else {
                 continue;
             };

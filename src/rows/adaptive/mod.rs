@@ -15,7 +15,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Shape, Tensor, TensorId};
-use pulp::Simd;
 
 use super::activations::{Selection, Size};
 use super::tile::Tiled;
@@ -32,6 +31,7 @@ use crate::state::RowLayout;
 use crate::stats::{RowStats, Stats};
 use forward::IntegrateRows;
 use norms::Tolerances;
+pub(super) use norms::{Attempted, Norms};
 
 /// A row that was solved: its steps, what was kept of its states, and what it did.
 struct RowSolve<T> {
@@ -56,8 +56,7 @@ struct SolvedGroup<T> {
 const ROWS_OF_A_LANE: usize = 4;
 
 /// The groups of rows that go through one tile after each other.  Which they are depends on the problem alone.
-fn groups<T: Element, S: Simd>(plan: &TilePlan<'_>, parameters: usize) -> Vec<Range<usize>> {
-    let batch = plan.batch::<T, S>();
+fn groups(plan: &TilePlan<'_>, batch: usize, parameters: usize) -> Vec<Range<usize>> {
     let rows = plan.layout.rows;
     let count = (rows / (ROWS_OF_A_LANE * batch)).clamp(1, plan.most_groups(parameters));
     let cut = |g: usize| g * rows / count;
@@ -65,9 +64,8 @@ fn groups<T: Element, S: Simd>(plan: &TilePlan<'_>, parameters: usize) -> Vec<Ra
 }
 
 /// The forward pass of all rows, and the way back.
-pub(super) fn run<T: Element, S: Simd>(
-    s: S,
-    field: Box<dyn Tiled<T, S>>,
+pub(super) fn run<T: Element>(
+    field: Box<dyn Tiled<T>>,
     task: Task<'_, T>,
     control: &Arc<Control>,
     stats: &mut Stats,
@@ -75,7 +73,7 @@ pub(super) fn run<T: Element, S: Simd>(
     let Task { plan, y0, weights } = task;
     let (problem, layout) = (plan.problem, plan.layout);
     let tolerances = Tolerances::new(problem, control)?;
-    let groups = groups::<T, S>(plan, field.parameters());
+    let groups = groups(plan, field.batch(), field.parameters());
     let pass = IntegrateRows {
         field: &*field,
         plan,
@@ -83,7 +81,7 @@ pub(super) fn run<T: Element, S: Simd>(
         tolerances: &tolerances,
         y0: &y0,
     };
-    let each = |(): &mut (), rows: &Range<usize>| pass.group(s, rows.clone());
+    let each = |(): &mut (), rows: &Range<usize>| pass.group(rows.clone());
     let mut done = Vec::with_capacity(groups.len());
     on_all_threads(&groups, &|| (), &each, &mut |_, group| done.push(group))?;
     let elements = problem.packing.len();
@@ -106,7 +104,6 @@ pub(super) fn run<T: Element, S: Simd>(
     Ok(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         back: Arc::new(RowTrajectories {
-            s,
             field,
             weights: weights.iter().map(Tensor::id).collect(),
             shapes: weights.iter().map(|w| w.shape().clone()).collect(),
@@ -146,16 +143,15 @@ fn count<T: Element>(groups: &[SolvedGroup<T>], traces: bool, stats: &mut Stats)
 }
 
 /// What a forward pass by rows leaves for the way back.
-struct RowTrajectories<T: Element, S: Simd> {
-    s: S,
-    field: Box<dyn Tiled<T, S>>,
+struct RowTrajectories<T: Element> {
+    field: Box<dyn Tiled<T>>,
     weights: Vec<TensorId>,
     shapes: Vec<Shape>,
     layout: RowLayout,
     groups: Vec<SolvedGroup<T>>,
 }
 
-impl<T: Element, S: Simd> Reversible for RowTrajectories<T, S> {
+impl<T: Element> Reversible for RowTrajectories<T> {
     fn can_rewind(&self) -> bool {
         let mut solves = self.groups.iter().flat_map(|group| &group.solves);
         solves.all(|solve| solve.trajectory.can_rewind())
@@ -172,7 +168,7 @@ impl<T: Element, S: Simd> Reversible for RowTrajectories<T, S> {
 }
 
 /// Nothing is kept of evaluations, since rows have steps of their own.
-fn keeps_no_evaluations<T: Element, S: Simd>(field: &dyn Tiled<T, S>, stages: usize) -> Selection {
+fn keeps_no_evaluations<T: Element>(field: &dyn Tiled<T>, stages: usize) -> Selection {
     let size = Size {
         rows: 0,
         features: field.kept(),

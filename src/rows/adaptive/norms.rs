@@ -3,12 +3,11 @@
 //! number of lanes.
 
 use candle_core::{DType, Tensor};
-use pulp::Simd;
 
 use crate::adaptive::{Control, OfLeaf};
 use crate::error::{Result, Worst};
 use crate::problem::Problem;
-use crate::simd::{Element, Kernel};
+use crate::simd::Element;
 use crate::state::RowLayout;
 
 /// The tolerances of a solve.
@@ -62,7 +61,7 @@ impl Tolerances {
 
 /// An attempt of every lane: tiles `[feature][B]` of y_n, y_{n+1}, k_1 and the error, and the lengths.
 #[derive(Clone, Copy)]
-pub(super) struct Attempted<'a, T> {
+pub(in crate::rows) struct Attempted<'a, T> {
     pub(super) y: &'a [T],
     pub(super) next: &'a [T],
     pub(super) k: &'a [T],
@@ -71,7 +70,7 @@ pub(super) struct Attempted<'a, T> {
 }
 
 /// The tolerances of the rows that the lanes hold, and scratch for their norms.
-pub(super) struct Norms<'a> {
+pub(in crate::rows) struct Norms<'a> {
     of: &'a Tolerances,
     layout: &'a RowLayout,
     batch: usize,
@@ -116,7 +115,7 @@ impl<'a> Norms<'a> {
 
     /// The norms of an attempt of all lanes: the largest RMS of a leaf, infinite where a number is not finite.
     #[inline(always)]
-    fn measure<T: Element>(&mut self, attempt: Attempted<'_, T>) {
+    pub(in crate::rows) fn measure<T: Element>(&mut self, attempt: Attempted<'_, T>) {
         let (batch, mut at) = (self.batch, 0);
         self.r.fill(0.0);
         self.plain.fill(0.0);
@@ -254,21 +253,6 @@ impl<'a> Norms<'a> {
             }
         }
         worst
-    }
-}
-
-/// [`Norms::measure`], in code for the vector unit.
-pub(super) struct Measure<'a, 'n, T> {
-    pub(super) norms: &'a mut Norms<'n>,
-    pub(super) attempt: Attempted<'a, T>,
-}
-
-impl<T: Element, S: Simd> Kernel<S> for Measure<'_, '_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, _: S) {
-        self.norms.measure(self.attempt);
     }
 }
 
