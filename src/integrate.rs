@@ -93,7 +93,9 @@ fn nothing(problem: &Problem, field: &Field<'_>, y0: &[Tensor]) -> Result<Forwar
     }
     let y0 = y0.to_vec();
     let trajectory = Trajectory::new(problem.checkpoint, 0, scheme.roles.clone(), &y0)?;
-    let packed = Tensor::zeros((problem.outputs(), 0), problem.state(), problem.device())?;
+    // Of adaptive steps there is the state at the start, whatever is asked for.
+    let outputs = problem.outputs().max(1);
+    let packed = Tensor::zeros((outputs, 0), problem.state(), problem.device())?;
     let schedule = match &problem.plan {
         Plan::Known(schedule) => Arc::clone(schedule),
         Plan::Adaptive(control) => {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::adaptive::Control;
-use crate::error::{Error, Result};
+use crate::adaptive::{Control, StepControl};
+use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::check::FieldCheck;
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
@@ -301,16 +301,17 @@ impl Problem {
     pub(crate) fn returned(&self, outputs: usize) -> Vec<usize> {
         let state = self.packing.joined();
         match self.output {
-            Output::All => [vec![outputs], state].concat(),
+            Output::All | Output::Steps => [vec![outputs], state].concat(),
             Output::Final => state,
         }
     }
 
-    /// Number of states returned.
+    /// Number of states returned, as far as it is known before the solve: of adaptive steps none is.
     pub(crate) fn outputs(&self) -> usize {
         match self.output {
             Output::All => self.grid.points().len(),
             Output::Final => 1,
+            Output::Steps => self.plan.known().map_or(0, |steps| steps.len() + 1),
         }
     }
 }
@@ -331,6 +332,10 @@ impl Plan {
                 Self::Known(Arc::new(none))
             }
             Steps::Adaptive(adaptive) => {
+                let by_row = adaptive.control == Some(StepControl::Rows);
+                if options.output == Output::Steps && by_row {
+                    return Err(Error::Adaptive(AdaptiveDefect::StepsOfRows));
+                }
                 let control = Control::new(adaptive, &options.method, grid, jumps)?;
                 Self::Adaptive(Arc::new(control))
             }

@@ -17,8 +17,8 @@ use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{
-    odeint, predict, Checkpoint, OdeOptions, Output, Precision, Recorder, Stats, Steps, Tableau,
-    Time, DOPRI5, RK4,
+    odeint, predict, solution, Checkpoint, OdeOptions, Output, Precision, Recorder, Stats, Steps,
+    Tableau, Time, DOPRI5, RK4,
 };
 use common::{bits, relative, scattered, values, var, worst, U_F64};
 
@@ -732,4 +732,135 @@ fn a_dense_solution_is_that_of_a_solve_with_outputs_there_and_so_are_its_gradien
             Error::Adaptive(AdaptiveDefect::Outside { .. })
         ));
     }
+}
+
+/// A solve of [`small_field`], and what it did.
+fn small_solve(of: [&Var; 4], options: &OdeOptions) -> (Tensor, Stats) {
+    let recorder = Recorder::tracing();
+    let options = OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options.clone()
+    };
+    let [y0, w, b, t] = of;
+    let ys = odeint(small_field(w, b), y0.as_tensor(), t, &options).unwrap();
+    (ys, recorder.take())
+}
+
+#[test]
+fn the_states_at_all_steps_and_their_gradients_are_those_of_a_solve_from_time_to_time() {
+    for method in PAIRS {
+        for times in [TIMES, TIMES.map(|t| 1.0 - t)] {
+            let [y0, w, b, t] = small_problem(&times);
+            let every = OdeOptions {
+                output: Output::Steps,
+                ..options(&method, Adaptive::new(1e-4, 1e-6).step_on_outputs(false))
+            };
+            let (ys, stats) = small_solve([&y0, &w, &b, &t], &every);
+            let nodes = stats.step_times;
+            assert_eq!(ys.dims(), [stats.steps + 1, 4, 3]);
+            assert_eq!((nodes.len(), nodes[0]), (stats.steps + 1, times[0]));
+            let grid = Var::new(nodes.as_slice(), &Device::Cpu).unwrap();
+            let frozen = OdeOptions {
+                method: method.clone(),
+                ..Default::default()
+            };
+            let (exact, _) = small_solve([&y0, &w, &b, &grid], &frozen);
+            assert!(relative(&ys, &exact) <= 8.0 * U_F64, "{}", method.name());
+            let ours = gradients(&ys, [&y0, &w, &b, &t]);
+            let exact = gradients(&exact, [&y0, &w, &b, &grid]);
+            for (ours, exact) in ours.iter().zip(&exact).take(3) {
+                let error = relative(ours, exact);
+                assert!(error <= 1e-13, "{} {error:e}", method.name());
+            }
+            // The ends of steps that the controller chose are constants, and so is what lies between them.
+            let (ours, exact) = (values(&ours[3]), values(&exact[3]));
+            let size = worst(exact.clone());
+            assert!(ours[1..5].iter().all(|&t| t == 0.0), "{ours:?}");
+            assert!((ours[0] - exact[0]).abs() <= 1e-13 * size);
+            assert!((ours[5] - exact[exact.len() - 1]).abs() <= 1e-13 * size);
+            let all = gradients(&ys, [&y0, &w, &b, &t]).map(|x| bits(&x));
+            for checkpoint in [
+                Checkpoint::Every(3),
+                Checkpoint::States(2),
+                Checkpoint::Bytes(4 * 12 * 8),
+            ] {
+                let options = OdeOptions {
+                    checkpoint,
+                    ..every.clone()
+                };
+                let (again, _) = small_solve([&y0, &w, &b, &t], &options);
+                assert_eq!(bits(&again), bits(&ys));
+                let grads = gradients(&again, [&y0, &w, &b, &t]);
+                assert_eq!(grads.map(|x| bits(&x)), all, "{checkpoint:?}");
+            }
+            let field = small_field(&w, &b);
+            let solved = solution(&field, y0.as_tensor(), &times[..], &every).unwrap();
+            assert_eq!(solved.times(), nodes);
+            let cotangent = scattered(ys.dims(), 1.0, 5);
+            let y0 = solved.vjp(&cotangent).unwrap().y0;
+            assert_eq!(bits(&y0), all[0], "{}", method.name());
+        }
+    }
+}
+
+#[test]
+fn the_states_at_all_fixed_steps_are_those_of_a_finer_grid() {
+    let [y0, w, b, t] = small_problem(&TIMES);
+    let finer: Vec<_> = TIMES
+        .windows(2)
+        .flat_map(|w| [0.0, 1.0, 2.0].map(|j| w[0] + (w[1] - w[0]) * (j / 3.0)))
+        .chain([TIMES[5]])
+        .collect();
+    let grid = Var::new(finer.as_slice(), &Device::Cpu).unwrap();
+    let (exact, _) = small_solve([&y0, &w, &b, &grid], &OdeOptions::default());
+    let exact_grads = gradients(&exact, [&y0, &w, &b, &grid]);
+    for steps in [Steps::PerInterval(3), Steps::At(finer.clone())] {
+        let options = OdeOptions {
+            output: Output::Steps,
+            steps: steps.clone(),
+            ..Default::default()
+        };
+        let (ys, _) = small_solve([&y0, &w, &b, &t], &options);
+        assert_eq!(ys.dims(), exact.dims());
+        assert!(relative(&ys, &exact) <= 8.0 * U_F64, "{steps:?}");
+        let grads = gradients(&ys, [&y0, &w, &b, &t]);
+        for (ours, exact) in grads.iter().zip(&exact_grads).take(3) {
+            assert!(relative(ours, exact) <= 1e-13, "{steps:?}");
+        }
+        // Equal parts of an interval move with its ends; times that are given as numbers do not.
+        let of_nodes = values(&exact_grads[3]);
+        let mut expected = [0.0; 6];
+        for (n, grad) in of_nodes.iter().enumerate() {
+            let (i, s) = (n / 3, (n % 3) as f64 / 3.0);
+            match steps {
+                Steps::At(_) if s > 0.0 => {}
+                _ => {
+                    expected[i] += (1.0 - s) * grad;
+                    expected[(i + 1).min(5)] += s * grad;
+                }
+            }
+        }
+        let ours = values(&grads[3]);
+        let error = worst(ours.iter().zip(expected).map(|(a, b)| a - b)) / worst(expected);
+        assert!(error <= 1e-12, "{steps:?} {error:e}");
+        let field = small_field(&w, &b);
+        let solved = solution(&field, y0.as_tensor(), &TIMES[..], &options).unwrap();
+        let error = worst(solved.times().iter().zip(&finer).map(|(a, b)| a - b));
+        assert!(error <= 4.0 * U_F64, "{steps:?} {error:e}");
+    }
+}
+
+#[test]
+fn a_solve_that_stops_hands_over_the_states_at_all_steps_that_it_took() {
+    let [y0, w, b, _] = small_problem(&TIMES);
+    let options = OdeOptions {
+        output: Output::Steps,
+        ..options(&DOPRI5, Adaptive::new(1e-9, 1e-9).max_steps(7))
+    };
+    let error = odeint(small_field(&w, &b), y0.as_tensor(), &TIMES, &options).unwrap_err();
+    let Error::Stopped(stopped) = error else {
+        panic!("{error}")
+    };
+    assert_eq!(stopped.outputs, stopped.accepted + 1);
+    assert_eq!(stopped.states[0].dims(), [stopped.outputs, 4, 3]);
 }

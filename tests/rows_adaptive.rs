@@ -701,3 +701,48 @@ fn a_perceptron_converges_to_the_exact_flow() {
         assert!(relative(grads.get(&var).unwrap(), exact) <= 1e-7, "{name}");
     }
 }
+
+#[test]
+fn the_states_at_all_steps_have_one_step_length_for_the_batch() {
+    let y0 = start(Kind::Mlp, 9, DType::F64);
+    let every = |adaptive: Adaptive| OdeOptions {
+        output: Output::Steps,
+        ..options(&DOPRI5, adaptive)
+    };
+    let error = solve(Kind::Mlp, &y0, &TIMES, &every(adaptive(1e-5, 1e-7)))
+        .err()
+        .unwrap();
+    assert!(
+        matches!(error, Error::Adaptive(AdaptiveDefect::StepsOfRows)),
+        "{error}"
+    );
+    let unsaid = solve(Kind::Mlp, &y0, &TIMES, &every(Adaptive::new(1e-5, 1e-7))).unwrap();
+    let batch = Adaptive::new(1e-5, 1e-7).control(StepControl::Batch);
+    let batch = solve(Kind::Mlp, &y0, &TIMES, &every(batch)).unwrap();
+    assert_eq!(bits(&unsaid.states[0]), bits(&batch.states[0]));
+    assert_eq!(unsaid.states[0].dims(), [unsaid.stats.steps + 1, 9, 3]);
+}
+
+#[test]
+fn the_states_at_all_fixed_steps_are_the_same_tile_by_tile() {
+    for kind in KINDS {
+        let y0 = start(kind, 21, DType::F64);
+        let tiles = OdeOptions {
+            output: Output::Steps,
+            steps: Steps::PerInterval(3),
+            ..Default::default()
+        };
+        let steps = OdeOptions {
+            fusion: false,
+            ..tiles.clone()
+        };
+        let ours = solve(kind, &y0, &TIMES, &tiles).unwrap();
+        let theirs = solve(kind, &y0, &TIMES, &steps).unwrap();
+        assert_eq!(ours.states[0].dim(0).unwrap(), 16);
+        let all = |answers: Answers| [answers.states, answers.y0, answers.weights].concat();
+        for (x, y) in all(ours).iter().zip(all(theirs)) {
+            let error = relative(x, &y);
+            assert!(error <= 1e-12, "{kind:?} {error:e}");
+        }
+    }
+}

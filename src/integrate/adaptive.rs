@@ -137,19 +137,21 @@ impl<'a> AdaptivePass<'a> {
     /// wanted.
     fn returns_node(&mut self, t: f64) -> Result<()> {
         let points = self.problem.grid.points();
-        if points.get(self.next) != Some(&t) {
-            return Ok(());
-        }
-        let number = match self.problem.output {
-            Output::Final => (self.next + 1 == points.len()).then_some(self.outputs.len()),
-            Output::All => Some(self.outputs.len()),
+        let is_given = points.get(self.next) == Some(&t);
+        let is_wanted = match self.problem.output {
+            Output::Final => is_given && self.next + 1 == points.len(),
+            Output::All => is_given,
+            Output::Steps => true,
         };
-        self.record.mark(self.next, number)?;
-        self.next += 1;
-        match number {
-            Some(_) => self.returns(&self.y.clone()),
-            None => Ok(()),
+        if is_given {
+            self.record.mark(self.next)?;
+            self.next += 1;
         }
+        if is_wanted {
+            self.record.ret(self.outputs.len())?;
+            self.returns(&self.y.clone())?;
+        }
+        Ok(())
     }
 
     fn returns(&mut self, y: &[Tensor]) -> Result<()> {
@@ -315,7 +317,7 @@ impl<'a> AdaptivePass<'a> {
         let passed = |t: &&f64| (step.end - **t) * self.control.direction > 0.0;
         let met = points.iter().take_while(passed).enumerate();
         let inside: Vec<_> = match self.problem.output {
-            Output::Final => vec![],
+            Output::Final | Output::Steps => vec![],
             Output::All => met
                 .map(|(i, t)| ((t - step.t) / step.h, Some(self.next + i)))
                 .collect(),

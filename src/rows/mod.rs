@@ -34,7 +34,7 @@ use crate::error::{Error, MemoryNeed, Result};
 use crate::precision::Low;
 use crate::problem::{Plan, Problem};
 use crate::reverse::Reversible;
-use crate::schedule::Schedule;
+use crate::schedule::{Output, Schedule};
 use crate::simd::{unit, Element};
 use crate::state::RowLayout;
 use crate::stats::Stats;
@@ -96,7 +96,8 @@ impl Rows {
             return Ok(None);
         }
         if let Plan::Adaptive(control) = &problem.plan {
-            if control.options.control == Some(StepControl::Batch) {
+            let batch = control.options.control == Some(StepControl::Batch);
+            if batch || problem.output == Output::Steps {
                 return Ok(None);
             }
         }

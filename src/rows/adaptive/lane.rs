@@ -89,9 +89,11 @@ impl<T: Element> Lane<T> {
         }
         let number = match problem.output {
             Output::Final => (self.next + 1 == points.len()).then_some(0),
-            Output::All => Some(self.next),
+            // The nodes of rows are not returned.
+            Output::All | Output::Steps => Some(self.next),
         };
-        self.record.mark(self.next, number)?;
+        self.record.mark(self.next)?;
+        number.map_or(Ok(()), |number| self.record.ret(number))?;
         self.next += 1;
         self.returned += usize::from(number.is_some());
         Ok(number)
@@ -109,7 +111,7 @@ impl<T: Element> Lane<T> {
         self.next += points[from..].iter().take_while(|&&t| passed(t)).count();
         match problem.output {
             Output::Final => from..from,
-            Output::All => from..self.next,
+            Output::All | Output::Steps => from..self.next,
         }
     }
 
