@@ -53,6 +53,7 @@
 //! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, computed from
 //!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
+//! * `crossing`: where a number crosses zero inside a step.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `precision`, `scaler`: dtype roles, scales of the adjoint.
 //! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.
@@ -85,6 +86,7 @@ mod accumulator;
 mod adaptive;
 mod adjoint;
 mod arguments;
+mod crossing;
 #[cfg(feature = "datasets")]
 pub mod datasets;
 pub mod dense;

@@ -100,6 +100,7 @@ pub(super) fn run<T: Element, S: Simd>(
             schedule: Arc::clone(schedule),
             groups,
         }),
+        found: vec![],
     })
 }
 

@@ -155,6 +155,7 @@ pub(super) fn run<T: Element, S: Simd>(
     Ok(Solved {
         packed: Tensor::new(&[T::of(total)], problem.device())?,
         back: Arc::new(graded),
+        found: vec![],
     })
 }
 

@@ -30,6 +30,7 @@ use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
 use crate::adaptive::StepControl;
+use crate::crossing::RowFound;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::precision::Low;
 use crate::problem::{Plan, Problem};
@@ -74,6 +75,11 @@ impl Rows {
     /// What the field reads when a solve begins.
     pub(crate) fn weights(&self) -> Vec<Tensor> {
         self.0.weights()
+    }
+
+    /// Rows and features of a state of these shapes, if they are the field's.
+    pub(crate) fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
+        self.0.layout(shapes)
     }
 
     /// Solves the problem tile by tile, or leaves it to the general path.  With a loss, the result is
@@ -139,6 +145,8 @@ impl Rows {
 pub(crate) struct Solved {
     pub(crate) packed: Tensor,
     pub(crate) back: Arc<dyn Reversible>,
+    /// What was found of events of rows.
+    pub(crate) found: Vec<RowFound>,
 }
 
 /// [`RowField`] without its type.

@@ -201,6 +201,12 @@ impl Recorded {
         self.outputs
     }
 
+    /// The numbers of all states that are returned.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = usize> + '_ {
+        let at_nodes = self.returned.iter().map(|(_, output)| *output);
+        at_nodes.chain(self.inside.iter().map(|inside| inside.output))
+    }
+
     /// The number of the state that is returned at node n.
     pub(crate) fn at_node(&self, n: usize) -> Option<usize> {
         let i = self.returned.binary_search_by_key(&n, |(n, _)| *n).ok()?;
