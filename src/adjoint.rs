@@ -54,6 +54,10 @@ impl Reversible for StepByStep {
         true
     }
 
+    fn step_times(&self) -> Vec<f64> {
+        self.schedule.times()
+    }
+
     fn returning(&self, places: &[(usize, f64)]) -> Option<Arc<dyn Reversible>> {
         let Schedule::Recorded(record) = &*self.schedule else {
             return None;

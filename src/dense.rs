@@ -9,6 +9,7 @@ use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::{Leaves, SharedField, VectorField};
 use crate::integrate::observe::{InStep, Observer, Wanted};
 use crate::integrate::Forward;
+use crate::memory::TENSOR;
 use crate::node::{in_graph, Source};
 use crate::odeint::{solved_in_graph, InGraph};
 use crate::parameters::Theta;
@@ -63,6 +64,16 @@ impl Observer for All {
 
     fn retract(&mut self) {
         self.0.pop();
+    }
+
+    fn bytes(&self) -> u64 {
+        let of = |y: &Vec<Tensor>| -> usize {
+            let bytes = |y: &Tensor| y.elem_count() * y.dtype().size_in_bytes() + TENSOR as usize;
+            y.iter().map(bytes).sum()
+        };
+        // All steps are alike.
+        let of_step = |kept: &Kept| of(&kept.y) + kept.ks.iter().flatten().map(of).sum::<usize>();
+        self.0.first().map_or(0, of_step) as u64 * self.0.len() as u64
     }
 }
 
@@ -173,6 +184,7 @@ impl<S: State> DenseSolution<S> {
             packed: values,
             back,
             is_loss: false,
+            found: vec![],
         };
         let (source, theta) = (Source::Shared(Arc::clone(&self.field)), self.theta.clone());
         let states = in_graph(Arc::clone(&problem), source, theta, forward, &self.y0)?;

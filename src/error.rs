@@ -395,7 +395,7 @@ pub enum Error {
         classes: usize,
     },
     /// A [`RowLoss`](crate::RowLoss) of the last state, of a solve that returns all.
-    #[error("{loss} looks at the last state: it needs Output::Final")]
+    #[error("{loss} is not a loss of all states that are returned: it needs Output::Final")]
     LossOutput {
         /// The loss.
         loss: String,

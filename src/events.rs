@@ -9,6 +9,7 @@
 //! The time t_e and the state at t_e are returned as ordinary tensors in candle's graph.
 
 mod hybrid;
+mod rows;
 mod search;
 
 use std::any::TypeId;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
+pub use crate::crossing::Direction;
 use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::{Leaves, SharedField, VectorField};
 use crate::odeint::in_graph_by;
@@ -25,22 +27,11 @@ use crate::schedule::{Output, Steps};
 use crate::state::State;
 use crate::time::{Time, Times};
 pub use hybrid::{Hybrid, HybridSolution, Jump};
+pub use rows::{odeint_row_event, RowEvent, RowEventSolution, RowOccurrences};
 use search::{Crossing, Search};
 
 /// A function g(t, y) → number, tracked by candle in y and in what it captures.
 pub(crate) type EventFunction<S> = dyn Fn(&Time, &S) -> candle_core::Result<Tensor> + Send + Sync;
-
-/// The directions of zero crossing that count as events.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Direction {
-    /// Crossings in both directions.
-    #[default]
-    Both,
-    /// From negative to positive.
-    Rising,
-    /// From positive to negative.
-    Falling,
-}
 
 /// An event: a number g(t, y) that crosses zero.
 ///
@@ -92,7 +83,9 @@ impl<S> Event<S> {
         Self { direction, ..self }
     }
 
-    /// An event that is recorded, and does not end the solve.
+    /// An event that is recorded, and does not end the solve.  If the interpolant of the method is less accurate than its
+    /// steps ([`FEHLBERG45`](crate::tableau::FEHLBERG45), [`DOPRI8`](crate::tableau::DOPRI8)), a step ends just behind each such
+    /// event, so that its time is as accurate as the steps; otherwise recorded events change no step.
     #[must_use]
     pub fn recorded(self) -> Self {
         Self {

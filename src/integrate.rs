@@ -9,6 +9,7 @@ use std::sync::Arc;
 use candle_core::{DType, Shape, Tensor};
 
 use crate::adjoint::{Method, StepByStep};
+use crate::crossing::RowFound;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::field::Field;
 use crate::memory::TENSOR;
@@ -32,6 +33,8 @@ pub(crate) struct Forward {
     pub(crate) back: Arc<dyn Reversible>,
     /// Whether `packed` is a loss of the states, not the states.
     pub(crate) is_loss: bool,
+    /// What was found of events of rows.
+    pub(crate) found: Vec<RowFound>,
 }
 
 impl Forward {
@@ -44,6 +47,7 @@ impl Forward {
                 schedule,
             }),
             is_loss: false,
+            found: vec![],
         }
     }
 }
@@ -93,7 +97,9 @@ fn nothing(problem: &Problem, field: &Field<'_>, y0: &[Tensor]) -> Result<Forwar
     }
     let y0 = y0.to_vec();
     let trajectory = Trajectory::new(problem.checkpoint, 0, scheme.roles.clone(), &y0)?;
-    let packed = Tensor::zeros((problem.outputs(), 0), problem.state(), problem.device())?;
+    // Of adaptive steps there is the state at the start, whatever is asked for.
+    let outputs = problem.outputs().max(1);
+    let packed = Tensor::zeros((outputs, 0), problem.state(), problem.device())?;
     let schedule = match &problem.plan {
         Plan::Known(schedule) => Arc::clone(schedule),
         Plan::Adaptive(control) => {

@@ -54,6 +54,7 @@
 //!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
 //! * `precision`: dtype roles, and rounding.
+//! * `crossing`: where a number crosses zero inside a step.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `scaler`: scales of the adjoint.
 //! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.
@@ -86,6 +87,7 @@ mod accumulator;
 mod adaptive;
 mod adjoint;
 mod arguments;
+mod crossing;
 #[cfg(feature = "datasets")]
 pub mod datasets;
 pub mod dense;

@@ -116,8 +116,10 @@ impl RowLoss {
 
     /// Whether the states that a solve returns have such a loss.
     pub(crate) fn check(&self, problem: &Problem) -> Result<()> {
-        let several = problem.output == Output::All;
-        if several && !matches!(self, Self::MeanSquaredError(_)) {
+        let several = problem.output != Output::Final;
+        // Of states whose number is not known before the solve there is no loss.
+        let unknown = several && problem.outputs() == 0;
+        if unknown || several && !matches!(self, Self::MeanSquaredError(_)) {
             let loss = self.to_string();
             return Err(Error::LossOutput { loss });
         }

@@ -3,6 +3,8 @@
 //! Systems promise more memory than they have, so an allocation that succeeds proves nothing: a solve
 //! that cannot fit would fill the machine and be killed.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::error::{Error, MemoryNeed, Result};
 
 /// Needs below this are not compared with the free memory: a small solve would take longer to ask than to
@@ -38,6 +40,43 @@ impl MemoryNeed {
                 available,
             }),
         }
+    }
+}
+
+/// What a solve holds while its number of steps is not known, compared with the memory that there is each time it has
+/// grown by as much as a small solve needs.
+#[derive(Debug, Default)]
+pub(crate) struct Growth {
+    /// The sum of what has grown.
+    held: AtomicU64,
+    /// What was held at the last comparison.
+    compared: AtomicU64,
+}
+
+impl Growth {
+    /// So many bytes are held in all, and so many more will be needed at the end: what is needed and what can be had, in
+    /// bytes, if that does not suffice for as much growth again.
+    pub(crate) fn reaches(&self, held: u64, later: u64) -> Option<[u64; 2]> {
+        let compared = self.compared.load(Ordering::Relaxed);
+        if held.saturating_sub(compared) < SMALL as u64 {
+            return None;
+        }
+        // Two threads that compare at once do no harm.
+        self.compared.store(held, Ordering::Relaxed);
+        let need = SMALL as u64 + later;
+        let available = available().filter(|available| *available < need)?;
+        Some([need, available])
+    }
+
+    /// The same where one of many has grown from so many bytes to so many, or has shrunk.
+    pub(crate) fn grows(&self, from: u64, to: u64) -> Option<[u64; 2]> {
+        if from == to {
+            // Threads share the sum: they touch it when it changes.
+            return None;
+        }
+        let change = to.wrapping_sub(from);
+        let before = self.held.fetch_add(change, Ordering::Relaxed);
+        self.reaches(before.wrapping_add(change), 0)
     }
 }
 
@@ -111,6 +150,15 @@ pub(crate) fn push<N>(what: &'static str, many: &mut Vec<N>, one: N) -> Result<(
     let more = many.len() + 1;
     many.try_reserve(1).map_err(|_| refused::<N>(what, more))?;
     many.push(one);
+    Ok(())
+}
+
+/// Several more of many.
+pub(crate) fn extend<N: Copy>(what: &'static str, many: &mut Vec<N>, more: &[N]) -> Result<()> {
+    let all = many.len() + more.len();
+    let reserved = many.try_reserve(more.len());
+    reserved.map_err(|_| refused::<N>(what, all))?;
+    many.extend_from_slice(more);
     Ok(())
 }
 

@@ -129,6 +129,7 @@ fn of_rows(solved: Solved) -> Forward {
         packed: solved.packed,
         back: solved.back,
         is_loss: false,
+        found: solved.found,
     }
 }
 

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::adaptive::Control;
-use crate::error::{Error, Result};
+use crate::adaptive::{Control, StepControl};
+use crate::crossing::RowCrossing;
+use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::check::FieldCheck;
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
@@ -172,6 +173,8 @@ pub(crate) struct Problem {
     pub(crate) grid: TimeGrid,
     pub(crate) packing: Packing,
     pub(crate) output: Output,
+    /// Events of rows, whose states are returned behind those of the times.
+    pub(crate) crossings: Arc<[RowCrossing]>,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) activation_cache: ActivationCache,
     pub(crate) fusion: bool,
@@ -243,6 +246,7 @@ impl Problem {
             grid,
             packing,
             output: options.output,
+            crossings: Arc::default(),
             checkpoint: options.checkpoint,
             activation_cache: match options.checkpoint {
                 Checkpoint::Nothing => ActivationCache::NONE,
@@ -301,16 +305,25 @@ impl Problem {
     pub(crate) fn returned(&self, outputs: usize) -> Vec<usize> {
         let state = self.packing.joined();
         match self.output {
-            Output::All => [vec![outputs], state].concat(),
+            Output::All | Output::Steps => [vec![outputs], state].concat(),
             Output::Final => state,
         }
     }
 
-    /// Number of states returned.
+    /// Number of states that are returned of the first events of rows.
+    pub(crate) fn of_crossings(&self, events: usize) -> usize {
+        self.crossings[..events]
+            .iter()
+            .map(|event| event.most)
+            .sum()
+    }
+
+    /// Number of states returned, as far as it is known before the solve: of adaptive steps none is.
     pub(crate) fn outputs(&self) -> usize {
         match self.output {
-            Output::All => self.grid.points().len(),
+            Output::All => self.grid.points().len() + self.of_crossings(self.crossings.len()),
             Output::Final => 1,
+            Output::Steps => self.plan.known().map_or(0, |steps| steps.len() + 1),
         }
     }
 }
@@ -331,6 +344,10 @@ impl Plan {
                 Self::Known(Arc::new(none))
             }
             Steps::Adaptive(adaptive) => {
+                let by_row = adaptive.control == Some(StepControl::Rows);
+                if options.output == Output::Steps && by_row {
+                    return Err(Error::Adaptive(AdaptiveDefect::StepsOfRows));
+                }
                 let control = Control::new(adaptive, &options.method, grid, jumps)?;
                 Self::Adaptive(Arc::new(control))
             }

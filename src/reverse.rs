@@ -27,6 +27,11 @@ pub(crate) trait Reversible: Send + Sync {
         None
     }
 
+    /// The times between which steps were taken, where all rows have the same.
+    fn step_times(&self) -> Vec<f64> {
+        vec![]
+    }
+
     /// Whether some cotangents are ignored, so that the pass itself looks at those that are not.
     fn ignores_cotangents(&self) -> bool {
         false

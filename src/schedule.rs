@@ -46,6 +46,15 @@ pub enum Output {
     All,
     /// The one at the last time: leaves of shape `(…)`.
     Final,
+    /// One for every node of the solve, which are its start and the end of every step that was taken: leaves of shape
+    /// `(steps + 1, …)`.  A time of the grid at which no step ends, which is possible with adaptive steps and with
+    /// [`Steps::At`], has no state of its own.  [`Solution::times`](crate::Solution::times) and
+    /// [`Stats::step_times`](crate::Stats::step_times) are the times of the states.
+    ///
+    /// Adaptive steps are then those of the whole batch ([`StepControl::Batch`](crate::control::StepControl::Batch)):
+    /// rows with steps of their own would have different numbers of states, and asking for them is an error
+    /// ([`AdaptiveDefect::StepsOfRows`](crate::error::AdaptiveDefect::StepsOfRows)).
+    Steps,
 }
 
 /// How a node depends on the times that the user gave.
@@ -195,6 +204,14 @@ impl Schedule {
         match self {
             Self::Fixed(fixed) => fixed.step(n),
             Self::Recorded(recorded) => recorded.step(n),
+        }
+    }
+
+    /// t_0 … t_N.
+    pub(crate) fn times(&self) -> Vec<f64> {
+        match self {
+            Self::Fixed(fixed) => fixed.times().collect(),
+            Self::Recorded(recorded) => recorded.times().collect(),
         }
     }
 

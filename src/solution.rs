@@ -10,8 +10,9 @@ use crate::field::Field;
 use crate::integrate::Forward;
 use crate::parameters::Theta;
 use crate::passes::adjoint;
-use crate::problem::Problem;
+use crate::problem::{Plan, Problem};
 use crate::reverse::{Backward, Reversible};
+use crate::schedule::Output;
 use crate::state::State;
 
 /// A solve without a graph: the states, and what its backward pass needs.
@@ -47,6 +48,18 @@ impl<'f, S: State> Solution<'f, S> {
         &self.states
     }
 
+    /// The times of the states: those of the grid, the last of them, or the start and the end of every step, as
+    /// [`OdeOptions::output`](crate::OdeOptions::output) asks for.
+    pub fn times(&self) -> Vec<f64> {
+        let points = self.problem.grid.points();
+        match (self.problem.output, &self.problem.plan) {
+            (Output::All, _) => points.to_vec(),
+            (Output::Final, _) => points[points.len() - 1..].to_vec(),
+            (Output::Steps, Plan::Known(schedule)) => schedule.times(),
+            (Output::Steps, Plan::Adaptive(_)) => self.back.step_times(),
+        }
+    }
+
     /// Gradients of L where `cotangent` = ∂L/∂[`states`](Self::states), of their shapes.
     ///
     /// # Errors
@@ -78,7 +91,7 @@ impl<'f, S: State> Solution<'f, S> {
             }
         }
         let rows = leaves.iter().map(|v| {
-            v.reshape((problem.outputs(), ()))?
+            v.reshape((self.times().len(), ()))?
                 .to_dtype(problem.state())
         });
         let packed = Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 1)?;

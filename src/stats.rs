@@ -105,6 +105,15 @@ pub enum StopReason {
     /// was shorter than the previous one.
     #[error("the field gives NaN or infinity here, however short the step is")]
     NonFinite,
+    /// The states that were kept for a backward pass and the outputs have grown until the machine had no memory left:
+    /// keep fewer states ([`Checkpoint`](crate::Checkpoint)).
+    #[error("memory is full: {need} more bytes are needed, and {available} can be had; keep fewer states (Checkpoint::Every, States or Bytes)")]
+    Memory {
+        /// Bytes that the next steps and the end of the solve need.
+        need: u64,
+        /// Bytes that could be had.
+        available: u64,
+    },
     /// More than a tenth of the steps were accepted only because of the noise floor
     /// ([`Adaptive::precision_limit_is_error`](crate::control::Adaptive::precision_limit_is_error)).
     #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}")]

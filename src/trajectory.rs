@@ -186,6 +186,11 @@ impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
         Ok(())
     }
 
+    /// How many states are kept.
+    pub(crate) fn kept_states(&self) -> usize {
+        self.kept().len()
+    }
+
     /// Notes what is kept.
     pub(crate) fn record(&self, stats: &mut Stats) {
         let (states, bytes) = size(&self.store, &self.kept());

@@ -17,8 +17,8 @@ use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{
-    odeint, predict, Checkpoint, OdeOptions, Output, Precision, Recorder, Stats, Steps, Tableau,
-    Time, DOPRI5, RK4,
+    odeint, predict, solution, Checkpoint, FieldCheck, OdeOptions, Output, Precision, Recorder,
+    Stats, Steps, Tableau, Time, DOPRI5, RK4,
 };
 use common::{bits, relative, scattered, values, var, worst, U_F64};
 
@@ -355,6 +355,79 @@ fn the_evaluations_are_those_of_the_attempts() {
         let expected = 1 + (stages - 1) * attempts + last * (stats.steps - 1);
         assert_eq!(stats.evaluations, expected, "{}", method.name());
         assert_eq!(calls.lock().unwrap().len(), expected);
+    }
+}
+
+/// Pairs with their stages and whether f(t_{n+1}, y_{n+1}) is a stage of its own, which is appended.
+const COSTS: [(Tableau, usize, bool); 5] = [
+    (BOSH3, 4, false),
+    (DOPRI5, 7, false),
+    (TSIT5, 7, false),
+    (FEHLBERG45, 6, true),
+    (DOPRI8, 13, true),
+];
+
+#[test]
+fn evaluations_and_pull_backs_are_those_of_the_accepted_and_rejected_attempts() {
+    let [y0, w, b, _] = small_problem(&TIMES);
+    for (method, stages, appended) in COSTS {
+        for first_step in [None, Some(1.5)] {
+            for (times, jumps) in [
+                (&[0.0, 2.0][..], &[][..]),
+                (&TIMES, &[]),
+                (&[0.0, 1.0, 1.999_999, 2.0], &[]),
+                (&TIMES, &[0.7, 1.2]),
+            ] {
+                let calls: Arc<AtomicUsize> = Arc::default();
+                let (counted, field) = (calls.clone(), small_field(&w, &b));
+                let field = move |t: &Time, y: &Tensor| {
+                    counted.fetch_add(1, Ordering::Relaxed);
+                    field(t, y)
+                };
+                let mut adaptive = Adaptive::new(1e-8, 1e-8)
+                    .step_on_outputs(false)
+                    .jump_t(jumps);
+                if let Some(h) = first_step {
+                    adaptive = adaptive.first_step(h);
+                }
+                let recorder = Recorder::tracing();
+                let options = OdeOptions {
+                    recorder: Some(recorder.clone()),
+                    check: FieldCheck::Never,
+                    ..options(&method, adaptive)
+                };
+                let ys = odeint(field, y0.as_tensor(), times, &options).unwrap();
+                let forward: Stats = recorder.take();
+                let name = format!("{} {first_step:?} {times:?} {jumps:?}", method.name());
+                let (accepted, rejected) = (forward.steps, forward.rejected);
+                assert!(rejected > 0 || first_step.is_none(), "{name}");
+                let nodes = &forward.step_times;
+                assert_eq!(nodes.len(), accepted + 1);
+                let has_inside = |n: usize| {
+                    let inner = |t: &&f64| nodes[n] < **t && **t < nodes[n + 1];
+                    times.iter().any(|t| inner(&t))
+                };
+                // k_1 and the probe of the first step, all other stages of every attempt, k_1 anew behind a jump.
+                let mut expected = 1 + usize::from(first_step.is_none());
+                expected += (stages - 1) * (accepted + rejected) + jumps.len();
+                if appended {
+                    expected += accepted - 1 + usize::from(has_inside(accepted - 1));
+                }
+                assert_eq!(forward.evaluations, expected, "{name}");
+                assert_eq!(calls.load(Ordering::Relaxed), expected, "{name}");
+                ys.sum_all().unwrap().backward().unwrap();
+                let backward = recorder.take();
+                // The last stage is pulled back as the first of the next step, if there is one behind no jump.
+                let alone = |n: usize| n + 1 == accepted || jumps.contains(&nodes[n + 1]);
+                let last = (0..accepted)
+                    .filter(|n| has_inside(*n) && alone(*n))
+                    .count();
+                let of_step = stages - usize::from(!appended);
+                assert_eq!(backward.vjps, of_step * accepted + last, "{name}");
+                assert_eq!(backward.recomputed, of_step * accepted + last, "{name}");
+                assert_eq!(backward.evaluations, 0);
+            }
+        }
     }
 }
 
@@ -732,4 +805,275 @@ fn a_dense_solution_is_that_of_a_solve_with_outputs_there_and_so_are_its_gradien
             Error::Adaptive(AdaptiveDefect::Outside { .. })
         ));
     }
+}
+
+/// A solve of [`small_field`], and what it did.
+fn small_solve(of: [&Var; 4], options: &OdeOptions) -> (Tensor, Stats) {
+    let recorder = Recorder::tracing();
+    let options = OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options.clone()
+    };
+    let [y0, w, b, t] = of;
+    let ys = odeint(small_field(w, b), y0.as_tensor(), t, &options).unwrap();
+    (ys, recorder.take())
+}
+
+#[test]
+fn the_states_at_all_steps_and_their_gradients_are_those_of_a_solve_from_time_to_time() {
+    for method in PAIRS {
+        for times in [TIMES, TIMES.map(|t| 1.0 - t)] {
+            let [y0, w, b, t] = small_problem(&times);
+            let every = OdeOptions {
+                output: Output::Steps,
+                ..options(&method, Adaptive::new(1e-4, 1e-6).step_on_outputs(false))
+            };
+            let (ys, stats) = small_solve([&y0, &w, &b, &t], &every);
+            let nodes = stats.step_times;
+            assert_eq!(ys.dims(), [stats.steps + 1, 4, 3]);
+            assert_eq!((nodes.len(), nodes[0]), (stats.steps + 1, times[0]));
+            let grid = Var::new(nodes.as_slice(), &Device::Cpu).unwrap();
+            let frozen = OdeOptions {
+                method: method.clone(),
+                ..Default::default()
+            };
+            let (exact, _) = small_solve([&y0, &w, &b, &grid], &frozen);
+            assert!(relative(&ys, &exact) <= 8.0 * U_F64, "{}", method.name());
+            let ours = gradients(&ys, [&y0, &w, &b, &t]);
+            let exact = gradients(&exact, [&y0, &w, &b, &grid]);
+            for (ours, exact) in ours.iter().zip(&exact).take(3) {
+                let error = relative(ours, exact);
+                assert!(error <= 1e-13, "{} {error:e}", method.name());
+            }
+            // The ends of steps that the controller chose are constants, and so is what lies between them.
+            let (ours, exact) = (values(&ours[3]), values(&exact[3]));
+            let size = worst(exact.clone());
+            assert!(ours[1..5].iter().all(|&t| t == 0.0), "{ours:?}");
+            assert!((ours[0] - exact[0]).abs() <= 1e-13 * size);
+            assert!((ours[5] - exact[exact.len() - 1]).abs() <= 1e-13 * size);
+            let all = gradients(&ys, [&y0, &w, &b, &t]).map(|x| bits(&x));
+            for checkpoint in [
+                Checkpoint::Every(3),
+                Checkpoint::States(2),
+                Checkpoint::Bytes(4 * 12 * 8),
+            ] {
+                let options = OdeOptions {
+                    checkpoint,
+                    ..every.clone()
+                };
+                let (again, _) = small_solve([&y0, &w, &b, &t], &options);
+                assert_eq!(bits(&again), bits(&ys));
+                let grads = gradients(&again, [&y0, &w, &b, &t]);
+                assert_eq!(grads.map(|x| bits(&x)), all, "{checkpoint:?}");
+            }
+            let field = small_field(&w, &b);
+            let solved = solution(&field, y0.as_tensor(), &times[..], &every).unwrap();
+            assert_eq!(solved.times(), nodes);
+            let cotangent = scattered(ys.dims(), 1.0, 5);
+            let y0 = solved.vjp(&cotangent).unwrap().y0;
+            assert_eq!(bits(&y0), all[0], "{}", method.name());
+        }
+    }
+}
+
+#[test]
+fn the_states_at_all_fixed_steps_are_those_of_a_finer_grid() {
+    let [y0, w, b, t] = small_problem(&TIMES);
+    let finer: Vec<_> = TIMES
+        .windows(2)
+        .flat_map(|w| [0.0, 1.0, 2.0].map(|j| w[0] + (w[1] - w[0]) * (j / 3.0)))
+        .chain([TIMES[5]])
+        .collect();
+    let grid = Var::new(finer.as_slice(), &Device::Cpu).unwrap();
+    let (exact, _) = small_solve([&y0, &w, &b, &grid], &OdeOptions::default());
+    let exact_grads = gradients(&exact, [&y0, &w, &b, &grid]);
+    for steps in [Steps::PerInterval(3), Steps::At(finer.clone())] {
+        let options = OdeOptions {
+            output: Output::Steps,
+            steps: steps.clone(),
+            ..Default::default()
+        };
+        let (ys, _) = small_solve([&y0, &w, &b, &t], &options);
+        assert_eq!(ys.dims(), exact.dims());
+        assert!(relative(&ys, &exact) <= 8.0 * U_F64, "{steps:?}");
+        let grads = gradients(&ys, [&y0, &w, &b, &t]);
+        for (ours, exact) in grads.iter().zip(&exact_grads).take(3) {
+            assert!(relative(ours, exact) <= 1e-13, "{steps:?}");
+        }
+        // Equal parts of an interval move with its ends; times that are given as numbers do not.
+        let of_nodes = values(&exact_grads[3]);
+        let mut expected = [0.0; 6];
+        for (n, grad) in of_nodes.iter().enumerate() {
+            let (i, s) = (n / 3, (n % 3) as f64 / 3.0);
+            match steps {
+                Steps::At(_) if s > 0.0 => {}
+                _ => {
+                    expected[i] += (1.0 - s) * grad;
+                    expected[(i + 1).min(5)] += s * grad;
+                }
+            }
+        }
+        let ours = values(&grads[3]);
+        let error = worst(ours.iter().zip(expected).map(|(a, b)| a - b)) / worst(expected);
+        assert!(error <= 1e-12, "{steps:?} {error:e}");
+        let field = small_field(&w, &b);
+        let solved = solution(&field, y0.as_tensor(), &TIMES[..], &options).unwrap();
+        let error = worst(solved.times().iter().zip(&finer).map(|(a, b)| a - b));
+        assert!(error <= 4.0 * U_F64, "{steps:?} {error:e}");
+    }
+}
+
+#[test]
+fn a_solve_that_stops_hands_over_the_states_at_all_steps_that_it_took() {
+    let [y0, w, b, _] = small_problem(&TIMES);
+    let options = OdeOptions {
+        output: Output::Steps,
+        ..options(&DOPRI5, Adaptive::new(1e-9, 1e-9).max_steps(7))
+    };
+    let error = odeint(small_field(&w, &b), y0.as_tensor(), &TIMES, &options).unwrap_err();
+    let Error::Stopped(stopped) = error else {
+        panic!("{error}")
+    };
+    assert_eq!(stopped.outputs, stopped.accepted + 1);
+    assert_eq!(stopped.states[0].dims(), [stopped.outputs, 4, 3]);
+}
+
+#[test]
+fn three_hundred_outputs_cost_no_steps_unless_steps_end_on_them() {
+    let times: Vec<f64> = (0..=300).map(|i| 3.0 * f64::from(i) / 300.0).collect();
+    for method in PAIRS {
+        for direction in [1.0, -1.0] {
+            let times: Vec<f64> = times.iter().map(|t| direction * t).collect();
+            let solve = |adaptive: Adaptive, times: &[f64]| {
+                let recorder = Recorder::tracing();
+                let options = OdeOptions {
+                    recorder: Some(recorder.clone()),
+                    ..options(&method, adaptive)
+                };
+                let y0 = Tensor::new(&[1f64, 0.0], &Device::Cpu).unwrap();
+                let turn = |_: &Time, y: &Tensor| {
+                    Tensor::cat(&[&y.narrow(0, 1, 1)?.neg()?, &y.narrow(0, 0, 1)?], 0)
+                };
+                let ys = predict(&turn, &y0, times, &options).unwrap();
+                (
+                    values(&ys.get(ys.dim(0).unwrap() - 1).unwrap()),
+                    values(&ys),
+                    recorder.take(),
+                )
+            };
+            let adaptive = || Adaptive::new(1e-4, 1e-4);
+            let ends = [times[0], times[300]];
+            let (last, _, alone) = solve(adaptive(), &ends);
+            let (same, all, between) = solve(adaptive().step_on_outputs(false), &times);
+            let name = method.name();
+            assert_eq!((&last, alone.steps), (&same, between.steps), "{name}");
+            assert_eq!(alone.step_times, between.step_times, "{name}");
+            assert!(between.steps < 60, "{name}");
+            let exact = times.iter().flat_map(|t| [t.cos(), t.sin()]);
+            let error = worst(all.iter().zip(exact).map(|(y, e)| y - e));
+            assert!(error <= 1e-2, "{name} {error:e}");
+            let (_, all, on) = solve(adaptive().step_on_outputs(true), &times);
+            assert_eq!((on.steps, &on.step_times), (300, &times), "{name}");
+            let exact = times.iter().flat_map(|t| [t.cos(), t.sin()]);
+            let error = worst(all.iter().zip(exact).map(|(y, e)| y - e));
+            assert!(error <= 1e-4, "{name} {error:e}");
+        }
+    }
+}
+
+/// The end of Van der Pol's oscillator, μ = 5, and what its solve did.
+fn relaxation(precision: Precision, adaptive: Adaptive) -> (Tensor, Stats) {
+    let field = |_: &Time, y: &Tensor| {
+        let (x, v) = (y.narrow(0, 0, 1)?, y.narrow(0, 1, 1)?);
+        let force = ((x.sqr()?.affine(-1.0, 1.0)? * &v)? * 5.0)?.sub(&x)?;
+        Tensor::cat(&[&v, &force], 0)
+    };
+    let recorder = Recorder::default();
+    let options = OdeOptions {
+        precision: Some(precision),
+        output: Output::Final,
+        recorder: Some(recorder.clone()),
+        ..options(&DOPRI5, adaptive)
+    };
+    let y0 = Tensor::new(&[2f64, 0.0], &Device::Cpu).unwrap();
+    let y = match predict(&field, &y0, &[0.0, 10.0], &options) {
+        Ok(y) => y,
+        // Where there is no floor.
+        Err(Error::Stopped(stopped)) if stopped.accepted + stopped.rejected >= 4000 => y0,
+        Err(error) => panic!("{error}"),
+    };
+    (y.to_dtype(DType::F64).unwrap(), recorder.take())
+}
+
+#[test]
+fn a_relaxation_oscillation_in_low_precision_costs_no_more_at_a_tolerance_that_cannot_be_kept() {
+    let exact = relaxation(Precision::f64(), Adaptive::new(1e-12, 1e-12)).0;
+    for (precision, noise) in [(Precision::bf16(), 5e-2), (Precision::f16(), 5e-3)] {
+        let solve = |rtol: f64, floor: bool| {
+            let adaptive = Adaptive::new(rtol, rtol / 100.0).noise_floor(floor);
+            relaxation(precision, adaptive.max_steps(4000))
+        };
+        let (coarse, few) = solve(1e-3, true);
+        let (limited, many) = solve(1e-8, true);
+        let (_, uncured) = solve(1e-8, false);
+        let error = |y: &Tensor| relative(y, &exact);
+        assert!(many.evaluations <= 3 * few.evaluations, "{precision:?}");
+        // The fast phases reject a part of their attempts at any tolerance.
+        assert!(
+            many.rejected * 3 <= many.steps + many.rejected,
+            "{precision:?}"
+        );
+        assert!(
+            error(&limited) <= noise && error(&coarse) <= noise,
+            "{precision:?}"
+        );
+        assert!(uncured.evaluations > 20 * few.evaluations, "{precision:?}");
+    }
+}
+
+#[test]
+fn overflow_of_the_compute_precision_and_steps_without_length_are_told_apart() {
+    let ok = || Adaptive::new(1e-6, 1e-6);
+    // Finite everywhere, but no step is short enough for the jump.
+    let cliff = |t: &Time, y: &Tensor| (y * 0.0)? + if t.value() < 0.5 { 0.0 } else { 1e30 };
+    assert_eq!(stopped(cliff, ok()), (StopReason::Underflow, 2));
+    // 4e4 t leaves the range of f16 at t = 1.64, and that of f32 never.
+    let low = OdeOptions {
+        precision: Some(Precision::f16()),
+        ..options(&DOPRI5, ok())
+    };
+    let y0 = Tensor::new(&[1000f32], &Device::Cpu).unwrap();
+    let rising = |t: &Time, y: &Tensor| (y * 0.0)? + 4e4 * t.value();
+    let error = predict(&rising, &y0, &[0.0, 1.0, 6.0], &low).unwrap_err();
+    let Error::Stopped(stopped) = error else {
+        panic!("{error}");
+    };
+    assert_eq!(
+        (stopped.reason, stopped.outputs),
+        (StopReason::NonFinite, 2)
+    );
+    assert!((1.6..1.64).contains(&stopped.t), "{}", stopped.t);
+    assert!(stopped.accepted > 1 && stopped.rejected >= 10 && stopped.h > 0.0);
+}
+
+#[test]
+fn steps_of_a_batch_do_not_depend_on_the_number_of_threads() {
+    let w = scattered(&[96, 96], 0.3, 1);
+    let y0 = scattered(&[512, 96], 1.0, 2);
+    let solve = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap().install(|| {
+            let recorder = Recorder::tracing();
+            let options = OdeOptions {
+                recorder: Some(recorder.clone()),
+                ..options(&DOPRI5, Adaptive::new(1e-9, 1e-9))
+            };
+            let field = |_: &Time, y: &Tensor| y.matmul(&w)?.tanh();
+            let ys = predict(&field, &y0, &[0.0, 0.5, 2.0], &options).unwrap();
+            (bits(&ys), recorder.take().step_times)
+        })
+    };
+    let alone = solve(1);
+    assert!(alone.1.len() > 5);
+    assert!(solve(7) == alone);
 }

@@ -11,7 +11,9 @@ use candle_diffeq::control::Adaptive;
 use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect};
 use candle_diffeq::events::{odeint_event, Direction, Event, Hybrid};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
-use candle_diffeq::{Checkpoint, OdeOptions, Output, Steps, Tableau, Time, DOPRI5};
+use candle_diffeq::{
+    Checkpoint, FieldCheck, OdeOptions, Output, Recorder, Steps, Tableau, Time, DOPRI5,
+};
 use common::{bits, values};
 
 fn options(method: &Tableau, tolerance: f64) -> OdeOptions {
@@ -355,4 +357,115 @@ fn events_that_cannot_be_found_or_differentiated_are_errors() {
         defect(zeno),
         EventDefect::TooMany { count: 5, .. }
     ));
+}
+
+/// (cos ωt, −ω sin ωt).
+fn oscillator(omega: &Var) -> impl Fn(&Time, &Tensor) -> Result<Tensor> + Send + Sync {
+    let omega = omega.as_tensor().clone();
+    move |_: &Time, y: &Tensor| {
+        let force = y.narrow(0, 0, 1)?.broadcast_mul(&omega.sqr()?)?.neg()?;
+        Tensor::cat(&[&y.narrow(0, 1, 1)?, &force], 0)
+    }
+}
+
+#[test]
+fn recorded_events_are_as_accurate_as_steps_whatever_the_interpolant() {
+    for (method, tolerance, bar) in [
+        (DOPRI5, 1e-10, 1e-9),
+        (TSIT5, 1e-10, 1e-9),
+        (DOPRI8, 1e-10, 1e-9),
+        (BOSH3, 1e-6, 1e-4),
+        (FEHLBERG45, 1e-7, 1e-5),
+    ] {
+        let omega = Var::new(&[1.3f64], &Device::Cpu).unwrap();
+        let y0 = Tensor::new(&[1f64, 0.0], &Device::Cpu).unwrap();
+        let level = |level: f64| Event::new(move |_: &Time, y: &Tensor| y.get(0)? - level);
+        // Often two of them in one step.
+        let events = [level(0.3).recorded(), level(0.29).recorded()];
+        let times = [0.0, 5.0, 20.0];
+        let steps = Adaptive::new(tolerance, tolerance * 1e-2);
+        let options = OdeOptions {
+            steps: Steps::Adaptive(steps),
+            ..options(&method, tolerance)
+        };
+        let solved = odeint_event(oscillator(&omega), &y0, &times, &events, &options).unwrap();
+        let mut exact = vec![];
+        for (event, level) in [0.3f64, 0.29].into_iter().enumerate() {
+            for turn in 0..6 {
+                let (angle, whole) = (level.acos(), std::f64::consts::TAU * turn as f64);
+                exact.extend([whole + angle, whole - angle].map(|angle| (angle / 1.3, event)));
+            }
+        }
+        exact.retain(|(t, _)| (0.0..20.0).contains(t));
+        exact.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let name = method.name();
+        assert_eq!(
+            (solved.events.len(), solved.outputs),
+            (exact.len(), 3),
+            "{name}"
+        );
+        assert!(!solved.ended && exact.len() > 12);
+        for (ours, (t, event)) in solved.events.iter().zip(&exact) {
+            assert_eq!(ours.event, *event, "{name}");
+            let error = number(&ours.t) - t;
+            assert!(error.abs() <= bar, "{name} {t}: {error:e}");
+            let grads = ours.t.backward().unwrap();
+            let error = number(grads.get(&omega).unwrap()) + t / 1.3;
+            assert!(error.abs() <= 1e3 * bar, "{name} {t}: {error:e}");
+        }
+        let last = solved.states.get(2).unwrap();
+        assert!(
+            (values(&last)[0] - (1.3f64 * 20.0).cos()).abs() <= 10.0 * bar,
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn every_evaluation_of_a_solve_with_events_is_counted_once() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let mut lost = 0;
+    for method in [FEHLBERG45, DOPRI8, BOSH3, DOPRI5] {
+        for i in 0..60 {
+            // At such tolerances the interpolant is off by more than a shorter step is longer than to its event: some of
+            // the crossings that are found on it are lost on the shorter step, and the longer one is taken after all.
+            let level = -0.9 + 0.03 * i as f64;
+            let event = Event::new(move |_: &Time, y: &Tensor| y.get(0)? - level);
+            let calls = std::sync::Arc::new(AtomicUsize::new(0));
+            let counted = calls.clone();
+            let field = move |t: &Time, y: &Tensor| {
+                counted.fetch_add(1, Ordering::Relaxed);
+                oscillator(&Var::new(&[1.3f64], &Device::Cpu)?)(t, y)
+            };
+            let recorder = Recorder::tracing();
+            let options = OdeOptions {
+                recorder: Some(recorder.clone()),
+                check: FieldCheck::Never,
+                ..options(&method, 3e-2)
+            };
+            let y0 = Tensor::new(&[1f64, 0.0], &Device::Cpu).unwrap();
+            let recorded = event.clone().direction(Direction::Rising).recorded();
+            for event in [event, recorded] {
+                let times = [0.0, 9.0];
+                let solved = odeint_event(field.clone(), &y0, &times, &[event], &options).unwrap();
+                let stats = recorder.take();
+                let name = method.name();
+                assert_eq!(
+                    stats.evaluations,
+                    calls.swap(0, Ordering::Relaxed),
+                    "{name} {level}"
+                );
+                if solved.ended {
+                    let end = stats.step_times.len() - 1;
+                    let [t0, t1] = [stats.step_times[end - 1], stats.step_times[end]];
+                    let x = (number(&solved.events[0].t) - t0) / (t1 - t0);
+                    lost += usize::from((0.01..0.99).contains(&x));
+                }
+            }
+        }
+    }
+    assert!(
+        lost > 0,
+        "no crossing was lost: the test does not reach the case"
+    );
 }

@@ -9,7 +9,10 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
+use candle_diffeq::control::Adaptive;
 use candle_diffeq::datasets::Density;
+use candle_diffeq::dense::odeint_dense;
+use candle_diffeq::error::{StopReason, Stopped};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
 use candle_diffeq::{
     fields::PiecewiseConstant,
@@ -17,9 +20,9 @@ use candle_diffeq::{
     odeint,
     scaling::{DynamicScaling, LossScaler, Scaling},
     solution,
-    tableau::EULER,
+    tableau::{BOSH3, EULER},
     ActivationCache, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder,
-    RowLoss, State, Stats, Steps, Time, TimeGrid, Times, VectorField, RK4,
+    RowLoss, State, Stats, Steps, Tableau, Time, TimeGrid, Times, VectorField, DOPRI5, RK4,
 };
 use candle_nn::{linear, VarBuilder, VarMap};
 use common::{all, fill, has_tiles, scattered, values, U_BF16, U_F16, U_F32};
@@ -556,6 +559,183 @@ fn the_mean_over_no_rows_is_nan_with_zero_gradients() {
             let grad = values(grads.get(&var).unwrap());
             assert!(grad.iter().all(|g| *g == 0.0), "{loss}: {name}");
         }
+    }
+}
+
+/// Marks the process of a test that limits its own memory.
+const LIMITED: &str = "CANDLE_DIFFEQ_TEST_LIMITED";
+
+/// Runs a test in a process of its own, which limits its memory by [`limited`].
+fn in_its_own_process(test: &str) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let output = command.args(["--exact", test]).env(LIMITED, "1");
+    let output = output.env("RAYON_NUM_THREADS", "2").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{said} {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(said.contains("1 passed"), "{said}");
+}
+
+/// Leaves the process so many more bytes of addresses; false in a process of other tests.
+fn limited(bytes: u64) -> bool {
+    if std::env::var_os(LIMITED).is_none() {
+        return false;
+    }
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = pages.split_whitespace().next().unwrap().parse().unwrap();
+    let hard = rlimit::Resource::AS.get_hard().unwrap();
+    rlimit::Resource::AS
+        .set(pages * 4096 + bytes, hard)
+        .unwrap();
+    true
+}
+
+/// The solve stopped for want of memory, and handed over what it had.
+#[track_caller]
+fn assert_stopped_by_memory<T>(result: Result<T, Error>, bytes: u64) -> Stopped {
+    let Err(error) = result else {
+        panic!("no error");
+    };
+    let text = error.to_string();
+    let Error::Stopped(stopped) = error else {
+        panic!("{text}");
+    };
+    let StopReason::Memory { need, available } = stopped.reason else {
+        panic!("{text}");
+    };
+    assert!(available < need && need < bytes, "{text}");
+    assert!(
+        text.contains(&need.to_string()) && text.contains(&available.to_string()),
+        "{text}"
+    );
+    assert!(stopped.t > 0.0 && stopped.accepted > 10, "{text}");
+    *stopped
+}
+
+/// Turns by ever more; a state of a megabyte.
+fn wide() -> (
+    impl Fn(&Time, &Tensor) -> candle_core::Result<Tensor> + Send + Sync,
+    Tensor,
+) {
+    let field = |_: &Time, y: &Tensor| y.cos()? * 3.0;
+    (field, scattered(&[1 << 17], 1.0, 1))
+}
+
+fn tight(method: &Tableau, rtol: f64) -> OdeOptions {
+    OdeOptions {
+        method: method.clone(),
+        steps: Steps::Adaptive(Adaptive::new(rtol, rtol)),
+        ..Default::default()
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn adaptive_steps_that_fill_the_memory_stop_child() {
+    let bytes = 384 << 20;
+    if !limited(bytes) {
+        return;
+    }
+    let (field, y0) = wide();
+    let y0 = Var::from_tensor(&y0).unwrap();
+    let times = [0.0, 0.01, 1e3];
+    let options = tight(&BOSH3, 1e-10);
+    let solved = odeint(field, y0.as_tensor(), &times, &options);
+    let stopped = assert_stopped_by_memory(solved, bytes);
+    assert_eq!(
+        (stopped.outputs, stopped.states[0].dims()),
+        (2, &[2, 1 << 17][..])
+    );
+    // What is thinned out does not grow: the solve goes on until its attempts are used up.
+    let (field, _) = wide();
+    let thin = OdeOptions {
+        checkpoint: Checkpoint::States(20),
+        steps: Steps::Adaptive(Adaptive::new(1e-10, 1e-10).max_steps(stopped.accepted + 100)),
+        ..options.clone()
+    };
+    let error = odeint(field, y0.as_tensor(), &times, &thin).unwrap_err();
+    let Error::Stopped(stopped) = error else {
+        panic!("{error}");
+    };
+    assert!(matches!(stopped.reason, StopReason::Attempts { .. }));
+    // All states of a dense solution, with their stages.
+    let (field, y0) = wide();
+    let dense = odeint_dense(field, &y0, &times, &options).map(|_| ());
+    let dense = assert_stopped_by_memory(dense, bytes);
+    assert!(dense.accepted < stopped.accepted);
+    // Outputs grow too.
+    let (field, y0) = wide();
+    let every = OdeOptions {
+        output: Output::Steps,
+        checkpoint: Checkpoint::Nothing,
+        ..options
+    };
+    let stopped = assert_stopped_by_memory(odeint(field, &y0, &times, &every), bytes);
+    assert_eq!(stopped.states[0].dims(), [stopped.accepted + 1, 1 << 17]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn adaptive_steps_that_fill_the_memory_stop() {
+    in_its_own_process("adaptive_steps_that_fill_the_memory_stop_child");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn rows_that_fill_the_memory_stop_child() {
+    let bytes = 320 << 20;
+    if !has_tiles() || !limited(bytes) {
+        return;
+    }
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'_>| Mlp::new(&[16, 16], Activation::Tanh, vb);
+    let ode = NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, build).unwrap();
+    fill(&vars);
+    let ode = ode.options(tight(&BOSH3, 1e-13));
+    let y0 = Var::from_tensor(&scattered(&[1 << 12, 16], 0.8, 1)).unwrap();
+    let solved = ode.solve(y0.as_tensor(), &[0.0, 1e-3, 1e3]);
+    let stopped = assert_stopped_by_memory(solved, bytes);
+    assert_eq!(stopped.states[0].dims(), [stopped.outputs, 1, 16]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn rows_that_fill_the_memory_stop() {
+    in_its_own_process("rows_that_fill_the_memory_stop_child");
+}
+
+#[test]
+fn adaptive_steps_that_cannot_fit_are_refused_before_the_first() {
+    let calls: &'static AtomicUsize = Box::leak(Box::default());
+    let short = OdeOptions {
+        steps: Steps::Adaptive(Adaptive::new(1e-3, 1e-3).max_step(1e-12).max_steps(1 << 50)),
+        ..Default::default()
+    };
+    let options = OdeOptions {
+        method: DOPRI5,
+        ..short
+    };
+    let field = move |_: &Time, y: &Tensor| {
+        calls.fetch_add(1, Ordering::Relaxed);
+        y.neg()
+    };
+    let y0 = Var::from_tensor(&scattered(&[1000], 1.0, 1)).unwrap();
+    assert_cannot_fit(odeint(field, y0.as_tensor(), &[0.0, 1e3], &options));
+    // Only what finds the variables of the field.
+    assert!(calls.load(Ordering::Relaxed) <= 1);
+    let budget = OdeOptions {
+        checkpoint: Checkpoint::Bytes(1 << 60),
+        ..options.clone()
+    };
+    assert_cannot_fit(odeint(field, y0.as_tensor(), &[0.0, 1e3], &budget));
+    if has_tiles() {
+        let vars = VarMap::new();
+        let ode = perceptron(&vars).options(options);
+        let y0 = Var::from_tensor(&rows(100)).unwrap();
+        assert_cannot_fit(ode.solve(y0.as_tensor(), &[0.0, 1e3]));
     }
 }
 

@@ -701,3 +701,152 @@ fn a_perceptron_converges_to_the_exact_flow() {
         assert!(relative(grads.get(&var).unwrap(), exact) <= 1e-7, "{name}");
     }
 }
+
+#[test]
+fn the_states_at_all_steps_have_one_step_length_for_the_batch() {
+    let y0 = start(Kind::Mlp, 9, DType::F64);
+    let every = |adaptive: Adaptive| OdeOptions {
+        output: Output::Steps,
+        ..options(&DOPRI5, adaptive)
+    };
+    let error = solve(Kind::Mlp, &y0, &TIMES, &every(adaptive(1e-5, 1e-7)))
+        .err()
+        .unwrap();
+    assert!(
+        matches!(error, Error::Adaptive(AdaptiveDefect::StepsOfRows)),
+        "{error}"
+    );
+    let unsaid = solve(Kind::Mlp, &y0, &TIMES, &every(Adaptive::new(1e-5, 1e-7))).unwrap();
+    let batch = Adaptive::new(1e-5, 1e-7).control(StepControl::Batch);
+    let batch = solve(Kind::Mlp, &y0, &TIMES, &every(batch)).unwrap();
+    assert_eq!(bits(&unsaid.states[0]), bits(&batch.states[0]));
+    assert_eq!(unsaid.states[0].dims(), [unsaid.stats.steps + 1, 9, 3]);
+}
+
+#[test]
+fn the_states_at_all_fixed_steps_are_the_same_tile_by_tile() {
+    for kind in KINDS {
+        let y0 = start(kind, 21, DType::F64);
+        let tiles = OdeOptions {
+            output: Output::Steps,
+            steps: Steps::PerInterval(3),
+            ..Default::default()
+        };
+        let steps = OdeOptions {
+            fusion: false,
+            ..tiles.clone()
+        };
+        let ours = solve(kind, &y0, &TIMES, &tiles).unwrap();
+        let theirs = solve(kind, &y0, &TIMES, &steps).unwrap();
+        assert_eq!(ours.states[0].dim(0).unwrap(), 16);
+        let all = |answers: Answers| [answers.states, answers.y0, answers.weights].concat();
+        for (x, y) in all(ours).iter().zip(all(theirs)) {
+            let error = relative(x, &y);
+            assert!(error <= 1e-12, "{kind:?} {error:e}");
+        }
+    }
+}
+
+#[test]
+fn evaluations_and_pull_backs_of_a_row_are_those_of_its_attempts() {
+    if without_tiles() {
+        return;
+    }
+    for (method, stages, appended) in [
+        (BOSH3, 4, false),
+        (DOPRI5, 7, false),
+        (TSIT5, 7, false),
+        (FEHLBERG45, 6, true),
+        (DOPRI8, 13, true),
+    ] {
+        for first_step in [None, Some(1.5)] {
+            let mut steps = adaptive(1e-8, 1e-8);
+            if let Some(h) = first_step {
+                steps = steps.first_step(h);
+            }
+            let y0 = start(Kind::Timed, 37, DType::F64);
+            let options = options(&method, steps);
+            let last_has_outputs = |times: &[f64]| {
+                let before = times[times.len() - 2];
+                TIMES.iter().any(|t| before < *t && *t < 2.0)
+            };
+            let whole = solve(Kind::Timed, &y0, &TIMES, &options).unwrap().stats;
+            let mut sum = 0;
+            for (i, row) in whole.rows.iter().enumerate() {
+                let mut expected = 1 + usize::from(first_step.is_none());
+                expected += (stages - 1) * (row.accepted + row.rejected);
+                if appended {
+                    expected += row.accepted - 1 + usize::from(last_has_outputs(&row.times));
+                }
+                assert_eq!(row.evaluations, expected, "{} row {i}", method.name());
+                assert_eq!(row.times.len(), row.accepted + 1);
+                sum += row.evaluations;
+            }
+            assert!(first_step.is_none() || whole.rejected > 0);
+            assert_eq!(whole.row_evaluations, sum);
+            let most = whole.rows.iter().map(|row| row.evaluations).max();
+            assert_eq!(Some(whole.evaluations), most);
+            // Backward, of a row alone: rejected attempts cost nothing.
+            for row in [0, 11] {
+                let alone = solve(Kind::Timed, &rows(&y0, &[row]), &TIMES, &options)
+                    .unwrap()
+                    .stats;
+                let of_row = &alone.rows[0];
+                assert_eq!(of_row, &whole.rows[row as usize]);
+                let last = usize::from(last_has_outputs(&of_row.times));
+                let of_step = stages - usize::from(!appended);
+                let expected = of_step * of_row.accepted + last;
+                assert_eq!(alone.vjps, expected, "{} row {row}", method.name());
+                assert_eq!(alone.recomputed, expected, "{} row {row}", method.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_takes_more_steps_the_faster_it_is() {
+    if without_tiles() {
+        return;
+    }
+    // Eight oscillators of rates 1, 2, 4, … side by side; in each row another one is in motion.
+    let (vars, count) = (VarMap::new(), 8);
+    let build = |vb: VarBuilder<'_>| Mlp::new(&[16, 16], Activation::Tanh, vb);
+    let ode = NeuralOde::from_field(&vars, "", DType::F64, &Device::Cpu, build).unwrap();
+    for (_, var) in all(&vars) {
+        let mut numbers = vec![0.0; var.elem_count()];
+        if var.rank() == 2 {
+            for i in 0..count {
+                let rate = f64::from(1 << i);
+                numbers[2 * i * 16 + 2 * i + 1] = -rate;
+                numbers[(2 * i + 1) * 16 + 2 * i] = rate;
+            }
+        }
+        var.set(&Tensor::from_vec(numbers, var.shape(), &Device::Cpu).unwrap())
+            .unwrap();
+    }
+    let mut y0 = vec![0.0; count * 16];
+    for row in 0..count {
+        y0[row * 16 + 2 * row] = 1.0;
+    }
+    let recorder = Recorder::tracing();
+    let ode = ode.options(OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options(&DOPRI5, adaptive(1e-6, 1e-6))
+    });
+    let y0 = Tensor::from_vec(y0, (count, 16), &Device::Cpu).unwrap();
+    let ys = ode.predict(&y0, &[0.0, 5.0]).unwrap();
+    let stats = recorder.take();
+    let evaluations: Vec<_> = stats.rows.iter().map(|row| row.evaluations).collect();
+    assert!(
+        evaluations
+            .windows(2)
+            .all(|w| w[1] as f64 > 1.5 * w[0] as f64),
+        "{evaluations:?}"
+    );
+    for row in 0..count {
+        let rate = f64::from(1 << row);
+        let y = values(&ys.i((1, row)).unwrap());
+        let error = (y[2 * row] - (5.0 * rate).cos()).abs();
+        assert!(error <= 1e-3, "{row} {error:e}");
+    }
+}

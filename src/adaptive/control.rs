@@ -123,6 +123,13 @@ impl Control {
             .is_some_and(|target| self.targets[target].jumps)
     }
 
+    /// The fewest steps that the solve can take: one to each target, none longer than permitted.
+    pub(crate) fn least_steps(&self) -> usize {
+        let end = self.targets.last().map_or(self.start, |target| target.t);
+        let steps = ((end - self.start).abs() / self.options.max_step) as usize;
+        steps.max(self.targets.len()).min(self.options.max_steps)
+    }
+
     /// The longest first step.
     pub(crate) fn longest(&self) -> f64 {
         let end = self.targets.last().map_or(self.start, |target| target.t);

@@ -22,6 +22,18 @@ pub(crate) struct Attempt {
     wanted: f64,
 }
 
+impl Attempt {
+    /// The same, but shorter.
+    pub(crate) fn until(&self, end: f64) -> Self {
+        Self {
+            h: end - self.t,
+            end,
+            lands: None,
+            ..*self
+        }
+    }
+}
+
 /// What becomes of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Verdict {
@@ -159,6 +171,17 @@ impl Pace {
             forced,
             wanted,
         })
+    }
+
+    /// The attempt that was accepted last is taken only as far as to this end.
+    pub(crate) fn cut(&mut self, attempt: &Attempt, end: f64) {
+        let length = (end - attempt.t).abs();
+        self.t = end;
+        self.target -= usize::from(attempt.lands.is_some());
+        self.lengths = self.lengths.map(|[least, most, first]| {
+            let first = if self.accepted == 1 { length } else { first };
+            [least.min(length), most, first]
+        });
     }
 
     /// Judges an attempt by its error r; `plain` is the error without a noise floor.

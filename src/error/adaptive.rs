@@ -64,6 +64,9 @@ pub enum AdaptiveDefect {
     /// With events, all times are asked for.
     #[error("a solve with events returns the states at all times: leave OdeOptions::output at Output::All")]
     EventOutput,
+    /// The states at the ends of all steps were asked for, and a control per row.
+    #[error("rows with steps of their own have different numbers of states: with Output::Steps use StepControl::Batch, or read the steps of each row from Stats::rows")]
+    StepsOfRows,
     /// Control per row was asked for and cannot be had.
     #[error("StepControl::Rows needs a field that is integrated tile by tile on the CPU (nn::Mlp, nn::Cnf, nn::ConvField with OdeOptions::fusion, in f32 or f64 with one store precision, over times that are not tracked){}", if *row_wise { "" } else { ": this one is not" })]
     NoRows {

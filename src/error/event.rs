@@ -14,6 +14,28 @@ pub enum EventDefect {
         /// Its shape.
         shape: Shape,
     },
+    /// An event of rows is about a component that rows do not have.
+    #[error("event {event} is about component {component} of tensor {leaf}, but rows have {features:?} components by tensor")]
+    NoComponent {
+        /// Which of the events.
+        event: usize,
+        /// The tensor of the state.
+        leaf: usize,
+        /// The component.
+        component: usize,
+        /// Components of a row, by tensor of the state.
+        features: Vec<usize>,
+    },
+    /// The values that a component crosses are not one number for each row.
+    #[error("event {event} has values of shape {shape:?} for {rows} rows: one number for each is needed")]
+    Values {
+        /// Which of the events.
+        event: usize,
+        /// The shape of the values.
+        shape: Shape,
+        /// Rows of the state.
+        rows: usize,
+    },
     /// An event function is NaN or infinite.
     #[error("event function {event} is not finite at t = {t:?}")]
     NonFinite {

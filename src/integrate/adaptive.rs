@@ -6,10 +6,12 @@ use candle_core::Tensor;
 
 use super::estimate::{Estimate, Floor};
 use super::observe::{InStep, Observer};
-use super::Forward;
+use super::{need, Forward};
 use crate::adaptive::{Attempt, Control, Halt, Pace, Verdict};
+use crate::crossing::{behind, behind_which, is_inner};
 use crate::error::{Error, Result, StopReason, Stopped};
 use crate::field::Field;
+use crate::memory::{Growth, TENSOR};
 use crate::ops;
 use crate::problem::Problem;
 use crate::schedule::{Output, Recorded, Schedule, Step};
@@ -33,7 +35,14 @@ pub(super) fn pass<'a>(
             return Err(Error::NonFiniteState { leaf });
         }
     }
-    let mut pass = AdaptivePass::begin(problem, control, field, y0, keep())?;
+    let known = keep();
+    let plan = match known {
+        true => problem.checkpoint,
+        false => Checkpoint::Nothing,
+    };
+    need(problem, control.least_steps(), plan).check()?;
+    let mut pass = AdaptivePass::begin(problem, control, field, y0, known)?;
+    pass.refines = observer.looks() && !problem.scheme.tableau.interpolates_well();
     observer.begin();
     let run = pass.run(keep, observer);
     stats.evaluations += pass.evaluations;
@@ -69,6 +78,10 @@ struct AdaptivePass<'a> {
     evaluations: usize,
     /// Whether the observer has ended the solve.
     ended: bool,
+    /// Whether steps end behind what the observer finds, since the interpolant is less accurate.
+    refines: bool,
+    /// What is held of states and outputs.
+    growth: Growth,
 }
 
 /// An attempt that was made: its solution, its stages, and its error.
@@ -87,9 +100,6 @@ struct AcceptedStep {
     tried: Tried,
     inside: Vec<(f64, Option<usize>)>,
 }
-
-/// The part of a step, at both of its ends, in which the interpolant is as accurate as the step.
-const NEAR: f64 = 1e-3;
 
 impl<'a> AdaptivePass<'a> {
     fn begin(
@@ -119,6 +129,8 @@ impl<'a> AdaptivePass<'a> {
             next: 0,
             evaluations: 0,
             ended: false,
+            refines: false,
+            growth: Growth::default(),
             y,
         };
         pass.returns_node(control.start)?;
@@ -137,19 +149,21 @@ impl<'a> AdaptivePass<'a> {
     /// wanted.
     fn returns_node(&mut self, t: f64) -> Result<()> {
         let points = self.problem.grid.points();
-        if points.get(self.next) != Some(&t) {
-            return Ok(());
-        }
-        let number = match self.problem.output {
-            Output::Final => (self.next + 1 == points.len()).then_some(self.outputs.len()),
-            Output::All => Some(self.outputs.len()),
+        let is_given = points.get(self.next) == Some(&t);
+        let is_wanted = match self.problem.output {
+            Output::Final => is_given && self.next + 1 == points.len(),
+            Output::All => is_given,
+            Output::Steps => true,
         };
-        self.record.mark(self.next, number)?;
-        self.next += 1;
-        match number {
-            Some(_) => self.returns(&self.y.clone()),
-            None => Ok(()),
+        if is_given {
+            self.record.mark(self.next)?;
+            self.next += 1;
         }
+        if is_wanted {
+            self.record.ret(self.outputs.len())?;
+            self.returns(&self.y.clone())?;
+        }
+        Ok(())
     }
 
     fn returns(&mut self, y: &[Tensor]) -> Result<()> {
@@ -212,15 +226,19 @@ impl<'a> AdaptivePass<'a> {
             let step = self.step(attempt.h, attempt.end, control.jumps_at(&attempt));
             let tried = self.attempt(step)?;
             if !self.known && keep() {
-                let roles = self.problem.scheme.roles.clone();
-                self.trajectory = Trajectory::online(self.problem.checkpoint, roles, &self.y)?;
+                let (roles, plan) = (self.problem.scheme.roles.clone(), self.problem.checkpoint);
+                need(self.problem, control.least_steps(), plan).check()?;
+                self.trajectory = Trajectory::online(plan, roles, &self.y)?;
             }
             self.known = true;
             let [r, plain] = tried.norms;
             let verdict = self.pace.judge(control, &attempt, r, plain);
             tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
             match verdict {
-                Ok(Verdict::Accepted) => self.accept(step, &attempt, tried, observer)?,
+                Ok(Verdict::Accepted) => {
+                    self.accept(step, &attempt, tried, observer)?;
+                    self.check_memory(observer)?;
+                }
                 Ok(Verdict::Rejected) => last = Some((attempt, tried)),
                 Err(failure) => return Err(self.failed(failure, Some(&(attempt, tried)))),
             }
@@ -262,12 +280,17 @@ impl<'a> AdaptivePass<'a> {
         let is_done = self.pace.is_done(control);
         let mut taken = self.finished(step, tried, observer.looks() || !is_done)?;
         if observer.looks() {
-            let stops = self.observed(&mut taken, observer)?;
-            if let Some(last) = stops.filter(|x| (NEAR..1.0 - NEAR).contains(x)) {
-                taken = self.polished(taken, last, observer)?;
+            let behind = self.observed(&mut taken, observer)?;
+            if let Some(x) = behind.filter(|x| is_inner(*x)) {
+                taken = self.polished(taken, x, observer)?;
             }
         }
+        let is_cut = taken.step.end != step.end;
         let step = taken.step;
+        if is_cut {
+            self.pace.cut(attempt, step.end);
+        }
+        let is_done = self.pace.is_done(control);
         self.trajectory.offer(step.index, &self.y)?;
         self.record.push(step.t, step.h, step.end)?;
         for (x, given) in &taken.inside {
@@ -287,7 +310,7 @@ impl<'a> AdaptivePass<'a> {
         let Tried { y, mut ks, .. } = taken.tried;
         self.y = y;
         self.returns_node(step.end)?;
-        self.jumps = control.jumps_at(attempt);
+        self.jumps = !is_cut && control.jumps_at(attempt);
         if is_done {
             return Ok(());
         }
@@ -306,7 +329,7 @@ impl<'a> AdaptivePass<'a> {
         let passed = |t: &&f64| (step.end - **t) * self.control.direction > 0.0;
         let met = points.iter().take_while(passed).enumerate();
         let inside: Vec<_> = match self.problem.output {
-            Output::Final => vec![],
+            Output::Final | Output::Steps => vec![],
             Output::All => met
                 .map(|(i, t)| ((t - step.t) / step.h, Some(self.next + i)))
                 .collect(),
@@ -326,7 +349,7 @@ impl<'a> AdaptivePass<'a> {
         })
     }
 
-    /// Adds what the observer wants of a step; where it ends the solve, if it does.
+    /// Adds what the observer wants of a step; the place behind which the step is to end, if there is one.
     fn observed(
         &mut self,
         taken: &mut AcceptedStep,
@@ -340,25 +363,24 @@ impl<'a> AdaptivePass<'a> {
         };
         let others: Vec<f64> = taken.inside.iter().map(|(x, _)| *x).collect();
         let wanted = observer.accepted(&within, self.outputs.len(), &others)?;
-        self.ended = wanted.stops;
-        let last = wanted.at.last().copied().filter(|_| wanted.stops);
+        let last = wanted.at.last().filter(|(_, ends)| *ends).map(|(x, _)| *x);
+        self.ended = last.is_some();
         let inside = &mut taken.inside;
         inside.retain(|(x, _)| last.is_none_or(|last| *x < last));
-        inside.extend(wanted.at.iter().map(|x| (*x, None)));
+        inside.extend(wanted.at.iter().map(|(x, _)| (*x, None)));
         inside.sort_by(|a, b| a.0.total_cmp(&b.0));
-        Ok(last)
+        Ok(behind_which(&wanted.at, self.refines))
     }
 
-    /// The same step, but little longer than to where the observer ends the solve: at the end of a step the
-    /// interpolant is as accurate as the step.
+    /// The same step, but little longer than to a place that the observer has found.
     fn polished(
         &mut self,
         taken: AcceptedStep,
-        last: f64,
+        x: f64,
         observer: &mut dyn Observer,
     ) -> Result<AcceptedStep> {
         let Step { t, h, .. } = taken.step;
-        let end = t + h * last * (1.0 + 1e-4);
+        let end = behind(t, h, x);
         let shorter = Step {
             h: end - t,
             end,
@@ -376,6 +398,29 @@ impl<'a> AdaptivePass<'a> {
         let mut taken = self.finished(taken.step, taken.tried, true)?;
         self.observed(&mut taken, observer)?;
         Ok(taken)
+    }
+
+    /// Compares what is held, and what the pass still needs to hand over, with the memory that there is.
+    fn check_memory(&mut self, observer: &dyn Observer) -> Result<()> {
+        let of = |numbers: usize, tensors: usize| {
+            let numbers = match self.problem.device().is_cpu() {
+                true => numbers * self.problem.state().size_in_bytes(),
+                false => 0,
+            };
+            numbers as u64 + tensors as u64 * TENSOR as u64
+        };
+        let (elements, leaves) = (self.problem.packing.len(), self.y.len());
+        let outputs = self.outputs.len() as u64 * of(elements, 1);
+        let kept = self.trajectory.kept_states() as u64 * of(elements, leaves);
+        let held = outputs + kept + observer.bytes();
+        // Outputs are joined at the end, which takes their memory once more.
+        let Some([need, available]) = self.growth.reaches(held, outputs) else {
+            return Ok(());
+        };
+        // What was computed is handed over; what was kept for a backward pass is of no use now.
+        let roles = self.problem.scheme.roles.clone();
+        self.trajectory = Trajectory::online(Checkpoint::Nothing, roles, &self.y)?;
+        Err(self.stopped(StopReason::Memory { need, available }, None))
     }
 
     fn failed(&self, failure: Halt, last: Option<&(Attempt, Tried)>) -> Error {

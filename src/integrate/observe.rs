@@ -51,10 +51,8 @@ impl InStep<'_> {
 /// What an observer wants of a step.
 #[derive(Default)]
 pub(crate) struct Wanted {
-    /// Fractions of the step at which the state is to be returned, ascending.
-    pub(crate) at: Vec<f64>,
-    /// Whether the solve ends at the last of these.
-    pub(crate) stops: bool,
+    /// Fractions of the step at which the state is to be returned, ascending, and whether the solve ends there.
+    pub(crate) at: Vec<(f64, bool)>,
 }
 
 /// Sees every accepted step.
@@ -66,6 +64,11 @@ pub(crate) trait Observer {
 
     /// A pass begins.
     fn begin(&mut self);
+
+    /// How many bytes it keeps.
+    fn bytes(&self) -> u64 {
+        0
+    }
 
     /// A step was accepted.  So many states were returned before it, and the others that are returned inside of it lie
     /// at these fractions.

@@ -94,7 +94,12 @@ fn solve(mlp: &Mlp, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result
         schedule: Arc::clone(schedule),
     };
     let back = Arc::new(trajectory);
-    Ok(Some(Solved { packed, back }))
+    let found = vec![];
+    Ok(Some(Solved {
+        packed,
+        back,
+        found,
+    }))
 }
 
 /// Whether hidden layer l adds its input to its output.

@@ -98,6 +98,7 @@ pub(super) fn run<T: Element>(
             schedule: Arc::clone(schedule),
             groups,
         }),
+        found: vec![],
     })
 }
 

@@ -153,6 +153,7 @@ pub(super) fn run<T: Element>(
     Ok(Solved {
         packed: Tensor::new(&[T::of(total)], problem.device())?,
         back: Arc::new(graded),
+        found: vec![],
     })
 }
 

@@ -32,11 +32,12 @@ use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
 use crate::adaptive::StepControl;
+use crate::crossing::RowFound;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::precision::Low;
 use crate::problem::{Plan, Problem};
 use crate::reverse::Reversible;
-use crate::schedule::Schedule;
+use crate::schedule::{Output, Schedule};
 use crate::simd::{unit, Element};
 use crate::state::RowLayout;
 use crate::stats::Stats;
@@ -79,6 +80,11 @@ impl Rows {
         self.0.weights()
     }
 
+    /// Rows and features of a state of these shapes, if they are the field's.
+    pub(crate) fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
+        self.0.layout(shapes)
+    }
+
     /// Solves the problem tile by tile, or leaves it to the general path.  With a loss, the result is
     /// its value.
     pub(crate) fn solve(
@@ -99,7 +105,8 @@ impl Rows {
             return Ok(None);
         }
         if let Plan::Adaptive(control) = &problem.plan {
-            if control.options.control == Some(StepControl::Batch) {
+            let batch = control.options.control == Some(StepControl::Batch);
+            if batch || problem.output == Output::Steps {
                 return Ok(None);
             }
         }
@@ -156,6 +163,8 @@ impl Rows {
 pub(crate) struct Solved {
     pub(crate) packed: Tensor,
     pub(crate) back: Arc<dyn Reversible>,
+    /// What was found of events of rows.
+    pub(crate) found: Vec<RowFound>,
 }
 
 /// [`RowField`] without its type.

@@ -8,7 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::Result;
-use crate::memory::room_for;
+use crate::memory::{extend, room_for};
 use crate::simd::Element;
 use crate::stats::Stats;
 use crate::trajectory::{Checkpoint, Store, Trajectory};
@@ -57,13 +57,23 @@ impl<T: Element> TileTrajectory<T> {
     /// The same of one row, or of all lanes.
     pub(super) fn keep_numbers(&mut self, n: usize, y: &[T]) -> Result<()> {
         match self {
-            Self::All(states) => states.push(y),
+            Self::All(states) => states.push(y)?,
             Self::Planned(trajectory) if trajectory.wants(n) => {
                 trajectory.offer(n, &Snapshot::of_numbers(y)?)?;
             }
             Self::Planned(_) => {}
         }
         Ok(())
+    }
+
+    /// Bytes of what is kept of states of so many numbers.
+    pub(super) fn held(&self, numbers: usize) -> u64 {
+        let bytes = match self {
+            // With the room that more states will take first.
+            Self::All(states) => states.room() * states.store.dtype.size_in_bytes(),
+            Self::Planned(planned) => planned.kept_states() * numbers * size_of::<T>(),
+        };
+        bytes as u64
     }
 
     /// Notes what is kept.
@@ -107,6 +117,15 @@ impl<T: Element> States<T> {
         })
     }
 
+    /// Numbers that there is room for.
+    fn room(&self) -> usize {
+        match &self.numbers {
+            Numbers::State(all) => all.capacity(),
+            Numbers::Bf16(all) => all.capacity(),
+            Numbers::F16(all) => all.capacity(),
+        }
+    }
+
     /// How many there are.
     fn count(&self) -> usize {
         let numbers = match &self.numbers {
@@ -117,11 +136,12 @@ impl<T: Element> States<T> {
         numbers / self.size.max(1)
     }
 
-    fn push(&mut self, y: &[T]) {
+    fn push(&mut self, y: &[T]) -> Result<()> {
+        let what = "kept states";
         match &mut self.numbers {
-            Numbers::State(all) => all.extend_from_slice(y),
-            Numbers::Bf16(all) => all.extend_from_slice(&narrowed(y)),
-            Numbers::F16(all) => all.extend_from_slice(&narrowed(y)),
+            Numbers::State(all) => extend(what, all, y),
+            Numbers::Bf16(all) => extend(what, all, &narrowed(y)),
+            Numbers::F16(all) => extend(what, all, &narrowed(y)),
         }
     }
 

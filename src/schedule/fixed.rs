@@ -14,6 +14,8 @@ pub(crate) struct Fixed {
     first: Vec<usize>,
     output: Output,
     outputs: usize,
+    /// t_0.
+    start: f64,
 }
 
 /// An output interval, or a part of one that ends where the field jumps, cut into equal steps.
@@ -118,7 +120,7 @@ impl Fixed {
                 jumps: [false; 2],
             });
         }
-        let plan = Self::of(pieces, output, grid.points().len());
+        let plan = Self::of(pieces, output, grid.points().len(), grid.points()[0]);
         // Steps of one piece are equal, so its first and last tell whether any vanishes.
         for i in 0..plan.pieces.len() {
             for n in [plan.first[i], plan.first[i + 1] - 1] {
@@ -131,19 +133,21 @@ impl Fixed {
         Ok(plan)
     }
 
-    fn of(pieces: Vec<Piece>, output: Output, points: usize) -> Self {
+    fn of(pieces: Vec<Piece>, output: Output, points: usize, start: f64) -> Self {
         let mut first = vec![0];
         for piece in &pieces {
             first.push(first[first.len() - 1] + piece.steps);
         }
         Self {
-            pieces,
-            first,
-            output,
             outputs: match output {
                 Output::All => points,
                 Output::Final => 1,
+                Output::Steps => first[pieces.len()] + 1,
             },
+            pieces,
+            first,
+            output,
+            start,
         }
     }
 
@@ -196,9 +200,9 @@ impl Fixed {
         }
         let points = match self.output {
             Output::All => self.outputs,
-            Output::Final => 0,
+            Output::Final | Output::Steps => 0,
         };
-        Self::of(pieces, self.output, points)
+        Self::of(pieces, self.output, points, self.start)
     }
 
     /// Whether no step can begin and end at one number of this dtype.
@@ -234,6 +238,7 @@ impl Fixed {
     pub(super) fn at_node(&self, n: usize) -> Option<usize> {
         match self.output {
             Output::Final => (n == self.len()).then_some(0),
+            Output::Steps => Some(n),
             Output::All if n == 0 => Some(0),
             Output::All => {
                 let piece = &self.pieces[self.first.binary_search(&n).ok()? - 1];
@@ -241,6 +246,12 @@ impl Fixed {
                 ends.then_some(piece.interval + 1)
             }
         }
+    }
+
+    /// t_0 … t_N.
+    pub(super) fn times(&self) -> impl Iterator<Item = f64> + '_ {
+        let ends = (0..self.len()).map(|n| self.step(n).end);
+        std::iter::once(self.start).chain(ends)
     }
 
     /// The piece that step n < len is in.

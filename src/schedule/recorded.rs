@@ -81,13 +81,18 @@ impl Recorded {
             if jumps.iter().any(|&jump| coincide(jump, w[1])) {
                 record.break_here();
             }
+            if output == Output::Steps {
+                record.ret(record.len())?;
+            }
             while let Some((i, &t)) = points.next_if(|(_, &t)| t == w[1] || follows(&[t, w[1]])) {
                 let number = match output {
                     Output::All => Some(i),
                     Output::Final => is_last(i).then_some(0),
+                    Output::Steps => None,
                 };
                 if t == w[1] {
-                    record.mark(i, number)?;
+                    record.mark(i)?;
+                    number.map_or(Ok(()), |number| record.ret(number))?;
                 } else if let Some(number) = number {
                     record.save((t - w[0]) / (w[1] - w[0]), number, Some(i))?;
                 }
@@ -103,14 +108,10 @@ impl Recorded {
         Ok(())
     }
 
-    /// The end so far is the user's time `given`, and the output of a number, if one is, is returned there.
-    pub(crate) fn mark(&mut self, given: usize, output: Option<usize>) -> Result<()> {
-        push(
-            "steps",
-            &mut self.given,
-            (self.steps.len(), Node::Between(given, 0.0)),
-        )?;
-        output.map_or(Ok(()), |output| self.ret(output))
+    /// The end so far is the user's time `given`.
+    pub(crate) fn mark(&mut self, given: usize) -> Result<()> {
+        let at = (self.steps.len(), Node::Between(given, 0.0));
+        push("steps", &mut self.given, at)
     }
 
     /// An output is returned at the end so far.
@@ -198,6 +199,12 @@ impl Recorded {
 
     pub(super) fn outputs(&self) -> usize {
         self.outputs
+    }
+
+    /// The numbers of all states that are returned.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = usize> + '_ {
+        let at_nodes = self.returned.iter().map(|(_, output)| *output);
+        at_nodes.chain(self.inside.iter().map(|inside| inside.output))
     }
 
     /// The number of the state that is returned at node n.

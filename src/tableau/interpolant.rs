@@ -4,7 +4,7 @@
 //! crate provides is continuously differentiable across steps: its time derivative Σ_i b_i′(x) k_i is the first stage
 //! at x = 0, and the last stage f(t_{n+1}, y_{n+1}) at x = 1.
 
-use super::{meets, Rows, Tableau, Verified};
+use super::{meets, trees, Rows, Tableau, Tree, Verified};
 use crate::error::TableauDefect;
 
 impl Tableau {
@@ -52,6 +52,32 @@ impl Tableau {
             vec![first, 3.0 * b - 2.0 * first - last, first + last - 2.0 * b]
         };
         self.b.iter().enumerate().map(row).collect()
+    }
+
+    /// Whether the interpolant has the order of the embedded solution at least, which is one less than the method's: then
+    /// it is as accurate as the tolerance asks for.
+    pub(crate) fn interpolates_well(&self) -> bool {
+        self.interpolation_order() + 1 >= self.order
+    }
+
+    /// The order of the interpolant, up to that of the method: Σ b_i(x) Φ_i(τ) = x^|τ| / γ(τ) for every rooted tree τ of
+    /// as many vertices.
+    fn interpolation_order(&self) -> usize {
+        const X: f64 = 0.5;
+        let dense = self.dense();
+        let weights = dense.weights_at(X);
+        let holds = |tree: &Tree| {
+            let exact = X.powi(tree.order as i32) / tree.density();
+            let terms = weights.iter().zip(tree.weights(&dense));
+            let (sum, size) = terms.fold((0.0, exact), |(sum, size), (b, (phi, abs))| {
+                (sum + b * phi, size + b.abs() * abs)
+            });
+            (sum - exact).abs() <= 1e-9 * size
+        };
+        let all = trees(self.order);
+        all.iter()
+            .take_while(|trees| trees.iter().all(holds))
+            .count()
     }
 
     /// The stages that the solution or the interpolant depends on.
@@ -111,5 +137,101 @@ impl Tableau {
         let rows = self.interpolant.iter();
         rows.flat_map(|rows| (0..rows.len()).map(|i| value(rows.row(i))))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};
+    use super::*;
+
+    /// Pairs, the orders of their interpolants, and whether these suffice for the tolerance.
+    const ORDERS: [(Tableau, usize, bool); 5] = [
+        (BOSH3, 3, true),
+        (FEHLBERG45, 3, false),
+        (DOPRI5, 4, true),
+        (TSIT5, 4, true),
+        (DOPRI8, 5, false),
+    ];
+
+    /// The largest defect of a condition of order p at x, relative to its right-hand side.
+    fn defect(method: &Tableau, p: usize, x: f64) -> f64 {
+        let (dense, mut worst) = (method.dense(), 0.0f64);
+        let weights = dense.weights_at(x);
+        for tree in &trees(p)[p - 1] {
+            let exact = x.powi(p as i32) / tree.density();
+            let terms = weights.iter().zip(tree.weights(&dense));
+            let sum: f64 = terms.map(|(b, (phi, _))| b * phi).sum();
+            worst = worst.max((sum - exact).abs() / exact);
+        }
+        worst
+    }
+
+    #[test]
+    fn interpolants_meet_the_conditions_of_their_orders_and_no_more() {
+        for (method, order, suffices) in ORDERS {
+            let name = method.name().to_owned();
+            for x in [0.1, 0.25, 0.4, 0.5, 0.77, 0.9] {
+                for p in 1..=order {
+                    let defect = defect(&method, p, x);
+                    assert!(defect <= 1e-11, "{name} order {p} at {x}: {defect:e}");
+                }
+                assert!(defect(&method, order + 1, x) > 1e-7, "{name} at {x}");
+            }
+            assert_eq!(method.interpolation_order(), order, "{name}");
+            assert_eq!(method.interpolates_well(), suffices, "{name}");
+        }
+    }
+
+    #[test]
+    fn interpolants_join_states_and_velocities_at_the_ends_of_steps() {
+        for method in ORDERS.map(|(method, ..)| method).into_iter().chain([RK4]) {
+            let dense = method.dense();
+            let last = dense.stages() - 1;
+            let unit = |at: usize| move |i: usize| f64::from(u8::from(i == at));
+            let near = |got: Vec<f64>, exact: &dyn Fn(usize) -> f64| {
+                let pairs = got.iter().enumerate();
+                pairs.map(|(i, b)| (b - exact(i)).abs()).fold(0.0, f64::max)
+            };
+            let b = |i: usize| dense.b[i];
+            let name = method.name();
+            assert_eq!(near(dense.weights_at(0.0), &|_| 0.0), 0.0, "{name}");
+            assert_eq!(near(dense.weights_at(1.0), &b), 0.0, "{name}");
+            // And not only there, where it is b by definition.
+            assert!(near(dense.weights_at(1.0 - 1e-15), &b) <= 1e-12, "{name}");
+            assert!(near(dense.slopes_at(0.0), &unit(0)) <= 1e-12, "{name}");
+            assert!(near(dense.slopes_at(1.0), &unit(last)) <= 1e-12, "{name}");
+        }
+    }
+
+    #[test]
+    fn error_weights_are_those_of_the_pairs() {
+        for (method, q, size) in [
+            (BOSH3, 2, 0.199),
+            (FEHLBERG45, 4, 0.059),
+            (DOPRI5, 4, 0.080),
+            (TSIT5, 4, 0.755),
+            (DOPRI8, 7, 2.77),
+        ] {
+            let (name, embedded) = (method.name(), method.embedded().unwrap());
+            let e: Vec<f64> = method.b.iter().zip(embedded).map(|(b, e)| b - e).collect();
+            let norm = e.iter().map(|e| e * e).sum::<f64>().sqrt();
+            assert!((norm - size).abs() <= 0.006 * size, "{name}: {norm}");
+            // They measure the terms of order q + 1 and no lower ones.
+            for trees in &trees(q) {
+                for tree in trees {
+                    let terms = e.iter().zip(tree.weights(&method));
+                    let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), (e, (phi, abs))| {
+                        (sum + e * phi, size + e.abs() * abs)
+                    });
+                    assert!(sum.abs() <= 1e-12 * (1.0 + size), "{name} {tree}: {sum:e}");
+                }
+            }
+            let of_next = trees(q + 1)[q].iter().map(|tree| {
+                let terms = e.iter().zip(tree.weights(&method));
+                terms.map(|(e, (phi, _))| e * phi).sum::<f64>().abs()
+            });
+            assert!(of_next.fold(0.0, f64::max) > 1e-6, "{name}");
+        }
     }
 }

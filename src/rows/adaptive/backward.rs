@@ -87,13 +87,14 @@ impl<T: Element> RowsPass<'_, T> {
     /// That the cotangents of every row that has reached the end are finite.
     fn check(&self) -> Result<()> {
         for group in &self.solved.groups {
-            for (row, _) in group
+            for (row, solve) in group
                 .rows
                 .clone()
                 .zip(&group.solves)
                 .filter(|(_, s)| s.stopped.is_none())
             {
-                for output in 0..self.plan.problem.outputs() {
+                // What the row has not reached is none of its outputs.
+                for output in solve.steps.numbers() {
                     if !self.seed(row, output).all(|y| y.wide().is_finite()) {
                         return Err(Error::NonFiniteCotangent);
                     }

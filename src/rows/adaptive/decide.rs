@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::events::Met;
 use super::forward::Group;
 use super::lane::Phase;
 use super::norms::Attempted;
@@ -11,6 +12,16 @@ use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
 use crate::rows::Failure;
 use crate::simd::Element;
+
+/// An attempt of a lane that was accepted.
+pub(super) struct Taken {
+    at: usize,
+    attempt: Attempt,
+    /// The user's times inside of it.
+    inside: Range<usize>,
+    /// The events in it, of rows that have any.
+    met: Option<Met>,
+}
 
 impl<T: Element> Group<'_, T> {
     /// Decides about the attempts, of so many evaluations each.
@@ -27,7 +38,7 @@ impl<T: Element> Group<'_, T> {
         let attempt = attempted(stepper, [&*y, &*after, &*error]);
         stepper.on.measure(norms, attempt);
         let mut accepted = Vec::with_capacity(self.batch());
-        let mut needs_last = false;
+        let (mut needs_last, has_events) = (false, self.has_events());
         for at in 0..self.batch() {
             let (r, plain) = (self.norms.r[at], self.norms.plain[at]);
             let Some(lane) = &mut self.lanes[at] else {
@@ -38,17 +49,26 @@ impl<T: Element> Group<'_, T> {
             };
             lane.evaluations += evaluations;
             lane.phase = Phase::Ready;
-            match lane.pace.judge(control, &attempt, r, plain) {
+            match lane.judge(control, &attempt, [r, plain], has_events) {
                 Ok(Verdict::Accepted) => {
                     lane.last = None;
-                    let direction = control.direction;
-                    let inside = lane.passed(self.pass.plan.problem, direction, attempt.end);
+                    let problem = self.pass.plan.problem;
+                    let inside = match has_events {
+                        // Where the step ends is still to be seen.
+                        true => 0..0,
+                        false => lane.passed(problem, control.direction, attempt.end),
+                    };
                     let is_done = lane.pace.is_done(control);
-                    if control.appended && (!inside.is_empty() || !is_done) {
+                    if control.appended && (has_events || !inside.is_empty() || !is_done) {
                         lane.evaluations += 1;
                         needs_last = true;
                     }
-                    accepted.push((at, attempt, inside));
+                    accepted.push(Taken {
+                        at,
+                        attempt,
+                        inside,
+                        met: None,
+                    });
                 }
                 Ok(Verdict::Rejected) => lane.last = Some((attempt, r)),
                 Err(failure) => {
@@ -60,8 +80,11 @@ impl<T: Element> Group<'_, T> {
         if needs_last {
             self.evaluate_last();
         }
-        for (at, attempt, inside) in &accepted {
-            self.record(*at, attempt, inside.clone())?;
+        if has_events {
+            accepted = self.met(accepted)?;
+        }
+        for taken in &accepted {
+            self.record(taken)?;
         }
         self.go_on(&accepted)
     }
@@ -75,15 +98,55 @@ impl<T: Element> Group<'_, T> {
             .evaluate(LaneSteps::Each(&self.steps), last, &mut self.slot);
     }
 
+    /// The steps of these that are taken as they are, with the events in them.
+    fn met(&mut self, accepted: Vec<Taken>) -> Result<Vec<Taken>> {
+        let (problem, direction) = (self.pass.plan.problem, self.pass.control.direction);
+        let mut taken = Vec::with_capacity(accepted.len());
+        for step in accepted {
+            let Taken { at, attempt, .. } = step;
+            let Some(met) = self.meet(at, &attempt)? else {
+                continue;
+            };
+            let Some(lane) = &mut self.lanes[at] else {
+                continue;
+            };
+            let last = met.crossings.last().filter(|_| met.ends);
+            let end = match last.map(|(place, _)| place.x) {
+                Some(x) if x < 1.0 => attempt.t + x * attempt.h,
+                _ => attempt.end,
+            };
+            let inside = lane.passed(problem, direction, end);
+            let met = Some(met);
+            taken.push(Taken {
+                inside,
+                met,
+                ..step
+            });
+        }
+        Ok(taken)
+    }
+
     /// Keeps and returns what is wanted of an accepted attempt.
-    fn record(&mut self, at: usize, attempt: &Attempt, inside: Range<usize>) -> Result<()> {
+    fn record(&mut self, taken: &Taken) -> Result<()> {
+        let Taken {
+            at,
+            attempt,
+            inside,
+            met,
+        } = taken;
+        let (at, inside) = (*at, inside.clone());
         let problem = self.pass.plan.problem;
         let y = self.numbers(&self.y, at);
         let Some(lane) = &mut self.lanes[at] else {
             return Ok(());
         };
         let row = lane.row;
+        let before = lane.trajectory.held(y.len());
         lane.trajectory.keep_numbers(lane.record.len(), &y)?;
+        let after = lane.trajectory.held(y.len());
+        if let Some([need, available]) = self.pass.growth.grows(before, after) {
+            return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
+        }
         lane.record.push(attempt.t, attempt.h, attempt.end)?;
         let fraction = |i: usize| (problem.grid.points()[i] - attempt.t) / attempt.h;
         for i in inside.clone() {
@@ -94,11 +157,25 @@ impl<T: Element> Group<'_, T> {
             let state = self.interpolated(at, attempt.h, fraction(i), &y);
             self.returned(row, i).copy_from_slice(&state);
         }
-        Ok(())
+        match met {
+            Some(met) => self.return_crossings(at, attempt, met, &y),
+            None => Ok(()),
+        }
+    }
+
+    /// The error of a row in whose step the memory ends, whatever is to become of rows that fail.
+    fn out_of_memory(&self, at: usize, reason: StopReason) -> Error {
+        let plan = self.pass.plan;
+        let Some(lane) = &self.lanes[at] else {
+            return Error::NothingKept;
+        };
+        let dim = plan.layout.dim() * plan.problem.outputs();
+        let states = &self.states[(lane.row - self.rows.start) * dim..][..dim];
+        lane.error(plan.problem, plan.layout, reason, None, states)
     }
 
     /// The state at a fraction x of a lane's step of length h.
-    fn interpolated(&self, at: usize, h: f64, x: f64, y: &[T]) -> Vec<T> {
+    pub(super) fn interpolated(&self, at: usize, h: f64, x: f64, y: &[T]) -> Vec<T> {
         let mut state = y.to_vec();
         let (batch, size) = (self.batch(), self.stepper.size);
         for (i, b) in self.stepper.interpolant(x).into_iter().enumerate() {
@@ -116,11 +193,11 @@ impl<T: Element> Group<'_, T> {
     }
 
     /// Moves the lanes whose attempts were accepted.
-    fn go_on(&mut self, accepted: &[(usize, Attempt, Range<usize>)]) -> Result<()> {
+    fn go_on(&mut self, accepted: &[Taken]) -> Result<()> {
         let (batch, size, control) = (self.batch(), self.stepper.size, self.pass.control);
         let mut mask = vec![false; batch];
-        for (at, ..) in accepted {
-            mask[*at] = true;
+        for taken in accepted {
+            mask[taken.at] = true;
         }
         let last = (self.stepper.count() - 1) * size;
         let (k, rest) = self.stepper.ks.split_at_mut(size);
@@ -128,8 +205,13 @@ impl<T: Element> Group<'_, T> {
         for (to, from) in [(&mut *self.y, &*self.after), (k, new)] {
             self.stepper.on.select(&mask, to, from);
         }
-        for (at, attempt, _) in accepted {
+        for taken in accepted {
+            let Taken { at, attempt, .. } = taken;
             let at = *at;
+            if taken.met.as_ref().is_some_and(|met| met.ends) {
+                self.complete(at, None)?;
+                continue;
+            }
             let y = self.numbers(&self.y, at);
             let problem = self.pass.plan.problem;
             let Some(lane) = &mut self.lanes[at] else {
@@ -159,7 +241,11 @@ impl<T: Element> Group<'_, T> {
     /// A lane's row has ended: the next one takes its place.
     fn complete(&mut self, at: usize, stopped: Option<StopReason>) -> Result<()> {
         if let Some(lane) = self.lanes[at].take() {
-            let place = lane.row - self.rows.start;
+            let (row, place) = (lane.row, lane.row - self.rows.start);
+            if self.has_events() && stopped.is_none() {
+                let reached: Vec<_> = lane.record.numbers().collect();
+                self.void(row, &reached);
+            }
             self.solves[place] = Some(lane.finish(stopped));
         }
         self.refill(at)
@@ -203,6 +289,9 @@ impl<T: Element> Group<'_, T> {
             return Ok(());
         }
         let done = lane.returned * plan.layout.dim();
+        if let Some(lane) = &mut self.lanes[at] {
+            lane.events.found.clear();
+        }
         self.states[states][done..].fill(T::of(f64::NAN));
         self.complete(at, Some(reason))
     }

@@ -7,7 +7,7 @@ use super::norms::{Norms, Tolerances};
 use super::{RowSolve, SolvedGroup};
 use crate::adaptive::{Control, Pace};
 use crate::error::{Result, StopReason};
-use crate::memory::zeros;
+use crate::memory::{zeros, Growth};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
 use crate::rows::tile::Tiled;
@@ -24,6 +24,10 @@ pub(super) struct IntegrateRows<'a, T: Element> {
     pub(super) control: &'a Control,
     pub(super) tolerances: &'a Tolerances,
     pub(super) y0: &'a [T],
+    /// Whether steps end behind crossings, since the interpolant is less accurate.
+    pub(super) refines: bool,
+    /// Bytes that are kept of the states of all rows.
+    pub(super) growth: &'a Growth,
 }
 
 impl<T: Element> IntegrateRows<'_, T> {
@@ -189,7 +193,7 @@ impl<'a, T: Element> Group<'a, T> {
         for at in 0..self.batch() {
             // A row that cannot go on leaves its place to the next one, which begins.
             let planned = match &mut self.lanes[at] {
-                Some(lane) if lane.phase == Phase::Ready => lane.pace.attempt(control),
+                Some(lane) if lane.phase == Phase::Ready => lane.attempt(control),
                 Some(lane) => {
                     self.steps[at] = lane.standing();
                     continue;

@@ -2,9 +2,10 @@
 
 use candle_core::Tensor;
 
+use super::events::RowEvents;
 use super::norms::{Attempted, Norms};
 use super::RowSolve;
-use crate::adaptive::{Attempt, Control, Pace};
+use crate::adaptive::{Attempt, Control, Halt, Pace, Verdict};
 use crate::error::{Error, Result, StopReason, Stopped, Worst};
 use crate::problem::Problem;
 use crate::rows::trajectory::TileTrajectory;
@@ -41,6 +42,7 @@ pub(super) struct Lane<T> {
     pub(super) returned: usize,
     /// The last attempt, if it was rejected, and its error.
     pub(super) last: Option<(Attempt, f64)>,
+    pub(super) events: RowEvents,
 }
 
 impl<T: Element> Lane<T> {
@@ -57,6 +59,7 @@ impl<T: Element> Lane<T> {
             evaluations: 0,
             returned: 0,
             last: None,
+            events: RowEvents::default(),
         }
     }
 
@@ -80,12 +83,37 @@ impl<T: Element> Lane<T> {
         }
         let number = match problem.output {
             Output::Final => (self.next + 1 == points.len()).then_some(0),
-            Output::All => Some(self.next),
+            // The nodes of rows are not returned.
+            Output::All | Output::Steps => Some(self.next),
         };
-        self.record.mark(self.next, number)?;
+        self.record.mark(self.next)?;
+        number.map_or(Ok(()), |number| self.record.ret(number))?;
         self.next += 1;
         self.returned += usize::from(number.is_some());
         Ok(number)
+    }
+
+    /// The next attempt: the one that the pace gives, or a step that is taken again.
+    pub(super) fn attempt(&self, control: &Control) -> std::result::Result<Attempt, Halt> {
+        match &self.events.again {
+            Some(again) => Ok(again.attempt),
+            None => self.pace.attempt(control),
+        }
+    }
+
+    /// Judges an attempt by its error; a step that is taken again has been accepted.
+    pub(super) fn judge(
+        &mut self,
+        control: &Control,
+        attempt: &Attempt,
+        [r, plain]: [f64; 2],
+        has_events: bool,
+    ) -> std::result::Result<Verdict, Halt> {
+        if self.events.again.is_some() {
+            return Ok(Verdict::Accepted);
+        }
+        self.events.before = has_events.then(|| self.pace.clone());
+        self.pace.judge(control, attempt, r, plain)
     }
 
     /// The user's times that an attempt has passed before its end, whose states are to be returned.
@@ -100,7 +128,7 @@ impl<T: Element> Lane<T> {
         self.next += points[from..].iter().take_while(|&&t| passed(t)).count();
         match problem.output {
             Output::Final => from..from,
-            Output::All => from..self.next,
+            Output::All | Output::Steps => from..self.next,
         }
     }
 
@@ -112,6 +140,7 @@ impl<T: Element> Lane<T> {
             pace: self.pace,
             evaluations: self.evaluations,
             stopped,
+            found: self.events.found,
         }
     }
 

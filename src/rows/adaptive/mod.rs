@@ -7,6 +7,7 @@
 
 mod backward;
 mod decide;
+mod events;
 mod forward;
 mod lane;
 mod norms;
@@ -21,8 +22,9 @@ use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
 use super::{numbers, on_all_threads, Solved, Task, TilePlan};
 use crate::adaptive::{Control, Pace};
+use crate::crossing::RowFound;
 use crate::error::{Result, StopReason};
-use crate::memory::zeros;
+use crate::memory::{zeros, Growth};
 use crate::problem::ActivationCache;
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::schedule::Recorded;
@@ -41,6 +43,8 @@ struct RowSolve<T> {
     evaluations: usize,
     /// Why it did not reach the end.
     stopped: Option<StopReason>,
+    /// Its events.
+    found: Vec<RowFound>,
 }
 
 /// The rows of one group, and their returned states, `[row][output][feature]`.
@@ -74,17 +78,22 @@ pub(super) fn run<T: Element>(
     let (problem, layout) = (plan.problem, plan.layout);
     let tolerances = Tolerances::new(problem, control)?;
     let groups = groups(plan, field.batch(), field.parameters());
+    let elements = problem.packing.len();
+    let need = plan.need::<T>(field.batch(), control.least_steps(), layout.rows, elements);
+    need.check()?;
+    let has_events = !problem.crossings.is_empty();
     let pass = IntegrateRows {
         field: &*field,
         plan,
         control,
         tolerances: &tolerances,
         y0: &y0,
+        refines: has_events && !problem.scheme.tableau.interpolates_well(),
+        growth: &Growth::default(),
     };
     let each = |(): &mut (), rows: &Range<usize>| pass.group(rows.clone());
     let mut done = Vec::with_capacity(groups.len());
     on_all_threads(&groups, &|| (), &each, &mut |_, group| done.push(group))?;
-    let elements = problem.packing.len();
     let mut packed = zeros::<T>(
         "returned states",
         problem.outputs().saturating_mul(elements),
@@ -101,6 +110,9 @@ pub(super) fn run<T: Element>(
     }
     count(&done, problem.recorder.traces(), stats);
     let shape = (problem.outputs(), elements);
+    let solves = done.iter_mut().flat_map(|group| &mut group.solves);
+    let found = solves.flat_map(|solve| std::mem::take(&mut solve.found));
+    let found = found.collect();
     Ok(Solved {
         packed: Tensor::from_vec(packed, shape, problem.device())?,
         back: Arc::new(RowTrajectories {
@@ -109,7 +121,9 @@ pub(super) fn run<T: Element>(
             shapes: weights.iter().map(|w| w.shape().clone()).collect(),
             layout: layout.clone(),
             groups: done,
+            has_events,
         }),
+        found,
     })
 }
 
@@ -149,6 +163,8 @@ struct RowTrajectories<T: Element> {
     shapes: Vec<Shape>,
     layout: RowLayout,
     groups: Vec<SolvedGroup<T>>,
+    /// Whether states of events are among the returned ones; a row need not have all of them.
+    has_events: bool,
 }
 
 impl<T: Element> Reversible for RowTrajectories<T> {
@@ -159,7 +175,7 @@ impl<T: Element> Reversible for RowTrajectories<T> {
 
     fn ignores_cotangents(&self) -> bool {
         let mut solves = self.groups.iter().flat_map(|group| &group.solves);
-        solves.any(|solve| solve.stopped.is_some())
+        self.has_events || solves.any(|solve| solve.stopped.is_some())
     }
 
     fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {

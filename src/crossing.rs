@@ -1,0 +1,230 @@
+//! Where a number that depends on time and state crosses zero inside a step.
+
+use crate::error::Result;
+
+/// The directions of zero crossing that count as events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direction {
+    /// Crossings in both directions.
+    #[default]
+    Both,
+    /// From negative to positive.
+    Rising,
+    /// From positive to negative.
+    Falling,
+}
+
+impl Direction {
+    /// Whether a number that had this sign before may cross.
+    fn leaves(self, sign: f64) -> bool {
+        match self {
+            Self::Both => true,
+            Self::Rising => sign < 0.0,
+            Self::Falling => sign > 0.0,
+        }
+    }
+}
+
+/// Points of a step at which the sign of a number is looked at.
+const POINTS: [f64; 4] = [0.25, 0.5, 0.75, 1.0];
+
+/// The part of a step, at both of its ends, in which the interpolant is as accurate as the step.
+const NEAR: f64 = 1e-3;
+
+/// A trajectory is taken to touch a surface, and not to cross it, where the number changes slower than on average by
+/// this factor.
+const FLAT: f64 = 1e-8;
+
+/// A place where a number crosses zero.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Place {
+    /// The fraction of the step.
+    pub(crate) x: f64,
+    /// How fast the number changes in the step on average.
+    pub(crate) pace: f64,
+}
+
+/// A number along a step: its value at a fraction of the step.
+pub(crate) type Along<'a> = dyn FnMut(f64) -> Result<f64> + 'a;
+
+/// An event of rows: a component of a row crosses a value.
+#[derive(Clone, Debug)]
+pub(crate) struct RowCrossing {
+    /// The component, counted over all features of a row.
+    pub(crate) component: usize,
+    /// The value of all rows, or one of each.
+    pub(crate) values: Vec<f64>,
+    pub(crate) direction: Direction,
+    /// Whether a row ends there.
+    pub(crate) terminal: bool,
+    /// How many crossings of a row have a place among the returned states.
+    pub(crate) most: usize,
+}
+
+impl RowCrossing {
+    /// The value of a row.
+    pub(crate) fn value(&self, row: usize) -> f64 {
+        match self.values.as_slice() {
+            [value] => *value,
+            values => values[row],
+        }
+    }
+}
+
+/// A crossing of a row that was found.
+#[derive(Clone, Debug)]
+pub(crate) struct RowFound {
+    pub(crate) row: usize,
+    pub(crate) event: usize,
+    /// Its number among the crossings of this event and row.
+    pub(crate) number: usize,
+    pub(crate) t: f64,
+    pub(crate) pace: f64,
+    /// The derivative of the interpolant there, by feature; empty if the state is not returned.
+    pub(crate) slope: Vec<f64>,
+}
+
+/// The sign of a number, if it has one.
+pub(crate) fn sign(g: f64) -> Option<f64> {
+    (g != 0.0).then_some(g.signum())
+}
+
+/// The first place in a step between two times where a number crosses zero, and its sign at the end of the step.  On the
+/// surface a number has no sign.
+pub(crate) fn first(
+    g: &mut Along<'_>,
+    ends: [f64; 2],
+    direction: Direction,
+    sign_before: Option<f64>,
+) -> Result<(Option<Place>, Option<f64>)> {
+    let (mut found, mut largest) = (None, 0.0f64);
+    let (mut before, mut at) = (sign_before, 0.0);
+    for x in POINTS {
+        let value = g(x)?;
+        largest = largest.max(value.abs());
+        if let Some(sign) = before {
+            let crosses = value * sign <= 0.0 && direction.leaves(sign);
+            if crosses && found.is_none() {
+                found = Some(root(g, ends, [at, x], sign, value)?);
+            }
+        }
+        before = sign(value);
+        at = x;
+    }
+    let pace = largest / (ends[1] - ends[0]).abs();
+    Ok((found.map(|x| Place { x, pace }), before))
+}
+
+/// The root in [a, b], where g has `sign` at a and the value g_b at b, to four ulps of time: inverse quadratic
+/// interpolation where it is safe, otherwise bisection (Chandrupatla, Adv. Eng. Software 28, 1997).
+fn root(
+    g: &mut Along<'_>,
+    [t, end]: [f64; 2],
+    [a, b]: [f64; 2],
+    sign: f64,
+    g_b: f64,
+) -> Result<f64> {
+    let g_a = g(a)?;
+    // The sign may be that of a point before: then the crossing is where the step begins.
+    if g_b == 0.0 || g_a * sign <= 0.0 {
+        return Ok(if g_b == 0.0 { b } else { a });
+    }
+    let ulps = 4.0 * f64::EPSILON * t.abs().max(end.abs());
+    let resolution = ulps.max(f64::MIN_POSITIVE) / (end - t).abs();
+    let (mut one, mut two, mut part) = ((b, g_b), (a, g_a), 0.5);
+    loop {
+        let x = one.0 + part * (two.0 - one.0);
+        let now = (x, g(x)?);
+        let three = match now.1 * one.1 > 0.0 {
+            true => std::mem::replace(&mut one, now),
+            false => {
+                let three = std::mem::replace(&mut two, one);
+                one = now;
+                three
+            }
+        };
+        let best = if one.1.abs() < two.1.abs() { one } else { two };
+        let least = resolution / (2.0 * (two.0 - one.0).abs());
+        if best.1 == 0.0 || least > 0.5 {
+            return Ok(best.0);
+        }
+        let xi = (one.0 - two.0) / (three.0 - two.0);
+        let phi = (one.1 - two.1) / (three.1 - two.1);
+        let is_safe = phi * phi < xi && (1.0 - phi) * (1.0 - phi) < 1.0 - xi;
+        part = match is_safe {
+            true => {
+                let first = one.1 / (two.1 - one.1) * (three.1 / (two.1 - three.1));
+                let along = (three.0 - one.0) / (two.0 - one.0);
+                first + along * (one.1 / (three.1 - one.1)) * (two.1 / (three.1 - two.1))
+            }
+            false => 0.5,
+        };
+        part = part.clamp(least, 1.0 - least);
+    }
+}
+
+/// The place behind which a step is to end, so that the place is as accurate as a step: the one at which the solve ends, or
+/// the first of all if the interpolant is less accurate than steps are (`refines`).  Places are in ascending order, each
+/// with whether the solve ends there.
+pub(crate) fn behind_which(places: &[(f64, bool)], refines: bool) -> Option<f64> {
+    let mut places = places.iter().filter(|(_, ends)| refines || *ends);
+    places.next().map(|(x, _)| *x)
+}
+
+/// Whether the interpolant may be less accurate at a fraction x of a step than at its ends.
+pub(crate) fn is_inner(x: f64) -> bool {
+    (NEAR..1.0 - NEAR).contains(&x)
+}
+
+/// The end of a step of length h from t that ends just behind a fraction x of it: there the interpolant is as accurate
+/// as the step.
+pub(crate) fn behind(t: f64, h: f64, x: f64) -> f64 {
+    t + h * x * (1.0 + 1e-4)
+}
+
+/// Whether a derivative along the trajectory is one of a number that crosses zero, and does not only touch it.
+pub(crate) fn is_steep(derivative: f64, pace: f64) -> bool {
+    // A derivative that is NaN is none.
+    derivative.abs() > FLAT * pace
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_root_is_found_to_four_ulps_of_time() {
+        for (t, end) in [(0.0, 1.0), (1e6, 1e6 + 3.0), (2.0, -5.0), (1e-9, 2e-9)] {
+            for root in [1e-7, 0.1, 0.251, 0.5, 0.9999, 1.0] {
+                let ends = [t, end];
+                let mut g = |x: f64| Ok((x - root) * (1.0 + x * x).exp() * (x - 3.0));
+                let before = sign(g(0.0).unwrap());
+                let (found, after) = first(&mut g, ends, Direction::Both, before).unwrap();
+                let found = found.unwrap();
+                let ulps = 4.0 * f64::EPSILON * t.abs().max(end.abs());
+                let error = (found.x - root).abs() * (end - t).abs();
+                assert!(
+                    error <= ulps + 4.0 * f64::EPSILON * (end - t).abs(),
+                    "{t} {root} {error:e}"
+                );
+                assert_eq!(after, sign(g(1.0).unwrap()));
+                // In one of the directions it is none.
+                let only = [Direction::Rising, Direction::Falling];
+                let found = only.map(|only| first(&mut g, ends, only, before).unwrap().0);
+                assert!(found[0].is_none() && found[1].is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_ends_behind_the_place_where_the_solve_ends_or_behind_the_first() {
+        let places = [(0.3, false), (0.6, true)];
+        assert_eq!(behind_which(&places, false), Some(0.6));
+        assert_eq!(behind_which(&places, true), Some(0.3));
+        assert_eq!(behind_which(&places[..1], false), None);
+        for (t, h) in [(0.0, 1.0), (5.0, -2.0)] {
+            let x = (0.3 * h) / (behind(t, h, 0.3) - t);
+            assert!(x < 1.0 && !is_inner(x) && is_inner(0.3));
+        }
+    }
+}

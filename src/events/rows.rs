@@ -1,0 +1,396 @@
+//! Events of rows: every row of a batch that is integrated with steps of its own has events of its own.
+//!
+//! The event function of a row is g(y) = y_c − value, for one component c.  Its time satisfies p_c(t_e) = value with the
+//! interpolant p of the row's own step, and δt_e = −(δp_c − δvalue) / ṗ_c(t_e), as for other events.
+
+use std::any::TypeId;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use crate::adaptive::StepControl;
+use crate::crossing::{is_steep, Direction, RowCrossing, RowFound};
+use crate::error::{AdaptiveDefect, Error, EventDefect, Result};
+use crate::field::{Leaves, SharedField, VectorField};
+use crate::node::{node, Source};
+use crate::odeint::{solved_in_graph, InGraph};
+use crate::offer::Offered;
+use crate::passes::run;
+use crate::problem::{OdeOptions, Problem};
+use crate::schedule::{Output, Steps};
+use crate::state::{RowLayout, State};
+use crate::time::Times;
+
+/// An event of each row of a batch: a component of the row crosses a value.
+///
+/// As for an [`Event`](super::Event), the sign of the difference is examined at the end of every accepted step of the row
+/// and at three points inside the step.
+#[derive(Clone, Debug)]
+pub struct RowEvent {
+    leaf: usize,
+    component: usize,
+    value: Value,
+    direction: Direction,
+    terminal: bool,
+    most: usize,
+}
+
+/// What the component crosses.
+#[derive(Clone, Debug)]
+enum Value {
+    Number(f64),
+    Each(Tensor),
+}
+
+impl RowEvent {
+    /// An event that ends a row where a component of it crosses a value in any direction.  Components are counted within
+    /// a row of the first tensor of the state.
+    pub fn new(component: usize, value: f64) -> Self {
+        Self {
+            leaf: 0,
+            component,
+            value: Value::Number(value),
+            direction: Direction::Both,
+            terminal: true,
+            most: 1,
+        }
+    }
+
+    /// The same for a component of another tensor of the state.
+    #[must_use]
+    pub fn leaf(self, leaf: usize) -> Self {
+        Self { leaf, ..self }
+    }
+
+    /// A value for each row, `(rows)`, which receives gradients if candle tracks it.
+    #[must_use]
+    pub fn values(self, values: &Tensor) -> Self {
+        Self {
+            value: Value::Each(values.clone()),
+            ..self
+        }
+    }
+
+    /// Restricts the event to crossings in this direction.
+    #[must_use]
+    pub fn direction(self, direction: Direction) -> Self {
+        Self { direction, ..self }
+    }
+
+    /// An event that is recorded and does not end a row.  Times and states of the first `most` crossings of each row are
+    /// returned; all are counted.
+    #[must_use]
+    pub fn recorded(self, most: usize) -> Self {
+        Self {
+            terminal: false,
+            most,
+            ..self
+        }
+    }
+
+    /// The event as the solver sees it.
+    fn crossing(&self, event: usize, layout: &RowLayout) -> Result<RowCrossing> {
+        let features = layout.features.get(self.leaf).copied();
+        if features.is_none_or(|features| self.component >= features) {
+            return Err(Error::Event(EventDefect::NoComponent {
+                event,
+                leaf: self.leaf,
+                component: self.component,
+                features: layout.features.clone(),
+            }));
+        }
+        let values = match &self.value {
+            Value::Number(value) => vec![*value],
+            Value::Each(values) if values.dims() == [layout.rows] => {
+                values.to_dtype(DType::F64)?.to_vec1()?
+            }
+            Value::Each(values) => {
+                return Err(Error::Event(EventDefect::Values {
+                    event,
+                    shape: values.shape().clone(),
+                    rows: layout.rows,
+                }))
+            }
+        };
+        if let Some(&value) = values.iter().find(|value| !value.is_finite()) {
+            let option = "the value of a row event";
+            return Err(Error::Adaptive(AdaptiveDefect::Number { option, value }));
+        }
+        if self.most == 0 {
+            let (option, value) = ("most", 0.0);
+            return Err(Error::Adaptive(AdaptiveDefect::Number { option, value }));
+        }
+        let before: usize = layout.features[..self.leaf].iter().sum();
+        Ok(RowCrossing {
+            component: before + self.component,
+            values,
+            direction: self.direction,
+            terminal: self.terminal,
+            most: self.most,
+        })
+    }
+}
+
+/// What a solve with events of rows returns.
+#[derive(Clone, Debug)]
+pub struct RowEventSolution<S> {
+    /// The states at the requested times, `(times, …)`: NaN in rows that had ended by then.
+    pub states: S,
+    /// How many of the requested times each row has reached.
+    pub outputs: Vec<usize>,
+    /// The occurrences of each event, in the order in which the events were given.
+    pub events: Vec<RowOccurrences<S>>,
+    /// The event that has ended each row, if one has.
+    pub ended: Vec<Option<usize>>,
+}
+
+/// The occurrences of one event in all rows.
+#[derive(Clone, Debug)]
+pub struct RowOccurrences<S> {
+    /// How often it has occurred in each row.
+    pub counts: Vec<usize>,
+    /// The times, `(most, rows)` in f64, NaN where it has not occurred.  Differentiable with respect to everything that
+    /// the solve read, and the values.
+    pub t: Tensor,
+    /// The states at these times, `(most, …)`, NaN where it has not occurred; differentiable in the same way.
+    pub y: S,
+}
+
+/// Solves y' = f(t, y) as [`odeint`](crate::odeint), every row of the batch with adaptive steps of its own, until an event
+/// ends the row or the last time is reached.  A lane whose row has ended takes the next row at once.
+///
+/// The field must be one that is integrated tile by tile ([`StepControl::Rows`]); events of other fields are functions of
+/// the whole state, see [`odeint_event`](super::odeint_event).  The events of a row, their times and their gradients do not
+/// depend on the other rows: they have the same bits alone and in any batch.
+///
+/// ```
+/// use candle_core::{DType, Device, IndexOp, Tensor};
+/// use candle_diffeq::control::Adaptive;
+/// use candle_diffeq::events::{odeint_row_event, RowEvent};
+/// use candle_diffeq::nn::{Activation, Mlp};
+/// use candle_diffeq::{OdeOptions, Steps, DOPRI5};
+/// # if std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none") { return Ok(()); }
+/// let vars = candle_nn::VarMap::new();
+/// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+/// let field = Mlp::new(&[2, 16, 2], Activation::Tanh, vb)?;
+/// let y0 = Tensor::new(&[[0.1f64, 0.2], [0.3, -0.4], [2.0, 0.0]], &Device::Cpu)?;
+/// // Each row ends where its first component leaves the number 0.15.
+/// let event = RowEvent::new(0, 0.15);
+/// let options = OdeOptions {
+///     method: DOPRI5,
+///     steps: Steps::Adaptive(Adaptive::new(1e-6, 1e-8)),
+///     ..Default::default()
+/// };
+/// let solved = odeint_row_event(field, &y0, &[0.0, 1.0], &[event], &options)?;
+/// assert_eq!(solved.states.dims(), [2, 3, 2]);
+/// assert_eq!(solved.events[0].t.dims(), [1, 3]);
+/// for row in (0..3).filter(|row| solved.ended[*row].is_some()) {
+///     let y = solved.events[0].y.i((0, row, 0))?.to_scalar::<f64>()?;
+///     assert!((y - 0.15).abs() < 1e-9);
+/// }
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// The errors of [`odeint`](crate::odeint), [`AdaptiveDefect::NoRows`] if rows cannot have steps of their own, and
+/// [`Error::Event`] for a component that does not exist, values of another shape than `(rows)`, or, if gradients are
+/// required, a component that touches the value without crossing it.
+pub fn odeint_row_event<S, F, T>(
+    field: F,
+    y0: &S,
+    times: &T,
+    events: &[RowEvent],
+    options: &OdeOptions,
+) -> Result<RowEventSolution<S>>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+    T: Times + ?Sized,
+{
+    let Steps::Adaptive(adaptive) = &options.steps else {
+        return Err(Error::Adaptive(AdaptiveDefect::FixedSteps));
+    };
+    if options.output != Output::All {
+        return Err(Error::Adaptive(AdaptiveDefect::EventOutput));
+    }
+    let options = OdeOptions {
+        steps: Steps::Adaptive(adaptive.clone().control(StepControl::Rows)),
+        ..options.clone()
+    };
+    let bind = |_| {
+        let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));
+        Ok(field)
+    };
+    let start = (y0.leaves(), vec![], times.to_grid()?);
+    let points = start.2.points().len();
+    let (mut crossings, mut layout) = (Arc::default(), None);
+    let solved = solved_in_graph(
+        start,
+        &options,
+        TypeId::of::<F>(),
+        bind,
+        |problem, field, y0, keep| {
+            let offered = Offered::from(field.offer()).and_then(|offered| offered.rows);
+            let rows = offered.and_then(|rows| rows.layout(problem.packing.shapes()));
+            let no_rows = Error::Adaptive(AdaptiveDefect::NoRows { row_wise: false });
+            let of_rows = rows.ok_or(no_rows)?;
+            let each = events.iter().enumerate();
+            let each = each.map(|(i, event)| event.crossing(i, &of_rows));
+            crossings = each.collect::<Result<Vec<_>>>()?.into();
+            layout = Some(of_rows);
+            let problem = Problem {
+                crossings: Arc::clone(&crossings),
+                ..problem.clone()
+            };
+            run(&problem, field, y0, None, keep)
+        },
+    )?;
+    let InGraph {
+        problem,
+        field,
+        theta,
+        mut forward,
+        joined,
+    } = solved;
+    let Some(layout) = layout else {
+        return Err(Error::NothingKept);
+    };
+    let found = std::mem::take(&mut forward.found);
+    let problem = Problem {
+        crossings: Arc::clone(&crossings),
+        ..problem
+    };
+    let all: S = node(problem, Source::Shared(field), theta, forward, &joined)?;
+    let leaves = all.leaves();
+    let part = |at: usize, count: usize| -> Result<Vec<Tensor>> {
+        let part = leaves.iter().map(|x| x.narrow(0, at, count));
+        Ok(part.collect::<candle_core::Result<_>>()?)
+    };
+    let (mut at, mut occurrences) = (points, vec![]);
+    for (i, event) in events.iter().enumerate() {
+        let of_event = OfEvent {
+            event,
+            number: i,
+            found: found.iter().filter(|found| found.event == i).collect(),
+            layout: &layout,
+        };
+        let states = part(at, event.most)?;
+        occurrences.push(of_event.occurrences(states)?);
+        at += event.most;
+    }
+    let mut ended = vec![None; layout.rows];
+    for found in found.iter().filter(|found| crossings[found.event].terminal) {
+        ended[found.row] = Some((found.event, found.t));
+    }
+    let grid = times.to_grid()?;
+    let points_of = |end: &Option<(usize, f64)>| match end {
+        Some((_, t)) => reached(grid.points(), *t),
+        None => points,
+    };
+    Ok(RowEventSolution {
+        states: S::from_leaves(part(0, points)?)?,
+        outputs: ended.iter().map(points_of).collect(),
+        events: occurrences,
+        ended: ended
+            .iter()
+            .map(|end| end.map(|(event, _)| event))
+            .collect(),
+    })
+}
+
+/// How many of the times come before t.
+fn reached(points: &[f64], t: f64) -> usize {
+    let forward = points.last() >= points.first();
+    let before = |point: &f64| *point == points[0] || (*point < t) == forward && *point != t;
+    points.partition_point(before)
+}
+
+/// One event, and where it was found.
+struct OfEvent<'a> {
+    event: &'a RowEvent,
+    number: usize,
+    found: Vec<&'a RowFound>,
+    layout: &'a RowLayout,
+}
+
+impl OfEvent<'_> {
+    /// From the states at fixed times, `(most, …)`.
+    fn occurrences<S: State>(&self, states: Vec<Tensor>) -> Result<RowOccurrences<S>> {
+        let (most, rows) = (self.event.most, self.layout.rows);
+        let device = states[0].device();
+        let mut counts = vec![0; rows];
+        for found in &self.found {
+            counts[found.row] = counts[found.row].max(found.number + 1);
+        }
+        let returned = || self.found.iter().filter(|found| found.number < most);
+        let mut times = vec![f64::NAN; most * rows];
+        for found in returned() {
+            times[found.number * rows + found.row] = found.t;
+        }
+        let times = Tensor::from_vec(times, (most, rows), device)?;
+        let by_row = |y: &Tensor, leaf: usize| y.reshape((most, rows, self.layout.features[leaf]));
+        let leaf = self.event.leaf;
+        let component = by_row(&states[leaf], leaf)?.narrow(2, self.event.component, 1)?;
+        let surface = component.squeeze(2)?.to_dtype(DType::F64)?;
+        let surface = match &self.event.value {
+            Value::Number(_) => surface,
+            Value::Each(values) => surface.broadcast_sub(&values.to_dtype(DType::F64)?)?,
+        };
+        if !surface.track_op() {
+            let (t, y) = (times, S::from_leaves(states)?);
+            return Ok(RowOccurrences { counts, t, y });
+        }
+        let before: usize = self.layout.features[..leaf].iter().sum();
+        let mut derivatives = vec![1.0; most * rows];
+        for found in returned() {
+            let derivative = found.slope[before + self.event.component];
+            if !is_steep(derivative, found.pace) {
+                return Err(Error::Event(EventDefect::Grazing {
+                    event: self.number,
+                    t: found.t,
+                    derivative,
+                }));
+            }
+            derivatives[found.number * rows + found.row] = derivative;
+        }
+        let derivatives = Tensor::from_vec(derivatives, (most, rows), device)?;
+        // The number is zero but for rounding, and so is its value's part of t; where there is none, t is NaN.
+        let zero = (&surface - surface.detach())?;
+        let t = (times - (zero / derivatives)?)?;
+        let moved = (&t - t.detach())?.unsqueeze(2)?;
+        let (mut y, mut at) = (vec![], 0);
+        for (leaf, state) in states.iter().enumerate() {
+            let features = self.layout.features[leaf];
+            let mut slopes = vec![0.0; most * rows * features];
+            for found in returned() {
+                let place = (found.number * rows + found.row) * features;
+                slopes[place..][..features].copy_from_slice(&found.slope[at..][..features]);
+            }
+            at += features;
+            let slopes = Tensor::from_vec(slopes, (most, rows, features), device)?;
+            let moved = slopes.broadcast_mul(&moved)?.to_dtype(state.dtype())?;
+            y.push((by_row(state, leaf)? + moved)?.reshape(state.shape())?);
+        }
+        let y = S::from_leaves(y)?;
+        Ok(RowOccurrences { counts, t, y })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reached;
+
+    #[test]
+    fn a_row_has_reached_the_times_before_its_end() {
+        let times = [0.0, 1.0, 2.0];
+        assert_eq!(
+            [0.0, 0.5, 1.0, 1.5, 3.0].map(|t| reached(&times, t)),
+            [1, 1, 1, 2, 3]
+        );
+        let times = [2.0, 1.0, 0.0];
+        assert_eq!(
+            [2.0, 1.5, 1.0, 0.5].map(|t| reached(&times, t)),
+            [1, 1, 1, 2]
+        );
+    }
+}
