@@ -575,3 +575,31 @@ fn a_row_that_stays_on_a_value_has_no_event() {
     let solved = solve(&y0).unwrap();
     assert_eq!((solved.ended[0], solved.events[0].counts[0]), (None, 0));
 }
+
+#[test]
+fn the_time_at_which_a_row_touches_a_value_has_no_gradient() {
+    if without_tiles() {
+        return;
+    }
+    // y₁ = (t − 1)³, by y′ = (y₂, y₃, 6).
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let field = Mlp::new(&[3, 3], Activation::Tanh, vb).unwrap();
+    for (_, var) in all(&vars) {
+        let numbers = match var.rank() {
+            2 => vec![0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
+            _ => vec![0.0, 0.0, 6.0],
+        };
+        let chain = Tensor::from_vec(numbers, var.shape(), &Device::Cpu).unwrap();
+        var.set(&chain).unwrap();
+    }
+    let y0 = Tensor::new(&[[-1f64, 3.0, -6.0]], &Device::Cpu).unwrap();
+    let event = RowEvent::new(0, 0.0);
+    let options = options(&DOPRI5, 1e-6);
+    let error = odeint_row_event(field, &y0, &[0.0, 2.0], &[event], &options);
+    let error = error.map(|_| ()).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Event(EventDefect::Grazing { event: 0, .. })
+    ));
+}
