@@ -69,10 +69,13 @@ fn the_problems_of_detest_end_within_their_bars() {
     }
 }
 
+/// A problem, and at how many tolerances it ends.
+type Beyond = (&'static str, f64);
+
 /// Ends of DETEST, in tolerances, that are beyond the bar of 100 where rtol = atol = tol, by pair and by `tol`: 1e-6,
 /// 1e-9.  `benches/results/2026-11-29-detest.md` has the same list of SciPy and torchdiffeq, which are beyond it on the
 /// same problems by the same factors: a tolerance bounds the error of a step, and these problems add the errors up.
-const BEYOND: [(&str, [&[(&str, f64)]; 2]); 5] = [
+const BEYOND: [(&str, [&[Beyond]; 2]); 5] = [
     (
         "dopri5",
         [

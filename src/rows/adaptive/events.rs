@@ -39,6 +39,65 @@ pub(super) struct Met {
     pub(super) ends: bool,
 }
 
+impl RowEvents {
+    /// The crossings in a step, and the signs at its end.
+    fn search(
+        &self,
+        events: &[RowCrossing],
+        components: &[Component],
+        tableau: &Tableau,
+        attempt: &Attempt,
+    ) -> Result<(Met, Vec<Option<f64>>)> {
+        let (mut crossings, mut signs) = (vec![], vec![]);
+        for (event, component) in components.iter().enumerate() {
+            let mut g = |x: f64| Ok(component.at(tableau, attempt.h, x));
+            let (ends, direction) = ([attempt.t, attempt.end], events[event].direction);
+            let (found, sign) = first(&mut g, ends, direction, self.signs[event])?;
+            crossings.extend(found.map(|place| (place, event)));
+            signs.push(sign);
+        }
+        // Ties in the order of the events.
+        crossings.sort_by(|a, b| a.0.x.total_cmp(&b.0.x));
+        let last = crossings.iter().position(|(_, e)| events[*e].terminal);
+        crossings.truncate(last.map_or(crossings.len(), |last| last + 1));
+        let ends = last.is_some();
+        Ok((Met { crossings, ends }, signs))
+    }
+
+    /// The step to be taken again, if one is, where the step that was accepted should end behind `target`.
+    fn retaken(
+        &mut self,
+        pace: &mut Pace,
+        attempt: &Attempt,
+        target: Option<f64>,
+    ) -> Option<Again> {
+        match (self.again.take(), self.before.take()) {
+            (None, before) => {
+                let x = target.filter(|x| is_inner(*x))?;
+                Some(Again {
+                    attempt: attempt.until(behind(attempt.t, attempt.h, x)),
+                    whole: *attempt,
+                    judged: std::mem::replace(pace, before?),
+                    is_cut: true,
+                })
+            }
+            // The shorter step has lost the crossing; the longer one has not.
+            (Some(again), _) if again.is_cut && target.is_none() => Some(Again {
+                attempt: again.whole,
+                is_cut: false,
+                ..again
+            }),
+            (Some(again), _) => {
+                *pace = again.judged;
+                if again.is_cut {
+                    pace.cut(&again.whole, attempt.end);
+                }
+                None
+            }
+        }
+    }
+}
+
 /// A component of a row in a step: y_n, and its velocities by stage.
 struct Component {
     y: f64,
@@ -84,17 +143,12 @@ impl<T: Element> Group<'_, T> {
     pub(super) fn meet(&mut self, at: usize, attempt: &Attempt) -> Result<Option<Met>> {
         let problem = self.pass.plan.problem;
         let (events, tableau) = (&problem.crossings, &problem.scheme.tableau);
-        let none = Met {
-            crossings: vec![],
-            ends: false,
-        };
-        let Some(row) = self.lanes[at].as_ref().map(|lane| lane.row) else {
-            return Ok(Some(none));
-        };
+        let row = self.lanes[at].as_ref().map_or(0, |lane| lane.row);
         let components = events.iter().map(|event| self.component(at, event, row));
         let components: Vec<_> = components.collect();
+        let refines = self.pass.refines;
         let Some(lane) = &mut self.lanes[at] else {
-            return Ok(Some(none));
+            return Ok(None);
         };
         let of_row = &mut lane.events;
         if of_row.signs.is_empty() {
@@ -102,59 +156,18 @@ impl<T: Element> Group<'_, T> {
             of_row.signs = start.map(|c| sign(c.at(tableau, 0.0, 0.0))).collect();
             of_row.counts = vec![0; events.len()];
         }
-        let (mut crossings, mut after) = (vec![], vec![]);
-        for (event, component) in components.iter().enumerate() {
-            let mut g = |x: f64| Ok(component.at(tableau, attempt.h, x));
-            let (ends, direction) = ([attempt.t, attempt.end], events[event].direction);
-            let (found, sign) = first(&mut g, ends, direction, of_row.signs[event])?;
-            crossings.extend(found.map(|place| (place, event)));
-            after.push(sign);
-        }
-        // Ties in the order of the events.
-        crossings.sort_by(|a, b| a.0.x.total_cmp(&b.0.x));
-        let last = crossings.iter().position(|(_, e)| events[*e].terminal);
-        crossings.truncate(last.map_or(crossings.len(), |last| last + 1));
-        let places = crossings.iter().map(|(p, e)| (p.x, events[*e].terminal));
-        let places: Vec<_> = places.collect();
-        let target = behind_which(&places, self.pass.refines);
-        let before = of_row.before.take();
-        let again = match (of_row.again.take(), before) {
-            (None, Some(before)) => target.filter(|x| is_inner(*x)).map(|x| {
-                let end = behind(attempt.t, attempt.h, x);
-                let again = Again {
-                    attempt: attempt.until(end),
-                    whole: *attempt,
-                    judged: std::mem::replace(&mut lane.pace, before),
-                    is_cut: true,
-                };
-                again
-            }),
-            (Some(again), _) if again.is_cut && target.is_none() => {
-                // The shorter step has lost the crossing; the longer one has not.
-                Some(Again {
-                    attempt: again.whole,
-                    is_cut: false,
-                    ..again
-                })
-            }
-            (Some(again), _) => {
-                lane.pace = again.judged;
-                if again.is_cut {
-                    lane.pace.cut(&again.whole, attempt.end);
-                }
-                None
-            }
-            (None, None) => None,
-        };
-        of_row.again = again;
+        let (met, signs) = of_row.search(events, &components, tableau, attempt)?;
+        let places = met.crossings.iter();
+        let places: Vec<_> = places
+            .map(|(place, event)| (place.x, events[*event].terminal))
+            .collect();
+        let target = behind_which(&places, refines);
+        of_row.again = of_row.retaken(&mut lane.pace, attempt, target);
         if of_row.again.is_some() {
             return Ok(None);
         }
-        of_row.signs = after;
-        Ok(Some(Met {
-            crossings,
-            ends: last.is_some(),
-        }))
+        of_row.signs = signs;
+        Ok(Some(met))
     }
 
     /// Returns the states at the crossings in a step that was recorded.
