@@ -54,7 +54,9 @@ pub(super) fn run<T: Element, S: Simd>(
     schedule: &Arc<Schedule>,
     stats: &mut Stats,
 ) -> Result<Solved> {
-    let Task { plan, y0, weights } = task;
+    let Task {
+        plan, y0, weights, ..
+    } = task;
     let (problem, layout) = (plan.problem, plan.layout);
     let cache = match problem.stores_state() {
         true => problem.activation_cache,

@@ -9,6 +9,7 @@
 
 mod activations;
 mod adaptive;
+mod around;
 mod backward;
 mod forward;
 mod grade;
@@ -40,6 +41,7 @@ use crate::state::RowLayout;
 use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
+pub(crate) use around::Around;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
 pub(crate) use tile::{At, Slot, TileField};
 use tile::{Tiled, Wide};
@@ -64,16 +66,48 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
 }
 
 /// A [`RowField`] of any kind, as a vector field offers it to the solver.
-pub(crate) struct Rows(Box<dyn AnyRows>);
+pub(crate) struct Rows {
+    field: Box<dyn AnyRows>,
+    /// What is made of the field, from the inside to the outside.
+    around: Vec<Around>,
+}
 
 impl Rows {
     pub(crate) fn new<F: RowField>(field: F) -> Self {
-        Self(Box::new(field))
+        Self {
+            field: Box::new(field),
+            around: vec![],
+        }
+    }
+
+    /// What is made of such a field.
+    pub(crate) fn around(mut self, around: Around) -> Self {
+        self.around.push(around);
+        self
     }
 
     /// What the field reads when a solve begins.
     pub(crate) fn weights(&self) -> Vec<Tensor> {
-        self.0.weights()
+        self.field.weights()
+    }
+
+    /// Rows and features of a state of these shapes.
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
+        let leaves: usize = self.around.iter().map(|around| around.leaves()).sum();
+        let (inner, outer) = shapes.split_at_checked(shapes.len().checked_sub(leaves)?)?;
+        let mut layout = self.field.layout(inner)?;
+        // One number for each row.
+        let rows = |speed: &Shape| {
+            let ones = speed.dims().iter().rev().take_while(|&&n| n == 1).count();
+            let of = &speed.dims()[..speed.rank() - ones];
+            let fits = |x: &Shape| x.rank() == speed.rank() && x.dims().starts_with(of);
+            ones > 0 && inner.iter().all(fits) && speed.elem_count() == layout.rows
+        };
+        if !outer.iter().all(rows) {
+            return None;
+        }
+        layout.features.extend(outer.iter().map(|_| 1));
+        Some(layout)
     }
 
     /// Solves the problem tile by tile, or leaves it to the general path.  With a loss, the result is
@@ -85,14 +119,14 @@ impl Rows {
         loss: Option<&dyn RowGrade>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        let Some(layout) = self.0.layout(problem.packing.shapes()) else {
+        let Some(layout) = self.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
         if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
             return Ok(None);
         }
         // That time stands still for a field that reads it is found where steps are taken one by one.
-        if self.0.reads_time() && !problem.resolved {
+        if self.field.reads_time() && !problem.resolved {
             return Ok(None);
         }
         if let Plan::Adaptive(control) = &problem.plan {
@@ -111,13 +145,13 @@ impl Rows {
         if held(DType::F32) && stores(roles[0].store.to) {
             let prepared = |loss: &dyn RowGrade| loss.single(problem, &layout);
             match Wanted::of(loss, &plan, &prepared)? {
-                Some(wanted) => self.0.single(self.task(&plan, y0)?, wanted, stats),
+                Some(wanted) => self.field.single(self.task(&plan, y0)?, wanted, stats),
                 None => Ok(None),
             }
         } else if held(DType::F64) && stores(DType::F64) {
             let prepared = |loss: &dyn RowGrade| loss.double(problem, &layout);
             match Wanted::of(loss, &plan, &prepared)? {
-                Some(wanted) => self.0.double(self.task(&plan, y0)?, wanted, stats),
+                Some(wanted) => self.field.double(self.task(&plan, y0)?, wanted, stats),
                 None => Ok(None),
             }
         } else {
@@ -130,6 +164,7 @@ impl Rows {
             plan,
             y0: forward::start::<T>(plan.problem, y0)?,
             weights: self.weights(),
+            around: self.around.clone(),
         })
     }
 }
@@ -217,6 +252,7 @@ struct Task<'a, T> {
     plan: &'a TilePlan<'a>,
     y0: Vec<T>,
     weights: Vec<Tensor>,
+    around: Vec<Around>,
 }
 
 /// What makes a loss over numbers of T of one that does not know its numbers yet.
@@ -271,11 +307,19 @@ impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
             wanted,
             stats,
         } = self;
-        let field = spec.tiles(s, task.plan.problem.packing.shapes())?;
-        let field: Box<dyn Tiled<T, S>> = match T::WIDE && task.plan.is_wide::<T, S>() {
+        let shapes = task.plan.problem.packing.shapes();
+        let leaves: usize = task.around.iter().map(|around| around.leaves()).sum();
+        let own = shapes.len() - leaves;
+        let field = spec.tiles(s, &shapes[..own])?;
+        let mut field: Box<dyn Tiled<T, S>> = match T::WIDE && task.plan.is_wide::<T, S>() {
             true => Box::new(Wide::<_, 2>(field)),
             false => Box::new(Wide::<_, 1>(field)),
         };
+        let mut dim = task.plan.layout.features[..own].iter().sum();
+        for around in &task.around {
+            field = around.tiles(field, dim);
+            dim += around.leaves();
+        }
         solve_tiles(s, field, task, wanted, stats)
     }
 }

@@ -72,7 +72,9 @@ pub(super) fn run<T: Element, S: Simd>(
     control: &Arc<Control>,
     stats: &mut Stats,
 ) -> Result<Solved> {
-    let Task { plan, y0, weights } = task;
+    let Task {
+        plan, y0, weights, ..
+    } = task;
     let (problem, layout) = (plan.problem, plan.layout);
     let tolerances = Tolerances::new(problem, control)?;
     let groups = groups::<T, S>(plan, field.parameters());
