@@ -4,15 +4,20 @@
 
 use std::sync::Arc;
 
+use candle_core::Tensor;
+
 use crate::field::{Leaves, Offer, SharedField, VectorField};
 #[cfg(feature = "cuda")]
 use crate::problem::Problem;
 #[cfg(feature = "cuda")]
 use crate::rows::Solved;
-use crate::rows::{RowField, Rows};
+use crate::rows::{Around, RowField, Rows};
 use crate::state::State;
 #[cfg(feature = "cuda")]
 use crate::stats::Stats;
+
+/// A field for other threads, as a part of another one.
+pub(crate) type SharedLeaves = Leaves<SharedField, Vec<Tensor>>;
 
 /// An offer, as the solver reads it.
 pub(crate) struct Offered {
@@ -48,6 +53,19 @@ impl Offered {
         Self {
             rows: has_tiles.then(|| Rows::new(Arc::clone(&field))),
             shared: Arc::new(Leaves::<Arc<F>, S>::new(field)),
+            #[cfg(feature = "cuda")]
+            launch: None,
+        }
+    }
+
+    /// Of a field that is made of the one offered: `shared` makes the same for other threads.
+    pub(crate) fn around<F>(self, around: Around, shared: impl FnOnce(SharedLeaves) -> F) -> Self
+    where
+        F: VectorField<Vec<Tensor>> + Send + Sync + 'static,
+    {
+        Self {
+            rows: self.rows.map(|rows| rows.around(around)),
+            shared: Arc::new(shared(Leaves::new(self.shared))),
             #[cfg(feature = "cuda")]
             launch: None,
         }

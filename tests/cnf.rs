@@ -249,7 +249,7 @@ proptest! {
 
     #[test]
     fn tiles_and_the_general_path_agree(
-        shape in shapes(1..3, 40),
+        shape in prop_oneof![shapes(1..3, 40), shapes(3..6, 24)],
         rows in 1..70usize,
         options in options(),
         times in times(),
@@ -261,7 +261,7 @@ proptest! {
 
     #[test]
     fn tiles_of_f32_are_as_good_as_f32(
-        shape in shapes(1..3, 40),
+        shape in prop_oneof![shapes(1..3, 40), shapes(3..6, 24)],
         rows in 1..140usize,
         options in options(),
         times in times(),
@@ -283,7 +283,12 @@ proptest! {
 
 #[test]
 fn tiles_round_where_the_general_path_rounds() {
-    for widths in [vec![3, 20, 3], vec![2, 17, 33, 2]] {
+    for widths in [
+        vec![3, 20, 3],
+        vec![2, 17, 33, 2],
+        vec![2, 17, 33, 20, 2],
+        vec![3, 9, 18, 17, 8, 3],
+    ] {
         let shape = Shape {
             widths,
             activation: Activation::Tanh,
@@ -301,7 +306,7 @@ fn tiles_round_where_the_general_path_rounds() {
 
 #[test]
 fn flows_of_every_depth_are_the_same_with_fusion_and_without() {
-    for hidden in 0..4 {
+    for hidden in 0..7 {
         let shape = Shape {
             widths: [vec![2], vec![5; hidden], vec![2]].concat(),
             activation: Activation::Silu,

@@ -8,7 +8,7 @@ mod common;
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_diffeq::control::{Adaptive, Controller, OnFailure, StepControl};
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
-use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp, Relaxation, RowSpeed};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{
     Checkpoint, NeuralOde, OdeOptions, Output, Precision, Recorder, State, Stats, Steps, Tableau,
@@ -29,18 +29,29 @@ enum Kind {
     Mlp,
     Timed,
     Cnf,
+    /// Three hidden layers.
+    Deep,
+    /// A perceptron to which the state relaxes, at the speed of the row.
+    Speed,
     Conv,
     /// Not bounded: large states move without bounds.
     Relu,
 }
 
-const KINDS: [Kind; 4] = [Kind::Mlp, Kind::Timed, Kind::Cnf, Kind::Conv];
+const KINDS: [Kind; 6] = [
+    Kind::Mlp,
+    Kind::Timed,
+    Kind::Cnf,
+    Kind::Deep,
+    Kind::Speed,
+    Kind::Conv,
+];
 
 /// Where each row begins: the later ones move faster.
 fn start(kind: Kind, rows: usize, dtype: DType) -> Vec<Tensor> {
     let shapes: &[&[usize]] = match kind {
         Kind::Mlp | Kind::Timed | Kind::Relu => &[&[3]],
-        Kind::Cnf => &[&[3], &[1]],
+        Kind::Cnf | Kind::Deep | Kind::Speed => &[&[3], &[1]],
         Kind::Conv => &[&[2, 3, 2]],
     };
     let leaf = |(i, shape): (usize, &&[usize])| {
@@ -92,9 +103,21 @@ fn solve(
             let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
             run::<Tensor>(ode, &vars, y0, times, options)
         }
-        Kind::Cnf => {
-            let build = |vb: VarBuilder<'_>| {
-                Cnf::new(Mlp::with_time(&[3, 12, 9, 3], Activation::Softplus, vb)?)
+        Kind::Speed => {
+            let build = move |vb: VarBuilder<'_>| {
+                let mlp = Mlp::new(&[3, 12, 9, 3], tanh, vb)?;
+                Ok(RowSpeed::new(Relaxation::new(mlp)))
+            };
+            let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
+            run::<(Tensor, Tensor)>(ode, &vars, y0, times, options)
+        }
+        Kind::Cnf | Kind::Deep => {
+            let widths: &[usize] = match kind {
+                Kind::Deep => &[3, 9, 8, 7, 3],
+                _ => &[3, 12, 9, 3],
+            };
+            let build = move |vb: VarBuilder<'_>| {
+                Cnf::new(Mlp::with_time(widths, Activation::Softplus, vb)?)
             };
             let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
             run::<(Tensor, Tensor)>(ode, &vars, y0, times, options)

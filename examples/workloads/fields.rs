@@ -2,7 +2,7 @@
 //! operations.
 
 use candle_core::{DType, Device, Module, Result, Tensor, D};
-use candle_diffeq::nn::{self, Activation, Cnf, ConvField, HyperCnf, Mlp};
+use candle_diffeq::nn::{self, Activation, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowSpeed};
 use candle_diffeq::{NeuralOde, OdeOptions, RowLoss, State, Steps, Tableau, Time, VectorField};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
@@ -243,9 +243,13 @@ fn our_mlp(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::R
     Ok(Ode::One(place.ode(field, options)?))
 }
 
-/// A closure over the library's layers.
 fn our_scaled_mlp(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
-    plain(scaled_mlp, DROP_IN, place, ask, options)
+    let activation = place.activation;
+    let field = move |vb: VarBuilder<'_>| {
+        let network = perceptron(ask(vb)?, activation)?;
+        Ok(RowSpeed::new(Relaxation::new(network)))
+    };
+    Ok(Ode::Two(place.ode(field, options)?))
 }
 
 fn our_cnf(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
@@ -377,14 +381,13 @@ fn van_der_pol(weights: Vec<Tensor>, _: Parts) -> Result<Field> {
     }))
 }
 
-/// x' = eˢ (`mlp`(x) − x) at a speed of its own in every row, s' = 0, s the last column of the state.
+/// x' = eˢ (`mlp`(x) − x) at a speed of its own in every row, s' = 0.
 fn scaled_mlp(weights: Vec<Tensor>, parts: Parts) -> Result<Field> {
     let network = mlp(weights, parts)?;
     Ok(Box::new(move |t, y| {
-        let last = y[0].dim(1)?.saturating_sub(1);
-        let (x, s) = (y[0].narrow(1, 0, last)?, y[0].narrow(1, last, 1)?);
+        let (x, s) = (&y[0], &y[1]);
         let towards = network(t, &vec![x.clone()])?.remove(0);
         let velocity = (towards - x)?.broadcast_mul(&s.exp()?)?;
-        Ok(vec![Tensor::cat(&[velocity, s.zeros_like()?], 1)?])
+        Ok(vec![velocity, s.zeros_like()?])
     }))
 }

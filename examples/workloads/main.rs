@@ -3,8 +3,9 @@
 //!
 //! `cargo run --release --example workloads -- FILE [--precision bf16] [--checkpoint every:10]`
 //! (seconds) prints one line of JSON.  A file that has tolerances is solved by adaptive steps: `accepted` and `rejected`
-//! count them, `limited` those that the noise floor let pass, `nfe_fwd` evaluations and `nfe_bwd` pull-backs, `err_y` is
-//! the error of the states.  Of other files `nfe_bwd` counts evaluations that the backward pass repeats.
+//! count them, `limited` those that the noise floor let pass, `nfe_fwd` evaluations and `nfe_bwd` pull-backs, `nfe_row` the
+//! evaluations that a row has of its own where each has its own steps, the mean of all rows, `err_y` is the error of the
+//! states.  Of other files `nfe_bwd` counts evaluations that the backward pass repeats.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
+use candle_diffeq::control::StepControl;
 use candle_diffeq::{ActivationCache, Checkpoint, OdeOptions, Recorder, Stats};
 use candle_nn::VarMap;
 use clap::Parser;
@@ -51,6 +53,9 @@ struct Args {
     /// Whose field, and how.
     #[arg(long, value_enum, default_value_t = Whose::Ours)]
     field: Whose,
+    /// What controls adaptive steps, where the library is not left to choose.
+    #[arg(long, value_enum)]
+    control: Option<Control>,
     /// Says which share of the machine's multiply-adds it does, of a perceptron: each repetition is
     /// followed by a measurement of what there is.
     #[arg(long)]
@@ -58,6 +63,24 @@ struct Args {
     /// Timed repetitions after one that is not.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
+}
+
+/// What adaptive steps are controlled for.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Control {
+    /// Every row by itself.
+    Rows,
+    /// One step for the batch.
+    Batch,
+}
+
+impl From<Control> for StepControl {
+    fn from(control: Control) -> Self {
+        match control {
+            Control::Rows => Self::Rows,
+            Control::Batch => Self::Batch,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -103,7 +126,7 @@ fn run(args: &Args) -> Result<serde_json::Value> {
             kept => kept,
         },
         recorder: Some(recorder.clone()),
-        ..workload.options()
+        ..workload.options(args.control.map(StepControl::from))
     };
     let ode = workload.ode(&vars, state, args.field, options)?;
     let y0 = workload.y0(state)?;
@@ -154,6 +177,12 @@ fn run(args: &Args) -> Result<serde_json::Value> {
     let times = [median(forward), median(both)];
     let mut line = line(args, &workload, &stats, &times, growth, errors);
     line["err_y"] = json!(state_error);
+    // Where every row has steps of its own: evaluations of its own, the mean of the rows.
+    let rows = y0.var.dim(0)?;
+    line["nfe_row"] = match stats.row_evaluations {
+        0 => json!(null),
+        of_rows => json!(of_rows as f64 / rows as f64),
+    };
     line["fwdbwd_cpu_ms"] = json!(processor);
     if let (true, Some(products)) = (args.share, workload.products()) {
         // Evaluation, pull-back and gradient, and what is evaluated again.

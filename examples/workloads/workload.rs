@@ -9,7 +9,7 @@ use std::path::Path;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
-use candle_diffeq::control::Adaptive;
+use candle_diffeq::control::{Adaptive, StepControl};
 use candle_diffeq::nn::Activation;
 use candle_diffeq::{OdeOptions, Output, Steps, Tableau};
 use candle_nn::{VarBuilder, VarMap};
@@ -73,11 +73,14 @@ impl Workload {
         Ok(workload)
     }
 
-    /// How the file asks for it to be solved.
-    pub(crate) fn options(&self) -> OdeOptions {
+    /// How the file asks for it to be solved, adaptive steps controlled as the library does or as it is told.
+    pub(crate) fn options(&self, control: Option<StepControl>) -> OdeOptions {
         let steps = self.tolerances.map(|[rtol, atol]| {
-            // What else there is to choose about adaptive steps goes here.
-            Steps::Adaptive(Adaptive::new(rtol, atol))
+            let adaptive = Adaptive::new(rtol, atol);
+            Steps::Adaptive(match control {
+                Some(control) => adaptive.control(control),
+                None => adaptive,
+            })
         });
         OdeOptions {
             method: self.method.clone(),
@@ -199,12 +202,16 @@ impl Workload {
         })
     }
 
-    /// y0, tracked; for a density its logarithm starts at zero.
+    /// y0, tracked; for a density its logarithm starts at zero, and the speed of a row is its last column.
     pub(crate) fn y0(&self, dtype: DType) -> Result<Initial> {
         let var = Var::from_tensor(&self.tensor("y0", dtype)?)?;
         let mut leaves = vec![var.as_tensor().clone()];
         if self.is_density() {
             leaves.push(Tensor::zeros((var.dim(0)?, 1), dtype, &self.device)?);
+        }
+        if self.kind.name == "scaled_mlp" {
+            let last = var.dim(1)?.saturating_sub(1);
+            leaves = vec![var.narrow(1, 0, last)?, var.narrow(1, last, 1)?];
         }
         Ok(Initial { var, leaves })
     }
@@ -231,7 +238,7 @@ impl Workload {
     ) -> candle_core::Result<Tensor> {
         match (y, target) {
             ([y], Some(target)) if self.is_of_the_end() => (y - target)?.sqr()?.mean_all(),
-            ([y], Some(target)) => {
+            ([y, ..], Some(target)) => {
                 let first = self.first_output();
                 let y = y.narrow(0, first, y.dim(0)?.saturating_sub(first))?;
                 let y = y.narrow(D::Minus1, 0, target.dim(D::Minus1)?)?;

@@ -8,6 +8,7 @@ use candle_core::{Result, Shape, Tensor};
 use pulp::Simd;
 
 use super::linear::{matmul, sum_of_rows, transposed_matmul};
+use super::mlp::Affine;
 use super::{wrong_state, Mlp};
 use crate::error::Error;
 use crate::field::{Cotangents, Offer, Pullback, VectorField};
@@ -26,8 +27,12 @@ use trace::Trace;
 /// log p(z(t)) − log p(z(0)), whatever the density p at the start.
 ///
 /// With one or two hidden layers, the trace costs as much as g itself, however many features there
-/// are: tr W₃ D₂ W₂ D₁ W₁ = d₂ᵀ B d₁ with B = W₂ ∘ (W₁ W₃)ᵀ.  Such a field is integrated tile by
-/// tile where an `Mlp` is.  Other depths take a forward tangent for each feature.
+/// are: tr W₃ D₂ W₂ D₁ W₁ = d₂ᵀ B d₁ with B = W₂ ∘ (W₁ W₃)ᵀ.  With more hidden layers it costs
+/// as much as g for each feature.
+///
+/// Where an `Mlp` is integrated tile by tile, such a field is too, unless it has no hidden layer, or
+/// has more than two of them and features · (n₁ n₂ + n_{L−1} n_L) is above 2²², for L hidden layers of
+/// widths n₁ … n_L.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -160,9 +165,11 @@ impl CnfEvaluation {
 }
 
 impl Cnf {
-    /// Whether it can be integrated tile by tile: with one or two hidden layers.
+    /// Whether it can be integrated tile by tile.
     pub(super) fn has_tiles(&self) -> bool {
-        matches!(self.mlp.layers.len(), 2 | 3)
+        let outputs = self.mlp.layers.iter().map(Affine::outputs);
+        let widths = std::iter::once(self.features()).chain(outputs);
+        tiles::are_for(&widths.collect::<Vec<_>>())
     }
 }
 

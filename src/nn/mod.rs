@@ -5,6 +5,8 @@
 //! tile by tile on the CPU.  [`HyperCnf`], [`Hutchinson`] and [`OtFlow`] carry a log-density beside
 //! the state, as `Cnf` does, and run in candle's operations.
 //!
+//! [`RowSpeed`] and [`Relaxation`] are made of another field, and are integrated tile by tile where that is.
+//!
 //! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any
 //! model, in place of candle's where these have no pull-back, a wrong one, or a slow one; which of
 //! candle's layers have which is listed in `docs/candle-layers.md`.
@@ -23,6 +25,8 @@ mod linear;
 mod mlp;
 mod norm;
 mod ot_flow;
+mod relaxation;
+mod row_speed;
 mod spread;
 mod weights;
 
@@ -39,6 +43,8 @@ pub use norm::{
     layer_norm, layer_norm_no_bias, rms_norm, softmax, softmax_last_dim, LayerNorm, RmsNorm,
 };
 pub use ot_flow::OtFlow;
+pub use relaxation::Relaxation;
+pub use row_speed::{RowSpeed, WithSpeed};
 
 use std::any::Any;
 

@@ -25,6 +25,15 @@ pub(super) trait Lanewise<T: Element>: Send + Sync {
     /// `x` times a factor of every lane.
     fn scale(&self, x: &mut [T], factor: &[T]);
 
+    /// `out −= x`, as far as `out` goes.
+    fn subtract(&self, x: &[T], out: &mut [T]);
+
+    /// `out = e^x`.
+    fn exponential(&self, x: &[T], out: &mut [T]);
+
+    /// `out = Σ_k x_k y_k`, a feature, by lane.
+    fn dot_by_lane(&self, x: &[T], y: &[T], out: &mut [T]);
+
     /// Rounds every number.
     fn round(&self, low: Low, x: &mut [T]);
 
@@ -88,6 +97,18 @@ impl<T: Element, S: Simd> Lanewise<T> for On<S> {
 
     fn scale(&self, x: &mut [T], factor: &[T]) {
         enter(self.0, Scale { x, factor });
+    }
+
+    fn subtract(&self, x: &[T], out: &mut [T]) {
+        enter(self.0, Subtract { x, out });
+    }
+
+    fn exponential(&self, x: &[T], out: &mut [T]) {
+        enter(self.0, Exponential { x, out });
+    }
+
+    fn dot_by_lane(&self, x: &[T], y: &[T], out: &mut [T]) {
+        enter(self.0, DotByLane { x, y, out });
     }
 
     fn round(&self, low: Low, x: &mut [T]) {
@@ -214,6 +235,62 @@ impl<T: Element, S: Simd> Kernel<S> for Scale<'_, T> {
         for x in T::vectors_mut::<S>(self.x).chunks_exact_mut(factor.len()) {
             for (x, factor) in x.iter_mut().zip(factor) {
                 *x = T::times(s, *x, *factor);
+            }
+        }
+    }
+}
+
+struct Subtract<'a, T> {
+    x: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Subtract<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let x = T::vectors::<S>(self.x);
+        for (out, x) in T::vectors_mut::<S>(self.out).iter_mut().zip(x) {
+            *out = T::minus(s, *out, *x);
+        }
+    }
+}
+
+struct Exponential<'a, T> {
+    x: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for Exponential<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let x = T::vectors::<S>(self.x);
+        for (out, x) in T::vectors_mut::<S>(self.out).iter_mut().zip(x) {
+            *out = T::exp(s, *x);
+        }
+    }
+}
+
+struct DotByLane<'a, T> {
+    x: &'a [T],
+    y: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Element, S: Simd> Kernel<S> for DotByLane<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let out = T::vectors_mut::<S>(self.out);
+        out.fill(T::zeros::<S>());
+        let x = T::vectors::<S>(self.x).chunks_exact(out.len());
+        for (x, y) in x.zip(T::vectors::<S>(self.y).chunks_exact(out.len())) {
+            for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
+                *out = T::mul_add(s, *x, *y, *out);
             }
         }
     }

@@ -9,6 +9,7 @@
 
 mod activations;
 mod adaptive;
+mod around;
 mod backward;
 mod forward;
 mod grade;
@@ -43,6 +44,7 @@ use crate::state::RowLayout;
 use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
+pub(crate) use around::Around;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
 use lanewise::On;
 pub(crate) use tile::{At, Slot, TileField};
@@ -68,21 +70,53 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
 }
 
 /// A [`RowField`] of any kind, as a vector field offers it to the solver.
-pub(crate) struct Rows(Arc<dyn AnyRows>);
+pub(crate) struct Rows {
+    field: Arc<dyn AnyRows>,
+    /// What is made of the field, from the inside to the outside.
+    around: Vec<Around>,
+}
 
 impl Rows {
     pub(crate) fn new<F: RowField>(field: Arc<F>) -> Self {
-        Self(field)
+        Self {
+            field,
+            around: vec![],
+        }
+    }
+
+    /// What is made of such a field.
+    pub(crate) fn around(mut self, around: Around) -> Self {
+        self.around.push(around);
+        self
     }
 
     /// What the field reads when a solve begins.
     pub(crate) fn weights(&self) -> Vec<Tensor> {
-        self.0.weights()
+        self.field.weights()
+    }
+
+    /// Leaves that the state has more than that of the field inside.
+    fn leaves_around(&self) -> usize {
+        self.around.iter().map(|around| around.leaves()).sum()
     }
 
     /// Rows and features of a state of these shapes, if they are the field's.
     pub(crate) fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
-        self.0.layout(shapes)
+        let own = shapes.len().checked_sub(self.leaves_around())?;
+        let (inner, outer) = shapes.split_at_checked(own)?;
+        let mut layout = self.field.layout(inner)?;
+        // One number for each row.
+        let rows = |speed: &Shape| {
+            let ones = speed.dims().iter().rev().take_while(|&&n| n == 1).count();
+            let of = &speed.dims()[..speed.rank() - ones];
+            let fits = |x: &Shape| x.rank() == speed.rank() && x.dims().starts_with(of);
+            ones > 0 && inner.iter().all(fits) && speed.elem_count() == layout.rows
+        };
+        if !outer.iter().all(rows) {
+            return None;
+        }
+        layout.features.extend(outer.iter().map(|_| 1));
+        Some(layout)
     }
 
     /// Solves the problem tile by tile, or leaves it to the general path.  With a loss, the result is
@@ -94,14 +128,14 @@ impl Rows {
         loss: Option<&dyn RowGrade>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
-        let Some(layout) = self.0.layout(problem.packing.shapes()) else {
+        let Some(layout) = self.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
         if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
             return Ok(None);
         }
         // That time stands still for a field that reads it is found where steps are taken one by one.
-        if self.0.reads_time() && !problem.resolved {
+        if self.field.reads_time() && !problem.resolved {
             return Ok(None);
         }
         if let Plan::Adaptive(control) = &problem.plan {
@@ -120,11 +154,11 @@ impl Rows {
         let plan = TilePlan::new(problem, &layout);
         if held(DType::F32) && stores(roles[0].store.to) {
             let prepared = |loss: &dyn RowGrade| loss.single(problem, &layout);
-            let tiles = || self.0.single(&plan);
+            let tiles = |own: &[Shape]| self.field.single(&plan, own);
             self.solve_in::<f32>(&plan, y0, (loss, &prepared), &tiles, stats)
         } else if held(DType::F64) && stores(DType::F64) {
             let prepared = |loss: &dyn RowGrade| loss.double(problem, &layout);
-            let tiles = || self.0.double(&plan);
+            let tiles = |own: &[Shape]| self.field.double(&plan, own);
             self.solve_in::<f64>(&plan, y0, (loss, &prepared), &tiles, stats)
         } else {
             Ok(None)
@@ -137,17 +171,24 @@ impl Rows {
         plan: &TilePlan<'_>,
         y0: &Tensor,
         (loss, prepared): (Option<&dyn RowGrade>, &Preparation<'_, T>),
-        tiles: &dyn Fn() -> Result<Option<Box<dyn Tiled<T>>>>,
+        tiles: &dyn Fn(&[Shape]) -> Result<Option<Box<dyn Tiled<T>>>>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
         let Some(wanted) = Wanted::of(loss, plan, prepared)? else {
             return Ok(None);
         };
         let task = self.task(plan, y0)?;
-        match tiles()? {
-            Some(field) => solve_tiles(field, task, wanted, stats).map(Some),
-            None => Ok(None),
+        let shapes = plan.problem.packing.shapes();
+        let own = shapes.len() - self.leaves_around();
+        let Some(mut field) = tiles(&shapes[..own])? else {
+            return Ok(None);
+        };
+        let mut dim = plan.layout.features[..own].iter().sum();
+        for around in &self.around {
+            field = around.tiles(field, dim);
+            dim += around.leaves();
         }
+        solve_tiles(field, task, wanted, stats).map(Some)
     }
 
     fn task<'a, T: Element>(&self, plan: &'a TilePlan<'a>, y0: &Tensor) -> Result<Task<'a, T>> {
@@ -175,12 +216,11 @@ trait AnyRows: Send + Sync {
 
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout>;
 
-    /// Solves in f32; `None` without a vector unit.
     /// In tiles of f32 on the vector unit, if there is one.
-    fn single(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f32>>>>;
+    fn single(&self, plan: &TilePlan<'_>, shapes: &[Shape]) -> Result<Option<Box<dyn Tiled<f32>>>>;
 
     /// In tiles of f64.
-    fn double(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f64>>>>;
+    fn double(&self, plan: &TilePlan<'_>, shapes: &[Shape]) -> Result<Option<Box<dyn Tiled<f64>>>>;
 }
 
 impl<F: RowField> AnyRows for F {
@@ -196,22 +236,24 @@ impl<F: RowField> AnyRows for F {
         RowField::layout(self, shapes)
     }
 
-    fn single(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f32>>>> {
-        tiles_of(self, plan)
+    fn single(&self, plan: &TilePlan<'_>, shapes: &[Shape]) -> Result<Option<Box<dyn Tiled<f32>>>> {
+        tiles_of(self, plan, shapes)
     }
 
-    fn double(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f64>>>> {
-        tiles_of(self, plan)
+    fn double(&self, plan: &TilePlan<'_>, shapes: &[Shape]) -> Result<Option<Box<dyn Tiled<f64>>>> {
+        tiles_of(self, plan, shapes)
     }
 }
 
 fn tiles_of<T: Element, F: RowField>(
     spec: &F,
     plan: &TilePlan<'_>,
+    shapes: &[Shape],
 ) -> Result<Option<Box<dyn Tiled<T>>>> {
     let job = OnUnit {
         spec,
         plan,
+        shapes,
         number: PhantomData,
     };
     dispatch(job)?.transpose()
@@ -261,6 +303,7 @@ impl<T: Element> Wanted<T> {
 struct OnUnit<'a, T, F> {
     spec: &'a F,
     plan: &'a TilePlan<'a>,
+    shapes: &'a [Shape],
     number: PhantomData<T>,
 }
 
@@ -269,7 +312,7 @@ impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let field = self.spec.tiles(s, self.plan.problem.packing.shapes())?;
+        let field = self.spec.tiles(s, self.shapes)?;
         let on = On(s);
         Ok(match T::WIDE && self.plan.is_wide::<T>(T::lanes::<S>()) {
             true => Box::new(Wide::<_, S, 2> { field, on }),

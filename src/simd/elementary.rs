@@ -79,7 +79,7 @@ pub(super) fn tanh<S: Simd>(s: S, x: S::f32s) -> S::f32s {
 /// of the tail.
 #[inline(always)]
 pub(super) fn sigmoid<S: Simd>(s: S, x: S::f32s) -> S::f32s {
-    let e = exp(s, minus_abs(s, x));
+    let e = exp_of_minus(s, minus_abs(s, x));
     let one = s.splat_f32s(1.0);
     let positive = s.greater_than_f32s(x, s.splat_f32s(0.0));
     // NaN is not positive, and e carries it.
@@ -97,7 +97,7 @@ const INTEGER: f32 = 12_582_912.0;
 
 /// exp x for x ≤ 0; below −87 it stays at exp(−87) = 1.6e-38.
 #[inline(always)]
-fn exp<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+fn exp_of_minus<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     let x = at_least(s, -87.0, x);
     let shifted = s.mul_add_e_f32s(
         x,
@@ -122,11 +122,19 @@ fn exp<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     s.transmute_f32s_u32s(scaled)
 }
 
+/// exp x, by 1 / exp(−x) where x is positive; between exp(−87) and exp 87.
+#[inline(always)]
+pub(super) fn exp<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+    let (e, one) = (exp_of_minus(s, minus_abs(s, x)), s.splat_f32s(1.0));
+    let positive = s.greater_than_f32s(x, s.splat_f32s(0.0));
+    s.select_f32s(positive, s.div_f32s(one, e), e)
+}
+
 /// ln(1 + exp x) = max(x, 0) + ln(1 + e), e = exp(−|x|), by ln(1 + e) = 2 artanh(e / (2 + e)); and
 /// its derivative, the sigmoid.
 #[inline(always)]
 pub(super) fn softplus<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
-    let e = exp(s, minus_abs(s, x));
+    let e = exp_of_minus(s, minus_abs(s, x));
     let one = s.splat_f32s(1.0);
     let u = quotient(s, e, s.add_f32s(s.splat_f32s(2.0), e));
     let c = [
@@ -164,7 +172,7 @@ pub(super) fn normal<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
         -0.140_325_13,
         4.125_427_4e-2,
     ];
-    let e = exp(s, s.mul_f32s(s.mul_f32s(x, x), s.splat_f32s(-0.5)));
+    let e = exp_of_minus(s, s.mul_f32s(s.mul_f32s(x, x), s.splat_f32s(-0.5)));
     let tail = s.mul_f32s(s.mul_f32s(t, polynomial(s, t, c)), e);
     let tail = s.mul_f32s(tail, s.splat_f32s(0.5));
     let positive = s.greater_than_f32s(x, s.splat_f32s(0.0));

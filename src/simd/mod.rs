@@ -78,6 +78,8 @@ pub(crate) trait Element:
 
     /// tanh x.
     fn tanh<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
+    /// exp x; in f32 between exp(−87) and exp 87.
+    fn exp<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
     /// 1 / (1 + exp(−x)).
     fn sigmoid<S: Simd>(s: S, x: Self::Vector<S>) -> Self::Vector<S>;
     /// ln(1 + exp x) and its derivative.
@@ -280,6 +282,11 @@ impl Element for f32 {
     }
 
     #[inline(always)]
+    fn exp<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+        elementary::exp(s, x)
+    }
+
+    #[inline(always)]
     fn sigmoid<S: Simd>(s: S, x: S::f32s) -> S::f32s {
         elementary::sigmoid(s, x)
     }
@@ -386,6 +393,11 @@ impl Element for f64 {
     #[inline(always)]
     fn tanh<S: Simd>(_: S, x: S::f64s) -> S::f64s {
         Self::map::<S>(x, f64::tanh)
+    }
+
+    #[inline(always)]
+    fn exp<S: Simd>(_: S, x: S::f64s) -> S::f64s {
+        Self::map::<S>(x, f64::exp)
     }
 
     #[inline(always)]

@@ -64,6 +64,7 @@ impl Accuracy {
     fn value<S: Simd>(self, s: S, x: S::f32s) -> S::f32s {
         match self.name {
             "tanh" => <f32 as Element>::tanh(s, x),
+            "exp" => <f32 as Element>::exp(s, x),
             "sigmoid" => <f32 as Element>::sigmoid(s, x),
             "softplus" => <f32 as Element>::softplus(s, x)[0],
             "softplus slope" => <f32 as Element>::softplus(s, x)[1],
@@ -116,6 +117,7 @@ fn elementary_functions_are_accurate_to_a_few_roundoffs_and_pass_nan_on() {
     };
     for accuracy in [
         of("tanh", f64::tanh, 14.0, tiny, 20.0),
+        of("exp", f64::exp, 8.0, tiny, 86.0),
         of("sigmoid", sigmoid, 8.0, tiny, 80.0),
         of(
             "softplus",
