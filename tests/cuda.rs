@@ -581,11 +581,17 @@ fn training_takes_no_more_memory_with_every_step() {
             .unwrap()
             .0
     };
-    for (fusion, precision) in [(true, Precision::f32()), (false, Precision::f16())] {
+    let fixed = OdeOptions::default();
+    let adaptive = by_row(&DOPRI5, adaptive(1e-4));
+    for (fusion, precision, options) in [
+        (true, Precision::f32(), &fixed),
+        (false, Precision::f16(), &fixed),
+        (true, Precision::f16(), &adaptive),
+    ] {
         let options = OdeOptions {
             fusion,
             precision: Some(precision),
-            ..Default::default()
+            ..options.clone()
         };
         let net = Net {
             widths: &[2, 8, 2],
@@ -844,10 +850,13 @@ fn gradients_of_one_launch_are_those_of_the_steps_that_each_row_took() {
     ];
     for (i, method) in PAIRS.iter().enumerate() {
         let net = &nets[i % 2];
+        // So many outputs that steps of different rows hold some at the same time, before a jump and elsewhere.
+        let many: Vec<f64> = (0..=40).map(|i| 0.15 * f64::from(i)).collect();
+        let mirrored = many.iter().map(|t| 2.0 - t).collect();
         for (times, output) in [
-            (LONG, Output::All),
-            (LONG.map(|t| 2.0 - t), Output::All),
-            (LONG, Output::Final),
+            (many, Output::All),
+            (mirrored, Output::All),
+            (LONG.to_vec(), Output::Final),
         ] {
             let y0 = starts(7, &gpu);
             let control = adaptive(1e-4).jump_t([0.77]).step_t([0.9]);
@@ -856,7 +865,7 @@ fn gradients_of_one_launch_are_those_of_the_steps_that_each_row_took() {
                 ..by_row(method, control)
             };
             let ours = traced(net, &y0, &times, &options).unwrap();
-            let name = format!("{} {output:?} {times:?}", method.name());
+            let name = format!("{} {output:?} to {:?}", method.name(), times.last());
             let mut params: Vec<Tensor> = vec![];
             for row in 0..7 {
                 let at = ours.stats[0].rows[row].times.clone();
@@ -871,7 +880,7 @@ fn gradients_of_one_launch_are_those_of_the_steps_that_each_row_took() {
                 // Every row has other weights in the loss.
                 let (vars, ode) = network(&Device::Cpu, net, &fixed);
                 let alone = Var::from_tensor(&alone.unwrap()).unwrap();
-                let states: Tensor = ode.solve(alone.as_tensor(), &times).unwrap();
+                let states: Tensor = ode.solve(alone.as_tensor(), &times[..]).unwrap();
                 let shape = ours.states.shape().clone();
                 let dim = shape.rank() - 2;
                 let weights = scattered(shape, DType::F32, &Device::Cpu);
@@ -1253,6 +1262,36 @@ fn a_tolerance_of_each_element_is_that_of_its_row_on_the_gpu() {
     }
 }
 
+/// The solution of y' = 2²³ (t − 1) from zero, whose velocity is 0 at 1 and 1 at the next number of f32.
+fn steep(device: &Device, times: [f64; 2], steps: Steps, method: &Tableau) -> f64 {
+    let vars = VarMap::new();
+    let rate = 2f32.powi(23);
+    for (name, value) in [
+        ("0.weight", Tensor::new(&[[0f32, rate]], device).unwrap()),
+        ("0.bias", Tensor::new(&[-rate], device).unwrap()),
+    ] {
+        let var = Var::from_tensor(&value).unwrap();
+        vars.data().lock().unwrap().insert(name.into(), var);
+    }
+    let build = |vb: candle_nn::VarBuilder<'_>| Mlp::with_time(&[1, 1], Activation::Tanh, vb);
+    let ode = NeuralOde::<Tensor>::from_field(&vars, "", DType::F32, device, build).unwrap();
+    let ode = ode.options(OdeOptions {
+        steps,
+        method: method.clone(),
+        output: Output::Final,
+        ..Default::default()
+    });
+    let y0 = Tensor::zeros((1, 1), DType::F32, device).unwrap();
+    values(&ode.solve(&y0, &times).unwrap())[0]
+}
+
+/// A method of two stages with these weights, which estimates its error as zero.
+fn two_stages(weights: [f64; 2]) -> Tableau {
+    let a = vec![vec![], vec![1.0]];
+    let method = Tableau::new("two", 1, a, weights.into(), vec![0.0, 1.0]).unwrap();
+    method.with_embedded(weights.into()).unwrap()
+}
+
 /// The end of a step is where the next one begins, not t + h to the last bit: a field that grows fast with time tells
 /// them apart.
 #[test]
@@ -1263,44 +1302,34 @@ fn stages_at_the_end_of_a_step_see_the_time_at_which_it_ends() {
     let differs = |t: &f64| (t + (end - t)) as f32 != end as f32;
     let start = (1..10_000).map(|i| -f64::from(i) / 7777.0).find(differs);
     let start = start.unwrap();
-    let on = |device: &Device, steps: Steps, method: Tableau| {
-        let vars = VarMap::new();
-        let steep = 2f32.powi(23);
-        for (name, value) in [
-            ("0.weight", Tensor::new(&[[0f32, steep]], device).unwrap()),
-            ("0.bias", Tensor::new(&[-steep], device).unwrap()),
-        ] {
-            let var = Var::from_tensor(&value).unwrap();
-            vars.data().lock().unwrap().insert(name.into(), var);
-        }
-        let build = |vb: candle_nn::VarBuilder<'_>| Mlp::with_time(&[1, 1], Activation::Tanh, vb);
-        let ode = NeuralOde::<Tensor>::from_field(&vars, "", DType::F32, device, build).unwrap();
-        let ode = ode.options(OdeOptions {
-            steps,
-            method,
-            output: Output::Final,
-            ..Default::default()
-        });
-        let y0 = Tensor::zeros((1, 1), DType::F32, device).unwrap();
-        values(&ode.solve(&y0, &[start, end]).unwrap())[0]
-    };
-    // Of a method whose last stage alone is not zero in the velocity, were it exact.
-    let last = Tableau::new(
-        "last",
-        1,
-        vec![vec![], vec![1.0]],
-        vec![0.0, 1.0],
-        vec![0.0, 1.0],
-    );
-    let last = last.unwrap().with_embedded(vec![0.0, 1.0]).unwrap();
+    // The first stage is far from zero, and has no weight.
+    let last = two_stages([0.0, 1.0]);
     let exact = (end - start) * f64::from((end as f32 - 1.0) * 2f32.powi(23));
     let once = Adaptive::new(1.0, 1e30)
         .first_step(10.0)
         .control(StepControl::Rows);
     for steps in [Steps::PerInterval(1), Steps::Adaptive(once)] {
-        let there = on(&gpu, steps.clone(), last.clone());
+        let there = steep(&gpu, [start, end], steps.clone(), &last);
         assert!((there - exact).abs() <= 1e-6, "{steps:?}: {there} {exact}");
     }
+}
+
+/// A stage at the end of a step sees the field before the jump, and the first stage of the next step after it.
+#[test]
+fn stages_beside_a_jump_see_their_own_side_of_it() {
+    let Some(gpu) = gpu() else { return };
+    // Halfway between two numbers of f32: its neighbours are rounded to different ones.
+    let jump = 1.0 + 2f64.powi(-24);
+    let control = |first: f64| {
+        let adaptive = Adaptive::new(1.0, 1e30).first_step(first);
+        Steps::Adaptive(adaptive.jump_t([jump]).control(StepControl::Rows))
+    };
+    let (before, after) = (two_stages([0.0, 1.0]), two_stages([1.0, 0.0]));
+    let there = steep(&gpu, [1.0, 2.0], control(10.0), &after);
+    assert!((there - 1.0).abs() <= 1e-6, "{there}");
+    // Backwards in time the jump lies before the end that is later.
+    let there = steep(&gpu, [1.5, 1.0], control(10.0), &before);
+    assert!((there - (jump - 1.5)).abs() <= 1e-6, "{there}");
 }
 
 #[test]
