@@ -4,7 +4,7 @@
 #   run.sh [PART …] [-- ARGUMENTS OF gpu.py]
 #
 # tests      parity of every kernel, solves against the CPU, oracles             2 minutes
-# sanitizer  the kernels under compute-sanitizer, where there is one              10
+# sanitizer  the kernels under compute-sanitizer, where there is one              15
 # peers      the benchmark in turn with PyTorch, rampde and torchdiffeq          at most BUDGET=480 s
 # cells      the benchmark alone, against its own f64: no Python needed           2
 # products   rates of matrix products alone                                      seconds
@@ -100,7 +100,9 @@ run() { # part
             fi
             for tool in memcheck racecheck; do
                 LIMIT=150 ours "kernels-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/unit" --test-threads=1 ops::cuda
-                LIMIT=150 ours "solves-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/cuda" --test-threads=1 low_precision
+                LIMIT=150 ours "solves-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/cuda" --test-threads=1 low_precision_is
+                LIMIT=300 ours "rows-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/cuda" --test-threads=1 \
+                    adaptive_launch a_tolerance_of_each_element overflow_of_the_adjoint_of_rows
             done
             ;;
         peers)

@@ -17,6 +17,8 @@ mod tolerance;
 
 use crate::error::{AdaptiveDefect, Error};
 pub(crate) use control::Control;
+#[cfg(feature = "cuda")]
+pub(crate) use control::Target;
 pub use controller::Controller;
 pub(crate) use pace::{Attempt, Halt, Pace, Verdict};
 pub(crate) use tolerance::OfLeaf;
@@ -201,7 +203,7 @@ impl Adaptive {
     }
 
     /// Whether each row has its own steps.  The default is [`StepControl::Rows`] if the field is integrated tile by
-    /// tile, and [`StepControl::Batch`] otherwise.  If `Rows` is requested but the solve cannot be done row by row,
+    /// tile, or on CUDA in one launch, and [`StepControl::Batch`] otherwise.  If `Rows` is requested but the solve cannot be done row by row,
     /// the solve fails with [`AdaptiveDefect::NoRows`].
     #[must_use]
     pub fn control(self, control: StepControl) -> Self {
@@ -235,7 +237,9 @@ impl Adaptive {
 pub enum StepControl {
     /// Every row of the batch has its own steps, and the error estimate of each row is kept below the tolerance.  The
     /// solution of a row is bitwise independent of the other rows.  This is possible for fields that are integrated
-    /// tile by tile on the CPU (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)).
+    /// tile by tile on the CPU (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)), and on CUDA for an
+    /// [`nn::Mlp`](crate::nn::Mlp) that is solved in one launch, with
+    /// [`Checkpoint::All`](crate::Checkpoint::All) or [`Nothing`](crate::Checkpoint::Nothing).
     ///
     /// With `Rows`, an easy row takes fewer steps than with `Batch`, and is less accurate than with steps that are
     /// chosen for the most difficult row.  Therefore compare the two settings at equal error, not at equal tolerance.

@@ -40,8 +40,8 @@ pub struct Stats {
     /// ([`StepControl::Rows`](crate::control::StepControl::Rows)).  In such a solve, each of `steps`, `rejected`,
     /// `forced`, `limited` and `evaluations` is the largest count of any row.
     pub row_evaluations: usize,
-    /// The number of evaluations of whole tiles in such a solve.  This number, multiplied by the number of lanes of a
-    /// tile, is `row_evaluations` plus the number of evaluations in lanes whose result was not needed.
+    /// The number of evaluations of whole tiles in such a solve, on CUDA of whole blocks of 32 rows.  This number,
+    /// multiplied by the number of lanes of a tile, is `row_evaluations` plus the number of evaluations in lanes whose result was not needed.
     pub tile_evaluations: usize,
     /// Statistics of each row in such a solve, in the order of the rows.  Filled only by a [`Recorder::tracing`].
     pub rows: Vec<RowStats>,

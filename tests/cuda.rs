@@ -7,14 +7,16 @@ mod common;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, IndexOp, Shape, Tensor, Var};
+use candle_diffeq::control::{Adaptive, Controller, OnFailure, StepControl};
+use candle_diffeq::error::{AdaptiveDefect, StopReason};
 use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::{
     odeint,
     scaling::{DynamicScaling, Scaling},
     solution,
-    tableau::{BOSH3, EULER, MIDPOINT},
+    tableau::{BOSH3, DOPRI8, EULER, FEHLBERG45, MIDPOINT, TSIT5},
     Arithmetic, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, Stats,
-    Steps, Time, DOPRI5, RK4,
+    Steps, Tableau, Time, DOPRI5, RK4,
 };
 use candle_nn::VarMap;
 use common::descend;
@@ -137,13 +139,26 @@ fn outcome(
     scale: f64,
     options: &OdeOptions,
 ) -> candle_diffeq::Result<Outcome> {
-    let recorder = Recorder::default();
+    let y0 = scattered((rows, net.widths[0]), DType::F32, device);
+    outcome_of(net, &y0, times, scale, options, Recorder::default())
+}
+
+/// The same from y0, with statistics from a recorder.
+fn outcome_of(
+    net: &Net,
+    y0: &Tensor,
+    times: &[f64],
+    scale: f64,
+    options: &OdeOptions,
+    recorder: Recorder,
+) -> candle_diffeq::Result<Outcome> {
+    let device = y0.device();
     let options = OdeOptions {
         recorder: Some(recorder.clone()),
         ..options.clone()
     };
     let (vars, ode) = network(device, net, &options);
-    let y0 = Var::from_tensor(&scattered((rows, net.widths[0]), DType::F32, device))?;
+    let y0 = Var::from_tensor(y0)?;
     let states: Tensor = ode.solve(y0.as_tensor(), times)?;
     let forward = recorder.take();
     let weights = (scattered(states.shape().clone(), DType::F32, device) * scale)?;
@@ -566,11 +581,17 @@ fn training_takes_no_more_memory_with_every_step() {
             .unwrap()
             .0
     };
-    for (fusion, precision) in [(true, Precision::f32()), (false, Precision::f16())] {
+    let fixed = OdeOptions::default();
+    let adaptive = by_row(&DOPRI5, adaptive(1e-4));
+    for (fusion, precision, options) in [
+        (true, Precision::f32(), &fixed),
+        (false, Precision::f16(), &fixed),
+        (true, Precision::f16(), &adaptive),
+    ] {
         let options = OdeOptions {
             fusion,
             precision: Some(precision),
-            ..Default::default()
+            ..options.clone()
         };
         let net = Net {
             widths: &[2, 8, 2],
@@ -652,5 +673,708 @@ fn bias_gradients_of_large_batches_keep_their_digits_in_layers_of_this_crate() {
         });
         println!("{rows} rows: {ours:.1e} by Mlp, {candles:.1e} by candle_nn::linear");
         assert!(ours <= 2f64.powi(-9), "{ours:e}");
+    }
+}
+
+/// A perceptron of time, stiff enough that the rows of a batch need different steps.
+const SWINGING: Net = Net {
+    widths: &[3, 33, 17, 3],
+    activation: Activation::Tanh,
+    time: true,
+    residual: false,
+};
+
+const LONG: [f64; 6] = [0.0, 0.31, 1.45, 1.5, 3.3, 6.0];
+
+const PAIRS: [Tableau; 5] = [BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOPRI8];
+
+/// Whether the CPU has no vector unit, so that rows cannot have steps of their own there.
+fn without_tiles() -> bool {
+    std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none")
+}
+
+fn by_row(method: &Tableau, adaptive: Adaptive) -> OdeOptions {
+    OdeOptions {
+        method: method.clone(),
+        steps: Steps::Adaptive(adaptive.control(StepControl::Rows)),
+        ..Default::default()
+    }
+}
+
+fn adaptive(rtol: f64) -> Adaptive {
+    Adaptive::new(rtol, rtol / 100.0).step_on_outputs(false)
+}
+
+/// Where rows begin: the later ones are the faster ones.
+fn starts(rows: usize, device: &Device) -> Tensor {
+    let y0 = scattered((rows, 3), DType::F32, device);
+    let growth = Tensor::arange(0f32, rows as f32, device).unwrap();
+    let growth = ((growth * (2.0 / rows as f64)).unwrap() + 0.2).unwrap();
+    y0.broadcast_mul(&growth.unsqueeze(1).unwrap()).unwrap()
+}
+
+fn traced(
+    net: &Net,
+    y0: &Tensor,
+    times: &[f64],
+    options: &OdeOptions,
+) -> candle_diffeq::Result<Outcome> {
+    outcome_of(net, y0, times, 1.0, options, Recorder::tracing())
+}
+
+/// The bits of a tensor.
+fn bits(x: &Tensor) -> Vec<u64> {
+    values(x).into_iter().map(f64::to_bits).collect()
+}
+
+/// The bits of the states and of the gradient of one row.
+fn bits_of_row(outcome: &Outcome, row: usize) -> Vec<Vec<u64>> {
+    let states = outcome.states.i((.., row)).unwrap();
+    [&states, &outcome.y0.i(row).unwrap()].map(bits).into()
+}
+
+/// Variants of options that mean the same everywhere.
+fn variants() -> Vec<Adaptive> {
+    let plain = || adaptive(1e-3);
+    vec![
+        plain().step_t([0.3, 0.8, 7.0]).jump_t([1.1]),
+        plain().jump_t([0.2, 0.21, 1.7]),
+        plain().step_on_outputs(true),
+        plain(),
+        plain().first_step(1e-2),
+        plain().max_step(0.1),
+        plain().min_step(0.4),
+        plain().controller(Controller::PI),
+        plain().controller(Controller {
+            p: 0.2,
+            i: 0.5,
+            d: 0.1,
+            ..Controller::I
+        }),
+        plain().noise_floor(false),
+        Adaptive::new(0.0, 1e-3),
+        Adaptive::new(1e-3, 0.0),
+    ]
+}
+
+/// How far the times of the rows of two solves are apart: of how many rows that took as many steps, and their median.
+fn apart(a: &Outcome, b: &Outcome) -> (usize, f64) {
+    let mut apart = vec![];
+    for (a, b) in a.stats[0].rows.iter().zip(&b.stats[0].rows) {
+        if (a.accepted, a.rejected) == (b.accepted, b.rejected) {
+            assert_eq!(a.evaluations, b.evaluations);
+            let each = a.times.iter().zip(&b.times).map(|(a, b)| (a - b).abs());
+            apart.push(each.fold(0.0, f64::max));
+        }
+    }
+    apart.sort_by(f64::total_cmp);
+    let median = apart.get(apart.len() / 2);
+    (apart.len(), median.copied().unwrap_or(f64::INFINITY))
+}
+
+/// An error estimate that is small beside the state is mostly the rounding of f32, and the lengths of steps follow from
+/// it.  So both devices are to agree as well as the CPU does with itself from a state that is rounded otherwise.
+#[test]
+fn rows_choose_their_own_steps_in_one_launch_as_on_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    if without_tiles() {
+        return;
+    }
+    let mut solves = vec![];
+    for (i, variant) in variants().into_iter().enumerate() {
+        solves.push((PAIRS[i % 3].clone(), variant, LONG));
+        solves.push((
+            BOSH3,
+            solves[solves.len() - 1].1.clone(),
+            LONG.map(|t| 2.0 - t),
+        ));
+    }
+    for method in PAIRS {
+        solves.push((method, adaptive(1e-2), LONG));
+    }
+    let mut most = 0;
+    for (method, variant, times) in solves {
+        let options = by_row(&method, variant.clone());
+        let y0 = starts(40, &Device::Cpu);
+        let there = traced(&SWINGING, &y0.to_device(&gpu).unwrap(), &times, &options).unwrap();
+        let here = traced(&SWINGING, &y0, &times, &options).unwrap();
+        let beside = (y0 * (1.0 + 2f64.powi(-23))).unwrap();
+        let beside = traced(&SWINGING, &beside, &times, &options).unwrap();
+        let name = format!("{} {variant:?} {times:?}", method.name());
+        let ((alike, distant), (of_cpu, noise)) = (apart(&there, &here), apart(&beside, &here));
+        println!("{} {alike} {of_cpu} {distant:e} {noise:e}", method.name());
+        assert!(
+            alike + 6 >= of_cpu && of_cpu >= 20,
+            "{name}: {alike} {of_cpu}"
+        );
+        assert!(
+            distant <= 4.0 * noise + 1e-4,
+            "{name}: {distant:e} {noise:e}"
+        );
+        let states = distance(&there.states, &here.states);
+        let bound = distance(&beside.states, &here.states);
+        assert!(states <= 4.0 * bound + 1e-5, "{name}: {states:e} {bound:e}");
+        let (ours, theirs) = (&there.stats[0], &here.stats[0]);
+        assert_eq!(ours.rows.len(), 40);
+        assert!(ours.rows.iter().all(|row| row.stopped.is_none()), "{name}");
+        let sum: usize = ours.rows.iter().map(|row| row.evaluations).sum();
+        assert_eq!(sum, ours.row_evaluations);
+        let most_steps = ours.rows.iter().map(|row| row.accepted).max();
+        assert_eq!(most_steps, Some(ours.steps));
+        let first = &ours.rows[0].times;
+        assert_eq!(ours.first_step, Some((first[1] - first[0]).abs()));
+        let lengths = ours.rows.iter().flat_map(|row| row.times.windows(2));
+        let lengths = lengths.map(|w| (w[1] - w[0]).abs());
+        let (least, longest) = ours.step_range.unwrap();
+        assert_eq!(lengths.clone().fold(f64::INFINITY, f64::min), least);
+        assert_eq!(lengths.fold(0.0, f64::max), longest);
+        assert_eq!(ours.forced > 0, theirs.forced > 0, "{name}");
+        let factors = ours.tolerance_factor / theirs.tolerance_factor;
+        assert!((0.5..2.0).contains(&factors), "{name} {factors}");
+        most = most.max(ours.rejected);
+    }
+    assert!(most > 0, "some attempts are rejected");
+}
+
+#[test]
+fn gradients_of_one_launch_are_those_of_the_steps_that_each_row_took() {
+    let Some(gpu) = gpu() else { return };
+    let nets = [
+        SWINGING,
+        Net {
+            residual: true,
+            activation: Activation::Silu,
+            widths: &[3, 20, 20, 3],
+            time: false,
+        },
+    ];
+    for (i, method) in PAIRS.iter().enumerate() {
+        let net = &nets[i % 2];
+        // So many outputs that steps of different rows hold some at the same time, before a jump and elsewhere.
+        let many: Vec<f64> = (0..=40).map(|i| 0.15 * f64::from(i)).collect();
+        let mirrored = many.iter().map(|t| 2.0 - t).collect();
+        for (times, output) in [
+            (many, Output::All),
+            (mirrored, Output::All),
+            (LONG.to_vec(), Output::Final),
+        ] {
+            let y0 = starts(7, &gpu);
+            let control = adaptive(1e-4).jump_t([0.77]).step_t([0.9]);
+            let options = OdeOptions {
+                output,
+                ..by_row(method, control)
+            };
+            let ours = traced(net, &y0, &times, &options).unwrap();
+            let name = format!("{} {output:?} to {:?}", method.name(), times.last());
+            let mut params: Vec<Tensor> = vec![];
+            for row in 0..7 {
+                let at = ours.stats[0].rows[row].times.clone();
+                let fixed = OdeOptions {
+                    method: method.clone(),
+                    steps: Steps::At(at),
+                    output,
+                    fusion: false,
+                    ..Default::default()
+                };
+                let alone = y0.narrow(0, row, 1).unwrap().to_device(&Device::Cpu);
+                // Every row has other weights in the loss.
+                let (vars, ode) = network(&Device::Cpu, net, &fixed);
+                let alone = Var::from_tensor(&alone.unwrap()).unwrap();
+                let states: Tensor = ode.solve(alone.as_tensor(), &times[..]).unwrap();
+                let shape = ours.states.shape().clone();
+                let dim = shape.rank() - 2;
+                let weights = scattered(shape, DType::F32, &Device::Cpu);
+                let weights = weights.narrow(dim, row, 1).unwrap();
+                let loss = (&states * weights).unwrap().sum_all().unwrap();
+                let grads = loss.backward().unwrap();
+                let there = ours.states.narrow(dim, row, 1).unwrap();
+                let error = distance(&there, &states);
+                assert!(error <= 2e-5, "{name} row {row}: states {error:e}");
+                let there = ours.y0.narrow(0, row, 1).unwrap();
+                let error = distance(&there, grads.get(&alone).unwrap());
+                assert!(error <= 4e-5, "{name} row {row}: y0 {error:e}");
+                let data = vars.data().lock().unwrap();
+                let mut names: Vec<_> = data.keys().cloned().collect();
+                names.sort();
+                let of_row = names.iter().map(|n| grads.get(&data[n]).unwrap().clone());
+                params = match params.is_empty() {
+                    true => of_row.collect(),
+                    false => params
+                        .iter()
+                        .zip(of_row)
+                        .map(|(a, b)| (a + b).unwrap())
+                        .collect(),
+                };
+            }
+            for (i, (a, b)) in ours.params.iter().zip(&params).enumerate() {
+                let error = distance(a, b);
+                assert!(error <= 4e-5, "{name}: parameter {i} {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_on_the_gpu_does_not_depend_on_its_company() {
+    let Some(gpu) = gpu() else { return };
+    for precision in [Precision::f32(), Precision::bf16()] {
+        let options = OdeOptions {
+            precision: Some(precision),
+            ..by_row(&DOPRI5, adaptive(1e-3))
+        };
+        // The same weight for every row in the loss: its gradient is that of the row alone.
+        let solved = |y0: &Tensor| {
+            let recorder = Recorder::tracing();
+            let options = OdeOptions {
+                recorder: Some(recorder.clone()),
+                ..options.clone()
+            };
+            let (_, ode) = network(&gpu, &SWINGING, &options);
+            let y0 = Var::from_tensor(y0).unwrap();
+            let states: Tensor = ode.solve(y0.as_tensor(), &LONG).unwrap();
+            let grads = states.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            Outcome {
+                y0: grads.get(&y0).unwrap().clone(),
+                params: vec![],
+                states,
+                stats: [recorder.take(), Stats::default()],
+            }
+        };
+        let y0 = starts(330, &gpu);
+        let whole = solved(&y0);
+        let backwards: Vec<u32> = (0..330).rev().collect();
+        for which in [&[0][..], &[7, 250], &backwards[100..170], &backwards] {
+            let index = Tensor::new(which, &gpu).unwrap();
+            let part = solved(&y0.index_select(&index, 0).unwrap());
+            for (at, &row) in which.iter().enumerate() {
+                let name = format!("{precision:?}, row {row} of {}", which.len());
+                let (ours, theirs) = (bits_of_row(&part, at), bits_of_row(&whole, row as usize));
+                assert_eq!(ours, theirs, "{name}");
+                let (ours, theirs) = (&part.stats[0].rows[at], &whole.stats[0].rows[row as usize]);
+                assert_eq!(ours, theirs, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_read_before_the_end_of_an_adaptive_launch() {
+    let Some(gpu) = gpu() else { return };
+    let run = |options: &OdeOptions| {
+        outcome_of(
+            &SPIRAL,
+            &scattered((60, 2), DType::F32, &gpu),
+            &LONG,
+            1.0,
+            options,
+            Recorder::default(),
+        )
+        .unwrap()
+    };
+    // It is the default of a field whose rows are independent.
+    let plain = OdeOptions {
+        steps: Steps::Adaptive(adaptive(1e-4)),
+        method: DOPRI5,
+        ..Default::default()
+    };
+    let first = run(&plain);
+    assert!(first.stats[0].row_evaluations > 0);
+    assert_eq!(first.stats.each_ref().map(|s| s.host_reads), [1, 1]);
+    assert_eq!(first.stats[0].states_kept, first.stats[0].steps);
+    assert_eq!(first.stats[1].recomputed, first.stats[1].vjps);
+    // More steps than there is room for: a second launch has the room, and the next solve at once.
+    let short = OdeOptions {
+        steps: Steps::Adaptive(adaptive(1e-4).max_step(0.02)),
+        ..plain.clone()
+    };
+    let (second, third) = (run(&short), run(&short));
+    assert!(second.stats[0].steps >= 300);
+    assert_eq!(second.stats.each_ref().map(|s| s.host_reads), [2, 1]);
+    assert_eq!(third.stats.each_ref().map(|s| s.host_reads), [1, 1]);
+    let all = |o: &Outcome| -> Vec<_> {
+        let params = o.params.iter().map(bits);
+        [bits(&o.states), bits(&o.y0)]
+            .into_iter()
+            .chain(params)
+            .collect()
+    };
+    assert_eq!(all(&second), all(&third));
+    // What is not kept needs no room.
+    let nothing = OdeOptions {
+        checkpoint: Checkpoint::Nothing,
+        ..short
+    };
+    let (_, ode) = network(&gpu, &SPIRAL, &nothing);
+    let y0 = scattered((60, 2), DType::F32, &gpu);
+    let states: Tensor = ode.solve(&y0, &LONG).unwrap();
+    assert_eq!(bits(&states), bits(&third.states));
+    let error = Error::from(states.sum_all().unwrap().backward().unwrap_err());
+    assert!(matches!(error, Error::NothingKept), "{error}");
+}
+
+#[test]
+fn low_precision_by_row_is_within_its_roundoff_and_takes_no_steps_that_bring_nothing() {
+    let Some(gpu) = gpu() else { return };
+    let y0 = starts(50, &gpu);
+    let single = traced(&SWINGING, &y0, &LONG, &by_row(&DOPRI5, adaptive(1e-6))).unwrap();
+    for (precision, unit) in [
+        (Precision::bf16(), 2f64.powi(-8)),
+        (Precision::f16(), 2f64.powi(-11)),
+    ] {
+        for store in [DType::F32, precision.compute] {
+            for arithmetic in [Arithmetic::Native, Arithmetic::Rounded] {
+                let of = |rtol: f64| {
+                    let options = OdeOptions {
+                        precision: Some(precision.store(store).arithmetic(arithmetic)),
+                        ..by_row(&DOPRI5, adaptive(rtol))
+                    };
+                    traced(&SWINGING, &y0, &LONG, &options).unwrap()
+                };
+                let (loose, tight) = (of(1e-3), of(1e-8));
+                let name = format!("{precision:?} {store:?} {arithmetic:?}");
+                assert_close(&tight, &single, 20.0 * unit, &name);
+                let (loose, tight) = (&loose.stats[0], &tight.stats[0]);
+                assert!(tight.row_evaluations <= 3 * loose.row_evaluations, "{name}");
+                let sum = |of: &dyn Fn(&candle_diffeq::RowStats) -> usize| -> usize {
+                    tight.rows.iter().map(of).sum()
+                };
+                let (accepted, rejected) = (sum(&|r| r.accepted), sum(&|r| r.rejected));
+                assert!(5 * rejected <= accepted + rejected, "{name} {rejected}");
+                assert!(tight.limited > 0 && tight.tolerance_factor > 1.0, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_overflow_of_the_adjoint_of_rows_is_scaled_away() {
+    let Some(gpu) = gpu() else { return };
+    let rule = DynamicScaling {
+        headroom: 1.0,
+        ..Default::default()
+    };
+    let run = |precision: Precision, rtol: f64| {
+        let recorder = Recorder::default();
+        let options = OdeOptions {
+            precision: Some(precision),
+            scaling: match precision.compute {
+                DType::F16 => Scaling::Dynamic(rule),
+                _ => Scaling::Auto,
+            },
+            recorder: Some(recorder.clone()),
+            ..by_row(&BOSH3, adaptive(rtol))
+        };
+        let (vars, ode) = network(&gpu, &SPIRAL, &options);
+        // The field's own growth overflows f16, for there is no headroom.
+        let steep = vars.data().lock().unwrap()["f.2.weight"].clone();
+        steep.set(&(steep.as_tensor() * 20.0).unwrap()).unwrap();
+        let y0 = Var::from_tensor(&scattered((40, 2), DType::F32, &gpu)).unwrap();
+        let states: Tensor = ode.solve(y0.as_tensor(), &[0.0, 0.1, 0.4]).unwrap();
+        let forward = recorder.take();
+        let grads = states.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let data = vars.data().lock().unwrap();
+        let mut names: Vec<_> = data.keys().cloned().collect();
+        names.sort();
+        let params = names.iter().map(|n| grads.get(&data[n]).unwrap().clone());
+        Outcome {
+            y0: grads.get(&y0).unwrap().clone(),
+            params: params.collect(),
+            states,
+            stats: [forward, recorder.take()],
+        }
+    };
+    let there = run(Precision::f16(), 1e-3);
+    let here = run(Precision::f32(), 1e-5);
+    assert_close(&there, &here, 40.0 * 2f64.powi(-11), "f16");
+    assert!(there.stats[1].retries > 0);
+    assert_eq!(
+        there.stats[1].vjps,
+        there.stats[1].recomputed + there.stats[1].retries
+    );
+    assert!(there.stats[1].scale_range.is_some());
+}
+
+#[test]
+fn a_row_that_fails_on_the_gpu_leaves_the_others_alone() {
+    let Some(gpu) = gpu() else { return };
+    let y0 = starts(50, &gpu);
+    let plain = adaptive(1e-4);
+    let fine = traced(&SWINGING, &y0, &LONG, &by_row(&DOPRI5, plain.clone())).unwrap();
+    let attempts = fine.stats[0].rows.iter().map(|r| r.accepted + r.rejected);
+    let limit = attempts.clone().max().unwrap() - 1;
+    let fails: Vec<_> = attempts.map(|attempts| attempts > limit).collect();
+    let first = fails.iter().position(|fails| *fails).unwrap();
+    let short = plain.max_steps(limit);
+    let error = traced(&SWINGING, &y0, &LONG, &by_row(&DOPRI5, short.clone())).err();
+    match error {
+        Some(Error::Stopped(stopped)) => {
+            assert_eq!(stopped.reason, StopReason::Attempts { max_steps: limit });
+            assert_eq!(stopped.worst.unwrap().row, first);
+            assert_eq!(stopped.accepted + stopped.rejected, limit);
+            assert_eq!(stopped.states[0].dims(), [stopped.outputs, 1, 3]);
+            let last = stopped.outputs - 1;
+            let there = fine.states.i((last, first)).unwrap();
+            assert_eq!(bits(&stopped.states[0].i((last, 0)).unwrap()), bits(&there));
+            assert!(stopped.t > LONG[last] && stopped.t < 6.0);
+        }
+        other => panic!("{other:?}"),
+    }
+    let options = by_row(&DOPRI5, short.on_failure(OnFailure::Nan));
+    let nan = traced(&SWINGING, &y0, &LONG, &options).unwrap();
+    for (row, &fails) in fails.iter().enumerate() {
+        assert_eq!(nan.stats[0].rows[row].stopped.is_some(), fails);
+        if fails {
+            let last = values(&nan.states.i((LONG.len() - 1, row)).unwrap());
+            assert!(last.iter().all(|x| x.is_nan()));
+            assert!(values(&nan.y0.i(row).unwrap()).iter().all(|x| *x == 0.0));
+            let start = nan.states.i((0, row)).unwrap();
+            assert_eq!(bits(&start), bits(&y0.i(row).unwrap()));
+        } else {
+            assert_eq!(bits_of_row(&nan, row), bits_of_row(&fine, row));
+        }
+    }
+    assert!(nan.params.iter().flat_map(values).all(f64::is_finite));
+}
+
+#[test]
+fn failures_of_adaptive_launches_are_named_as_on_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let relu = Net {
+        activation: Activation::Relu,
+        widths: &[3, 12, 9, 3],
+        ..SWINGING
+    };
+    let y0 = starts(40, &gpu);
+    let with = |numbers: [f32; 3]| {
+        let bad = Tensor::new(&[numbers], &gpu).unwrap();
+        y0.slice_assign(&[17..18, 0..3], &bad).unwrap()
+    };
+    let plain = by_row(&DOPRI5, adaptive(1e-3));
+    let error = |net: &Net, y0: &Tensor, options: &OdeOptions| {
+        let solved = traced(net, y0, &LONG, options);
+        solved.err().expect("it fails")
+    };
+    let given = error(&relu, &with([f32::NAN, 0.0, 0.0]), &plain);
+    assert!(
+        matches!(given, Error::NonFiniteState { leaf: 0 }),
+        "{given}"
+    );
+    // A number of f32 that bf16 does not have.
+    let huge = with([f32::MAX; 3]);
+    let low = |control: Adaptive| OdeOptions {
+        precision: Some(Precision::bf16()),
+        ..by_row(&DOPRI5, control)
+    };
+    let velocity = error(&relu, &huge, &low(adaptive(1e-3)));
+    let is_first = matches!(
+        velocity,
+        Error::NonFiniteVelocity { step: 0, stage: 0, t } if t == 0.0
+    );
+    assert!(is_first, "{velocity}");
+    let nan = low(adaptive(1e-3).on_failure(OnFailure::Nan));
+    let solved = traced(&relu, &huge, &LONG, &nan).unwrap();
+    let fine = traced(&relu, &y0, &LONG, &nan).unwrap();
+    for row in 0..40 {
+        if row == 17 {
+            let stopped = solved.stats[0].rows[row].stopped;
+            assert_eq!(stopped, Some(StopReason::NonFinite));
+            let after = solved.states.i((1.., row)).unwrap();
+            assert!(values(&after).iter().all(|x| x.is_nan()));
+        } else {
+            assert_eq!(bits_of_row(&solved, row), bits_of_row(&fine, row));
+        }
+    }
+    // What the compute precision limits.
+    let strict = adaptive(1e-8).precision_limit_is_error(true);
+    match error(&SWINGING, &y0, &low(strict)) {
+        Error::Stopped(stopped) => {
+            let StopReason::PrecisionLimited { limited, factor } = stopped.reason else {
+                panic!("{stopped}")
+            };
+            assert!(10 * limited > stopped.accepted && factor > 1.0);
+            assert_eq!((stopped.worst.unwrap().row, stopped.t), (0, 6.0));
+        }
+        other => panic!("{other}"),
+    }
+    // A length that does not change the time.
+    let options = by_row(&DOPRI5, adaptive(1e-3).max_step(1e-30));
+    match traced(&SWINGING, &y0, &[1.0, 2.0], &options).err() {
+        Some(Error::Stopped(stopped)) => {
+            assert_eq!(stopped.reason, StopReason::Underflow);
+            assert_eq!((stopped.t, stopped.accepted, stopped.outputs), (1.0, 0, 1));
+        }
+        other => panic!("{other:?}"),
+    }
+    // Of the backward pass.
+    let (_, ode) = network(&gpu, &SWINGING, &plain);
+    let ys: Tensor = ode.solve(&y0, &LONG).unwrap();
+    for at in [0, 2, LONG.len() - 1] {
+        let one = ys.i(at).unwrap();
+        let loss = (one * f64::NAN).unwrap().sum_all().unwrap();
+        let error = Error::from(loss.backward().unwrap_err());
+        assert!(matches!(error, Error::NonFiniteCotangent), "{at} {error}");
+    }
+    let loss = (ys.i(5).unwrap() * 3e38).unwrap().sum_all().unwrap();
+    let error = Error::from(loss.backward().unwrap_err());
+    assert!(
+        matches!(
+            error,
+            Error::NonFiniteGradient { .. } | Error::NonFiniteParameterGradient
+        ),
+        "{error}"
+    );
+    // What the kernels do not do.
+    let every = OdeOptions {
+        checkpoint: Checkpoint::Every(2),
+        ..plain
+    };
+    let error = error_of(&SWINGING, &y0, &every);
+    let defect = Error::Adaptive(AdaptiveDefect::NoRows { row_wise: true });
+    assert_eq!(error.to_string(), defect.to_string());
+}
+
+fn error_of(net: &Net, y0: &Tensor, options: &OdeOptions) -> Error {
+    traced(net, y0, &LONG, options).err().expect("it fails")
+}
+
+#[test]
+fn a_tolerance_of_each_element_is_that_of_its_row_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    let y0 = starts(40, &gpu);
+    let rtol: Vec<f64> = (0..40)
+        .flat_map(|row| [if row < 20 { 1e-2 } else { 1e-5 }; 3])
+        .collect();
+    let rtol = Tensor::from_vec(rtol, (40, 3), &Device::Cpu).unwrap();
+    let mixed = traced(
+        &SWINGING,
+        &y0,
+        &LONG,
+        &by_row(&DOPRI5, Adaptive::new(rtol, 1e-6)),
+    );
+    let mixed = mixed.unwrap();
+    for (rtol, rows) in [(1e-2f32, 0..20), (1e-5, 20..40)] {
+        // As f32 has it.
+        let alike = Adaptive::new(f64::from(rtol), 1e-6);
+        let alike = traced(&SWINGING, &y0, &LONG, &by_row(&DOPRI5, alike)).unwrap();
+        for row in rows {
+            assert_eq!(bits_of_row(&mixed, row), bits_of_row(&alike, row), "{row}");
+        }
+    }
+}
+
+/// The solution of y' = 2²³ (t − 1) from zero, whose velocity is 0 at 1 and 1 at the next number of f32.
+fn steep(device: &Device, times: [f64; 2], steps: Steps, method: &Tableau) -> f64 {
+    let vars = VarMap::new();
+    let rate = 2f32.powi(23);
+    for (name, value) in [
+        ("0.weight", Tensor::new(&[[0f32, rate]], device).unwrap()),
+        ("0.bias", Tensor::new(&[-rate], device).unwrap()),
+    ] {
+        let var = Var::from_tensor(&value).unwrap();
+        vars.data().lock().unwrap().insert(name.into(), var);
+    }
+    let build = |vb: candle_nn::VarBuilder<'_>| Mlp::with_time(&[1, 1], Activation::Tanh, vb);
+    let ode = NeuralOde::<Tensor>::from_field(&vars, "", DType::F32, device, build).unwrap();
+    let ode = ode.options(OdeOptions {
+        steps,
+        method: method.clone(),
+        output: Output::Final,
+        ..Default::default()
+    });
+    let y0 = Tensor::zeros((1, 1), DType::F32, device).unwrap();
+    values(&ode.solve(&y0, &times).unwrap())[0]
+}
+
+/// A method of two stages with these weights, which estimates its error as zero.
+fn two_stages(weights: [f64; 2]) -> Tableau {
+    let a = vec![vec![], vec![1.0]];
+    let method = Tableau::new("two", 1, a, weights.into(), vec![0.0, 1.0]).unwrap();
+    method.with_embedded(weights.into()).unwrap()
+}
+
+/// The end of a step is where the next one begins, not t + h to the last bit: a field that grows fast with time tells
+/// them apart.
+#[test]
+fn stages_at_the_end_of_a_step_see_the_time_at_which_it_ends() {
+    let Some(gpu) = gpu() else { return };
+    // Halfway between two numbers of f32, the last bit of an f64 decides which of them the field sees.
+    let end = 1.0 + 2f64.powi(-24);
+    let differs = |t: &f64| (t + (end - t)) as f32 != end as f32;
+    let start = (1..10_000).map(|i| -f64::from(i) / 7777.0).find(differs);
+    let start = start.unwrap();
+    // The first stage is far from zero, and has no weight.
+    let last = two_stages([0.0, 1.0]);
+    let exact = (end - start) * f64::from((end as f32 - 1.0) * 2f32.powi(23));
+    let once = Adaptive::new(1.0, 1e30)
+        .first_step(10.0)
+        .control(StepControl::Rows);
+    for steps in [Steps::PerInterval(1), Steps::Adaptive(once)] {
+        let there = steep(&gpu, [start, end], steps.clone(), &last);
+        assert!((there - exact).abs() <= 1e-6, "{steps:?}: {there} {exact}");
+    }
+}
+
+/// A stage at the end of a step sees the field before the jump, and the first stage of the next step after it.
+#[test]
+fn stages_beside_a_jump_see_their_own_side_of_it() {
+    let Some(gpu) = gpu() else { return };
+    // Halfway between two numbers of f32: its neighbours are rounded to different ones.
+    let jump = 1.0 + 2f64.powi(-24);
+    let control = |first: f64| {
+        let adaptive = Adaptive::new(1.0, 1e30).first_step(first);
+        Steps::Adaptive(adaptive.jump_t([jump]).control(StepControl::Rows))
+    };
+    let (before, after) = (two_stages([0.0, 1.0]), two_stages([1.0, 0.0]));
+    let there = steep(&gpu, [1.0, 2.0], control(10.0), &after);
+    assert!((there - 1.0).abs() <= 1e-6, "{there}");
+    // Backwards in time the jump lies before the end that is later.
+    let there = steep(&gpu, [1.5, 1.0], control(10.0), &before);
+    assert!((there - (jump - 1.5)).abs() <= 1e-6, "{there}");
+}
+
+#[test]
+fn an_attempt_of_any_field_costs_one_look_of_the_host() {
+    let Some(gpu) = gpu() else { return };
+    for dtype in [DType::F32, DType::F64] {
+        for norm in [
+            candle_diffeq::control::Norm::Batch,
+            candle_diffeq::control::Norm::WorstRow,
+        ] {
+            let recorder = Recorder::tracing();
+            let options = OdeOptions {
+                steps: Steps::Adaptive(adaptive(1e-5).norm(norm)),
+                method: DOPRI5,
+                recorder: Some(recorder.clone()),
+                ..Default::default()
+            };
+            let on = |device: &Device| {
+                let y0 = Var::from_tensor(&scattered((5, 3), dtype, device)).unwrap();
+                let a = scattered((3, 3), dtype, device);
+                let field = move |_: &Time, y: &Tensor| y.matmul(&a)?.sin();
+                let ys = odeint(field, y0.as_tensor(), &LONG, &options).unwrap();
+                let forward = recorder.take();
+                let loss = ys.sqr().unwrap().sum_all().unwrap();
+                let gradient = loss.backward().unwrap().get(&y0).unwrap().clone();
+                (ys, gradient, forward, recorder.take())
+            };
+            let (ys, gradient, forward, backward) = on(&gpu);
+            let attempts = forward.steps + forward.rejected;
+            assert!(attempts >= 20, "{attempts}");
+            // Before the first attempt: y0, the first velocity, three norms for the first length.
+            let reads = forward.host_reads;
+            assert!(
+                reads >= attempts && reads <= attempts + 5,
+                "{reads} {attempts}"
+            );
+            assert!(backward.host_reads <= 2, "{}", backward.host_reads);
+            let here = on(&Device::Cpu);
+            let bound = if dtype == DType::F64 { 1e-9 } else { 1e-4 };
+            assert!(distance(&ys, &here.0) <= bound);
+            assert!(distance(&gradient, &here.1) <= bound);
+            if dtype == DType::F64 {
+                let counts = |s: &Stats| (s.steps, s.rejected, s.evaluations);
+                assert_eq!(counts(&forward), counts(&here.2));
+            }
+        }
     }
 }

@@ -18,8 +18,12 @@ pub(crate) struct Cell {
     widths: &'static [usize],
     batch: usize,
     image: Option<usize>,
+    /// Of output intervals, each a step where steps are not adaptive.
     steps: usize,
     method: &'static str,
+    /// The last time, and rtol where steps are adaptive.
+    end: f64,
+    rtol: Option<f64>,
 }
 
 const fn cell(
@@ -37,11 +41,23 @@ const fn cell(
         image: None,
         steps,
         method: "rk4",
+        end: 1.0,
+        rtol: None,
     }
 }
 
-/// W1 to W5 of `benches/peers`, and what fills a GPU.
-pub(crate) const CELLS: [Cell; 9] = [
+/// The same with adaptive steps.
+const fn adaptive(cell: Cell) -> Cell {
+    Cell {
+        method: "dopri5",
+        end: 10.0,
+        rtol: Some(1e-5),
+        ..cell
+    }
+}
+
+/// W1 to W5 of `benches/peers`, what fills a GPU, and a perceptron with adaptive steps of every row.
+pub(crate) const CELLS: [Cell; 11] = [
     cell("W1", "mlp", &[2, 64, 64, 2], 512, 100),
     cell("W2", "mlp", &[64, 512, 512, 64], 256, 40),
     Cell {
@@ -60,10 +76,12 @@ pub(crate) const CELLS: [Cell; 9] = [
         ..cell("G3", "conv", &[64, 64, 64], 64, 8)
     },
     cell("G4", "hyper", &[1, 32, 32, 896], 1024, 127),
+    adaptive(cell("A1", "mlp", &[2, 64, 64, 2], 512, 10)),
+    adaptive(cell("A2", "mlp", &[2, 64, 64, 2], 65_536, 10)),
 ];
 
 /// Every kind of field, small; perceptrons that go in one launch, and that do not.
-pub(crate) const SMOKE: [Cell; 5] = [
+pub(crate) const SMOKE: [Cell; 6] = [
     cell("thin", "mlp", &[2, 8, 2], 40, 2),
     cell("wide", "mlp", &[3, 130, 3], 5, 6),
     Cell {
@@ -72,23 +90,29 @@ pub(crate) const SMOKE: [Cell; 5] = [
     },
     cell("cnf", "cnf", &[2, 8, 8, 2], 6, 2),
     cell("hyper", "hyper", &[1, 4, 4, 35], 6, 6),
+    adaptive(cell("rows", "mlp", &[2, 8, 2], 40, 3)),
 ];
 
 impl Cell {
     /// The problem, with reference.
     pub(crate) fn workload(&self, device: &Device) -> Result<Workload> {
         let mut tensors = self.tensors(device)?;
-        let build = |tensors| Workload::new(self.name, self.kind, self.method, tensors, device);
-        let plain = build(tensors.clone())?;
+        let build = |tensors, rtol: Option<f64>| -> Result<Workload> {
+            let mut workload = Workload::new(self.name, self.kind, self.method, tensors, device)?;
+            workload.tolerances = rtol.map(|rtol| [rtol, rtol / 100.0]);
+            Ok(workload)
+        };
+        // The reference keeps a tolerance beside which that of the cell is coarse.
+        let plain = build(tensors.clone(), self.rtol.map(|rtol| rtol * 1e-4))?;
         let pass = Pass::new(&plain, Precision::f64(), OURS)?;
         let loss = pass.loss()?;
         tensors.extend(plain.gradients(&pass.vars, &pass.y0.var, &loss.backward()?)?);
         tensors.insert("loss".to_owned(), loss.detach());
-        build(tensors)
+        build(tensors, self.rtol)
     }
 
-    /// Weights uniform in ±1/√inputs, states and targets normal, times from 0 to 1, of a density from 1
-    /// to 0.
+    /// Weights uniform in ±1/√inputs, states and targets normal, times from 0 to the end, of a density from
+    /// 1 to 0.
     fn tensors(&self, device: &Device) -> Result<HashMap<String, Tensor>> {
         let mut rng = random::generator(11);
         let mut tensors = HashMap::new();
@@ -113,7 +137,7 @@ impl Cell {
             let value = random::normal(&mut rng, state.clone(), DType::F32, device)?;
             tensors.insert(name.to_owned(), value);
         }
-        let time = |n: usize| n as f64 / self.steps as f64;
+        let time = |n: usize| self.end * n as f64 / self.steps as f64;
         let times = (0..=self.steps).map(|n| if is_hyper { 1.0 - time(n) } else { time(n) });
         let times = times.collect::<Vec<_>>();
         tensors.insert("t".to_owned(), Tensor::new(times, device)?);

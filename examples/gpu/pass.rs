@@ -116,7 +116,7 @@ impl<'a> Pass<'a> {
         })?;
         self.recorder.take();
         let loss_again = self.loss()?;
-        let forward_reads = self.recorder.take().host_reads;
+        let forward_stats = self.recorder.take();
         loss_again.backward()?;
         let stats = self.recorder.take();
         Ok(json!({
@@ -124,7 +124,9 @@ impl<'a> Pass<'a> {
             "fwdbwd_ms": median(both.clone()), "fwdbwd_range": range(&both), "repeats": both.len(),
             "peak_mb": self.peak()?,
             "err_loss": loss, "err_grad_w": weights, "err_grad_y0": y0,
-            "reads_fwd": forward_reads, "reads_bwd": stats.host_reads, "retries": stats.retries,
+            "steps": forward_stats.steps, "rejected": forward_stats.rejected,
+            "row_evaluations": forward_stats.row_evaluations, "block_evaluations": forward_stats.tile_evaluations,
+            "reads_fwd": forward_stats.host_reads, "reads_bwd": stats.host_reads, "retries": stats.retries,
             "replayed": stats.replayed, "not_replayed": stats.not_replayed.map(|why| why.to_string()),
         }))
     }

@@ -24,7 +24,7 @@ pub(crate) struct Workload {
     pub(crate) times: Vec<f64>,
     pub(crate) method: Tableau,
     /// Relative and absolute, where steps are adaptive.
-    tolerances: Option<[f64; 2]>,
+    pub(crate) tolerances: Option<[f64; 2]>,
     activation: Activation,
     kind: &'static Kind,
     /// Weights p0, p1, … in this order.

@@ -1,6 +1,8 @@
 //! Fields of ours on NVIDIA GPUs: whole solves in one launch each way where the network fits onto a
 //! multiprocessor, and otherwise layers in few launches.
 
+mod by_row;
+
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
@@ -9,12 +11,15 @@ use candle_core::{DType, Shape, Tensor, TensorId};
 
 use super::mlp::Mlp;
 use super::Activation;
+use crate::adaptive::StepControl;
 use crate::error::{Error, Result};
 use crate::field::{Cotangents, OnDevice, Pullback};
 use crate::offer::Launch;
-use crate::ops::cuda::mlp::{LayerOf, NetBackward, NetFailure, NetForward, NetStep, SmallNet};
+use crate::ops::cuda::mlp::{
+    LayerOf, NetBackward, NetFailure, NetForward, NetStep, SmallNet, StepsOf,
+};
 use crate::ops::cuda::{activate, pull};
-use crate::problem::Problem;
+use crate::problem::{Plan, Problem};
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::rows::{gradient_of, Solved};
 use crate::schedule::Schedule;
@@ -30,15 +35,18 @@ const WIDEST: usize = 128;
 
 impl Launch for Mlp {
     fn solve(&self, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result<Option<Solved>> {
-        match suits(self, problem) {
-            true => solve(self, problem, y0, stats),
-            false => Ok(None),
+        if !suits(self, problem) {
+            return Ok(None);
+        }
+        match &problem.plan {
+            Plan::Known(schedule) => solve(self, (problem, schedule), y0, stats),
+            Plan::Adaptive(control) => by_row::solve(self, (problem, control), y0, stats),
         }
     }
 }
 
-/// Solves a problem that the kernels know; `None` if the network does not fit.
-fn solve(mlp: &Mlp, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result<Option<Solved>> {
+/// The network on a multiprocessor; `None` if it does not fit.
+fn small(mlp: &Mlp, problem: &Problem, steps: StepsOf) -> Result<Option<SmallNet>> {
     let layers: Vec<_> = mlp
         .layers
         .iter()
@@ -50,16 +58,24 @@ fn solve(mlp: &Mlp, problem: &Problem, y0: &Tensor, stats: &mut Stats) -> Result
         })
         .collect();
     let keeps_slopes = mlp.activation.keeps_slope() || layers.iter().any(|l| l.skips);
-    let net = SmallNet::new(
+    SmallNet::new(
         &layers,
         mlp.features(),
         mlp.time,
         mlp.activation as i32,
         keeps_slopes,
-        &problem.scheme.tableau,
-    )?;
-    let Some(net) = net else { return Ok(None) };
-    let Some(schedule) = problem.plan.known() else {
+        (&problem.scheme.tableau, steps),
+    )
+}
+
+/// Solves a problem with steps that are known; `None` if the network does not fit.
+fn solve(
+    mlp: &Mlp,
+    (problem, schedule): (&Problem, &Arc<Schedule>),
+    y0: &Tensor,
+    stats: &mut Stats,
+) -> Result<Option<Solved>> {
+    let Some(net) = small(mlp, problem, StepsOf::Batch)? else {
         return Ok(None);
     };
     let steps = net.upload(&in_order(schedule))?;
@@ -121,10 +137,10 @@ fn suits(mlp: &Mlp, problem: &Problem) -> bool {
     problem.fusion
         && problem.device().is_cuda()
         && !problem.grid.is_tracked()
-        && problem
-            .plan
-            .known()
-            .is_some_and(|schedule| !schedule.is_dense() && schedule.len() <= MOST_STEPS)
+        && match &problem.plan {
+            Plan::Known(schedule) => !schedule.is_dense() && schedule.len() <= MOST_STEPS,
+            Plan::Adaptive(control) => control.options.control != Some(StepControl::Batch),
+        }
         && (problem.resolved || !mlp.time)
         && matches!(problem.checkpoint, Checkpoint::All | Checkpoint::Nothing)
         && roles.state == DType::F32
@@ -145,6 +161,7 @@ fn in_order(schedule: &Schedule) -> Vec<NetStep> {
         NetStep {
             t: step.t,
             h: step.h,
+            limits: step.limits,
             output: number(schedule.at_node(n + 1)),
             given: number(schedule.at_node(n)),
         }

@@ -100,6 +100,12 @@ impl Tableau {
         self.polynomials(|row| row.iter().rev().fold(0.0, |sum, c| (sum + c) * x))
     }
 
+    /// The coefficients of x, x², … in b_i(x); none where there is no interpolant.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn interpolant_row(&self, i: usize) -> &[f64] {
+        self.interpolant.as_ref().map_or(&[], |rows| rows.row(i))
+    }
+
     /// b_i′(x) of every stage.
     pub(crate) fn slopes_at(&self, x: f64) -> Vec<f64> {
         self.polynomials(|row| {

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <csetjmp>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -44,7 +45,9 @@ enum Status {
 enum class At { Running, Block, Warp, End };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t context; // where it starts
+    jmp_buf stopped; // where it goes on
+    bool started;
     std::vector<char> stack;
     At at;
     uint64_t given;
@@ -53,7 +56,7 @@ struct Thread {
 
 struct Block {
     std::vector<Thread> threads;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     unsigned current = 0;
     bool on_fibers = false;
     void (*kernel)(void **) = nullptr;
@@ -69,12 +72,21 @@ void wait(At at) {
     if (!block.on_fibers) fail("a barrier in a kernel whose PTX has none");
     Thread &self = block.threads[block.current];
     self.at = at;
-    swapcontext(&self.context, &block.scheduler);
+    if (_setjmp(self.stopped) == 0) _longjmp(block.scheduler, 1);
 }
 
 void enter() {
     block.kernel(block.arguments);
     block.threads[block.current].at = At::End;
+    _longjmp(block.scheduler, 1);
+}
+
+// Lets a thread run up to its next barrier.  Jumps ask nothing of the system, other than swaps of contexts.
+__attribute__((noinline)) void resume(Thread &thread) {
+    if (_setjmp(block.scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.stopped, 1);
+    thread.started = true;
+    setcontext(&thread.context);
 }
 
 Index index_of(unsigned thread) {
@@ -112,9 +124,10 @@ void run_block(unsigned count) {
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = thread.stack.data();
         thread.context.uc_stack.ss_size = thread.stack.size();
-        thread.context.uc_link = &block.scheduler;
+        thread.context.uc_link = nullptr;
         makecontext(&thread.context, enter, 0);
         thread.at = At::Running;
+        thread.started = false;
     }
     for (;;) {
         unsigned ended = 0;
@@ -123,7 +136,7 @@ void run_block(unsigned count) {
             if (block.threads[t].at == At::Running) {
                 block.current = t;
                 threadIdx = index_of(t);
-                swapcontext(&block.scheduler, &block.threads[t].context);
+                resume(block.threads[t]);
             }
             ended += block.threads[t].at == At::End;
         }
@@ -416,6 +429,16 @@ uint64_t shuffled(uint64_t bits, unsigned from) {
     const uint64_t result = block.threads[self / 32 * 32 + from].given;
     wait(At::Warp);
     return result;
+}
+
+unsigned balloted(bool flag) {
+    const unsigned self = block.current, first = self / 32 * 32;
+    block.threads[self].given = flag;
+    wait(At::Warp);
+    unsigned ballot = 0;
+    for (unsigned t = 0; t < 32 && first + t < block.threads.size(); ++t) ballot |= static_cast<unsigned>(block.threads[first + t].given != 0) << t;
+    wait(At::Warp);
+    return ballot;
 }
 
 #define API extern "C" __attribute__((visibility("default"))) int

@@ -59,6 +59,8 @@ modules! {
     LAYER = "layer": "layer_forward_f32" "layer_backward_f32" "layer_total_f32"
         "layer_forward_f64" "layer_backward_f64" "layer_total_f64";
     MLP = "mlp": "mlp_forward" "mlp_backward" "mlp_fold";
+    MLP_ROWS = "mlp_rows": "mlp_rows_forward";
+    MLP_ROWS_BACK = "mlp_rows_back": "mlp_rows_backward";
 }
 
 /// The GPU that a tensor is on.

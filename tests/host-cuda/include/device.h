@@ -57,6 +57,13 @@ template <class T> T __shfl_down_sync(unsigned, T x, int by, int = 32) {
 }
 template <class T> T __shfl_sync(unsigned, T x, int from, int = 32) { return shuffle(x, from); }
 
+// Which lanes of this warp say yes.
+unsigned balloted(bool);
+inline unsigned __ballot_sync(unsigned, int flag) { return balloted(flag != 0); }
+inline int __any_sync(unsigned, int flag) { return balloted(flag != 0) != 0; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 template <class T, class X> T atomicAdd(T *p, X given) { T old = *p, x = given; *p = old + x; return old; }
 template <class T, class X> T atomicMin(T *p, X given) { T old = *p, x = given; if (x < old) *p = x; return old; }
 template <class T, class X> T atomicMax(T *p, X given) { T old = *p, x = given; if (old < x) *p = x; return old; }
@@ -82,6 +89,9 @@ inline int __float_as_int(float x) { return bits_as<int>(x); }
 inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline long long __double_as_longlong(double x) { return bits_as<long long>(x); }
 inline double __longlong_as_double(long long x) { return bits_as<double>(x); }
+// One operation each, for the host compiler contracts none.
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
 template <class T> T __ldg(const T *p) { return *p; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float normcdff(float x) { return 0.5f * erfcf(-x * 0.70710678f); }

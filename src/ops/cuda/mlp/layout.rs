@@ -3,7 +3,9 @@
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 
 use super::super::launch::THREADS;
-use super::{Fit, LayerOf, Net, NetLayer, NetMethod, GROUP, MOST_LAYERS, MOST_STAGES, PITCH};
+use super::{
+    Fit, LayerOf, Net, NetLayer, NetMethod, StepsOf, GROUP, MOST_LAYERS, MOST_STAGES, PITCH,
+};
 use crate::tableau::Tableau;
 
 /// Where everything of a net is in shared memory.
@@ -46,16 +48,19 @@ pub(super) fn outline(layers: &[LayerOf<'_>], dim: usize, time: bool, keeps_slop
 }
 
 /// The fastest way to use at most `limit` bytes of shared memory, if there is one.
-pub(super) fn fit(net: &Net, stages: usize, limit: usize) -> Option<Fit> {
-    // What the kernels declare beside.
-    const RESERVED: usize = 1024;
-    let limit = limit.checked_sub(RESERVED)?;
+pub(super) fn fit(net: &Net, stages: usize, steps: StepsOf, limit: usize) -> Option<Fit> {
+    // What the kernels declare beside, and the states that they hold beside y_n: y_{n+1}, or v.
+    let (reserved, beside) = match steps {
+        StepsOf::Batch => (1 << 10, 0),
+        StepsOf::Row => (24 << 10, net.dim as usize),
+    };
+    let limit = limit.checked_sub(reserved)?;
     let bytes = |weights: i32, features: usize| 4 * (weights as usize + features * PITCH);
     let (slot, dim) = (net.slot as usize, net.dim as usize);
-    let forward = bytes(net.weights, slot + dim + stages * dim);
+    let forward = bytes(net.weights, slot + dim + beside + stages * dim);
     let backward = |keeps_all: bool, parts_shared: bool| {
         let slots = if keeps_all { stages } else { 1 } * slot;
-        let rest = 2 * dim + 2 * stages * dim + (net.widest + net.cotangents) as usize;
+        let rest = 2 * dim + beside + 2 * stages * dim + (net.widest + net.cotangents) as usize;
         let parts = if parts_shared { net.weights } else { 0 };
         bytes(net.weights + parts, slots + rest)
     };
@@ -72,7 +77,12 @@ pub(super) fn fit(net: &Net, stages: usize, limit: usize) -> Option<Fit> {
     })
 }
 
-pub(super) fn in_numbers(tableau: &Tableau) -> NetMethod {
+/// Steps of every row may need the last stage, which is not the solution's own, for outputs inside them.
+pub(super) fn in_numbers(tableau: &Tableau, steps: StepsOf) -> NetMethod {
+    let active = match steps {
+        StepsOf::Batch => tableau.active(),
+        StepsOf::Row => tableau.dense_active(),
+    };
     let mut method = NetMethod {
         a: [[0.0; MOST_STAGES]; MOST_STAGES],
         b: [0.0; MOST_STAGES],
@@ -80,7 +90,7 @@ pub(super) fn in_numbers(tableau: &Tableau) -> NetMethod {
         active: [0; MOST_STAGES],
         stages: tableau.stages() as i32,
     };
-    for (i, active) in tableau.active().into_iter().enumerate() {
+    for (i, active) in active.into_iter().enumerate() {
         let row = tableau.a(i);
         method.a[i][..row.len()].copy_from_slice(row);
         (method.b[i], method.c[i]) = (tableau.b()[i], tableau.c()[i]);
