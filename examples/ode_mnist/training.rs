@@ -100,8 +100,8 @@ pub(crate) fn train(
         let before = recorder.stats();
         let mut losses = vec![];
         for (n, indices) in order.chunks_exact(setting.batch).enumerate() {
-            let share = (epoch * batches + n) as f64 / iterations as f64;
-            optimiser.set_learning_rate(cosine(setting.rate, 0.0, share));
+            let part = (epoch * batches + n) as f64 / iterations as f64;
+            optimiser.set_learning_rate(cosine(setting.rate, 0.0, part));
             let shifts = shifts(indices.len(), setting.shift, &mut rng);
             let mine = share(group, indices.len());
             let (indices, shifts) = (&indices[mine.clone()], &shifts[mine.clone()]);

@@ -72,13 +72,13 @@ pub(crate) const WORKLOADS: [Workload; 3] = [
         name: "W1: 2-64-64-2, 100 × rk4, 512 rows",
         rows: 512,
         must_hold: true,
-        make: |group, rows| perceptron(group, &[2, 64, 64, 2], 100, rows),
+        make: |group, rows| perceptron(group, [2, 64, 64, 2], 100, rows),
     },
     Workload {
         name: "W2: 64-512-512-64, 40 × rk4, 256 rows",
         rows: 256,
         must_hold: true,
-        make: |group, rows| perceptron(group, &[64, 512, 512, 64], 40, rows),
+        make: |group, rows| perceptron(group, [64, 512, 512, 64], 40, rows),
     },
     Workload {
         name: "MNIST: 32 channels, 4 × rk4, 64 images",
@@ -96,13 +96,13 @@ struct Step<'g> {
 
 fn perceptron<'g>(
     group: &'g dyn Group,
-    widths: &[usize],
+    widths: [usize; 4],
     steps: usize,
     rows: usize,
 ) -> Result<Step<'g>> {
     let vars = VarMap::new();
-    let ode = NeuralOde::new(&vars, "ode", &Device::Cpu, |vb| {
-        Mlp::new(widths, Activation::Tanh, vb)
+    let ode = NeuralOde::new(&vars, "ode", &Device::Cpu, move |vb| {
+        Mlp::new(&widths, Activation::Tanh, vb)
     })?;
     let ode = ode.options(OdeOptions {
         steps: Steps::PerInterval(steps),
@@ -217,7 +217,7 @@ fn points(job: Job, size: Size, group: &dyn Group) -> Result<Vec<Point>> {
         }
         Job::Widths => {
             for width in (4..=size.pick(6, 11, 11)).map(|e| 1 << e) {
-                let mut step = perceptron(group, &[64, width, width, 64], 4, 64)?;
+                let mut step = perceptron(group, [64, width, width, 64], 4, 64)?;
                 points.push(point(step.bytes, step.milliseconds(group, repeats)?));
             }
         }

@@ -19,7 +19,8 @@ impl Linear {
     }
 }
 
-/// Least squares of relative errors, so that short times count as much as long ones; neither number is negative.
+/// Least squares of relative errors, so that short times count as much as long ones; a line through zero where one of
+/// the two would be negative.
 pub(crate) fn fit(points: &[Point]) -> Linear {
     let sum = |f: fn(&Point) -> f64| points.iter().map(f).sum::<f64>();
     // Rows (1, x) / y and the value 1.
@@ -28,11 +29,9 @@ pub(crate) fn fit(points: &[Point]) -> Linear {
     let (a, b) = (sum(|p| 1.0 / p.y), sum(|p| p.x / p.y));
     let determinant = aa * bb - ab * ab;
     let start = (a * bb - b * ab) / determinant;
-    match start > 0.0 {
-        true => Linear {
-            start,
-            slope: ((aa * b - ab * a) / determinant).max(0.0),
-        },
+    let slope = (aa * b - ab * a) / determinant;
+    match start > 0.0 && slope > 0.0 {
+        true => Linear { start, slope },
         false => Linear {
             start: 0.0,
             slope: b / bb,

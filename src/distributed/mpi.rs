@@ -199,10 +199,12 @@ impl MpiGroup {
         x: &Tensor,
         how: Reduction,
     ) -> Result<Tensor> {
-        let values = x.detach().flatten_all()?.to_vec1::<T>()?;
+        let mut values = x.detach().flatten_all()?.to_vec1::<T>()?;
         let mut sums = vec![];
-        for part in values.chunks(MOST) {
-            let part = self.complete(operation, || self.data.reduce(part.to_vec(), how))?;
+        while !values.is_empty() {
+            let rest = values.split_off(values.len().min(MOST));
+            let part = self.complete(operation, || self.data.reduce(values, how))?;
+            values = rest;
             match sums.is_empty() {
                 true => sums = part,
                 false => sums.extend(part),
