@@ -8,6 +8,7 @@ use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
+use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::{
     sys as driver, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
 };
