@@ -58,6 +58,7 @@ stub nvrtc    nvrtc    nvrtc    libnvrtc.so.13    7   libnvrtc.so.13
 stub curand   curand   curand   libcurand.so.10   101 libcurand.so.10
 stub cublas   cublas   cublas   libcublas.so.13   1   libcublas.so.13
 stub cublaslt cublasLt cublasLt libcublasLt.so.13 1   libcublasLt.so.13
+stub nccl     nccl     nccl     libnccl.so.2      2    # a system error
 rm -rf "$toolkit/lib/stubs"
 ln -sfn "$folder/stubs" "$toolkit/lib/stubs"
 

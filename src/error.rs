@@ -4,6 +4,7 @@ mod adaptive;
 mod crossing;
 mod defects;
 mod event;
+mod group;
 mod need;
 
 use candle_core::{DType, DeviceLocation, Shape};
@@ -11,6 +12,7 @@ use candle_core::{DType, DeviceLocation, Shape};
 pub use adaptive::{AdaptiveDefect, Stopped, Worst};
 pub use defects::{Argument, PullbackDefect, TableauDefect};
 pub use event::EventDefect;
+pub use group::GroupDefect;
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
 
@@ -485,6 +487,9 @@ pub enum Error {
         /// What was given.
         bandwidth: f64,
     },
+    /// The processes that train together could not go on.
+    #[error(transparent)]
+    Group(#[from] GroupDefect),
     /// An error of candle's.
     #[error(transparent)]
     Candle(candle_core::Error),

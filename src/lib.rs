@@ -17,6 +17,7 @@
 //!   [`dense`]: solutions that are evaluated at any time later.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
 //!   train them on.
+//! * [`distributed`]: data-parallel training, on one machine or many.
 //! * [`OdeOptions`]: the method ([`Tableau`]), fixed or [adaptive](control::Adaptive) steps, checkpoints, scaling,
 //!   and statistics.
 //!
@@ -73,6 +74,7 @@
 //! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`: the public entry points, and fields that are piecewise
 //!   constant in time.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
+//! * `distributed`: several processes that train one model.
 //!
 //! # Limits
 //!
@@ -91,6 +93,7 @@ mod crossing;
 #[cfg(feature = "datasets")]
 pub mod datasets;
 pub mod dense;
+pub mod distributed;
 pub mod error;
 pub mod events;
 mod field;

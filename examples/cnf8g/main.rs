@@ -3,7 +3,7 @@
 //!
 //! `cargo run --release --example cnf8g` (minutes; `--smoke`: seconds; `--full`: the published size).
 //! `--adaptive TOL` takes adaptive steps of DOPRI5 and BOSH3 in f32 and bf16, and writes `cnf8g_adaptive`.
-//! Prints likelihoods and discrepancies, draws densities and samples, and how the density forms over
+//! `mpirun -n N … --mpi` shares every batch among N processes.  Prints likelihoods and discrepancies, draws densities and samples, and how the density forms over
 //! time.  Exits with 1 when scaled f16 does not come within 2 % of the likelihood of f32.
 
 #[path = "../common/mod.rs"]
@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use candle_core::Device;
 use candle_diffeq::datasets::Density;
+use candle_diffeq::distributed::{Alone, Group};
 use clap::Parser;
 use serde_json::json;
 
@@ -25,6 +26,7 @@ use crate::common::flags::Flags;
 use crate::common::mode::Mode;
 use crate::common::report::{self, Report};
 use crate::common::table::Table;
+use crate::common::team::{Team, Together};
 use crate::common::{jobs, mean, progress, Result};
 use crate::training::{train, Outcome, Setting};
 use crate::way::Way;
@@ -44,6 +46,8 @@ const SHOWN: usize = 50;
 struct Args {
     #[command(flatten)]
     flags: Flags,
+    #[command(flatten)]
+    together: Together,
     /// Which densities [default: all].
     #[arg(long, value_delimiter = ',')]
     density: Vec<Density>,
@@ -61,12 +65,13 @@ fn main() -> ExitCode {
         Some(_) => "cnf8g_adaptive",
         None => "cnf8g",
     };
-    report::run(name, &args.flags, |device, report| {
-        run(&args, device, report)
+    let team = args.together.team();
+    report::run_together(name, &args.flags, team, |team, device, report| {
+        run(&args, team, device, report)
     })
 }
 
-fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+fn run(args: &Args, team: &Team, device: &Device, report: &mut Report) -> Result<()> {
     let size = args.flags.size();
     let mut setting = size.pick(Setting::SMOKE, Setting::SMALL, Setting::PUBLISHED);
     if let Some(iterations) = args.iters {
@@ -88,10 +93,19 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         .flat_map(|d| ways.iter().map(move |way| (*d, way)));
     let pairs: Vec<_> = pairs.collect();
     let bar = progress("train", pairs.len() * setting.iterations)?;
-    let outcomes = jobs::run(device, &pairs, |(density, way)| {
-        train(*density, way, &setting, args.flags.seed, device, &bar)
-    })?;
+    let seed = args.flags.seed;
+    let one = |group: &dyn Group, (density, way): &(Density, &Way)| {
+        train(group, *density, way, &setting, seed, device, &bar)
+    };
+    // Processes that share a batch do one run after the other; one process does several at a time.
+    let outcomes = match team.is_several() {
+        true => pairs.iter().map(|pair| one(team.group(), pair)).collect(),
+        false => jobs::run(device, &pairs, |pair| one(&Alone, pair)),
+    }?;
     bar.finish_and_clear();
+    if !team.leads() {
+        return Ok(());
+    }
     print(&outcomes, ways.len());
     let by_density: Vec<&[Outcome]> = outcomes.chunks(ways.len()).collect();
     // Of the precision that comes last: scaled f16, unless others were asked for.

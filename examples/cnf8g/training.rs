@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::datasets::Density;
+use candle_diffeq::distributed::{mean as mean_over, share, total, Group, Replicas};
 use candle_diffeq::nn::HyperCnf;
 use candle_diffeq::{metrics::mmd, NeuralOde, OdeOptions, Output, Recorder, Stats};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
@@ -124,8 +125,9 @@ pub(crate) struct Outcome {
     pub(crate) flow: Flow,
 }
 
-/// Trains on fresh points, the same ones in every precision.
+/// Trains on fresh points, the same ones in every precision, and whatever the number of processes that share them.
 pub(crate) fn train(
+    group: &dyn Group,
     density: Density,
     way: &Way,
     setting: &Setting,
@@ -150,7 +152,9 @@ pub(crate) fn train(
         weight_decay: 0.0,
         ..Default::default()
     };
-    let mut optimiser = AdamW::new(vars.all_vars(), parameters)?;
+    let replicas = Replicas::new(group, &vars)?;
+    let mut optimiser = AdamW::new(replicas.variables(), parameters)?;
+    let mine = share(group, setting.batch);
     let (mut losses, mut forward, mut backward) = (vec![], vec![], vec![]);
     let mut evaluations = vec![];
     for i in 0..setting.iterations {
@@ -159,19 +163,24 @@ pub(crate) fn train(
             optimiser.set_learning_rate(0.1 * LEARNING_RATE);
         }
         let x = density.sample(setting.batch, (seed << 20).wrapping_add(i as u64), device)?;
+        let x = x.narrow(0, mine.start, mine.len())?;
         let before = recorder.stats().evaluations;
         let clock = Instant::now();
-        let loss = flow.log_density(&x, 1.0)?.mean_all()?.neg()?;
-        losses.push(f64::from(loss.to_scalar::<f32>()?));
+        let loss = match mine.len() {
+            0 => Tensor::new(0f32, device)?,
+            _ => flow.log_density(&x, 1.0)?.mean_all()?.neg()?,
+        };
+        let value = f64::from(loss.to_scalar::<f32>()?);
         forward.push(1e3 * clock.elapsed().as_secs_f64());
         let clock = Instant::now();
-        optimiser.backward_step(&loss)?;
+        replicas.backward_step(&loss, mine.len(), &mut optimiser)?;
         device.synchronize()?;
+        losses.push(mean_over(group, value, mine.len())?);
         backward.push(1e3 * clock.elapsed().as_secs_f64());
         evaluations.push((recorder.stats().evaluations - before) as f64);
         bar.inc(1);
     }
-    let stats = recorder.stats();
+    let stats = total(group, &recorder.stats())?;
     let flow = Flow::new(&vars, setting, judged, device)?;
     judge(
         Outcome {

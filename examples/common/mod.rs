@@ -21,6 +21,7 @@ pub(crate) mod problem;
 pub(crate) mod random;
 pub(crate) mod report;
 pub(crate) mod table;
+pub(crate) mod team;
 
 use indicatif::{ProgressBar, ProgressStyle};
 

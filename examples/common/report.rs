@@ -10,6 +10,7 @@ use serde_json::{json, Map, Value};
 
 use super::environment::Environment;
 use super::flags::{Flags, Size};
+use super::team::Team;
 use super::{use_every_core, Result};
 
 /// Runs an example: prints where, and afterwards what was missed; writes `NAME.json`.
@@ -22,7 +23,36 @@ pub(crate) fn run(
     body: impl FnOnce(&Device, &mut Report) -> Result<()>,
 ) -> ExitCode {
     use_every_core();
-    match attempt(name, flags, body) {
+    ended(attempt(name, flags, body))
+}
+
+/// The same on one rank of a team, all of which run the body and come to the same; the first says it.
+pub(crate) fn run_together(
+    name: &'static str,
+    flags: &Flags,
+    team: Result<Team>,
+    body: impl FnOnce(&Team, &Device, &mut Report) -> Result<()>,
+) -> ExitCode {
+    let run = || {
+        let team = team?;
+        if team.leads() {
+            return attempt(name, flags, |device, report| body(&team, device, report));
+        }
+        // What the others come to is thrown away.
+        let stem = flags.out.join(name);
+        body(
+            &team,
+            &flags.device()?,
+            &mut Report::new(stem, flags.size()),
+        )?;
+        Ok(vec![])
+    };
+    use_every_core();
+    ended(run())
+}
+
+fn ended(outcome: Result<Vec<String>>) -> ExitCode {
+    match outcome {
         Ok(missed) if missed.is_empty() => ExitCode::SUCCESS,
         Ok(missed) => {
             missed.iter().for_each(|line| eprintln!("missed: {line}"));
@@ -45,13 +75,7 @@ fn attempt(
     println!("{name}: {environment}\n");
     std::fs::create_dir_all(&flags.out)
         .map_err(|e| format!("cannot make {}: {e}", flags.out.display()))?;
-    let mut report = Report {
-        stem: flags.out.join(name),
-        size: flags.size(),
-        pictures: vec![],
-        figures: Map::new(),
-        missed: vec![],
-    };
+    let mut report = Report::new(flags.out.join(name), flags.size());
     let clock = Instant::now();
     body(&device, &mut report)?;
     report.finish(name, &environment, clock.elapsed().as_secs_f64())
@@ -67,6 +91,16 @@ pub(crate) struct Report {
 }
 
 impl Report {
+    fn new(stem: PathBuf, size: Size) -> Self {
+        Self {
+            stem,
+            size,
+            pictures: vec![],
+            figures: Map::new(),
+            missed: vec![],
+        }
+    }
+
     /// Where to draw a picture: `NAME.png`, or `NAME_part.png`.
     pub(crate) fn picture(&mut self, part: &str) -> PathBuf {
         let mut path = self.stem.clone().into_os_string();

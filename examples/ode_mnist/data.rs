@@ -17,6 +17,15 @@ pub(crate) const CLASSES: usize = 10;
 const MEAN: f32 = 0.1307;
 const DEVIATION: f32 = 0.3081;
 
+/// By how many pixels an image is moved up and left.
+pub(crate) type Shift = [isize; 2];
+
+/// Of so many images, each of up to `most` pixels.
+pub(crate) fn shifts(images: usize, most: usize, rng: &mut StdRng) -> Vec<Shift> {
+    let mut draw = || rng.random_range(0..=2 * most) as isize - most as isize;
+    (0..images).map(|_| [draw(), draw()]).collect()
+}
+
 /// Images and labels.
 #[derive(Clone, Default)]
 pub(crate) struct Images {
@@ -37,26 +46,23 @@ impl Images {
         self.labels.len()
     }
 
-    /// The images of these indices, `(n, 1, 28, 28)` of mean 0 and deviation 1, each moved by up to
-    /// `shift` pixels.
+    /// The images of these indices, `(n, 1, 28, 28)` of mean 0 and deviation 1, each moved by its shift.
     pub(crate) fn batch(
         &self,
         indices: &[usize],
-        shift: usize,
-        rng: &mut StdRng,
+        shifts: &[Shift],
         device: &Device,
     ) -> Result<(Tensor, Tensor)> {
         let black = -MEAN / DEVIATION;
         let mut values = vec![black; indices.len() * PIXELS];
-        for (image, &index) in values.chunks_mut(PIXELS).zip(indices) {
+        let images = values.chunks_mut(PIXELS).zip(indices.iter().zip(shifts));
+        for (image, (&index, [down, right])) in images {
             let pixels = &self.pixels[index * PIXELS..(index + 1) * PIXELS];
-            let [down, right] = [(); 2].map(|()| rng.random_range(0..=2 * shift));
+            let inside = |i: usize, by: isize| i.checked_add_signed(by).filter(|i| *i < SIDE);
             for y in 0..SIDE {
                 for x in 0..SIDE {
-                    let (v, u) = (y + down, x + right);
-                    let inside = |i: usize| (shift..SIDE + shift).contains(&i);
-                    if inside(u) && inside(v) {
-                        let white = f32::from(pixels[(v - shift) * SIDE + u - shift]) / 255.0;
+                    if let (Some(v), Some(u)) = (inside(y, *down), inside(x, *right)) {
+                        let white = f32::from(pixels[v * SIDE + u]) / 255.0;
                         image[y * SIDE + x] = (white - MEAN) / DEVIATION;
                     }
                 }

@@ -3,7 +3,8 @@
 //! `cargo run --release --example ode_mnist -- --data DIR` (minutes; `--smoke`: seconds; `--full`:
 //! the published size).  Trains on the files that it finds in DIR: on the full set, or on 9000 of the
 //! test images with 1000 held out.  `--adaptive TOL` takes adaptive steps of DOPRI5 instead of fixed ones of
-//! RK4, each image its own, and writes `ode_mnist_adaptive`.  Prints accuracy, evaluations, time and memory; draws confusions
+//! RK4, each image its own, and writes `ode_mnist_adaptive`.  `mpirun -n N … --mpi` shares every batch among N
+//! processes.  Prints accuracy, evaluations, time and memory; draws confusions
 //! and progress.
 
 #[path = "../common/mod.rs"]
@@ -25,6 +26,7 @@ use crate::common::flags::{Flags, Size};
 use crate::common::random::generator;
 use crate::common::report::{self, Report};
 use crate::common::table::Table;
+use crate::common::team::{Team, Together};
 use crate::common::{memory, progress, Result};
 use crate::data::Data;
 use crate::network::{Field, Layout};
@@ -70,6 +72,8 @@ const PUBLISHED: Setting = Setting {
 struct Args {
     #[command(flatten)]
     flags: Flags,
+    #[command(flatten)]
+    together: Together,
     /// The folder of MNIST's four files, or of the two of the test set, gzipped or not.
     #[arg(long, value_name = "DIR", default_value = "data/mnist")]
     data: PathBuf,
@@ -87,12 +91,13 @@ fn main() -> ExitCode {
         Some(_) => "ode_mnist_adaptive",
         None => "ode_mnist",
     };
-    report::run(name, &args.flags, |device, report| {
-        run(&args, device, report)
+    let team = args.together.team();
+    report::run_together(name, &args.flags, team, |team, device, report| {
+        run(&args, team, device, report)
     })
 }
 
-fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+fn run(args: &Args, team: &Team, device: &Device, report: &mut Report) -> Result<()> {
     let flags = &args.flags;
     let smoke = Setting {
         layout: Layout {
@@ -113,8 +118,14 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let can_be = [Dtype::F32, Dtype::Bf16, Dtype::F16];
     for dtype in flags.precisions_among(&can_be[..2], &can_be)? {
         let bar = progress(dtype.name(), 0)?;
-        outcomes.push(train(&data, dtype, &setting, flags.seed, device, &bar)?);
+        let group = team.group();
+        outcomes.push(train(
+            group, &data, dtype, &setting, flags.seed, device, &bar,
+        )?);
         bar.finish_and_clear();
+    }
+    if !team.leads() {
+        return Ok(());
     }
     print(&data, &setting, &outcomes);
     picture::draw(&report.picture(""), &data, &outcomes)?;
@@ -178,7 +189,8 @@ fn print(data: &Data, setting: &Setting, outcomes: &[Outcome]) {
         "states kept, MB",
     ]);
     for o in outcomes {
-        let each = |count: usize| format!("{:.0}", count as f64 / o.iterations as f64);
+        let passes = (o.iterations * o.ranks) as f64;
+        let each = |count: usize| format!("{:.0}", count as f64 / passes);
         table.row([
             o.dtype.name().to_owned(),
             format!("{:.2} %", 100.0 * o.accuracy()),
@@ -219,6 +231,7 @@ fn figures(o: &Outcome) -> serde_json::Value {
         "evaluations_by_image": o.epochs.iter().map(|e| e.evaluations).collect::<Vec<_>>(),
         "parameters": o.parameters,
         "iterations": o.iterations,
+        "ranks": o.ranks,
         "evaluations": o.stats.evaluations,
         "recomputed": o.stats.recomputed,
         "vjps": o.stats.vjps,

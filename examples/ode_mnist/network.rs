@@ -1,6 +1,6 @@
 //! The classifier: a stem that halves the image twice, the neural ODE, a head.
 
-use candle_core::{DType, Device, Module, Result, Tensor, Var, D};
+use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_diffeq::control::Adaptive;
 use candle_diffeq::nn::{Activation, ConvField};
 use candle_diffeq::{
@@ -152,12 +152,16 @@ impl Network {
         Ok(network)
     }
 
-    pub(crate) fn vars(&self) -> Vec<Var> {
-        self.vars.all_vars()
+    pub(crate) fn map(&self) -> &VarMap {
+        &self.vars
     }
 
     pub(crate) fn parameters(&self) -> usize {
-        self.vars().iter().map(|var| var.elem_count()).sum()
+        self.vars
+            .all_vars()
+            .iter()
+            .map(|var| var.elem_count())
+            .sum()
     }
 
     /// Logits `(n, 10)` of images.

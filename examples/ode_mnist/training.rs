@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use candle_core::{Device, Tensor, D};
+use candle_diffeq::distributed::{mean as mean_over, share, total, Group, Replicas};
 use candle_diffeq::{Recorder, Stats};
 use candle_nn::loss::cross_entropy;
 use candle_nn::Optimizer;
@@ -13,7 +14,7 @@ use crate::common::dtype::Dtype;
 use crate::common::momentum::{cosine, Config, Momentum};
 use crate::common::random::generator;
 use crate::common::{mean, median, Result};
-use crate::data::{Data, Images, CLASSES};
+use crate::data::{shifts, Data, Images, CLASSES};
 use crate::network::{Layout, Network};
 
 /// Network and training.
@@ -47,6 +48,8 @@ pub(crate) struct Outcome {
     pub(crate) epochs: Vec<Epoch>,
     pub(crate) parameters: usize,
     pub(crate) iterations: usize,
+    /// Processes that shared every batch; each has its own passes.
+    pub(crate) ranks: usize,
     /// Median of an iteration.
     pub(crate) milliseconds: f64,
     pub(crate) seconds: f64,
@@ -67,8 +70,9 @@ impl Outcome {
     }
 }
 
-/// Trains; epoch by epoch the same images in the same order for the same seed.
+/// Trains; epoch by epoch the same images in the same order for the same seed, however many processes share them.
 pub(crate) fn train(
+    group: &dyn Group,
     data: &Data,
     dtype: Dtype,
     setting: &Setting,
@@ -84,31 +88,38 @@ pub(crate) fn train(
         momentum: MOMENTUM,
         decay: 0.0,
     };
-    let mut optimiser = Momentum::new(network.vars(), config)?;
+    let replicas = Replicas::new(group, network.map())?;
+    let mut optimiser = Momentum::new(replicas.variables(), config)?;
     let mut order: Vec<usize> = (0..data.training.len()).collect();
     let batches = order.len() / setting.batch;
-    let total = batches * setting.epochs;
-    bar.set_length(total as u64);
+    let iterations = batches * setting.epochs;
+    bar.set_length(iterations as u64);
     let (mut epochs, mut milliseconds, mut confusion) = (vec![], vec![], vec![]);
     for epoch in 0..setting.epochs {
         order.shuffle(&mut rng);
         let before = recorder.stats();
         let mut losses = vec![];
         for (n, indices) in order.chunks_exact(setting.batch).enumerate() {
-            let share = (epoch * batches + n) as f64 / total as f64;
-            optimiser.set_learning_rate(cosine(setting.rate, 0.0, share));
-            let (images, labels) = data
-                .training
-                .batch(indices, setting.shift, &mut rng, device)?;
+            let part = (epoch * batches + n) as f64 / iterations as f64;
+            optimiser.set_learning_rate(cosine(setting.rate, 0.0, part));
+            let shifts = shifts(indices.len(), setting.shift, &mut rng);
+            let mine = share(group, indices.len());
+            let (indices, shifts) = (&indices[mine.clone()], &shifts[mine.clone()]);
+            let (images, labels) = data.training.batch(indices, shifts, device)?;
             let clock = Instant::now();
-            let loss = cross_entropy(&network.train(&images)?, &labels)?;
-            optimiser.backward_step(&loss)?;
-            losses.push(f64::from(loss.to_scalar::<f32>()?));
+            let loss = match mine.len() {
+                0 => Tensor::new(0f32, device)?,
+                _ => cross_entropy(&network.train(&images)?, &labels)?,
+            };
+            replicas.backward_step(&loss, mine.len(), &mut optimiser)?;
+            let loss = f64::from(loss.to_scalar::<f32>()?);
+            losses.push(mean_over(group, loss, mine.len())?);
             milliseconds.push(1e3 * clock.elapsed().as_secs_f64());
             bar.inc(1);
         }
-        let evaluations = by_image(&before, &recorder.stats(), batches * setting.batch, batches);
-        confusion = confusions(&network, &data.validation, device)?;
+        let images = batches * setting.batch;
+        let evaluations = by_image(group, (&before, &recorder.stats()), images, batches)?;
+        confusion = confusions(group, &network, &data.validation, device)?;
         let right: f64 = (0..CLASSES).map(|c| confusion[c][c]).sum();
         epochs.push(Epoch {
             loss: mean(&losses),
@@ -125,34 +136,47 @@ pub(crate) fn train(
         dtype,
         epochs,
         parameters: network.parameters(),
-        iterations: total,
+        iterations,
+        ranks: group.size(),
         milliseconds: median(milliseconds),
         seconds: clock.elapsed().as_secs_f64(),
-        stats: recorder.take(),
+        stats: total(group, &recorder.take())?,
         confusion,
     })
 }
 
 /// Evaluations of an image between two counts: of its own steps, or of those of its batch.
-fn by_image(before: &Stats, after: &Stats, images: usize, batches: usize) -> f64 {
-    match after.row_evaluations - before.row_evaluations {
-        0 => (after.evaluations - before.evaluations) as f64 / batches as f64,
+fn by_image(
+    group: &dyn Group,
+    (before, after): (&Stats, &Stats),
+    images: usize,
+    batches: usize,
+) -> Result<f64> {
+    let (before, after) = (total(group, before)?, total(group, after)?);
+    Ok(match after.row_evaluations - before.row_evaluations {
+        0 => (after.evaluations - before.evaluations) as f64 / (batches * group.size()) as f64,
         of_rows => of_rows as f64 / images as f64,
-    }
+    })
 }
 
-fn confusions(network: &Network, images: &Images, device: &Device) -> Result<Vec<Vec<f64>>> {
-    let mut counts = vec![vec![0.0; CLASSES]; CLASSES];
-    let all: Vec<usize> = (0..images.len()).collect();
-    for indices in all.chunks(TEST) {
-        // Not moved: no random number is drawn that matters.
-        let (batch, labels) = images.batch(indices, 0, &mut generator(0), device)?;
+/// Every process counts those of its own images.
+fn confusions(
+    group: &dyn Group,
+    network: &Network,
+    images: &Images,
+    device: &Device,
+) -> Result<Vec<Vec<f64>>> {
+    let mut counts = vec![0.0; CLASSES * CLASSES];
+    let mine: Vec<usize> = share(group, images.len()).collect();
+    for indices in mine.chunks(TEST) {
+        let (batch, labels) = images.batch(indices, &vec![[0; 2]; indices.len()], device)?;
         let taken: Tensor = network.test(&batch)?.argmax(D::Minus1)?;
         let both = labels
             .to_vec1::<u32>()?
             .into_iter()
             .zip(taken.to_vec1::<u32>()?);
-        both.for_each(|(truth, taken)| counts[truth as usize][taken as usize] += 1.0);
+        both.for_each(|(truth, taken)| counts[truth as usize * CLASSES + taken as usize] += 1.0);
     }
-    Ok(counts)
+    let counts = group.sum(&Tensor::new(counts, &Device::Cpu)?)?;
+    Ok(counts.reshape((CLASSES, CLASSES))?.to_vec2()?)
 }

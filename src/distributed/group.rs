@@ -1,0 +1,128 @@
+//! The group: what processes that train one model do together.
+
+use std::time::Duration;
+
+use candle_core::{DType, Tensor};
+
+use crate::error::{GroupDefect, Result};
+
+/// Processes that train together, numbered by rank from 0 to `size` − 1.
+///
+/// Every rank must call the same operations in the same order, with tensors of the same shape and dtype.  An operation
+/// returns when all ranks have come to it; results are equal on all ranks, and are the same bits in every run with as
+/// many ranks.  Results have the shape, dtype and device of the operand and carry no history.
+///
+/// # Errors
+/// Operations return [`Error::Group`](crate::Error::Group) if a rank fails, dies or does not come, and name it.
+pub trait Group {
+    /// The number of this process.
+    fn rank(&self) -> usize;
+
+    /// How many there are.
+    fn size(&self) -> usize;
+
+    /// The sum over ranks, element by element; f32, f64 or bf16.  The sum of bf16 is formed in f32 from left to right
+    /// and rounded once, except where the implementation says otherwise.
+    ///
+    /// # Errors
+    /// As of all operations; [`GroupDefect::Dtype`].
+    fn sum(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// The largest over ranks, element by element; f32 or f64, of numbers that are not NaN.
+    ///
+    /// # Errors
+    /// As of all operations; [`GroupDefect::Dtype`].
+    fn max(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// What `root` has given; what other ranks give is looked at only for its shape.  f32, f64, f16, bf16, u8, u32 or i64.
+    ///
+    /// # Errors
+    /// As of all operations; [`GroupDefect::Dtype`], [`GroupDefect::NoSuchRank`].
+    fn broadcast(&self, x: &Tensor, root: usize) -> Result<Tensor>;
+
+    /// Waits until all ranks are here.
+    ///
+    /// # Errors
+    /// As of all operations.
+    fn barrier(&self) -> Result<()>;
+
+    /// Tells the other ranks that this one cannot go on, and why.  Their next operation fails with this reason instead of
+    /// waiting; so does every later one of this rank.
+    fn give_up(&self, reason: &str) {
+        let _ = reason;
+    }
+
+    /// Whether every rank is alive, for who waits for something else than an operation of this group; `waited` is for
+    /// how long.  To be called from time to time.
+    ///
+    /// # Errors
+    /// [`GroupDefect::Lost`], [`GroupDefect::Left`], [`GroupDefect::Late`].
+    fn watch(&self, waited: Duration) -> Result<()> {
+        let _ = waited;
+        Ok(())
+    }
+}
+
+/// A group of one process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Alone;
+
+impl Group for Alone {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        1
+    }
+
+    fn sum(&self, x: &Tensor) -> Result<Tensor> {
+        takes("a sum", &SUMMED, x)?;
+        Ok(x.detach())
+    }
+
+    fn max(&self, x: &Tensor) -> Result<Tensor> {
+        takes("a maximum", &COMPARED, x)?;
+        Ok(x.detach())
+    }
+
+    fn broadcast(&self, x: &Tensor, root: usize) -> Result<Tensor> {
+        takes("a broadcast", &SENT, x)?;
+        exists(root, 1)?;
+        Ok(x.detach())
+    }
+
+    fn barrier(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// What can be summed, compared and sent.
+pub(super) const SUMMED: [DType; 3] = [DType::F32, DType::F64, DType::BF16];
+pub(super) const COMPARED: [DType; 2] = [DType::F32, DType::F64];
+pub(super) const SENT: [DType; 7] = [
+    DType::F32,
+    DType::F64,
+    DType::F16,
+    DType::BF16,
+    DType::U8,
+    DType::U32,
+    DType::I64,
+];
+
+/// Whether an operation takes the dtype of a tensor.
+pub(super) fn takes(operation: &'static str, dtypes: &[DType], x: &Tensor) -> Result<()> {
+    let dtype = x.dtype();
+    match dtypes.contains(&dtype) {
+        true => Ok(()),
+        false => Err(GroupDefect::Dtype { operation, dtype }.into()),
+    }
+}
+
+/// Whether a rank is in a group of this size.
+pub(super) fn exists(rank: usize, size: usize) -> Result<()> {
+    match rank < size {
+        true => Ok(()),
+        false => Err(GroupDefect::NoSuchRank { rank, size }.into()),
+    }
+}

@@ -1,0 +1,353 @@
+//! A group on MPI, on any cluster.
+//!
+//! Collective operations are started without blocking and tested until they are done, so that who waits can look after the
+//! others; `peers` says how.
+
+mod peers;
+mod raw;
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ::mpi::environment::Universe;
+use candle_core::{DType, Device, Tensor, WithDType};
+use half::{bf16, f16};
+
+use self::peers::{Listener, Peers};
+use self::raw::{Communicator, Number, Pending, Reduction, Started};
+use super::group::{exists, takes, COMPARED, SENT, SUMMED};
+use super::Group;
+use crate::error::{GroupDefect, Result};
+
+/// How long a rank waits for others.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Patience {
+    /// A rank that has not answered for this long is taken for dead.  Every process answers while it computes, so this need
+    /// not be longer than a step; but it must be longer than a process may be suspended.  Default: 15 s.
+    pub silence: Duration,
+    /// How long to wait for a rank that answers, but does not come.  Default: one hour.
+    pub late: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            silence: Duration::from_secs(15),
+            late: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// Who waits for longer than this lets other processes of its core run.
+const SPIN: Duration = Duration::from_micros(20);
+/// Who waits for longer than this sleeps.
+const SLEEP: Duration = Duration::from_secs(2);
+/// Who waits looks after the others so often.
+const LOOK: Duration = Duration::from_millis(10);
+/// Elements in one message: MPI counts in 32 bits.
+const MOST: usize = 1 << 28;
+
+/// All processes that `mpirun`, `srun` or the like has started.
+///
+/// To be made once in a process, before anything that other ranks wait for, and to be dropped when all is done: then it
+/// waits for the others, and ends MPI.  It stays in its thread.  Tensors of any device are sent through the host.
+///
+/// A rank that gets an error should end: its group does nothing more, and the others are told the rank where it began.
+/// While MPI itself reports nothing, a rank that was killed is found within [`Patience::silence`] and two seconds.  Most
+/// launchers end all processes as soon as one has died; `docs/distributed.md` says how they are made to leave the others
+/// time to finish.
+///
+/// A program that calls MPI by itself must start it before, with threads that may call it in turn: here a thread answers
+/// the other ranks.  If both call MPI at the same time, that must be `Threading::Multiple`.
+pub struct MpiGroup {
+    rank: usize,
+    size: usize,
+    /// Where operations are done, and where ranks meet for the last time.
+    data: Communicator,
+    farewell: Communicator,
+    peers: Arc<Peers>,
+    listener: Listener,
+    /// What has ended the group.
+    ended: RefCell<Option<GroupDefect>>,
+    universe: ManuallyDrop<Option<Universe>>,
+    /// MPI is ended by the thread that has started it.
+    stays: PhantomData<*const ()>,
+}
+
+impl MpiGroup {
+    /// Starts MPI, or joins what has been started.
+    ///
+    /// # Errors
+    /// [`GroupDefect::Start`].
+    pub fn start() -> Result<Self> {
+        Self::with_patience(Patience::default())
+    }
+
+    /// The same with another patience, which should be equal on all ranks.
+    ///
+    /// # Errors
+    /// [`GroupDefect::Start`].
+    pub fn with_patience(patience: Patience) -> Result<Self> {
+        let started = Self::begin(patience);
+        started.map_err(|reason| GroupDefect::Start { reason }.into())
+    }
+
+    fn begin(patience: Patience) -> std::result::Result<Self, String> {
+        // Not to be ended by an error here, which would wait for all ranks.
+        let universe = ManuallyDrop::new(raw::start()?);
+        let data = Communicator::world()?;
+        let (farewell, control) = (Communicator::world()?, Communicator::world()?);
+        let (rank, size) = data.place()?;
+        let peers = Arc::new(Peers::new(control, (rank, size), patience));
+        let listener = Listener::start(&peers).map_err(|e| e.to_string())?;
+        Ok(Self {
+            rank,
+            size,
+            data,
+            farewell,
+            peers,
+            listener,
+            ended: RefCell::new(None),
+            universe,
+            stays: PhantomData,
+        })
+    }
+
+    /// Waits for an operation of all ranks.
+    fn complete<T: Number>(
+        &self,
+        operation: &'static str,
+        start: impl FnOnce() -> Started<T>,
+    ) -> Result<Vec<T>> {
+        if let Some(defect) = &*self.ended.borrow() {
+            return Err(defect.clone().into());
+        }
+        let number = self.peers.enter();
+        let failed = |message: String| {
+            let rank = self.rank;
+            // Where a rank has died, most of what libraries say is about sockets.
+            self.peers.search().unwrap_or(GroupDefect::Library {
+                rank,
+                operation,
+                message,
+            })
+        };
+        // A rank that has left is not waited for.
+        let there = self.peers.watch(Duration::ZERO, Some(number));
+        let begun = there.and_then(|()| start().map_err(failed));
+        let outcome = begun.and_then(|mut pending| {
+            self.wait(&mut pending, number, failed)?;
+            Ok(pending.received())
+        });
+        match outcome {
+            Ok(received) => {
+                self.peers.complete();
+                Ok(received)
+            }
+            Err(defect) => Err(self.end(defect).into()),
+        }
+    }
+
+    fn wait<T: Number>(
+        &self,
+        pending: &mut Pending<T>,
+        number: u64,
+        failed: impl Fn(String) -> GroupDefect,
+    ) -> std::result::Result<(), GroupDefect> {
+        let started = Instant::now();
+        let mut looked = Duration::ZERO;
+        while !pending.test().map_err(&failed)? {
+            let waited = started.elapsed();
+            if waited > looked + LOOK {
+                looked = waited;
+                self.peers.watch(waited, Some(number))?;
+            }
+            if waited > SLEEP {
+                thread::sleep(Duration::from_millis(1));
+            } else if waited > SPIN {
+                thread::yield_now();
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes and tells what has ended the group, if nothing else has before.
+    fn end(&self, defect: GroupDefect) -> GroupDefect {
+        let mut ended = self.ended.borrow_mut();
+        if let Some(before) = &*ended {
+            return before.clone();
+        }
+        match &defect {
+            GroupDefect::Left { rank, reason } => self.peers.leave(*rank, reason),
+            GroupDefect::Lost { rank, .. } | GroupDefect::Late { rank, .. } => {
+                self.peers
+                    .leave(*rank, &format!("as rank {} found, {defect}", self.rank));
+            }
+            other => self.peers.leave(self.rank, &other.to_string()),
+        }
+        *ended = Some(defect.clone());
+        defect
+    }
+
+    fn reduced<T: Number + WithDType>(
+        &self,
+        operation: &'static str,
+        x: &Tensor,
+        how: Reduction,
+    ) -> Result<Tensor> {
+        let mut values = x.detach().flatten_all()?.to_vec1::<T>()?;
+        let mut sums = vec![];
+        while !values.is_empty() {
+            let rest = values.split_off(values.len().min(MOST));
+            let part = self.complete(operation, || self.data.reduce(values, how))?;
+            values = rest;
+            match sums.is_empty() {
+                true => sums = part,
+                false => sums.extend(part),
+            }
+        }
+        Ok(Tensor::from_vec(sums, x.shape(), x.device())?)
+    }
+
+    /// The sum of bf16: every rank gets a piece of all tensors, sums it in f32 from rank to rank, rounds, and sends it to all.
+    fn sum_of_bf16(&self, x: &Tensor) -> Result<Tensor> {
+        let values = x.detach().flatten_all()?.to_vec1::<bf16>()?;
+        let mut sums = Vec::with_capacity(values.len());
+        for part in values.chunks(MOST) {
+            let each = part.len().div_ceil(self.size);
+            let mut bits: Vec<u16> = part.iter().map(|x| x.to_bits()).collect();
+            bits.resize(each * self.size, 0);
+            let start = || self.data.exchange(bits, self.size);
+            let pieces = self.complete("a sum", start)?;
+            let mut sum = vec![0f32; each];
+            for piece in pieces.chunks_exact(each.max(1)) {
+                for (sum, bits) in sum.iter_mut().zip(piece) {
+                    *sum += bf16::from_bits(*bits).to_f32();
+                }
+            }
+            let rounded = sum.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
+            let all = self.complete("a sum", || self.data.gather(rounded, self.size))?;
+            sums.extend(all[..part.len()].iter().map(|bits| bf16::from_bits(*bits)));
+        }
+        Ok(Tensor::from_vec(sums, x.shape(), x.device())?)
+    }
+
+    fn sent(&self, mut bytes: Vec<u8>, root: usize) -> Result<Vec<u8>> {
+        for part in bytes.chunks_mut(MOST) {
+            let start = || self.data.broadcast(part.to_vec(), root);
+            part.copy_from_slice(&self.complete("a broadcast", start)?);
+        }
+        Ok(bytes)
+    }
+
+    /// Waits until all ranks leave in peace, and tells whether they do.
+    fn parted(&self) -> bool {
+        if self.ended.borrow().is_some() {
+            return false;
+        }
+        let reason = match thread::panicking() {
+            true => "it panicked",
+            false => "it was done, or ended by an error of its own, and others were not",
+        };
+        self.peers.leave(self.rank, reason);
+        let number = self.peers.completed();
+        let Ok(mut pending) = self.farewell.barrier() else {
+            return false;
+        };
+        let waited = self.wait(&mut pending, number, |message| GroupDefect::Start {
+            reason: message,
+        });
+        waited.is_ok() && !thread::panicking()
+    }
+}
+
+impl Group for MpiGroup {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn sum(&self, x: &Tensor) -> Result<Tensor> {
+        takes("a sum", &SUMMED, x)?;
+        match x.dtype() {
+            DType::F64 => self.reduced::<f64>("a sum", x, Reduction::Sum),
+            DType::BF16 => self.sum_of_bf16(x),
+            _ => self.reduced::<f32>("a sum", x, Reduction::Sum),
+        }
+    }
+
+    fn max(&self, x: &Tensor) -> Result<Tensor> {
+        takes("a maximum", &COMPARED, x)?;
+        match x.dtype() {
+            DType::F64 => self.reduced::<f64>("a maximum", x, Reduction::Max),
+            _ => self.reduced::<f32>("a maximum", x, Reduction::Max),
+        }
+    }
+
+    fn broadcast(&self, x: &Tensor, root: usize) -> Result<Tensor> {
+        takes("a broadcast", &SENT, x)?;
+        exists(root, self.size)?;
+        let send = |bytes| self.sent(bytes, root);
+        match x.dtype() {
+            DType::F64 => relayed(x, send, |x: &f64| x.to_le_bytes(), f64::from_le_bytes),
+            DType::F16 => relayed(x, send, |x: &f16| x.to_le_bytes(), f16::from_le_bytes),
+            DType::BF16 => relayed(x, send, |x: &bf16| x.to_le_bytes(), bf16::from_le_bytes),
+            DType::U8 => relayed(x, send, |x: &u8| x.to_le_bytes(), u8::from_le_bytes),
+            DType::U32 => relayed(x, send, |x: &u32| x.to_le_bytes(), u32::from_le_bytes),
+            DType::I64 => relayed(x, send, |x: &i64| x.to_le_bytes(), i64::from_le_bytes),
+            _ => relayed(x, send, |x: &f32| x.to_le_bytes(), f32::from_le_bytes),
+        }
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.complete("a barrier", || self.data.barrier()).map(drop)
+    }
+
+    fn give_up(&self, reason: &str) {
+        let (rank, reason) = (self.rank, reason.to_owned());
+        self.end(GroupDefect::Left { rank, reason });
+    }
+
+    fn watch(&self, waited: Duration) -> Result<()> {
+        let found = self.peers.watch(waited, None);
+        found.map_err(|defect| self.end(defect).into())
+    }
+}
+
+/// A tensor whose bytes have gone through `send`.
+fn relayed<T: WithDType, const N: usize>(
+    x: &Tensor,
+    send: impl FnOnce(Vec<u8>) -> Result<Vec<u8>>,
+    to: impl Fn(&T) -> [u8; N],
+    from: impl Fn([u8; N]) -> T,
+) -> Result<Tensor> {
+    let values = x
+        .detach()
+        .flatten_all()?
+        .to_device(&Device::Cpu)?
+        .to_vec1::<T>()?;
+    let bytes = send(values.iter().flat_map(to).collect())?;
+    let pieces = bytes
+        .chunks_exact(N)
+        .filter_map(|piece| piece.try_into().ok());
+    let values: Vec<T> = pieces.map(from).collect();
+    Ok(Tensor::from_vec(values, x.shape(), x.device())?)
+}
+
+impl Drop for MpiGroup {
+    fn drop(&mut self) {
+        let parted = self.parted();
+        self.listener.stop();
+        // To end MPI is an operation of all ranks; without one of them it does not return.
+        if parted {
+            drop(std::mem::take(&mut *self.universe));
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! Calls of MPI, each checked, one at a time.
+//!
+//! The safe interface of the `mpi` crate panics or aborts where an operation is not waited for, and does not show error
+//! codes; a group that must outlive a rank needs both.  So operations are started and tested here by MPI's own functions.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_char, c_int};
+use std::mem::MaybeUninit;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use mpi::environment::Universe;
+use mpi::{ffi, Threading};
+
+/// What MPI says of a failure.
+pub(super) type Failure = String;
+
+/// MPI is asked for no more than calls from several threads, one at a time.
+static CALLS: Mutex<()> = Mutex::new(());
+
+fn serial() -> MutexGuard<'static, ()> {
+    CALLS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// MPI's code for success, in every implementation.
+const SUCCESS: c_int = 0;
+
+fn check(code: c_int) -> Result<(), Failure> {
+    if code == SUCCESS {
+        return Ok(());
+    }
+    let mut text = [0u8; 1024]; // more than MPI_MAX_ERROR_STRING of Open MPI (256) and of MPICH (512)
+    let mut length = 0;
+    // SAFETY: the buffer is longer than any text, and both outlive the call.
+    let known =
+        unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr().cast::<c_char>(), &mut length) };
+    let length = usize::try_from(length).unwrap_or(0).min(text.len());
+    match known {
+        SUCCESS => Err(String::from_utf8_lossy(&text[..length]).into_owned()),
+        _ => Err(format!("error {code}")),
+    }
+}
+
+/// Starts MPI, or finds it started by somebody else, who then ends it.
+///
+/// # Errors
+/// Why there is no MPI whose functions several threads may call in turn.
+pub(super) fn start() -> Result<Option<Universe>, Failure> {
+    if mpi::is_finalized() {
+        return Err("MPI has been ended in this process, and cannot be started again".into());
+    }
+    let started = mpi::initialize_with_threading(Threading::Serialized);
+    let (universe, threading) = match started {
+        Some((universe, threading)) => (Some(universe), threading),
+        None => {
+            let mut provided = 0;
+            // SAFETY: MPI is initialised; it writes one number.
+            check(unsafe { ffi::MPI_Query_thread(&mut provided) })?;
+            (None, Threading::from(provided))
+        }
+    };
+    if threading < Threading::Serialized {
+        return Err(format!(
+            "MPI provides Threading::{threading:?}, and at least Serialized is needed"
+        ));
+    }
+    Ok(universe)
+}
+
+/// Processes, and a space of messages of its own.
+#[derive(Clone, Copy)]
+pub(super) struct Communicator(ffi::MPI_Comm);
+
+// SAFETY: a handle, not memory of this process's own; MPI's functions take it on any thread if calls do not overlap,
+// and all calls are made under `CALLS`.
+unsafe impl Send for Communicator {}
+// SAFETY: as above.
+unsafe impl Sync for Communicator {}
+
+impl Communicator {
+    /// All processes, in a new space of messages; errors are returned.  It is never freed, which would be an operation of
+    /// all ranks.
+    pub(super) fn world() -> Result<Self, Failure> {
+        let _serial = serial();
+        let mut copy = MaybeUninit::uninit();
+        // SAFETY: MPI is initialised, and writes the handle of the copy if it succeeds.
+        let copy = unsafe {
+            let all = ffi::RSMPI_COMM_WORLD;
+            check(ffi::MPI_Comm_set_errhandler(all, ffi::RSMPI_ERRORS_RETURN))?;
+            check(ffi::MPI_Comm_dup(all, copy.as_mut_ptr()))?;
+            copy.assume_init()
+        };
+        // SAFETY: the communicator exists.
+        check(unsafe { ffi::MPI_Comm_set_errhandler(copy, ffi::RSMPI_ERRORS_RETURN) })?;
+        Ok(Self(copy))
+    }
+
+    /// Rank of this process, and how many there are.
+    pub(super) fn place(self) -> Result<(usize, usize), Failure> {
+        let _serial = serial();
+        let (mut rank, mut size) = (0, 0);
+        // SAFETY: the communicator exists; each call writes one number.
+        unsafe {
+            check(ffi::MPI_Comm_rank(self.0, &mut rank))?;
+            check(ffi::MPI_Comm_size(self.0, &mut size))?;
+        }
+        Ok((rank as usize, size as usize))
+    }
+
+    /// Starts a reduction of all ranks' numbers.
+    pub(super) fn reduce<T: Number>(self, send: Vec<T>, how: Reduction) -> Started<T> {
+        let length = send.len();
+        Pending::start(send, length, |send, receive, request| {
+            let n = length as c_int;
+            // SAFETY: both buffers have n elements of this type and live until the request is done.
+            unsafe {
+                ffi::MPI_Iallreduce(
+                    send.cast(),
+                    receive.cast(),
+                    n,
+                    T::datatype(),
+                    how.operator(),
+                    self.0,
+                    request,
+                )
+            }
+        })
+    }
+
+    /// Starts to send the i-th of equal pieces to rank i, and to receive theirs.
+    pub(super) fn exchange<T: Number>(self, send: Vec<T>, size: usize) -> Started<T> {
+        let (length, each) = (send.len(), (send.len() / size.max(1)) as c_int);
+        Pending::start(send, length, |send, receive, request| {
+            let of = T::datatype();
+            // SAFETY: both buffers have `each` elements for every rank, and live until the request is done.
+            unsafe {
+                ffi::MPI_Ialltoall(
+                    send.cast(),
+                    each,
+                    of,
+                    receive.cast(),
+                    each,
+                    of,
+                    self.0,
+                    request,
+                )
+            }
+        })
+    }
+
+    /// Starts to collect the pieces of all ranks, on all of them.
+    pub(super) fn gather<T: Number>(self, send: Vec<T>, size: usize) -> Started<T> {
+        let each = send.len();
+        Pending::start(send, each * size, |send, receive, request| {
+            let (n, of) = (each as c_int, T::datatype());
+            // SAFETY: n elements are sent, n received from every rank; buffers live until the request is done.
+            unsafe {
+                ffi::MPI_Iallgather(send.cast(), n, of, receive.cast(), n, of, self.0, request)
+            }
+        })
+    }
+
+    /// Starts to send the bytes of one rank to all.
+    pub(super) fn broadcast(self, bytes: Vec<u8>, root: usize) -> Started<u8> {
+        let length = bytes.len() as c_int;
+        let mut pending = Pending::new(vec![], bytes);
+        let (buffer, request) = (pending.receive.as_mut_ptr(), &mut pending.request);
+        let of = u8::datatype();
+        let _serial = serial();
+        // SAFETY: the buffer has this length and lives until the request is done.
+        check(unsafe {
+            ffi::MPI_Ibcast(buffer.cast(), length, of, root as c_int, self.0, request)
+        })?;
+        pending.done = false;
+        Ok(pending)
+    }
+
+    /// Starts to wait until all ranks have done the same.
+    pub(super) fn barrier(self) -> Started<u8> {
+        Pending::start(vec![], 0, |_, _, request| {
+            // SAFETY: the communicator exists; the request lives until it is done.
+            unsafe { ffi::MPI_Ibarrier(self.0, request) }
+        })
+    }
+
+    /// Starts to send a message to one rank.
+    pub(super) fn send(self, message: Vec<u8>, to: usize) -> Started<u8> {
+        let length = message.len() as c_int;
+        Pending::start(message, 0, |message, _, request| {
+            let of = u8::datatype();
+            // SAFETY: the message has this length and lives until the request is done.
+            unsafe { ffi::MPI_Isend(message.cast(), length, of, to as c_int, 0, self.0, request) }
+        })
+    }
+
+    /// A message of at most `length` bytes that has arrived, and from whom.
+    pub(super) fn receive(self, length: usize) -> Result<Option<(usize, Vec<u8>)>, Failure> {
+        let _serial = serial();
+        let (mut flag, mut status) = (0, MaybeUninit::<ffi::MPI_Status>::zeroed());
+        // SAFETY: MPI_ANY_SOURCE is a constant; flag and status are written by the call.
+        let source = unsafe {
+            let any = ffi::RSMPI_ANY_SOURCE;
+            check(ffi::MPI_Iprobe(
+                any,
+                0,
+                self.0,
+                &mut flag,
+                status.as_mut_ptr(),
+            ))?;
+            status.assume_init().MPI_SOURCE
+        };
+        if flag == 0 {
+            return Ok(None);
+        }
+        let mut message = vec![0u8; length];
+        // SAFETY: the buffer has this length.  The message is there, and short enough to have been sent at once.
+        check(unsafe {
+            let (buffer, of) = (message.as_mut_ptr().cast(), u8::datatype());
+            ffi::MPI_Recv(
+                buffer,
+                length as c_int,
+                of,
+                source,
+                0,
+                self.0,
+                ffi::RSMPI_STATUS_IGNORE,
+            )
+        })?;
+        Ok(Some((source as usize, message)))
+    }
+}
+
+/// What is done with the numbers of all ranks.
+#[derive(Clone, Copy)]
+pub(super) enum Reduction {
+    Sum,
+    Max,
+}
+
+impl Reduction {
+    fn operator(self) -> ffi::MPI_Op {
+        // SAFETY: constants that MPI's library defines.
+        unsafe {
+            match self {
+                Self::Sum => ffi::RSMPI_SUM,
+                Self::Max => ffi::RSMPI_MAX,
+            }
+        }
+    }
+}
+
+/// Numbers that MPI knows.
+pub(super) trait Number: Copy + Default + 'static {
+    fn datatype() -> ffi::MPI_Datatype;
+}
+
+macro_rules! numbers {
+    ($($number:ty = $constant:ident,)+) => {
+        $(impl Number for $number {
+            fn datatype() -> ffi::MPI_Datatype {
+                // SAFETY: a constant that MPI's library defines.
+                unsafe { ffi::$constant }
+            }
+        })+
+    };
+}
+
+numbers! {
+    f32 = RSMPI_FLOAT,
+    f64 = RSMPI_DOUBLE,
+    u16 = RSMPI_UINT16_T,
+    u8 = RSMPI_UINT8_T,
+}
+
+/// An operation that goes on while the program runs, with the memory that it reads and writes.
+pub(super) struct Pending<T: Number> {
+    request: ffi::MPI_Request,
+    send: Vec<T>,
+    receive: Vec<T>,
+    done: bool,
+}
+
+// SAFETY: as of communicators; the buffers are ordinary vectors that nothing else refers to.
+unsafe impl<T: Number + Send> Send for Pending<T> {}
+
+/// An operation that has begun, or why it could not.
+pub(super) type Started<T> = Result<Pending<T>, Failure>;
+
+impl<T: Number> Pending<T> {
+    fn new(send: Vec<T>, receive: Vec<T>) -> Self {
+        Self {
+            // SAFETY: a constant that MPI's library defines.
+            request: unsafe { ffi::RSMPI_REQUEST_NULL },
+            send,
+            receive,
+            done: true,
+        }
+    }
+
+    fn start(
+        send: Vec<T>,
+        received: usize,
+        begin: impl FnOnce(*const T, *mut T, *mut ffi::MPI_Request) -> c_int,
+    ) -> Started<T> {
+        let mut pending = Self::new(send, vec![T::default(); received]);
+        let (send, receive) = (pending.send.as_ptr(), pending.receive.as_mut_ptr());
+        let _serial = serial();
+        check(begin(send, receive, &mut pending.request))?;
+        pending.done = false;
+        Ok(pending)
+    }
+
+    /// Goes on with it, and tells whether it is done.
+    pub(super) fn test(&mut self) -> Result<bool, Failure> {
+        if self.done {
+            return Ok(true);
+        }
+        let mut flag = 0;
+        let _serial = serial();
+        // SAFETY: the request was started by MPI and is not done; the status is not wanted.
+        check(unsafe { ffi::MPI_Test(&mut self.request, &mut flag, ffi::RSMPI_STATUS_IGNORE) })?;
+        self.done = flag != 0;
+        Ok(self.done)
+    }
+
+    /// What was received, of an operation that is done.
+    pub(super) fn received(mut self) -> Vec<T> {
+        std::mem::take(&mut self.receive)
+    }
+}
+
+impl<T: Number> Drop for Pending<T> {
+    fn drop(&mut self) {
+        if !self.done {
+            // MPI may still read and write it.
+            std::mem::forget(std::mem::take(&mut self.send));
+            std::mem::forget(std::mem::take(&mut self.receive));
+        }
+    }
+}

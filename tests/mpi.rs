@@ -1,0 +1,390 @@
+//! The same as tests/distributed.rs under `mpirun`, and what becomes of a group whose ranks fail, die, or do not come.
+//!
+//! `cargo test --release --features mpi --test mpi`, a minute; needs Open MPI (`scripts/mpi.sh` installs it).
+#![cfg(feature = "mpi")]
+
+mod common;
+mod group;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::distributed::{Group, MpiGroup, Patience, Replicas};
+use candle_diffeq::error::GroupDefect;
+use candle_diffeq::Result;
+use candle_nn::{VarMap, SGD};
+
+use crate::common::{bits, named};
+use crate::group::{cpu, defect, SCENARIOS};
+
+/// What the worker is to do, and where it writes what it came to.
+const CASE: &str = "CANDLE_DIFFEQ_MPI_CASE";
+const OUT: &str = "CANDLE_DIFFEQ_MPI_OUT";
+
+/// Nothing takes longer, or it hangs.
+const LIMIT: Duration = Duration::from_secs(120);
+/// The others end within this time.
+const END: Duration = Duration::from_secs(30);
+
+/// A case of several processes: they run, and what each has written is kept.
+struct Run {
+    folder: tempfile::TempDir,
+    took: Duration,
+    ended: bool,
+    text: String,
+}
+
+/// Ranks of the test `worker` of this very program.
+fn start(case: &str, ranks: usize, folder: &Path, options: &[&str]) -> Child {
+    let program = std::env::current_exe().unwrap();
+    let log = fs::File::create(folder.join("log")).unwrap();
+    Command::new("mpirun")
+        .args([
+            "-n",
+            &ranks.to_string(),
+            "--oversubscribe",
+            "--allow-run-as-root",
+        ])
+        .args(options)
+        .arg(program)
+        .args([
+            "--exact",
+            "worker",
+            "--ignored",
+            "--nocapture",
+            "--test-threads=1",
+        ])
+        .env(CASE, case)
+        .env(OUT, folder)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .expect("mpirun is there: scripts/mpi.sh installs it")
+}
+
+fn run(case: &str, ranks: usize, options: &[&str]) -> Run {
+    let folder = tempfile::tempdir().unwrap();
+    let started = Instant::now();
+    let mut child = start(case, ranks, folder.path(), options);
+    let ended = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status.success();
+        }
+        if started.elapsed() > LIMIT {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("{case} hangs:\n{}", text(folder.path()));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    Run {
+        took: started.elapsed(),
+        ended,
+        text: text(folder.path()),
+        folder,
+    }
+}
+
+fn text(folder: &Path) -> String {
+    fs::read_to_string(folder.join("log")).unwrap()
+}
+
+impl Run {
+    /// What a rank has written at its end.
+    #[track_caller]
+    fn of(&self, rank: usize) -> String {
+        let path = self.folder.path().join(rank.to_string());
+        fs::read_to_string(path).unwrap_or_else(|e| panic!("rank {rank}: {e}\n{}", self.text))
+    }
+
+    #[track_caller]
+    fn says(&self, rank: usize, expected: &str) {
+        let got = self.of(rank);
+        assert!(got.contains(expected), "rank {rank}: {got}\n{}", self.text);
+    }
+}
+
+/// Others go on when a rank has died, instead of being ended by `mpirun`.
+const GOES_ON: &[&str] = &["--continuous"];
+
+#[test]
+fn all_scenarios_hold_on_two_and_on_four_ranks() {
+    for ranks in [2, 4] {
+        let run = run("scenarios", ranks, &[]);
+        assert!(run.ended, "{}", run.text);
+        for rank in 0..ranks {
+            run.says(rank, "done");
+        }
+        let shown = run
+            .text
+            .lines()
+            .filter(|l| l.contains("ranks:") || l.contains("bits in"));
+        shown.for_each(|line| println!("{line}"));
+    }
+}
+
+#[test]
+fn two_starts_of_as_many_processes_give_the_same_bits() {
+    let bits = || {
+        let run = run("bits", 2, &[]);
+        assert!(run.ended, "{}", run.text);
+        let lines = run.text.lines().filter(|l| l.contains("bits in"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (first, second) = (bits(), bits());
+    assert_eq!(first.len(), 2);
+    assert_eq!(first, second);
+}
+
+#[test]
+fn a_killed_rank_is_named_by_the_others_in_time_and_the_last_checkpoint_loads() {
+    let run = run("killed", 3, GOES_ON);
+    for rank in [0, 1] {
+        // The one who finds out says "lost", and the other hears of it.
+        let said = run.of(rank);
+        assert!(
+            said.contains("Lost { rank: 2") || said.contains("Left { rank: 2"),
+            "{said}"
+        );
+        let seconds: f64 = said.split_whitespace().next().unwrap().parse().unwrap();
+        println!("rank {rank}: {said}");
+        assert!(seconds < END.as_secs_f64(), "{seconds} s");
+    }
+    assert!(run.took < END + Duration::from_secs(5), "{:?}", run.took);
+    let mut vars = VarMap::new();
+    let zero = Var::zeros(3, DType::F32, &Device::Cpu).unwrap();
+    vars.data().lock().unwrap().insert("w".into(), zero);
+    vars.load(run.folder.path().join("model.safetensors"))
+        .unwrap();
+    let saved = fs::read_to_string(run.folder.path().join("saved")).unwrap();
+    assert_eq!(format!("{:?}", bits(&named(&vars, "w"))), saved);
+}
+
+#[test]
+fn mpirun_by_itself_ends_the_others_and_names_the_killed_rank() {
+    let run = run("killed", 3, &[]);
+    assert!(!run.ended && run.took < END, "{:?}", run.took);
+    assert!(run.text.contains("rank 2"), "{}", run.text);
+}
+
+#[test]
+fn a_suspended_rank_is_taken_for_dead() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = start("suspended", 2, folder.path(), GOES_ON);
+    let started = Instant::now();
+    let found = loop {
+        if let Ok(found) = fs::read_to_string(folder.path().join("0")) {
+            break found;
+        }
+        assert!(started.elapsed() < LIMIT, "{}", text(folder.path()));
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let pid = fs::read_to_string(folder.path().join("pid")).unwrap();
+    Command::new("kill").args(["-9", &pid]).status().unwrap();
+    child.wait().unwrap();
+    assert!(found.contains("Lost { rank: 1"), "{found}");
+}
+
+#[test]
+fn a_rank_that_fails_tells_the_others_why() {
+    let run = run("fails", 3, GOES_ON);
+    run.says(1, "NonFiniteCotangent");
+    for rank in [0, 2] {
+        run.says(rank, "Left { rank: 1");
+        run.says(rank, "NaN or infinity");
+    }
+}
+
+#[test]
+fn a_rank_that_goes_or_panics_while_others_need_it_is_named() {
+    let run = run("goes", 2, GOES_ON);
+    run.says(0, "Left { rank: 1");
+    run.says(0, "others were not");
+    let run = self::run("panics", 2, GOES_ON);
+    run.says(0, "Left { rank: 1, reason: \"it panicked\"");
+}
+
+#[test]
+fn a_rank_that_computes_for_longer_than_the_silence_is_waited_for() {
+    let run = run("computes", 2, &[]);
+    assert!(run.ended, "{}", run.text);
+    run.says(0, "done");
+}
+
+#[test]
+fn a_rank_that_is_alive_but_does_not_come_is_named() {
+    let run = run("late", 2, GOES_ON);
+    run.says(0, "Late { rank: 1");
+    run.says(1, "Left { rank: 1");
+    run.says(1, "as rank 0 found");
+}
+
+#[test]
+fn an_error_of_mpi_is_returned() {
+    let run = run("library", 2, GOES_ON);
+    run.says(1, "Library { rank: 1, operation: \"a broadcast\"");
+    run.says(1, "truncated");
+    run.says(0, "Left { rank: 1");
+}
+
+#[test]
+fn a_group_can_be_joined_but_not_started_again() {
+    let run = run("again", 2, &[]);
+    assert!(run.ended, "{}", run.text);
+    run.says(0, "cannot be started again");
+    run.says(1, "cannot be started again");
+}
+
+/// One rank of a case; no test by itself.
+#[test]
+#[ignore = "a process of the other tests"]
+fn worker() {
+    let (Ok(case), Some(out)) = (std::env::var(CASE), std::env::var_os(OUT)) else {
+        return;
+    };
+    let out = PathBuf::from(out);
+    let seconds = Duration::from_secs;
+    let short = Patience {
+        silence: seconds(2),
+        ..Default::default()
+    };
+    let patience = match &*case {
+        "scenarios" | "bits" | "killed" => Patience::default(),
+        "late" => Patience {
+            late: seconds(2),
+            ..short
+        },
+        _ => short,
+    };
+    let group = MpiGroup::with_patience(patience).unwrap();
+    let rank = group.rank();
+    let said = match &*case {
+        "scenarios" => scenarios(&group),
+        "bits" => {
+            group::two_runs_give_the_same_bits(&group);
+            "done".into()
+        }
+        "killed" => killed(&group, &out),
+        "fails" => fails(&group),
+        "computes" | "late" => {
+            if rank == 1 {
+                std::thread::sleep(seconds(6));
+            }
+            outcome(group.barrier())
+        }
+        "suspended" => {
+            if rank == 1 {
+                let pid = std::process::id().to_string();
+                fs::write(out.join("pid"), &pid).unwrap();
+                Command::new("kill").args(["-STOP", &pid]).status().unwrap();
+            }
+            outcome(group.barrier())
+        }
+        "goes" | "panics" => {
+            group.barrier().unwrap();
+            match (rank, &*case) {
+                (0, _) => outcome(group.barrier()),
+                (_, "goes") => "gone".into(),
+                _ => panic!("on purpose"),
+            }
+        }
+        "library" => {
+            let x = Tensor::zeros([1000, 1][rank], DType::F32, &Device::Cpu).unwrap();
+            outcome(group.broadcast(&x, 0).and_then(|_| group.barrier()))
+        }
+        "again" => {
+            let second = MpiGroup::start().unwrap();
+            assert_eq!(second.rank(), rank);
+            second.barrier().unwrap();
+            drop(second);
+            group.barrier().unwrap();
+            drop(group);
+            let said = format!("{}", defect(MpiGroup::start().map(drop)));
+            return fs::write(out.join(rank.to_string()), said).unwrap();
+        }
+        other => panic!("no case {other}"),
+    };
+    drop(group);
+    // Whole at once, for who waits for it.
+    fs::write(out.join(format!("{rank}.part")), said).unwrap();
+    fs::rename(out.join(format!("{rank}.part")), out.join(rank.to_string())).unwrap();
+}
+
+fn outcome<T>(result: Result<T>) -> String {
+    match result {
+        Ok(_) => "done".into(),
+        Err(error) => format!("{error:?}"),
+    }
+}
+
+fn scenarios(group: &MpiGroup) -> String {
+    for (name, scenario) in SCENARIOS {
+        let clock = Instant::now();
+        scenario(group);
+        if group.rank() == 0 {
+            println!("{name}: {:.2} s", clock.elapsed().as_secs_f64());
+        }
+    }
+    "done".into()
+}
+
+/// A model w (3), and its replicas' optimiser.
+fn model() -> (VarMap, Var) {
+    let vars = VarMap::new();
+    let w = Var::new(&[0.5f32, -1.0, 2.0], &Device::Cpu).unwrap();
+    vars.data().lock().unwrap().insert("w".into(), w.clone());
+    (vars, w)
+}
+
+/// The last rank kills itself in the middle; the others say what they get, and how long they have waited.
+fn killed(group: &MpiGroup, out: &Path) -> String {
+    let (vars, w) = model();
+    let replicas = Replicas::new(group, &vars).unwrap();
+    let mut sgd = <SGD as candle_nn::Optimizer>::new(replicas.variables(), 0.01).unwrap();
+    let mut clock = Instant::now();
+    for i in 0..40 {
+        if i == 20 && group.rank() + 1 == group.size() {
+            let pid = std::process::id().to_string();
+            Command::new("kill").args(["-9", &pid]).status().unwrap();
+        }
+        let loss = w.sqr().unwrap().sum_all().unwrap();
+        if let Err(error) = replicas.backward_step(&loss, 1, &mut sgd) {
+            return format!(
+                "{:.1} s, iteration {i}: {error:?}",
+                clock.elapsed().as_secs_f64()
+            );
+        }
+        if i % 5 == 0 {
+            replicas.save(out.join("model.safetensors")).unwrap();
+            if group.rank() == 0 {
+                fs::write(out.join("saved"), format!("{:?}", bits(&w))).unwrap();
+            }
+        }
+        clock = Instant::now();
+    }
+    "done".into()
+}
+
+fn fails(group: &MpiGroup) -> String {
+    let (vars, w) = model();
+    let replicas = Replicas::new(group, &vars).unwrap();
+    let mut sgd = <SGD as candle_nn::Optimizer>::new(replicas.variables(), 0.01).unwrap();
+    let y0 = (w.as_tensor() * 1.0).unwrap();
+    let field = |_: &candle_diffeq::Time, y: &Tensor| y.neg();
+    let y = candle_diffeq::odeint(field, &y0, &[0.0, 1.0], &Default::default()).unwrap();
+    let mut loss = y.sum_all().unwrap();
+    if group.rank() == 1 {
+        loss = (loss * f64::INFINITY).unwrap();
+    }
+    let first = replicas.backward_step(&loss, 1, &mut sgd);
+    // The group stays ended.
+    assert!(matches!(
+        defect(group.sum(&cpu(1f32))),
+        GroupDefect::Left { rank: 1, .. }
+    ));
+    outcome(first)
+}
