@@ -123,7 +123,8 @@ impl Step {
     /// The same step where the field jumps at its start or at its end: it is evaluated on the step's own side.
     pub(crate) fn between_jumps(self, [start, end]: [bool; 2]) -> Self {
         let towards = |t: f64, up: bool| if up { t.next_up() } else { t.next_down() };
-        let forward = self.h > 0.0;
+        // A step of length zero has a direction, too: a lane that waits behind a jump is evaluated there.
+        let forward = self.h.is_sign_positive();
         Self {
             limits: [
                 if start {

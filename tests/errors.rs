@@ -112,6 +112,7 @@ fn every_error_has_a_test() {
         include_str!("adaptive.rs"),
         include_str!("events.rs"),
         include_str!("graphs.rs"),
+        include_str!("group/mod.rs"),
         include_str!("arguments.rs"),
         include_str!("field_check.rs"),
         include_str!("layers.rs"),

@@ -73,7 +73,7 @@ impl<'a> Pass<'a> {
             fusion: way.fusion,
             graphs: way.graphs,
             recorder: Some(recorder.clone()),
-            ..workload.options()
+            ..workload.options(None)
         };
         let y0 = workload.y0(precision.state)?;
         Ok(Self {

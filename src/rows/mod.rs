@@ -20,21 +20,22 @@ mod pulls;
 mod stepper;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod tile;
 mod trajectory;
 mod window;
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+
+use std::sync::Arc;
 
 use candle_core::{DType, Shape, Tensor, TensorId};
 use pulp::{Simd, WithSimd};
 
 use crate::adaptive::StepControl;
 use crate::crossing::RowFound;
-use crate::error::{Error, MemoryNeed, Result};
+use crate::error::{MemoryNeed, Result};
 use crate::precision::Low;
 use crate::problem::{Plan, Problem};
 use crate::reverse::Reversible;
@@ -47,6 +48,7 @@ use activations::Size;
 pub(crate) use around::Around;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
 use lanewise::On;
+use threads::{on_all_threads, Failure};
 pub(crate) use tile::{At, Slot, TileField};
 use tile::{Tiled, Wide};
 
@@ -171,7 +173,7 @@ impl Rows {
         plan: &TilePlan<'_>,
         y0: &Tensor,
         (loss, prepared): (Option<&dyn RowGrade>, &Preparation<'_, T>),
-        tiles: &dyn Fn(&[Shape]) -> Result<Option<Box<dyn Tiled<T>>>>,
+        tiles: &TilesFor<'_, T>,
         stats: &mut Stats,
     ) -> Result<Option<Solved>> {
         let Some(wanted) = Wanted::of(loss, plan, prepared)? else {
@@ -265,6 +267,9 @@ struct Task<'a, T> {
     y0: Vec<T>,
     weights: Vec<Tensor>,
 }
+
+/// Packs the weights of a field for the vector unit, for leaves of these shapes; `None` without a unit.
+type TilesFor<'a, T> = dyn Fn(&[Shape]) -> Result<Option<Box<dyn Tiled<T>>>> + 'a;
 
 /// What makes a loss over numbers of T of one that does not know its numbers yet.
 type Preparation<'a, T> = dyn Fn(&dyn RowGrade) -> Result<Option<Box<dyn Grade<T>>>> + 'a;
@@ -433,83 +438,6 @@ const WIDEST: usize = 4096;
 
 const MOST_GROUPS: usize = 32;
 const MOST_NUMBERS: usize = 1 << 22;
-
-/// An error in a tile, and when it happened: the solve returns the error that is first in the order of the pass.
-struct Failure {
-    at: (usize, usize),
-    error: Error,
-}
-
-/// Runs every group, on all threads, each thread with its own scratch memory, and folds the results in
-/// the order of the groups; a result waits only for those of earlier groups.
-fn on_all_threads<G: Sync, W, R: Send>(
-    groups: &[G],
-    scratch: &(dyn Fn() -> W + Sync),
-    run: &(dyn Fn(&mut W, &G) -> std::result::Result<R, Failure> + Sync),
-    fold: &mut (dyn FnMut(usize, R) + Send),
-) -> Result<()> {
-    let next = AtomicUsize::new(0);
-    let folded = Mutex::new(Folded {
-        fold,
-        done: 0,
-        waiting: groups.iter().map(|_| None).collect(),
-        failure: None,
-    });
-    let work = || {
-        let mut scratch = scratch();
-        while let Some((g, group)) = {
-            let g = next.fetch_add(1, Ordering::Relaxed);
-            groups.get(g).map(|group| (g, group))
-        } {
-            let result = run(&mut scratch, group);
-            let mut folded = folded.lock().unwrap_or_else(PoisonError::into_inner);
-            folded.take(g, result);
-        }
-    };
-    match groups.len().min(rayon::current_num_threads()) {
-        0 | 1 => work(),
-        threads => rayon::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(|_| work());
-            }
-        }),
-    }
-    let folded = folded.into_inner().unwrap_or_else(PoisonError::into_inner);
-    match folded.failure {
-        Some(failure) => Err(failure.error),
-        None => Ok(()),
-    }
-}
-
-/// Results of groups, folded in order.
-struct Folded<'f, R> {
-    fold: &'f mut (dyn FnMut(usize, R) + Send),
-    /// Groups folded so far.
-    done: usize,
-    waiting: Vec<Option<R>>,
-    failure: Option<Failure>,
-}
-
-impl<R> Folded<'_, R> {
-    fn take(&mut self, group: usize, result: std::result::Result<R, Failure>) {
-        match result {
-            Ok(result) => self.waiting[group] = Some(result),
-            Err(failure) => {
-                if self
-                    .failure
-                    .as_ref()
-                    .is_none_or(|first| failure.at < first.at)
-                {
-                    self.failure = Some(failure);
-                }
-            }
-        }
-        while let Some(result) = self.waiting.get_mut(self.done).and_then(Option::take) {
-            (self.fold)(self.done, result);
-            self.done += 1;
-        }
-    }
-}
 
 /// Runs on the vector unit; without one, solves are left to the general path.
 fn dispatch<J: WithSimd>(job: J) -> Result<Option<J::Output>> {

@@ -2,6 +2,7 @@
 
 mod chain;
 mod coupling;
+mod tangents;
 
 use candle_core::Result;
 use pulp::Simd;

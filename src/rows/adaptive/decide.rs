@@ -303,10 +303,10 @@ fn attempted<'t, T: Element>(
     [y, next, error]: [&'t [T]; 3],
 ) -> Attempted<'t, T> {
     Attempted {
-        y: y,
-        next: next,
+        y,
+        next,
         k: (&stepper.ks[..stepper.size]),
-        error: error,
+        error,
         lengths: stepper.lengths(),
     }
 }

@@ -269,7 +269,6 @@ impl<'a, T: Element> Group<'a, T> {
         for at in 0..batch {
             let y = &self.y;
             let (k, rest) = self.stepper.ks.split_at_mut(size);
-            let k = k;
             let new = &rest[(i - 1) * size..][..size];
             let Some(lane) = &mut self.lanes[at] else {
                 continue;

@@ -29,6 +29,8 @@ pub(super) enum Phase {
 /// A row that a lane holds.
 pub(super) struct Lane<T> {
     pub(super) row: usize,
+    /// The sign of time: 1 where it increases, −1 where it decreases.
+    direction: f64,
     pub(super) phase: Phase,
     pub(super) pace: Pace,
     pub(super) record: Recorded,
@@ -50,6 +52,7 @@ impl<T: Element> Lane<T> {
     pub(super) fn new(control: &Control, row: usize, trajectory: TileTrajectory<T>) -> Self {
         Self {
             row,
+            direction: control.direction,
             phase: Phase::Start(control.options.first_step),
             pace: Pace::new(control, control.options.first_step.unwrap_or(0.0)),
             record: Recorded::from(control.start, true),
@@ -69,9 +72,9 @@ impl<T: Element> Lane<T> {
         step.between_jumps([self.jumps, jumps_at_end])
     }
 
-    /// Where a lane waits: a step of length zero.
+    /// Where a lane waits: a step of length zero, whose sign is the direction of time.
     pub(super) fn standing(&self) -> Step {
-        self.step(0.0, self.pace.t, false)
+        self.step(0.0f64.copysign(self.direction), self.pace.t, false)
     }
 
     /// Marks the node at t, where the row is, if it is one of the user's times; the number of the state that is to

@@ -1,0 +1,83 @@
+//! Groups of tiles on all threads, and the order in which their results are added.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+
+/// An error in a tile, and when it happened: the solve returns the error that is first in the order of the pass.
+pub(super) struct Failure {
+    pub(super) at: (usize, usize),
+    pub(super) error: Error,
+}
+
+/// Runs every group, on all threads, each thread with its own scratch memory, and folds the results in
+/// the order of the groups; a result waits only for those of earlier groups.
+pub(super) fn on_all_threads<G: Sync, W, R: Send>(
+    groups: &[G],
+    scratch: &(dyn Fn() -> W + Sync),
+    run: &(dyn Fn(&mut W, &G) -> std::result::Result<R, Failure> + Sync),
+    fold: &mut (dyn FnMut(usize, R) + Send),
+) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let folded = Mutex::new(Folded {
+        fold,
+        done: 0,
+        waiting: groups.iter().map(|_| None).collect(),
+        failure: None,
+    });
+    let work = || {
+        let mut scratch = scratch();
+        while let Some((g, group)) = {
+            let g = next.fetch_add(1, Ordering::Relaxed);
+            groups.get(g).map(|group| (g, group))
+        } {
+            let result = run(&mut scratch, group);
+            let mut folded = folded.lock().unwrap_or_else(PoisonError::into_inner);
+            folded.take(g, result);
+        }
+    };
+    match groups.len().min(rayon::current_num_threads()) {
+        0 | 1 => work(),
+        threads => rayon::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|_| work());
+            }
+        }),
+    }
+    let folded = folded.into_inner().unwrap_or_else(PoisonError::into_inner);
+    match folded.failure {
+        Some(failure) => Err(failure.error),
+        None => Ok(()),
+    }
+}
+
+/// Results of groups, folded in order.
+struct Folded<'f, R> {
+    fold: &'f mut (dyn FnMut(usize, R) + Send),
+    /// Groups folded so far.
+    done: usize,
+    waiting: Vec<Option<R>>,
+    failure: Option<Failure>,
+}
+
+impl<R> Folded<'_, R> {
+    fn take(&mut self, group: usize, result: std::result::Result<R, Failure>) {
+        match result {
+            Ok(result) => self.waiting[group] = Some(result),
+            Err(failure) => {
+                if self
+                    .failure
+                    .as_ref()
+                    .is_none_or(|first| failure.at < first.at)
+                {
+                    self.failure = Some(failure);
+                }
+            }
+        }
+        while let Some(result) = self.waiting.get_mut(self.done).and_then(Option::take) {
+            (self.fold)(self.done, result);
+            self.done += 1;
+        }
+    }
+}
