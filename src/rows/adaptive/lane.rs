@@ -209,3 +209,28 @@ fn states_of_row<T: Element>(
     };
     layout.features.iter().map(leaf).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adaptive::Adaptive;
+    use crate::rows::trajectory::TileStore;
+    use crate::tableau::DOPRI5;
+    use crate::time::TimeGrid;
+    use crate::trajectory::Checkpoint;
+    use candle_core::DType;
+
+    #[test]
+    fn a_lane_that_waits_behind_a_jump_is_evaluated_behind_it() {
+        for (times, behind) in [([1.0, 2.0], 1f64.next_up()), ([1.0, 0.0], 1f64.next_down())] {
+            let grid = TimeGrid::new(times.to_vec()).unwrap();
+            let control = Control::new(&Adaptive::new(1e-3, 1e-3), &DOPRI5, &grid, &[]).unwrap();
+            let store = TileStore::new(DType::F64, 1);
+            let kept = TileTrajectory::online(Checkpoint::All, store, &[0.0]).unwrap();
+            let mut lane = Lane::new(&control, 0, kept);
+            assert_eq!(lane.standing().at(0.0), 1.0);
+            lane.jumps = true;
+            assert_eq!(lane.standing().at(0.0), behind);
+        }
+    }
+}
