@@ -22,7 +22,7 @@ use crate::ops::cuda::{activate, pull};
 use crate::problem::{Plan, Problem};
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::rows::{gradient_of, Solved};
-use crate::schedule::Schedule;
+use crate::schedule::{Output, Schedule};
 use crate::stats::Stats;
 use crate::time::Time;
 use crate::trajectory::Checkpoint;
@@ -137,9 +137,13 @@ fn suits(mlp: &Mlp, problem: &Problem) -> bool {
     problem.fusion
         && problem.device().is_cuda()
         && !problem.grid.is_tracked()
+        && problem.crossings.is_empty()
         && match &problem.plan {
             Plan::Known(schedule) => !schedule.is_dense() && schedule.len() <= MOST_STEPS,
-            Plan::Adaptive(control) => control.options.control != Some(StepControl::Batch),
+            Plan::Adaptive(control) => {
+                control.options.control != Some(StepControl::Batch)
+                    && problem.output != Output::Steps
+            }
         }
         && (problem.resolved || !mlp.time)
         && matches!(problem.checkpoint, Checkpoint::All | Checkpoint::Nothing)

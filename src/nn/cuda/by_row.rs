@@ -77,7 +77,11 @@ pub(super) fn solve(
         kept: keeps.then_some(kept),
         weights: mlp.tensors().map(Tensor::id).collect(),
     });
-    Ok(Some(Solved { packed, back }))
+    Ok(Some(Solved {
+        packed,
+        back,
+        found: vec![],
+    }))
 }
 
 /// What steps are controlled by, as kernels read it.
