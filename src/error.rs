@@ -10,6 +10,7 @@ mod need;
 use candle_core::{DType, DeviceLocation, Shape};
 
 pub use adaptive::{AdaptiveDefect, Stopped, Worst};
+use defects::listed;
 pub use defects::{Argument, PullbackDefect, TableauDefect};
 pub use event::EventDefect;
 pub use group::GroupDefect;
@@ -493,10 +494,4 @@ pub enum Error {
     /// An error of candle's.
     #[error(transparent)]
     Candle(candle_core::Error),
-}
-
-/// Shapes, with words between them.
-fn listed(shapes: &[Shape]) -> String {
-    let shapes: Vec<_> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
-    shapes.join(" and ")
 }

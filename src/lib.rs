@@ -9,10 +9,10 @@
 //!   request; [`predict`]: without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
 //! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
-//! * [`check_field`]: compares a field's pull-back (vector-Jacobian product) with finite differences.  Each
-//!   model is checked in this way once.
-//! * [`nn`]: layers and fields; perceptrons, their flows and convolutions are integrated tile by tile on
-//!   the CPU, several times faster.
+//! * [`check_field`]: compares a field's pull-back (vector-Jacobian product) with finite differences.  The
+//!   first solves of a model do the same.
+//! * [`nn`]: layers and fields; perceptrons, continuous flows of perceptrons, and convolutions are integrated tile by
+//!   tile on the CPU, several times faster than through candle's operations.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
@@ -29,7 +29,8 @@
 //! Y_i = Q(y_n + h Σ_j a_ij k_j),  k_i = f(t_n + c_i h, Y_i),  y_{n+1} = y_n + h Σ_i b_i k_i,
 //!
 //! where every sum is in state precision.  The backward pass is the exact discrete adjoint of these steps, in which
-//! rounding is treated as the identity.  For n = N−1 … 0, with the stages recomputed from the kept state ŷ_n,
+//! rounding is treated as the identity.  For n = N−1 … 0, with the stages recomputed from ŷ_n, which is
+//! y_n in the precision in which it was kept, and with the cotangent ȳ_n of the output at t_n,
 //!
 //! v_i = b_i λ + h Σ_{j>i} a_ji w_j,  w_i = (∂f/∂y)ᵀ v_i,  θ̄ += h (∂f/∂θ)ᵀ v_i,
 //! λ ← λ + h Σ_i w_i + ȳ_n.
@@ -55,7 +56,7 @@
 //!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
 //! * `precision`: dtype roles, and rounding.
-//! * `crossing`: where a number crosses zero inside a step.
+//! * `crossing`: where a scalar function of time crosses zero inside a step.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `scaler`: scales of the adjoint.
 //! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.

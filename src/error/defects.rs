@@ -148,3 +148,9 @@ impl std::fmt::Display for Argument {
         }
     }
 }
+
+/// Shapes, with words between them.
+pub(super) fn listed(shapes: &[Shape]) -> String {
+    let shapes: Vec<_> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
+    shapes.join(" and ")
+}

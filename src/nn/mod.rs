@@ -8,8 +8,8 @@
 //! [`RowSpeed`] and [`Relaxation`] are made of another field, and are integrated tile by tile where that is.
 //!
 //! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any
-//! model, in place of candle's where these have no pull-back, a wrong one, or a slow one; which of
-//! candle's layers have which is listed in `docs/candle-layers.md`.
+//! model, in place of candle's where these have no pull-back, a wrong one, or a slow one.
+//! `docs/candle-layers.md` lists those of candle's layers that have no pull-back or a wrong one.
 
 mod activation;
 mod cnf;
