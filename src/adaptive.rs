@@ -6,7 +6,8 @@
 //!
 //! safety · r^{−(P+I+D)/m} · r₁^{(P+2D)/m} · r₂^{−D/m},
 //!
-//! where P, I and D are the coefficients of the controller, m is the order of the method, r₁ is the value of r in the last accepted step, and r₂ the value in the
+//! where P, I and D are the coefficients of the controller, m is the order of the method, r₁ is the value of r in the
+//! last accepted step, and r₂ the value in the
 //! accepted step before it (Söderlind, "Digital
 //! filters in adaptive time-stepping", ACM Trans. Math. Software 29, 2003).
 
