@@ -245,7 +245,7 @@ impl Field {
         match self {
             Self::Closure { .. } => false,
             Self::Mlp { .. } => true,
-            Self::Cnf { widths, .. } => matches!(widths.len(), 3 | 4),
+            Self::Cnf { widths, .. } => widths.len() > 2,
             Self::Conv {
                 groups, channels, ..
             } => *groups == 0 || channels.len() == 2,

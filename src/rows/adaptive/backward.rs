@@ -7,6 +7,7 @@
 //!
 //! All lanes of a tile share one adjoint scale, which is chosen from the largest cotangent in the tile.
 
+use super::inside::LaneWeights;
 use super::{keeps_no_evaluations, RowSolve, RowTrajectories, SolvedGroup};
 use crate::error::{Error, Result};
 use crate::reverse::{Adjoint, Backward};
@@ -21,7 +22,6 @@ use crate::rows::{on_all_threads, Failure, TilePlan};
 use crate::schedule::{Inside, Step};
 use crate::simd::{aligned, Aligned, Element};
 use crate::stats::Stats;
-use crate::tableau::Tableau;
 use crate::trajectory::{Next, Rewind};
 
 /// The gradients of y0 and θ.
@@ -124,8 +124,8 @@ impl<T: Element> RowsPass<'_, T> {
         let (batch, mut scaler) = (walks.stepper.batch, plan.problem.scaler);
         let mut counted = Stats::default();
         while walks.enter_steps(&mut counted).map_err(anywhere)? {
-            let steps = LaneSteps::Each(&walks.steps);
             let seeds = walks.weigh(&mut dense).then_some(&dense);
+            let steps = LaneSteps::Each(&walks.steps);
             window.begin_step(field, &kept);
             walks.stepper.linearize(steps, &walks.y, window.next_kept());
             counted.recomputed += walks.stepper.stages(steps.is_dense()).len();
@@ -173,8 +173,9 @@ struct Walks<'a, T: Element> {
     pass: &'a RowsPass<'a, T>,
     group: &'a SolvedGroup<T>,
     stepper: Stepper<'a, T>,
-    /// The next row that a lane takes, of the group.
-    next: usize,
+    /// The rows of the group that no lane has taken yet, the one with the fewest steps first: lanes take the longest
+    /// rows first, so that they end at about the same time.
+    waiting: Vec<usize>,
     lanes: Vec<Option<Walk<'a, T>>>,
     steps: Vec<Step>,
     y: Aligned<T>,
@@ -183,6 +184,8 @@ struct Walks<'a, T: Element> {
     row: Vec<T>,
     tile: Aligned<T>,
     slot: Aligned<T>,
+    /// Of outputs inside the steps.
+    inside: LaneWeights<T>,
     /// λ_0, `[row][feature]`.
     y0: Vec<T>,
 }
@@ -191,8 +194,10 @@ impl<'a, T: Element> Walks<'a, T> {
     fn new(pass: &'a RowsPass<'a, T>, group: &'a SolvedGroup<T>) -> Self {
         let stepper = Stepper::new(&*pass.solved.field, pass.plan);
         let (size, batch) = (stepper.size, stepper.batch);
+        let mut waiting: Vec<_> = (0..group.solves.len()).rev().collect();
+        waiting.sort_by_key(|&place| group.solves[place].steps.len());
         let mut walks = Self {
-            next: 0,
+            waiting,
             lanes: (0..batch).map(|_| None).collect(),
             steps: vec![],
             y: aligned(size),
@@ -200,6 +205,7 @@ impl<'a, T: Element> Walks<'a, T> {
             row: vec![T::default(); pass.plan.layout.dim()],
             tile: aligned(size),
             slot: stepper.slot(),
+            inside: LaneWeights::new(&stepper),
             y0: vec![T::default(); group.rows.len() * pass.plan.layout.dim()],
             pass,
             group,
@@ -223,9 +229,8 @@ impl<'a, T: Element> Walks<'a, T> {
         for i in (at..adj.len()).step_by(batch) {
             adj[i] = T::default();
         }
-        while let Some(solve) = self.group.solves.get(self.next) {
-            let (row, place) = (self.group.rows.start + self.next, self.next);
-            self.next += 1;
+        while let Some(place) = self.waiting.pop() {
+            let (row, solve) = (self.group.rows.start + place, &self.group.solves[place]);
             let (n, dim) = (solve.steps.len(), self.pass.plan.layout.dim());
             // The cotangents of a row that has stopped are ignored.
             let output = solve.steps.at_node(n).filter(|_| solve.stopped.is_none());
@@ -362,82 +367,59 @@ impl<'a, T: Element> Walks<'a, T> {
     }
 
     /// What enters the steps from outputs inside them and inside those before, if there are any.
-    fn weigh(&self, dense: &mut DenseSeeds<T>) -> bool {
-        let tableau = &self.pass.plan.problem.scheme.tableau;
-        let mut any = false;
-        for (at, walk) in self.lanes.iter().enumerate() {
-            let Some(walk) = walk else { continue };
-            let (steps, n) = (&walk.solve.steps, walk.n);
-            let own = steps.inside(n);
-            let before = match steps.is_joined(n) {
-                true => steps.inside(n - 1),
-                false => &[],
-            };
-            if own.is_empty() && before.is_empty() {
-                continue;
-            }
-            if !any {
-                dense.clear();
-                any = true;
-            }
-            let keeps_last = !steps.is_joined(n + 1);
-            self.weigh_lane(tableau, (at, walk.row), own, keeps_last, dense);
-            if !before.is_empty() {
-                let ratio = steps.step(n - 1).h / steps.step(n).h;
-                self.hand_on(tableau, (at, walk.row), before, ratio, dense);
-            }
+    fn weigh(&mut self, dense: &mut DenseSeeds<T>) -> bool {
+        let (tableau, lanes) = (&self.pass.plan.problem.scheme.tableau, &self.lanes);
+        let (on, last) = (self.stepper.on, tableau.stages() - 1);
+        let walks = lanes.iter().enumerate();
+        let walks = walks.filter_map(|(at, walk)| Some((at, walk.as_ref()?)));
+        let own = |walk: &Walk<'a, T>| walk.solve.steps.inside(walk.n);
+        let before = |walk: &Walk<'a, T>| match walk.solve.steps.is_joined(walk.n) {
+            true => walk.solve.steps.inside(walk.n - 1),
+            false => &[],
+        };
+        let rounds = |of: &dyn Fn(&Walk<'a, T>) -> &'a [Inside]| {
+            let lengths = lanes.iter().flatten().map(|walk| of(walk).len());
+            lengths.max().unwrap_or(0)
+        };
+        let (rounds, rounds_before) = (rounds(&own), rounds(&before));
+        if rounds + rounds_before == 0 {
+            return false;
         }
-        any
-    }
-
-    fn weigh_lane(
-        &self,
-        tableau: &Tableau,
-        (at, row): (usize, usize),
-        inside: &[Inside],
-        keeps_last: bool,
-        dense: &mut DenseSeeds<T>,
-    ) {
-        let (batch, last) = (self.batch(), tableau.stages() - 1);
-        let size = self.stepper.size;
-        for output in inside {
-            let weights = tableau.weights_at(output.x);
-            for (i, b) in weights.into_iter().enumerate() {
-                if b == 0.0 || i == last && !keeps_last {
+        dense.clear();
+        for round in 0..rounds {
+            self.inside.clear();
+            for (at, walk) in walks.clone() {
+                let Some(output) = own(walk).get(round) else {
                     continue;
+                };
+                let mut weights = tableau.weights_at(output.x);
+                if walk.solve.steps.is_joined(walk.n + 1) {
+                    weights[last] = 0.0;
                 }
-                let stage = &mut dense.stages[i * size..][..size];
-                let seed = self.pass.seed(row, output.output).enumerate();
-                for (i, y) in seed {
-                    let sum = &mut stage[i * batch + at];
-                    *sum = sum.plus_product(T::of(b), y);
-                }
+                self.inside.set(at, weights.into_iter());
+                let seed = self.pass.seed(walk.row, output.output);
+                self.inside.hold(at, seed);
             }
-            let state = &mut dense.state;
-            for (i, y) in self.pass.seed(row, output.output).enumerate() {
-                state[i * batch + at] += y;
-            }
+            self.inside.weigh(on, dense);
+            self.inside.pass(on, dense);
         }
-    }
-
-    /// κ / h of the outputs inside the step before.
-    fn hand_on(
-        &self,
-        tableau: &Tableau,
-        (at, row): (usize, usize),
-        before: &[Inside],
-        ratio: f64,
-        dense: &mut DenseSeeds<T>,
-    ) {
-        let (batch, last) = (self.batch(), tableau.stages() - 1);
-        let stage = &mut dense.stages[..self.stepper.size];
-        for output in before {
-            let weight = T::of(ratio * tableau.weights_at(output.x)[last]);
-            for (i, y) in self.pass.seed(row, output.output).enumerate() {
-                let sum = &mut stage[i * batch + at];
-                *sum = sum.plus_product(weight, y);
+        // κ / h of the outputs inside the step before.
+        for round in 0..rounds_before {
+            self.inside.clear();
+            for (at, walk) in walks.clone() {
+                let Some(output) = before(walk).get(round) else {
+                    continue;
+                };
+                let steps = &walk.solve.steps;
+                let ratio = steps.step(walk.n - 1).h / steps.step(walk.n).h;
+                let weight = ratio * tableau.weights_at(output.x)[last];
+                self.inside.set(at, std::iter::once(weight));
+                let seed = self.pass.seed(walk.row, output.output);
+                self.inside.hold(at, seed);
             }
+            self.inside.weigh(on, dense);
         }
+        true
     }
 
     /// Adds what is returned at the nodes that the lanes have reached; those at the start of their row take the next.

@@ -15,12 +15,19 @@ use crate::simd::Element;
 
 /// An attempt of a lane that was accepted.
 pub(super) struct Taken {
-    at: usize,
-    attempt: Attempt,
+    pub(super) at: usize,
+    pub(super) attempt: Attempt,
     /// The user's times inside of it.
-    inside: Range<usize>,
+    pub(super) inside: Range<usize>,
     /// The events in it, of rows that have any.
     met: Option<Met>,
+}
+
+impl Taken {
+    /// The fraction of the step at which a time lies.
+    pub(super) fn fraction(&self, t: f64) -> f64 {
+        (t - self.attempt.t) / self.attempt.h
+    }
 }
 
 impl<T: Element> Group<'_, T> {
@@ -86,6 +93,7 @@ impl<T: Element> Group<'_, T> {
         for taken in &accepted {
             self.record(taken)?;
         }
+        self.return_inside(&accepted);
         self.go_on(&accepted)
     }
 
@@ -134,13 +142,12 @@ impl<T: Element> Group<'_, T> {
             inside,
             met,
         } = taken;
-        let (at, inside) = (*at, inside.clone());
+        let at = *at;
         let problem = self.pass.plan.problem;
         let y = self.numbers(&self.y, at);
         let Some(lane) = &mut self.lanes[at] else {
             return Ok(());
         };
-        let row = lane.row;
         let before = lane.trajectory.held(y.len());
         lane.trajectory.keep_numbers(lane.record.len(), &y)?;
         let after = lane.trajectory.held(y.len());
@@ -148,14 +155,10 @@ impl<T: Element> Group<'_, T> {
             return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
         }
         lane.record.push(attempt.t, attempt.h, attempt.end)?;
-        let fraction = |i: usize| (problem.grid.points()[i] - attempt.t) / attempt.h;
         for i in inside.clone() {
-            lane.record.save(fraction(i), i, Some(i))?;
+            let x = taken.fraction(problem.grid.points()[i]);
+            lane.record.save(x, i, Some(i))?;
             lane.returned += 1;
-        }
-        for i in inside {
-            let state = self.interpolated(at, attempt.h, fraction(i), &y);
-            self.returned(row, i).copy_from_slice(&state);
         }
         match met {
             Some(met) => self.return_crossings(at, attempt, met, &y),

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::inside::LaneWeights;
 use super::lane::{Lane, Phase};
 use super::norms::{Norms, Tolerances};
 use super::{RowSolve, SolvedGroup};
@@ -57,6 +58,8 @@ pub(super) struct Group<'a, T: Element> {
     pub(super) after: Aligned<T>,
     pub(super) error: Aligned<T>,
     pub(super) slot: Aligned<T>,
+    /// Of outputs inside the steps.
+    pub(super) inside: LaneWeights<T>,
     pub(super) solves: Vec<Option<RowSolve<T>>>,
     /// `[row][output][feature]`.
     pub(super) states: Vec<T>,
@@ -79,6 +82,7 @@ impl<'a, T: Element> Group<'a, T> {
             after: aligned(size),
             error: aligned(size),
             slot: stepper.slot(),
+            inside: LaneWeights::new(&stepper),
             solves: rows.clone().map(|_| None).collect(),
             states: zeros("returned states", numbers.saturating_mul(rows.len()))?,
             failure: None,
@@ -147,11 +151,17 @@ impl<'a, T: Element> Group<'a, T> {
         numbers.step_by(self.batch()).copied().collect()
     }
 
-    /// Where an output of a row is returned.
-    pub(super) fn returned(&mut self, row: usize, output: usize) -> &mut [T] {
+    /// Where an output of a row is, among the states.
+    pub(super) fn place(&self, row: usize, output: usize) -> Range<usize> {
         let dim = self.pass.plan.layout.dim();
         let at = (row - self.rows.start) * self.pass.plan.problem.outputs() + output;
-        &mut self.states[at * dim..][..dim]
+        at * dim..(at + 1) * dim
+    }
+
+    /// Where an output of a row is returned.
+    pub(super) fn returned(&mut self, row: usize, output: usize) -> &mut [T] {
+        let place = self.place(row, output);
+        &mut self.states[place]
     }
 
     /// One attempt of all lanes that are ready; the others begin meanwhile.

@@ -9,6 +9,7 @@ mod backward;
 mod decide;
 mod events;
 mod forward;
+mod inside;
 mod lane;
 mod norms;
 
