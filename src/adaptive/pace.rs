@@ -70,7 +70,7 @@ impl Halt {
 pub(crate) struct Pace {
     pub(crate) t: f64,
     /// The length of the next attempt, positive.
-    h: f64,
+    pub(crate) h: f64,
     /// r of the last two accepted steps.
     before: [f64; 2],
     /// The next target.

@@ -251,7 +251,8 @@ impl<T: Element> Group<'_, T> {
             }
             self.solves[place] = Some(lane.finish(stopped));
         }
-        self.refill(at)
+        self.refill(at);
+        Ok(())
     }
 
     /// A lane's row cannot go on.
@@ -286,6 +287,7 @@ impl<T: Element> Group<'_, T> {
                 error,
             });
             self.rows.end = row;
+            self.waiting.retain(|waiting| waiting.lane.row < row);
             for lane in &mut self.lanes {
                 lane.take_if(|lane| lane.row >= row);
             }

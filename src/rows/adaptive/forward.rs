@@ -43,14 +43,20 @@ impl<T: Element> IntegrateRows<'_, T> {
     }
 }
 
+/// A row that has begun and waits for a lane, with its first velocity.
+pub(super) struct Waiting<T> {
+    pub(super) lane: Lane<T>,
+    k: Vec<T>,
+}
+
 /// The rows of a group under way.
 pub(super) struct Group<'a, T: Element> {
     pub(super) pass: IntegrateRows<'a, T>,
     pub(super) stepper: Stepper<'a, T>,
     pub(super) norms: Norms<'a>,
     pub(super) rows: Range<usize>,
-    /// The next row that a lane takes.
-    next: usize,
+    /// The rows that no lane has taken yet, the one with the shortest first step last: lanes take it first.
+    pub(super) waiting: Vec<Waiting<T>>,
     pub(super) lanes: Vec<Option<Lane<T>>>,
     /// Steps of the lanes; without an attempt under way, of length zero.
     pub(super) steps: Vec<Step>,
@@ -75,7 +81,7 @@ impl<'a, T: Element> Group<'a, T> {
         let numbers = plan.problem.outputs().saturating_mul(plan.layout.dim());
         let mut group = Self {
             norms: Norms::new(pass.tolerances, plan.layout, batch),
-            next: rows.start,
+            waiting: vec![],
             lanes: (0..batch).map(|_| None).collect(),
             steps: vec![],
             y: aligned(size),
@@ -91,15 +97,7 @@ impl<'a, T: Element> Group<'a, T> {
             stepper,
             rows,
         };
-        for lane in 0..batch {
-            // A lane without a row is a copy of the last one.
-            group.load(lane, group.next.min(group.rows.end - 1));
-            group.refill(lane)?;
-        }
-        let standing = group.lanes.iter().flatten().next().map(Lane::standing);
-        group
-            .steps
-            .extend(standing.map(|step| vec![step; batch]).unwrap_or_default());
+        group.begin_rows()?;
         Ok(group)
     }
 
@@ -122,27 +120,73 @@ impl<'a, T: Element> Group<'a, T> {
         self.stepper.clock.rows_mut()[lane] = row;
     }
 
-    /// Lets a lane take the next row, if there is one.
-    pub(super) fn refill(&mut self, lane: usize) -> Result<()> {
-        self.lanes[lane] = None;
-        if self.next >= self.rows.end {
-            return Ok(());
+    /// Finds the first velocity and the first step length of every row, tile by tile.  Rows with short steps are
+    /// taken first, because they have the most steps: then the lanes end at about the same time.
+    fn begin_rows(&mut self) -> Result<()> {
+        let (batch, size) = (self.batch(), self.stepper.size);
+        let (mut waiting, mut first) = (vec![], self.rows.start);
+        while first < self.rows.end {
+            for at in 0..batch {
+                // A lane without a row is a copy of the last one.
+                let row = (first + at).min(self.rows.end - 1);
+                self.load(at, row);
+                if first + at == row {
+                    self.lanes[at] = Some(self.row_at(at, row)?);
+                }
+            }
+            let standing = self.lanes.iter().flatten().next().map(Lane::standing);
+            self.steps = standing.map_or(vec![], |step| vec![step; batch]);
+            self.stepper.begin(LaneSteps::Each(&self.steps));
+            while self.busy().0 {
+                self.stage(1, true)?;
+            }
+            for at in 0..batch {
+                if let Some(lane) = self.lanes[at].take() {
+                    let k = self.numbers(&self.stepper.ks[..size], at);
+                    waiting.push(Waiting { lane, k });
+                }
+            }
+            first += batch;
         }
-        let (row, plan) = (self.next, self.pass.plan);
-        self.next += 1;
-        self.load(lane, row);
+        waiting.retain(|row| self.rows.contains(&row.lane.row));
+        waiting.sort_by(|a, b| {
+            let [a, b] = [a, b].map(|row| (row.lane.pace.h, row.lane.row));
+            b.0.total_cmp(&a.0).then(b.1.cmp(&a.1))
+        });
+        self.waiting = waiting;
+        for at in 0..batch {
+            self.refill(at);
+        }
+        Ok(())
+    }
+
+    /// A row at its start, whose state is in this lane.
+    fn row_at(&mut self, at: usize, row: usize) -> Result<Lane<T>> {
+        let plan = self.pass.plan;
         let store = TileStore::new(
             plan.problem.scheme.roles[0].store.to,
             plan.problem.packing.len(),
         );
-        let y = self.numbers(&self.y, lane);
+        let y = self.numbers(&self.y, at);
         let trajectory = TileTrajectory::online(plan.problem.checkpoint, store, &y)?;
-        let mut taken = Lane::new(self.pass.control, row, trajectory);
-        if let Some(output) = taken.node(plan.problem, self.pass.control.start)? {
+        let mut lane = Lane::new(self.pass.control, row, trajectory);
+        if let Some(output) = lane.node(plan.problem, self.pass.control.start)? {
             self.returned(row, output).copy_from_slice(&y);
         }
-        self.lanes[lane] = Some(taken);
-        Ok(())
+        Ok(lane)
+    }
+
+    /// Lets a lane take the next row, if there is one.
+    pub(super) fn refill(&mut self, at: usize) {
+        self.lanes[at] = None;
+        if let Some(Waiting { lane, k }) = self.waiting.pop() {
+            self.load(at, lane.row);
+            let batch = self.batch();
+            let first = self.stepper.ks[..self.stepper.size].iter_mut();
+            let first = first.skip(at).step_by(batch);
+            first.zip(k).for_each(|(to, k)| *to = k);
+            self.lanes[at] = Some(lane);
+        }
     }
 
     /// The numbers of one lane.
