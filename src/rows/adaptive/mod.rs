@@ -2,8 +2,8 @@
 //!
 //! All lanes of a tile evaluate the stages of their attempts together, and each lane accepts or rejects its own
 //! attempt.  A lane whose row has reached the end takes the next row of the group at once and does not wait for the
-//! other lanes.  Rows with many steps are taken first, so that no lane begins a long one when the others have ended.  The result of a row depends only on this row: not on the other lanes, the number of lanes, or the
-//! threads.
+//! other lanes.  Rows with many steps are taken first, so that no lane begins a long one when the others have ended.
+//! The result of a row depends only on this row: not on the other lanes, the number of lanes, or the threads.
 
 mod backward;
 mod decide;
