@@ -14,6 +14,7 @@
 //!   and checkpoints are decided once for all.
 //! * [`Shards`]: which rows of a data set a rank takes; [`share`]: which rows of one batch.
 //! * [`mean`], [`total`]: losses and statistics of the whole group.
+//! * [`told`]: an error of one rank, of which the others hear.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -47,7 +48,7 @@ mod shards;
 mod totals;
 
 pub use buckets::Wire;
-pub use group::{Alone, Group};
+pub use group::{told, Alone, Group};
 #[cfg(feature = "mpi")]
 pub use mpi::{MpiGroup, Patience};
 #[cfg(feature = "nccl")]
