@@ -240,7 +240,7 @@ fn ranks_that_do_different_operations_are_told_which() {
     run.says(1, "OtherOperation { rank: 0");
     run.says(1, "a broadcast of 4000 bytes from rank 0");
     run.says(0, "Left { rank: 1");
-    for case in ["order", "shape"] {
+    for case in ["order", "kinds", "shape"] {
         let run = self::run(case, 2, GOES_ON);
         let said = [0, 1].map(|rank| run.of(rank));
         let told = |i: usize| said[i].contains("OtherOperation") || said[i].contains("Gradient");
@@ -360,6 +360,10 @@ fn worker() {
             0 => outcome(group.barrier()),
             _ => outcome(group.sum(&cpu(&[1f32; 3]))),
         },
+        "kinds" => match rank {
+            0 => outcome(group.max(&cpu(&[1f32; 3]))),
+            _ => outcome(group.sum(&cpu(&[1f32; 3]))),
+        },
         "pieces" => {
             // Of few numbers, so that every operation takes several messages.
             let group = MpiGroup::with_patience(short).unwrap().longest_message(11);
@@ -476,10 +480,7 @@ fn fails(group: &MpiGroup) -> String {
     }
     let first = replicas.backward_step(&loss, 1, &mut sgd);
     // The group stays ended.
-    for again in [
-        group.sum(&cpu(1f32)).map(drop),
-        group.watch(Duration::ZERO),
-    ] {
+    for again in [group.sum(&cpu(1f32)).map(drop), group.watch(Duration::ZERO)] {
         assert!(matches!(defect(again), GroupDefect::Left { rank: 1, .. }));
     }
     outcome(first)

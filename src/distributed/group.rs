@@ -9,9 +9,9 @@ use crate::error::{GroupDefect, Result};
 
 /// Processes that train together, numbered by rank from 0 to `size` − 1.
 ///
-/// Every rank must call the same operations in the same order, with tensors of the same shape and dtype.  Operations that
-/// differ are an error where a rank waits for another because of them; where they fit together by chance, such as a sum
-/// and a maximum of as many numbers, results are wrong.
+/// Every rank must call the same operations in the same order, with tensors of the same shape and dtype.  If ranks wait in
+/// operations of different kinds, that is an error.  If they are of one kind but differ in their number of elements or in
+/// their root, some ranks may get wrong results before an error ends the group.
 ///
 /// An operation returns when this rank's part of it is done.  Results are equal on all ranks, and are the same bits in
 /// every run with as many ranks on the same machines, as far as the library that carries the messages sums in a fixed

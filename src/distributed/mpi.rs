@@ -49,6 +49,22 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Elements in one message: MPI counts in 32 bits.
 const LONGEST: usize = 1 << 28;
 
+/// Kinds of operations.  Each has messages of its own, so that ranks in different operations wait, and are found, instead
+/// of taking each other's numbers.
+#[derive(Clone, Copy)]
+enum Kind {
+    SumF32,
+    SumF64,
+    MaxF32,
+    MaxF64,
+    Exchange,
+    Gather,
+    Broadcast,
+    Barrier,
+}
+
+const KINDS: usize = Kind::Barrier as usize + 1;
+
 /// All processes that `mpirun`, `srun` or the like has started.
 ///
 /// To be made by all ranks, before anything that others wait for, and to be dropped when all is done: then it waits for the
@@ -69,8 +85,8 @@ const LONGEST: usize = 1 << 28;
 pub struct MpiGroup {
     rank: usize,
     size: usize,
-    /// Where operations are done, and where ranks meet for the last time.
-    data: Communicator,
+    /// Where operations of each [`Kind`] are done, and where ranks meet for the last time.
+    data: Vec<Communicator>,
     farewell: Communicator,
     peers: Arc<Peers>,
     listener: Listener,
@@ -102,9 +118,10 @@ impl MpiGroup {
 
     fn begin(patience: Patience) -> std::result::Result<Self, String> {
         let session = Session::start()?;
-        let data = Communicator::world()?;
+        let data = (0..KINDS).map(|_| Communicator::world());
+        let data = data.collect::<std::result::Result<Vec<_>, _>>()?;
         let (farewell, control) = (Communicator::world()?, Communicator::world()?);
-        let (rank, size) = data.place()?;
+        let (rank, size) = control.place()?;
         let peers = Arc::new(Peers::new(control, (rank, size), patience));
         let listener = Listener::start(&peers).map_err(|e| e.to_string())?;
         Ok(Self {
@@ -125,6 +142,10 @@ impl MpiGroup {
     pub fn longest_message(mut self, numbers: usize) -> Self {
         self.longest = numbers.clamp(1, LONGEST);
         self
+    }
+
+    fn data(&self, kind: Kind) -> Communicator {
+        self.data[kind as usize]
     }
 
     /// Waits for an operation of all ranks.
@@ -209,18 +230,17 @@ impl MpiGroup {
         defect
     }
 
-    fn reduced<T: Number + WithDType>(
-        &self,
-        name: &'static str,
-        x: &Tensor,
-        how: Reduction,
-    ) -> Result<Tensor> {
+    fn reduced<T: Number + WithDType>(&self, kind: Kind, x: &Tensor) -> Result<Tensor> {
+        let (name, how) = match kind {
+            Kind::MaxF32 | Kind::MaxF64 => ("a maximum", Reduction::Max),
+            _ => ("a sum", Reduction::Sum),
+        };
         let mut values = x.detach().flatten_all()?.to_vec1::<T>()?;
         let mut sums = vec![];
         while !values.is_empty() {
             let rest = values.split_off(values.len().min(self.longest));
             let what = operation_of::<T>(name, values.len());
-            let part = self.complete(what, || self.data.reduce(values, how))?;
+            let part = self.complete(what, || self.data(kind).reduce(values, how))?;
             values = rest;
             match sums.is_empty() {
                 true => sums = part,
@@ -242,7 +262,8 @@ impl MpiGroup {
                 of: "bf16",
                 ..operation_of::<u16>("a sum", part.len())
             };
-            let pieces = self.complete(what, || self.data.exchange(bits, self.size))?;
+            let start = || self.data(Kind::Exchange).exchange(bits, self.size);
+            let pieces = self.complete(what, start)?;
             let mut sum = vec![0f32; each];
             for piece in pieces.chunks_exact(each.max(1)) {
                 for (sum, bits) in sum.iter_mut().zip(piece) {
@@ -250,7 +271,8 @@ impl MpiGroup {
                 }
             }
             let rounded = sum.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
-            let all = self.complete(what, || self.data.gather(rounded, self.size))?;
+            let start = || self.data(Kind::Gather).gather(rounded, self.size);
+            let all = self.complete(what, start)?;
             sums.extend(all[..part.len()].iter().map(|bits| bf16::from_bits(*bits)));
         }
         Ok(Tensor::from_vec(sums, x.shape(), x.device())?)
@@ -263,7 +285,7 @@ impl MpiGroup {
                 root: Some(root),
                 ..operation_of::<u8>("a broadcast", part.len())
             };
-            let start = || self.data.broadcast(part.to_vec(), root);
+            let start = || self.data(Kind::Broadcast).broadcast(part.to_vec(), root);
             part.copy_from_slice(&self.complete(what, start)?);
         }
         Ok(bytes)
@@ -315,17 +337,17 @@ impl Group for MpiGroup {
     fn sum(&self, x: &Tensor) -> Result<Tensor> {
         takes("a sum", &SUMMED, x)?;
         match x.dtype() {
-            DType::F64 => self.reduced::<f64>("a sum", x, Reduction::Sum),
+            DType::F64 => self.reduced::<f64>(Kind::SumF64, x),
             DType::BF16 => self.sum_of_bf16(x),
-            _ => self.reduced::<f32>("a sum", x, Reduction::Sum),
+            _ => self.reduced::<f32>(Kind::SumF32, x),
         }
     }
 
     fn max(&self, x: &Tensor) -> Result<Tensor> {
         takes("a maximum", &COMPARED, x)?;
         match x.dtype() {
-            DType::F64 => self.reduced::<f64>("a maximum", x, Reduction::Max),
-            _ => self.reduced::<f32>("a maximum", x, Reduction::Max),
+            DType::F64 => self.reduced::<f64>(Kind::MaxF64, x),
+            _ => self.reduced::<f32>(Kind::MaxF32, x),
         }
     }
 
@@ -349,7 +371,8 @@ impl Group for MpiGroup {
             of: "",
             ..operation_of::<u8>("a barrier", 0)
         };
-        self.complete(what, || self.data.barrier()).map(drop)
+        self.complete(what, || self.data(Kind::Barrier).barrier())
+            .map(drop)
     }
 
     fn give_up(&self, reason: &str) {

@@ -186,7 +186,10 @@ impl<'g> Replicas<'g> {
         rows: usize,
         optimiser: &mut impl Optimizer,
     ) -> Result<Stepped> {
-        let mut grads = told(self.group, scaler.scaled(loss).and_then(|l| Ok(l.backward()?)))?;
+        let mut grads = told(
+            self.group,
+            scaler.scaled(loss).and_then(|l| Ok(l.backward()?)),
+        )?;
         let finite = told(self.group, scaler.unscale(&mut grads, &self.variables()))?;
         let way = format!("{scaler:?}");
         let agreed = self.agree(&grads, rows, rows > 0 && !finite, &way)?;

@@ -67,7 +67,10 @@ pub(crate) const SCENARIOS: [Scenario; 17] = [
         "precisions",
         gradients_are_averaged_in_f32_or_f64_and_given_in_the_dtype_of_the_variable,
     ),
-    ("frozen", frozen_variables_are_equal_but_have_no_part_in_training),
+    (
+        "frozen",
+        frozen_variables_are_equal_but_have_no_part_in_training,
+    ),
 ];
 
 /// A perceptron in time over variables of its own, its options, and its optimiser's variables.
@@ -818,9 +821,7 @@ pub(crate) fn gradients_are_averaged_in_f32_or_f64_and_given_in_the_dtype_of_the
 
 pub(crate) fn frozen_variables_are_equal_but_have_no_part_in_training(group: &dyn Group) {
     let (vars, var) = variables(&[("head", 1, DType::F32), ("stem", 2, DType::F32)]);
-    var[1]
-        .set(&cpu(&[group.rank() as f32, f32::MAX]))
-        .unwrap();
+    var[1].set(&cpu(&[group.rank() as f32, f32::MAX])).unwrap();
     let replicas = Replicas::new(group, &vars).unwrap();
     let replicas = replicas.freeze(|name| name == "stem").clip(2.0).unwrap();
     // Those of rank 0.
@@ -830,7 +831,9 @@ pub(crate) fn frozen_variables_are_equal_but_have_no_part_in_training(group: &dy
     let mut sgd = SGD::new(trained, 1.0).unwrap();
     let mut scaler = LossScaler::new(2.0).unwrap();
     // The gradient of the stem overflows; that of the head is 1, below the limit.
-    let loss = (var[0].sum_all().unwrap() + (var[1].sqr().unwrap() * 2.0).unwrap().sum_all().unwrap()).unwrap();
+    let loss = (var[0].sum_all().unwrap()
+        + (var[1].sqr().unwrap() * 2.0).unwrap().sum_all().unwrap())
+    .unwrap();
     let stepped = replicas.scaled_step(&mut scaler, &loss, 1, &mut sgd);
     assert_eq!(stepped.unwrap(), Stepped::Taken);
     assert_eq!(values(&var[0]), [0.0]);

@@ -41,7 +41,9 @@ pub(super) struct Operation {
 
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, of, length, .. } = self;
+        let Self {
+            name, of, length, ..
+        } = self;
         f.write_str(name)?;
         if !of.is_empty() {
             write!(f, " of {length} {of}")?;
