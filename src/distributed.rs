@@ -8,12 +8,13 @@
 //! where θ̄_r is the gradient of the mean over the n_r rows of rank r.  So a rank may have fewer rows than others, or
 //! none, and training differs from that of one process with the whole batch only by rounding.
 //!
-//! * [`Group`]: what a group of processes can do together.  [`Alone`] is a group of one; `MpiGroup` (feature `mpi`) runs
-//!   on any cluster, `NcclGroup` (feature `nccl`) on GPUs.
+//! * [`Group`]: what a group of processes can do together.  [`Alone`] is a group of one; `MpiGroup` (feature `mpi`) is
+//!   for any cluster, `NcclGroup` (feature `nccl`) for GPUs, on which it has not run yet.
 //! * [`Replicas`]: the variables of one model on all ranks: they start equal, gradients are averaged, and overflow, clipping
 //!   and checkpoints are decided once for all.
 //! * [`Shards`]: which rows of a data set a rank takes; [`share`]: which rows of one batch.
 //! * [`mean`], [`total`]: losses and statistics of the whole group.
+//! * [`told`]: an error of one rank, of which the others hear.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -47,7 +48,7 @@ mod shards;
 mod totals;
 
 pub use buckets::Wire;
-pub use group::{Alone, Group};
+pub use group::{told, Alone, Group};
 #[cfg(feature = "mpi")]
 pub use mpi::{MpiGroup, Patience};
 #[cfg(feature = "nccl")]

@@ -178,3 +178,8 @@ pub mod metrics {
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The program of docs/distributed.md, compiled as a test.
+#[cfg(all(doctest, feature = "mpi"))]
+#[doc = include_str!("../docs/distributed.md")]
+struct Distributed;

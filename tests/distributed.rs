@@ -6,7 +6,7 @@ mod common;
 mod group;
 
 use candle_core::{Device, Var};
-use candle_diffeq::distributed::{share, Alone, Replicas, Shards};
+use candle_diffeq::distributed::{share, told, Alone, Replicas, Shards};
 use candle_diffeq::error::GroupDefect;
 use candle_diffeq::odeint;
 use candle_nn::{Optimizer, VarMap, SGD};
@@ -46,6 +46,11 @@ scenarios! {
     checkpoints_are_written_by_rank_0_and_read_by_all = "checkpoints",
     other_variables_are_refused_on_all_ranks = "variables",
     losses_and_statistics_are_those_of_all_ranks = "totals",
+    variables_that_differ_are_seen_even_if_one_is_nan = "spread",
+    ranks_that_train_in_other_ways_are_refused_on_all = "options",
+    a_batch_without_rows_is_refused_on_all_ranks = "empty",
+    gradients_are_averaged_in_f32_or_f64_and_given_in_the_dtype_of_the_variable = "precisions",
+    frozen_variables_are_equal_but_have_no_part_in_training = "frozen",
 }
 
 #[test]
@@ -109,5 +114,40 @@ fn an_error_in_the_backward_pass_of_one_rank_ends_the_others_with_its_reason() {
             },
         }
         assert!(group.sum(&cpu(1f32)).is_err());
+    });
+}
+
+#[test]
+fn a_gradient_of_another_shape_on_one_rank_ends_the_others_with_its_reason() {
+    Threads::run(3, |group| {
+        let vars = VarMap::new();
+        let w = Var::new(&[1f32, 2.0], &Device::Cpu).unwrap();
+        vars.data().lock().unwrap().insert("w".into(), w.clone());
+        let replicas = Replicas::new(group, &vars).unwrap();
+        let mut grads = w.sum_all().unwrap().backward().unwrap();
+        if group.rank() == 2 {
+            grads.insert(&w, cpu(&[1f32; 3]));
+        }
+        match (group.rank(), defect(replicas.average(&mut grads, 1))) {
+            (2, GroupDefect::Gradient { variable, .. }) => assert_eq!(variable, "w"),
+            (0 | 1, GroupDefect::Left { rank: 2, reason }) => assert!(reason.contains("shape [3]")),
+            (rank, other) => panic!("rank {rank}: {other}"),
+        }
+    });
+}
+
+#[test]
+fn an_error_of_a_program_is_told_to_the_other_ranks() {
+    Threads::run(3, |group| {
+        let outcome = match group.rank() {
+            1 => Err("no such file"),
+            _ => Ok(()),
+        };
+        assert_eq!(told(group, outcome), outcome);
+        let expected = GroupDefect::Left {
+            rank: 1,
+            reason: "no such file".into(),
+        };
+        assert_eq!(defect(group.barrier()), expected);
     });
 }

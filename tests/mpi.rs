@@ -140,16 +140,14 @@ fn two_starts_of_as_many_processes_give_the_same_bits() {
     assert_eq!(first, second);
 }
 
-#[test]
-fn a_killed_rank_is_named_by_the_others_in_time_and_the_last_checkpoint_loads() {
-    let run = run("killed", 3, GOES_ON);
-    for rank in [0, 1] {
+/// The others name the killed rank in time, and the last checkpoint loads.
+fn names_the_killed(case: &str, killed: usize) {
+    let run = run(case, 3, GOES_ON);
+    for rank in (0..3).filter(|rank| *rank != killed) {
         // The one who finds out says "lost", and the other hears of it.
         let said = run.of(rank);
-        assert!(
-            said.contains("Lost { rank: 2") || said.contains("Left { rank: 2"),
-            "{said}"
-        );
+        let named = ["Lost", "Left"].map(|how| format!("{how} {{ rank: {killed}"));
+        assert!(named.iter().any(|named| said.contains(named)), "{said}");
         let seconds: f64 = said.split_whitespace().next().unwrap().parse().unwrap();
         println!("rank {rank}: {said}");
         assert!(seconds < END.as_secs_f64(), "{seconds} s");
@@ -162,6 +160,16 @@ fn a_killed_rank_is_named_by_the_others_in_time_and_the_last_checkpoint_loads() 
         .unwrap();
     let saved = fs::read_to_string(run.folder.path().join("saved")).unwrap();
     assert_eq!(format!("{:?}", bits(&named(&vars, "w"))), saved);
+}
+
+#[test]
+fn a_killed_rank_is_named_by_the_others_in_time_and_the_last_checkpoint_loads() {
+    names_the_killed("killed", 2);
+}
+
+#[test]
+fn so_is_rank_0() {
+    names_the_killed("killed first", 0);
 }
 
 #[test]
@@ -204,8 +212,11 @@ fn a_rank_that_goes_or_panics_while_others_need_it_is_named() {
     let run = run("goes", 2, GOES_ON);
     run.says(0, "Left { rank: 1");
     run.says(0, "others were not");
+    // Nobody waits for a rank that has gone, not even until it counts as silent.
+    assert!(run.took < Duration::from_secs(10), "{:?}", run.took);
     let run = self::run("panics", 2, GOES_ON);
     run.says(0, "Left { rank: 1, reason: \"it panicked\"");
+    assert!(run.took < Duration::from_secs(10), "{:?}", run.took);
 }
 
 #[test]
@@ -224,11 +235,58 @@ fn a_rank_that_is_alive_but_does_not_come_is_named() {
 }
 
 #[test]
-fn an_error_of_mpi_is_returned() {
-    let run = run("library", 2, GOES_ON);
-    run.says(1, "Library { rank: 1, operation: \"a broadcast\"");
-    run.says(1, "truncated");
+fn ranks_that_do_different_operations_are_told_which() {
+    let run = run("length", 2, GOES_ON);
+    run.says(1, "OtherOperation { rank: 0");
+    run.says(1, "a broadcast of 4000 bytes from rank 0");
     run.says(0, "Left { rank: 1");
+    for case in ["order", "kinds", "shape"] {
+        let run = self::run(case, 2, GOES_ON);
+        let said = [0, 1].map(|rank| run.of(rank));
+        let told = |i: usize| said[i].contains("OtherOperation") || said[i].contains("Gradient");
+        assert!(told(0) || told(1), "{said:?}\n{}", run.text);
+        let named = |i: usize| told(i) || said[i].contains(&format!("Left {{ rank: {}", 1 - i));
+        assert!(named(0) && named(1), "{said:?}");
+        assert!(run.took < Duration::from_secs(10), "{:?}", run.took);
+    }
+}
+
+#[test]
+fn operations_are_the_same_in_pieces() {
+    let run = run("pieces", 3, &[]);
+    assert!(run.ended, "{}", run.text);
+    (0..3).for_each(|rank| run.says(rank, "done"));
+}
+
+#[test]
+fn ranks_that_compute_on_every_core_are_not_taken_for_dead() {
+    let run = run("crowded", 8, &[]);
+    assert!(run.ended, "{}", run.text);
+    (0..8).for_each(|rank| run.says(rank, "done"));
+}
+
+#[test]
+fn several_groups_end_mpi_with_the_last_of_them() {
+    let run = run("groups", 2, &[]);
+    assert!(run.ended, "{}", run.text);
+    (0..2).for_each(|rank| run.says(rank, "cannot be started again"));
+}
+
+#[test]
+fn without_a_launcher_a_group_has_one_rank() {
+    let folder = tempfile::tempdir().unwrap();
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "worker", "--ignored", "--test-threads=1"])
+        .env(CASE, "alone")
+        .env(OUT, folder.path())
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!(
+        fs::read_to_string(folder.path().join("0")).unwrap(),
+        "1 rank"
+    );
 }
 
 #[test]
@@ -253,7 +311,7 @@ fn worker() {
         ..Default::default()
     };
     let patience = match &*case {
-        "scenarios" | "bits" | "killed" => Patience::default(),
+        "scenarios" | "bits" | "killed" | "killed first" | "goes" | "panics" => Patience::default(),
         "late" => Patience {
             late: seconds(2),
             ..short
@@ -268,8 +326,14 @@ fn worker() {
             group::two_runs_give_the_same_bits(&group);
             "done".into()
         }
-        "killed" => killed(&group, &out),
+        "killed" => killed(&group, &out, group.size() - 1),
+        "killed first" => killed(&group, &out, 0),
         "fails" => fails(&group),
+        "shape" => shape(&group),
+        "alone" => {
+            group.barrier().unwrap();
+            format!("{} rank", group.size())
+        }
         "computes" | "late" => {
             if rank == 1 {
                 std::thread::sleep(seconds(6));
@@ -292,7 +356,41 @@ fn worker() {
                 _ => panic!("on purpose"),
             }
         }
-        "library" => {
+        "order" => match rank {
+            0 => outcome(group.barrier()),
+            _ => outcome(group.sum(&cpu(&[1f32; 3]))),
+        },
+        "kinds" => match rank {
+            0 => outcome(group.max(&cpu(&[1f32; 3]))),
+            _ => outcome(group.sum(&cpu(&[1f32; 3]))),
+        },
+        "pieces" => {
+            // Of few numbers, so that every operation takes several messages.
+            let group = MpiGroup::with_patience(short).unwrap().longest_message(11);
+            for name in ["operations", "training", "bf16", "precisions"] {
+                let (_, scenario) = SCENARIOS.into_iter().find(|(n, _)| *n == name).unwrap();
+                scenario(&group);
+            }
+            "done".into()
+        }
+        "crowded" => {
+            let until = Instant::now() + seconds(4) + rank as u32 * Duration::from_millis(200);
+            while Instant::now() < until {
+                std::hint::spin_loop();
+            }
+            outcome(group.barrier())
+        }
+        "groups" => {
+            let second = MpiGroup::with_patience(short).unwrap();
+            drop(group);
+            // Its thread goes on for longer than it sleeps.
+            std::thread::sleep(Duration::from_millis(300));
+            second.barrier().unwrap();
+            drop(second);
+            let said = format!("{}", defect(MpiGroup::start().map(drop)));
+            return fs::write(out.join(rank.to_string()), said).unwrap();
+        }
+        "length" => {
             let x = Tensor::zeros([1000, 1][rank], DType::F32, &Device::Cpu).unwrap();
             outcome(group.broadcast(&x, 0).and_then(|_| group.barrier()))
         }
@@ -340,14 +438,14 @@ fn model() -> (VarMap, Var) {
     (vars, w)
 }
 
-/// The last rank kills itself in the middle; the others say what they get, and how long they have waited.
-fn killed(group: &MpiGroup, out: &Path) -> String {
+/// One rank kills itself in the middle; the others say what they get, and how long they have waited.
+fn killed(group: &MpiGroup, out: &Path, victim: usize) -> String {
     let (vars, w) = model();
     let replicas = Replicas::new(group, &vars).unwrap();
     let mut sgd = <SGD as candle_nn::Optimizer>::new(replicas.variables(), 0.01).unwrap();
     let mut clock = Instant::now();
     for i in 0..40 {
-        if i == 20 && group.rank() + 1 == group.size() {
+        if i == 20 && group.rank() == victim {
             let pid = std::process::id().to_string();
             Command::new("kill").args(["-9", &pid]).status().unwrap();
         }
@@ -382,9 +480,19 @@ fn fails(group: &MpiGroup) -> String {
     }
     let first = replicas.backward_step(&loss, 1, &mut sgd);
     // The group stays ended.
-    assert!(matches!(
-        defect(group.sum(&cpu(1f32))),
-        GroupDefect::Left { rank: 1, .. }
-    ));
+    for again in [group.sum(&cpu(1f32)).map(drop), group.watch(Duration::ZERO)] {
+        assert!(matches!(defect(again), GroupDefect::Left { rank: 1, .. }));
+    }
     outcome(first)
+}
+
+/// Rank 1 has a gradient of another shape.
+fn shape(group: &MpiGroup) -> String {
+    let (vars, w) = model();
+    let replicas = Replicas::new(group, &vars).unwrap();
+    let mut grads = w.sum_all().unwrap().backward().unwrap();
+    if group.rank() == 1 {
+        grads.insert(&w, cpu(&[1f32; 5]));
+    }
+    outcome(replicas.average(&mut grads, 1))
 }

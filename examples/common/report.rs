@@ -36,16 +36,15 @@ pub(crate) fn run_together(
     let run = || {
         let team = team?;
         if team.leads() {
-            return attempt(name, flags, |device, report| body(&team, device, report));
+            let outcome = attempt(name, flags, |device, report| body(&team, device, report));
+            return team.told(outcome);
         }
         // What the others come to is thrown away.
-        let stem = flags.out.join(name);
-        body(
-            &team,
-            &flags.device()?,
-            &mut Report::new(stem, flags.size()),
-        )?;
-        Ok(vec![])
+        let mut report = Report::new(flags.out.join(name), flags.size());
+        let outcome = flags
+            .device()
+            .and_then(|device| body(&team, &device, &mut report));
+        team.told(outcome).map(|()| vec![])
     };
     use_every_core();
     ended(run())

@@ -1,6 +1,6 @@
 //! The processes that run an example together.
 
-use candle_diffeq::distributed::{Alone, Group};
+use candle_diffeq::distributed::{told, Alone, Group};
 use clap::Args;
 
 use super::Result;
@@ -51,7 +51,7 @@ impl Team {
 
     /// An outcome of this process, of which the others hear if it is an error.
     pub(crate) fn told<T>(&self, outcome: Result<T>) -> Result<T> {
-        outcome.inspect_err(|error| self.0.give_up(&error.to_string()))
+        told(self.group(), outcome)
     }
 
     /// Whether this process prints and draws.

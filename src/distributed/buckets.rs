@@ -14,7 +14,9 @@ pub enum Wire {
     /// bf16, in half of the bytes.  What a rank contributes, (n_r / n) θ̄_r, is rounded once, and so is the sum, which is
     /// formed in f32.  With u = 2⁻⁸ the error of an element is at most
     /// u Σ_r |(n_r / n) θ̄_r| + u |θ̄|, up to terms of u²: two unit roundoffs where ranks agree in sign, and more, relative to
-    /// a mean, where contributions cancel.  NCCL sums in bf16 along its ring, which adds one rounding for each rank.
+    /// a mean, where contributions cancel.  The bound does not hold below 2⁻¹²⁶, where bf16 has fewer digits, and a
+    /// contribution beyond 3.39e38 becomes infinite.  Gradients of f64 variables travel in f64.  NCCL sums in bf16 along its
+    /// ring, which adds one rounding for each rank.
     Bf16,
 }
 

@@ -1,5 +1,6 @@
 //! The group: what processes that train one model do together.
 
+use std::fmt::Display;
 use std::time::Duration;
 
 use candle_core::{DType, Tensor};
@@ -8,9 +9,13 @@ use crate::error::{GroupDefect, Result};
 
 /// Processes that train together, numbered by rank from 0 to `size` − 1.
 ///
-/// Every rank must call the same operations in the same order, with tensors of the same shape and dtype.  An operation
-/// returns when all ranks have come to it; results are equal on all ranks, and are the same bits in every run with as
-/// many ranks.  Results have the shape, dtype and device of the operand and carry no history.
+/// Every rank must call the same operations in the same order, with tensors of the same shape and dtype.  If ranks wait in
+/// operations of different kinds, that is an error.  If they are of one kind but differ in their number of elements or in
+/// their root, some ranks may get wrong results before an error ends the group.
+///
+/// An operation returns when this rank's part of it is done.  Results are equal on all ranks, and are the same bits in
+/// every run with as many ranks on the same machines, as far as the library that carries the messages sums in a fixed
+/// order.  Results have the shape, dtype and device of the operand and carry no history.
 ///
 /// # Errors
 /// Operations return [`Error::Group`](crate::Error::Group) if a rank fails, dies or does not come, and name it.
@@ -47,7 +52,7 @@ pub trait Group {
     fn barrier(&self) -> Result<()>;
 
     /// Tells the other ranks that this one cannot go on, and why.  Their next operation fails with this reason instead of
-    /// waiting; so does every later one of this rank.
+    /// waiting; so does every later one of this rank.  A group of one process goes on.
     fn give_up(&self, reason: &str) {
         let _ = reason;
     }
@@ -61,6 +66,29 @@ pub trait Group {
         let _ = waited;
         Ok(())
     }
+}
+
+/// The outcome of something that this rank does by itself.  If it is an error, the other ranks are told the reason, and the
+/// group ends ([`Group::give_up`]).
+///
+/// ```
+/// use candle_diffeq::distributed::{told, Alone, Group};
+/// fn train(group: &dyn Group) -> candle_diffeq::Result<()> {
+///     group.barrier()
+/// }
+/// // Under mpirun: let group = MpiGroup::start()?;
+/// let group = Alone;
+/// told(&group, train(&group))?;
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// That of the outcome.
+pub fn told<T, E: Display>(
+    group: &dyn Group,
+    outcome: std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
+    outcome.inspect_err(|error| group.give_up(&error.to_string()))
 }
 
 /// A group of one process.

@@ -8,17 +8,15 @@ mod raw;
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
-use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ::mpi::environment::Universe;
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 
-use self::peers::{Listener, Peers};
-use self::raw::{Communicator, Number, Pending, Reduction, Started};
+use self::peers::{Listener, Operation, Peers, Wait};
+use self::raw::{Communicator, Number, Pending, Reduction, Session, Started};
 use super::group::{exists, takes, COMPARED, SENT, SUMMED};
 use super::Group;
 use crate::error::{GroupDefect, Result};
@@ -49,14 +47,35 @@ const SLEEP: Duration = Duration::from_secs(2);
 /// Who waits looks after the others so often.
 const LOOK: Duration = Duration::from_millis(10);
 /// Elements in one message: MPI counts in 32 bits.
-const MOST: usize = 1 << 28;
+const LONGEST: usize = 1 << 28;
+
+/// Kinds of operations.  Each has messages of its own, so that ranks in different operations wait, and are found, instead
+/// of taking each other's numbers.
+#[derive(Clone, Copy)]
+enum Kind {
+    SumF32,
+    SumF64,
+    MaxF32,
+    MaxF64,
+    Exchange,
+    Gather,
+    Broadcast,
+    Barrier,
+}
+
+const KINDS: usize = Kind::Barrier as usize + 1;
 
 /// All processes that `mpirun`, `srun` or the like has started.
 ///
-/// To be made once in a process, before anything that other ranks wait for, and to be dropped when all is done: then it
-/// waits for the others, and ends MPI.  It stays in its thread.  Tensors of any device are sent through the host.
+/// To be made by all ranks, before anything that others wait for, and to be dropped when all is done: then it waits for the
+/// others, and ends MPI, which cannot be started again in this process.  It stays in its thread.  Tensors of any device are
+/// sent through the host.  A program that is started without a launcher is a group of one.
+///
+/// All ranks may make several groups, in the same order, for operations that do not depend on each other; MPI ends with
+/// the last of them, which must be dropped on the thread that made the first.
 ///
 /// A rank that gets an error should end: its group does nothing more, and the others are told the rank where it began.
+/// They hear the reason of an error that does not come from the group if the rank tells it; see [`told`](super::told).
 /// While MPI itself reports nothing, a rank that was killed is found within [`Patience::silence`] and two seconds.  Most
 /// launchers end all processes as soon as one has died; `docs/distributed.md` says how they are made to leave the others
 /// time to finish.
@@ -66,20 +85,21 @@ const MOST: usize = 1 << 28;
 pub struct MpiGroup {
     rank: usize,
     size: usize,
-    /// Where operations are done, and where ranks meet for the last time.
-    data: Communicator,
+    /// Where operations of each [`Kind`] are done, and where ranks meet for the last time.
+    data: Vec<Communicator>,
     farewell: Communicator,
     peers: Arc<Peers>,
     listener: Listener,
     /// What has ended the group.
     ended: RefCell<Option<GroupDefect>>,
-    universe: ManuallyDrop<Option<Universe>>,
+    longest: usize,
+    session: Session,
     /// MPI is ended by the thread that has started it.
     stays: PhantomData<*const ()>,
 }
 
 impl MpiGroup {
-    /// Starts MPI, or joins what has been started.
+    /// Starts MPI, or joins what has been started.  Returns when all ranks have come, for which there is no limit of time.
     ///
     /// # Errors
     /// [`GroupDefect::Start`].
@@ -97,11 +117,11 @@ impl MpiGroup {
     }
 
     fn begin(patience: Patience) -> std::result::Result<Self, String> {
-        // Not to be ended by an error here, which would wait for all ranks.
-        let universe = ManuallyDrop::new(raw::start()?);
-        let data = Communicator::world()?;
+        let session = Session::start()?;
+        let data = (0..KINDS).map(|_| Communicator::world());
+        let data = data.collect::<std::result::Result<Vec<_>, _>>()?;
         let (farewell, control) = (Communicator::world()?, Communicator::world()?);
-        let (rank, size) = data.place()?;
+        let (rank, size) = control.place()?;
         let peers = Arc::new(Peers::new(control, (rank, size), patience));
         let listener = Listener::start(&peers).map_err(|e| e.to_string())?;
         Ok(Self {
@@ -112,35 +132,44 @@ impl MpiGroup {
             peers,
             listener,
             ended: RefCell::new(None),
-            universe,
+            longest: LONGEST,
+            session,
             stays: PhantomData,
         })
+    }
+
+    /// How many numbers one message of MPI holds, the same on all ranks.  Default 2²⁸, and no more: MPI counts in 32 bits.
+    pub fn longest_message(mut self, numbers: usize) -> Self {
+        self.longest = numbers.clamp(1, LONGEST);
+        self
+    }
+
+    fn data(&self, kind: Kind) -> Communicator {
+        self.data[kind as usize]
     }
 
     /// Waits for an operation of all ranks.
     fn complete<T: Number>(
         &self,
-        operation: &'static str,
+        operation: Operation,
         start: impl FnOnce() -> Started<T>,
     ) -> Result<Vec<T>> {
-        if let Some(defect) = &*self.ended.borrow() {
-            return Err(defect.clone().into());
-        }
-        let number = self.peers.enter();
+        self.goes_on()?;
+        let wait = Wait::Operation(self.peers.enter(operation));
         let failed = |message: String| {
             let rank = self.rank;
             // Where a rank has died, most of what libraries say is about sockets.
-            self.peers.search().unwrap_or(GroupDefect::Library {
+            self.peers.search(wait).unwrap_or(GroupDefect::Library {
                 rank,
-                operation,
+                operation: operation.name,
                 message,
             })
         };
         // A rank that has left is not waited for.
-        let there = self.peers.watch(Duration::ZERO, Some(number));
+        let there = self.peers.watch(Duration::ZERO, wait);
         let begun = there.and_then(|()| start().map_err(failed));
         let outcome = begun.and_then(|mut pending| {
-            self.wait(&mut pending, number, failed)?;
+            self.wait(&mut pending, wait, failed)?;
             Ok(pending.received())
         });
         match outcome {
@@ -152,10 +181,18 @@ impl MpiGroup {
         }
     }
 
+    /// Whether nothing has ended the group.
+    fn goes_on(&self) -> Result<()> {
+        match &*self.ended.borrow() {
+            Some(defect) => Err(defect.clone().into()),
+            None => Ok(()),
+        }
+    }
+
     fn wait<T: Number>(
         &self,
         pending: &mut Pending<T>,
-        number: u64,
+        wait: Wait,
         failed: impl Fn(String) -> GroupDefect,
     ) -> std::result::Result<(), GroupDefect> {
         let started = Instant::now();
@@ -164,7 +201,7 @@ impl MpiGroup {
             let waited = started.elapsed();
             if waited > looked + LOOK {
                 looked = waited;
-                self.peers.watch(waited, Some(number))?;
+                self.peers.watch(waited, wait)?;
             }
             if waited > SLEEP {
                 thread::sleep(Duration::from_millis(1));
@@ -193,17 +230,17 @@ impl MpiGroup {
         defect
     }
 
-    fn reduced<T: Number + WithDType>(
-        &self,
-        operation: &'static str,
-        x: &Tensor,
-        how: Reduction,
-    ) -> Result<Tensor> {
+    fn reduced<T: Number + WithDType>(&self, kind: Kind, x: &Tensor) -> Result<Tensor> {
+        let (name, how) = match kind {
+            Kind::MaxF32 | Kind::MaxF64 => ("a maximum", Reduction::Max),
+            _ => ("a sum", Reduction::Sum),
+        };
         let mut values = x.detach().flatten_all()?.to_vec1::<T>()?;
         let mut sums = vec![];
         while !values.is_empty() {
-            let rest = values.split_off(values.len().min(MOST));
-            let part = self.complete(operation, || self.data.reduce(values, how))?;
+            let rest = values.split_off(values.len().min(self.longest));
+            let what = operation_of::<T>(name, values.len());
+            let part = self.complete(what, || self.data(kind).reduce(values, how))?;
             values = rest;
             match sums.is_empty() {
                 true => sums = part,
@@ -217,12 +254,16 @@ impl MpiGroup {
     fn sum_of_bf16(&self, x: &Tensor) -> Result<Tensor> {
         let values = x.detach().flatten_all()?.to_vec1::<bf16>()?;
         let mut sums = Vec::with_capacity(values.len());
-        for part in values.chunks(MOST) {
+        for part in values.chunks(self.longest) {
             let each = part.len().div_ceil(self.size);
             let mut bits: Vec<u16> = part.iter().map(|x| x.to_bits()).collect();
             bits.resize(each * self.size, 0);
-            let start = || self.data.exchange(bits, self.size);
-            let pieces = self.complete("a sum", start)?;
+            let what = Operation {
+                of: "bf16",
+                ..operation_of::<u16>("a sum", part.len())
+            };
+            let start = || self.data(Kind::Exchange).exchange(bits, self.size);
+            let pieces = self.complete(what, start)?;
             let mut sum = vec![0f32; each];
             for piece in pieces.chunks_exact(each.max(1)) {
                 for (sum, bits) in sum.iter_mut().zip(piece) {
@@ -230,16 +271,22 @@ impl MpiGroup {
                 }
             }
             let rounded = sum.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
-            let all = self.complete("a sum", || self.data.gather(rounded, self.size))?;
+            let start = || self.data(Kind::Gather).gather(rounded, self.size);
+            let all = self.complete(what, start)?;
             sums.extend(all[..part.len()].iter().map(|bits| bf16::from_bits(*bits)));
         }
         Ok(Tensor::from_vec(sums, x.shape(), x.device())?)
     }
 
     fn sent(&self, mut bytes: Vec<u8>, root: usize) -> Result<Vec<u8>> {
-        for part in bytes.chunks_mut(MOST) {
-            let start = || self.data.broadcast(part.to_vec(), root);
-            part.copy_from_slice(&self.complete("a broadcast", start)?);
+        for part in bytes.chunks_mut(self.longest) {
+            let what = Operation {
+                of: "bytes",
+                root: Some(root),
+                ..operation_of::<u8>("a broadcast", part.len())
+            };
+            let start = || self.data(Kind::Broadcast).broadcast(part.to_vec(), root);
+            part.copy_from_slice(&self.complete(what, start)?);
         }
         Ok(bytes)
     }
@@ -249,19 +296,32 @@ impl MpiGroup {
         if self.ended.borrow().is_some() {
             return false;
         }
-        let reason = match thread::panicking() {
-            true => "it panicked",
-            false => "it was done, or ended by an error of its own, and others were not",
-        };
-        self.peers.leave(self.rank, reason);
-        let number = self.peers.completed();
+        if thread::panicking() {
+            self.peers.leave(self.rank, "it panicked");
+            return false;
+        }
+        self.peers.leave_in_peace(
+            "it was done, or ended by an error of its own, while others were not done",
+        );
         let Ok(mut pending) = self.farewell.barrier() else {
             return false;
         };
-        let waited = self.wait(&mut pending, number, |message| GroupDefect::Start {
-            reason: message,
-        });
-        waited.is_ok() && !thread::panicking()
+        let failed = |reason| GroupDefect::Start { reason };
+        let parted = self.wait(&mut pending, Wait::Farewell, failed).is_ok();
+        if parted {
+            self.peers.drain();
+        }
+        parted
+    }
+}
+
+/// An operation on so many numbers.
+fn operation_of<T: Number>(name: &'static str, length: usize) -> Operation {
+    Operation {
+        name,
+        of: T::NAME,
+        length,
+        root: None,
     }
 }
 
@@ -277,17 +337,17 @@ impl Group for MpiGroup {
     fn sum(&self, x: &Tensor) -> Result<Tensor> {
         takes("a sum", &SUMMED, x)?;
         match x.dtype() {
-            DType::F64 => self.reduced::<f64>("a sum", x, Reduction::Sum),
+            DType::F64 => self.reduced::<f64>(Kind::SumF64, x),
             DType::BF16 => self.sum_of_bf16(x),
-            _ => self.reduced::<f32>("a sum", x, Reduction::Sum),
+            _ => self.reduced::<f32>(Kind::SumF32, x),
         }
     }
 
     fn max(&self, x: &Tensor) -> Result<Tensor> {
         takes("a maximum", &COMPARED, x)?;
         match x.dtype() {
-            DType::F64 => self.reduced::<f64>("a maximum", x, Reduction::Max),
-            _ => self.reduced::<f32>("a maximum", x, Reduction::Max),
+            DType::F64 => self.reduced::<f64>(Kind::MaxF64, x),
+            _ => self.reduced::<f32>(Kind::MaxF32, x),
         }
     }
 
@@ -307,7 +367,12 @@ impl Group for MpiGroup {
     }
 
     fn barrier(&self) -> Result<()> {
-        self.complete("a barrier", || self.data.barrier()).map(drop)
+        let what = Operation {
+            of: "",
+            ..operation_of::<u8>("a barrier", 0)
+        };
+        self.complete(what, || self.data(Kind::Barrier).barrier())
+            .map(drop)
     }
 
     fn give_up(&self, reason: &str) {
@@ -316,7 +381,8 @@ impl Group for MpiGroup {
     }
 
     fn watch(&self, waited: Duration) -> Result<()> {
-        let found = self.peers.watch(waited, None);
+        self.goes_on()?;
+        let found = self.peers.watch(waited, Wait::Else);
         found.map_err(|defect| self.end(defect).into())
     }
 }
@@ -347,7 +413,7 @@ impl Drop for MpiGroup {
         self.listener.stop();
         // To end MPI is an operation of all ranks; without one of them it does not return.
         if parted {
-            drop(std::mem::take(&mut *self.universe));
+            self.session.part();
         }
     }
 }

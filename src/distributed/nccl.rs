@@ -30,6 +30,8 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Tensors on the GPU go through NCCL, tensors on the host, such as losses, through the other group.  An operation on the GPU
 /// returns when it is done there, so that a rank that dies is noticed: the other group is asked from time to time who is
 /// still there, and NCCL's operation is aborted if somebody is missing.  Sums of bf16 are rounded after each addition.
+/// Sums are the same bits from run to run as long as NCCL takes the same algorithm and the same ring.  There is no limit of
+/// time while NCCL itself is started, in [`new`](Self::new).
 /// Let all ranks come to a [`barrier`](Group::barrier) before the group is dropped.
 ///
 /// NCCL has been compiled and linked against, but this has not run on GPUs yet.
@@ -125,6 +127,8 @@ impl<G: Group> NcclGroup<G> {
         T: CudaDType + DeviceRepr + ValidAsZeroBits,
     {
         let Some(communicator) = self.communicator.get() else {
+            // What has ended the other group is the first error.
+            self.others.watch(Duration::ZERO)?;
             return Err(self.failed(job.operation, "it has been aborted"));
         };
         let x = x.detach().contiguous()?;

@@ -1,6 +1,7 @@
 //! The variables of one model on all ranks.
 
 use std::collections::HashMap;
+use std::fs::OpenOptions;
 use std::path::Path;
 
 use candle_core::backprop::GradStore;
@@ -8,26 +9,31 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 
 use super::buckets::{self, Wire};
+use super::group::{told, Group};
 use super::totals::{maxima, of_first, sums};
-use super::Group;
 use crate::error::{Error, GroupDefect, Result};
 use crate::loss_scaler::{LossScaler, Stepped};
 use crate::ops;
 
 /// Bytes of gradients in one message: long enough that its latency does not count.
 const BUCKET: usize = 4 << 20;
+/// Bytes of a message in which rank 0 says what failed.
+const MESSAGE: usize = 512;
 
 /// One model on all ranks of a group: variables that start equal and stay equal, because every rank's optimiser gets the
 /// same gradients.
 ///
 /// Every function that takes gradients or rows must be called by all ranks, with the rows that each has.  A rank without
-/// rows passes any scalar as its loss, such as zero, and 0 rows.
+/// rows passes any scalar as its loss, such as zero, and 0 rows.  Ranks that train in different ways get
+/// [`GroupDefect::OtherOptions`] at their first gradients.
 ///
 /// If a rank's backward pass or optimiser fails, the other ranks get [`GroupDefect::Left`] with the reason.
 pub struct Replicas<'g> {
     group: &'g dyn Group,
     names: Vec<String>,
     variables: Vec<Var>,
+    /// Which of them are trained.
+    trained: Vec<usize>,
     wire: Wire,
     bucket: usize,
     clip: Option<f64>,
@@ -40,7 +46,7 @@ struct Agreement {
     /// On any rank.
     overflow: bool,
     /// Which variables have a gradient on any rank.
-    present: Vec<bool>,
+    present: Vec<usize>,
 }
 
 impl<'g> Replicas<'g> {
@@ -56,10 +62,11 @@ impl<'g> Replicas<'g> {
         let mut named: Vec<_> = data.iter().map(|(n, v)| (n.clone(), v.clone())).collect();
         drop(data);
         named.sort_by(|a, b| a.0.cmp(&b.0));
-        let (names, variables) = named.into_iter().unzip();
+        let (names, variables): (_, Vec<_>) = named.into_iter().unzip();
         let replicas = Self {
             group,
             names,
+            trained: (0..variables.len()).collect(),
             variables,
             wire: Wire::default(),
             bucket: BUCKET,
@@ -76,14 +83,22 @@ impl<'g> Replicas<'g> {
         self
     }
 
-    /// How many bytes of gradients one message holds.  Default 4 MiB.  A larger gradient is a message of its own.
+    /// How many bytes of gradients, in f32, one message holds.  Default 4 MiB.  A larger gradient is a message of its own.
     pub fn bucket(mut self, bytes: usize) -> Self {
         self.bucket = bytes;
         self
     }
 
-    /// Scales averaged gradients down to this norm, of all variables together, where theirs is larger.  All ranks use the
-    /// norm that rank 0 finds.  Default: no limit.
+    /// Names the variables that are not trained.  They start equal and are in checkpoints like all, but have no part in
+    /// averages, norms and overflows, and [`variables`](Self::variables) leaves them out.  Default: all are trained.
+    pub fn freeze(mut self, frozen: impl Fn(&str) -> bool) -> Self {
+        let all = 0..self.names.len();
+        self.trained = all.filter(|i| !frozen(&self.names[*i])).collect();
+        self
+    }
+
+    /// Scales averaged gradients down to this norm, of all trained variables together, where theirs is larger.  Gradients
+    /// with NaN or infinities are left as they are.  All ranks use the norm that rank 0 finds.  Default: no limit.
     ///
     /// # Errors
     /// [`GroupDefect::Clip`] unless the limit is positive.
@@ -95,9 +110,10 @@ impl<'g> Replicas<'g> {
         Ok(self)
     }
 
-    /// The variables, in the order of their names: for the optimiser.
+    /// The variables that are trained, in the order of their names: for the optimiser.
     pub fn variables(&self) -> Vec<Var> {
-        self.variables.clone()
+        let trained = self.trained.iter();
+        trained.map(|i| self.variables[*i].clone()).collect()
     }
 
     /// Gives all ranks the values that rank 0 has, as [`new`](Self::new) does.
@@ -108,24 +124,24 @@ impl<'g> Replicas<'g> {
         for var in &self.variables {
             let value = self.group.broadcast(var.as_tensor(), 0)?;
             if self.group.rank() > 0 {
-                var.set(&value)?;
+                told(self.group, var.set(&value))?;
             }
         }
         Ok(())
     }
 
-    /// By how much any element of any variable differs between ranks, at most: zero unless a program has gone wrong.
+    /// By how much any element of any variable differs from that of rank 0, on any rank, at most: zero unless a program has
+    /// gone wrong.  Infinite where one is NaN and the other is not.
     ///
     /// # Errors
     /// Of the group.
     pub fn spread(&self) -> Result<f64> {
         let mut spread = 0f64;
         for var in &self.variables {
-            let x = var.as_detached_tensor().to_dtype(DType::F64)?;
-            let apart = (self.group.max(&x)? + self.group.max(&x.neg()?)?)?;
-            spread = spread.max(ops::magnitude(&apart)?);
+            let first = self.group.broadcast(var.as_tensor(), 0)?;
+            spread = spread.max(told(self.group, apart(var, &first))?);
         }
-        Ok(spread)
+        Ok(maxima(self.group, &[spread])?[0])
     }
 
     /// Replaces the gradients of this rank's mean over its `rows` by those of the mean over the rows of all ranks, in the
@@ -134,25 +150,26 @@ impl<'g> Replicas<'g> {
     /// anywhere stays without.
     ///
     /// # Errors
-    /// Of the group.
+    /// [`GroupDefect::EmptyBatch`] on all ranks if none has rows; [`GroupDefect::OtherOptions`] on all ranks if one trains in
+    /// another way; [`GroupDefect::Gradient`] for a gradient of another shape than its variable; of the group.
     pub fn average(&self, grads: &mut GradStore, rows: usize) -> Result<()> {
-        let agreed = self.agree(grads, rows, false)?;
+        let agreed = self.agree(grads, rows, false, "without a scale")?;
         self.average_as(grads, rows, &agreed).map(drop)
     }
 
     /// Backward through this rank's mean over its rows, averaging, and the optimiser's step.
     ///
     /// # Errors
-    /// Of the backward pass, of the group, of the optimiser.
+    /// Of the backward pass, of [`average`](Self::average), of the optimiser.
     pub fn backward_step(
         &self,
         loss: &Tensor,
         rows: usize,
         optimiser: &mut impl Optimizer,
     ) -> Result<()> {
-        let mut grads = self.told(loss.backward().map_err(Error::from))?;
+        let mut grads = told(self.group, loss.backward().map_err(Error::from))?;
         self.average(&mut grads, rows)?;
-        self.told(optimiser.step(&grads).map_err(Error::from))
+        told(self.group, optimiser.step(&grads).map_err(Error::from))
     }
 
     /// The same with a scale on the loss, as [`LossScaler::backward_step`] does it.  If gradients of any rank overflow, be
@@ -160,7 +177,8 @@ impl<'g> Replicas<'g> {
     /// scales stay equal.
     ///
     /// # Errors
-    /// Of the backward pass, of the group, of the optimiser.
+    /// Of the backward pass, of [`average`](Self::average), of the optimiser; [`GroupDefect::OtherOptions`] also if scalers
+    /// differ.
     pub fn scaled_step(
         &self,
         scaler: &mut LossScaler,
@@ -168,21 +186,26 @@ impl<'g> Replicas<'g> {
         rows: usize,
         optimiser: &mut impl Optimizer,
     ) -> Result<Stepped> {
-        let mut grads = self.told(scaler.scaled(loss).and_then(|l| Ok(l.backward()?)))?;
-        let finite = self.told(scaler.unscale(&mut grads, &self.variables))?;
-        let agreed = self.agree(&grads, rows, rows > 0 && !finite)?;
+        let mut grads = told(
+            self.group,
+            scaler.scaled(loss).and_then(|l| Ok(l.backward()?)),
+        )?;
+        let finite = told(self.group, scaler.unscale(&mut grads, &self.variables()))?;
+        let way = format!("{scaler:?}");
+        let agreed = self.agree(&grads, rows, rows > 0 && !finite, &way)?;
         // What is summed, and cast, may overflow where its parts do not; on all ranks alike.
         let finite = !agreed.overflow && self.average_as(&mut grads, rows, &agreed)?;
         scaler.update(finite);
         if !finite {
             return Ok(Stepped::Skipped);
         }
-        self.told(optimiser.step(&grads).map_err(Error::from))?;
+        told(self.group, optimiser.step(&grads).map_err(Error::from))?;
         Ok(Stepped::Taken)
     }
 
-    /// Rank 0 writes the variables to a file of safetensors, which is complete at every moment: a rank that dies in the
-    /// middle leaves the file that was there before.  Returns on all ranks when it is written.
+    /// Rank 0 writes the variables to a file of safetensors, which is complete at every moment: it is written beside the old
+    /// one, with `.part` after its name, and renamed when it is on the disk.  So a rank that dies in the middle leaves the
+    /// file that was there before.  Returns on all ranks when it is written.
     ///
     /// # Errors
     /// [`GroupDefect::Checkpoint`] on all ranks if it cannot be written; of the group.
@@ -218,7 +241,11 @@ impl<'g> Replicas<'g> {
         let mut part = path.to_path_buf().into_os_string();
         part.push(".part");
         candle_core::safetensors::save(&named, &part).map_err(|e| e.to_string())?;
-        std::fs::rename(&part, path).map_err(|e| e.to_string())
+        let on_disk = OpenOptions::new().write(true).open(&part);
+        let on_disk = on_disk.and_then(|file| file.sync_all());
+        on_disk
+            .and_then(|()| std::fs::rename(&part, path))
+            .map_err(|e| e.to_string())
     }
 
     fn read(&self, path: &Path) -> std::result::Result<(), String> {
@@ -249,91 +276,137 @@ impl<'g> Replicas<'g> {
             return Ok(());
         }
         let path = path.display().to_string();
-        let message = outcome
-            .err()
-            .unwrap_or_else(|| "its own error says why".into());
+        let mut message = outcome.err().unwrap_or_default().into_bytes();
+        message.resize(MESSAGE, 0);
+        let message = Tensor::from_vec(message, MESSAGE, &Device::Cpu)?;
+        let message = self.group.broadcast(&message, 0)?.to_vec1::<u8>()?;
+        let message = String::from_utf8_lossy(&message);
+        let message = message.trim_end_matches('\0').to_owned();
         Err(GroupDefect::Checkpoint { path, message }.into())
-    }
-
-    /// Tells the other ranks about an error of this one.
-    fn told<T>(&self, result: Result<T>) -> Result<T> {
-        result.inspect_err(|error| self.group.give_up(&error.to_string()))
     }
 
     /// Whether all ranks hold the variables of rank 0.
     fn compare(&self) -> Result<()> {
-        let [high, low] = self.fingerprint();
-        let first = [of_first(self.group, high)?, of_first(self.group, low)?];
-        let rank = match first == [high, low] {
-            true => -1.0,
-            false => self.group.rank() as f64,
-        };
-        match maxima(self.group, &[rank])?[0] {
-            rank if rank >= 0.0 => {
-                let rank = rank as usize;
-                Err(GroupDefect::OtherVariables { rank }.into())
-            }
-            _ => Ok(()),
+        let described = self.names.iter().zip(&self.variables);
+        let described = described.map(|(n, v)| format!("{n} {:?} {:?}\n", v.dims(), v.dtype()));
+        let hash = hash(&described.collect::<String>());
+        // Two halves, each of which f64 holds exactly.
+        let halves = [hash >> 32, hash & 0xffff_ffff].map(|half| half as f64);
+        match self.other_than_first(&halves)? {
+            Some(rank) => Err(GroupDefect::OtherVariables { rank }.into()),
+            None => Ok(()),
         }
     }
 
-    /// Of names, shapes and dtypes (FNV-1a): two halves, each of which f64 holds exactly.
-    fn fingerprint(&self) -> [f64; 2] {
-        let described = self.names.iter().zip(&self.variables);
-        let described = described.map(|(n, v)| format!("{n} {:?} {:?}\n", v.dims(), v.dtype()));
-        let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        let bytes = described.flat_map(String::into_bytes);
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325, mix);
-        [(hash >> 32) as f64, (hash & 0xffff_ffff) as f64]
+    /// The last rank that has other numbers than rank 0.
+    fn other_than_first(&self, mine: &[f64]) -> Result<Option<usize>> {
+        let mut alike = true;
+        for number in mine {
+            alike &= of_first(self.group, *number)? == *number;
+        }
+        let rank = match alike {
+            true => -1.0,
+            false => self.group.rank() as f64,
+        };
+        let rank = maxima(self.group, &[rank])?[0];
+        Ok((rank >= 0.0).then_some(rank as usize))
     }
 
-    /// One small message in which ranks tell each other their rows, overflows, and which gradients they have.
-    fn agree(&self, grads: &GradStore, rows: usize, overflow: bool) -> Result<Agreement> {
+    /// One small message in which ranks tell each other their rows, overflows, which gradients they have, and whether they
+    /// train in the same way.
+    fn agree(
+        &self,
+        grads: &GradStore,
+        rows: usize,
+        overflow: bool,
+        way: &str,
+    ) -> Result<Agreement> {
         let flag = |is: bool| f64::from(u8::from(is));
-        let mut given = vec![rows as f64, flag(overflow)];
-        let present = self.variables.iter().map(|var| grads.get(var).is_some());
-        given.extend(present.map(flag));
+        // Few enough bits for exact sums: N Σ h² = (Σ h)² if, and only if, the h of all N ranks are equal.
+        let h = (hash(&format!("{way}, {}", self.options())) & 0xf_ffff) as f64;
+        let mut given = vec![rows as f64, flag(overflow), h, h * h];
+        // Of all variables, since ranks may have frozen different ones.
+        let first = given.len();
+        given.resize(first + self.variables.len(), 0.0);
+        for i in &self.trained {
+            given[first + i] = flag(grads.get(&self.variables[*i]).is_some());
+        }
         let sums = sums(self.group, &given)?;
+        let [sum, squares] = [sums[2] as u128, sums[3] as u128];
+        if self.group.size() as u128 * squares != sum * sum {
+            let rank = self.other_than_first(&[h])?.unwrap_or_default();
+            return Err(GroupDefect::OtherOptions { rank }.into());
+        }
+        if sums[0] == 0.0 {
+            return Err(GroupDefect::EmptyBatch.into());
+        }
         Ok(Agreement {
             rows: sums[0],
             overflow: sums[1] > 0.0,
-            present: sums[2..].iter().map(|count| *count > 0.0).collect(),
+            present: (0..self.variables.len())
+                .filter(|i| sums[first + i] > 0.0)
+                .collect(),
         })
+    }
+
+    /// What must be the same on all ranks, so that they come to the same operations.
+    fn options(&self) -> String {
+        let Self {
+            wire,
+            bucket,
+            clip,
+            trained,
+            ..
+        } = self;
+        format!("{wire:?}, {bucket}, {clip:?}, {trained:?}")
     }
 
     /// Averages, clips, casts, and tells whether all gradients are finite in the dtypes of their variables.
     fn average_as(&self, grads: &mut GradStore, rows: usize, agreed: &Agreement) -> Result<bool> {
-        let present = self.variables.iter().zip(&agreed.present);
-        let vars: Vec<_> = present.filter(|(_, is)| **is).map(|(v, _)| v).collect();
-        let weight = match rows {
-            0 => None,
-            rows => Some(rows as f64 / agreed.rows),
-        };
-        let mut parts = Vec::with_capacity(vars.len());
-        for var in &vars {
-            let summed = match var.dtype() {
-                DType::F64 => DType::F64,
-                _ => DType::F32,
-            };
-            // The gradient of a rank without rows may be NaN.
-            parts.push(match (grads.remove(var), weight) {
-                (Some(grad), Some(weight)) => {
-                    (grad.detach().flatten_all()?.to_dtype(summed)? * weight)?
-                }
-                _ => Tensor::zeros(var.elem_count(), summed, var.device())?,
-            });
-        }
-        let mut means = buckets::sum(self.group, &parts, self.bucket, self.wire)?;
+        let vars = &agreed.present;
+        let weight = rows as f64 / agreed.rows;
+        let parts = vars.iter().map(|i| self.part(grads, *i, weight));
+        let parts = told(self.group, parts.collect::<Result<Vec<_>>>())?;
+        let sums = buckets::sum(self.group, &parts, self.bucket, self.wire);
+        let mut means = told(self.group, sums)?;
         if let Some(limit) = self.clip {
-            let norm = of_first(self.group, norm(&means)?)?;
+            let norm = of_first(self.group, told(self.group, norm(&means))?)?;
             if norm > limit && norm.is_finite() {
                 for mean in &mut means {
-                    *mean = (&*mean * (limit / norm))?;
+                    *mean = told(self.group, &*mean * (limit / norm))?;
                 }
             }
         }
+        told(self.group, self.give(grads, vars, means))
+    }
+
+    /// What this rank adds to the mean gradient of a variable, flat, in the dtype of sums.
+    fn part(&self, grads: &mut GradStore, i: usize, weight: f64) -> Result<Tensor> {
+        let var = &self.variables[i];
+        let summed = match var.dtype() {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        match grads.remove(var) {
+            Some(grad) if grad.dims() != var.dims() => Err(GroupDefect::Gradient {
+                variable: self.names[i].clone(),
+                shape: var.dims().to_vec(),
+                gradient: grad.dims().to_vec(),
+            }
+            .into()),
+            // The gradient of a rank without rows may be NaN.
+            Some(grad) if weight > 0.0 => {
+                Ok((grad.detach().flatten_all()?.to_dtype(summed)? * weight)?)
+            }
+            _ => Ok(Tensor::zeros(var.elem_count(), summed, var.device())?),
+        }
+    }
+
+    /// Gives the optimiser the mean gradients in the dtypes of variables, and tells whether they are finite there.
+    fn give(&self, grads: &mut GradStore, vars: &[usize], means: Vec<Tensor>) -> Result<bool> {
         let mut finite = true;
-        for (var, mean) in vars.into_iter().zip(means) {
+        for (i, mean) in vars.iter().zip(means) {
+            let var = &self.variables[*i];
             let mean = mean.reshape(var.shape())?.to_dtype(var.dtype())?;
             let held = match var.dtype() {
                 DType::F64 => mean.clone(),
@@ -346,12 +419,49 @@ impl<'g> Replicas<'g> {
     }
 }
 
+/// FNV-1a.
+fn hash(text: &str) -> u64 {
+    let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, mix)
+}
+
+/// The largest |x − y|; infinite where only one is NaN.
+fn apart(x: &Tensor, y: &Tensor) -> Result<f64> {
+    let wide = |x: &Tensor| x.detach().flatten_all()?.to_dtype(DType::F64)?.to_vec1();
+    let [x, y]: [candle_core::Result<Vec<f64>>; 2] = [x, y].map(wide);
+    let apart = |(x, y): (f64, f64)| match x == y || (x.is_nan() && y.is_nan()) {
+        true => 0.0,
+        false if (x - y).is_nan() => f64::INFINITY,
+        false => (x - y).abs(),
+    };
+    Ok(x?.into_iter().zip(y?).map(apart).fold(0.0, f64::max))
+}
+
 /// √Σ x², of all together, in f64.
 fn norm(tensors: &[Tensor]) -> Result<f64> {
-    let mut sum = 0.0;
-    for x in tensors {
-        let squares = x.to_dtype(DType::F64)?.sqr()?.sum_all()?;
-        sum += squares.to_scalar::<f64>()?;
+    let squares = |unit: f64| -> Result<f64> {
+        let mut sum = 0.0;
+        for x in tensors {
+            let x = (x.to_dtype(DType::F64)? / unit)?;
+            sum += x.sqr()?.sum_all()?.to_scalar::<f64>()?;
+        }
+        Ok(sum)
+    };
+    let sum = squares(1.0)?;
+    if sum.is_normal() {
+        return Ok(sum.sqrt());
     }
-    Ok(sum.sqrt())
+    // Squares of f64 overflow and underflow where their root does not.
+    let mut largest = 0f64;
+    for x in tensors {
+        let magnitude = ops::magnitude(&x.to_dtype(DType::F64)?)?;
+        if !magnitude.is_finite() {
+            return Ok(magnitude);
+        }
+        largest = largest.max(magnitude);
+    }
+    match largest > 0.0 {
+        true => Ok(largest * squares(largest)?.sqrt()),
+        false => Ok(0.0),
+    }
 }

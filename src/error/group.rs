@@ -4,7 +4,7 @@ use candle_core::DType;
 
 /// Failures of the processes that train one model together.
 ///
-/// The first four end the group: every later operation of it returns the same error again.
+/// The first five end the group: every later operation of it returns the same error again.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GroupDefect {
@@ -31,6 +31,16 @@ pub enum GroupDefect {
         rank: usize,
         /// How long this rank has waited.
         seconds: f64,
+    },
+    /// A rank does another operation than this one.
+    #[error("rank {rank} does {there} where this rank does {here}: all ranks must do the same operations in the same order")]
+    OtherOperation {
+        /// The other rank.
+        rank: usize,
+        /// What it does.
+        there: String,
+        /// What this rank does.
+        here: String,
     },
     /// The library that carries the messages failed.
     #[error("{operation} failed on rank {rank}: {message}")]
@@ -70,15 +80,31 @@ pub enum GroupDefect {
         /// A rank that differs from rank 0.
         rank: usize,
     },
+    /// Ranks train in different ways.
+    #[error("rank {rank} trains in another way than rank 0: clipping, wire, buckets, frozen variables, the function that averages, and the loss scaler must be the same on all ranks")]
+    OtherOptions {
+        /// A rank that differs from rank 0.
+        rank: usize,
+    },
+    /// A gradient does not have the shape of its variable.
+    #[error("the gradient of {variable} has shape {gradient:?}, and the variable {shape:?}")]
+    Gradient {
+        /// The name of the variable.
+        variable: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// The shape of the gradient that was given.
+        gradient: Vec<usize>,
+    },
     /// Rank 0 could not write or read a checkpoint.
     #[error("rank 0 could not use the checkpoint {path}: {message}")]
     Checkpoint {
         /// The file.
         path: String,
-        /// What failed, on rank 0; on other ranks a reference to it.
+        /// What failed on rank 0, on all ranks.
         message: String,
     },
-    /// A batch of no rows.
+    /// A batch of no rows, on all ranks together.
     #[error("a batch of the whole group needs at least one row")]
     EmptyBatch,
     /// A limit of the gradient's norm that is not positive.

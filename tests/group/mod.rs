@@ -38,7 +38,7 @@ pub(crate) fn defect<T>(result: Result<T>) -> GroupDefect {
 pub(crate) type Scenario = (&'static str, fn(&dyn Group));
 
 /// All that need no time.
-pub(crate) const SCENARIOS: [Scenario; 12] = [
+pub(crate) const SCENARIOS: [Scenario; 17] = [
     ("operations", operations_are_those_of_all_ranks),
     ("dtypes", other_dtypes_and_ranks_are_refused),
     (
@@ -60,6 +60,17 @@ pub(crate) const SCENARIOS: [Scenario; 12] = [
     ),
     ("variables", other_variables_are_refused_on_all_ranks),
     ("totals", losses_and_statistics_are_those_of_all_ranks),
+    ("spread", variables_that_differ_are_seen_even_if_one_is_nan),
+    ("options", ranks_that_train_in_other_ways_are_refused_on_all),
+    ("empty", a_batch_without_rows_is_refused_on_all_ranks),
+    (
+        "precisions",
+        gradients_are_averaged_in_f32_or_f64_and_given_in_the_dtype_of_the_variable,
+    ),
+    (
+        "frozen",
+        frozen_variables_are_equal_but_have_no_part_in_training,
+    ),
 ];
 
 /// A perceptron in time over variables of its own, its options, and its optimiser's variables.
@@ -331,6 +342,23 @@ pub(crate) fn gradients_are_clipped_by_the_norm_of_the_whole_batch(group: &dyn G
         let error = distance(&got, &expected);
         assert!(error <= 20.0 * U_F32, "at {limit}: {error:e}");
     }
+    // Squares that overflow or underflow f64, and what has no norm.
+    for (size, limit) in [(1e200, 1.0), (1e-200, 1e-210), (f64::NAN, 1.0)] {
+        let vars = VarMap::new();
+        let var = Var::zeros(4, DType::F64, &Device::Cpu).unwrap();
+        vars.data().lock().unwrap().insert("v".into(), var.clone());
+        let replicas = Replicas::new(group, &vars).unwrap().clip(limit).unwrap();
+        let mut grads = cpu(0f32).backward().unwrap();
+        grads.insert(&var, (var.ones_like().unwrap() * size).unwrap());
+        replicas.average(&mut grads, 1).unwrap();
+        for got in values(grads.get(&var).unwrap()) {
+            let exact = 0.5 * limit;
+            assert!(
+                size.is_nan() && got.is_nan() || (got / exact - 1.0).abs() <= 1e-12,
+                "{size:e}: {got:e}"
+            );
+        }
+    }
     for limit in [0.0, -1.0, f64::NAN] {
         let refused = Replicas::new(group, &VarMap::new()).unwrap().clip(limit);
         assert!(matches!(defect(refused), GroupDefect::Clip { .. }));
@@ -400,21 +428,30 @@ pub(crate) fn checkpoints_are_written_by_rank_0_and_read_by_all(group: &dyn Grou
         .insert("x".into(), Var::zeros(1, DType::F32, &Device::Cpu).unwrap());
     more.data().lock().unwrap().remove("w");
     let missing = Replicas::new(group, &more).unwrap();
+    // A save that fails in the middle leaves the old file.
+    let part = folder.join("model.safetensors.part");
+    if group.rank() == 0 {
+        std::fs::create_dir(&part).unwrap();
+    }
+    let changed = (&w.as_detached_tensor() + 1.0).unwrap();
+    w.set(&changed).unwrap();
+    let occupied = replicas.save(&path);
+    replicas.load(&path).unwrap();
+    assert_eq!(bits(&w), saved);
     let refused = [
         (replicas.save(&nowhere), "nowhere"),
         (replicas.load(&nowhere), "nowhere"),
         (shape.load(&path), "w is F32 of shape [3] there"),
         (missing.load(&path), "x is missing"),
+        (occupied, "directory"),
     ];
     for (result, says) in refused {
         let defect = defect(result);
         let GroupDefect::Checkpoint { path, message } = &defect else {
             panic!("{defect}");
         };
-        assert!(
-            group.rank() > 0 || format!("{path} {message}").contains(says),
-            "{defect}"
-        );
+        let shown = format!("{path} {message}");
+        assert!(!message.is_empty() && shown.contains(says), "{defect}");
     }
     assert_eq!(bits(&w), saved);
     group.barrier().unwrap();
@@ -556,29 +593,43 @@ pub(crate) fn losses_and_statistics_are_those_of_all_ranks(group: &dyn Group) {
         1 => assert!(got.is_nan()),
         _ => assert!((got - sum / rows).abs() <= 4.0 * U_F64 * got, "{got}"),
     }
-    let stats = Stats {
-        steps: 10 + rank,
-        evaluations: 40,
-        retries: rank,
-        states_kept: 100 * (rank + 1),
-        tolerance_factor: rank as f64,
-        step_range: (rank > 0).then_some((0.1 / size as f64, rank as f64)),
-        scale_range: None,
-        first_step: Some(rank as f64),
+    // Every count is another one, so that none can stand for another.
+    let counts = |of: &dyn Fn(usize) -> usize| Stats {
+        steps: of(0),
+        rejected: of(1),
+        forced: of(2),
+        limited: of(3),
+        evaluations: of(4),
+        row_evaluations: of(5),
+        tile_evaluations: of(6),
+        recomputed: of(7),
+        vjps: of(8),
+        retries: of(9),
+        host_reads: of(10),
+        replayed: of(11),
         ..Default::default()
+    };
+    let stats = Stats {
+        states_kept: 100 * (rank + 1),
+        bytes_kept: 200 * (size - rank),
+        activation_bytes: 300 * (rank + 1),
+        tolerance_factor: rank as f64,
+        step_range: (rank > 0).then_some((0.1 / rank as f64, rank as f64)),
+        scale_range: None,
+        first_step: Some(1.0 + rank as f64),
+        ..counts(&|i| 10 * i + rank)
     };
     let all = total(group, &stats).unwrap();
     let ranks = size * (size - 1) / 2;
     let expected = Stats {
-        steps: 10 * size + ranks,
-        evaluations: 40 * size,
-        retries: ranks,
         states_kept: 100 * size,
+        bytes_kept: 200 * size,
+        activation_bytes: 300 * size,
         tolerance_factor: (size - 1) as f64,
-        step_range: (size > 1).then_some((0.1 / size as f64, (size - 1) as f64)),
+        step_range: (size > 1).then_some((0.1 / (size - 1) as f64, (size - 1) as f64)),
         scale_range: None,
-        first_step: Some(0.0),
-        ..Default::default()
+        first_step: Some(1.0),
+        ..counts(&|i| 10 * i * size + ranks)
     };
     assert_eq!(all, expected);
     // Those of solves.
@@ -596,6 +647,197 @@ pub(crate) fn losses_and_statistics_are_those_of_all_ranks(group: &dyn Group) {
         total(group, &recorder.take()).unwrap().evaluations,
         16 * size
     );
+}
+
+/// Variables of these names, shapes and dtypes.
+fn variables(of: &[(&str, usize, DType)]) -> (VarMap, Vec<Var>) {
+    let vars = VarMap::new();
+    let made: Vec<_> = of
+        .iter()
+        .map(|(name, length, dtype)| {
+            let var = Var::ones(*length, *dtype, &Device::Cpu).unwrap();
+            vars.data()
+                .lock()
+                .unwrap()
+                .insert((*name).into(), var.clone());
+            var
+        })
+        .collect();
+    (vars, made)
+}
+
+pub(crate) fn variables_that_differ_are_seen_even_if_one_is_nan(group: &dyn Group) {
+    let (vars, var) = variables(&[("a", 2, DType::F32), ("b", 3, DType::F32)]);
+    let replicas = Replicas::new(group, &vars).unwrap();
+    assert_eq!(replicas.spread().unwrap(), 0.0);
+    let set = |value: f32, on: &dyn Fn(usize) -> bool| {
+        let value = if on(group.rank()) { value } else { 1.0 };
+        var[0].set(&cpu(&[1f32, value])).unwrap();
+        replicas.spread().unwrap()
+    };
+    let (last, several) = (group.size() - 1, group.size() > 1);
+    for value in [f32::NAN, f32::INFINITY, 1.25] {
+        let expected = match value {
+            1.25 => 0.25,
+            _ => f64::INFINITY,
+        };
+        for other in [0, last] {
+            let got = set(value, &|rank| rank == other);
+            let expected = if several { expected } else { 0.0 };
+            assert_eq!(got, expected, "{value} on rank {other}");
+        }
+        assert_eq!(set(value, &|_| true), 0.0, "{value} everywhere");
+    }
+}
+
+pub(crate) fn ranks_that_train_in_other_ways_are_refused_on_all(group: &dyn Group) {
+    let last = group.size() - 1;
+    let (vars, var) = variables(&[("a", 2, DType::F32), ("b", 3, DType::F32)]);
+    let made = || Replicas::new(group, &vars).unwrap();
+    let mut sgd = SGD::new(var.clone(), 0.0).unwrap();
+    let loss = || (var[0].sum_all().unwrap() + var[1].sum_all().unwrap()).unwrap();
+    let scaler = || LossScaler::new(8.0).unwrap();
+    for way in 0..7 {
+        let odd = group.rank() == last && last > 0;
+        let replicas = match (odd, way) {
+            (true, 0) => made().clip(1.0).unwrap(),
+            (true, 1) => made().wire(Wire::Bf16),
+            (true, 2) => made().bucket(4),
+            (true, 3) => made().freeze(|name| name == "a"),
+            _ => made(),
+        };
+        let mut scaler = match (odd, way) {
+            (true, 4) => LossScaler::new(16.0).unwrap(),
+            (true, 5) => scaler().growth_interval(3),
+            _ => scaler(),
+        };
+        let outcome = match (odd, way) {
+            (true, 6) => replicas.backward_step(&loss(), 1, &mut sgd),
+            _ => replicas
+                .scaled_step(&mut scaler, &loss(), 1, &mut sgd)
+                .map(drop),
+        };
+        match last {
+            0 => outcome.unwrap(),
+            rank => assert_eq!(
+                defect(outcome),
+                GroupDefect::OtherOptions { rank },
+                "way {way}"
+            ),
+        }
+    }
+    // Options that are equal again are taken.
+    made().backward_step(&loss(), 1, &mut sgd).unwrap();
+}
+
+pub(crate) fn a_batch_without_rows_is_refused_on_all_ranks(group: &dyn Group) {
+    let (vars, var) = variables(&[("a", 2, DType::F32)]);
+    let replicas = Replicas::new(group, &vars).unwrap();
+    let parameters = ParamsAdamW {
+        weight_decay: 0.5,
+        ..Default::default()
+    };
+    let mut adam = AdamW::new(replicas.variables(), parameters).unwrap();
+    let mut scaler = LossScaler::default();
+    let before = bits(&var[0]);
+    let loss = var[0].sum_all().unwrap();
+    let outcome = replicas.backward_step(&loss, 0, &mut adam);
+    assert_eq!(defect(outcome), GroupDefect::EmptyBatch);
+    let outcome = replicas.scaled_step(&mut scaler, &loss, 0, &mut adam);
+    assert_eq!(defect(outcome), GroupDefect::EmptyBatch);
+    assert_eq!((bits(&var[0]), scaler), (before, LossScaler::default()));
+    group.barrier().unwrap();
+}
+
+pub(crate) fn gradients_are_averaged_in_f32_or_f64_and_given_in_the_dtype_of_the_variable(
+    group: &dyn Group,
+) {
+    let dtypes = [DType::F64, DType::F16, DType::F32, DType::BF16, DType::F16];
+    let names = ["a", "b", "c", "d", "e"];
+    let of: Vec<_> = (0..5).map(|i| (names[i], 7 + i, dtypes[i])).collect();
+    let (vars, var) = variables(&of);
+    let (rank, size) = (group.rank(), group.size());
+    let rows = |rank: usize| 3 + rank;
+    let all: usize = (0..size).map(rows).sum();
+    for (bucket, wire) in [
+        (1, Wire::F32),
+        (60, Wire::F32),
+        (1 << 20, Wire::F32),
+        (60, Wire::Bf16),
+    ] {
+        let replicas = Replicas::new(group, &vars).unwrap();
+        let replicas = replicas.bucket(bucket).wire(wire);
+        let given = |i: usize, rank: usize| {
+            let x = scattered(&[7 + i], 1.0, 31 * i + rank + 1);
+            x.to_dtype(dtypes[i]).unwrap()
+        };
+        let mut grads = cpu(0f32).backward().unwrap();
+        for (i, var) in var.iter().enumerate() {
+            grads.insert(var, given(i, rank));
+        }
+        replicas.average(&mut grads, rows(rank)).unwrap();
+        for (i, var) in var.iter().enumerate() {
+            let got = grads.get(var).unwrap();
+            assert_eq!((got.dtype(), got.dims()), (dtypes[i], var.dims()));
+            // The sum's, and the rounding to the variable's dtype.
+            let u = match (dtypes[i], wire) {
+                (DType::F64, _) => 16.0 * U_F64,
+                (DType::BF16, _) | (_, Wire::Bf16) => 2.5 * U_BF16,
+                (DType::F16, _) => 1.1 * 2f64.powi(-11),
+                _ => 8.0 * U_F32,
+            };
+            for (k, got) in values(got).into_iter().enumerate() {
+                let part = |rank| values(&given(i, rank))[k] * rows(rank) as f64 / all as f64;
+                let exact: f64 = (0..size).map(part).sum();
+                let parts: f64 = (0..size).map(|rank| part(rank).abs()).sum();
+                assert!(
+                    (got - exact).abs() <= u * parts,
+                    "{:?}, {wire:?}: {got:e} is not {exact:e}",
+                    dtypes[i]
+                );
+            }
+        }
+    }
+    // Finite on every rank and in the mean, but not in f16; all skip.
+    let (vars, var) = variables(&[("w", 2, DType::F16), ("v", 2, DType::F32)]);
+    let replicas = Replicas::new(group, &vars).unwrap();
+    let mut sgd = SGD::new(replicas.variables(), 0.1).unwrap();
+    // Below one: candle casts the gradient of the scaled loss to f16, before this scale is taken off.
+    let mut scaler = LossScaler::new(0.5).unwrap();
+    let wide = var[0].to_dtype(DType::F32).unwrap();
+    let read = (wide.sum_all().unwrap() + var[1].sum_all().unwrap()).unwrap();
+    let mut step = |factor: f64| {
+        let loss = (&read * factor).unwrap();
+        replicas
+            .scaled_step(&mut scaler, &loss, 1, &mut sgd)
+            .unwrap()
+    };
+    assert_eq!(
+        [step(60000.0), step(70000.0), step(1.0)],
+        [Stepped::Taken, Stepped::Skipped, Stepped::Taken]
+    );
+    assert_eq!(scaler.scale, 0.25);
+}
+
+pub(crate) fn frozen_variables_are_equal_but_have_no_part_in_training(group: &dyn Group) {
+    let (vars, var) = variables(&[("head", 1, DType::F32), ("stem", 2, DType::F32)]);
+    var[1].set(&cpu(&[group.rank() as f32, f32::MAX])).unwrap();
+    let replicas = Replicas::new(group, &vars).unwrap();
+    let replicas = replicas.freeze(|name| name == "stem").clip(2.0).unwrap();
+    // Those of rank 0.
+    assert_eq!(values(&var[1]), [0.0, f64::from(f32::MAX)]);
+    let trained = replicas.variables();
+    assert_eq!(trained.len(), 1);
+    let mut sgd = SGD::new(trained, 1.0).unwrap();
+    let mut scaler = LossScaler::new(2.0).unwrap();
+    // The gradient of the stem overflows; that of the head is 1, below the limit.
+    let loss = (var[0].sum_all().unwrap()
+        + (var[1].sqr().unwrap() * 2.0).unwrap().sum_all().unwrap())
+    .unwrap();
+    let stepped = replicas.scaled_step(&mut scaler, &loss, 1, &mut sgd);
+    assert_eq!(stepped.unwrap(), Stepped::Taken);
+    assert_eq!(values(&var[0]), [0.0]);
+    assert_eq!(values(&var[1]), [0.0, f64::from(f32::MAX)]);
 }
 
 /// A group of threads of one process, by which all that does not depend on messages is tested quickly.

@@ -1,9 +1,12 @@
 //! Signs of life: small messages by which ranks find out who is still there.
 //!
-//! A rank that waits calls the others; each answers, from a thread of its own if it computes, with the number of
-//! operations that it has come to.  A rank that leaves says so, with the number of operations that it has done and the
-//! reason.  These messages have a communicator of their own, so that they never meet those of the operations.
+//! A rank that waits in an operation calls the others; each answers, from a thread of its own if it computes, with the
+//! number of operations that it has come to, and with what it has done where this rank waits.  A rank that leaves says so,
+//! with the number of operations that it has done and the reason.  These messages have a communicator of their own, so that
+//! they never meet those of the operations.
 
+use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -19,37 +22,103 @@ const LISTEN: Duration = Duration::from_millis(50);
 const CALL: Duration = Duration::from_secs(1);
 /// How long messages of a rank that leaves may take to be sent.
 const FLUSH: Duration = Duration::from_millis(500);
-/// Bytes of a message: kind, rank, count, length of the text, text.
+/// Bytes of a message: kind, rank, two numbers, length of the text, text.
 const LENGTH: usize = 512;
-const HEAD: usize = 1 + 4 + 8 + 2;
+const HEAD: usize = 1 + 4 + 8 + 8 + 2;
+/// Operations that a rank remembers.
+const REMEMBERED: usize = 64;
+
+/// An operation, as ranks compare it: all must do the same.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operation {
+    pub(super) name: &'static str,
+    /// The kind of its numbers, and how many there are.
+    pub(super) of: &'static str,
+    pub(super) length: usize,
+    /// Of a broadcast.
+    pub(super) root: Option<usize>,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            name, of, length, ..
+        } = self;
+        f.write_str(name)?;
+        if !of.is_empty() {
+            write!(f, " of {length} {of}")?;
+        }
+        match self.root {
+            Some(root) => write!(f, " from rank {root}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a rank waits for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Wait {
+    /// The operation of this number.
+    Operation(u64),
+    /// That all have done their work.
+    Farewell,
+    /// Something else that needs all ranks.
+    Else,
+}
+
+impl Wait {
+    /// Whether it is in vain when a rank has left so.
+    fn is_ended_by(self, left: &Left) -> bool {
+        match self {
+            // One that has done its part of the operation may go before it has arrived here.
+            Self::Operation(number) => left.completed < number,
+            Self::Farewell => !left.in_peace,
+            Self::Else => true,
+        }
+    }
+}
 
 /// What ranks tell each other.
 #[derive(Clone, Debug, PartialEq)]
 enum Message {
-    /// Is anybody there?
-    Call,
-    /// Yes, and so many operations have begun here.
-    Here(u64),
+    /// Is anybody there, and what was your operation of this number?
+    Call(u64),
+    /// Yes.
+    Here(Here),
     /// This rank goes.
     Left(Left),
 }
 
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Here {
+    /// Operations that have begun there.
+    entered: u64,
+    /// The number that was asked for, and what this operation was; empty if it has not begun, or is forgotten.
+    number: u64,
+    operation: String,
+}
+
 /// How a rank has left.
 #[derive(Clone, Debug, PartialEq)]
-struct Left {
+pub(super) struct Left {
     /// Operations that it has completed.
     completed: u64,
     /// Where it began.
     culprit: usize,
+    /// Whether all its work was done, as far as it knows.
+    in_peace: bool,
     reason: String,
 }
 
 impl Message {
     fn to_bytes(&self) -> Vec<u8> {
-        let (kind, rank, count, text) = match self {
-            Self::Call => (0, 0, 0, ""),
-            Self::Here(count) => (1, 0, *count, ""),
-            Self::Left(left) => (2, left.culprit, left.completed, &*left.reason),
+        let (kind, rank, counts, text) = match self {
+            Self::Call(number) => (0, 0, [*number, 0], ""),
+            Self::Here(here) => (1, 0, [here.entered, here.number], &*here.operation),
+            Self::Left(left) => {
+                let kind = 2 + u8::from(left.in_peace);
+                (kind, left.culprit, [left.completed, 0], &*left.reason)
+            }
         };
         let most = LENGTH - HEAD;
         let end = (0..=most.min(text.len()))
@@ -58,7 +127,7 @@ impl Message {
         let text = &text.as_bytes()[..end.unwrap_or(0)];
         let mut bytes = vec![kind];
         bytes.extend((rank as u32).to_le_bytes());
-        bytes.extend(count.to_le_bytes());
+        bytes.extend(counts.iter().flat_map(|count| count.to_le_bytes()));
         bytes.extend((text.len() as u16).to_le_bytes());
         bytes.extend(text);
         bytes.resize(LENGTH, 0);
@@ -69,15 +138,21 @@ impl Message {
         let (head, text) = bytes.split_at_checked(HEAD)?;
         let rank = u32::from_le_bytes(head[1..5].try_into().ok()?);
         let count = u64::from_le_bytes(head[5..13].try_into().ok()?);
-        let length = u16::from_le_bytes(head[13..15].try_into().ok()?);
-        let text = text.get(..usize::from(length))?;
+        let number = u64::from_le_bytes(head[13..21].try_into().ok()?);
+        let length = u16::from_le_bytes(head[21..23].try_into().ok()?);
+        let text = String::from_utf8_lossy(text.get(..usize::from(length))?).into_owned();
         match head[0] {
-            0 => Some(Self::Call),
-            1 => Some(Self::Here(count)),
-            2 => Some(Self::Left(Left {
+            0 => Some(Self::Call(count)),
+            1 => Some(Self::Here(Here {
+                entered: count,
+                number,
+                operation: text,
+            })),
+            kind @ (2 | 3) => Some(Self::Left(Left {
                 completed: count,
                 culprit: rank as usize,
-                reason: String::from_utf8_lossy(text).into_owned(),
+                in_peace: kind == 3,
+                reason: text,
             })),
             _ => None,
         }
@@ -89,8 +164,8 @@ impl Message {
 struct Peer {
     /// When it was called, if it has not answered since.
     called: Option<Instant>,
-    /// Operations that it had come to when it answered last.
-    entered: u64,
+    /// What it answered last.
+    here: Here,
     left: Option<Left>,
 }
 
@@ -102,6 +177,16 @@ struct State {
     /// Operations that this rank has come to, and completed.
     entered: u64,
     completed: u64,
+    /// The last of them.
+    operations: VecDeque<Operation>,
+}
+
+impl State {
+    /// The operation of a number, if this rank has come to it and still knows it.
+    fn operation(&self, number: u64) -> Option<Operation> {
+        let before = usize::try_from(self.entered.checked_sub(number)?).ok()?;
+        self.operations.iter().rev().nth(before).copied()
+    }
 }
 
 /// The others, as this rank knows them.
@@ -128,6 +213,7 @@ impl Peers {
                 last_call: None,
                 entered: 0,
                 completed: 0,
+                operations: VecDeque::with_capacity(REMEMBERED),
             }),
         }
     }
@@ -137,9 +223,13 @@ impl Peers {
     }
 
     /// Notes that this rank has come to an operation; its number.
-    pub(super) fn enter(&self) -> u64 {
+    pub(super) fn enter(&self, operation: Operation) -> u64 {
         let mut state = self.state();
         state.entered += 1;
+        if state.operations.len() == REMEMBERED {
+            state.operations.pop_front();
+        }
+        state.operations.push_back(operation);
         state.last_call = None;
         state.peers.iter_mut().for_each(|peer| peer.called = None);
         state.entered
@@ -150,32 +240,23 @@ impl Peers {
         self.state().completed += 1;
     }
 
-    /// Operations that this rank has completed.
-    pub(super) fn completed(&self) -> u64 {
-        self.state().completed
-    }
-
-    /// Whether the others can still come to an operation, for which this rank has waited; or, without a number, whether
-    /// they are still there.
-    pub(super) fn watch(
-        &self,
-        waited: Duration,
-        operation: Option<u64>,
-    ) -> Result<(), GroupDefect> {
+    /// Whether what this rank has waited for can still come.
+    pub(super) fn watch(&self, waited: Duration, wait: Wait) -> Result<(), GroupDefect> {
         let mut state = self.state();
         self.serve(&mut state);
-        for left in state.peers.iter().filter_map(|peer| peer.left.as_ref()) {
-            // One that has done its part of the operation may go before it has arrived here.
-            if operation.is_none_or(|number| left.completed < number) {
-                let (rank, reason) = (left.culprit, left.reason.clone());
-                return Err(GroupDefect::Left { rank, reason });
-            }
+        let mut left = state.peers.iter().filter_map(|peer| peer.left.as_ref());
+        if let Some(left) = left.find(|left| wait.is_ended_by(left)) {
+            let (rank, reason) = (left.culprit, left.reason.clone());
+            return Err(GroupDefect::Left { rank, reason });
         }
         if waited < CALL {
             return Ok(());
         }
         if state.last_call.is_none_or(|last| last.elapsed() >= CALL) {
             self.call(&mut state);
+        }
+        if let Wait::Operation(number) = wait {
+            Self::compare(&state, number)?;
         }
         let others = state.peers.iter().enumerate();
         let others = others.filter(|(rank, _)| *rank != self.rank);
@@ -188,7 +269,7 @@ impl Peers {
                 return Err(GroupDefect::Lost { rank, seconds });
             }
         }
-        match others.min_by_key(|(_, peer)| peer.entered) {
+        match others.min_by_key(|(_, peer)| peer.here.entered) {
             Some((rank, _)) if waited > self.patience.late => {
                 let seconds = waited.as_secs_f64();
                 Err(GroupDefect::Late { rank, seconds })
@@ -197,11 +278,26 @@ impl Peers {
         }
     }
 
-    /// Waits for a rank to be found missing, after the library has failed: it seldom says which.
-    pub(super) fn search(&self) -> Option<GroupDefect> {
+    /// Whether all that have answered do the same in an operation.
+    fn compare(state: &State, number: u64) -> Result<(), GroupDefect> {
+        let Some(here) = state.operation(number).map(|o| o.to_string()) else {
+            return Ok(());
+        };
+        for (rank, peer) in state.peers.iter().enumerate() {
+            let there = &peer.here.operation;
+            if peer.here.number == number && !there.is_empty() && *there != here {
+                let there = there.clone();
+                return Err(GroupDefect::OtherOperation { rank, there, here });
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a rank to be found missing or elsewhere, after the library has failed: it seldom says which.
+    pub(super) fn search(&self, wait: Wait) -> Option<GroupDefect> {
         let started = Instant::now();
         while started.elapsed() < self.patience.silence + 2 * CALL {
-            if let Err(defect) = self.watch(CALL, None) {
+            if let Err(defect) = self.watch(CALL, wait) {
                 return Some(defect);
             }
             thread::sleep(LISTEN);
@@ -209,18 +305,42 @@ impl Peers {
         None
     }
 
-    /// Tells all others that this rank goes, and waits for a moment until they have been told.
+    /// Tells all others that this rank goes because of an error, and waits for a moment until they have been told.
     pub(super) fn leave(&self, culprit: usize, reason: &str) {
+        self.say_goodbye(culprit, reason, false);
+    }
+
+    /// Tells all others that this rank has done its work.
+    pub(super) fn leave_in_peace(&self, reason: &str) {
+        self.say_goodbye(self.rank, reason, true);
+    }
+
+    fn say_goodbye(&self, culprit: usize, reason: &str, in_peace: bool) {
         let mut state = self.state();
         let message = Message::Left(Left {
             completed: state.completed,
             culprit,
+            in_peace,
             reason: reason.to_owned(),
         });
         self.send_to_all(&mut state, &message);
+        self.flush(&mut state, |_| true);
+    }
+
+    /// Takes what is still on its way, before MPI is ended: the last message of every rank says that it goes.
+    pub(super) fn drain(&self) {
+        let gone = |state: &State| {
+            let mut peers = state.peers.iter().enumerate();
+            peers.all(|(rank, peer)| rank == self.rank || peer.left.is_some())
+        };
+        self.flush(&mut self.state(), gone);
+    }
+
+    /// Sends and receives for a moment, until all is sent and more is done.
+    fn flush(&self, state: &mut State, done: impl Fn(&State) -> bool) {
         let started = Instant::now();
-        while !state.outbox.is_empty() && started.elapsed() < FLUSH {
-            self.serve(&mut state);
+        while !(state.outbox.is_empty() && done(state)) && started.elapsed() < FLUSH {
+            self.serve(state);
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -233,7 +353,7 @@ impl Peers {
                 peer.called.get_or_insert(now);
             }
         }
-        self.send_to_all(state, &Message::Call);
+        self.send_to_all(state, &Message::Call(state.entered));
     }
 
     fn send_to_all(&self, state: &mut State, message: &Message) {
@@ -258,11 +378,16 @@ impl Peers {
             };
             peer.called = None;
             match message {
-                Message::Call => {
-                    let here = Message::Here(state.entered);
-                    self.send(state, &here, from);
+                Message::Call(number) => {
+                    let operation = state.operation(number).map(|o| o.to_string());
+                    let here = Here {
+                        entered: state.entered,
+                        number,
+                        operation: operation.unwrap_or_default(),
+                    };
+                    self.send(state, &Message::Here(here), from);
                 }
-                Message::Here(entered) => peer.entered = entered,
+                Message::Here(here) => peer.here = here,
                 Message::Left(left) => peer.left = Some(left),
             }
         }
@@ -291,7 +416,7 @@ impl Listener {
                 if let Ok(mut state) = peers.state.try_lock() {
                     peers.serve(&mut state);
                 }
-                thread::sleep(LISTEN);
+                thread::park_timeout(LISTEN);
             }
         };
         let thread = thread::Builder::new()
@@ -306,6 +431,7 @@ impl Listener {
     pub(super) fn stop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
             drop(thread.join());
         }
     }
@@ -317,19 +443,26 @@ mod tests {
 
     #[test]
     fn a_message_is_read_as_it_was_sent_and_a_long_reason_is_cut_between_characters() {
-        let left = |reason: String| {
+        let left = |reason: String, in_peace| {
             Message::Left(Left {
                 completed: 1 << 40,
                 culprit: 70_000,
+                in_peace,
                 reason,
             })
         };
-        for message in [Message::Call, Message::Here(7), left("an error".into())] {
+        let here = Message::Here(Here {
+            entered: 1 << 50,
+            number: 1 << 45,
+            operation: "a sum of 3 f32".into(),
+        });
+        let [error, peace] = [false, true].map(|in_peace| left("a reason".into(), in_peace));
+        for message in [Message::Call(7), here, error, peace] {
             assert_eq!(Message::from_bytes(&message.to_bytes()), Some(message));
         }
-        let long = left("ä".repeat(400)).to_bytes();
+        let long = left("ä".repeat(400), false).to_bytes();
         assert_eq!(long.len(), LENGTH);
-        let cut = left("ä".repeat((LENGTH - HEAD) / 2));
+        let cut = left("ä".repeat((LENGTH - HEAD) / 2), false);
         assert_eq!(Message::from_bytes(&long), Some(cut));
         assert_eq!(Message::from_bytes(&[9; LENGTH]), None);
         assert_eq!(Message::from_bytes(&[0; 3]), None);

@@ -7,6 +7,7 @@
 use std::ffi::{c_char, c_int};
 use std::mem::MaybeUninit;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 use mpi::environment::Universe;
 use mpi::{ffi, Threading};
@@ -40,30 +41,77 @@ fn check(code: c_int) -> Result<(), Failure> {
     }
 }
 
-/// Starts MPI, or finds it started by somebody else, who then ends it.
-///
-/// # Errors
-/// Why there is no MPI whose functions several threads may call in turn.
-pub(super) fn start() -> Result<Option<Universe>, Failure> {
-    if mpi::is_finalized() {
-        return Err("MPI has been ended in this process, and cannot be started again".into());
-    }
-    let started = mpi::initialize_with_threading(Threading::Serialized);
-    let (universe, threading) = match started {
-        Some((universe, threading)) => (Some(universe), threading),
-        None => {
-            let mut provided = 0;
-            // SAFETY: MPI is initialised; it writes one number.
-            check(unsafe { ffi::MPI_Query_thread(&mut provided) })?;
-            (None, Threading::from(provided))
+/// Who uses MPI in this process.
+struct Users {
+    count: usize,
+    /// Where this library has started MPI, and on which thread: it must end there.
+    universe: Option<(Universe, ThreadId)>,
+    /// Whether some rank will not come to the end of MPI, which is an operation of all.
+    broken: bool,
+}
+
+static USERS: Mutex<Users> = Mutex::new(Users {
+    count: 0,
+    universe: None,
+    broken: false,
+});
+
+/// One user of MPI.  The last one ends it, if this library has started it and all ranks have parted in peace.
+pub(super) struct Session {
+    parted: bool,
+}
+
+impl Session {
+    /// Starts MPI, or joins what has been started; if by another library, that one ends it.
+    ///
+    /// # Errors
+    /// Why there is no MPI whose functions several threads may call in turn.
+    pub(super) fn start() -> Result<Self, Failure> {
+        let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+        if mpi::is_finalized() {
+            return Err("MPI has been ended in this process, and cannot be started again".into());
         }
-    };
-    if threading < Threading::Serialized {
-        return Err(format!(
-            "MPI provides Threading::{threading:?}, and at least Serialized is needed"
-        ));
+        let threading = match mpi::initialize_with_threading(Threading::Serialized) {
+            Some((universe, threading)) => {
+                users.universe = Some((universe, thread::current().id()));
+                threading
+            }
+            None => {
+                let mut provided = 0;
+                // SAFETY: MPI is initialised; it writes one number.
+                check(unsafe { ffi::MPI_Query_thread(&mut provided) })?;
+                Threading::from(provided)
+            }
+        };
+        if threading < Threading::Serialized {
+            users.universe = None;
+            return Err(format!(
+                "MPI provides Threading::{threading:?}, and at least Serialized is needed"
+            ));
+        }
+        users.count += 1;
+        Ok(Self { parted: false })
     }
-    Ok(universe)
+
+    /// Notes that all ranks have parted in peace.
+    pub(super) fn part(&mut self) {
+        self.parted = true;
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+        users.count -= 1;
+        users.broken |= !self.parted;
+        if users.count > 0 || users.broken {
+            return;
+        }
+        let here = thread::current().id();
+        let universe = users.universe.take_if(|(_, thread)| *thread == here);
+        let _serial = serial();
+        drop(universe);
+    }
 }
 
 /// Processes, and a space of messages of its own.
@@ -250,12 +298,16 @@ impl Reduction {
 
 /// Numbers that MPI knows.
 pub(super) trait Number: Copy + Default + 'static {
+    const NAME: &'static str;
+
     fn datatype() -> ffi::MPI_Datatype;
 }
 
 macro_rules! numbers {
     ($($number:ty = $constant:ident,)+) => {
         $(impl Number for $number {
+            const NAME: &'static str = stringify!($number);
+
             fn datatype() -> ffi::MPI_Datatype {
                 // SAFETY: a constant that MPI's library defines.
                 unsafe { ffi::$constant }
