@@ -39,6 +39,8 @@
 
 mod buckets;
 mod group;
+#[cfg(any(feature = "mpi", test))]
+mod message;
 #[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(feature = "nccl")]
