@@ -761,7 +761,12 @@ fn rows_that_fill_the_memory_stop_child() {
     let build = |vb: VarBuilder<'_>| Mlp::new(&[16, 16], Activation::Tanh, vb);
     let ode = NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, build).unwrap();
     fill(&vars);
-    let ode = ode.options(tight(&BOSH3, 1e-13));
+    // Attempts enough to fill the memory with the few rows of a narrow tile.
+    let steps = Adaptive::new(1e-13, 1e-13).max_steps(1 << 24);
+    let ode = ode.options(OdeOptions {
+        steps: Steps::Adaptive(steps),
+        ..tight(&BOSH3, 1e-13)
+    });
     let y0 = Var::from_tensor(&scattered(&[1 << 12, 16], 0.8, 1)).unwrap();
     let solved = ode.solve(y0.as_tensor(), &[0.0, 1e-3, 1e3]);
     let stopped = assert_stopped_by_memory(solved, bytes);
