@@ -76,7 +76,7 @@ __device__ void leave(const RowsSolve &solve, const Control &control, int dim, c
     const Pace &pace = my.pace;
     RowReport report{};
     report.t = pace.t;
-    report.h = my.rejected_last ? my.last_h : 0;
+    report.h = my.stops == TIME_STANDS_STILL ? my.attempt.h : my.rejected_last ? my.last_h : 0;
     report.error = my.rejected_last ? my.last_error : 0;
     report.accepted = pace.accepted, report.rejected = pace.rejected;
     report.evaluations = my.evaluations, report.limited = pace.limited, report.factor = pace.factor;
@@ -89,7 +89,8 @@ __device__ void leave(const RowsSolve &solve, const Control &control, int dim, c
     if (my.stops != NO_REASON) {
         atomicMin(&solve.report->failed, row);
         const int outputs = control.returns_all ? control.point_count : 1;
-        for (int o = my.returned; o < outputs; ++o) {
+        // No step counts of a row that the compute precision limits.
+        for (int o = my.stops == LIMITED ? control.returns_all : my.returned; o < outputs; ++o) {
             for (int f = 0; f < dim; ++f) solve.out[(o * solve.rows + row) * dim + f] = NAN;
         }
     }
@@ -142,6 +143,7 @@ __device__ void plan(const Net &net, const Method &method, const RowsSolve &solv
     int phase = lanes.phase[l];
     if (phase == READY && my.stops == NO_REASON) {
         my.stops = next_attempt(control, my.pace, my.attempt);
+        if (my.stops == NO_REASON && net.time && stands_still(my.attempt)) my.stops = TIME_STANDS_STILL;
         if (my.stops == NO_REASON) phase = TRIES;
     }
     const unsigned long long row = lanes.row[l];

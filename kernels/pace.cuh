@@ -37,7 +37,7 @@ struct Control {
 static_assert(sizeof(Control) % sizeof(uint64_t) == 0, "it is copied by words");
 
 // Why a row does not reach the end, or is not to count; as `Reason` in src/ops/cuda/mlp/rows.rs.
-enum Reason : int { NO_REASON, ATTEMPTS_USED, UNDERFLOW_OF_STEP, NOT_FINITE, LIMITED };
+enum Reason : int { NO_REASON, ATTEMPTS_USED, UNDERFLOW_OF_STEP, NOT_FINITE, LIMITED, TIME_STANDS_STILL };
 
 // Where a row is, and what it has done.
 struct Pace {
@@ -89,6 +89,11 @@ __device__ inline Reason next_attempt(const Control &control, const Pace &pace, 
     const bool again = pace.has_refused && pace.refused == attempt.end && !attempt.forced;
     if (attempt.h == 0 || !is_finite(attempt.h) || again) return pace.non_finite == 0 ? UNDERFLOW_OF_STEP : NOT_FINITE;
     return NO_REASON;
+}
+
+// Whether an attempt begins and ends at one number of f32, in which the field reads time.
+__device__ inline bool stands_still(const Attempt &attempt) {
+    return static_cast<float>(attempt.t) == static_cast<float>(__dadd_rn(attempt.t, attempt.h));
 }
 
 // What a length is multiplied with after an error r.

@@ -14,7 +14,7 @@ constexpr unsigned JUMPS_AT_START = 1, JUMPS_AT_END = 2;
 // What became of a row; as in src/ops/cuda/mlp/rows.rs.
 struct RowReport {
     double t; // where it is
-    double h, error; // of the last attempt, if it was rejected
+    double h, error; // of the last attempt, if it was rejected; h of one in which time stands still
     double bad_t; // where the backward pass found a number that is not finite
     unsigned accepted, rejected, evaluations, limited;
     double factor;

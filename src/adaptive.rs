@@ -262,7 +262,9 @@ pub enum OnFailure {
     #[default]
     Error,
     /// The outputs of the row at times after its failure are NaN, all cotangents of the row are ignored, and the
-    /// other rows are solved as usual.
+    /// other rows are solved as usual.  A row that fails by
+    /// [`PrecisionLimited`](crate::error::StopReason::PrecisionLimited) has failed in all its steps: only the state at
+    /// the first time remains.
     Nan,
 }
 

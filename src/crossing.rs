@@ -89,30 +89,47 @@ pub(crate) fn sign(g: f64) -> Option<f64> {
     (g != 0.0).then_some(g.signum())
 }
 
-/// The first place in a step between two times where a number crosses zero, and its sign at the end of the step.  On the
-/// surface a number has no sign.
-pub(crate) fn first(
+/// The places in a step between two times where a number crosses zero, in ascending order, one at most between two
+/// neighbouring points, and its sign at the end of the step.  On the surface a number has no sign.
+pub(crate) fn crossings(
     g: &mut Along<'_>,
     ends: [f64; 2],
     direction: Direction,
     sign_before: Option<f64>,
-) -> Result<(Option<Place>, Option<f64>)> {
-    let (mut found, mut largest) = (None, 0.0f64);
+) -> Result<(Vec<Place>, Option<f64>)> {
+    let (mut roots, mut largest) = (vec![], 0.0f64);
     let (mut before, mut at) = (sign_before, 0.0);
     for x in POINTS {
         let value = g(x)?;
         largest = largest.max(value.abs());
         if let Some(sign) = before {
-            let crosses = value * sign <= 0.0 && direction.leaves(sign);
-            if crosses && found.is_none() {
-                found = Some(root(g, ends, [at, x], sign, value)?);
+            if value * sign <= 0.0 && direction.leaves(sign) {
+                roots.push(root(g, ends, [at, x], sign, value)?);
             }
         }
         before = sign(value);
         at = x;
     }
     let pace = largest / (ends[1] - ends[0]).abs();
-    Ok((found.map(|x| Place { x, pace }), before))
+    let place = |x| Place { x, pace };
+    Ok((roots.into_iter().map(place).collect(), before))
+}
+
+/// Orders the crossings of several events in a step, each a place and the number of its event, as far as to the first at
+/// which the solve ends; whether it ends.  At one place those at which it does not end come first, and otherwise the order
+/// is that of the events.
+pub(crate) fn in_order(
+    crossings: &mut Vec<(Place, usize)>,
+    is_terminal: impl Fn(usize) -> bool,
+) -> bool {
+    let of = |(place, event): &(Place, usize)| (place.x, is_terminal(*event));
+    crossings.sort_by(|a, b| {
+        let (a, b) = (of(a), of(b));
+        a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))
+    });
+    let last = crossings.iter().position(|(_, event)| is_terminal(*event));
+    crossings.truncate(last.map_or(crossings.len(), |last| last + 1));
+    last.is_some()
 }
 
 /// The root in [a, b], where g has `sign` at a and the value g_b at b, to four ulps of time: inverse quadratic
@@ -199,8 +216,10 @@ mod tests {
                 let ends = [t, end];
                 let mut g = |x: f64| Ok((x - root) * (1.0 + x * x).exp() * (x - 3.0));
                 let before = sign(g(0.0).unwrap());
-                let (found, after) = first(&mut g, ends, Direction::Both, before).unwrap();
-                let found = found.unwrap();
+                let (found, after) = crossings(&mut g, ends, Direction::Both, before).unwrap();
+                let [found] = found[..] else {
+                    panic!("{found:?}");
+                };
                 let ulps = 4.0 * f64::EPSILON * t.abs().max(end.abs());
                 let error = (found.x - root).abs() * (end - t).abs();
                 assert!(
@@ -210,10 +229,43 @@ mod tests {
                 assert_eq!(after, sign(g(1.0).unwrap()));
                 // In one of the directions it is none.
                 let only = [Direction::Rising, Direction::Falling];
-                let found = only.map(|only| first(&mut g, ends, only, before).unwrap().0);
-                assert!(found[0].is_none() && found[1].is_some());
+                let found = only.map(|only| crossings(&mut g, ends, only, before).unwrap().0);
+                assert!(found[0].is_empty() && found[1].len() == 1);
             }
         }
+    }
+
+    #[test]
+    fn a_root_in_each_quarter_is_found_in_its_direction() {
+        let roots = [0.1, 0.3, 0.6, 0.9];
+        let mut g = |x: f64| Ok(roots.iter().map(|root| x - root).product());
+        for (direction, expected) in [
+            (Direction::Both, &[0, 1, 2, 3][..]),
+            (Direction::Rising, &[1, 3]),
+            (Direction::Falling, &[0, 2]),
+        ] {
+            let (found, after) = crossings(&mut g, [0.0, 1.0], direction, Some(1.0)).unwrap();
+            assert_eq!((found.len(), after), (expected.len(), Some(1.0)));
+            for (place, expected) in found.iter().zip(expected) {
+                assert!((place.x - roots[*expected]).abs() <= 8.0 * f64::EPSILON);
+            }
+        }
+        // A root at one of the points is one root.
+        let mut g = |x: f64| Ok((x - 0.5) * (x - 0.9));
+        let (found, _) = crossings(&mut g, [0.0, 1.0], Direction::Both, Some(1.0)).unwrap();
+        assert_eq!((found.len(), found[0].x), (2, 0.5));
+        assert!((found[1].x - 0.9).abs() <= 8.0 * f64::EPSILON);
+    }
+
+    #[test]
+    fn crossings_at_one_place_are_kept_as_far_as_to_the_first_that_ends_the_solve() {
+        let at = |x: f64, event: usize| (Place { x, pace: 1.0 }, event);
+        let mut all = vec![at(0.5, 0), at(0.5, 1), at(0.2, 2), at(0.6, 1), at(0.5, 3)];
+        assert!(in_order(&mut all, |event| event == 0));
+        assert_eq!(all, [at(0.2, 2), at(0.5, 1), at(0.5, 3), at(0.5, 0)]);
+        let mut all = vec![at(0.5, 1), at(0.2, 2)];
+        assert!(!in_order(&mut all, |event| event == 0));
+        assert_eq!(all, [at(0.2, 2), at(0.5, 1)]);
     }
 
     #[test]

@@ -98,11 +98,13 @@ impl<S> Event<S> {
 /// What a solve with events returns.
 #[derive(Clone, Debug)]
 pub struct EventSolution<S> {
-    /// The states at the requested times that were reached before the solve ended, `(outputs, …)`.
+    /// The states at the requested times up to the end of the solve, `(outputs, …)`.  If an event ends the solve at a
+    /// requested time, this time is one of them.
     pub states: S,
-    /// The number of requested times for which `states` has a state: all of them, unless an event ended the solve.
+    /// The number of requested times for which `states` has a state: all of them, unless an event ended the solve
+    /// before the last.
     pub outputs: usize,
-    /// The events, in order of time.
+    /// The events, in order of time; of several at one time, the one that ends the solve is the last.
     pub events: Vec<Occurrence<S>>,
     /// Whether the last event in `events` ended the solve.
     pub ended: bool,
@@ -114,8 +116,7 @@ pub struct Occurrence<S> {
     /// The index of the event in the list that was given to the solve.
     pub event: usize,
     /// The time of the event, one number in f64, differentiable with respect to everything that the solve and the
-    /// event function
-    /// read.
+    /// event function read.
     pub t: Tensor,
     /// The state at the time `t`, differentiable with respect to the same quantities.
     pub y: S,

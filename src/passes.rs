@@ -38,7 +38,9 @@ pub(crate) fn run(
             }
         }
         if let Plan::Adaptive(control) = &problem.plan {
-            if control.options.control == Some(StepControl::Rows) {
+            // Without a row there is no step, of rows or of the batch.
+            let by_row = control.options.control == Some(StepControl::Rows);
+            if by_row && !problem.is_empty() {
                 let row_wise = offered.is_some_and(|offered| offered.rows.is_some());
                 return Err(Error::Adaptive(AdaptiveDefect::NoRows { row_wise }));
             }

@@ -312,16 +312,17 @@ impl Problem {
 
     /// Number of states that are returned of the first events of rows.
     pub(crate) fn of_crossings(&self, events: usize) -> usize {
-        self.crossings[..events]
-            .iter()
-            .map(|event| event.most)
-            .sum()
+        let most = self.crossings[..events].iter().map(|event| event.most);
+        most.fold(0, usize::saturating_add)
     }
 
     /// Number of states returned, as far as it is known before the solve: of adaptive steps none is.
     pub(crate) fn outputs(&self) -> usize {
         match self.output {
-            Output::All => self.grid.points().len() + self.of_crossings(self.crossings.len()),
+            Output::All => {
+                let of_events = self.of_crossings(self.crossings.len());
+                self.grid.points().len().saturating_add(of_events)
+            }
             Output::Final => 1,
             Output::Steps => self.plan.known().map_or(0, |steps| steps.len() + 1),
         }

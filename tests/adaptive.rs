@@ -677,6 +677,26 @@ fn options_that_cannot_be_followed_are_refused_before_any_evaluation() {
         let error = at(times).unwrap_err();
         assert!(matches!(error, Error::StepTimes { .. }), "{error}");
     }
+    // Of one time there is no step.
+    for output in [Output::All, Output::Final, Output::Steps] {
+        let one = |times: &[f64]| {
+            let options = OdeOptions {
+                steps: Steps::At(times.into()),
+                output,
+                ..Default::default()
+            };
+            let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+            predict(&|_: &Time, y: &Tensor| y.neg(), &y0, &[0.0], &options)
+        };
+        assert!(one(&[]).is_ok() && one(&[0.0]).is_ok());
+        for times in [&[0.5][..], &[0.5, 1.0], &[-0.5], &[0.0, 0.5], &[f64::NAN]] {
+            let error = one(times).map(|y| values(&y));
+            assert!(
+                matches!(error, Err(Error::StepTimes { .. })),
+                "{times:?} {error:?}"
+            );
+        }
+    }
 }
 
 /// Why a solve of y' = f stopped, and what it had returned.

@@ -1205,6 +1205,30 @@ fn failures_of_adaptive_launches_are_named_as_on_the_cpu() {
         }
         other => panic!("{other:?}"),
     }
+    // A length that f32, in which the field reads time, does not tell from nothing.
+    let times = [1e8, 1e8 + 4.0];
+    let error = traced(&SWINGING, &y0, &times, &plain).err();
+    assert!(
+        matches!(
+            error,
+            Some(Error::TimeUnresolved { step: 0, t, end, dtype: DType::F32 })
+                if t == 1e8 && end > t && end <= 1e8 + 4.0
+        ),
+        "{error:?}"
+    );
+    let options = by_row(&DOPRI5, adaptive(1e-3).on_failure(OnFailure::Nan));
+    let solved = traced(&SWINGING, &y0, &times, &options).unwrap();
+    for row in &solved.stats[0].rows {
+        assert_eq!(row.stopped, Some(StopReason::Underflow));
+    }
+    // No step of a row that the compute precision limits counts.
+    let strict = adaptive(1e-8).precision_limit_is_error(true);
+    let strict = low(strict.on_failure(OnFailure::Nan));
+    let solved = traced(&SWINGING, &y0, &LONG, &strict).unwrap();
+    let first = solved.states.i((0, 0)).unwrap();
+    assert_eq!(bits(&first), bits(&y0.i(0).unwrap()));
+    let after = values(&solved.states.i((1.., 0)).unwrap());
+    assert!(after.iter().all(|x| x.is_nan()));
     // Of the backward pass.
     let (_, ode) = network(&gpu, &SWINGING, &plain);
     let ys: Tensor = ode.solve(&y0, &LONG).unwrap();

@@ -12,9 +12,9 @@ use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect};
 use candle_diffeq::events::{odeint_event, Direction, Event, Hybrid};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{
-    Checkpoint, FieldCheck, OdeOptions, Output, Recorder, Steps, Tableau, Time, DOPRI5,
+    odeint, Checkpoint, FieldCheck, OdeOptions, Output, Recorder, Steps, Tableau, Time, DOPRI5,
 };
-use common::{bits, values};
+use common::{bits, values, U_F64};
 
 fn options(method: &Tableau, tolerance: f64) -> OdeOptions {
     OdeOptions {
@@ -248,13 +248,192 @@ fn two_crossings_within_one_step_are_seen_at_interior_points() {
         &options(&DOPRI5, 1e-8),
     )
     .unwrap();
-    assert!(!solved.events.is_empty());
-    let root = (1.0 - (1.0f64 - 0.4).sqrt()) / 2.0;
+    assert_eq!(solved.events.len(), 2);
+    for (event, sign) in solved.events.iter().zip([-1.0, 1.0]) {
+        let root = (1.0 + sign * (1.0f64 - 0.4).sqrt()) / 2.0;
+        assert!(
+            (number(&event.t) - root).abs() < 1e-9,
+            "{:?} {root}",
+            solved.events
+        );
+    }
+}
+
+/// y' = (−y₂, y₁).
+fn turning(_: &Time, y: &Tensor) -> Result<Tensor> {
+    Tensor::cat(&[&y.narrow(0, 1, 1)?.neg()?, &y.narrow(0, 0, 1)?], 0)
+}
+
+/// Steps that begin with this length, and are accepted whatever their error is but for very large ones.
+fn in_steps_of(h: f64) -> OdeOptions {
+    OdeOptions {
+        method: DOPRI5,
+        steps: Steps::Adaptive(Adaptive::new(1.0, 1.0).first_step(h)),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn every_crossing_between_the_points_of_a_step_is_an_event() {
+    // From the angle −1, in one step through the angles ∓0.64, between which the first component is above 0.8.
+    let y0 = Tensor::new(&[1f64.cos(), -1f64.sin()], &Device::Cpu).unwrap();
+    let level = Var::new(0.8f64, &Device::Cpu).unwrap();
+    let both = [[0.0, 0.5], [1.5, 2.0]];
+    for (direction, quarters) in [
+        (Direction::Both, &both[..]),
+        (Direction::Rising, &both[..1]),
+        (Direction::Falling, &both[1..]),
+    ] {
+        let of_level = level.as_tensor().clone();
+        let event = Event::new(move |_: &Time, y: &Tensor| y.get(0)?.sub(&of_level));
+        let event = event.direction(direction).recorded();
+        let recorder = Recorder::default();
+        let options = OdeOptions {
+            recorder: Some(recorder.clone()),
+            ..in_steps_of(2.0)
+        };
+        let solved = odeint_event(turning, &y0, &[0.0, 2.0], &[event], &options).unwrap();
+        assert_eq!(recorder.take().steps, 1);
+        assert_eq!(solved.events.len(), quarters.len(), "{direction:?}");
+        for (event, [from, to]) in solved.events.iter().zip(quarters) {
+            assert!((*from..*to).contains(&number(&event.t)), "{event:?}");
+            let first = event.y.get(0).unwrap();
+            assert!((number(&first) - 0.8).abs() <= 8.0 * U_F64);
+            // It moves with the level.
+            let grads = first.backward().unwrap();
+            let moved = number(grads.get(&level).unwrap());
+            assert!((moved - 1.0).abs() <= 1e3 * U_F64, "{moved}");
+        }
+    }
+}
+
+#[test]
+fn events_at_one_place_are_all_recorded_before_one_of_them_ends_the_solve() {
+    let level = || at(0.7);
+    for (events, last) in [
+        ([level(), level().recorded()], 0),
+        ([level().recorded(), level()], 1),
+    ] {
+        let solved = odeint_event(
+            clock,
+            &start(0.0),
+            &[0.0, 1.0],
+            &events,
+            &options(&DOPRI5, 1e-6),
+        );
+        let solved = solved.unwrap();
+        let which: Vec<_> = solved.events.iter().map(|e| e.event).collect();
+        assert_eq!((which, solved.ended), (vec![1 - last, last], true));
+    }
+}
+
+/// y' = y.
+fn growth(_: &Time, y: &Tensor) -> Result<Tensor> {
+    y * 1.0
+}
+
+#[test]
+fn an_output_at_the_time_of_an_event_keeps_the_derivative_of_its_own_time() {
+    let times = Var::new(&[0f64, 0.5, 1.0], &Device::Cpu).unwrap();
+    let (y0, options) = (start(1.0), in_steps_of(1.0));
+    let plain = odeint(growth, &y0, times.as_tensor(), &options).unwrap();
+    let middle = plain.get(1).unwrap();
+    let event = at(number(&middle)).recorded();
+    let solved = odeint_event(growth, &y0, times.as_tensor(), &[event], &options).unwrap();
+    assert_eq!(number(&solved.events[0].t), 0.5);
+    let of_times = |y: &Tensor| {
+        let grads = y.backward().unwrap();
+        values(grads.get(&times).unwrap())
+    };
+    let exact = of_times(&middle);
+    assert!(exact[1] > 1.0);
+    let ours = of_times(&solved.states.get(1).unwrap());
     assert!(
-        (number(&solved.events[0].t) - root).abs() < 1e-9,
-        "{:?} {root}",
-        solved.events
+        (ours[1] - exact[1]).abs() <= 4.0 * U_F64 * exact[1],
+        "{ours:?} {exact:?}"
     );
+    // The event is where the level is, whenever outputs are wanted.
+    assert_eq!(of_times(&solved.events[0].t)[1], 0.0);
+}
+
+#[test]
+fn a_time_at_which_an_event_ends_the_solve_is_reached() {
+    // At the end of a step, to the bit.
+    for times in [&[0.0, 1.0][..], &[0.0, 0.25, 1.0], &[0.0, 1.0, 2.0]] {
+        let options = OdeOptions {
+            steps: Steps::Adaptive(Adaptive::new(1e-6, 1e-6).step_t([1.0])),
+            ..options(&DOPRI5, 1e-6)
+        };
+        let plain = odeint(growth, &start(1.0), times, &options).unwrap();
+        let last = times.iter().position(|t| *t == 1.0).unwrap();
+        let event = at(number(&plain.get(last).unwrap()));
+        let solved = odeint_event(growth, &start(1.0), times, &[event], &options).unwrap();
+        assert_eq!((solved.outputs, solved.ended), (last + 1, true));
+        assert_eq!(number(&solved.events[0].t), 1.0);
+        let reached = plain.narrow(0, 0, last + 1).unwrap();
+        assert_eq!(bits(&solved.states), bits(&reached));
+    }
+    // And inside.
+    let mut met = 0;
+    for i in 1..97 {
+        let level = i as f64 / 97.0;
+        let times = [0.0, level, 1.5];
+        let solved = odeint_event(
+            clock,
+            &start(0.0),
+            &times,
+            &[at(level)],
+            &options(&DOPRI5, 1e-6),
+        );
+        let solved = solved.unwrap();
+        let t = number(&solved.events[0].t);
+        met += usize::from(t == level);
+        // One that rounding has put behind the event may be reached or not.
+        if t < level {
+            continue;
+        }
+        assert_eq!(
+            solved.outputs,
+            times.iter().filter(|time| **time <= t).count()
+        );
+    }
+    assert!(met > 9, "{met} events are at a time to the bit");
+}
+
+#[test]
+fn the_state_at_the_time_of_a_jump_is_the_one_before_it() {
+    for i in 1..97 {
+        let level = i as f64 / 97.0;
+        let system = Hybrid::new(clock, vec![at(level)], |_, _, y: &Tensor| y * 0.0);
+        let end = 1.5 * level;
+        for time in [level.next_down(), level, level.next_up()] {
+            let options = options(&DOPRI5, 1e-6);
+            let solved = system
+                .solve(&start(0.0), &[0.0, time, end], &options)
+                .unwrap();
+            let states = values(&solved.states);
+            assert_eq!((states.len(), solved.jumps.len()), (3, 1), "{level}");
+            assert!((states[1] - level).abs() <= 1e-14, "{level} {states:?}");
+            assert!(
+                (states[2] - 0.5 * level).abs() <= 1e-14,
+                "{level} {states:?}"
+            );
+        }
+        // Where it is the last time.
+        let solved = system
+            .solve(&start(0.0), &[0.0, level], &options(&DOPRI5, 1e-6))
+            .unwrap();
+        let states = values(&solved.states);
+        assert!((states[1] - level).abs() <= 1e-14, "{level} {states:?}");
+    }
+}
+
+#[test]
+fn a_hybrid_system_without_a_state_is_an_error() {
+    let still = |_: &Time, y: &Vec<Tensor>| Ok(y.clone());
+    let system = Hybrid::new(still, vec![], |_, _, y: &Vec<Tensor>| Ok(y.clone()));
+    let error = system.solve(&vec![], &[0.0, 1.0], &options(&DOPRI5, 1e-6));
+    assert!(matches!(error.map(|_| ()), Err(Error::EmptyState)));
 }
 
 #[test]

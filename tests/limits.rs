@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
-use candle_diffeq::control::Adaptive;
+use candle_diffeq::control::{Adaptive, OnFailure, StepControl};
 use candle_diffeq::datasets::Density;
 use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::{StopReason, Stopped};
@@ -320,6 +320,53 @@ fn steps_that_the_state_dtype_cannot_tell_apart_are_refused_where_the_field_read
 }
 
 #[test]
+fn adaptive_steps_that_time_does_not_tell_apart_are_refused_row_by_row_too() {
+    let times = [1e8, 1e8 + 4.0];
+    let solve = |build: fn(VarBuilder<'_>) -> candle_core::Result<Mlp>, steps: Adaptive| {
+        let recorder = Recorder::tracing();
+        let (vars, device) = (VarMap::new(), &Device::Cpu);
+        let ode = NeuralOde::from_field(&vars, "f", DType::F32, device, build).unwrap();
+        let ode = ode.options(OdeOptions {
+            method: DOPRI5,
+            steps: Steps::Adaptive(steps),
+            recorder: Some(recorder.clone()),
+            ..Default::default()
+        });
+        Ok::<_, Error>((ode.solve(&rows(3), &times)?, recorder.take()))
+    };
+    let timed = |vb: VarBuilder<'_>| Mlp::with_time(&[2, 16, 2], Activation::Tanh, vb);
+    let steps = || Adaptive::new(1e-3, 1e-3);
+    for steps in [
+        steps(),
+        steps().control(StepControl::Batch),
+        steps().first_step(1.0),
+    ] {
+        let error = solve(timed, steps).map(|_| ());
+        assert!(
+            matches!(
+                error,
+                Err(Error::TimeUnresolved { step: 0, t, end, dtype: DType::F32 })
+                    if t == 1e8 && end > t && end <= 1e8 + 4.0
+            ),
+            "{error:?}"
+        );
+    }
+    if has_tiles() {
+        let (states, stats) = solve(timed, steps().on_failure(OnFailure::Nan)).unwrap();
+        assert!(values(&states.i(0).unwrap()).iter().all(|y| y.is_finite()));
+        assert!(values(&states.i(1).unwrap()).iter().all(|y| y.is_nan()));
+        let stopped = stats.rows.iter().map(|row| row.stopped);
+        assert!(
+            stopped.clone().count() == 3
+                && stopped.flatten().all(|why| why == StopReason::Underflow)
+        );
+    }
+    // A field that does not read time goes on.
+    let still = |vb: VarBuilder<'_>| Mlp::new(&[2, 16, 2], Activation::Tanh, vb);
+    assert!(solve(still, steps()).is_ok());
+}
+
+#[test]
 fn an_autonomous_field_is_integrated_in_tiles_wherever_time_is() {
     for times in [[1e8, 1e8 + 1.0], [0.0, 1.0]] {
         let recorder = Recorder::default();
@@ -464,6 +511,26 @@ fn check_empty<S: State + 'static, F>(
             let solution = ode.solution(&start, &[0.0, 0.5, 1.0]).unwrap();
             let pulled = solution.vjp(solution.states()).unwrap();
             assert_eq!(pulled.y0.leaves()[0].dims(), shapes[0]);
+        }
+    }
+}
+
+#[test]
+fn an_empty_batch_of_rows_with_steps_of_their_own_has_a_solution_too() {
+    for control in [StepControl::Rows, StepControl::Batch] {
+        let vars = VarMap::new();
+        let ode = perceptron(&vars).options(OdeOptions {
+            method: DOPRI5,
+            steps: Steps::Adaptive(Adaptive::new(1e-3, 1e-3).control(control)),
+            ..Default::default()
+        });
+        let y0 = Var::zeros((0, 2), DType::F32, &Device::Cpu).unwrap();
+        let ys = ode.solve(y0.as_tensor(), &[0.0, 0.5, 1.0]).unwrap();
+        assert_eq!(ys.dims(), [3, 0, 2]);
+        let grads = ys.sum_all().unwrap().backward().unwrap();
+        for (_, var) in all(&vars) {
+            let grad = values(grads.get(&var).unwrap());
+            assert!(grad.iter().all(|g| *g == 0.0));
         }
     }
 }
@@ -694,7 +761,12 @@ fn rows_that_fill_the_memory_stop_child() {
     let build = |vb: VarBuilder<'_>| Mlp::new(&[16, 16], Activation::Tanh, vb);
     let ode = NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, build).unwrap();
     fill(&vars);
-    let ode = ode.options(tight(&BOSH3, 1e-13));
+    // Attempts enough to fill the memory with the few rows of a narrow tile.
+    let steps = Adaptive::new(1e-13, 1e-13).max_steps(1 << 24);
+    let ode = ode.options(OdeOptions {
+        steps: Steps::Adaptive(steps),
+        ..tight(&BOSH3, 1e-13)
+    });
     let y0 = Var::from_tensor(&scattered(&[1 << 12, 16], 0.8, 1)).unwrap();
     let solved = ode.solve(y0.as_tensor(), &[0.0, 1e-3, 1e3]);
     let stopped = assert_stopped_by_memory(solved, bytes);

@@ -7,17 +7,18 @@ mod common;
 
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_diffeq::control::{Adaptive, OnFailure};
-use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect};
+use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect, StopReason};
 use candle_diffeq::events::{
     odeint_event, odeint_row_event, Direction, Event, RowEvent, RowEventSolution,
 };
 use candle_diffeq::nn::{Activation, Cnf, Mlp};
 use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{
-    Checkpoint, OdeOptions, Output, Recorder, State, Steps, Tableau, Time, DOPRI5,
+    odeint, Checkpoint, OdeOptions, Output, Precision, Recorder, State, Steps, Tableau, Time,
+    DOPRI5,
 };
 use candle_nn::{VarBuilder, VarMap};
-use common::{all, bits, fill, relative, scattered, values, worst};
+use common::{all, bits, fill, relative, scattered, values, worst, U_F64};
 
 /// Whether the process has no vector unit, so that rows cannot have steps of their own.
 fn without_tiles() -> bool {
@@ -602,4 +603,366 @@ fn the_time_at_which_a_row_touches_a_value_has_no_gradient() {
         error,
         Error::Event(EventDefect::Grazing { event: 0, .. })
     ));
+}
+
+/// (−y₂, y₁).
+fn turning(dtype: DType) -> Mlp {
+    linear(&[0.0, -1.0, 1.0, 0.0], &[0.0; 2], dtype)
+}
+
+/// W y + b.
+fn linear(weight: &[f64], bias: &[f64], dtype: DType) -> Mlp {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
+    let field = Mlp::new(&[bias.len(), bias.len()], Activation::Tanh, vb).unwrap();
+    for (_, var) in all(&vars) {
+        let numbers = if var.rank() == 2 { weight } else { bias };
+        let numbers = Tensor::from_slice(numbers, var.shape(), &Device::Cpu).unwrap();
+        var.set(&numbers.to_dtype(dtype).unwrap()).unwrap();
+    }
+    field
+}
+
+/// Steps that begin with this length, and are accepted whatever their error is but for very large ones.
+fn in_steps_of(h: f64) -> OdeOptions {
+    OdeOptions {
+        method: DOPRI5,
+        steps: Steps::Adaptive(Adaptive::new(1.0, 1.0).first_step(h)),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn every_crossing_of_a_row_between_the_points_of_a_step_is_an_event() {
+    if without_tiles() {
+        return;
+    }
+    // From the angle −1, in one step through the angles ∓0.64, between which the first component is above 0.8.
+    let y0 = Tensor::new(&[[1f64.cos(), -1f64.sin()]], &Device::Cpu).unwrap();
+    let level = RowEvent::new(0, 0.8);
+    let events = [
+        level.clone().recorded(4),
+        level.clone().direction(Direction::Rising).recorded(4),
+        level.clone().direction(Direction::Falling).recorded(4),
+        // Counted without a place.
+        level.recorded(1),
+    ];
+    let recorder = Recorder::default();
+    let options = OdeOptions {
+        recorder: Some(recorder.clone()),
+        ..in_steps_of(2.0)
+    };
+    let solved = odeint_row_event(turning(DType::F64), &y0, &[0.0, 2.0], &events, &options);
+    let solved = solved.unwrap();
+    assert_eq!(recorder.take().steps, 1);
+    let counts: Vec<_> = solved.events.iter().map(|event| event.counts[0]).collect();
+    assert_eq!(counts, [2, 1, 1, 2]);
+    let t = values(&solved.events[0].t);
+    assert!(
+        (0.0..0.5).contains(&t[0]) && (1.5..2.0).contains(&t[1]),
+        "{t:?}"
+    );
+    assert_eq!(
+        [
+            values(&solved.events[1].t)[0],
+            values(&solved.events[2].t)[0]
+        ],
+        t[..2]
+    );
+    for y in &values(&solved.events[0].y)[..4]
+        .iter()
+        .step_by(2)
+        .collect::<Vec<_>>()
+    {
+        assert!((*y - 0.8).abs() <= 8.0 * U_F64);
+    }
+}
+
+#[test]
+fn rows_of_one_time_have_a_state_and_no_events() {
+    if without_tiles() {
+        return;
+    }
+    for rows in [1, 200] {
+        let y0 = Var::from_tensor(&start(rows, DType::F64)).unwrap();
+        let field = network(&VarMap::new(), DType::F64);
+        let options = options(&DOPRI5, 1e-6);
+        let events = [RowEvent::new(0, 0.5), RowEvent::new(1, 0.2).recorded(3)];
+        let solved = odeint_row_event(field, y0.as_tensor(), &[0.7], &events, &options).unwrap();
+        assert_eq!(bits(&solved.states), bits(&y0));
+        assert_eq!(solved.outputs, vec![1; rows]);
+        assert_eq!(solved.ended, vec![None; rows]);
+        for (event, most) in solved.events.iter().zip([1, 3]) {
+            assert_eq!(event.counts, vec![0; rows]);
+            assert_eq!(
+                (event.t.dims(), event.y.dims()),
+                (&[most, rows][..], &[most, rows, 3][..])
+            );
+            let nothing = [values(&event.t), values(&event.y)].concat();
+            assert!(nothing.iter().all(|x| x.is_nan()));
+        }
+        let grads = loss(&solved).backward().unwrap();
+        let twice = (y0.as_tensor() * 2.0).unwrap();
+        assert_eq!(bits(grads.get(&y0).unwrap()), bits(&twice));
+    }
+}
+
+#[test]
+fn more_places_for_events_than_fit_are_an_error() {
+    if without_tiles() {
+        return;
+    }
+    let field = network(&VarMap::new(), DType::F64);
+    for most in [usize::MAX, usize::MAX - 1, usize::MAX / 2, usize::MAX / 64] {
+        let event = RowEvent::new(0, 0.1).recorded(most);
+        for (rows, events) in [
+            (3, vec![event.clone()]),
+            (3, vec![event.clone(); 3]),
+            (0, vec![event; 2]),
+        ] {
+            let (y0, options) = (start(rows, DType::F64), options(&DOPRI5, 1e-6));
+            for times in [&[0.0, 1.0][..], &[0.0]] {
+                let solved = odeint_row_event(field.clone(), &y0, times, &events, &options);
+                match solved.map(|solved| solved.events[0].counts.len()) {
+                    Err(Error::OutOfMemory { .. } | Error::AllocationFailed { .. }) => {}
+                    // Of no row there is nothing to be returned.
+                    Ok(0) if rows == 0 => {}
+                    other => panic!("{rows} {most} {other:?}"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_time_at_which_an_event_ends_a_row_is_reached() {
+    if without_tiles() {
+        return;
+    }
+    // At the end of a step, to the bit: y′ = y.
+    let growth = || linear(&[1.0], &[0.0], DType::F64);
+    let y0 = Tensor::new(&[[1f64]], &Device::Cpu).unwrap();
+    for times in [&[0.0, 1.0][..], &[0.0, 0.25, 1.0], &[0.0, 1.0, 2.0]] {
+        let options = OdeOptions {
+            steps: Steps::Adaptive(Adaptive::new(1e-6, 1e-6).step_t([1.0])),
+            ..options(&DOPRI5, 1e-6)
+        };
+        let plain = odeint(growth(), &y0, times, &options).unwrap();
+        let last = times.iter().position(|t| *t == 1.0).unwrap();
+        let event = RowEvent::new(0, values(&plain)[last]);
+        let own = Var::from_tensor(&y0).unwrap();
+        let solved =
+            odeint_row_event(growth(), own.as_tensor(), times, &[event], &options).unwrap();
+        assert_eq!((solved.outputs[0], solved.ended[0]), (last + 1, Some(0)));
+        assert_eq!(values(&solved.events[0].t), [1.0]);
+        let reached = plain.narrow(0, 0, last + 1).unwrap();
+        let states = solved.states.narrow(0, 0, last + 1).unwrap();
+        assert_eq!(bits(&states), bits(&reached));
+        // e at a fixed time.
+        let grads = states
+            .i(last)
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap();
+        let slope = values(grads.get(&own).unwrap())[0];
+        assert!(
+            (slope - values(&reached)[last]).abs() <= 16.0 * U_F64,
+            "{slope}"
+        );
+    }
+    // And inside: y′ = 1.
+    let mut met = 0;
+    for i in 1..97 {
+        let level = i as f64 / 97.0;
+        let (y0, times) = (
+            Tensor::new(&[[0f64]], &Device::Cpu).unwrap(),
+            [0.0, level, 1.5],
+        );
+        let (clock, event) = (linear(&[0.0], &[1.0], DType::F64), RowEvent::new(0, level));
+        let solved = odeint_row_event(clock, &y0, &times, &[event], &options(&DOPRI5, 1e-6));
+        let solved = solved.unwrap();
+        let t = values(&solved.events[0].t)[0];
+        met += usize::from(t == level);
+        let reached = times.iter().filter(|time| **time <= t).count();
+        assert_eq!(solved.outputs, [reached], "{level} {t}");
+    }
+    assert!(met > 9, "{met} events are at a time to the bit");
+}
+
+/// Rows of a perceptron that decays, in bf16 with a tolerance that it does not reach.
+fn limited_by_precision(
+    level: f64,
+    on_failure: OnFailure,
+) -> candle_diffeq::Result<(RowEventSolution<Tensor>, Tensor)> {
+    let steps = Adaptive::new(1e-8, 1e-10).precision_limit_is_error(true);
+    let options = OdeOptions {
+        precision: Some(Precision::bf16()),
+        steps: Steps::Adaptive(steps.on_failure(on_failure)),
+        ..options(&DOPRI5, 1e-8)
+    };
+    let y0 = Var::new(&[[1f32, 0.3], [0.9, 0.2], [0.0, 0.0]], &Device::Cpu).unwrap();
+    let decay = linear(&[-1.0, 0.0, 0.0, -1.0], &[0.0; 2], DType::F32);
+    let event = RowEvent::new(0, level);
+    let solved = odeint_row_event(decay, y0.as_tensor(), &TIMES, &[event], &options)?;
+    let grads = loss(&solved).backward()?;
+    let of_y0 = grads.get(&y0).unwrap().clone();
+    Ok((solved, of_y0))
+}
+
+#[test]
+fn rows_that_the_precision_limits_are_errors_whether_or_not_an_event_ends_them() {
+    if without_tiles() {
+        return;
+    }
+    for level in [0.5, -1.0] {
+        let error = limited_by_precision(level, OnFailure::Error).map(|_| ());
+        let Err(Error::Stopped(stopped)) = error else {
+            panic!("level {level}: {error:?}");
+        };
+        assert!(matches!(
+            stopped.reason,
+            StopReason::PrecisionLimited { .. }
+        ));
+        assert_eq!(stopped.worst.unwrap().row, 0);
+        let (solved, of_y0) = limited_by_precision(level, OnFailure::Nan).unwrap();
+        for row in 0..2 {
+            // Nothing that was computed counts, and neither do cotangents.
+            let after = values(&solved.states.i((1.., row)).unwrap());
+            assert!(after.iter().all(|y| y.is_nan()), "{level} {after:?}");
+            assert_eq!((solved.ended[row], solved.events[0].counts[row]), (None, 0));
+            assert_eq!(solved.outputs[row], 1);
+            assert_eq!(values(&of_y0.i(row).unwrap()), [0.0; 2]);
+        }
+        // A row that rests is not limited.
+        assert_eq!(values(&solved.states.i((.., 2)).unwrap()), [0.0; 8]);
+    }
+}
+
+#[test]
+fn a_batch_without_rows_has_no_events() {
+    for leaf in [DType::F32, DType::F64] {
+        let (vars, y0) = (
+            VarMap::new(),
+            Var::zeros((0, 3), leaf, &Device::Cpu).unwrap(),
+        );
+        let none = Tensor::zeros(0, DType::F64, &Device::Cpu).unwrap();
+        let events = [
+            RowEvent::new(1, 0.2).recorded(2),
+            RowEvent::new(0, 0.0).values(&none),
+        ];
+        let field = network(&vars, leaf);
+        let solved = odeint_row_event(
+            field,
+            y0.as_tensor(),
+            &TIMES,
+            &events,
+            &options(&DOPRI5, 1e-6),
+        );
+        let solved = solved.unwrap();
+        assert_eq!(solved.states.dims(), [4, 0, 3]);
+        assert!(solved.outputs.is_empty() && solved.ended.is_empty());
+        for (event, most) in solved.events.iter().zip([2, 1]) {
+            assert!(event.counts.is_empty());
+            assert_eq!(
+                (event.t.dims(), event.y.dims()),
+                (&[most, 0][..], &[most, 0, 3][..])
+            );
+        }
+        let grads = solved.states.sum_all().unwrap().backward().unwrap();
+        for (_, var) in all(&vars) {
+            assert!(values(grads.get(&var).unwrap()).iter().all(|g| *g == 0.0));
+        }
+    }
+}
+
+#[test]
+fn a_row_begins_on_a_value_that_its_dtype_rounds_to_where_it_begins() {
+    if without_tiles() {
+        return;
+    }
+    // In f32 the number 0.1 is above that in f64, and 0.3 too.
+    let decay = || linear(&[-1.0], &[0.0], DType::F32);
+    let y0 = Tensor::new(&[[0.1f32], [0.3], [0.7]], &Device::Cpu).unwrap();
+    let each = Tensor::new(&[0.1f64, 0.3, 0.7], &Device::Cpu).unwrap();
+    let solve = |event: RowEvent| {
+        let solved = odeint_row_event(decay(), &y0, &[0.0, 1.0], &[event], &options(&DOPRI5, 1e-5));
+        solved.unwrap()
+    };
+    assert_eq!(solve(RowEvent::new(0, 0.0).values(&each)).ended, [None; 3]);
+    assert_eq!(solve(RowEvent::new(0, 0.1)).ended[0], None);
+    // The others come to it.
+    assert_eq!(solve(RowEvent::new(0, 0.15)).ended, [None, Some(0), None]);
+}
+
+#[test]
+fn events_of_a_row_at_one_place_are_all_recorded_before_one_of_them_ends_it() {
+    if without_tiles() {
+        return;
+    }
+    let level = || RowEvent::new(0, 0.7);
+    for (events, last) in [
+        ([level(), level().recorded(1)], 0),
+        ([level().recorded(1), level()], 1),
+    ] {
+        let y0 = Tensor::new(&[[0f64]], &Device::Cpu).unwrap();
+        let clock = linear(&[0.0], &[1.0], DType::F64);
+        let solved = odeint_row_event(clock, &y0, &[0.0, 1.0], &events, &options(&DOPRI5, 1e-6));
+        let solved = solved.unwrap();
+        assert_eq!(solved.ended, [Some(last)]);
+        assert!(solved.events.iter().all(|event| event.counts == [1]));
+    }
+}
+
+#[test]
+fn a_row_that_touches_its_value_does_not_take_the_gradients_of_the_others() {
+    if without_tiles() {
+        return;
+    }
+    // y₁ = (t − 1)³ in the first row, by y′ = (y₂, y₃, 6); the other rows cross.
+    let field = || {
+        linear(
+            &[0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
+            &[0.0, 0.0, 6.0],
+            DType::F64,
+        )
+    };
+    let rows = [[-1f64, 3.0, -6.0], [-1.5, 4.0, -6.0], [-0.7, 1.0, 0.0]];
+    let solve = |rows: &[[f64; 3]]| {
+        let y0 = Var::from_vec(rows.concat(), (rows.len(), 3), &Device::Cpu).unwrap();
+        let steps = Adaptive::new(1e-6, 1e-8).on_failure(OnFailure::Nan);
+        let options = OdeOptions {
+            steps: Steps::Adaptive(steps),
+            ..options(&DOPRI5, 1e-6)
+        };
+        let event = RowEvent::new(0, 0.0);
+        let solved = odeint_row_event(field(), y0.as_tensor(), &[0.0, 3.0], &[event], &options);
+        let solved = solved.unwrap();
+        // Of the rows whose event has a time.
+        let mut sum = Tensor::zeros((), DType::F64, &Device::Cpu).unwrap();
+        let t = solved.events[0].t.i(0).unwrap();
+        for (row, value) in values(&t).iter().enumerate().filter(|(_, t)| t.is_finite()) {
+            assert!(*value > 0.0);
+            let y = solved.events[0].y.i((0, row)).unwrap().sqr().unwrap();
+            sum = ((sum + t.i(row).unwrap()).unwrap() + y.sum_all().unwrap()).unwrap();
+        }
+        let grads = sum.backward().unwrap();
+        let of_y0 = grads.get(&y0).unwrap().clone();
+        (solved, of_y0)
+    };
+    let (all, of_all) = solve(&rows);
+    let (others, of_others) = solve(&rows[1..]);
+    assert_eq!(all.events[0].counts, [1; 3]);
+    assert!(values(&all.events[0].t)[0].is_nan());
+    assert!(values(&all.events[0].y.i((0, 0)).unwrap())
+        .iter()
+        .all(|y| y.is_nan()));
+    assert_eq!(values(&of_all.i(0).unwrap()), [0.0; 3]);
+    assert_eq!(bits(&of_all.i(1..).unwrap()), bits(&of_others));
+    for row in 0..2 {
+        let (ours, theirs) = (of_row(&all, row + 1), of_row(&others, row));
+        let to_bits = |x: &[f64]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(to_bits(&ours.numbers), to_bits(&theirs.numbers));
+    }
 }

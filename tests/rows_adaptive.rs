@@ -33,17 +33,20 @@ enum Kind {
     Deep,
     /// A perceptron to which the state relaxes, at the speed of the row.
     Speed,
+    /// A flow to which the state relaxes.
+    Relaxed,
     Conv,
     /// Not bounded: large states move without bounds.
     Relu,
 }
 
-const KINDS: [Kind; 6] = [
+const KINDS: [Kind; 7] = [
     Kind::Mlp,
     Kind::Timed,
     Kind::Cnf,
     Kind::Deep,
     Kind::Speed,
+    Kind::Relaxed,
     Kind::Conv,
 ];
 
@@ -51,7 +54,7 @@ const KINDS: [Kind; 6] = [
 fn start(kind: Kind, rows: usize, dtype: DType) -> Vec<Tensor> {
     let shapes: &[&[usize]] = match kind {
         Kind::Mlp | Kind::Timed | Kind::Relu => &[&[3]],
-        Kind::Cnf | Kind::Deep | Kind::Speed => &[&[3], &[1]],
+        Kind::Cnf | Kind::Deep | Kind::Speed | Kind::Relaxed => &[&[3], &[1]],
         Kind::Conv => &[&[2, 3, 2]],
     };
     let leaf = |(i, shape): (usize, &&[usize])| {
@@ -107,6 +110,14 @@ fn solve(
             let build = move |vb: VarBuilder<'_>| {
                 let mlp = Mlp::new(&[3, 12, 9, 3], tanh, vb)?;
                 Ok(RowSpeed::new(Relaxation::new(mlp)))
+            };
+            let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
+            run::<(Tensor, Tensor)>(ode, &vars, y0, times, options)
+        }
+        Kind::Relaxed => {
+            let build = move |vb: VarBuilder<'_>| {
+                let mlp = Mlp::with_time(&[3, 12, 9, 3], tanh, vb)?;
+                Ok(Relaxation::new(Cnf::new(mlp)?))
             };
             let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
             run::<(Tensor, Tensor)>(ode, &vars, y0, times, options)

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{solve, Event, Occurrence};
 use crate::error::{Error, EventDefect, Result};
@@ -72,7 +72,8 @@ where
         }
     }
 
-    /// The states at `times`, and the jumps between them.  At the time of a jump the state is the one before it.
+    /// The states at `times`, and the jumps between them.  At the time of a jump, to
+    /// eight units of the last place, the state is the one before it.
     ///
     /// # Errors
     /// As [`odeint_event`](super::odeint_event), of the jump, and [`EventDefect::TooMany`].
@@ -84,7 +85,10 @@ where
     ) -> Result<HybridSolution<S>> {
         let grid = times.to_grid()?;
         let points = grid.points();
-        let device = y0.leaves()[0].device().clone();
+        let device = y0
+            .leaves()
+            .first()
+            .map_or(Device::Cpu, |y| y.device().clone());
         let all = match grid.tensor() {
             Some(times) => times.to_dtype(DType::F64)?,
             None => Tensor::new(points, &device)?,
@@ -125,6 +129,13 @@ where
                 let count = jumps.len();
                 return Err(Error::Event(EventDefect::TooMany { count, t }));
             }
+            // Times that are behind that of the jump only by rounding have the state before it, too.
+            while points.get(done).is_some_and(|&next| is_met(next, t)) {
+                let leaves = before.y.leaves();
+                let state = leaves.iter().map(|y| y.unsqueeze(0));
+                parts.push(state.collect::<candle_core::Result<_>>()?);
+                done += 1;
+            }
             y = (self.jump)(before.event, &before.t, &before.y)?;
             fired = Some(before.event);
             start = Some(before.t.reshape(1)?);
@@ -146,6 +157,11 @@ where
             jumps,
         })
     }
+}
+
+/// Whether a time is that of a jump at t: it may be four ulps off, as roots are found, and a few more by rounding.
+fn is_met(time: f64, t: f64) -> bool {
+    (time - t).abs() <= 8.0 * f64::EPSILON * t.abs()
 }
 
 impl<S, F> std::fmt::Debug for Hybrid<S, F> {

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::adaptive::StepControl;
+use crate::adaptive::{OnFailure, StepControl};
 use crate::crossing::{is_steep, Direction, RowCrossing, RowFound};
 use crate::error::{AdaptiveDefect, Error, EventDefect, Result};
 use crate::field::{Leaves, SharedField, VectorField};
+use crate::memory::zeros;
 use crate::node::{node, Source};
 use crate::odeint::{solved_in_graph, InGraph};
 use crate::offer::Offered;
@@ -24,7 +25,7 @@ use crate::time::Times;
 /// An event of each row of a batch: a component of the row crosses a value.
 ///
 /// As for an [`Event`](super::Event), the sign of the difference is examined at the end of every accepted step of the row
-/// and at three points inside the step.
+/// and at three points inside the step.  The value is rounded to the state dtype.
 #[derive(Clone, Debug)]
 pub struct RowEvent {
     leaf: usize,
@@ -78,7 +79,7 @@ impl RowEvent {
     }
 
     /// An event that is recorded and does not end a row.  Times and states of the first `most` crossings of each row are
-    /// returned; all are counted.
+    /// returned; all are counted.  The solve allocates memory for `most` states of every row.
     #[must_use]
     pub fn recorded(self, most: usize) -> Self {
         Self {
@@ -88,8 +89,8 @@ impl RowEvent {
         }
     }
 
-    /// The event as the solver sees it.
-    fn crossing(&self, event: usize, layout: &RowLayout) -> Result<RowCrossing> {
+    /// The event as a solver whose sums are of the dtype `state` sees it.
+    fn crossing(&self, event: usize, layout: &RowLayout, state: DType) -> Result<RowCrossing> {
         let features = layout.features.get(self.leaf).copied();
         if features.is_none_or(|features| self.component >= features) {
             return Err(Error::Event(EventDefect::NoComponent {
@@ -120,10 +121,15 @@ impl RowEvent {
             let (option, value) = ("most", 0.0);
             return Err(Error::Adaptive(AdaptiveDefect::Number { option, value }));
         }
+        // A row that begins on a value, as its dtype rounds it, has no sign there.
+        let rounded = |value: f64| match state {
+            DType::F32 => f64::from(value as f32),
+            _ => value,
+        };
         let before: usize = layout.features[..self.leaf].iter().sum();
         Ok(RowCrossing {
             component: before + self.component,
-            values,
+            values: values.into_iter().map(rounded).collect(),
             direction: self.direction,
             terminal: self.terminal,
             most: self.most,
@@ -134,7 +140,7 @@ impl RowEvent {
 /// What a solve with events of rows returns.
 #[derive(Clone, Debug)]
 pub struct RowEventSolution<S> {
-    /// The states at the requested times, `(times, …)`: NaN in rows that had ended by then.
+    /// The states at the requested times, `(times, …)`: NaN in rows that had ended before.
     pub states: S,
     /// How many of the requested times each row has reached.
     pub outputs: Vec<usize>,
@@ -160,8 +166,13 @@ pub struct RowOccurrences<S> {
 /// ends the row or the last time is reached.  A lane whose row has ended takes the next row at once.
 ///
 /// The field must be one that is integrated tile by tile ([`StepControl::Rows`]); events of other fields are functions of
-/// the whole state, see [`odeint_event`](super::odeint_event).  The events of a row, their times and their gradients do not
-/// depend on the other rows: they have the same bits alone and in any batch.
+/// the whole state, see [`odeint_event`](super::odeint_event).  The events of a row and their times do not depend on the
+/// other rows: they have the same bits alone and in any batch.  So have the gradients of y0 and of the values, but in f16,
+/// where the rows of a tile share a scale of the adjoint.
+///
+/// A row that touches a value without crossing it has a time of which there is no derivative.  Where gradients are
+/// required, this is an error, or with [`OnFailure::Nan`] the time and the state of this event are NaN although it is
+/// counted, and the other events and rows keep theirs.
 ///
 /// ```
 /// use candle_core::{DType, Device, IndexOp, Tensor};
@@ -194,7 +205,8 @@ pub struct RowOccurrences<S> {
 /// # Errors
 /// The errors of [`odeint`](crate::odeint), [`AdaptiveDefect::NoRows`] if rows cannot have steps of their own, and
 /// [`Error::Event`] for a component that does not exist, values of another shape than `(rows)`, or, if gradients are
-/// required, a component that touches the value without crossing it.
+/// required, a component that touches the value without crossing it.  [`Error::AllocationFailed`] for more states of
+/// events than there are numbers.
 pub fn odeint_row_event<S, F, T>(
     field: F,
     y0: &S,
@@ -235,8 +247,13 @@ where
             let no_rows = Error::Adaptive(AdaptiveDefect::NoRows { row_wise: false });
             let of_rows = rows.ok_or(no_rows)?;
             let each = events.iter().enumerate();
-            let each = each.map(|(i, event)| event.crossing(i, &of_rows));
-            crossings = each.collect::<Result<Vec<_>>>()?.into();
+            let each = each.map(|(i, event)| event.crossing(i, &of_rows, problem.state()));
+            let each = each.collect::<Result<Vec<_>>>()?;
+            check_count(points, &each, problem)?;
+            // Where there is no step there is nothing to be crossed.
+            if points > 1 && !problem.is_empty() {
+                crossings = each.into();
+            }
             layout = Some(of_rows);
             let problem = Problem {
                 crossings: Arc::clone(&crossings),
@@ -263,8 +280,11 @@ where
     let all: S = node(problem, Source::Shared(field), theta, forward, &joined)?;
     let leaves = all.leaves();
     let part = |at: usize, count: usize| -> Result<Vec<Tensor>> {
-        let part = leaves.iter().map(|x| x.narrow(0, at, count));
-        Ok(part.collect::<candle_core::Result<_>>()?)
+        let part = leaves.iter().map(|x| match at < x.dim(0)? {
+            true => Ok(x.narrow(0, at, count)?),
+            false => nowhere(x, count),
+        });
+        part.collect()
     };
     let (mut at, mut occurrences) = (points, vec![]);
     for (i, event) in events.iter().enumerate() {
@@ -272,6 +292,7 @@ where
             event,
             number: i,
             found: found.iter().filter(|found| found.event == i).collect(),
+            on_failure: adaptive.on_failure,
             layout: &layout,
         };
         let states = part(at, event.most)?;
@@ -291,6 +312,27 @@ where
     })
 }
 
+/// That the states at all times and events can be counted.
+fn check_count(points: usize, crossings: &[RowCrossing], problem: &Problem) -> Result<()> {
+    let mut most = crossings.iter().map(|crossing| crossing.most);
+    match most.try_fold(points, usize::checked_add) {
+        Some(_) => Ok(()),
+        None => Err(Error::AllocationFailed {
+            what: "returned states",
+            bytes: usize::MAX as u128 * problem.packing.len() as u128,
+        }),
+    }
+}
+
+/// So many states like those of `x`, at events that have not occurred.
+fn nowhere(x: &Tensor, count: usize) -> Result<Tensor> {
+    let shape = [&[count], &x.dims()[1..]].concat();
+    let numbers = shape.iter().fold(1, |n: usize, dim| n.saturating_mul(*dim));
+    let mut nan = zeros::<f64>("returned states", numbers)?;
+    nan.fill(f64::NAN);
+    Ok(Tensor::from_vec(nan, shape, x.device())?.to_dtype(x.dtype())?)
+}
+
 /// How many states each row has: those that it has not reached are NaN.
 fn reached(states: &Tensor, points: usize, layout: &RowLayout) -> Result<Vec<usize>> {
     let by_row = states.reshape((points, layout.rows, layout.features[0]))?;
@@ -305,6 +347,7 @@ struct OfEvent<'a> {
     event: &'a RowEvent,
     number: usize,
     found: Vec<&'a RowFound>,
+    on_failure: OnFailure,
     layout: &'a RowLayout,
 }
 
@@ -322,7 +365,6 @@ impl OfEvent<'_> {
         for found in returned() {
             times[found.number * rows + found.row] = found.t;
         }
-        let times = Tensor::from_vec(times, (most, rows), device)?;
         let by_row = |y: &Tensor, leaf: usize| y.reshape((most, rows, self.layout.features[leaf]));
         let leaf = self.event.leaf;
         let component = by_row(&states[leaf], leaf)?.narrow(2, self.event.component, 1)?;
@@ -332,22 +374,30 @@ impl OfEvent<'_> {
             Value::Each(values) => surface.broadcast_sub(&values.to_dtype(DType::F64)?)?,
         };
         if !surface.track_op() {
-            let (t, y) = (times, S::from_leaves(states)?);
+            let t = Tensor::from_vec(times, (most, rows), device)?;
+            let y = S::from_leaves(states)?;
             return Ok(RowOccurrences { counts, t, y });
         }
         let before: usize = self.layout.features[..leaf].iter().sum();
         let mut derivatives = vec![1.0; most * rows];
         for found in returned() {
             let derivative = found.slope[before + self.event.component];
-            if !is_steep(derivative, found.pace) {
+            let place = found.number * rows + found.row;
+            if is_steep(derivative, found.pace) {
+                derivatives[place] = derivative;
+                continue;
+            }
+            if self.on_failure == OnFailure::Error {
                 return Err(Error::Event(EventDefect::Grazing {
                     event: self.number,
                     t: found.t,
                     derivative,
                 }));
             }
-            derivatives[found.number * rows + found.row] = derivative;
+            // What does not use this time gets no NaN from it.
+            (times[place], derivatives[place]) = (f64::NAN, f64::INFINITY);
         }
+        let times = Tensor::from_vec(times, (most, rows), device)?;
         let derivatives = Tensor::from_vec(derivatives, (most, rows), device)?;
         // The number is zero but for rounding, and so is its value's part of t; where there is none, t is NaN.
         let zero = (&surface - surface.detach())?;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor, Var};
 
 use super::Event;
-use crate::crossing::{first, is_steep, sign, Place};
+use crate::crossing::{crossings, in_order, is_steep, sign, Place};
 use crate::error::{Error, EventDefect, Result};
 use crate::integrate::observe::{InStep, Observer, Wanted};
 use crate::state::State;
@@ -90,19 +90,19 @@ impl<S: State> Observer for Search<'_, S> {
             }
         }
         self.before = (self.signs.clone(), self.found.len());
-        let mut crossings = vec![];
+        let mut found = vec![];
         for event in 0..self.events.len() {
             let (direction, before) = (self.events[event].direction, self.signs[event]);
             let mut g = |x: f64| self.value(event, inside, x);
             let step = inside.step();
-            let (found, after) = first(&mut g, [step.t, step.end], direction, before)?;
+            let (places, after) = crossings(&mut g, [step.t, step.end], direction, before)?;
             self.signs[event] = after;
-            crossings.extend(found.map(|place| (place, event)));
+            found.extend(places.into_iter().map(|place| (place, event)));
         }
-        // Ties in the order of the list.
-        crossings.sort_by(|a, b| a.0.x.total_cmp(&b.0.x));
+        in_order(&mut found, |event| self.events[event].terminal);
         let mut wanted = Wanted::default();
-        for (Place { x, pace }, event) in crossings {
+        for (Place { x, pace }, event) in found {
+            // States at one time: those of events come first.
             let before = others.iter().filter(|&&other| other < x).count();
             self.found.push(Crossing {
                 event,
@@ -112,9 +112,6 @@ impl<S: State> Observer for Search<'_, S> {
                 row: returned + before + wanted.at.len(),
             });
             wanted.at.push((x, self.events[event].terminal));
-            if self.events[event].terminal {
-                break;
-            }
         }
         Ok(wanted)
     }

@@ -76,8 +76,8 @@ struct AdaptivePass<'a> {
     /// The user's time that is met next.
     next: usize,
     evaluations: usize,
-    /// Whether the observer has ended the solve.
-    ended: bool,
+    /// The fraction of the last step at which the observer has ended the solve.
+    ends_at: Option<f64>,
     /// Whether steps end behind what the observer finds, since the interpolant is less accurate.
     refines: bool,
     /// What is held of states and outputs.
@@ -128,7 +128,7 @@ impl<'a> AdaptivePass<'a> {
             outputs: vec![],
             next: 0,
             evaluations: 0,
-            ended: false,
+            ends_at: None,
             refines: false,
             growth: Growth::default(),
             y,
@@ -218,7 +218,7 @@ impl<'a> AdaptivePass<'a> {
     fn run(&mut self, keep: &dyn Fn() -> bool, observer: &mut dyn Observer) -> Result<()> {
         let control = self.control;
         let mut last = None;
-        while !self.ended && !self.pace.is_done(control) {
+        while self.ends_at.is_none() && !self.pace.is_done(control) {
             let attempt = match self.pace.attempt(control) {
                 Ok(attempt) => attempt,
                 Err(failure) => return Err(self.failed(failure, last.as_ref())),
@@ -301,7 +301,7 @@ impl<'a> AdaptivePass<'a> {
             self.returns(&y)?;
             self.next += usize::from(given.is_some());
         }
-        if self.ended {
+        if self.ends_at.is_some_and(|x| x < 1.0) {
             return Ok(());
         }
         let passed = |t: &&f64| (step.end - **t) * control.direction > 0.0;
@@ -311,7 +311,7 @@ impl<'a> AdaptivePass<'a> {
         self.y = y;
         self.returns_node(step.end)?;
         self.jumps = !is_cut && control.jumps_at(attempt);
-        if is_done {
+        if is_done || self.ends_at.is_some() {
             return Ok(());
         }
         if self.jumps {
@@ -364,11 +364,23 @@ impl<'a> AdaptivePass<'a> {
         let others: Vec<f64> = taken.inside.iter().map(|(x, _)| *x).collect();
         let wanted = observer.accepted(&within, self.outputs.len(), &others)?;
         let last = wanted.at.last().filter(|(_, ends)| *ends).map(|(x, _)| *x);
-        self.ended = last.is_some();
+        self.ends_at = last;
+        let (points, direction) = (self.problem.grid.points(), self.control.direction);
+        // A time at which the solve ends is reached, however its fraction of the step is rounded.
+        let is_reached = |x: f64, given: Option<usize>| {
+            last.is_none_or(|last| {
+                let beyond = |i: usize| (points[i] - within.time(last)) * direction > 0.0;
+                x <= last || given.is_some_and(|i| !beyond(i))
+            })
+        };
         let inside = &mut taken.inside;
-        inside.retain(|(x, _)| last.is_none_or(|last| *x < last));
+        inside.retain(|(x, given)| is_reached(*x, *given));
         inside.extend(wanted.at.iter().map(|(x, _)| (*x, None)));
-        inside.sort_by(|a, b| a.0.total_cmp(&b.0));
+        // At one time what the observer wants comes first, as it has counted.
+        inside.sort_by(|a, b| {
+            let is_given = [a, b].map(|(_, given)| given.is_some());
+            a.0.total_cmp(&b.0).then(is_given[0].cmp(&is_given[1]))
+        });
         Ok(behind_which(&wanted.at, self.refines))
     }
 

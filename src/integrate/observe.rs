@@ -71,7 +71,7 @@ pub(crate) trait Observer {
     }
 
     /// A step was accepted.  So many states were returned before it, and the others that are returned inside of it lie
-    /// at these fractions.
+    /// at these fractions; at one fraction, what the observer wants is returned before them.
     fn accepted(&mut self, inside: &InStep<'_>, returned: usize, others: &[f64]) -> Result<Wanted>;
 
     /// The last step that was accepted is taken otherwise.

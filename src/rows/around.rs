@@ -3,7 +3,7 @@
 use super::activations::Part;
 use super::lanewise::Lanewise;
 use super::tile::{At, Slot, Tiled};
-use crate::simd::Element;
+use crate::simd::{aligned, Element};
 
 /// What is made of a field f.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,8 +73,11 @@ impl<T: Element> Tiled<T> for Relaxing<T> {
         let Some(out) = k else {
             return self.0.velocity(at, kept, None);
         };
+        // A field may write time over numbers of y that it does not read.
+        let mut y = aligned(out.len());
+        y.copy_from_slice(&kept[..out.len()]);
         self.0.velocity(at, kept, Some(&mut *out));
-        self.0.lanewise().subtract(kept, out);
+        self.0.lanewise().subtract(&y, out);
     }
 
     fn recall(&self, at: &At<'_, T>, kept: &mut [T], known: &[bool]) {

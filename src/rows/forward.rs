@@ -52,7 +52,9 @@ pub(super) fn run<T: Element>(
     schedule: &Arc<Schedule>,
     stats: &mut Stats,
 ) -> Result<Solved> {
-    let Task { plan, y0, weights } = task;
+    let Task {
+        plan, y0, weights, ..
+    } = task;
     let (problem, layout) = (plan.problem, plan.layout);
     let cache = match problem.stores_state() {
         true => problem.activation_cache,

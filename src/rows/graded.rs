@@ -65,7 +65,9 @@ pub(super) fn run<T: Element>(
     loss: &dyn Grade<T>,
     stats: &mut Stats,
 ) -> Result<Solved> {
-    let Task { plan, y0, weights } = task;
+    let Task {
+        plan, y0, weights, ..
+    } = task;
     let (problem, layout) = (plan.problem, plan.layout);
     let mut graded = Graded {
         y0: vec![T::default(); y0.len()],

@@ -136,7 +136,8 @@ impl Rows {
         if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
             return Ok(None);
         }
-        // That time stands still for a field that reads it is found where steps are taken one by one.
+        // That time stands still for a field that reads it is found where steps are taken one by one; of adaptive steps it
+        // is not known before they are taken.
         if self.field.reads_time() && !problem.resolved {
             return Ok(None);
         }
@@ -198,6 +199,7 @@ impl Rows {
             plan,
             y0: forward::start::<T>(plan.problem, y0)?,
             weights: self.weights(),
+            reads_time: self.field.reads_time(),
         })
     }
 }
@@ -266,6 +268,8 @@ struct Task<'a, T> {
     plan: &'a TilePlan<'a>,
     y0: Vec<T>,
     weights: Vec<Tensor>,
+    /// Whether velocities depend on time.
+    reads_time: bool,
 }
 
 /// Packs the weights of a field for the vector unit, for leaves of these shapes; `None` without a unit.

@@ -5,7 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 
-/// An error in a tile, and when it happened: the solve returns the error that is first in the order of the pass.
+/// An error in a tile, and when it happened: the solve returns the error that is first in the order of the pass, and of
+/// those at one time the one in the first group.
 pub(super) struct Failure {
     pub(super) at: (usize, usize),
     pub(super) error: Error,
@@ -47,7 +48,7 @@ pub(super) fn on_all_threads<G: Sync, W, R: Send>(
     }
     let folded = folded.into_inner().unwrap_or_else(PoisonError::into_inner);
     match folded.failure {
-        Some(failure) => Err(failure.error),
+        Some((_, failure)) => Err(failure.error),
         None => Ok(()),
     }
 }
@@ -58,7 +59,8 @@ struct Folded<'f, R> {
     /// Groups folded so far.
     done: usize,
     waiting: Vec<Option<R>>,
-    failure: Option<Failure>,
+    /// The first, and its group.
+    failure: Option<(usize, Failure)>,
 }
 
 impl<R> Folded<'_, R> {
@@ -66,18 +68,47 @@ impl<R> Folded<'_, R> {
         match result {
             Ok(result) => self.waiting[group] = Some(result),
             Err(failure) => {
-                if self
-                    .failure
-                    .as_ref()
-                    .is_none_or(|first| failure.at < first.at)
-                {
-                    self.failure = Some(failure);
+                let is_first = |(g, first): &(usize, Failure)| (failure.at, group) < (first.at, *g);
+                if self.failure.as_ref().is_none_or(is_first) {
+                    self.failure = Some((group, failure));
                 }
             }
         }
         while let Some(result) = self.waiting.get_mut(self.done).and_then(Option::take) {
             (self.fold)(self.done, result);
             self.done += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_failures_at_one_time_the_one_in_the_first_group_is_the_error() {
+        let of = |at, leaf| Failure {
+            at,
+            error: Error::NonFiniteState { leaf },
+        };
+        for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0]] {
+            for (times, expected) in [([(0, 0); 3], 0), ([(3, 1), (2, 7), (2, 7)], 1)] {
+                let mut folded = Folded {
+                    fold: &mut |_, ()| {},
+                    done: 0,
+                    waiting: vec![None; 3],
+                    failure: None,
+                };
+                for group in order {
+                    folded.take(group, Err(of(times[group], group)));
+                }
+                let Some((_, failure)) = folded.failure else {
+                    panic!("no failure");
+                };
+                assert!(
+                    matches!(failure.error, Error::NonFiniteState { leaf } if leaf == expected)
+                );
+            }
         }
     }
 }

@@ -37,7 +37,7 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     fn parameters(&self) -> usize;
 
     /// Computes f(t, y) into `k`, with t by lane, where y is the first features of `kept`, and fills the rest of `kept`; without
-    /// `k`, only `kept` is filled.
+    /// `k`, only `kept` is filled.  Features of y that f does not depend on may be written over.
     fn velocity<S: Simd, const V: usize>(
         &self,
         s: S,

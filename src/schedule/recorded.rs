@@ -51,11 +51,13 @@ impl Recorded {
         let mut nodes = room_within("steps", times.len().saturating_add(2))?;
         nodes.push(first);
         nodes.extend(times.iter().filter(|&&t| t != first && t != last));
-        if points.len() > 1 {
+        // Of one time there is no step, and none may be asked for.
+        let is_still = points.len() == 1;
+        if !is_still {
             nodes.push(last);
         }
         let follows = |w: &[f64]| w[0] != w[1] && (w[0] < w[1]) == forward;
-        if let Some(index) = nodes.windows(2).position(|w| !follows(w)) {
+        if let Some(index) = nodes.windows(2).position(|w| is_still || !follows(w)) {
             return Err(Error::StepTimes {
                 t0: nodes[index],
                 t1: nodes[index + 1],

@@ -125,7 +125,7 @@ fn reason(control: &Control, report: &RowReport) -> Option<StopReason> {
         Reason::Attempts => StopReason::Attempts {
             max_steps: control.options.max_steps,
         },
-        Reason::Underflow => StopReason::Underflow,
+        Reason::Underflow | Reason::TimeStandsStill => StopReason::Underflow,
         Reason::NonFinite => StopReason::NonFinite,
         Reason::Limited => StopReason::PrecisionLimited {
             limited: report.limited as usize,
@@ -141,6 +141,14 @@ fn stopped(
     (row, report): (usize, &RowReport),
     packed: &Tensor,
 ) -> Error {
+    if report.reason() == Some(Reason::TimeStandsStill) {
+        return Error::TimeUnresolved {
+            step: report.accepted as usize,
+            t: report.t,
+            end: report.t + report.h,
+            dtype: problem.state(),
+        };
+    }
     let reason = reason(control, report).unwrap_or(StopReason::NonFinite);
     if reason == StopReason::NonFinite && report.has_not_begun() {
         return Error::NonFiniteVelocity {

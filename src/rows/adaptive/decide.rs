@@ -11,6 +11,7 @@ use crate::error::{Error, Result, StopReason};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
 use crate::rows::Failure;
+use crate::schedule::Output;
 use crate::simd::Element;
 
 /// An attempt of a lane that was accepted.
@@ -118,12 +119,10 @@ impl<T: Element> Group<'_, T> {
             let Some(lane) = &mut self.lanes[at] else {
                 continue;
             };
-            let last = met.crossings.last().filter(|_| met.ends);
-            let end = match last.map(|(place, _)| place.x) {
-                Some(x) if x < 1.0 => attempt.t + x * attempt.h,
-                _ => attempt.end,
+            let inside = match met.end().filter(|x| *x < 1.0) {
+                Some(x) => lane.reached(problem, direction, attempt.t + x * attempt.h),
+                None => lane.passed(problem, direction, attempt.end),
             };
-            let inside = lane.passed(problem, direction, end);
             let met = Some(met);
             taken.push(Taken {
                 inside,
@@ -211,19 +210,19 @@ impl<T: Element> Group<'_, T> {
         for taken in accepted {
             let Taken { at, attempt, .. } = taken;
             let at = *at;
-            if taken.met.as_ref().is_some_and(|met| met.ends) {
-                self.complete(at, None)?;
-                continue;
-            }
+            let end = taken.met.as_ref().and_then(Met::end);
             let y = self.numbers(&self.y, at);
             let problem = self.pass.plan.problem;
             let Some(lane) = &mut self.lanes[at] else {
                 continue;
             };
             let row = lane.row;
-            let node = lane.node(problem, attempt.end)?;
+            let node = match end.is_some_and(|x| x < 1.0) {
+                true => None,
+                false => lane.node(problem, attempt.end)?,
+            };
             lane.jumps = control.jumps_at(attempt);
-            let is_done = lane.pace.is_done(control);
+            let is_done = end.is_some() || lane.pace.is_done(control);
             if lane.jumps && !is_done {
                 lane.record.break_here();
                 lane.phase = Phase::Start(Some(attempt.h.abs()));
@@ -257,6 +256,16 @@ impl<T: Element> Group<'_, T> {
 
     /// A lane's row cannot go on.
     pub(super) fn stop(&mut self, at: usize, reason: StopReason) -> Result<()> {
+        self.stop_by(at, reason, None)
+    }
+
+    /// The same by an error of its own, where rows that stop are errors.
+    pub(super) fn stop_by(
+        &mut self,
+        at: usize,
+        reason: StopReason,
+        error: Option<Error>,
+    ) -> Result<()> {
         let (plan, control) = (self.pass.plan, self.pass.control);
         let Some(lane) = &self.lanes[at] else {
             return Ok(());
@@ -271,19 +280,21 @@ impl<T: Element> Group<'_, T> {
                 attempted(&self.stepper, [&*self.y, &*self.after, &*self.error]),
             );
             let states = &self.states[states];
-            let error = match reason {
-                StopReason::NonFinite if lane.record.len() == 0 && lane.last.is_none() => {
+            let error = match (error, reason) {
+                (Some(error), _) => error,
+                (None, StopReason::NonFinite) if lane.record.len() == 0 && lane.last.is_none() => {
                     Error::NonFiniteVelocity {
                         step: 0,
                         stage: 0,
                         t: control.start,
                     }
                 }
-                _ => lane.error(plan.problem, plan.layout, reason, worst, states),
+                (None, _) => lane.error(plan.problem, plan.layout, reason, worst, states),
             };
-            // Those before it go on: one of them may stop too, and is the first.
+            // Those before it go on: one of them may stop too, and is the first.  What ends the whole pass, such as a
+            // lack of memory, is before all of them.
             self.failure = Some(Failure {
-                at: (row, 0),
+                at: (row, 1),
                 error,
             });
             self.rows.end = row;
@@ -293,7 +304,12 @@ impl<T: Element> Group<'_, T> {
             }
             return Ok(());
         }
-        let done = lane.returned * plan.layout.dim();
+        let kept = match reason {
+            // No step of such a row counts.
+            StopReason::PrecisionLimited { .. } => usize::from(plan.problem.output == Output::All),
+            _ => lane.returned,
+        };
+        let done = kept * plan.layout.dim();
         if let Some(lane) = &mut self.lanes[at] {
             lane.events.found.clear();
         }

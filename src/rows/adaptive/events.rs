@@ -2,7 +2,9 @@
 
 use super::forward::Group;
 use crate::adaptive::{Attempt, Pace};
-use crate::crossing::{behind, behind_which, first, is_inner, sign, Place, RowCrossing, RowFound};
+use crate::crossing::{
+    behind, behind_which, crossings, in_order, is_inner, sign, Place, RowCrossing, RowFound,
+};
 use crate::error::Result;
 use crate::simd::Element;
 use crate::tableau::Tableau;
@@ -36,7 +38,15 @@ pub(super) struct Again {
 pub(super) struct Met {
     /// The crossings in it, in their order; the row ends at the last of them if `ends`.
     pub(super) crossings: Vec<(Place, usize)>,
-    pub(super) ends: bool,
+    ends: bool,
+}
+
+impl Met {
+    /// The fraction of the step at which the row ends, if it does.
+    pub(super) fn end(&self) -> Option<f64> {
+        let last = self.crossings.last().filter(|_| self.ends)?;
+        Some(last.0.x)
+    }
 }
 
 impl RowEvents {
@@ -48,19 +58,16 @@ impl RowEvents {
         tableau: &Tableau,
         attempt: &Attempt,
     ) -> Result<(Met, Vec<Option<f64>>)> {
-        let (mut crossings, mut signs) = (vec![], vec![]);
+        let (mut found, mut signs) = (vec![], vec![]);
         for (event, component) in components.iter().enumerate() {
             let mut g = |x: f64| Ok(component.at(tableau, attempt.h, x));
             let (ends, direction) = ([attempt.t, attempt.end], events[event].direction);
-            let (found, sign) = first(&mut g, ends, direction, self.signs[event])?;
-            crossings.extend(found.map(|place| (place, event)));
+            let (places, sign) = crossings(&mut g, ends, direction, self.signs[event])?;
+            found.extend(places.into_iter().map(|place| (place, event)));
             signs.push(sign);
         }
-        // Ties in the order of the events.
-        crossings.sort_by(|a, b| a.0.x.total_cmp(&b.0.x));
-        let last = crossings.iter().position(|(_, e)| events[*e].terminal);
-        crossings.truncate(last.map_or(crossings.len(), |last| last + 1));
-        let ends = last.is_some();
+        let ends = in_order(&mut found, |event| events[event].terminal);
+        let crossings = found;
         Ok((Met { crossings, ends }, signs))
     }
 
@@ -98,9 +105,10 @@ impl RowEvents {
     }
 }
 
-/// A component of a row in a step: y_n, and its velocities by stage.
+/// A component of a row in a step: y_n, y_{n+1}, and its velocities by stage.
 struct Component {
     y: f64,
+    after: f64,
     ks: Vec<f64>,
     value: f64,
 }
@@ -115,6 +123,8 @@ impl Component {
         let slope: f64 = terms.map(|(b, k)| b * k).sum();
         match x {
             0.0 => self.y - self.value,
+            // As the next step begins.
+            1.0 => self.after - self.value,
             _ => self.y + h * slope - self.value,
         }
     }
@@ -133,6 +143,7 @@ impl<T: Element> Group<'_, T> {
         let stages = self.stepper.ks.chunks_exact(size);
         Component {
             y: self.y[place].wide(),
+            after: self.after[place].wide(),
             ks: stages.map(|k| k[place].wide()).collect(),
             value: event.value(row),
         }
@@ -233,8 +244,12 @@ impl<T: Element> Group<'_, T> {
 
     /// Marks the states of a row that were not reached.
     pub(super) fn void(&mut self, row: usize, reached: &[usize]) {
-        for output in 0..self.pass.plan.problem.outputs() {
-            if !reached.contains(&output) {
+        let mut is_there = vec![false; self.pass.plan.problem.outputs()];
+        for &output in reached {
+            is_there[output] = true;
+        }
+        for (output, is_there) in is_there.into_iter().enumerate() {
+            if !is_there {
                 self.returned(row, output).fill(T::of(f64::NAN));
             }
         }

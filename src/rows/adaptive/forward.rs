@@ -6,8 +6,8 @@ use super::inside::LaneWeights;
 use super::lane::{Lane, Phase};
 use super::norms::{Norms, Tolerances};
 use super::{RowSolve, SolvedGroup};
-use crate::adaptive::{Control, Pace};
-use crate::error::{Result, StopReason};
+use crate::adaptive::{Attempt, Control, Pace};
+use crate::error::{Error, Result, StopReason};
 use crate::memory::{zeros, Growth};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
@@ -25,6 +25,8 @@ pub(super) struct IntegrateRows<'a, T: Element> {
     pub(super) control: &'a Control,
     pub(super) tolerances: &'a Tolerances,
     pub(super) y0: &'a [T],
+    /// Whether velocities depend on time.
+    pub(super) reads_time: bool,
     /// Whether steps end behind crossings, since the interpolant is less accurate.
     pub(super) refines: bool,
     /// Bytes that are kept of the states of all rows.
@@ -257,24 +259,38 @@ impl<'a, T: Element> Group<'a, T> {
                     continue;
                 }
             };
-            match planned {
-                Ok(attempt) => {
-                    if let Some(lane) = &mut self.lanes[at] {
-                        let jumps = control.jumps_at(&attempt);
-                        self.steps[at] = lane.step(attempt.h, attempt.end, jumps);
-                        lane.phase = Phase::Attempts(attempt);
-                    }
-                }
-                Err(failure) => {
-                    self.stop(at, failure.reason(control))?;
-                    match &self.lanes[at] {
-                        Some(lane) => self.steps[at] = lane.standing(),
-                        None => self.steps[at].h = 0.0,
-                    }
+            let stopped = match planned {
+                Ok(attempt) => self.attempt(at, attempt),
+                Err(failure) => Some((failure.reason(control), None)),
+            };
+            if let Some((reason, error)) = stopped {
+                self.stop_by(at, reason, error)?;
+                match &self.lanes[at] {
+                    Some(lane) => self.steps[at] = lane.standing(),
+                    None => self.steps[at].h = 0.0,
                 }
             }
         }
         Ok(())
+    }
+
+    /// A lane takes part in the next attempt of the tile, unless time would stand still for a field that reads it.
+    fn attempt(&mut self, at: usize, attempt: Attempt) -> Option<(StopReason, Option<Error>)> {
+        let lane = self.lanes[at].as_mut()?;
+        let step = lane.step(attempt.h, attempt.end, self.pass.control.jumps_at(&attempt));
+        let dtype = self.pass.plan.problem.state();
+        if self.pass.reads_time && step.stands_still_in(dtype) {
+            let error = Error::TimeUnresolved {
+                step: step.index,
+                t: step.t,
+                end: step.end,
+                dtype,
+            };
+            return Some((StopReason::Underflow, Some(error)));
+        }
+        self.steps[at] = step;
+        lane.phase = Phase::Attempts(attempt);
+        None
     }
 
     /// Stage i of the attempts; lanes that begin use the evaluation for themselves.

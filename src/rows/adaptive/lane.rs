@@ -135,6 +135,19 @@ impl<T: Element> Lane<T> {
         }
     }
 
+    /// The same of a row that ends at this time: if it is one of the user's, it is among them.
+    pub(super) fn reached(
+        &mut self,
+        problem: &Problem,
+        direction: f64,
+        end: f64,
+    ) -> std::ops::Range<usize> {
+        let passed = self.passed(problem, direction, end);
+        let meets = problem.grid.points().get(self.next) == Some(&end);
+        self.next += usize::from(meets);
+        passed.start..passed.end + usize::from(meets)
+    }
+
     /// What is left of a row that has reached the end, or stopped.
     pub(super) fn finish(self, stopped: Option<StopReason>) -> RowSolve<T> {
         RowSolve {

@@ -75,7 +75,12 @@ pub(super) fn run<T: Element>(
     control: &Arc<Control>,
     stats: &mut Stats,
 ) -> Result<Solved> {
-    let Task { plan, y0, weights } = task;
+    let Task {
+        plan,
+        y0,
+        weights,
+        reads_time,
+    } = task;
     let (problem, layout) = (plan.problem, plan.layout);
     let tolerances = Tolerances::new(problem, control)?;
     let groups = groups(plan, field.batch(), field.parameters());
@@ -89,6 +94,7 @@ pub(super) fn run<T: Element>(
         control,
         tolerances: &tolerances,
         y0: &y0,
+        reads_time,
         refines: has_events && !problem.scheme.tableau.interpolates_well(),
         growth: &Growth::default(),
     };

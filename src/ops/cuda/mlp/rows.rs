@@ -36,7 +36,7 @@ struct NetRecorded {
 pub(crate) struct RowReport {
     /// Where it is.
     pub(crate) t: f64,
-    /// Length and error of the last attempt, if it was rejected.
+    /// Length and error of the last attempt, if it was rejected; the length of one in which time would stand still.
     pub(crate) h: f64,
     pub(crate) error: f64,
     /// Where the backward pass found a number that is not finite.
@@ -63,6 +63,7 @@ pub(crate) enum Reason {
     Underflow,
     NonFinite,
     Limited,
+    TimeStandsStill,
 }
 
 impl RowReport {
@@ -73,7 +74,8 @@ impl RowReport {
             1 => Some(Reason::Attempts),
             2 => Some(Reason::Underflow),
             3 => Some(Reason::NonFinite),
-            _ => Some(Reason::Limited),
+            4 => Some(Reason::Limited),
+            _ => Some(Reason::TimeStandsStill),
         }
     }
 
