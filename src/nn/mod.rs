@@ -12,37 +12,51 @@
 //! candle's layers have which is listed in `docs/candle-layers.md`.
 
 mod activation;
+mod augmenter;
 mod cnf;
 mod conditional;
 mod conv;
 mod conv1d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod depth;
 mod elementwise;
+pub mod energy;
+mod galerkin;
+mod higher_order;
 mod hutchinson;
 mod hyper;
+mod integral;
 mod linear;
 mod mlp;
 mod norm;
 mod ot_flow;
+mod perceptron;
 mod relaxation;
 mod row_speed;
 mod spread;
 mod weights;
 
 pub use activation::Activation;
+pub use augmenter::{Augmenter, Zeros};
 pub use cnf::Cnf;
 pub use conditional::ConditionalMlp;
 pub use conv::ConvField;
 pub use conv1d::{conv1d, conv1d_no_bias, Conv1d};
+pub use depth::{depth_cat, DataControl};
+pub use energy::mlp::EnergyMlp;
+pub use galerkin::{Basis, Galerkin, GalerkinLinear};
+pub use higher_order::HigherOrder;
 pub use hutchinson::{Hutchinson, Jvp, Probe};
 pub use hyper::HyperCnf;
+pub use integral::{cost_precision, WithIntegral};
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::{
     layer_norm, layer_norm_no_bias, rms_norm, softmax, softmax_last_dim, LayerNorm, RmsNorm,
 };
 pub use ot_flow::OtFlow;
+pub use perceptron::Perceptron;
 pub use relaxation::Relaxation;
 pub use row_speed::{RowSpeed, WithSpeed};
 
