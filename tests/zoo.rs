@@ -13,7 +13,7 @@ use candle_diffeq::nn::energy::{
     Curved, Energy, GradientFlow, Hamiltonian, Lagrangian, PortHamiltonian, Potential, Skew,
 };
 use candle_diffeq::nn::{
-    cost_precision, depth_cat, Activation, Augmenter, DataControl, EnergyMlp, Galerkin, Basis,
+    cost_precision, depth_cat, Activation, Augmenter, Basis, DataControl, EnergyMlp, Galerkin,
     HigherOrder, Hutchinson, Linear, Mlp, Perceptron, WithIntegral,
 };
 use candle_diffeq::{
@@ -22,7 +22,8 @@ use candle_diffeq::{
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{
-    all, error_of, fill, method, relative, scattered, values, var, worst, U_BF16, U_F16, U_F32, U_F64,
+    all, error_of, fill, method, relative, scattered, values, var, worst, U_BF16, U_F16, U_F32,
+    U_F64,
 };
 
 #[path = "../examples/conformance/discrete.rs"]
@@ -50,13 +51,18 @@ fn time(t: f64) -> Time {
 
 /// The activations that have a curvature.
 fn smooth() -> impl Iterator<Item = Activation> {
-    Activation::ALL.into_iter().filter(|a| *a != Activation::Relu)
+    Activation::ALL
+        .into_iter()
+        .filter(|a| *a != Activation::Relu)
 }
 
 #[test]
 fn potentials_and_models_in_f64_are_those_of_the_oracles() {
     let root = std::env::var_os("CARGO_MANIFEST_DIR");
-    let root = root.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), std::path::PathBuf::from);
+    let root = root.map_or_else(
+        || env!("CARGO_MANIFEST_DIR").into(),
+        std::path::PathBuf::from,
+    );
     let files = zoo::files(&root.join("tests/data/zoo"), &Device::Cpu).unwrap();
     let (mut answered, mut left) = (0, vec![]);
     for oracle in files {
@@ -72,7 +78,10 @@ fn potentials_and_models_in_f64_are_those_of_the_oracles() {
         }
     }
     // Those of graphs and of recurrent cells, which the library does not have.
-    assert_eq!(left, ["field_graph_field.safetensors", "field_gru_ode.safetensors"]);
+    assert_eq!(
+        left,
+        ["field_graph_field.safetensors", "field_gru_ode.safetensors"]
+    );
     assert_eq!(answered, 23);
 }
 
@@ -106,10 +115,22 @@ fn potentials(activation: Activation) -> Vec<(VarMap, EnergyMlp)> {
         plain(&[3, 1], Energy::Output),
         plain(&[3, 2], Energy::SumOfSquares),
         plain(&[3, 6, 4], Energy::SumOfSquares),
-        (timed_vars, EnergyMlp::of_time(timed, Energy::Output).unwrap()),
-        (squares_vars, EnergyMlp::of_time(squares, Energy::SumOfSquares).unwrap()),
-        (residual_vars, EnergyMlp::of(residual.residual(), Energy::Output).unwrap()),
-        (both_vars, EnergyMlp::of_time(both.residual(), Energy::SumOfSquares).unwrap()),
+        (
+            timed_vars,
+            EnergyMlp::of_time(timed, Energy::Output).unwrap(),
+        ),
+        (
+            squares_vars,
+            EnergyMlp::of_time(squares, Energy::SumOfSquares).unwrap(),
+        ),
+        (
+            residual_vars,
+            EnergyMlp::of(residual.residual(), Energy::Output).unwrap(),
+        ),
+        (
+            both_vars,
+            EnergyMlp::of_time(both.residual(), Energy::SumOfSquares).unwrap(),
+        ),
     ]
 }
 
@@ -120,19 +141,35 @@ fn the_pull_back_of_a_gradient_by_hand_is_that_of_autograd() {
             let (x, v) = (var(&[5, 3], 0.9, 1), scattered(&[5, 3], 1.0, 2));
             let t = Time::differentiable(0.7, DType::F64, &Device::Cpu);
             let (_, gradient) = energy.gradient(&t, &x).unwrap();
-            let exact = (&gradient * &v).unwrap().sum_all().unwrap().backward().unwrap();
+            let exact = (&gradient * &v)
+                .unwrap()
+                .sum_all()
+                .unwrap()
+                .backward()
+                .unwrap();
             let (again, pull) = energy.gradient_vjp(&t, &x).unwrap();
             assert!(relative(&again, &gradient) <= EXACT);
             let pulled = pull(&v).unwrap();
             let zero = x.zeros_like().unwrap();
             let of_x = exact.get(&x).unwrap_or(&zero);
-            assert!(relative(&pulled.y, of_x) <= EXACT, "{activation:?} {energy:?}");
+            assert!(
+                relative(&pulled.y, of_x) <= EXACT,
+                "{activation:?} {energy:?}"
+            );
             let (reads, tensor) = (pulled.t.is_some(), t.tensor().unwrap());
             if reads {
                 let of_t = exact.get(&tensor).unwrap();
-                assert!(relative(&pulled.t.unwrap(), of_t) <= EXACT, "{activation:?}");
+                assert!(
+                    relative(&pulled.t.unwrap(), of_t) <= EXACT,
+                    "{activation:?}"
+                );
             }
-            let listed: Vec<_> = energy.parameters().unwrap().iter().map(|p| p.id()).collect();
+            let listed: Vec<_> = energy
+                .parameters()
+                .unwrap()
+                .iter()
+                .map(|p| p.id())
+                .collect();
             for (name, p) in all(&vars) {
                 let got = pulled.params.get(&p);
                 assert_eq!(got.is_some(), listed.contains(&p.id()), "{name}");
@@ -170,7 +207,10 @@ fn a_laplacian_is_the_trace_of_the_hessian_with_its_gradients() {
                 let zero = p.zeros_like().unwrap();
                 let [got, exact] = [&got, &exact].map(|g| g.get(&p).unwrap_or(&zero).clone());
                 let off = largest(&(&got - &exact).unwrap());
-                assert!(off <= EXACT * largest(&exact).max(1.0), "{activation:?} {name}");
+                assert!(
+                    off <= EXACT * largest(&exact).max(1.0),
+                    "{activation:?} {name}"
+                );
             }
         }
     }
@@ -190,7 +230,10 @@ fn jvp_and_pull_are_transposed_and_pull_jvp_is_the_derivative_of_pull() {
             let sum = |a: &Tensor, b: &Tensor| values(&(a * b).unwrap()).iter().sum::<f64>();
             assert!((sum(&jv, &w) - sum(&v, &jw)).abs() <= 1e-13);
             let moved = |s: f64| {
-                let (x, w) = ((&x + (&v * s).unwrap()).unwrap(), (&w + (&w_dot * s).unwrap()).unwrap());
+                let (x, w) = (
+                    (&x + (&v * s).unwrap()).unwrap(),
+                    (&w + (&w_dot * s).unwrap()).unwrap(),
+                );
                 net.pull(&x, &w).unwrap().1
             };
             let differences = ((moved(e) - moved(-e)).unwrap() / (2.0 * e)).unwrap();
@@ -205,9 +248,15 @@ fn jvp_and_pull_are_transposed_and_pull_jvp_is_the_derivative_of_pull() {
 fn the_pull_of_an_mlp_is_that_of_its_vjp_with_time_and_residual() {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
-    let field = Mlp::with_time(&[3, 3, 4, 4, 3], Activation::Silu, vb).unwrap().residual();
+    let field = Mlp::with_time(&[3, 3, 4, 4, 3], Activation::Silu, vb)
+        .unwrap()
+        .residual();
     fill(&vars);
-    let (t, y, v) = (time(0.3), scattered(&[5, 3], 0.9, 1), scattered(&[5, 3], 1.0, 2));
+    let (t, y, v) = (
+        time(0.3),
+        scattered(&[5, 3], 0.9, 1),
+        scattered(&[5, 3], 1.0, 2),
+    );
     let (_, pull) = field.vjp(&t, &y).unwrap();
     let pulled = field.pull(&t, &y, &v).unwrap();
     assert!(relative(&pulled, &pull(&v).unwrap().y) <= EXACT);
@@ -219,12 +268,23 @@ fn the_pull_of_an_mlp_is_that_of_its_vjp_with_time_and_residual() {
 }
 
 /// The fields of this crate that bring their own pull-backs, over four features.
-const NAMES: [&str; 5] = ["Hamiltonian", "GradientFlow", "PortHamiltonian", "Skew", "HigherOrder"];
+const NAMES: [&str; 5] = [
+    "Hamiltonian",
+    "GradientFlow",
+    "PortHamiltonian",
+    "Skew",
+    "HigherOrder",
+];
 
 /// One of them.
 fn made(name: &str, vb: &VarBuilder<'_>) -> Result<Box<dyn VectorField<Tensor>>> {
     let energy = || {
-        EnergyMlp::with_time(&[4, 9, 7, 1], Activation::Tanh, Energy::Output, vb.pp("energy"))
+        EnergyMlp::with_time(
+            &[4, 9, 7, 1],
+            Activation::Tanh,
+            Energy::Output,
+            vb.pp("energy"),
+        )
     };
     let net = |widths: &[usize]| Perceptron::new(widths, Activation::Sin, vb.pp("net"));
     Ok(match name {
@@ -292,7 +352,10 @@ fn hand_written_pull_backs_of_fields_are_those_of_the_same_field_on_the_tape() {
         for (got, exact) in got.iter().zip(&exact) {
             assert!(relative(got, exact) <= EXACT, "{name}");
         }
-        assert!(error_of(&grads, &twin_grads, &all(&vars)) <= EXACT, "{name}");
+        assert!(
+            error_of(&grads, &twin_grads, &all(&vars)) <= EXACT,
+            "{name}"
+        );
     }
 }
 
@@ -385,7 +448,10 @@ impl Curved for Springs {
 fn the_motion_of_a_textbook_lagrangian_is_newtons_for_any_number_of_coordinates() {
     for n in [1, 2, 3, 5] {
         let stiffness = Var::new(3.0, &Device::Cpu).unwrap();
-        let springs = Springs { mass: 2.0, stiffness: stiffness.clone() };
+        let springs = Springs {
+            mass: 2.0,
+            stiffness: stiffness.clone(),
+        };
         let field = Lagrangian::new(springs);
         let x = var(&[4, 2 * n], 0.9, 1);
         let k = field.velocity(&time(0.0), &x).unwrap();
@@ -397,21 +463,38 @@ fn the_motion_of_a_textbook_lagrangian_is_newtons_for_any_number_of_coordinates(
         let loss = (k * &weights).unwrap().sum_all().unwrap();
         let grads = loss.backward().unwrap();
         let lower = weights.narrow(1, n, n).unwrap();
-        let of_stiffness = (x.narrow(1, 0, n).unwrap() * &lower).unwrap().sum_all().unwrap();
+        let of_stiffness = (x.narrow(1, 0, n).unwrap() * &lower)
+            .unwrap()
+            .sum_all()
+            .unwrap();
         let of_stiffness = -0.5 * of_stiffness.to_scalar::<f64>().unwrap();
         let got = grads.get(&stiffness).unwrap().to_scalar::<f64>().unwrap();
-        assert!((got - of_stiffness).abs() <= 1e-14 * (n as f64), "{n}: {got} {of_stiffness}");
+        assert!(
+            (got - of_stiffness).abs() <= 1e-14 * (n as f64),
+            "{n}: {got} {of_stiffness}"
+        );
         let upper = weights.narrow(1, 0, n).unwrap();
         let of_x = Tensor::cat(&[(lower * -1.5).unwrap(), upper], 1).unwrap();
-        assert!(relative(grads.get(&x).unwrap(), &of_x) <= 8.0 * U_F64, "{n}");
+        assert!(
+            relative(grads.get(&x).unwrap(), &of_x) <= 8.0 * U_F64,
+            "{n}"
+        );
     }
 }
 
 #[test]
 fn a_lagrangian_without_mass_is_an_error_that_names_row_and_time() {
     let stiffness = Var::new(1.0, &Device::Cpu).unwrap();
-    let massless = Lagrangian::new(Springs { mass: 0.0, stiffness: stiffness.clone() });
-    let error = odeint(massless, &scattered(&[3, 4], 1.0, 1), &[0.5, 1.0], &OdeOptions::default());
+    let massless = Lagrangian::new(Springs {
+        mass: 0.0,
+        stiffness: stiffness.clone(),
+    });
+    let error = odeint(
+        massless,
+        &scattered(&[3, 4], 1.0, 1),
+        &[0.5, 1.0],
+        &OdeOptions::default(),
+    );
     match error.unwrap_err() {
         Error::Potential(PotentialDefect::SingularMass { row: 0, t, pivot }) => {
             assert_eq!((t, pivot), (0.5, 0.0));
@@ -419,7 +502,13 @@ fn a_lagrangian_without_mass_is_an_error_that_names_row_and_time() {
         other => panic!("{other}"),
     }
     // With a mass of its own it moves.
-    let moving = Lagrangian::with_mass(Springs { mass: 0.0, stiffness }, 2.0);
+    let moving = Lagrangian::with_mass(
+        Springs {
+            mass: 0.0,
+            stiffness,
+        },
+        2.0,
+    );
     let x = scattered(&[3, 4], 1.0, 1);
     let k = moving.velocity(&time(0.0), &x).unwrap();
     let q = x.narrow(1, 0, 2).unwrap();
@@ -442,7 +531,8 @@ fn a_lagrangian_network_passes_the_check_against_differences_and_trains() {
     let grads = before.backward().unwrap();
     for (_, p) in all(&vars) {
         if let Some(grad) = grads.get(&p) {
-            p.set(&(p.as_tensor() - (grad * 1e-2).unwrap()).unwrap()).unwrap();
+            p.set(&(p.as_tensor() - (grad * 1e-2).unwrap()).unwrap())
+                .unwrap();
         }
     }
     let after = loss(&ode.solve(&x0, &[0.0, 0.2]).unwrap());
@@ -495,7 +585,9 @@ fn a_flow_along_a_gradient_has_the_estimated_trace_of_its_hessian() {
     let (z, probe) = (scattered(&[4, 3], 0.9, 1), scattered(&[4, 3], 1.0, 2));
     let l = Tensor::zeros((4, 1), DType::F64, &Device::Cpu).unwrap();
     let flow = Hutchinson::new(GradientFlow::new(energy.clone()));
-    let (_, k, _) = flow.velocity(&time(0.0), &(z.clone(), l, probe.clone())).unwrap();
+    let (_, k, _) = flow
+        .velocity(&time(0.0), &(z.clone(), l, probe.clone()))
+        .unwrap();
     let (_, product) = energy.gradient_jvp(&time(0.0), &z, &probe).unwrap();
     let expected = (product * probe).unwrap().sum_keepdim(1).unwrap();
     assert!(relative(&k, &expected) <= EXACT);
@@ -540,7 +632,11 @@ fn a_running_cost_is_the_integral_with_the_gradient_of_its_scheme() {
     let slope = ((-1.4f64).exp() * (2.0 * 0.7) - (1.0 - (-1.4f64).exp())) / (2.0 * 0.49);
     let squares: f64 = values(&y0).iter().map(|y| y * y).sum();
     let got = grads.get(&a).unwrap().to_scalar::<f64>().unwrap();
-    assert!((got - slope * squares).abs() <= 1e-9, "{got} {}", slope * squares);
+    assert!(
+        (got - slope * squares).abs() <= 1e-9,
+        "{got} {}",
+        slope * squares
+    );
 }
 
 #[test]
@@ -558,7 +654,9 @@ fn a_running_cost_stays_in_f32_where_the_state_is_computed_in_bf16() {
             leaf_precision,
             ..method(&RK4, 16)
         };
-        let (_, costs) = candle_diffeq::predict(&field, &(x.clone(), none.clone()), &[0.0, 1.0], &options).unwrap();
+        let (_, costs) =
+            candle_diffeq::predict(&field, &(x.clone(), none.clone()), &[0.0, 1.0], &options)
+                .unwrap();
         values(&costs.get(1).unwrap())[0]
     };
     let kept = cost(cost_precision(Precision::bf16()));
@@ -573,7 +671,14 @@ fn the_data_that_controls_a_field_has_its_whole_gradient() {
     let (vars, net) = net(&[4, 7, 2], Activation::Tanh);
     let x = var(&[5, 2], 0.9, 1);
     let field = DataControl::new(net.clone());
-    let ys = odeint_with(field, x.as_tensor(), x.as_tensor(), &[0.0, 0.5], &method(&RK4, 2)).unwrap();
+    let ys = odeint_with(
+        field,
+        x.as_tensor(),
+        x.as_tensor(),
+        &[0.0, 0.5],
+        &method(&RK4, 2),
+    )
+    .unwrap();
     let v = scattered(&[2, 5, 2], 1.0, 2);
     let grads = (&ys * &v).unwrap().sum_all().unwrap().backward().unwrap();
     // The data as a second tensor of the state that stands still.
@@ -600,13 +705,22 @@ fn augmentation_adds_zeros_or_features_on_any_side_and_dimension() {
     let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
     let layer = Linear::new(6, 2, vb).unwrap();
     let after = Augmenter::learned(layer.clone()).forward(&flat).unwrap();
-    let before = Augmenter::learned(layer.clone()).before().forward(&flat).unwrap();
+    let before = Augmenter::learned(layer.clone())
+        .before()
+        .forward(&flat)
+        .unwrap();
     let more = layer.forward(&flat).unwrap();
     assert_eq!(values(&after.narrow(1, 6, 2).unwrap()), values(&more));
     assert_eq!(values(&after.narrow(1, 0, 6).unwrap()), values(&flat));
     assert_eq!(values(&before.narrow(1, 0, 2).unwrap()), values(&more));
     let grads = after.sum_all().unwrap().backward().unwrap();
-    assert_eq!(all(&vars).iter().filter(|(_, v)| grads.get(v).is_some()).count(), 2);
+    assert_eq!(
+        all(&vars)
+            .iter()
+            .filter(|(_, v)| grads.get(v).is_some())
+            .count(),
+        2
+    );
 }
 
 #[test]
@@ -618,8 +732,17 @@ fn time_is_a_channel_of_any_dimension_and_has_its_gradient() {
     let channel = joined.narrow(1, 3, 1).unwrap();
     assert!(values(&channel).iter().all(|v| *v == 0.25));
     let weights = scattered(&[2, 4, 4, 4], 1.0, 2);
-    let grads = (&joined * &weights).unwrap().sum_all().unwrap().backward().unwrap();
-    let got = grads.get(&t.tensor().unwrap()).unwrap().to_scalar::<f64>().unwrap();
+    let grads = (&joined * &weights)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    let got = grads
+        .get(&t.tensor().unwrap())
+        .unwrap()
+        .to_scalar::<f64>()
+        .unwrap();
     let expected: f64 = values(&weights.narrow(1, 3, 1).unwrap()).iter().sum();
     assert!((got - expected).abs() <= 1e-14);
     assert!(depth_cat(&t, &x, 4).is_err());
@@ -629,15 +752,24 @@ fn time_is_a_channel_of_any_dimension_and_has_its_gradient() {
 fn fourier_orders_need_not_be_integers_and_expansions_start_away_from_zero() {
     let device = &Device::Cpu;
     let coeffs = Tensor::new(&[[1.0], [0.0], [0.0], [2.0]], device).unwrap();
-    let of_time = [Tensor::new(&[2.0], device).unwrap(), Tensor::new(&[0.1], device).unwrap()];
-    let basis = Basis::Fourier { orders: vec![0.0, 1.25] };
+    let of_time = [
+        Tensor::new(&[2.0], device).unwrap(),
+        Tensor::new(&[0.1], device).unwrap(),
+    ];
+    let basis = Basis::Fourier {
+        orders: vec![0.0, 1.25],
+    };
     let curve = Galerkin::from_tensors(basis, coeffs, of_time, None).unwrap();
     let got = values(&curve.at(&time(0.3)).unwrap())[0];
     assert!((got - (1.0 + 2.0 * (1.25 * 0.7f64).sin())).abs() <= 4.0 * U_F64);
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
     let drawn = Galerkin::new(64, Basis::Chebyshev { terms: 3 }, 0.5, vb).unwrap();
-    let size = values(&drawn.at(&time(0.3)).unwrap()).iter().map(|x| x * x).sum::<f64>() / 64.0;
+    let size = values(&drawn.at(&time(0.3)).unwrap())
+        .iter()
+        .map(|x| x * x)
+        .sum::<f64>()
+        / 64.0;
     assert!(size > 0.01 && size < 1.0, "{size}");
     let bad = Galerkin::from_tensors(
         Basis::Gaussian { terms: 3 },

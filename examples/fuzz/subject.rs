@@ -408,7 +408,9 @@ impl Closure {
             Activation::Silu => x.silu(),
             Activation::Sin => x.sin(),
             // candle has no softplus nor this, and a gradient of gelu of eight digits.
-            Activation::Softplus | Activation::Gelu | Activation::LogTwoCosh => activation.forward(x),
+            Activation::Softplus | Activation::Gelu | Activation::LogTwoCosh => {
+                activation.forward(x)
+            }
         }
     }
 }

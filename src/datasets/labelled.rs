@@ -120,7 +120,8 @@ impl Labelled {
                 radii,
                 noise,
             } => {
-                let direction: Vec<f64> = (0..features).map(|_| rng.sample(StandardNormal)).collect();
+                let direction: Vec<f64> =
+                    (0..features).map(|_| rng.sample(StandardNormal)).collect();
                 let length = direction.iter().map(|x| x * x).sum::<f64>().sqrt();
                 let scale = radii[class] / length.max(f64::MIN_POSITIVE);
                 (direction.into_iter().map(|x| x * scale).collect(), noise)

@@ -66,7 +66,8 @@ pub enum System {
         gravity: f64,
     },
     /// The acrobot of control theory over (θ₁, θ₂, ω₁, ω₂, u₁, u₂), with the torques u, which stay as they are: rods of
-    /// length, mass and moment of inertia 1, centres of mass at ½, θ₁ from the vertical, θ₂ from the first rod.
+    /// length, mass and moment of inertia 1, centres of mass at ½, θ₁ from the vertical, θ₂ from the first rod.  The torques
+    /// enter as in the data of Symplectic ODE-Net: u₁ drives the second joint, and u₂ the first with the opposite sign.
     Acrobot {
         /// Acceleration of gravity, 9.8.
         gravity: f64,
@@ -226,7 +227,14 @@ fn acrobot(x: &[Tensor], gravity: f64) -> Result<Vec<Tensor>> {
     let second = (force / ((CENTRE * CENTRE + 1.0) - (&d2 * ratio)?)?)?;
     let first = ((((&x[5] + (d2 * &second)?)? + phi1)? / d1)?).neg()?;
     let still = x[4].zeros_like()?;
-    let k = [x[2].clone(), x[3].clone(), first, second, still.clone(), still];
+    let k = [
+        x[2].clone(),
+        x[3].clone(),
+        first,
+        second,
+        still.clone(),
+        still,
+    ];
     Ok(k.to_vec())
 }
 

@@ -33,7 +33,7 @@ pub enum Activation {
     Gelu,
     /// sin x.
     Sin,
-    /// ln(eˣ + e⁻ˣ), whose slope is tanh: the activation of [`OtFlow`](super::OtFlow).
+    /// ln(eˣ + e⁻ˣ), whose slope is tanh.
     LogTwoCosh,
 }
 

@@ -60,7 +60,10 @@ impl<F: VectorField<Tensor>> HigherOrder<F> {
     fn join(&self, x: &Tensor, k: Tensor, d: usize) -> Result<Tensor> {
         let last = k.dims().last() == Some(&d) && k.rank() == x.rank();
         if !last {
-            let field = format!("a HigherOrder field of order {} of {d} features", self.order);
+            let field = format!(
+                "a HigherOrder field of order {} of {d} features",
+                self.order
+            );
             let needs = format!("f to return (…, {d})");
             return Err(wrong_state(field, needs, &[&k]));
         }

@@ -5,6 +5,12 @@
 //! tile by tile on the CPU.  [`HyperCnf`], [`Hutchinson`] and [`OtFlow`] carry a log-density beside
 //! the state, as `Cnf` does, and run in candle's operations.
 //!
+//! [`EnergyMlp`] is a potential, and [`energy`] has the fields made of its gradient: Hamiltonian and Lagrangian systems,
+//! flows along a gradient and across it.  [`Perceptron`] is a network with its derivatives as values.
+//!
+//! [`HigherOrder`], [`DataControl`], [`depth_cat`], [`GalerkinLinear`], [`Augmenter`] and [`WithIntegral`] make fields of
+//! higher order, that see their data or time, that have more room, or that sum a cost along the way.
+//!
 //! [`RowSpeed`] and [`Relaxation`] are made of another field, and are integrated tile by tile where that is.
 //!
 //! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any

@@ -114,7 +114,7 @@ impl OtFlow {
     fn layers(&self, s: &SpaceTime) -> Result<[Tensor; 3]> {
         let ([k0, b0], [k1, b1]) = (&self.open, &self.inner);
         let open = s.product(k0, Some(b0))?;
-        let u = Activation::LogTwoCosh.forward(&open)?;
+        let u = log_two_cosh(&open)?;
         let inner = (u.matmul(&k1.t()?)? + spread(b1, u.dim(0)?)?)?;
         Ok([open, u, inner])
     }
@@ -126,7 +126,7 @@ impl OtFlow {
     pub fn potential(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
         let s = self.point(t, x)?;
         let [_, u, inner] = self.layers(&s)?;
-        let n = (u + Activation::LogTwoCosh.forward(&inner)?)?;
+        let n = (u + log_two_cosh(&inner)?)?;
         let column = |v: &Tensor| v.reshape(((), 1));
         let quadratic = row_sums(&s.product(&self.a, None)?.sqr()?)?;
         let linear = s.product(&self.c.unsqueeze(0)?, None)?;
@@ -212,6 +212,11 @@ impl SpaceTime {
 /// Σ over the rows, `(1, columns)`, as a product.
 fn column_sums(x: &Tensor) -> Result<Tensor> {
     Tensor::ones((1, x.dim(0)?), x.dtype(), x.device())?.matmul(x)
+}
+
+/// log(eˣ + e⁻ˣ), whose slope is tanh.
+fn log_two_cosh(x: &Tensor) -> Result<Tensor> {
+    Activation::Softplus.forward(&(x * 2.0)?)? - x
 }
 
 impl VectorField<(Tensor, Tensor)> for OtFlow {

@@ -4,7 +4,9 @@ use candle_core::{Module, Result, Tensor};
 use candle_diffeq::nn::energy::{
     Energy, GradientFlow, Hamiltonian, Lagrangian, PortHamiltonian, Skew,
 };
-use candle_diffeq::nn::{Activation, Basis, EnergyMlp, Galerkin, GalerkinLinear, Linear, Perceptron};
+use candle_diffeq::nn::{
+    Activation, Basis, EnergyMlp, Galerkin, GalerkinLinear, Linear, Perceptron,
+};
 use candle_diffeq::Time;
 
 use super::symplectic::Symplectic;

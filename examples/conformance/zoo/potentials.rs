@@ -28,7 +28,13 @@ type Line = (String, f64, String);
 pub(super) fn lines(oracle: &Oracle, sigma: Activation) -> Result<Vec<Line>> {
     let case = Case::new(oracle, sigma)?;
     let mut lines = vec![case.values()?];
-    for tag in ["value", "pull_gradient", "pull_bilinear", "pull_laplacian", "pull_hessian"] {
+    for tag in [
+        "value",
+        "pull_gradient",
+        "pull_bilinear",
+        "pull_laplacian",
+        "pull_hessian",
+    ] {
         lines.push(case.pulled(tag)?);
     }
     lines.push(case.pulled_by_hand()?);
@@ -165,7 +171,10 @@ impl<'a> Case<'a> {
         let cotangents = pull(self.oracle.tensor("v")?)?;
         let (tag, of) = ("pull_gradient", |name| self.oracle.tensor(name));
         let mut worst = self.compare("gradient", gradient, of("gradient")?)?;
-        worst = larger(worst, self.compare("grad.x", cotangents.y, self.grad(tag, "x")?)?);
+        worst = larger(
+            worst,
+            self.compare("grad.x", cotangents.y, self.grad(tag, "x")?)?,
+        );
         worst = larger(worst, self.weights(&cotangents.params, tag)?);
         Ok(("pull_gradient by hand".into(), worst.0, worst.1))
     }

@@ -80,7 +80,11 @@ impl Symplectic {
         let p = momentum(&o, &speed)?;
         // ∂/∂c of ½ |Lᵀp|², p fixed, and of V.
         let bent = upper(&o, &p)?;
-        let w = [(&p[0] * &bent[0])?, (&p[1] * &bent[1])?, (&p[1] * &bent[0])?];
+        let w = [
+            (&p[0] * &bent[0])?,
+            (&p[1] * &bent[1])?,
+            (&p[1] * &bent[0])?,
+        ];
         let (_, kinetic) = self.mass.pull(&c, &Tensor::cat(&w, 1)?)?;
         let one = Tensor::ones((rows, 1), y.dtype(), y.device())?;
         let (_, potential) = self.potential.pull(&c, &one)?;

@@ -178,10 +178,8 @@ impl<P: Potential> VectorField<Tensor> for PortHamiltonian<P> {
             // (−v_p, v_q − r ∘ v_p), and −Σ v_p r g_p of ρ.
             let (of_q, of_p) = (part(v, 0, n)?, part(v, n, n)?);
             let slowed = of_p.broadcast_mul(&rates)?;
-            let mut pulled = pull_gradient(&Tensor::cat(
-                &[of_p.neg()?, (of_q - &slowed)?],
-                D::Minus1,
-            )?)?;
+            let mut pulled =
+                pull_gradient(&Tensor::cat(&[of_p.neg()?, (of_q - &slowed)?], D::Minus1)?)?;
             if self.friction.track_op() {
                 let products = (slowed * part(&g, n, n)?)?.neg()?.reshape(((), n))?;
                 add_gradient(&mut pulled.params, &self.friction, sum_of_rows(&products)?)?;

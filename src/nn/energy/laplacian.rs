@@ -47,7 +47,12 @@ pub(super) fn laplacian(net: &Perceptron, energy: Energy, x: &Tensor) -> Result<
 }
 
 /// ΔΦ of ΔN and Σ_i (∂N/∂x_i)²: ΔN, or 2 Σ_k (Σ_i (∂N_k/∂x_i)² + N_k ΔN_k).
-fn total(energy: Energy, output: &Tensor, squares: Tensor, second: Option<Tensor>) -> Result<Tensor> {
+fn total(
+    energy: Energy,
+    output: &Tensor,
+    squares: Tensor,
+    second: Option<Tensor>,
+) -> Result<Tensor> {
     match energy {
         // Of a network without hidden layer, which is affine, it is zero.
         Energy::Output => second.map_or_else(|| output.zeros_like(), Ok),

@@ -21,7 +21,11 @@ pub(super) fn inverse(matrix: &[f64], n: usize, least: f64) -> Result<Vec<f64>, 
         let pivot = pivot.unwrap_or(column);
         let value = a[pivot * width + column];
         if value.abs() <= least * largest {
-            let ratio = if largest > 0.0 { value.abs() / largest } else { 0.0 };
+            let ratio = if largest > 0.0 {
+                value.abs() / largest
+            } else {
+                0.0
+            };
             return Err(Singular(ratio));
         }
         for k in 0..width {
@@ -64,7 +68,10 @@ mod tests {
     fn a_singular_matrix_is_refused_and_an_indefinite_one_is_not() {
         assert_eq!(inverse(&[1.0, 2.0, 2.0, 4.0], 2, 1e-12), Err(Singular(0.0)));
         assert_eq!(inverse(&[0.0], 1, 1e-12), Err(Singular(0.0)));
-        assert_eq!(inverse(&[0.0, 1.0, 1.0, 0.0], 2, 1e-12), Ok(vec![0.0, 1.0, 1.0, 0.0]));
+        assert_eq!(
+            inverse(&[0.0, 1.0, 1.0, 0.0], 2, 1e-12),
+            Ok(vec![0.0, 1.0, 1.0, 0.0])
+        );
         assert!(inverse(&[f64::NAN], 1, 1e-12).unwrap()[0].is_nan());
     }
 }
