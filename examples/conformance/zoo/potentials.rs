@@ -21,6 +21,15 @@ struct Case<'a> {
     timed: bool,
 }
 
+/// A number whose gradients a file has.
+struct Scalar {
+    sum: Tensor,
+    /// What it reads beside x and the weights.
+    reads: Vec<(&'static str, Var)>,
+    /// The times of its rows, where they are read.
+    times: Vec<Tensor>,
+}
+
 /// A line of the result: what, its largest error, and which tensor has it.
 type Line = (String, f64, String);
 
@@ -114,8 +123,8 @@ impl<'a> Case<'a> {
         Ok(("values".into(), worst.0, worst.1))
     }
 
-    /// The scalar whose gradients the file has under the tag, and what it reads beside x and the weights.
-    fn scalar(&self, tag: &str) -> Result<(Tensor, Vec<(&'static str, Var)>, Vec<Tensor>)> {
+    /// The number whose gradients the file has under the tag.
+    fn scalar(&self, tag: &str) -> Result<Scalar> {
         let (energy, t) = self.whole()?;
         let (x, of) = (self.x.as_tensor(), |name| self.oracle.tensor(name));
         let mut reads = vec![];
@@ -137,13 +146,17 @@ impl<'a> Case<'a> {
                 products
             }
         };
-        Ok((products.sum_all()?, reads, times))
+        Ok(Scalar {
+            sum: products.sum_all()?,
+            reads,
+            times,
+        })
     }
 
     /// By candle's tape through the formulas.
     fn pulled(&self, tag: &str) -> Result<Line> {
-        let (scalar, reads, times) = self.scalar(tag)?;
-        let grads = scalar.backward()?;
+        let Scalar { sum, reads, times } = self.scalar(tag)?;
+        let grads = sum.backward()?;
         let mut of_x = grads.get(&self.x).ok_or("no gradient of x")?.clone();
         if !times.is_empty() {
             let zeros = of_x.narrow(1, 0, 1)?.zeros_like()?;
