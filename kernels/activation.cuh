@@ -4,7 +4,7 @@
 #include <math.h>
 
 // As `Activation` in src/nn/activation.rs, and of a last layer none.
-enum Activation : int { TANH, SIGMOID, SOFTPLUS, RELU, SILU, GELU, SIN, NONE };
+enum Activation : int { TANH, SIGMOID, SOFTPLUS, RELU, SILU, GELU, SIN, LOG_TWO_COSH, NONE };
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
@@ -55,6 +55,11 @@ template <class A> __device__ inline A activate(int activation, A z, A &slope) {
         const A density = A(0.39894228040143268) * exponential(A(-0.5) * near * near);
         slope = normal + near * density;
         return (z > near ? z : near) * normal;
+    }
+    case LOG_TWO_COSH: {
+        const A size = z < A(0) ? -z : z;
+        slope = hyperbolic_tangent(z);
+        return size + logarithm_of_one_and(exponential(A(-2) * size));
     }
     case NONE:
         slope = A(1);

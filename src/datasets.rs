@@ -1,7 +1,14 @@
-//! Toy densities in the plane, the usual test pieces of continuous flows; feature `datasets`.
+//! Data to learn from; feature `datasets`: toy densities in the plane, the usual test pieces of continuous flows, here;
+//! points with classes ([`Labelled`]); and systems of ordinary differential equations ([`System`]).
 //!
-//! After the figures of "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative
+//! Densities are after the figures of "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative
 //! Models" (arXiv 1810.01367) and the densities that its code added.  All lie within about [−4, 4]².
+
+mod labelled;
+mod systems;
+
+pub use labelled::Labelled;
+pub use systems::System;
 
 use std::f64::consts::{FRAC_PI_4, PI, TAU};
 

@@ -6,6 +6,7 @@ mod defects;
 mod event;
 mod group;
 mod need;
+mod potential;
 
 use candle_core::{DType, DeviceLocation, Shape};
 
@@ -16,6 +17,7 @@ pub use event::EventDefect;
 pub use group::GroupDefect;
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
+pub use potential::PotentialDefect;
 
 pub use crate::stats::{NotReplayed, StopReason};
 
@@ -488,6 +490,9 @@ pub enum Error {
         /// What was given.
         bandwidth: f64,
     },
+    /// A potential that no field can be made of, or that has no acceleration.
+    #[error(transparent)]
+    Potential(#[from] PotentialDefect),
     /// The processes that train together could not go on.
     #[error(transparent)]
     Group(#[from] GroupDefect),

@@ -13,10 +13,12 @@
 //!   first solves of a model do the same.
 //! * [`nn`]: layers and fields; perceptrons, continuous flows of perceptrons, and convolutions are integrated tile by
 //!   tile on the CPU, several times faster than through candle's operations.
+//! * [`nn::energy`]: fields made of the gradient of a potential, such as Hamiltonian and Lagrangian networks, although candle
+//!   has no second derivatives.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
-//! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
-//!   train them on.
+//! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points
+//!   with classes, and systems of physics to learn from.
 //! * [`distributed`]: data-parallel training, on one machine or many.
 //! * [`OdeOptions`]: the method ([`Tableau`]), fixed or [adaptive](control::Adaptive) steps, checkpoints, scaling,
 //!   and statistics.

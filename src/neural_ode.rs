@@ -6,12 +6,13 @@
 //! integrated tile by tile in the variables' own precision packs them from where they are: no model is
 //! built for the solve.
 
+mod display;
 mod model;
 mod run;
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Module, Tensor, TensorId, Var};
@@ -75,6 +76,8 @@ pub struct NeuralOde<S = Tensor, A = ()> {
     identity: u64,
     /// How many more times the field is to be compared with differences, for each kind of input.
     checks: Mutex<HashMap<u64, usize>>,
+    /// Evaluations of the last forward pass, 0 before the first.
+    last: AtomicUsize,
     state: PhantomData<fn() -> (S, A)>,
 }
 
@@ -290,6 +293,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             frozen: vec![],
             identity: MODELS.fetch_add(1, Ordering::Relaxed),
             checks: Mutex::default(),
+            last: AtomicUsize::new(0),
             state: PhantomData,
         };
         let ids: Vec<_> = ode.masters()?.iter().map(|var| var.id()).collect();

@@ -317,6 +317,11 @@ impl Recorder {
         std::mem::take(&mut self.lock())
     }
 
+    /// Evaluations of the forward pass so far.
+    pub(crate) fn evaluations(&self) -> usize {
+        self.lock().evaluations
+    }
+
     /// Adds the counts of a pass, which counted on its own: fields may read the recorder.
     pub(crate) fn add(&self, pass: &Stats) {
         let mut stats = self.lock();

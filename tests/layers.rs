@@ -322,6 +322,7 @@ fn exact(activation: Activation, x: f64) -> [f64; 2] {
             ]
         }
         Activation::Sin => [x.sin(), x.cos()],
+        Activation::LogTwoCosh => [x.abs() + (-2.0 * x.abs()).exp().ln_1p(), x.tanh()],
     }
 }
 

@@ -78,3 +78,47 @@ pub(crate) fn uniform(var: &Var, rng: &mut StdRng, bound: f64) -> Result<()> {
     let x = random::uniform(rng, var.shape(), var.dtype(), var.device())?;
     Ok(var.set(&(((x * 2.0)? - 1.0)? * bound)?)?)
 }
+
+/// Weights with orthonormal rows, or columns where there are fewer of them (Saxe et al., 2014), drawn by name in order;
+/// biases zero.
+pub(crate) fn orthogonal(vars: &VarMap, rng: &mut StdRng) -> Result<()> {
+    let data = vars.data().lock().map_err(|_| "the variables are locked")?;
+    let mut named: Vec<_> = data.iter().collect();
+    named.sort_by_key(|(name, _)| name.as_str());
+    for (_, var) in named {
+        let numbers = match *var.dims() {
+            [outputs, inputs] => {
+                let (many, few) = (outputs.max(inputs), outputs.min(inputs));
+                let basis = orthonormal(few, many, rng);
+                let at = |k: usize| {
+                    let (i, j) = (k / inputs, k % inputs);
+                    match outputs <= inputs {
+                        true => basis[i][j],
+                        false => basis[j][i],
+                    }
+                };
+                (0..outputs * inputs).map(at).collect()
+            }
+            _ => vec![0.0; var.elem_count()],
+        };
+        let numbers = Tensor::from_vec(numbers, var.shape(), var.device())?;
+        var.set(&numbers.to_dtype(var.dtype())?)?;
+    }
+    Ok(())
+}
+
+/// So many orthonormal vectors, by Gram and Schmidt.
+fn orthonormal(few: usize, many: usize, rng: &mut StdRng) -> Vec<Vec<f64>> {
+    let mut basis: Vec<Vec<f64>> = vec![];
+    while basis.len() < few {
+        let mut v: Vec<f64> = (0..many).map(|_| rng.sample(StandardNormal)).collect();
+        // Twice, so that rounding leaves nothing.
+        for u in basis.iter().chain(&basis) {
+            let product: f64 = u.iter().zip(&v).map(|(a, b)| a * b).sum();
+            v.iter_mut().zip(u).for_each(|(x, u)| *x -= product * u);
+        }
+        let length = v.iter().map(|x| x * x).sum::<f64>().sqrt();
+        basis.push(v.into_iter().map(|x| x / length).collect());
+    }
+    basis
+}

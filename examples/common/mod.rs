@@ -5,9 +5,12 @@
 #![allow(dead_code, unused_imports)] // no example needs all of it
 
 pub(crate) mod chart;
+pub(crate) mod classes;
+pub(crate) mod classifier;
 pub(crate) mod conv;
 pub(crate) mod dtype;
 pub(crate) mod environment;
+pub(crate) mod fit;
 pub(crate) mod flags;
 pub(crate) mod gradients;
 pub(crate) mod idx;
@@ -17,6 +20,7 @@ pub(crate) mod memory;
 pub(crate) mod mode;
 pub(crate) mod model_equation;
 pub(crate) mod momentum;
+pub(crate) mod plane;
 pub(crate) mod problem;
 pub(crate) mod random;
 pub(crate) mod report;

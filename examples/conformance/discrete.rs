@@ -99,7 +99,7 @@ pub(crate) fn solved(oracle: &Oracle, method: &Tableau, precision: Precision) ->
     )
 }
 
-fn outcome(
+pub(crate) fn outcome(
     trajectory: Named,
     loss: Named,
     y0: Named,
@@ -118,7 +118,7 @@ fn outcome(
     ]))
 }
 
-fn loss(oracle: &Oracle, trajectory: &[Tensor]) -> Result<Tensor> {
+pub(crate) fn loss(oracle: &Oracle, trajectory: &[Tensor]) -> Result<Tensor> {
     let (cotangents, targets) = (oracle.parts("loss.v")?, oracle.parts("loss.target")?);
     let mut terms = vec![];
     for ((y, (_, v)), (_, target)) in trajectory.iter().zip(cotangents).zip(targets) {
@@ -158,7 +158,7 @@ where
     ))
 }
 
-fn leaves(named: Named, dtype: DType) -> Result<Vec<(String, Var)>> {
+pub(crate) fn leaves(named: Named, dtype: DType) -> Result<Vec<(String, Var)>> {
     let leaf = |(name, x): (String, Tensor)| Ok((name, Var::from_tensor(&x.to_dtype(dtype)?)?));
     named.into_iter().map(leaf).collect()
 }

@@ -8,6 +8,8 @@
 //!   `worst scaled <figure>`.  Seconds.
 //! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, the problems of DETEST,
 //!   and events with the derivatives of their times; the last line is `worst <largest error over its bar>`.  A minute.
+//! * `… -- --zoo DIR`: potentials with their second derivatives, and the models made of them, in f64; the last line is
+//!   `worst <figure>`.  A file that no model answers yet is named and fails.  Seconds.
 //!
 //! `--cuda` computes on the first GPU (in a build with `--features cuda`).
 //!
@@ -22,6 +24,7 @@ mod flows;
 mod low_precision;
 mod oracle;
 mod outcome;
+mod zoo;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -40,13 +43,13 @@ use crate::outcome::{worse, QUANTITIES};
 #[derive(Parser)]
 struct Args {
     /// Directory of .safetensors files.
-    #[arg(required_unless_present_any = ["demo", "adaptive"])]
+    #[arg(required_unless_present_any = ["demo", "adaptive", "zoo"])]
     dir: Option<PathBuf>,
     /// Largest relative error in f64.
-    #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo", "adaptive"])]
+    #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo", "adaptive", "zoo"])]
     tol: f64,
     /// Evaluate the fields in low precision.
-    #[arg(long, conflicts_with_all = ["demo", "adaptive"])]
+    #[arg(long, conflicts_with_all = ["demo", "adaptive", "zoo"])]
     compute: Option<Compute>,
     /// Directory of f16 demonstrations, which are run instead.
     #[arg(long, value_name = "DIR", conflicts_with = "dir")]
@@ -54,6 +57,9 @@ struct Args {
     /// Directory of exact flows for adaptive steps, which are run instead.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo"])]
     adaptive: Option<PathBuf>,
+    /// Directory of potentials and models of the zoo, which are run instead.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive"])]
+    zoo: Option<PathBuf>,
     /// Compute on the first GPU, in low precision natively.
     #[arg(long)]
     cuda: bool,
@@ -106,6 +112,9 @@ fn verdict(args: &Args) -> Result<Verdict> {
     };
     if let Some(dir) = &args.adaptive {
         return adaptive_steps(dir, &device);
+    }
+    if let Some(dir) = &args.zoo {
+        return of_zoo(dir, &device);
     }
     match (&args.demo, &args.dir, args.compute) {
         (Some(dir), ..) => demos(dir, &device),
@@ -213,6 +222,33 @@ fn low(dir: &Path, recipe: &Recipe, device: &Device) -> Result<Verdict> {
     );
     let passed = verdicts.iter().all(|v| *v == Verdict::Pass);
     Ok(if passed { Verdict::Pass } else { Verdict::Fail })
+}
+
+fn of_zoo(dir: &Path, device: &Device) -> Result<Verdict> {
+    println!("relative errors in f64, the worst tensor of each line");
+    let (mut worst, mut unanswered) = (0.0, vec![]);
+    for oracle in zoo::files(dir, device)? {
+        match zoo::answer(&oracle)? {
+            zoo::Answer::None(reason) => {
+                println!("{:<42}UNANSWERED: {reason}", oracle.file);
+                unanswered.push(oracle.file);
+            }
+            zoo::Answer::Lines(lines) => {
+                for (what, error, part) in lines {
+                    println!("{:<42}{what:<24}{error:>9.1e}  {part}", oracle.file);
+                    worst = worse(worst, error);
+                }
+            }
+        }
+    }
+    if !unanswered.is_empty() {
+        println!("not answered, counted as failed: {}", unanswered.join(", "));
+    }
+    println!("worst {worst:.3e}");
+    match unanswered.is_empty() {
+        true => Ok(Verdict::of(worst, zoo::BAR)),
+        false => Ok(Verdict::Fail),
+    }
 }
 
 fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {

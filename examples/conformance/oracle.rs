@@ -24,6 +24,7 @@ pub(crate) struct Oracle {
     /// Name of the file.
     pub(crate) file: String,
     problem: Option<String>,
+    activation: Option<String>,
     tensors: BTreeMap<String, Tensor>,
 }
 
@@ -47,6 +48,7 @@ impl Oracle {
         Ok(Self {
             file: file.into_owned(),
             problem: meta["problem"].as_str().map(str::to_owned),
+            activation: meta["activation"].as_str().map(str::to_owned),
             tensors: tensors.map_err(|e| failed(&e))?,
         })
     }
@@ -82,6 +84,12 @@ impl Oracle {
     /// The problem's name in `meta`.
     pub(crate) fn problem(&self) -> Option<&str> {
         self.problem.as_deref()
+    }
+
+    /// The activation's name in `meta`.
+    #[allow(dead_code)] // of the files of the zoo only
+    pub(crate) fn activation(&self) -> Option<&str> {
+        self.activation.as_deref()
     }
 
     /// An error about this file.

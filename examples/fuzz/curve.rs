@@ -36,6 +36,9 @@ pub(crate) fn derivative(activation: Activation, order: usize, x: f64) -> f64 {
         (Activation::Sin, 0) => x.sin(),
         (Activation::Sin, 1) => x.cos(),
         (Activation::Sin, _) => -x.sin(),
+        (Activation::LogTwoCosh, 0) => x.abs() + (-2.0 * x.abs()).exp().ln_1p(),
+        (Activation::LogTwoCosh, 1) => x.tanh(),
+        (Activation::LogTwoCosh, _) => x.cosh().recip().powi(2),
     }
 }
 
@@ -49,6 +52,7 @@ pub(crate) fn largest(activation: Activation, order: usize) -> f64 {
         Activation::Silu => [1.1, 0.5, 0.6],
         Activation::Gelu => [1.13, 0.8, 1.0],
         Activation::Sin => [1.0, 1.0, 1.0],
+        Activation::LogTwoCosh => [1.0, 1.0, 0.77],
     };
     [0.0, first, second, third][order]
 }

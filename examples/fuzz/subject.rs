@@ -407,8 +407,10 @@ impl Closure {
             Activation::Relu => x.relu(),
             Activation::Silu => x.silu(),
             Activation::Sin => x.sin(),
-            // candle has no softplus, and a gradient of gelu of eight digits.
-            Activation::Softplus | Activation::Gelu => activation.forward(x),
+            // candle has no softplus nor this, and a gradient of gelu of eight digits.
+            Activation::Softplus | Activation::Gelu | Activation::LogTwoCosh => {
+                activation.forward(x)
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::any::TypeId;
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use candle_core::{Tensor, TensorId, Var};
@@ -20,6 +21,7 @@ use crate::parameters::{self, Observed, Theta};
 use crate::passes::{run, run_tiles};
 use crate::problem::Problem;
 use crate::state::{Packing, State};
+use crate::stats::Recorder;
 use crate::time::Times;
 
 impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
@@ -49,6 +51,31 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
 
     /// Everything up to the end of the forward pass.
     pub(super) fn run<T: Times + ?Sized>(
+        &self,
+        given: (&S, &A),
+        times: &T,
+        loss: Option<&RowLoss>,
+        in_graph: bool,
+    ) -> Result<Solve> {
+        let before = self.recorded();
+        let solve = self.solved(given, times, loss, in_graph)?;
+        self.note(&solve.problem, before);
+        Ok(solve)
+    }
+
+    /// Evaluations that the recorder of the options has seen.
+    fn recorded(&self) -> usize {
+        let recorder = self.options.recorder.as_ref();
+        recorder.map_or(0, Recorder::evaluations)
+    }
+
+    /// Notes the evaluations of a solve.
+    fn note(&self, problem: &Problem, before: usize) {
+        let made = problem.recorder.evaluations().saturating_sub(before);
+        self.last.store(made, Ordering::Relaxed);
+    }
+
+    fn solved<T: Times + ?Sized>(
         &self,
         (y0, args): (&S, &A),
         times: &T,
@@ -227,6 +254,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         args: &A,
         times: &T,
     ) -> Result<S> {
+        let before = self.recorded();
         let prepared = self.prepare((&y0.leaves(), args), times, None, false)?;
         let Inputs {
             masters, args, y0, ..
@@ -234,6 +262,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let problem = prepared.problem.keeping_nothing();
         if let Some(field) = self.packable(&problem, &masters) {
             if let Some(forward) = run_tiles(&problem, &*field, &y0, None)? {
+                self.note(&problem, before);
                 return states(&problem, forward);
             }
         }
@@ -244,7 +273,9 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             .builder(&problem)
             .build(&copies, &detached(&args.leaves))?;
         let problem = problem.meeting(&field.jumps(), &self.options)?;
-        states(&problem, run(&problem, &*field, &y0, None, &|| false)?)
+        let forward = run(&problem, &*field, &y0, None, &|| false)?;
+        self.note(&problem, before);
+        states(&problem, forward)
     }
 }
 

@@ -33,11 +33,13 @@ pub enum Activation {
     Gelu,
     /// sin x.
     Sin,
+    /// ln(eˣ + e⁻ˣ), whose slope is tanh.
+    LogTwoCosh,
 }
 
 impl Activation {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Tanh,
         Self::Sigmoid,
         Self::Softplus,
@@ -45,6 +47,7 @@ impl Activation {
         Self::Silu,
         Self::Gelu,
         Self::Sin,
+        Self::LogTwoCosh,
     ];
 
     /// σ(x), of x's shape and dtype, differentiable by candle.  On the CPU in f32 and f64 one pass on the vector unit and
@@ -69,6 +72,10 @@ impl Activation {
             Self::Silu => (near(x)? * sigmoid(x)?)? + beyond(x)?,
             Self::Gelu => (near(x)? * normal(x)?)? + beyond(x)?,
             Self::Sin => x.sin(),
+            Self::LogTwoCosh => {
+                let size = x.abs()?;
+                &size + ((&size * -2.0)?.exp()? + 1.0)?.log()?
+            }
         }
     }
 
@@ -94,6 +101,7 @@ impl Activation {
             }
             Self::Gelu => normal(z)? + (near(z)? * normal_density(z)?)?,
             Self::Sin => z.cos(),
+            Self::LogTwoCosh => z.tanh(),
         }
     }
 
@@ -103,6 +111,7 @@ impl Activation {
             Self::Tanh => (value * slope)? * -2.0,
             Self::Sigmoid => slope * (1.0 - (value * 2.0)?)?,
             Self::Softplus => slope * (1.0 - slope)?,
+            Self::LogTwoCosh => 1.0 - slope.sqr()?,
             Self::Relu => z.zeros_like(),
             Self::Silu => {
                 let s = sigmoid(z)?;
@@ -166,6 +175,16 @@ impl<T: Element, S: Simd> Kernel<S> for Apply<'_, T, S> {
                     [*z, *d] = T::sin_cos(s, *z);
                 }
             }
+            Activation::LogTwoCosh => {
+                for (z, d) in both {
+                    // |z| + ln(1 + e^−2|z|): nothing cancels.
+                    let size = T::abs(s, *z);
+                    let twice = T::minus(s, T::zeros::<S>(), T::plus(s, size, size));
+                    let [rest, _] = T::softplus(s, twice);
+                    *d = T::tanh(s, *z);
+                    *z = T::plus(s, size, rest);
+                }
+            }
             Activation::Silu => {
                 for (z, d) in both {
                     // Where σ vanishes, its product with z does too, however large z is.
@@ -221,7 +240,11 @@ fn pulled<T: Element, S: Simd>(
         Activation::Tanh => T::times(s, g, T::fnmadd(s, h, h, one)),
         Activation::Sigmoid => T::times(s, g, T::fnmadd(s, h, h, h)),
         Activation::Relu => T::where_positive(s, h, g),
-        Activation::Softplus | Activation::Silu | Activation::Gelu | Activation::Sin => g,
+        Activation::Softplus
+        | Activation::Silu
+        | Activation::Gelu
+        | Activation::Sin
+        | Activation::LogTwoCosh => g,
     }
 }
 
@@ -355,6 +378,7 @@ fn curvature_of<T: Element, S: Simd>(
         }
         Activation::Softplus => T::times(s, slope, T::minus(s, one, slope)),
         Activation::Sin => T::minus(s, T::zeros::<S>(), value),
+        Activation::LogTwoCosh => T::fnmadd(s, slope, slope, one),
         Activation::Relu | Activation::Silu | Activation::Gelu => T::zeros::<S>(),
     }
 }
@@ -383,7 +407,8 @@ fn kept_curvature<T: Element, S: Simd>(
         | Activation::Sigmoid
         | Activation::Softplus
         | Activation::Relu
-        | Activation::Sin => T::zeros::<S>(),
+        | Activation::Sin
+        | Activation::LogTwoCosh => T::zeros::<S>(),
     }
 }
 

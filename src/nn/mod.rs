@@ -5,6 +5,12 @@
 //! tile by tile on the CPU.  [`HyperCnf`], [`Hutchinson`] and [`OtFlow`] carry a log-density beside
 //! the state, as `Cnf` does, and run in candle's operations.
 //!
+//! [`EnergyMlp`] is a potential, and [`energy`] has the fields made of its gradient: Hamiltonian and Lagrangian systems,
+//! flows along a gradient and across it.  [`Perceptron`] is a network with its derivatives as values.
+//!
+//! [`HigherOrder`], [`DataControl`], [`depth_cat`], [`GalerkinLinear`], [`Augmenter`] and [`WithIntegral`] make fields of
+//! higher order, that see their data or time, that have more room, or that sum a cost along the way.
+//!
 //! [`RowSpeed`] and [`Relaxation`] are made of another field, and are integrated tile by tile where that is.
 //!
 //! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any
@@ -12,37 +18,51 @@
 //! `docs/candle-layers.md` lists those of candle's layers that have no pull-back or a wrong one.
 
 mod activation;
+mod augmenter;
 mod cnf;
 mod conditional;
 mod conv;
 mod conv1d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod depth;
 mod elementwise;
+pub mod energy;
+mod galerkin;
+mod higher_order;
 mod hutchinson;
 mod hyper;
+mod integral;
 mod linear;
 mod mlp;
 mod norm;
 mod ot_flow;
+mod perceptron;
 mod relaxation;
 mod row_speed;
 mod spread;
 mod weights;
 
 pub use activation::Activation;
+pub use augmenter::{Augmenter, Zeros};
 pub use cnf::Cnf;
 pub use conditional::ConditionalMlp;
 pub use conv::ConvField;
 pub use conv1d::{conv1d, conv1d_no_bias, Conv1d};
+pub use depth::{depth_cat, DataControl};
+pub use energy::mlp::EnergyMlp;
+pub use galerkin::{Basis, Galerkin, GalerkinLinear};
+pub use higher_order::HigherOrder;
 pub use hutchinson::{Hutchinson, Jvp, Probe};
 pub use hyper::HyperCnf;
+pub use integral::{cost_precision, WithIntegral};
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::{
     layer_norm, layer_norm_no_bias, rms_norm, softmax, softmax_last_dim, LayerNorm, RmsNorm,
 };
 pub use ot_flow::OtFlow;
+pub use perceptron::Perceptron;
 pub use relaxation::Relaxation;
 pub use row_speed::{RowSpeed, WithSpeed};
 

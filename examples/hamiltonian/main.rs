@@ -1,0 +1,133 @@
+//! Learns the energy of a spring and of a pendulum from noisy points, and rolls it out: a Hamiltonian network beside a
+//! perceptron that learns the velocity.
+//!
+//! `cargo run --release --example hamiltonian` (minutes; `--smoke`: seconds).  torchdyn's tutorial 06, with data and
+//! training of "Hamiltonian Neural Networks" (arXiv 1906.01563).  Prints a table, writes a picture and the figures as
+//! JSON beside it.  Exits with 1 when the energy of the Hamiltonian network drifts as that of the perceptron does.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod picture;
+mod system;
+mod training;
+
+use std::process::ExitCode;
+
+use candle_core::Device;
+use clap::Parser;
+use serde_json::json;
+
+use crate::common::dtype::Dtype;
+use crate::common::fit::Fit;
+use crate::common::flags::Flags;
+use crate::common::report::{self, Report};
+use crate::common::table::{sci, Table};
+use crate::common::{progress, Result};
+use crate::system::{Data, Task, TASKS};
+use crate::training::{train, Kind, Outcome};
+
+/// By how much more the energy of the perceptron's trajectories is off, squared.
+const SPRING: f64 = 100.0;
+const PENDULUM: f64 = 1.0;
+
+/// Trains Hamiltonian networks and perceptrons on two systems.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    flags: Flags,
+    /// Iterations of each model [default: of the size].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    iters: Option<u32>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    report::run("hamiltonian", &args.flags, |device, report| {
+        run(&args, device, report)
+    })
+}
+
+fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    let size = args.flags.size();
+    let mut fit = Fit::new(size.pick(10, 2000, 2000), 1e-3).weight_decay(1e-4);
+    if let Some(iterations) = args.iters {
+        fit = fit.iterations(iterations as usize);
+    }
+    let mut outcomes = vec![];
+    for task in &TASKS {
+        let data = Data::new(task, args.flags.seed, device)?;
+        for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+            for kind in [Kind::Hamiltonian, Kind::Perceptron] {
+                let bar = progress(task.name, fit.iterations)?;
+                outcomes.push(train(&data, kind, (dtype, &fit), args.flags.seed, &bar)?);
+                bar.finish_and_clear();
+            }
+        }
+    }
+    print(&outcomes);
+    picture::draw(&report.picture(""), &outcomes, device)?;
+    report.figure("iterations", fit.iterations)?;
+    report.figure("runs", outcomes.iter().map(json).collect::<Vec<_>>())?;
+    demands(&outcomes, report);
+    Ok(())
+}
+
+fn print(outcomes: &[Outcome]) {
+    let mut table = Table::new([
+        "system",
+        "model",
+        "precision",
+        "train MSE",
+        "test MSE",
+        "energy MSE",
+        "state MSE",
+        "s",
+    ]);
+    for o in outcomes {
+        table.row([
+            o.task.name.to_owned(),
+            o.kind.name().to_owned(),
+            o.dtype.name().to_owned(),
+            sci(o.train),
+            sci(o.test),
+            sci(o.energy),
+            sci(o.state),
+            format!("{:.0}", o.seconds),
+        ]);
+    }
+    print!("{table}");
+}
+
+fn json(o: &Outcome) -> serde_json::Value {
+    json!({
+        "system": o.task.name,
+        "model": o.kind.name(),
+        "precision": o.dtype.name(),
+        "train_mse": o.train,
+        "test_mse": o.test,
+        "energy_mse": report::any(o.energy),
+        "state_mse": report::any(o.state),
+        "seconds": o.seconds,
+    })
+}
+
+/// Where the perceptron's energy is off more, by the factor that is asked for.  NaN of the Hamiltonian network misses.
+fn demands(outcomes: &[Outcome], report: &mut Report) {
+    let ours = outcomes.iter().filter(|o| o.kind == Kind::Hamiltonian);
+    for o in ours {
+        let same = |p: &&Outcome| p.kind == Kind::Perceptron && p.dtype == o.dtype;
+        let other = outcomes.iter().filter(same);
+        let Some(other) = other.into_iter().find(|p| p.task.name == o.task.name) else {
+            continue;
+        };
+        let factor = match o.task.name {
+            Task::SPRING => SPRING,
+            _ => PENDULUM,
+        };
+        let (name, dtype, ratio) = (o.task.name, o.dtype.name(), other.energy / o.energy);
+        let holds = o.energy * factor <= other.energy || other.energy.is_nan();
+        report.demand(holds && o.energy.is_finite(), || {
+            format!("{name}, {dtype}: the energy error is {ratio:.1} times below the perceptron's, not {factor}")
+        });
+    }
+}

@@ -1,0 +1,137 @@
+//! One model, trained on velocities and rolled out.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
+use candle_diffeq::nn::energy::{Energy, Hamiltonian};
+use candle_diffeq::nn::{Activation, EnergyMlp, Mlp};
+use candle_diffeq::tableau::EULER;
+use candle_diffeq::{NeuralOde, OdeOptions, Output, RK4};
+use candle_nn::VarMap;
+use indicatif::ProgressBar;
+
+use crate::common::dtype::Dtype;
+use crate::common::fit::Fit;
+use crate::common::random::generator;
+use crate::common::{initial, mean, Result};
+use crate::system::{Data, Task};
+
+/// Units of a hidden layer, of which there are two.
+const WIDTH: usize = 200;
+/// Losses that are averaged.
+const LAST: usize = 50;
+
+/// What is learnt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Kind {
+    /// H, whose gradient makes the velocity.
+    Hamiltonian,
+    /// The velocity itself.
+    Perceptron,
+}
+
+impl Kind {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Hamiltonian => "HNN",
+            Self::Perceptron => "MLP",
+        }
+    }
+
+    fn model(self, vars: &VarMap, device: &Device) -> candle_diffeq::Result<NeuralOde> {
+        match self {
+            Self::Hamiltonian => NeuralOde::from_field(vars, "f", DType::F32, device, |vb| {
+                let widths = [2, WIDTH, WIDTH, 1];
+                let energy = EnergyMlp::new(&widths, Activation::Tanh, Energy::Output, vb)?;
+                Ok(Hamiltonian::new(energy))
+            }),
+            Self::Perceptron => NeuralOde::new(vars, "f", device, |vb| {
+                Mlp::new(&[2, WIDTH, WIDTH, 2], Activation::Tanh, vb)
+            }),
+        }
+    }
+}
+
+/// What a run came to.
+pub(crate) struct Outcome {
+    pub(crate) task: &'static Task,
+    pub(crate) kind: Kind,
+    pub(crate) dtype: Dtype,
+    /// Mean squares of the velocity's errors, noise included.
+    pub(crate) train: f64,
+    pub(crate) test: f64,
+    /// Mean squares over roll-outs of the errors of the true energy and of the state.
+    pub(crate) energy: f64,
+    pub(crate) state: f64,
+    /// The roll-outs, `(times, trajectories, 2)` in f64, and the exact ones.
+    pub(crate) rolled: Tensor,
+    pub(crate) truth: Tensor,
+    pub(crate) times: Vec<f64>,
+    pub(crate) vars: VarMap,
+    pub(crate) seconds: f64,
+}
+
+/// The velocity of a model at x, in the precision of its solves: one step of Euler's method of length one is x + f(x).
+fn velocity(ode: &NeuralOde, x: &Tensor) -> candle_diffeq::Result<Tensor> {
+    Ok((ode.solve(x, &[0.0, 1.0])? - x)?)
+}
+
+pub(crate) fn train(
+    data: &Data,
+    kind: Kind,
+    (dtype, fit): (Dtype, &Fit),
+    seed: u64,
+    bar: &ProgressBar,
+) -> Result<Outcome> {
+    let clock = Instant::now();
+    let device = data.train[0].device().clone();
+    let vars = VarMap::new();
+    let options = OdeOptions {
+        precision: Some(dtype.precision()),
+        ..Default::default()
+    };
+    let ode = kind.model(&vars, &device)?.options(OdeOptions {
+        method: EULER,
+        output: Output::Final,
+        ..options.clone()
+    });
+    initial::orthogonal(&vars, &mut generator(seed))?;
+    let error = |[x, k]: &[Tensor; 2]| -> Result<Tensor> {
+        Ok((velocity(&ode, x)? - k)?.sqr()?.mean_all()?)
+    };
+    let losses = fit.run(&vars, bar, |_| error(&data.train))?;
+    let test = f64::from(error(&data.test)?.to_scalar::<f32>()?);
+    let ode = ode.options(OdeOptions {
+        method: RK4,
+        ..options
+    });
+    let starts = data
+        .truth
+        .get(0)?
+        .to_dtype(DType::F32)?
+        .to_device(&device)?;
+    let rolled = ode.predict(&starts, &data.times)?;
+    let rolled = rolled.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let square = |x: Tensor| -> CandleResult<f64> { x.sqr()?.mean_all()?.to_scalar() };
+    let energy = |x: &Tensor| -> Result<Tensor> {
+        Ok(data
+            .task
+            .system
+            .energy(x)?
+            .ok_or("a system without energy")?)
+    };
+    Ok(Outcome {
+        task: data.task,
+        kind,
+        dtype,
+        train: mean(&losses[losses.len().saturating_sub(LAST)..]),
+        test,
+        energy: square((energy(&rolled)? - energy(&data.truth)?)?)?,
+        state: square((&rolled - &data.truth)?)?,
+        rolled,
+        truth: data.truth.clone(),
+        times: data.times.points().to_vec(),
+        vars,
+        seconds: clock.elapsed().as_secs_f64(),
+    })
+}

@@ -1,0 +1,133 @@
+//! Two spirals, parted by equations of the second and of the tenth order, whose further derivatives are the room to move in.
+//!
+//! `cargo run --release --example higher_order` (minutes; `--smoke`: seconds).  torchdyn's tutorial of higher orders: order
+//! 2 with two zeros and a field 4-64-2, order 10 with eighteen and 20-128-2, a linear layer after the flow, Adam at 1e-2.
+//! Prints a table, writes a picture and the figures as JSON beside it.  Exits with 1 when the spirals are not parted.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::process::ExitCode;
+
+use candle_core::{DType, Device, Tensor};
+use candle_diffeq::datasets::Labelled;
+use candle_diffeq::nn::{Activation, Augmenter, HigherOrder, Perceptron};
+use candle_diffeq::NeuralOde;
+use candle_nn::{Module, VarMap};
+use clap::Parser;
+use serde_json::json;
+
+use crate::common::chart::picture;
+use crate::common::classes::Sample;
+use crate::common::classifier::{options, Classifier, Flow, Trained};
+use crate::common::dtype::Dtype;
+use crate::common::fit::Fit;
+use crate::common::flags::Flags;
+use crate::common::report::{self, Report};
+use crate::common::table::{sci, Table};
+use crate::common::{progress, Result};
+
+const SPIRALS: Labelled = Labelled::Spirals {
+    turns: 1.0,
+    noise: 0.02,
+};
+/// Order, hidden units, iterations by default.
+const ORDERS: [(usize, usize, usize); 2] = [(2, 64, 600), (10, 128, 300)];
+const FIT: Fit = Fit::new(600, 1e-2).falling_to(0.1);
+/// Of [0, 1].
+const STEPS: usize = 4;
+/// The share of points whose class must be right.
+const RIGHT: f64 = 0.95;
+
+/// Trains equations of higher order on two spirals.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    flags: Flags,
+}
+
+fn model(
+    order: usize,
+    hidden: usize,
+    dtype: Dtype,
+    (seed, device): (u64, &Device),
+) -> Result<Classifier> {
+    let (vars, d) = (VarMap::new(), 2 * order);
+    let ode = NeuralOde::from_field(&vars, "f", DType::F32, device, move |vb| {
+        HigherOrder::new(
+            Perceptron::new(&[d, hidden, 2], Activation::Tanh, vb)?,
+            order,
+        )
+    })?
+    .options(options(dtype, STEPS));
+    let augmenter = Augmenter::zeros(d - 2);
+    let flow: Flow =
+        Box::new(move |x: &Tensor, times: &[f64]| Ok(ode.solve(&augmenter.forward(x)?, times)?));
+    let name = format!("order {order}");
+    Classifier::new(name, (vars, flow), Some((d, 2)), (seed, device))
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    report::run("higher_order", &args.flags, |device, report| {
+        run(&args, device, report)
+    })
+}
+
+fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    let (size, seed) = (args.flags.size(), args.flags.seed);
+    let points = size.pick(64, 512, 2048);
+    let (x, classes) = SPIRALS.sample(points, seed, device)?;
+    let sample = Sample { x, classes };
+    let mut all = vec![];
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+        for (order, hidden, iterations) in ORDERS {
+            let fit = FIT.iterations(size.pick(3, iterations, 1200));
+            let bar = progress(&format!("{order}"), fit.iterations)?;
+            let classifier = model(order, hidden, dtype, (seed, device))?;
+            all.push((dtype, classifier.train(&sample, &fit, &bar)?));
+            bar.finish_and_clear();
+        }
+    }
+    let mut table = Table::new(["equation", "precision", "loss, first", "last", "right", "s"]);
+    for (dtype, o) in &all {
+        table.row([
+            o.classifier.name.clone(),
+            dtype.name().to_owned(),
+            sci(o.losses[0]),
+            sci(o.last()),
+            format!("{:.1} %", 100.0 * o.accuracy),
+            format!("{:.0}", o.seconds),
+        ]);
+        report.demand(o.accuracy >= RIGHT, || {
+            let (name, share) = (&o.classifier.name, o.accuracy);
+            format!(
+                "{name}, {}: {share:.3} of the points are right, not {RIGHT}",
+                dtype.name()
+            )
+        });
+    }
+    print!("{table}");
+    picture(
+        &report.picture(""),
+        (1500, 400 * ORDERS.len() as u32),
+        |area| {
+            let rows = area.split_evenly((ORDERS.len(), 1));
+            let mut each = all.iter().zip(&rows);
+            each.try_for_each(|((_, o), row)| o.draw(&sample, 100, row))
+        },
+    )?;
+    report.figure("points", points)?;
+    report.figure("runs", all.iter().map(json).collect::<Vec<_>>())
+}
+
+fn json((dtype, o): &(Dtype, Trained)) -> serde_json::Value {
+    json!({
+        "equation": o.classifier.name,
+        "precision": dtype.name(),
+        "loss_first": o.losses[0],
+        "loss_last": o.last(),
+        "accuracy": o.accuracy,
+        "seconds": o.seconds,
+    })
+}
