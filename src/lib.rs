@@ -59,9 +59,10 @@
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `scaler`: scales of the adjoint.
 //! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.
+//! * `noise`: increments of Brownian motion as functions of a seed and their place.
 //! * `watch`, `loss_scaler`: detection of NaN and infinity; a scale of the loss around a solve.
-//! * `step`, `replay`, `trajectory`: one step and its linearisation; the sequence of forward steps; which states are
-//!   kept for the backward pass.
+//! * `step`, `driven`, `replay`, `trajectory`: one step and its linearisation, also of an equation that is driven by
+//!   noise; the sequence of forward steps; which states are kept for the backward pass.
 //! * `problem`, `arguments`: what the forward and the backward pass both need; the arguments of a field.
 //! * `reverse`: the common interface by which every kind of forward pass hands its results to its backward pass.
 //! * `accumulator`, `adjoint`: sums of gradients, the backward sweep.
@@ -72,7 +73,7 @@
 //! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
 //!   solve without this graph.
 //! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`: the public entry points, and fields that are piecewise
-//!   constant in time.
+//!   constant in time.  `sde`: those of stochastic differential equations.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //! * `distributed`: several processes that train one model.
 //!
@@ -94,6 +95,7 @@ mod crossing;
 pub mod datasets;
 pub mod dense;
 pub mod distributed;
+mod driven;
 pub mod error;
 pub mod events;
 mod field;
@@ -106,6 +108,7 @@ mod mmd;
 mod neural_ode;
 pub mod nn;
 mod node;
+pub mod noise;
 mod odeint;
 mod offer;
 mod ops;
@@ -119,6 +122,7 @@ mod reverse;
 mod rows;
 mod scaler;
 mod schedule;
+pub mod sde;
 mod simd;
 mod solution;
 mod state;

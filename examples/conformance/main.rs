@@ -8,6 +8,8 @@
 //!   `worst scaled <figure>`.  Seconds.
 //! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, the problems of DETEST,
 //!   and events with the derivatives of their times; the last line is `worst <largest error over its bar>`.  A minute.
+//! * `… -- --sde DIR`: stochastic differential equations on given increments, every scheme of every file in f64, values
+//!   and gradients; the last line is `worst <figure>`, the bar 1e-10.  Seconds.
 //!
 //! `--cuda` computes on the first GPU (in a build with `--features cuda`).
 //!
@@ -16,18 +18,20 @@
 mod adaptive;
 mod demo;
 mod discrete;
+mod equations;
 mod events;
 mod fields;
 mod flows;
 mod low_precision;
 mod oracle;
 mod outcome;
+mod sde;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::{scaling::Scaling, Precision};
+use candle_diffeq::{scaling::Scaling, Checkpoint, Precision};
 use clap::{Parser, ValueEnum};
 
 use crate::adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};
@@ -40,7 +44,7 @@ use crate::outcome::{worse, QUANTITIES};
 #[derive(Parser)]
 struct Args {
     /// Directory of .safetensors files.
-    #[arg(required_unless_present_any = ["demo", "adaptive"])]
+    #[arg(required_unless_present_any = ["demo", "adaptive", "sde"])]
     dir: Option<PathBuf>,
     /// Largest relative error in f64.
     #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo", "adaptive"])]
@@ -54,6 +58,9 @@ struct Args {
     /// Directory of exact flows for adaptive steps, which are run instead.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo"])]
     adaptive: Option<PathBuf>,
+    /// Directory of stochastic differential equations, which are run instead.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive", "compute"])]
+    sde: Option<PathBuf>,
     /// Compute on the first GPU, in low precision natively.
     #[arg(long)]
     cuda: bool,
@@ -106,6 +113,9 @@ fn verdict(args: &Args) -> Result<Verdict> {
     };
     if let Some(dir) = &args.adaptive {
         return adaptive_steps(dir, &device);
+    }
+    if let Some(dir) = &args.sde {
+        return equations(dir, &device);
     }
     match (&args.demo, &args.dir, args.compute) {
         (Some(dir), ..) => demos(dir, &device),
@@ -213,6 +223,36 @@ fn low(dir: &Path, recipe: &Recipe, device: &Device) -> Result<Verdict> {
     );
     let passed = verdicts.iter().all(|v| *v == Verdict::Pass);
     Ok(if passed { Verdict::Pass } else { Verdict::Fail })
+}
+
+/// Largest relative error of a stochastic differential equation in f64.
+const SDE_BAR: f64 = 1e-10;
+
+fn equations(dir: &Path, device: &Device) -> Result<Verdict> {
+    println!(
+        "relative errors, in f64\n{:<36}{:<28}{:>9}{:>11}",
+        "file", "method", "states", "gradients"
+    );
+    let (mut worst, mut checked) = (0.0, false);
+    for oracle in Oracle::read_all(dir)? {
+        let oracle = oracle.on(device)?;
+        for scheme in sde::schemes(&oracle) {
+            let name = scheme.1.name();
+            let run = sde::run(&oracle, scheme, Checkpoint::All, Precision::f64())
+                .map_err(|e| oracle.failed(format_args!("{name}: {e}")))?;
+            println!(
+                "{:<36}{name:<28}{:>9.1e}{:>11.1e}",
+                oracle.file, run.states, run.gradients
+            );
+            worst = worse(worst, worse(run.states, run.gradients));
+            checked = true;
+        }
+    }
+    if !checked {
+        return Err(format!("{}: nothing to check", dir.display()).into());
+    }
+    println!("worst {worst:.3e}");
+    Ok(Verdict::of(worst, SDE_BAR))
 }
 
 fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {
