@@ -152,12 +152,15 @@ impl Driven {
         self.roles[0].state
     }
 
-    /// The parts of a field, or an error that says that it has none.
+    /// The parts of a field, which has at least two.
     pub(crate) fn parts<'f>(&self, field: &'f Field<'_>) -> Result<Vec<&'f Field<'f>>> {
         let parts = field.parts();
         match parts.len() > Part::Diffusion as usize {
             true => Ok(parts),
-            false => Err(Error::NothingKept),
+            false => Err(Error::Sde(SdeDefect::DiffusionCount {
+                state: self.leaves(),
+                got: 0,
+            })),
         }
     }
 
@@ -205,7 +208,9 @@ impl Driven {
         let mut done: Vec<Evaluated<L>> = vec![];
         for (i, evaluation) in self.table().evaluations.iter().enumerate() {
             let t = step.at(evaluation.c);
-            let before = i.checked_sub(1).map(|j| (&self.table().evaluations[j], &done[j]));
+            let before = i
+                .checked_sub(1)
+                .map(|j| (&self.table().evaluations[j], &done[j]));
             let at = match before {
                 Some((before, evaluated)) if evaluation.at.is(&before.at) => evaluated.at.clone(),
                 _ => {
@@ -214,8 +219,8 @@ impl Driven {
                 }
             };
             let time = step.within(Time::new(t, self.state(), &self.device));
-            let (value, linear) = evaluate(evaluation.part, &time, &at)
-                .map_err(|e| located(e.into(), step, i, t))?;
+            let (value, linear) =
+                evaluate(evaluation.part, &time, &at).map_err(|e| located(e.into(), step, i, t))?;
             if time.was_shown() && step.stands_still_in(self.state()) {
                 return Err(Error::TimeUnresolved {
                     step: step.index,
@@ -282,9 +287,10 @@ impl Driven {
         let of_leaf = |leaf: usize| {
             let base = sum.base.iter().enumerate().filter(|(_, c)| **c != 0.0);
             let base = base.map(|(state, c)| (*c, &y[state * leaves + leaf]));
-            let terms: Vec<_> = base
-                .chain(products[leaf].iter().map(|(c, x)| (*c, x)))
-                .collect();
+            // The state comes last: y + h f, rounded before the noise is added, would be off in the same direction for
+            // many steps.
+            let increments = products[leaf].iter().map(|(c, x)| (*c, x));
+            let terms: Vec<_> = increments.chain(base).collect();
             match terms.as_slice() {
                 [(1.0, y)] => rounding(leaf).round(y),
                 terms => ops::combine(terms, 1.0, rounding(leaf)),
@@ -345,8 +351,10 @@ impl Sum {
     fn is(&self, other: &Self) -> bool {
         self.base == other.base
             && self.terms.len() == other.terms.len()
-            && self.terms.iter().zip(other.terms).all(|(a, b)| {
-                a.of == b.of && a.on == b.on && a.c.to_bits() == b.c.to_bits()
-            })
+            && self
+                .terms
+                .iter()
+                .zip(other.terms)
+                .all(|(a, b)| a.of == b.of && a.on == b.on && a.c.to_bits() == b.c.to_bits())
     }
 }

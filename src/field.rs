@@ -2,8 +2,8 @@
 
 pub(crate) mod autograd;
 mod bound;
-pub(crate) mod parts;
 pub(crate) mod check;
+pub(crate) mod parts;
 pub(crate) mod pullback;
 
 use std::any::Any;

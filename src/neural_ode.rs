@@ -432,7 +432,9 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
             forward,
             y0,
             ..
-        } = self.ode.run((y0, self.args), times, Some(loss), true, None)?;
+        } = self
+            .ode
+            .run((y0, self.args), times, Some(loss), true, None)?;
         if forward.is_loss {
             return in_graph(Arc::new(problem), source, theta, forward, &y0);
         }

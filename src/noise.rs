@@ -98,7 +98,7 @@ impl Noise {
         for (n, ends) in grid.windows(2).enumerate() {
             let ends = [ends[0], ends[1]];
             let h = ends[1] - ends[0];
-            if !(h > 0.0) {
+            if h <= 0.0 || h.is_nan() {
                 return Err(Error::Sde(SdeDefect::BackwardTime));
             }
             let drawn = self.draw((n, ends), span, (rows, channels), true)?;

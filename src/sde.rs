@@ -8,7 +8,8 @@
 //! | method | solution | noise | strong order (general) | f, g in a step |
 //! |---|---|---|---|---|
 //! | [`EULER_MARUYAMA`] | Itô | any | ½, 1 for additive noise (½) | 1, 1 |
-//! | [`MILSTEIN_FREE_ITO`], [`MILSTEIN_FREE_STRATONOVICH`] | Itô, Stratonovich | diagonal, scalar | 1 | 1, 2 |
+//! | [`MILSTEIN_FREE_ITO`] | Itô | diagonal, scalar | 1 | 1, 2 |
+//! | [`MILSTEIN_FREE_STRATONOVICH`] | Stratonovich | diagonal, scalar | ½, 1 if g is linear or additive | 1, 2 |
 //! | [`MILSTEIN_ITO`], [`MILSTEIN_STRATONOVICH`] | Itô, Stratonovich | diagonal, scalar; with [`Sde::milstein_term`] | 1 | 1, 1 |
 //! | [`EULER_HEUN`] | Stratonovich | any | 1 (½) | 1, 2 |
 //! | [`HEUN`], [`MIDPOINT`] | Stratonovich | any | 1 (½) | 2, 2 |
@@ -190,7 +191,9 @@ where
 {
     let drive = sde.drive(noise, options);
     let increments = drive.masters(true);
-    let bind = |_| -> Result<Box<Field<'f>>> { Ok(Box::new(Parts::new(equation::borrowed::<S, F, G, M>(sde)))) };
+    let bind = |_| -> Result<Box<Field<'f>>> {
+        Ok(Box::new(Parts::new(equation::borrowed::<S, F, G, M>(sde))))
+    };
     let start = (y0.leaves(), vec![], times.to_grid()?);
     let driven = |problem: Problem| problem.driven_by(drive);
     without_graph_by(start, &options.ode(), bind, driven, increments)

@@ -10,7 +10,7 @@ use crate::problem::Problem;
 use crate::Run;
 
 pub(crate) fn draw(path: &Path, runs: &[Run]) -> Result<()> {
-    picture(path, (1500, 620), |area| {
+    picture(path, (1500, 820), |area| {
         let areas = area.split_evenly((1, 3));
         for (problem, area) in Problem::ALL.into_iter().zip(&areas) {
             panel(
@@ -45,12 +45,13 @@ fn panel<'r>(
     errors: impl Fn(&Run) -> Vec<f64>,
 ) -> Panel {
     let mut curves = vec![];
-    let mut largest = 0.0f64;
+    let (mut smallest, mut largest) = (f64::MAX, 0.0f64);
     let mut ends = (1.0, 1.0);
     for (i, run) in runs.enumerate() {
         let errors = errors(run);
         let h = run.steps.iter().map(|n| 1.0 / *n as f64);
         largest = errors.iter().copied().fold(largest, f64::max);
+        smallest = errors.iter().copied().fold(smallest, f64::min);
         ends = (
             1.0 / run.steps[run.steps.len() - 1] as f64,
             1.0 / run.steps[0] as f64,
@@ -72,6 +73,8 @@ fn panel<'r>(
     Panel {
         scales: [Scale::Decades; 2],
         curves,
+        // Below everything there is room for the legend.
+        ranges: [None, Some(smallest * 5e-3..largest * 1.5)],
         legend: SeriesLabelPosition::LowerRight,
         ..Panel::new(title, "h", name)
     }

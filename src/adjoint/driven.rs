@@ -231,7 +231,8 @@ impl Pass<'_, '_> {
                     Some((factor * evaluation.at.base[state], &tensors[leaf]))
                 });
                 let incoming = incoming.filter(|_| state == 0).map(|y| (1.0, &y[leaf]));
-                let terms = next.chain(at).chain(incoming);
+                // λ last, as y in a step.
+                let terms = at.chain(incoming).chain(next);
                 let mut terms: Vec<_> = terms.filter(|(c, _)| *c != 0.0).collect();
                 if terms.is_empty() {
                     terms.push((0.0, &self.adj[leaf]));

@@ -143,9 +143,8 @@ impl Sweep<'_> {
         for i in (0..linear.len()).rev() {
             let Some(stage) = &linear[i] else { continue };
             let grads = self.until_clean(step, stage.t, scaler, stats, |scale| {
-                let v = self.cotangents(step, i, seeds, &ws, scale, |l| {
-                    self.scheme.roles[l].compute
-                })?;
+                let v =
+                    self.cotangents(step, i, seeds, &ws, scale, |l| self.scheme.roles[l].compute)?;
                 self.pull(step, (i, stage.t), &v, (self.field, &v), &stage.pull)
             })?;
             let unscale = 1.0 / scaler.scale();

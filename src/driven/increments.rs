@@ -50,7 +50,9 @@ impl<'a> StepNoise<'a> {
         let Some(units) = self.leaves.get(leaf) else {
             return Ok((0.0, None));
         };
-        let functionals = others.iter().map(|term| Ok((term.c, units.value(term.on)?)));
+        let functionals = others
+            .iter()
+            .map(|term| Ok((term.c, units.value(term.on)?)));
         let functionals = functionals.collect::<Result<Vec<_>>>()?;
         let weight = match functionals.as_slice() {
             [(1.0, one)] => one.clone(),
@@ -146,7 +148,11 @@ impl<'a> StepNoise<'a> {
                 });
             }
             let x = x.detach().get(n)?.reshape((rows, channels))?;
-            ops::combine(&[(1.0 / unit, &x)], 1.0, Rounding::cast(self.driven.state()))
+            ops::combine(
+                &[(1.0 / unit, &x)],
+                1.0,
+                Rounding::cast(self.driven.state()),
+            )
         };
         let u = match (integrals, given.u()) {
             (false, _) => None,

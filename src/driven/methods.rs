@@ -1,7 +1,7 @@
 //! The tables of the methods.
 
 use super::equation::Calculus::{Ito, Stratonovich};
-use super::table::Functional::{One, Www, Ww, U, W};
+use super::table::Functional::{One, Ww, Www, U, W};
 use super::table::Part::{Diffusion, Drift, MilsteinTerm};
 use super::table::{Evaluation, Functional, Part, Reach, SdeMethod, Sum, Table, Term};
 
@@ -17,7 +17,10 @@ const fn g(of: usize, on: Functional, c: f64) -> Term {
 
 /// y and terms.
 const fn y(terms: &'static [Term]) -> Sum {
-    Sum { base: &[1.0], terms }
+    Sum {
+        base: &[1.0],
+        terms,
+    }
 }
 
 const fn at(part: Part, c: f64, at: Sum) -> Evaluation {
@@ -78,12 +81,14 @@ pub const MILSTEIN_FREE_ITO: SdeMethod = SdeMethod(&Table {
     next: &[y(&[f(0, 1.0), g(1, W, 1.0), g(1, Ww, -1.0), g(2, Ww, 1.0)])],
 });
 
-/// The same for Stratonovich: y* = y + g √h, and (g(y*) − g) ΔW²/(2√h).
+/// The same for Stratonovich: y* = y + g √h, and (g(y*) − g) ΔW²/(2√h).  Strong order ½, and one only where g is linear in y
+/// or additive: the difference has an error ½ g² g'' √h, which ΔW², unlike ΔW² − h, multiplies in the mean.  For order one
+/// take [`EULER_HEUN`], at the same number of evaluations.
 pub const MILSTEIN_FREE_STRATONOVICH: SdeMethod = SdeMethod(&Table {
     name: "milstein_free_stratonovich",
     calculus: Stratonovich,
     reach: Reach::NoAreas,
-    orders: [1.0, 1.0],
+    orders: [0.5, 1.0],
     evaluations: &[START[0], START[1], at(Diffusion, 0.0, y(&[g(1, One, 1.0)]))],
     next: &[y(&[
         f(0, 1.0),

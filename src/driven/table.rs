@@ -139,7 +139,8 @@ impl SdeMethod {
 
     /// Whether the integrals U of the increments enter.
     pub fn needs_integrals(&self) -> bool {
-        self.sums().any(|sum| sum.terms.iter().any(|term| term.on == Functional::U))
+        self.sums()
+            .any(|sum| sum.terms.iter().any(|term| term.on == Functional::U))
     }
 
     /// Every sum of a step.

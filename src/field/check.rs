@@ -245,11 +245,13 @@ impl Subject<'_> {
         let pull = |v: &Vec<Tensor>| {
             let pulled = pull(v)?;
             let t = point.t;
-            pullback::check(&point.y, &theta, &pulled).map_err(|defect| Error::InvalidPullback {
-                step: 0,
-                stage: 0,
-                t,
-                defect,
+            pullback::check(&point.y, &theta, &pulled).map_err(|defect| {
+                Error::InvalidPullback {
+                    step: 0,
+                    stage: 0,
+                    t,
+                    defect,
+                }
             })?;
             Ok(pulled)
         };

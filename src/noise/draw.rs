@@ -70,7 +70,11 @@ impl Place {
         for row in 0..rows {
             for channel in 0..channels {
                 let block = row * blocks + channel / 2;
-                out.push(if channel % 2 == 0 { first[block] } else { second[block] });
+                out.push(if channel % 2 == 0 {
+                    first[block]
+                } else {
+                    second[block]
+                });
             }
         }
         Ok(out)
@@ -97,15 +101,19 @@ impl WithSimd for Piece<'_> {
             blocks,
         } = *self.place;
         let key = [seed as u32, (seed >> 32) as u32];
-        let fixed = (at as u32, (purpose as u32) << 28 | (at >> 32) as u32 & 0x0fff_ffff);
+        let fixed = (
+            at as u32,
+            (purpose as u32) << 28 | (at >> 32) as u32 & 0x0fff_ffff,
+        );
         let [first, second] = self.out;
         for start in (0..first.len()).step_by(LANES) {
             let here = LANES.min(first.len() - start);
             let mut counters = [[fixed.0; LANES], [0; LANES], [0; LANES], [fixed.1; LANES]];
-            for l in 0..here {
-                let flat = self.at + start + l;
-                counters[1][l] = (first_row + (flat / blocks) as u64) as u32;
-                counters[2][l] = (flat % blocks) as u32;
+            let [_, rows, columns, _] = &mut counters;
+            let lanes = rows.iter_mut().zip(columns).take(here);
+            for (flat, (row, column)) in (self.at + start..).zip(lanes) {
+                *row = (first_row + (flat / blocks) as u64) as u32;
+                *column = (flat % blocks) as u32;
             }
             let [a, b] = normal::pairs(&philox::lanes(counters, key));
             first[start..][..here].copy_from_slice(&a[..here]);

@@ -68,7 +68,8 @@ impl Increments {
                 // Step j of a group stands for k − 1 − j steps after it.
                 let after: Vec<_> = (0..k).map(|j| h * (k - 1 - j) as f64).collect();
                 let ones = vec![1; w.rank() - 2];
-                let after = Tensor::new(after, w.device())?.reshape([&[1, k], &ones[..]].concat())?;
+                let after =
+                    Tensor::new(after, w.device())?.reshape([&[1, k], &ones[..]].concat())?;
                 let above = w.broadcast_mul(&after.to_dtype(w.dtype())?)?.sum(1)?;
                 joined.with_integrals((groups(u)?.sum(1)? + above)?)
             }

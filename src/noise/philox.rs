@@ -23,6 +23,8 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 
 /// The same of as many counters as there are lanes: word w of lane l is `words[w][l]`.
 #[inline(always)]
+// Lanes of four arrays at once.
+#[allow(clippy::needless_range_loop)]
 pub(super) fn lanes<const L: usize>(mut words: [[u32; L]; 4], mut key: [u32; 2]) -> [[u32; L]; 4] {
     for round in 0..10 {
         if round > 0 {

@@ -153,7 +153,10 @@ impl BrownianTree {
                 finest,
             }));
         }
-        let (start, end) = (self.at(ends[0], span, shape)?, self.at(ends[1], span, shape)?);
+        let (start, end) = (
+            self.at(ends[0], span, shape)?,
+            self.at(ends[1], span, shape)?,
+        );
         let (root, cube) = (h.sqrt(), h * h.sqrt());
         let each = 0..start.value.len();
         Ok(Drawn {

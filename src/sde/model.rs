@@ -132,9 +132,7 @@ impl<S: State + 'static> NeuralSde<S> {
     /// As [`sdeint`](super::sdeint), and those of parameters.
     pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T, noise: &Noise) -> Result<S> {
         let drive = self.drive(noise);
-        let solve = self
-            .model
-            .run((y0, &()), times, None, true, Some(&drive))?;
+        let solve = self.model.run((y0, &()), times, None, true, Some(&drive))?;
         node(
             solve.problem,
             solve.source,
