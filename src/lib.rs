@@ -15,6 +15,8 @@
 //!   the CPU, several times faster.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
+//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; [`noise`]: their increments,
+//!   which are functions of a seed.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
 //!   train them on.
 //! * [`distributed`]: data-parallel training, on one machine or many.
@@ -73,13 +75,14 @@
 //! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
 //!   solve without this graph.
 //! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`: the public entry points, and fields that are piecewise
-//!   constant in time.  `sde`: those of stochastic differential equations.
+//!   constant in time.
+//! * `sde`: the public entry points of stochastic differential equations.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //! * `distributed`: several processes that train one model.
 //!
 //! # Limits
 //!
-//! Only explicit methods are available, with fixed or adaptive steps.  Second derivatives are not supported: returned
+//! Only explicit methods are available, with fixed or adaptive steps; stochastic equations have fixed ones.  Second derivatives are not supported: returned
 //! gradients are detached, so differentiating them gives no gradient and no error.  An error is returned only if the
 //! incoming cotangent is itself tracked by candle.  A field must be
 //! deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to time

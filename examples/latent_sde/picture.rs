@@ -56,7 +56,8 @@ pub(crate) fn draw(path: &Path, data: &Data, run: &Run) -> Result<()> {
                 of(|l| l.path, "KL of the path", 0),
                 of(|l| l.start, "KL of y(0)", 2),
             ],
-            ranges: [None, Some(-40.0..60.0)],
+            ranges: [None, Some(-60.0..60.0)],
+            legend: SeriesLabelPosition::LowerRight,
             ..Panel::new("Loss", "update", "nats")
         }
         .draw(&bottom)
