@@ -48,6 +48,14 @@ impl Accumulator {
         Ok(())
     }
 
+    /// `θ̄_i[at] = grad`, of one that has a row of its own for every step.
+    pub(crate) fn set(&mut self, i: usize, at: usize, grad: &Tensor) -> Result<()> {
+        let total = &self.total[i];
+        let row = [&[1], &total.dims()[1..]].concat();
+        total.slice_set(&grad.reshape(row)?.contiguous()?, 0, at)?;
+        Ok(())
+    }
+
     /// `θ̄_i += c/S · grad_i` for all parameters that have one, while the sweep goes on; c is multiplied by
     /// the h of a clock if there is one.  Blocks stay open until [`end_step`](Self::end_step).
     #[cfg(feature = "cuda")]

@@ -14,6 +14,7 @@
 
 #[cfg(feature = "cuda")]
 mod device;
+mod driven;
 mod outputs;
 #[cfg(feature = "cuda")]
 mod replay;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::accumulator::Accumulator;
+use crate::driven::Driven;
 use crate::error::{Error, Result};
 use crate::field::Field;
 use crate::reverse::{Adjoint, Backward, Reversible};
@@ -43,6 +45,8 @@ use times::TimeGradients;
 pub(crate) struct StepByStep {
     pub(crate) trajectory: Arc<Trajectory>,
     pub(crate) schedule: Arc<Schedule>,
+    /// What took the steps, if they are driven by noise.
+    pub(crate) driven: Option<Arc<Driven>>,
 }
 
 impl Reversible for StepByStep {
@@ -67,6 +71,7 @@ impl Reversible for StepByStep {
             Arc::new(Self {
                 trajectory: Arc::clone(&self.trajectory),
                 schedule: Arc::new(schedule),
+                driven: self.driven.clone(),
             }) as _
         })
     }
@@ -81,6 +86,7 @@ impl Reversible for StepByStep {
         }
         let sweep = Sweep {
             scheme: &problem.scheme,
+            driven: self.driven.as_deref(),
             schedule: &self.schedule,
             trajectory: &self.trajectory,
             field: back.field,
@@ -124,6 +130,16 @@ pub(crate) trait Method {
         sums: &mut Sums,
         stats: &mut Stats,
     ) -> Result<Vec<Tensor>>;
+
+    /// λ_N of everything that a step carries, from that of y.
+    fn cotangents_at_end(&self, adj: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        Ok(adj)
+    }
+
+    /// λ_0 of y0 from that of everything that the first step was given.
+    fn cotangents_at_start(&self, adj: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        Ok(adj)
+    }
 }
 
 /// Where a step is pulled back.
@@ -147,6 +163,8 @@ pub(crate) struct Sums {
 #[derive(Clone, Copy)]
 pub(crate) struct Sweep<'a> {
     pub(crate) scheme: &'a Scheme,
+    /// What took the steps instead, if they are driven by noise.
+    pub(crate) driven: Option<&'a Driven>,
     pub(crate) schedule: &'a Schedule,
     pub(crate) trajectory: &'a Trajectory,
     pub(crate) field: &'a Field<'a>,
@@ -162,6 +180,14 @@ pub(crate) struct Sweep<'a> {
 }
 
 impl Sweep<'_> {
+    /// What took the steps.
+    fn method(&self) -> &dyn Method {
+        match self.driven {
+            Some(driven) => driven,
+            None => self.scheme,
+        }
+    }
+
     /// Pulls the cotangents of the outputs back to y0, θ and t.
     fn run(&self, mut watch: Watch, stats: &mut Stats) -> Result<Adjoint> {
         let schedule = self.schedule;
@@ -170,7 +196,7 @@ impl Sweep<'_> {
             return self.nothing(&adj);
         }
         #[cfg(feature = "cuda")]
-        if self.scheme.device.is_cuda() && self.times == 0 {
+        if self.scheme.device.is_cuda() && self.times == 0 && self.driven.is_none() {
             return self.run_on_device(adj, watch, stats);
         }
         #[cfg(feature = "cuda")]
@@ -184,6 +210,8 @@ impl Sweep<'_> {
             scaler: self.scaler,
             after: None,
         };
+        let method = self.method();
+        adj = method.cotangents_at_end(adj)?;
         let mut rewind = self.trajectory.rewind();
         for n in (0..steps).rev() {
             let step = schedule.step(n);
@@ -196,9 +224,10 @@ impl Sweep<'_> {
                 step,
                 y: &y,
             };
-            adj = self.scheme.pull_back(&at, &adj, &mut sums, stats)?;
+            adj = method.pull_back(&at, &adj, &mut sums, stats)?;
             watch.see(&adj, || gradient(step))?;
         }
+        adj = method.cotangents_at_start(adj)?;
         let Sums { theta, times, .. } = sums;
         let theta = theta.finish()?;
         watch.see(&theta, || Error::NonFiniteParameterGradient)?;
@@ -234,8 +263,8 @@ impl Sweep<'_> {
         stats: &mut Stats,
     ) -> Result<Vec<Tensor>> {
         let step = self.schedule.step(m);
-        stats.recomputed += self.scheme.evaluations_of(&step);
-        self.scheme.advance(self.field, step, y, watch)
+        stats.recomputed += self.method().evaluations_of(&step);
+        self.method().advance(self.field, step, y, watch)
     }
 }
 

@@ -7,6 +7,7 @@ mod event;
 mod group;
 mod need;
 mod potential;
+mod sde;
 
 use candle_core::{DType, DeviceLocation, Shape};
 
@@ -18,6 +19,7 @@ pub use group::GroupDefect;
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
 pub use potential::PotentialDefect;
+pub use sde::SdeDefect;
 
 pub use crate::stats::{NotReplayed, StopReason};
 
@@ -135,6 +137,9 @@ pub enum Error {
     /// An event cannot be found or differentiated.
     #[error("{0}")]
     Event(EventDefect),
+    /// A stochastic differential equation cannot be solved as asked for.
+    #[error("{0}")]
+    Sde(SdeDefect),
     /// A step so small that the time does not change in f64.
     #[error("step {step} at t = {t:?} is below the resolution of f64")]
     StepUnderflow {

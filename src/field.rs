@@ -3,6 +3,7 @@
 pub(crate) mod autograd;
 mod bound;
 pub(crate) mod check;
+pub(crate) mod parts;
 pub(crate) mod pullback;
 
 use std::any::Any;
@@ -113,6 +114,18 @@ pub trait VectorField<S: State = Tensor> {
     #[doc(hidden)]
     fn offer(&self) -> Option<Offer> {
         None
+    }
+
+    /// Whether what it returns is a velocity, of the state's shape; a diffusion is none.
+    #[doc(hidden)]
+    fn returns_velocity(&self) -> bool {
+        true
+    }
+
+    /// The parts of an equation that are evaluated one by one, if it has several: drift, diffusion, ….
+    #[doc(hidden)]
+    fn parts(&self) -> Vec<&dyn VectorField<Vec<Tensor>>> {
+        vec![]
     }
 
     /// Evaluations of the field's own on a device.

@@ -10,6 +10,7 @@ use candle_core::{DType, Shape, Tensor};
 
 use crate::adjoint::{Method, StepByStep};
 use crate::crossing::RowFound;
+use crate::driven::Driven;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::field::Field;
 use crate::memory::TENSOR;
@@ -20,6 +21,7 @@ use crate::reverse::Reversible;
 use crate::schedule::{Recorded, Schedule};
 use crate::state::Packing;
 use crate::stats::Stats;
+use crate::step::Taken;
 use crate::time::Time;
 use crate::trajectory::{Checkpoint, Trajectory};
 use crate::watch::Watch;
@@ -40,11 +42,22 @@ pub(crate) struct Forward {
 impl Forward {
     /// States that were integrated step by step over the whole batch.
     fn by_steps(packed: Tensor, trajectory: Trajectory, schedule: Arc<Schedule>) -> Self {
+        Self::by_steps_of(None, packed, trajectory, schedule)
+    }
+
+    /// The same by steps that may be driven by noise.
+    fn by_steps_of(
+        driven: Option<Arc<Driven>>,
+        packed: Tensor,
+        trajectory: Trajectory,
+        schedule: Arc<Schedule>,
+    ) -> Self {
         Self {
             packed,
             back: Arc::new(StepByStep {
                 trajectory: Arc::new(trajectory),
                 schedule,
+                driven,
             }),
             is_loss: false,
             found: vec![],
@@ -162,10 +175,15 @@ fn pass(
     for (leaf, y) in y0.iter().enumerate() {
         watch.see(std::slice::from_ref(y), || Error::NonFiniteState { leaf })?;
     }
-    let mut trajectory = Trajectory::new(problem.checkpoint, steps, scheme.roles.clone(), &y0)?;
+    let driven = problem.driven.as_deref();
+    let (y0, roles) = match driven {
+        Some(driven) => (driven.begin(y0), driven.carried_roles()),
+        None => (y0, scheme.roles.clone()),
+    };
+    let mut trajectory = Trajectory::new(problem.checkpoint, steps, roles.clone(), &y0)?;
     let mut outputs = vec![];
     let mut returns = |y: &[Tensor]| -> Result<()> {
-        outputs.push(Packing::pack(y, problem.state())?);
+        outputs.push(Packing::pack(&y[..scheme.roles.len()], problem.state())?);
         Ok(())
     };
     let mut y = y0;
@@ -180,14 +198,23 @@ fn pass(
         trajectory.offer_stored(n, &y, stored)?;
         let is_returned = schedule.at_node(n + 1).is_some();
         let kept = is_returned || n + 1 == steps || !copies && trajectory.wants(n + 1);
-        let taken = stepper.advance(field, step, &y, kept, &mut watch, stats)?;
+        let taken = match driven {
+            Some(driven) => Taken {
+                y: driven.advance(field, step, &y, &mut watch)?,
+                stored: None,
+                ks: vec![],
+            },
+            None => stepper.advance(field, step, &y, kept, &mut watch, stats)?,
+        };
         stats.steps += 1;
-        stats.evaluations += scheme.evaluations_of(&step);
+        stats.evaluations += match driven {
+            Some(driven) => driven.evaluations_of(&step),
+            None => scheme.evaluations_of(&step),
+        };
         if n == 0 && !known && keep() {
             need(problem, steps, problem.checkpoint).check()?;
         } else if n == 0 && !known {
-            let roles = scheme.roles.clone();
-            trajectory = Trajectory::new(Checkpoint::Nothing, steps, roles, &y)?;
+            trajectory = Trajectory::new(Checkpoint::Nothing, steps, roles.clone(), &y)?;
         }
         for inside in schedule.inside(n) {
             returns(&scheme.interpolated((&step, inside.x), &y, &taken.ks)?)?;
@@ -200,5 +227,7 @@ fn pass(
     watch.finish()?;
     trajectory.record(stats);
     let packed = Tensor::stack(&outputs, 0)?;
-    Ok(Forward::by_steps(packed, trajectory, Arc::clone(schedule)))
+    let driven = problem.driven.clone();
+    let schedule = Arc::clone(schedule);
+    Ok(Forward::by_steps_of(driven, packed, trajectory, schedule))
 }

@@ -17,6 +17,8 @@
 //!   has no second derivatives.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
+//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; [`noise`]: their increments,
+//!   which are functions of a seed.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points
 //!   with classes, and systems of physics to learn from.
 //! * [`distributed`]: data-parallel training, on one machine or many.
@@ -62,9 +64,10 @@
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `scaler`: scales of the adjoint.
 //! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.
+//! * `noise`: increments of Brownian motion as functions of a seed and their place.
 //! * `watch`, `loss_scaler`: detection of NaN and infinity; a scale of the loss around a solve.
-//! * `step`, `replay`, `trajectory`: one step and its linearisation; the sequence of forward steps; which states are
-//!   kept for the backward pass.
+//! * `step`, `driven`, `replay`, `trajectory`: one step and its linearisation, also of an equation that is driven by
+//!   noise; the sequence of forward steps; which states are kept for the backward pass.
 //! * `problem`, `arguments`: what the forward and the backward pass both need; the arguments of a field.
 //! * `reverse`: the common interface by which every kind of forward pass hands its results to its backward pass.
 //! * `accumulator`, `adjoint`: sums of gradients, the backward sweep.
@@ -76,13 +79,14 @@
 //!   solve without this graph.
 //! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`: the public entry points, and fields that are piecewise
 //!   constant in time.
+//! * `sde`: the public entry points of stochastic differential equations.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //! * `distributed`: several processes that train one model.
 //!
 //! # Limits
 //!
-//! Only explicit methods are available, with fixed or adaptive steps.  Second derivatives are not supported: returned
-//! gradients are detached, so differentiating them gives no gradient and no error.  An error is returned only if the
+//! Only explicit methods are available, with fixed or adaptive steps; stochastic equations have fixed ones.  Second
+//! derivatives are not supported: returned gradients are detached, so differentiating them gives no gradient and no error.  An error is returned only if the
 //! incoming cotangent is itself tracked by candle.  A field must be
 //! deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to time
 //! include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].
@@ -97,6 +101,7 @@ mod crossing;
 pub mod datasets;
 pub mod dense;
 pub mod distributed;
+mod driven;
 pub mod error;
 pub mod events;
 mod field;
@@ -109,6 +114,7 @@ mod mmd;
 mod neural_ode;
 pub mod nn;
 mod node;
+pub mod noise;
 mod odeint;
 mod offer;
 mod ops;
@@ -122,6 +128,7 @@ mod reverse;
 mod rows;
 mod scaler;
 mod schedule;
+pub mod sde;
 mod simd;
 mod solution;
 mod state;

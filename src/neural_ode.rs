@@ -30,7 +30,7 @@ use crate::state::State;
 use crate::tableau::Tableau;
 use crate::time::Times;
 use model::{Factory, OfModule, Recording, Undo};
-use run::Solve;
+pub(crate) use run::Solve;
 
 /// A neural ODE y' = f_θ(t, y): a model constructor, its variables, and how to solve.
 ///
@@ -255,13 +255,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         F: FieldWithArgs<S, A> + 'static,
         B: Fn(VarBuilder<'_>) -> candle_core::Result<F> + Send + Sync + 'static,
     {
-        let prefix = prefix.to_owned();
         let factory = move |vb: VarBuilder<'_>, args: Option<Vec<Tensor>>| {
-            let vb = if prefix.is_empty() {
-                vb
-            } else {
-                vb.pp(&prefix)
-            };
             let field = Box::new(build(vb)?);
             let Some(args) = args else { return Ok(None) };
             let bound = Box::new(Bound {
@@ -270,6 +264,29 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             });
             let field: OwnedField = Box::new(Leaves::<Box<_>, S>::with_args(bound, &args));
             Ok(Some(field))
+        };
+        Self::from_factory(vars, prefix, dtype, device, factory)
+    }
+
+    /// A model that a factory builds, given its arguments or none.
+    pub(crate) fn from_factory(
+        vars: &VarMap,
+        prefix: &str,
+        dtype: DType,
+        device: &Device,
+        build: impl Fn(VarBuilder<'_>, Option<Vec<Tensor>>) -> candle_core::Result<Option<OwnedField>>
+            + Send
+            + Sync
+            + 'static,
+    ) -> Result<Self> {
+        let prefix = prefix.to_owned();
+        let factory = move |vb: VarBuilder<'_>, args: Option<Vec<Tensor>>| {
+            let vb = if prefix.is_empty() {
+                vb
+            } else {
+                vb.pp(&prefix)
+            };
+            build(vb, args)
         };
         let mut asked = Undo {
             vars: vars.clone(),
@@ -397,7 +414,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     /// # Errors
     /// As [`NeuralOde::solve`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
     pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
-        let solve = self.ode.run((y0, self.args), times, None, true)?;
+        let solve = self.ode.run((y0, self.args), times, None, true, None)?;
         node(
             solve.problem,
             solve.source,
@@ -419,7 +436,9 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
             forward,
             y0,
             ..
-        } = self.ode.run((y0, self.args), times, Some(loss), true)?;
+        } = self
+            .ode
+            .run((y0, self.args), times, Some(loss), true, None)?;
         if forward.is_loss {
             return in_graph(Arc::new(problem), source, theta, forward, &y0);
         }
@@ -432,7 +451,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     /// # Errors
     /// As [`NeuralOde::solution`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
     pub fn solution<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<Solution<'static, S>> {
-        let solve = self.ode.run((y0, self.args), times, None, false)?;
+        let solve = self.ode.run((y0, self.args), times, None, false, None)?;
         Solution::new(solve.problem, solve.field, solve.theta, solve.forward)
     }
 
@@ -441,7 +460,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     /// # Errors
     /// As [`NeuralOde::predict`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
     pub fn predict<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
-        self.ode.predict_given(y0, self.args, times)
+        self.ode.predict_given(y0, self.args, times, None)
     }
 }
 

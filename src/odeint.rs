@@ -295,19 +295,30 @@ where
 
 /// A solve without a graph, from y0, arguments and times.
 fn without_graph<'f, S: State>(
+    start: (Vec<Tensor>, Vec<Tensor>, TimeGrid),
+    options: &OdeOptions,
+    bind: impl FnOnce(Vec<Tensor>) -> Result<Box<Field<'f>>>,
+) -> Result<Solution<'f, S>> {
+    without_graph_by(start, options, bind, Ok, vec![])
+}
+
+/// The same of a problem that may be driven, by increments that are given.
+pub(crate) fn without_graph_by<'f, S: State>(
     (y0, args, grid): (Vec<Tensor>, Vec<Tensor>, TimeGrid),
     options: &OdeOptions,
     bind: impl FnOnce(Vec<Tensor>) -> Result<Box<Field<'f>>>,
+    driven: impl FnOnce(Problem) -> Result<Problem>,
+    increments: Vec<Tensor>,
 ) -> Result<Solution<'f, S>> {
     let problem = Problem::new(&y0, grid, options)?;
     let args = Args::new(args, &problem, options, true)?;
     let field = bind(args.leaves.clone())?;
-    let problem = problem.meeting(&field.jumps(), options)?;
+    let problem = driven(problem.meeting(&field.jumps(), options)?)?;
     let y0 = Packing::join(&y0, problem.state())?;
     let observed = Observed::closure(&*field, false);
     let forward = run(&problem, &observed, &y0, None, &|| true)?;
     let theta = Theta::captured(observed.into_parameters(), &args, problem.device())?;
-    Solution::new(problem, field, theta, forward)
+    Solution::new(problem, field, theta.with_increments(increments), forward)
 }
 
 /// The states at `times` without gradients: nothing is kept, so that memory does not grow with the steps.

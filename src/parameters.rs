@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 
 use candle_core::{DType, Device, Tensor, TensorId, Var};
 
@@ -36,7 +37,10 @@ pub(crate) struct Observed<'f> {
     noted: Vec<usize>,
     /// What stands for the field in other solves.
     identity: u64,
-    seen: RefCell<Seen>,
+    /// What has been seen, which the parts of an equation share.
+    seen: Rc<RefCell<Seen>>,
+    /// The parts of an equation.
+    parts: Vec<Observed<'f>>,
 }
 
 #[derive(Default)]
@@ -61,15 +65,21 @@ const MOST_POINTS: usize = 8;
 impl<'f> Observed<'f> {
     /// A field that reads whatever variables it has captured.
     pub(crate) fn closure(field: &'f Field<'f>, in_graph: bool) -> Self {
-        Self {
-            tracked: field,
+        let seen = Rc::default();
+        let of = |tracked: &'f Field<'f>| Self {
+            tracked,
             plain: None,
             known: None,
             in_graph,
             reach: 0.0,
             noted: vec![],
             identity: 0,
-            seen: RefCell::default(),
+            seen: Rc::clone(&seen),
+            parts: vec![],
+        };
+        Self {
+            parts: field.parts().into_iter().map(of).collect(),
+            ..of(field)
         }
     }
 
@@ -79,10 +89,15 @@ impl<'f> Observed<'f> {
         plain: &'f Field<'f>,
         known: HashSet<TensorId>,
     ) -> Self {
+        let mut all = Self::closure(tracked, true);
+        for (part, plain) in all.parts.iter_mut().zip(plain.parts()) {
+            part.plain = Some(plain);
+            part.known = Some(known.clone());
+        }
         Self {
             plain: Some(plain),
             known: Some(known),
-            ..Self::closure(tracked, true)
+            ..all
         }
     }
 
@@ -95,7 +110,7 @@ impl<'f> Observed<'f> {
         if let (Some(first), Some(last)) = (points.first(), points.last()) {
             self.reach = (last - first).abs() / steps.max(1) as f64;
         }
-        let all = steps.saturating_mul(problem.scheme.evaluations());
+        let all = steps.saturating_mul(problem.evaluations());
         self.noted = match (checked, problem.graphs) {
             (false, _) => vec![],
             // Memory of a step that is captured as a CUDA graph belongs to the graph.
@@ -103,6 +118,11 @@ impl<'f> Observed<'f> {
             (true, false) => vec![0, all / 2, all.saturating_sub(1)],
         };
         self.noted.dedup();
+        for (i, part) in self.parts.iter_mut().enumerate() {
+            part.identity = check::pattern((identity, i), &[]);
+            part.reach = self.reach;
+            part.noted = self.noted.clone();
+        }
         self
     }
 
@@ -130,24 +150,29 @@ impl<'f> Observed<'f> {
 
     /// Whether a variable was read so far, or is listed by the field.
     pub(crate) fn reads_variables(&self) -> bool {
-        match self.tracked.parameters() {
-            Some(listed) => listed.iter().any(Tensor::track_op),
-            None => !self.seen.borrow().variables.is_empty(),
-        }
+        let of_parts = self.parts.iter().any(Self::reads_variables);
+        of_parts
+            || match self.tracked.parameters() {
+                Some(listed) => listed.iter().any(Tensor::track_op),
+                None => !self.seen.borrow().variables.is_empty(),
+            }
     }
 
     /// The parameters, in the order in which they were met, each once: layers may share one.
     pub(crate) fn into_parameters(self) -> Vec<Tensor> {
-        let Some(mut listed) = self.tracked.parameters() else {
-            return self.seen.into_inner().variables;
-        };
+        let mut all = self.parameters_so_far();
         let mut ids = HashSet::new();
-        listed.retain(|p| ids.insert(p.id()));
-        listed
+        all.retain(|p| ids.insert(p.id()));
+        all
     }
 
     /// The same, while the field is still observed.
     pub(crate) fn parameters_so_far(&self) -> Vec<Tensor> {
+        if !self.parts.is_empty() {
+            let listed = self.parts.iter().flat_map(Self::parameters_so_far);
+            let mut ids = HashSet::new();
+            return listed.filter(|p| ids.insert(p.id())).collect();
+        }
         match self.tracked.parameters() {
             Some(listed) => listed,
             None => self.seen.borrow().variables.clone(),
@@ -168,16 +193,24 @@ impl<'f> Observed<'f> {
             .map(leaf)
             .collect::<candle_core::Result<Vec<_>>>()?;
         let mut k = field.velocity(t, &leaves)?;
-        alike(y, &k)?;
+        self.check_like(y, &k)?;
         if self.plain.is_some() && !k.iter().any(Tensor::track_op) {
             k = self.tracked.velocity(t, &leaves)?;
-            alike(y, &k)?;
+            self.check_like(y, &k)?;
         }
         let own: Vec<_> = leaves.iter().map(Tensor::id).collect();
         let connected = self.note(t, &k, &own)?;
         self.look_at_new_graphs(t, y);
         self.verify(t, y, connected)?;
         Ok(k)
+    }
+
+    /// A velocity is like the state.
+    fn check_like(&self, y: &[Tensor], k: &[Tensor]) -> Result<()> {
+        match self.tracked.returns_velocity() {
+            true => alike(y, k),
+            false => Ok(()),
+        }
     }
 
     /// Notes the points of velocities that are computed in another way than those before, a few of them.
@@ -284,6 +317,12 @@ impl<'f> Observed<'f> {
 
 impl VectorField<Vec<Tensor>> for Observed<'_> {
     fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+        if let Some((first, others)) = self.parts.split_first() {
+            for part in others {
+                part.velocity(t, y)?;
+            }
+            return first.velocity(t, y);
+        }
         self.count(t, y);
         if self.tracked.parameters().is_some() {
             return self.declared(t, y);
@@ -309,6 +348,10 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.tracked.parameters()
+    }
+
+    fn parts(&self) -> Vec<&dyn VectorField<Vec<Tensor>>> {
+        self.parts.iter().map(|part| part as _).collect()
     }
 
     fn offer(&self) -> Option<Offer> {
@@ -358,6 +401,13 @@ impl Theta {
             masters,
             captured: None,
         }
+    }
+
+    /// The same with increments of noise among them, which are read step by step.
+    pub(crate) fn with_increments(mut self, increments: Vec<Tensor>) -> Self {
+        self.leaves.extend(increments.iter().cloned());
+        self.masters.extend(increments);
+        self
     }
 
     /// Makes sure that captured parameters still are what the solve read, in their own dtype; NaN is as

@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::adaptive::{Control, StepControl};
 use crate::crossing::RowCrossing;
-use crate::error::{AdaptiveDefect, Error, Result};
+use crate::driven::{Drive, Driven};
+use crate::error::{AdaptiveDefect, Error, Result, SdeDefect};
 use crate::field::check::FieldCheck;
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
@@ -169,6 +170,8 @@ impl Default for OdeOptions {
 #[derive(Clone, Debug)]
 pub(crate) struct Problem {
     pub(crate) scheme: Scheme,
+    /// What takes the steps instead, if they are driven by noise.
+    pub(crate) driven: Option<Arc<Driven>>,
     pub(crate) plan: Plan,
     pub(crate) grid: TimeGrid,
     pub(crate) packing: Packing,
@@ -242,6 +245,7 @@ impl Problem {
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
             scheme: Scheme::new(&options.method, dense, roles, device),
+            driven: None,
             plan,
             grid,
             packing,
@@ -270,6 +274,31 @@ impl Problem {
                 ..self
             },
         })
+    }
+
+    /// The same problem driven by noise.
+    pub(crate) fn driven_by(self, drive: Drive) -> Result<Self> {
+        let Plan::Known(schedule) = &self.plan else {
+            return Err(Error::Sde(SdeDefect::Steps {
+                what: "adaptive steps",
+            }));
+        };
+        let y0 = (self.packing.shapes(), self.scheme.roles.as_slice());
+        let driven = Driven::new(drive, y0, (&self.grid, schedule), self.device())?;
+        Ok(Self {
+            driven: Some(Arc::new(driven)),
+            fusion: false,
+            graphs: false,
+            ..self
+        })
+    }
+
+    /// Number of evaluations in a step that no output is inside of.
+    pub(crate) fn evaluations(&self) -> usize {
+        match &self.driven {
+            Some(driven) => driven.table().evaluations.len(),
+            None => self.scheme.evaluations(),
+        }
     }
 
     /// The same solve, of which nothing is kept.

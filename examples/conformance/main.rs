@@ -10,6 +10,8 @@
 //!   and events with the derivatives of their times; the last line is `worst <largest error over its bar>`.  A minute.
 //! * `… -- --zoo DIR`: potentials with their second derivatives, and the models made of them, in f64; the last line is
 //!   `worst <figure>`.  A file that no model answers yet is named and fails.  Seconds.
+//! * `… -- --sde DIR`: stochastic differential equations on given increments, every scheme of every file in f64, values
+//!   and gradients; the last line is `worst <figure>`, the bar 1e-10.  Seconds.
 //!
 //! `--cuda` computes on the first GPU (in a build with `--features cuda`).
 //!
@@ -18,19 +20,21 @@
 mod adaptive;
 mod demo;
 mod discrete;
+mod equations;
 mod events;
 mod fields;
 mod flows;
 mod low_precision;
 mod oracle;
 mod outcome;
+mod sde;
 mod zoo;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::{scaling::Scaling, Precision};
+use candle_diffeq::{scaling::Scaling, Checkpoint, Precision};
 use clap::{Parser, ValueEnum};
 
 use crate::adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};
@@ -43,7 +47,7 @@ use crate::outcome::{worse, QUANTITIES};
 #[derive(Parser)]
 struct Args {
     /// Directory of .safetensors files.
-    #[arg(required_unless_present_any = ["demo", "adaptive", "zoo"])]
+    #[arg(required_unless_present_any = ["demo", "adaptive", "zoo", "sde"])]
     dir: Option<PathBuf>,
     /// Largest relative error in f64.
     #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo", "adaptive", "zoo"])]
@@ -60,6 +64,9 @@ struct Args {
     /// Directory of potentials and models of the zoo, which are run instead.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive"])]
     zoo: Option<PathBuf>,
+    /// Directory of stochastic differential equations, which are run instead.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive", "zoo", "compute"])]
+    sde: Option<PathBuf>,
     /// Compute on the first GPU, in low precision natively.
     #[arg(long)]
     cuda: bool,
@@ -115,6 +122,9 @@ fn verdict(args: &Args) -> Result<Verdict> {
     }
     if let Some(dir) = &args.zoo {
         return of_zoo(dir, &device);
+    }
+    if let Some(dir) = &args.sde {
+        return equations(dir, &device);
     }
     match (&args.demo, &args.dir, args.compute) {
         (Some(dir), ..) => demos(dir, &device),
@@ -249,6 +259,36 @@ fn of_zoo(dir: &Path, device: &Device) -> Result<Verdict> {
         true => Ok(Verdict::of(worst, zoo::BAR)),
         false => Ok(Verdict::Fail),
     }
+}
+
+/// Largest relative error of a stochastic differential equation in f64.
+const SDE_BAR: f64 = 1e-10;
+
+fn equations(dir: &Path, device: &Device) -> Result<Verdict> {
+    println!(
+        "relative errors, in f64\n{:<36}{:<28}{:>9}{:>11}",
+        "file", "method", "states", "gradients"
+    );
+    let (mut worst, mut checked) = (0.0, false);
+    for oracle in Oracle::read_all(dir)? {
+        let oracle = oracle.on(device)?;
+        for scheme in sde::schemes(&oracle) {
+            let name = scheme.1.name();
+            let run = sde::run(&oracle, scheme, Checkpoint::All, Precision::f64())
+                .map_err(|e| oracle.failed(format_args!("{name}: {e}")))?;
+            println!(
+                "{:<36}{name:<28}{:>9.1e}{:>11.1e}",
+                oracle.file, run.states, run.gradients
+            );
+            worst = worse(worst, worse(run.states, run.gradients));
+            checked = true;
+        }
+    }
+    if !checked {
+        return Err(format!("{}: nothing to check", dir.display()).into());
+    }
+    println!("worst {worst:.3e}");
+    Ok(Verdict::of(worst, SDE_BAR))
 }
 
 fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {

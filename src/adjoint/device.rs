@@ -249,7 +249,7 @@ impl Sweep<'_> {
             stats.vjps += 1;
             let Grads {
                 y, theta: grads, ..
-            } = self.pull(step, i, stage, &v)?;
+            } = self.pull(step, (i, stage.t), &v, (self.field, &v), &stage.pull)?;
             if dynamic {
                 let pulled = linear.len() - 1 - i;
                 let full: Vec<_> = grads.iter().flatten().cloned().collect();

@@ -6,10 +6,10 @@ use super::outputs::Dense;
 use super::times::{TimeGradients, TimeTerm};
 use super::{Method, StepBack, Sums, Sweep};
 use crate::error::{Error, Result};
-use crate::field::{pullback, Field};
+use crate::field::{pullback, Field, Pullback};
 use crate::ops;
 use crate::precision::{Roles, Rounding};
-use crate::scaler::Outcome;
+use crate::scaler::{Outcome, Scaler};
 use crate::schedule::Step;
 use crate::stats::Stats;
 use crate::step::{located, LinearStage, Scheme};
@@ -142,36 +142,11 @@ impl Sweep<'_> {
         let mut ws: Vec<Option<Pulled>> = linear.iter().map(|_| None).collect();
         for i in (0..linear.len()).rev() {
             let Some(stage) = &linear[i] else { continue };
-            let mut attempts = 0;
-            let grads = loop {
-                let v = self.cotangents(step, i, seeds, &ws, scaler.scale(), |l| {
-                    self.scheme.roles[l].compute
-                })?;
-                let scale = scaler.scale();
-                stats.vjps += 1;
-                if scaler.is_on() {
-                    stats.used_scale_at(stage.t, scale);
-                }
-                attempts += 1;
-                let grads = self.pull(step, i, stage, &v)?;
-                let outcome = match scaler.is_dynamic() {
-                    true => grads.outcome()?,
-                    false => Outcome::Clean,
-                };
-                if outcome == Outcome::Clean {
-                    break grads;
-                }
-                *scaler = scaler.after(outcome);
-                stats.retries += 1;
-                if scaler.is_exhausted(attempts) {
-                    return Err(Error::ScaleExhausted {
-                        step: step.index,
-                        t: step.t,
-                        scale,
-                        attempts,
-                    });
-                }
-            };
+            let grads = self.until_clean(step, stage.t, scaler, stats, |scale| {
+                let v =
+                    self.cotangents(step, i, seeds, &ws, scale, |l| self.scheme.roles[l].compute)?;
+                self.pull(step, (i, stage.t), &v, (self.field, &v), &stage.pull)
+            })?;
             let unscale = 1.0 / scaler.scale();
             for (p, grad) in grads.theta.iter().enumerate() {
                 if let Some(grad) = grad {
@@ -200,6 +175,44 @@ impl Sweep<'_> {
         }
         *scaler = scaler.after_step();
         Ok(ws)
+    }
+
+    /// A pull-back with the scale that it is given, and with smaller ones while it overflows.
+    pub(super) fn until_clean(
+        &self,
+        step: Step,
+        t: f64,
+        scaler: &mut Scaler,
+        stats: &mut Stats,
+        pull: impl Fn(f64) -> Result<Grads>,
+    ) -> Result<Grads> {
+        let mut attempts = 0;
+        loop {
+            let scale = scaler.scale();
+            stats.vjps += 1;
+            if scaler.is_on() {
+                stats.used_scale_at(t, scale);
+            }
+            attempts += 1;
+            let grads = pull(scale)?;
+            let outcome = match scaler.is_dynamic() {
+                true => grads.outcome()?,
+                false => Outcome::Clean,
+            };
+            if outcome == Outcome::Clean {
+                return Ok(grads);
+            }
+            *scaler = scaler.after(outcome);
+            stats.retries += 1;
+            if scaler.is_exhausted(attempts) {
+                return Err(Error::ScaleExhausted {
+                    step: step.index,
+                    t: step.t,
+                    scale,
+                    attempts,
+                });
+            }
+        }
     }
 
     /// Q(S·v_i), v_i = b_i λ + h Σ_{j>i} a_ji w_j.
@@ -233,27 +246,29 @@ impl Sweep<'_> {
         adj.iter().enumerate().map(of_leaf).collect()
     }
 
-    /// One pull-back; the cotangent of the state is rounded as the seed was.
+    /// One pull-back of a stage of the field, or of a part of it, which was evaluated at a state like `y`; the cotangent of
+    /// the state is rounded as the seed was.
     pub(super) fn pull(
         &self,
         step: Step,
-        i: usize,
-        stage: &LinearStage<'_>,
+        (stage, t): (usize, f64),
         v: &Vec<Tensor>,
+        (field, y): (&Field<'_>, &[Tensor]),
+        pull: &Pullback<'_, Vec<Tensor>>,
     ) -> Result<Grads> {
-        let mut pulled = (stage.pull)(v).map_err(|e| located(e.into(), step, i, stage.t))?;
+        let mut pulled = pull(v).map_err(|e| located(e.into(), step, stage, t))?;
         let invalid = |defect| Error::InvalidPullback {
             step: step.index,
-            stage: i,
-            t: stage.t,
+            stage,
+            t,
             defect,
         };
-        pullback::check(v, self.theta, &pulled).map_err(invalid)?;
+        pullback::check(y, self.theta, &pulled).map_err(invalid)?;
         let round = |(w, roles): (&Tensor, &Roles)| roles.compute.round(w);
         let y = pulled.y.iter().zip(&self.scheme.roles).map(round);
         let params = self.theta.iter().map(|p| pulled.params.remove(p));
         let params = params.map(|g| g.map(|g| g.detach())).collect();
-        pullback::check_rest(self.field, &pulled.params).map_err(invalid)?;
+        pullback::check_rest(field, &pulled.params).map_err(invalid)?;
         Ok(Grads {
             y: y.collect::<Result<_>>()?,
             theta: params,
@@ -321,7 +336,7 @@ pub(super) struct Grads {
 }
 
 impl Grads {
-    fn outcome(&self) -> Result<Outcome> {
+    pub(super) fn outcome(&self) -> Result<Outcome> {
         let finite = |x: &Tensor| Ok::<_, Error>(ops::magnitude(x)?.is_finite());
         for w in self.y.iter().chain(&self.t) {
             if !finite(w)? {

@@ -63,7 +63,7 @@ pub(crate) fn vjp<'f, S: State, F: VectorField<S> + ?Sized>(
         let y = y.leaves();
         let read = (0..y.len()).filter(|&leaf| !field.is_constant_in(leaf));
         let pairs: Vec<_> = read
-            .flat_map(|leaf| (0..y.len()).map(move |k| (k, leaf)))
+            .flat_map(|leaf| (0..traced.k.len()).map(move |k| (k, leaf)))
             .collect();
         if check::depends_on(&leaves, t, &y, &pairs, 0.0)? == Some(true) {
             return Err(Error::UntrackedVelocity { t: t.peek() }.into());

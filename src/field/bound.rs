@@ -168,6 +168,10 @@ where
         self.field.jumps()
     }
 
+    fn returns_velocity(&self) -> bool {
+        self.field.returns_velocity()
+    }
+
     fn is_constant_in(&self, leaf: usize) -> bool {
         self.field.is_constant_in(leaf)
     }

@@ -10,6 +10,7 @@ use candle_core::{Tensor, TensorId, Var};
 use super::model::Builder;
 use super::NeuralOde;
 use crate::arguments::Args;
+use crate::driven::Drive;
 use crate::error::{Error, Result};
 use crate::field::check::{self, FieldCheck, Parameter, Rebuilt, Subject};
 use crate::field::{Field, Leaves, SharedField, VectorField};
@@ -50,15 +51,16 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
     }
 
     /// Everything up to the end of the forward pass.
-    pub(super) fn run<T: Times + ?Sized>(
+    pub(crate) fn run<T: Times + ?Sized>(
         &self,
         given: (&S, &A),
         times: &T,
         loss: Option<&RowLoss>,
         in_graph: bool,
+        drive: Option<&Drive>,
     ) -> Result<Solve> {
         let before = self.recorded();
-        let solve = self.solved(given, times, loss, in_graph)?;
+        let solve = self.solved(given, times, loss, in_graph, drive)?;
         self.note(&solve.problem, before);
         Ok(solve)
     }
@@ -81,6 +83,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         times: &T,
         loss: Option<&RowLoss>,
         in_graph: bool,
+        drive: Option<&Drive>,
     ) -> Result<Solve> {
         let given = y0.leaves();
         let Inputs {
@@ -89,7 +92,9 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             args,
             y0,
         } = self.prepare((&given, args), times, loss, !in_graph)?;
+        let increments = drive.map_or_else(Vec::new, |drive| drive.masters(!in_graph));
         let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
+        let tracked = tracked || !increments.is_empty();
         let keep = !in_graph || tracked || !masters.is_empty();
         if let Some(field) = self.packable(&problem, &masters) {
             if let Some(forward) = run_tiles(&problem, &*field, &y0, loss.map(|loss| loss as _))? {
@@ -109,6 +114,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let builder = self.builder(&problem);
         let field = builder.build(&leaves, &args.leaves)?;
         let problem = problem.meeting(&field.jumps(), &self.options)?;
+        let problem = driven(problem, drive)?;
         let plain = match field.offer() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
             Some(_) => None,
@@ -161,7 +167,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             problem,
             field,
             source: Source::Built(Arc::new(rebuild)),
-            theta: Theta::copied(read, masters),
+            theta: Theta::copied(read, masters).with_increments(increments),
             forward,
             y0,
         })
@@ -248,11 +254,12 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
     }
 
     /// The states, and nothing kept.
-    pub(super) fn predict_given<T: Times + ?Sized>(
+    pub(crate) fn predict_given<T: Times + ?Sized>(
         &self,
         y0: &S,
         args: &A,
         times: &T,
+        drive: Option<&Drive>,
     ) -> Result<S> {
         let before = self.recorded();
         let prepared = self.prepare((&y0.leaves(), args), times, None, false)?;
@@ -273,6 +280,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             .builder(&problem)
             .build(&copies, &detached(&args.leaves))?;
         let problem = problem.meeting(&field.jumps(), &self.options)?;
+        let problem = driven(problem, drive)?;
         let forward = run(&problem, &*field, &y0, None, &|| false)?;
         self.note(&problem, before);
         states(&problem, forward)
@@ -288,13 +296,21 @@ struct Inputs {
 }
 
 /// A forward pass that is done, and what its backward pass needs.
-pub(super) struct Solve {
-    pub(super) problem: Problem,
-    pub(super) field: Box<Field<'static>>,
-    pub(super) source: Source,
-    pub(super) theta: Theta,
-    pub(super) forward: Forward,
-    pub(super) y0: Tensor,
+pub(crate) struct Solve {
+    pub(crate) problem: Problem,
+    pub(crate) field: Box<Field<'static>>,
+    pub(crate) source: Source,
+    pub(crate) theta: Theta,
+    pub(crate) forward: Forward,
+    pub(crate) y0: Tensor,
+}
+
+/// The problem driven by noise, if it is to be.
+fn driven(problem: Problem, drive: Option<&Drive>) -> Result<Problem> {
+    match drive {
+        Some(drive) => problem.driven_by(drive.clone()),
+        None => Ok(problem),
+    }
 }
 
 /// The same tensors without history.

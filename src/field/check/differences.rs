@@ -78,6 +78,14 @@ impl Trial<'_> {
         })
     }
 
+    /// The velocity of one tensor of the state; a diffusion may have none, or fewer numbers.
+    fn of_leaf(&self, leaf: usize) -> &[f64] {
+        let y = &self.point.y;
+        let before: usize = y[..leaf].iter().map(Tensor::elem_count).sum();
+        let own = self.base.get(before..).unwrap_or_default();
+        &own[..own.len().min(y[leaf].elem_count())]
+    }
+
     /// A direction in which the argument may move, by element.
     fn direction(&self, of: Of, x: &[f64], rng: &mut StdRng) -> Vec<f64> {
         let mut draw = |scale: f64| {
@@ -92,9 +100,9 @@ impl Trial<'_> {
         match of {
             // States that occur, or nearly: each element by a part of itself, or along its velocity.
             Of::State(leaf) => {
-                let before = self.point.y[..leaf].iter().map(Tensor::elem_count).sum();
-                let k = &self.base[before..][..x.len()];
-                let scale = |(x, k): (&f64, &f64)| match *x {
+                let k = self.of_leaf(leaf);
+                let k = k.iter().copied().chain(std::iter::repeat(0.0));
+                let scale = |(x, k): (&f64, f64)| match *x {
                     0.0 => (self.subject.reach * k).abs(),
                     x => x.abs(),
                 };
@@ -198,10 +206,13 @@ impl Trial<'_> {
         let mut sizes = Vec::with_capacity(rest.len());
         for y in &self.point.y {
             let leaf;
-            (leaf, rest) = rest.split_at(y.elem_count());
+            (leaf, rest) = rest.split_at(y.elem_count().min(rest.len()));
             let rms = norm(leaf.iter().copied()) / (leaf.len().max(1) as f64).sqrt();
             sizes.extend(leaf.iter().map(|k| 0.5 * (k.abs() + rms)));
         }
+        // What parts of an equation return beside the first.
+        let rms = norm(rest.iter().copied()) / (rest.len().max(1) as f64).sqrt();
+        sizes.extend(rest.iter().map(|k| 0.5 * (k.abs() + rms)));
         sizes
     }
 
@@ -218,9 +229,7 @@ impl Trial<'_> {
     /// be moved off itself.
     pub(super) fn is_a_label(&self, leaf: usize) -> Result<bool> {
         let y = &self.point.y;
-        let before = y[..leaf].iter().map(Tensor::elem_count).sum();
-        let stands = |k: &[f64]| k.iter().all(|k| *k == 0.0);
-        if !stands(&self.base[before..][..y[leaf].elem_count()]) {
+        if self.of_leaf(leaf).iter().any(|k| *k != 0.0) {
             return Ok(false);
         }
         let x = numbers(std::slice::from_ref(&y[leaf]))?;

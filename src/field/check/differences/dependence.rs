@@ -23,7 +23,9 @@ pub(crate) fn depends_on(
     let (dtype, device) = t.kind();
     let time = point.time(point.t, dtype, &device);
     let k = field.velocity(&time, &point.y)?;
-    alike(&point.y, &k)?;
+    if field.returns_velocity() {
+        alike(&point.y, &k)?;
+    }
     let base = numbers(&k)?;
     if !base.iter().all(|k| k.is_finite()) {
         return Ok(None);

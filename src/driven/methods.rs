@@ -1,0 +1,318 @@
+//! The tables of the methods.
+
+use super::equation::Calculus::{Ito, Stratonovich};
+use super::table::Functional::{One, Ww, Www, U, W};
+use super::table::Part::{Diffusion, Drift, MilsteinTerm};
+use super::table::{Evaluation, Functional, Part, Reach, SdeMethod, Sum, Table, Term};
+
+/// c times an evaluation of the drift.
+const fn f(of: usize, c: f64) -> Term {
+    Term { of, on: One, c }
+}
+
+/// c φ times an evaluation of the diffusion.
+const fn g(of: usize, on: Functional, c: f64) -> Term {
+    Term { of, on, c }
+}
+
+/// y and terms.
+const fn y(terms: &'static [Term]) -> Sum {
+    Sum {
+        base: &[1.0],
+        terms,
+    }
+}
+
+const fn at(part: Part, c: f64, at: Sum) -> Evaluation {
+    Evaluation { part, c, at }
+}
+
+const START: [Evaluation; 2] = [at(Drift, 0.0, y(&[])), at(Diffusion, 0.0, y(&[]))];
+
+/// Euler–Maruyama: y + f h + g ΔW.  Itô; strong order ½, one for additive noise; weak order one.
+///
+/// G. Maruyama, Rend. Circ. Mat. Palermo 4 (1955).
+pub const EULER_MARUYAMA: SdeMethod = SdeMethod(&Table {
+    name: "euler_maruyama",
+    calculus: Ito,
+    reach: Reach::Any,
+    orders: [0.5, 1.0],
+    evaluations: &START,
+    next: &[y(&[f(0, 1.0), g(1, W, 1.0)])],
+});
+
+/// Milstein's method with the term ½ g ∂g/∂y (ΔW² − h), which the equation brings
+/// ([`Sde::milstein_term`](crate::sde::Sde::milstein_term)).  Itô; strong order one.
+///
+/// G. N. Milstein, Theory Probab. Appl. 19 (1975).
+pub const MILSTEIN_ITO: SdeMethod = SdeMethod(&Table {
+    name: "milstein_ito",
+    calculus: Ito,
+    reach: Reach::NoAreas,
+    orders: [1.0, 1.0],
+    evaluations: &[START[0], START[1], at(MilsteinTerm, 0.0, y(&[]))],
+    next: &[y(&[f(0, 1.0), g(1, W, 1.0), g(2, Ww, 1.0)])],
+});
+
+/// The same with ½ g ∂g/∂y ΔW².  Stratonovich; strong order one.
+pub const MILSTEIN_STRATONOVICH: SdeMethod = SdeMethod(&Table {
+    name: "milstein_stratonovich",
+    calculus: Stratonovich,
+    reach: Reach::NoAreas,
+    orders: [1.0, 1.0],
+    evaluations: &[START[0], START[1], at(MilsteinTerm, 0.0, y(&[]))],
+    next: &[y(&[f(0, 1.0), g(1, W, 1.0), g(2, One, 0.5), g(2, Ww, 1.0)])],
+});
+
+/// Milstein's method without derivatives: with y* = y + f h + g √h, the term is (g(y*) − g)(ΔW² − h)/(2√h).  Itô; strong
+/// order one for diagonal and scalar noise.
+///
+/// P. Kloeden, E. Platen, "Numerical Solution of Stochastic Differential Equations" (1992), §11.1.
+pub const MILSTEIN_FREE_ITO: SdeMethod = SdeMethod(&Table {
+    name: "milstein_free_ito",
+    calculus: Ito,
+    reach: Reach::NoAreas,
+    orders: [1.0, 1.0],
+    evaluations: &[
+        START[0],
+        START[1],
+        at(Diffusion, 0.0, y(&[f(0, 1.0), g(1, One, 1.0)])),
+    ],
+    next: &[y(&[f(0, 1.0), g(1, W, 1.0), g(1, Ww, -1.0), g(2, Ww, 1.0)])],
+});
+
+/// The same for Stratonovich: y* = y + g √h, and (g(y*) − g) ΔW²/(2√h).  Strong order ½, and one only where g is linear in y
+/// or additive: the difference has an error ½ g² g'' √h, which ΔW², unlike ΔW² − h, multiplies in the mean.  For order one
+/// take [`EULER_HEUN`], at the same number of evaluations.
+pub const MILSTEIN_FREE_STRATONOVICH: SdeMethod = SdeMethod(&Table {
+    name: "milstein_free_stratonovich",
+    calculus: Stratonovich,
+    reach: Reach::NoAreas,
+    orders: [0.5, 1.0],
+    evaluations: &[START[0], START[1], at(Diffusion, 0.0, y(&[g(1, One, 1.0)]))],
+    next: &[y(&[
+        f(0, 1.0),
+        g(1, W, 1.0),
+        g(1, One, -0.5),
+        g(1, Ww, -1.0),
+        g(2, One, 0.5),
+        g(2, Ww, 1.0),
+    ])],
+});
+
+/// Euler–Heun: y + f h + ½ (a + g(t + h, y + a) ΔW) with a = g ΔW.  Stratonovich; strong order one, ½ for general noise.
+pub const EULER_HEUN: SdeMethod = SdeMethod(&Table {
+    name: "euler_heun",
+    calculus: Stratonovich,
+    reach: Reach::Any,
+    orders: [1.0, 1.0],
+    evaluations: &[START[0], START[1], at(Diffusion, 1.0, y(&[g(1, W, 1.0)]))],
+    next: &[y(&[f(0, 1.0), g(1, W, 0.5), g(2, W, 0.5)])],
+});
+
+const EULER: Sum = y(&[f(0, 1.0), g(1, W, 1.0)]);
+
+/// Heun's method: the mean of f h + g ΔW at the start and at the end of a step of Euler's method.  Stratonovich; strong
+/// order one, ½ for general noise.
+pub const HEUN: SdeMethod = SdeMethod(&Table {
+    name: "heun",
+    calculus: Stratonovich,
+    reach: Reach::Any,
+    orders: [1.0, 1.0],
+    evaluations: &[
+        START[0],
+        START[1],
+        at(Drift, 1.0, EULER),
+        at(Diffusion, 1.0, EULER),
+    ],
+    next: &[y(&[f(0, 0.5), g(1, W, 0.5), f(2, 0.5), g(3, W, 0.5)])],
+});
+
+const HALF: Sum = y(&[f(0, 0.5), g(1, W, 0.5)]);
+
+/// The midpoint method: f h + g ΔW in the middle of a step of Euler's method.  Stratonovich; strong order one, ½ for
+/// general noise.
+pub const MIDPOINT: SdeMethod = SdeMethod(&Table {
+    name: "midpoint",
+    calculus: Stratonovich,
+    reach: Reach::Any,
+    orders: [1.0, 1.0],
+    evaluations: &[
+        START[0],
+        START[1],
+        at(Drift, 0.5, HALF),
+        at(Diffusion, 0.5, HALF),
+    ],
+    next: &[y(&[f(2, 1.0), g(3, W, 1.0)])],
+});
+
+/// z' of reversible Heun: 2y − z + f h + g ΔW.
+const REFLECTED: Sum = Sum {
+    base: &[2.0, -1.0],
+    terms: &[f(0, 1.0), g(1, W, 1.0)],
+};
+
+const AT_Z: Sum = Sum {
+    base: &[0.0, 1.0],
+    terms: &[],
+};
+
+/// Reversible Heun, with a second state z: z' = 2y − z + f(z) h + g(z) ΔW, and y moves by the mean of f h + g ΔW at z and
+/// z'.  Stratonovich; strong order ½ in general and one for additive noise, and one is what is measured on diagonal and
+/// scalar noise.  f and g are evaluated at z' again in the next step.
+///
+/// P. Kidger, J. Foster, X. Li, T. Lyons, "Efficient and accurate gradients for neural SDEs", NeurIPS 2021.
+pub const REVERSIBLE_HEUN: SdeMethod = SdeMethod(&Table {
+    name: "reversible_heun",
+    calculus: Stratonovich,
+    reach: Reach::Any,
+    orders: [1.0, 1.0],
+    evaluations: &[
+        at(Drift, 0.0, AT_Z),
+        at(Diffusion, 0.0, AT_Z),
+        at(Drift, 1.0, REFLECTED),
+        at(Diffusion, 1.0, REFLECTED),
+    ],
+    next: &[
+        Sum {
+            base: &[1.0, 0.0],
+            terms: &[f(0, 0.5), g(1, W, 0.5), f(2, 0.5), g(3, W, 0.5)],
+        },
+        REFLECTED,
+    ],
+});
+
+/// SRA1 for additive noise.  Itô and Stratonovich; strong order 1.5.
+///
+/// A. Rößler, "Runge–Kutta methods for the strong approximation of solutions of stochastic differential equations", SIAM J.
+/// Numer. Anal. 48 (2010), table 2.
+pub const SRA1: SdeMethod = SdeMethod(&Table {
+    name: "sra1",
+    calculus: Ito,
+    reach: Reach::Additive,
+    orders: [1.5, 1.5],
+    evaluations: &[
+        at(Drift, 0.0, y(&[])),
+        at(Diffusion, 1.0, y(&[])),
+        at(Diffusion, 0.0, y(&[])),
+        at(Drift, 0.75, y(&[f(0, 0.75), g(1, U, 1.5)])),
+    ],
+    next: &[y(&[
+        f(0, 1.0 / 3.0),
+        g(1, W, 1.0),
+        g(1, U, -1.0),
+        g(2, U, 1.0),
+        f(3, 2.0 / 3.0),
+    ])],
+});
+
+/// SRI2 for diagonal and scalar noise.  Itô; strong order 1.5.
+///
+/// A. Rößler, as [`SRA1`], table 1.
+pub const SRI2: SdeMethod = SdeMethod(&Table {
+    name: "sri2",
+    calculus: Ito,
+    reach: Reach::NoAreas,
+    orders: [1.5, 1.5],
+    evaluations: &[
+        START[0],
+        START[1],
+        at(Drift, 1.0, y(&[f(0, 1.0)])),
+        at(Diffusion, 0.25, y(&[f(0, 0.25), g(1, One, -0.5)])),
+        at(
+            Drift,
+            0.5,
+            y(&[f(0, 0.25), g(1, U, 1.0), f(2, 0.25), g(3, U, 0.5)]),
+        ),
+        at(Diffusion, 1.0, y(&[f(0, 1.0), g(1, One, 1.0)])),
+        at(
+            Diffusion,
+            0.25,
+            y(&[g(1, One, 2.0), g(3, One, -1.0), f(4, 0.25), g(5, One, 0.5)]),
+        ),
+    ],
+    next: &[y(&[
+        f(0, 1.0 / 6.0),
+        g(1, W, -1.0),
+        g(1, Ww, 1.0),
+        g(1, U, 2.0),
+        g(1, Www, -2.0),
+        f(2, 1.0 / 6.0),
+        g(3, W, 4.0 / 3.0),
+        g(3, Ww, -4.0 / 3.0),
+        g(3, U, -4.0 / 3.0),
+        g(3, Www, 5.0 / 3.0),
+        f(4, 2.0 / 3.0),
+        g(5, W, 2.0 / 3.0),
+        g(5, Ww, 1.0 / 3.0),
+        g(5, U, -2.0 / 3.0),
+        g(5, Www, -2.0 / 3.0),
+        g(6, Www, 1.0),
+    ])],
+});
+
+/// Every method.
+pub const ALL: [SdeMethod; 11] = [
+    EULER_MARUYAMA,
+    MILSTEIN_ITO,
+    MILSTEIN_STRATONOVICH,
+    MILSTEIN_FREE_ITO,
+    MILSTEIN_FREE_STRATONOVICH,
+    EULER_HEUN,
+    HEUN,
+    MIDPOINT,
+    REVERSIBLE_HEUN,
+    SRA1,
+    SRI2,
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// ⟨1, coefficients⟩ of a part on a functional.
+    fn total(table: &Table, sum: &Sum, part: Part, on: Functional) -> f64 {
+        let terms = sum.terms.iter();
+        let of = terms.filter(|t| t.on == on && table.evaluations[t.of].part == part);
+        of.map(|t| t.c).sum()
+    }
+
+    #[test]
+    fn every_method_is_consistent() {
+        for SdeMethod(table) in ALL {
+            let y = &table.next[0];
+            let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-14, "{}", table.name);
+            // With constant f and g, y grows by f h + g ΔW and nothing else.
+            close(total(table, y, Drift, One), 1.0);
+            close(total(table, y, Diffusion, W), 1.0);
+            for on in [One, Ww, U, Www] {
+                close(total(table, y, Diffusion, on), 0.0);
+            }
+            for evaluation in table.evaluations {
+                close(evaluation.at.base.iter().sum(), 1.0);
+                // f at t + c h is f at the drift's distance.
+                if evaluation.part == Drift {
+                    close(total(table, &evaluation.at, Drift, One), evaluation.c);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_read_earlier_evaluations_in_order_and_every_state() {
+        for SdeMethod(table) in ALL {
+            let ascending = |sum: &Sum, before: usize| {
+                let of = sum.terms.iter().map(|t| t.of);
+                of.clone().is_sorted() && of.clone().all(|of| of < before)
+            };
+            for (i, evaluation) in table.evaluations.iter().enumerate() {
+                assert!(ascending(&evaluation.at, i), "{}", table.name);
+                assert_eq!(evaluation.at.base.len(), table.next.len());
+            }
+            for sum in table.next {
+                assert!(ascending(sum, table.evaluations.len()), "{}", table.name);
+                assert_eq!(sum.base.len(), table.next.len());
+            }
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! What can be wrong with a stochastic differential equation and its solve.
+
+use candle_core::Shape;
+
+/// A stochastic differential equation that cannot be solved as asked for.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SdeDefect {
+    /// The method converges to the solution of the other calculus.
+    #[error("{method} converges to the {of} solution, and the equation is in the sense of {given}: take a method of that calculus, or convert the drift (Stratonovich = Itô − ½ g ∂g/∂y)")]
+    Calculus {
+        /// The method.
+        method: &'static str,
+        /// The calculus whose solution the method converges to.
+        of: &'static str,
+        /// The calculus of the equation.
+        given: &'static str,
+    },
+    /// General noise above strong order ½.
+    #[error("{method} on general noise: unless the noise is diagonal, scalar or additive, a strong order above ½ needs the Lévy areas ∫∫ dW_i dW_j of each step, which increments do not determine; take EULER_MARUYAMA, EULER_HEUN, HEUN, MIDPOINT or REVERSIBLE_HEUN")]
+    LevyAreas {
+        /// The method.
+        method: &'static str,
+    },
+    /// The method is for additive noise.
+    #[error("{method} is for additive noise only: its order rests on a diffusion that does not read the state; declare it by Sde::additive, or take SRI2")]
+    NeedsAdditive {
+        /// The method.
+        method: &'static str,
+    },
+    /// Noise that was declared additive is not.
+    #[error("the diffusion was declared additive, but its derivative with respect to the state is not zero at step {step}, t = {t:?}")]
+    NotAdditive {
+        /// Index of the step.
+        step: usize,
+        /// Time at its start.
+        t: f64,
+    },
+    /// A method with the derivative of the diffusion, of an equation that does not bring it.
+    #[error("{method} evaluates g ∂g/∂y, which the equation does not give: add it by Sde::milstein_term, or take the method without derivatives")]
+    NoMilsteinTerm {
+        /// The method.
+        method: &'static str,
+    },
+    /// The diffusion returned something that does not fit the state and the declared noise.
+    #[error("{noise} noise: the diffusion returned tensor {leaf} of shape {got:?}, expected {expected:?}")]
+    DiffusionShape {
+        /// The declared noise.
+        noise: &'static str,
+        /// Index of the tensor.
+        leaf: usize,
+        /// The shape that fits.
+        expected: Shape,
+        /// What was returned.
+        got: Shape,
+    },
+    /// The diffusion returned more tensors than the state has.
+    #[error("the diffusion returned {got} tensors, the state has {state}: one for each of the first ones, those that follow have no noise")]
+    DiffusionCount {
+        /// Tensors of the state.
+        state: usize,
+        /// Tensors of the diffusion.
+        got: usize,
+    },
+    /// A tensor of the state has no row.
+    #[error("state tensor {leaf} is a single number: the first dimension of every tensor is that of rows, whose noise is independent")]
+    NoRows {
+        /// Index of the tensor.
+        leaf: usize,
+    },
+    /// Tensors of the state have different numbers of rows.
+    #[error("state tensor {leaf} has {got} rows, the first has {expected}: the noise of a row is that of all its tensors")]
+    Rows {
+        /// Index of the tensor.
+        leaf: usize,
+        /// Rows of the first tensor.
+        expected: usize,
+        /// Its own rows.
+        got: usize,
+    },
+    /// Given increments do not fit the solve.
+    #[error("increments of shape {got:?} were given, the solve has {steps} steps of {rows} rows with {channels} channels of noise")]
+    Increments {
+        /// Steps of the solve.
+        steps: usize,
+        /// Rows of the state.
+        rows: usize,
+        /// Channels of noise of a row.
+        channels: usize,
+        /// Shape that was given.
+        got: Shape,
+    },
+    /// Increments without their integrals, for a method that needs them.
+    #[error("{method} needs the integrals U = ∫(W − W(t)) ds of the given increments: Increments::with_integrals")]
+    NoIntegrals {
+        /// The method.
+        method: &'static str,
+    },
+    /// Integrals of another shape than their increments, or coarsening by a number that does not divide the steps.
+    #[error("{what}: {got} where {expected} is needed")]
+    Mismatch {
+        /// What does not fit.
+        what: &'static str,
+        /// What would.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+    /// A tree with more levels than can be counted.
+    #[error("a Brownian tree of depth {depth}: 52 at most")]
+    Depth {
+        /// The depth.
+        depth: u32,
+    },
+    /// A step that a tree does not resolve.
+    #[error("the step of length {h:e} at t = {t:?} is shorter than the finest interval of the Brownian tree, {finest:e}: take a deeper tree")]
+    TreeTooCoarse {
+        /// Start of the step.
+        t: f64,
+        /// Its length.
+        h: f64,
+        /// The shortest interval of the tree.
+        finest: f64,
+    },
+    /// A solve backward in time.
+    #[error("times must increase: the noise of a step is independent of what was before it, not of what follows")]
+    BackwardTime,
+    /// Gradients with respect to time.
+    #[error("the times of a stochastic differential equation receive no gradients: a path of W is not differentiable; give them as numbers")]
+    TimeGradients,
+    /// Adaptive steps, or outputs inside steps.
+    #[error("{what}: a stochastic differential equation is solved with fixed steps, and its states are returned at their ends")]
+    Steps {
+        /// What was asked for.
+        what: &'static str,
+    },
+}

@@ -1,0 +1,245 @@
+//! Stochastic differential equations dY = f(t, Y) dt + g(t, Y) dW.
+//!
+//! An equation is made of two closures or fields, [`ito`]`(drift, diffusion)` or [`stratonovich`]`(drift, diffusion)`, and
+//! says which noise it has: diagonal (the default), [`Sde::scalar`], [`Sde::general`], each also [`Sde::additive`].
+//! [`sdeint`] solves it as part of candle's graph, [`solution`] with gradients on request, [`predict`] without;
+//! [`NeuralSde`] is a model built from a `VarBuilder`.  Increments come from [`Noise`].
+//!
+//! | method | solution | noise | strong order (general) | f, g in a step |
+//! |---|---|---|---|---|
+//! | [`EULER_MARUYAMA`] | Itô | any | ½, 1 for additive noise (½) | 1, 1 |
+//! | [`MILSTEIN_FREE_ITO`] | Itô | diagonal, scalar | 1 | 1, 2 |
+//! | [`MILSTEIN_FREE_STRATONOVICH`] | Stratonovich | diagonal, scalar | ½, 1 if g is linear or additive | 1, 2 |
+//! | [`MILSTEIN_ITO`], [`MILSTEIN_STRATONOVICH`] | Itô, Stratonovich | diagonal, scalar; with [`Sde::milstein_term`] | 1 | 1, 1 |
+//! | [`EULER_HEUN`] | Stratonovich | any | 1 (½) | 1, 2 |
+//! | [`HEUN`], [`MIDPOINT`] | Stratonovich | any | 1 (½) | 2, 2 |
+//! | [`REVERSIBLE_HEUN`] | Stratonovich | any | 1 (½) | 2, 2 |
+//! | [`SRA1`] | both | additive | 1.5 | 2, 2 |
+//! | [`SRI2`] | Itô | diagonal, scalar | 1.5 | 3, 4 |
+//!
+//! A method for the other solution, or for other noise, is an error ([`SdeDefect`](crate::error::SdeDefect)).
+//!
+//! **Gradients** are exact for the steps that were run, given the increments: of y0, of every variable that the equation
+//! reads, and of increments that candle tracks.  No noise is stored; the backward pass computes it again from the seed.
+//! All memory plans of [`Checkpoint`] hold.
+//!
+//! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, g∘ΔW, λ∘ΔW and every sum are in state
+//! precision.
+//!
+//! **Shapes.** The first dimension of every tensor of the state is that of rows, which have independent noise.  The
+//! diffusion returns a tensor for each of the first tensors of the state; those that it leaves out have no noise, which is
+//! how a running cost such as the KL divergence of a latent SDE is integrated beside the state.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor, Var};
+//! use candle_diffeq::sde::{ito, sdeint, Noise, SdeOptions, SRI2};
+//! use candle_diffeq::{Output, Steps, Time};
+//! // Geometric Brownian motion: E[Y(1)] = e^μ.
+//! let (mu, sigma) = (Var::new(0.5f32, &Device::Cpu)?, Var::new(0.2f32, &Device::Cpu)?);
+//! let (m, s) = (mu.as_tensor().clone(), sigma.as_tensor().clone());
+//! let gbm = ito(
+//!     move |_: &Time, y: &Tensor| y.broadcast_mul(&m),
+//!     move |_: &Time, y: &Tensor| y.broadcast_mul(&s),
+//! );
+//! let options = SdeOptions {
+//!     method: SRI2,
+//!     steps: Steps::PerInterval(50),
+//!     output: Output::Final,
+//!     ..Default::default()
+//! };
+//! let y0 = Tensor::ones((4000, 1), DType::F32, &Device::Cpu)?;
+//! let y = sdeint(gbm, &y0, &[0.0, 1.0], &Noise::seeded(7), &options)?;
+//! let mean = y.mean_all()?;
+//! let grads = mean.backward()?;
+//! assert!((mean.to_scalar::<f32>()? - 0.5f32.exp()).abs() < 0.03);
+//! assert!((grads.get(&mu).unwrap().to_scalar::<f32>()? - 0.5f32.exp()).abs() < 0.03);
+//! # Ok::<(), candle_diffeq::Error>(())
+//! ```
+
+mod equation;
+mod model;
+mod options;
+
+use std::any::TypeId;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::field::parts::Parts;
+use crate::field::{Field, SharedField, VectorField};
+use crate::node::{node, Source};
+use crate::odeint::{solved_in_graph, states, without_graph_by, InGraph};
+use crate::passes::run;
+use crate::problem::Problem;
+use crate::solution::Solution;
+use crate::state::{Packing, State};
+use crate::time::Times;
+
+pub use crate::driven::{
+    Calculus, NoiseType, SdeMethod, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT,
+    MILSTEIN_FREE_ITO, MILSTEIN_FREE_STRATONOVICH, MILSTEIN_ITO, MILSTEIN_STRATONOVICH,
+    REVERSIBLE_HEUN, SRA1, SRI2,
+};
+pub use crate::noise::{BrownianTree, Increments, Noise};
+pub use equation::{ito, stratonovich, Diffusion, OfField, Sde, Without};
+pub use model::NeuralSde;
+pub use options::SdeOptions;
+
+/// Solves dY = f dt + g dW from y0 and returns the states at `times`, differentiable with `loss.backward()`.
+///
+/// * `sde`: the equation, which owns what it reads.  Variables that its closures capture receive gradients.
+/// * `y0`: leaves of shapes `(rows, …)`.  It receives a gradient if candle tracks it.
+/// * `times`: t_0 < … < t_N, as numbers.
+/// * `noise`: where the increments come from; the same noise gives the same solution to the bit.
+///
+/// Returns leaves of shape `(times, …)`, `(…)` or `(steps + 1, …)` in state dtype, as [`odeint`](crate::odeint).
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_diffeq::sde::{sdeint, stratonovich, Increments, SdeOptions, HEUN};
+/// use candle_diffeq::{Steps, Time};
+/// // Increments of one's own, with a gradient: y' = y ∘ dW is exp(W) in the sense of Stratonovich.
+/// let w = Var::new(&[[[0.1f64]], [[-0.3]]], &Device::Cpu)?;           // (steps, rows, channels)
+/// let sde = stratonovich(|_: &Time, y: &Tensor| y.zeros_like(), |_: &Time, y: &Tensor| Ok(y.clone()));
+/// let options = SdeOptions { method: HEUN, steps: Steps::PerInterval(2), ..Default::default() };
+/// let y0 = Tensor::ones((1, 1), DType::F64, &Device::Cpu)?;
+/// let noise = Increments::new(w.as_tensor().clone()).into();
+/// let y = sdeint(sde, &y0, &[0.0, 1.0], &noise, &options)?.get(1)?.sum_all()?;
+/// let grad = y.backward()?.get(&w).unwrap().flatten_all()?.to_vec1::<f64>()?;
+/// assert!((y.to_scalar::<f64>()? - (-0.2f64).exp()).abs() < 0.01);
+/// assert!((grad[0] - (-0.2f64).exp()).abs() < 0.05);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Sde`](crate::Error::Sde) where equation, method, noise and state do not fit together, before any step; and
+/// those of [`odeint`](crate::odeint).
+pub fn sdeint<S, F, G, M, T>(
+    sde: Sde<F, G, M>,
+    y0: &S,
+    times: &T,
+    noise: &Noise,
+    options: &SdeOptions,
+) -> Result<S>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+    G: Diffusion<S> + Send + Sync + 'static,
+    M: VectorField<S> + Send + Sync + 'static,
+    T: Times + ?Sized,
+{
+    let drive = sde.drive(noise, options);
+    let increments = drive.masters(false);
+    let bind = |_| {
+        let field: SharedField = Arc::new(Parts::new(equation::shared::<S, F, G, M>(sde)));
+        Ok(field)
+    };
+    let start = (y0.leaves(), vec![], times.to_grid()?);
+    let solve = |problem: &Problem, field: &Field<'_>, y0: &Tensor, keep: &dyn Fn() -> bool| {
+        let problem = problem.clone().driven_by(drive)?;
+        run(&problem, field, y0, None, &|| {
+            keep() || !increments.is_empty()
+        })
+    };
+    let kind = TypeId::of::<(F, G, M)>();
+    let InGraph {
+        problem,
+        field,
+        theta,
+        forward,
+        joined,
+    } = solved_in_graph(start, &options.ode(), kind, bind, solve)?;
+    let theta = theta.with_increments(increments.clone());
+    node(problem, Source::Shared(field), theta, forward, &joined)
+}
+
+/// The same without candle's graph: the equation may be borrowed and need not cross threads, and gradients are asked for
+/// explicitly, those of given increments among [`Gradients::params`](crate::Gradients::params) under the tensors that were
+/// given.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::sde::{ito, solution, Noise, SdeOptions};
+/// use candle_diffeq::{Steps, Time};
+/// let sde = ito(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y * 0.1);
+/// let options = SdeOptions { steps: Steps::PerInterval(10), ..Default::default() };
+/// let y0 = Tensor::ones((3, 2), DType::F64, &Device::Cpu)?;
+/// let solved = solution(&sde, &y0, &[0.0, 1.0], &Noise::seeded(1), &options)?;
+/// // The equation is linear: y(1) is its derivative with respect to y0, times y0 = 1.
+/// let cotangent = Tensor::stack(&[y0.zeros_like()?, y0.ones_like()?], 0)?;
+/// let difference = (solved.vjp(&cotangent)?.y0 - solved.states().get(1)?)?.abs()?.max_all()?;
+/// assert!(difference.to_scalar::<f64>()? < 1e-14);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`sdeint`].
+pub fn solution<'f, S, F, G, M, T>(
+    sde: &'f Sde<F, G, M>,
+    y0: &S,
+    times: &T,
+    noise: &Noise,
+    options: &SdeOptions,
+) -> Result<Solution<'f, S>>
+where
+    S: State + 'f,
+    F: VectorField<S> + 'f,
+    G: Diffusion<S> + 'f,
+    M: VectorField<S> + 'f,
+    T: Times + ?Sized,
+{
+    let drive = sde.drive(noise, options);
+    let increments = drive.masters(true);
+    let bind = |_| -> Result<Box<Field<'f>>> {
+        Ok(Box::new(Parts::new(equation::borrowed::<S, F, G, M>(sde))))
+    };
+    let start = (y0.leaves(), vec![], times.to_grid()?);
+    let driven = |problem: Problem| problem.driven_by(drive);
+    without_graph_by(start, &options.ode(), bind, driven, increments)
+}
+
+/// The states at `times` without gradients: nothing is kept, so that memory does not grow with the steps.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::sde::{ito, predict, Noise, SdeOptions, SRA1};
+/// use candle_diffeq::{Output, Steps, Time};
+/// // Ornstein–Uhlenbeck: in the long run the variance is σ²/2θ = ½.
+/// let ou = ito(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y.ones_like()).additive();
+/// let options = SdeOptions {
+///     method: SRA1,
+///     steps: Steps::PerInterval(200),
+///     output: Output::Final,
+///     ..Default::default()
+/// };
+/// let y0 = Tensor::zeros((5000, 1), DType::F32, &Device::Cpu)?;
+/// let y = predict(&ou, &y0, &[0.0, 10.0], &Noise::seeded(3), &options)?;
+/// assert!((y.sqr()?.mean_all()?.to_scalar::<f32>()? - 0.5).abs() < 0.05);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`sdeint`].
+pub fn predict<S, F, G, M, T>(
+    sde: &Sde<F, G, M>,
+    y0: &S,
+    times: &T,
+    noise: &Noise,
+    options: &SdeOptions,
+) -> Result<S>
+where
+    S: State,
+    F: VectorField<S>,
+    G: Diffusion<S>,
+    M: VectorField<S>,
+    T: Times + ?Sized,
+{
+    let (y0, ode) = (y0.leaves(), options.ode());
+    let problem = Problem::new(&y0, times.to_grid()?, &ode)?.keeping_nothing();
+    let field = Parts::new(equation::borrowed::<S, F, G, M>(sde));
+    let problem = problem.meeting(&field.jumps(), &ode)?;
+    let problem = problem.driven_by(sde.drive(noise, options))?;
+    let y0 = Packing::join(&y0, problem.state())?;
+    states(&problem, run(&problem, &field, &y0, None, &|| false)?)
+}

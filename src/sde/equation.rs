@@ -1,0 +1,323 @@
+//! An equation: its parts, and what is said of them.
+
+use std::marker::PhantomData;
+use std::ops::Deref;
+
+use candle_core::Tensor;
+
+use super::SdeOptions;
+use crate::driven::{Calculus, Drive, Equation, NoiseType};
+use crate::field::{autograd, Cotangents, Leaves, Pullback, VectorField};
+use crate::noise::Noise;
+use crate::state::State;
+use crate::time::Time;
+
+/// A stochastic differential equation dY = f dt + g dW; see [`ito`] and [`stratonovich`].
+#[derive(Clone, Debug)]
+pub struct Sde<F, G, M = Without> {
+    drift: F,
+    diffusion: G,
+    milstein_term: M,
+    pub(super) equation: Equation,
+}
+
+/// An equation in the sense of Itô, with diagonal noise until another is declared.
+///
+/// * `drift`: f, a closure `|t: &Time, y: &S| …` or any [`VectorField`].
+/// * `diffusion`: g, a closure or any [`Diffusion`]; a [`VectorField`] by [`OfField`].
+///
+/// ```
+/// use candle_core::Tensor;
+/// use candle_diffeq::sde::ito;
+/// use candle_diffeq::Time;
+/// let gbm = ito(|_: &Time, y: &Tensor| y * 0.05, |_: &Time, y: &Tensor| y * 0.2);
+/// # let _ = gbm;
+/// ```
+pub fn ito<F, G>(drift: F, diffusion: G) -> Sde<F, G> {
+    Sde::new(drift, diffusion, Calculus::Ito)
+}
+
+/// The same in the sense of Stratonovich.
+pub fn stratonovich<F, G>(drift: F, diffusion: G) -> Sde<F, G> {
+    Sde::new(drift, diffusion, Calculus::Stratonovich)
+}
+
+impl<F, G> Sde<F, G> {
+    fn new(drift: F, diffusion: G, calculus: Calculus) -> Self {
+        Self {
+            drift,
+            diffusion,
+            milstein_term: Without,
+            equation: Equation {
+                calculus,
+                noise: NoiseType::Diagonal,
+                additive: false,
+                milstein_term: false,
+            },
+        }
+    }
+
+    /// With g ∂g/∂y (of scalar noise Σ_j ∂g_i/∂y_j g_j), of the state's shape: what
+    /// [`MILSTEIN_ITO`](super::MILSTEIN_ITO) and [`MILSTEIN_STRATONOVICH`](super::MILSTEIN_STRATONOVICH) evaluate beside
+    /// drift and diffusion.  Written as ordinary operations it is differentiated as they are.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_diffeq::sde::{ito, predict, Noise, SdeOptions, MILSTEIN_ITO};
+    /// use candle_diffeq::Time;
+    /// let gbm = ito(|_: &Time, y: &Tensor| y * 0.05, |_: &Time, y: &Tensor| y * 0.2)
+    ///     .milstein_term(|_: &Time, y: &Tensor| y * 0.04);
+    /// let options = SdeOptions { method: MILSTEIN_ITO, ..Default::default() };
+    /// let y0 = Tensor::ones((8, 1), DType::F32, &Device::Cpu)?;
+    /// let ys = predict(&gbm, &y0, &[0.0, 0.1], &Noise::seeded(1), &options)?;
+    /// assert_eq!(ys.dims(), [2, 8, 1]);
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    pub fn milstein_term<M>(self, term: M) -> Sde<F, G, M> {
+        Sde {
+            drift: self.drift,
+            diffusion: self.diffusion,
+            milstein_term: term,
+            equation: Equation {
+                milstein_term: true,
+                ..self.equation
+            },
+        }
+    }
+}
+
+impl<F, G, M> Sde<F, G, M> {
+    /// Scalar noise: one Brownian motion drives all components of a row, and g has the state's shape.
+    #[must_use]
+    pub fn scalar(self) -> Self {
+        self.with(NoiseType::Scalar)
+    }
+
+    /// General noise: a row is driven by this many Brownian motions, and g is of shape (…state, channels).
+    #[must_use]
+    pub fn general(self, channels: usize) -> Self {
+        self.with(NoiseType::General { channels })
+    }
+
+    /// Declares that g does not read the state; that it does is an error of the backward pass.  Both calculi then have
+    /// the same solution, and every method solves it.
+    #[must_use]
+    pub fn additive(mut self) -> Self {
+        self.equation.additive = true;
+        self
+    }
+
+    fn with(mut self, noise: NoiseType) -> Self {
+        self.equation.noise = noise;
+        self
+    }
+
+    pub(super) fn drive(&self, noise: &Noise, options: &SdeOptions) -> Drive {
+        Drive {
+            method: options.method,
+            equation: self.equation,
+            noise: noise.clone(),
+        }
+    }
+}
+
+/// The diffusion g(t, y) of an equation: a closure `|t: &Time, y: &S| …` that returns a tensor or several, for each of the
+/// first tensors of the state; those that it leaves out have no noise.
+pub trait Diffusion<S: State> {
+    /// g(t, y), its tensors.
+    ///
+    /// # Errors
+    /// Whatever the model's operations return.
+    fn tensors(&self, t: &Time, y: &S) -> candle_core::Result<Vec<Tensor>>;
+
+    /// The same with its pull-back, from tensors like g; by default candle's autograd over this one evaluation.
+    ///
+    /// # Errors
+    /// As [`tensors`](Self::tensors).
+    #[allow(clippy::type_complexity)]
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &S,
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        let leaves = OfDiffusion::<&Self, S>::new(self);
+        autograd::vjp(&leaves, t, &y.leaves())
+    }
+
+    /// As [`VectorField::parameters`].
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        None
+    }
+}
+
+impl<S, D, F> Diffusion<S> for F
+where
+    S: State,
+    D: State,
+    F: Fn(&Time, &S) -> candle_core::Result<D>,
+{
+    fn tensors(&self, t: &Time, y: &S) -> candle_core::Result<Vec<Tensor>> {
+        Ok(self(t, y)?.leaves())
+    }
+}
+
+/// A vector field as the diffusion of an equation, with its own pull-back: an [`nn::Mlp`](crate::nn::Mlp), for one.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::nn::{Activation, Mlp};
+/// use candle_diffeq::sde::{stratonovich, NeuralSde, Noise, OfField, SdeOptions, HEUN};
+/// let vars = candle_nn::VarMap::new();
+/// let sde = NeuralSde::new(&vars, "sde", DType::F32, &Device::Cpu, |vb| {
+///     let drift = Mlp::new(&[2, 16, 2], Activation::Tanh, vb.pp("f"))?;
+///     let diffusion = Mlp::new(&[2, 16, 2], Activation::Tanh, vb.pp("g"))?;
+///     Ok(stratonovich(drift, OfField(diffusion)))
+/// })?
+/// .options(SdeOptions { method: HEUN, ..Default::default() });
+/// let y0 = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
+/// let ys = sde.solve(&y0, &[0.0, 0.1], &Noise::seeded(1))?;
+/// assert_eq!(ys.dims(), [2, 4, 2]);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct OfField<F>(pub F);
+
+impl<S: State + 'static, F: VectorField<S>> Diffusion<S> for OfField<F> {
+    fn tensors(&self, t: &Time, y: &S) -> candle_core::Result<Vec<Tensor>> {
+        Ok(self.0.velocity(t, y)?.leaves())
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &S,
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        let (g, pull) = self.0.vjp(t, y)?;
+        let pull = move |v: &Vec<Tensor>| {
+            let Cotangents { y, t, params } = pull(&S::from_leaves(v.clone())?)?;
+            Ok(Cotangents {
+                y: y.leaves(),
+                t,
+                params,
+            })
+        };
+        Ok((g.leaves(), Box::new(pull)))
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        self.0.parameters()
+    }
+}
+
+/// The part that an equation does not have.
+#[derive(Clone, Copy, Debug)]
+pub struct Without;
+
+impl<S: State> VectorField<S> for Without {
+    fn velocity(&self, _: &Time, _: &S) -> candle_core::Result<S> {
+        candle_core::bail!("the equation has no such part")
+    }
+}
+
+/// A diffusion as a field over lists of tensors, whose values need not be like the state.
+struct OfDiffusion<P, S> {
+    diffusion: P,
+    state: PhantomData<fn() -> S>,
+}
+
+impl<P, S> OfDiffusion<P, S> {
+    fn new(diffusion: P) -> Self {
+        Self {
+            diffusion,
+            state: PhantomData,
+        }
+    }
+}
+
+impl<P, S> VectorField<Vec<Tensor>> for OfDiffusion<P, S>
+where
+    S: State,
+    P: Deref<Target: Diffusion<S>>,
+{
+    fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
+        self.diffusion.tensors(t, &S::from_leaves(y.clone())?)
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &Vec<Tensor>,
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        self.diffusion.vjp(t, &S::from_leaves(y.clone())?)
+    }
+
+    fn returns_velocity(&self) -> bool {
+        false
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        self.diffusion.parameters()
+    }
+}
+
+/// A part that may cross threads, and one that need not.
+pub(super) type SharedPart = Box<dyn VectorField<Vec<Tensor>> + Send + Sync>;
+pub(super) type OwnedPart<'f> = Box<dyn VectorField<Vec<Tensor>> + 'f>;
+
+/// The parts of an equation, in the order of [`Part`](crate::driven::Part).
+pub(super) fn shared<S, F, G, M>(sde: Sde<F, G, M>) -> Vec<SharedPart>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+    G: Diffusion<S> + Send + Sync + 'static,
+    M: VectorField<S> + Send + Sync + 'static,
+{
+    let mut parts: Vec<SharedPart> = vec![
+        Box::new(Leaves::<Box<F>, S>::new(Box::new(sde.drift))),
+        Box::new(OfDiffusion::<Box<G>, S>::new(Box::new(sde.diffusion))),
+    ];
+    if sde.equation.milstein_term {
+        parts.push(Box::new(Leaves::<Box<M>, S>::new(Box::new(
+            sde.milstein_term,
+        ))));
+    }
+    parts
+}
+
+/// The same of an equation that stays where it is.
+pub(super) fn owned<S, F, G, M>(sde: Sde<F, G, M>) -> Vec<OwnedPart<'static>>
+where
+    S: State + 'static,
+    F: VectorField<S> + 'static,
+    G: Diffusion<S> + 'static,
+    M: VectorField<S> + 'static,
+{
+    let mut parts: Vec<OwnedPart<'static>> = vec![
+        Box::new(Leaves::<Box<F>, S>::new(Box::new(sde.drift))),
+        Box::new(OfDiffusion::<Box<G>, S>::new(Box::new(sde.diffusion))),
+    ];
+    if sde.equation.milstein_term {
+        parts.push(Box::new(Leaves::<Box<M>, S>::new(Box::new(
+            sde.milstein_term,
+        ))));
+    }
+    parts
+}
+
+/// The same of a borrowed one.
+pub(super) fn borrowed<'f, S, F, G, M>(sde: &'f Sde<F, G, M>) -> Vec<OwnedPart<'f>>
+where
+    S: State + 'f,
+    F: VectorField<S> + 'f,
+    G: Diffusion<S> + 'f,
+    M: VectorField<S> + 'f,
+{
+    let mut parts: Vec<OwnedPart<'f>> = vec![
+        Box::new(Leaves::<&'f F, S>::new(&sde.drift)),
+        Box::new(OfDiffusion::<&'f G, S>::new(&sde.diffusion)),
+    ];
+    if sde.equation.milstein_term {
+        parts.push(Box::new(Leaves::<&'f M, S>::new(&sde.milstein_term)));
+    }
+    parts
+}

@@ -1,0 +1,84 @@
+//! Options of a solve of a stochastic differential equation.
+
+use crate::driven::{SdeMethod, EULER_MARUYAMA};
+use crate::field::check::FieldCheck;
+use crate::precision::Precision;
+use crate::problem::OdeOptions;
+use crate::scaler::{OnOverflow, Scaling};
+use crate::schedule::{Output, Steps};
+use crate::stats::Recorder;
+use crate::trajectory::Checkpoint;
+
+/// Options of a solve: the method for an SDE, and what [`OdeOptions`] has that applies to its steps.
+///
+/// ```
+/// use candle_diffeq::sde::{SdeOptions, HEUN};
+/// use candle_diffeq::{Checkpoint, Precision, Steps};
+/// let options = SdeOptions {
+///     method: HEUN,
+///     precision: Some(Precision::bf16()),
+///     steps: Steps::Size(0.01),
+///     checkpoint: Checkpoint::Every(100),
+///     ..Default::default()
+/// };
+/// # let _ = options;
+/// ```
+#[derive(Clone, Debug)]
+pub struct SdeOptions {
+    /// The method.  Default [`EULER_MARUYAMA`].
+    pub method: SdeMethod,
+    /// As [`OdeOptions::precision`].
+    pub precision: Option<Precision>,
+    /// As [`OdeOptions::leaf_precision`].
+    pub leaf_precision: Vec<Precision>,
+    /// How intervals between times are cut into steps, which are fixed.  Default: one step each.
+    pub steps: Steps,
+    /// Which states are returned.  Default: all.
+    pub output: Output,
+    /// What is kept for the backward pass; noise never is.  Default: every state.
+    pub checkpoint: Checkpoint,
+    /// As [`OdeOptions::scaling`].
+    pub scaling: Scaling,
+    /// As [`OdeOptions::on_overflow`].
+    pub on_overflow: OnOverflow,
+    /// As [`OdeOptions::check`], of drift and diffusion together.
+    pub check: FieldCheck,
+    /// Where statistics go.  An evaluation is one of the drift or of the diffusion.  Default: nowhere.
+    pub recorder: Option<Recorder>,
+}
+
+impl Default for SdeOptions {
+    fn default() -> Self {
+        let ode = OdeOptions::default();
+        Self {
+            method: EULER_MARUYAMA,
+            precision: ode.precision,
+            leaf_precision: ode.leaf_precision,
+            steps: ode.steps,
+            output: ode.output,
+            checkpoint: ode.checkpoint,
+            scaling: ode.scaling,
+            on_overflow: ode.on_overflow,
+            check: ode.check,
+            recorder: ode.recorder,
+        }
+    }
+}
+
+impl SdeOptions {
+    /// The same for the parts of the crate that know ordinary equations; the method is not among them.
+    pub(super) fn ode(&self) -> OdeOptions {
+        OdeOptions {
+            precision: self.precision,
+            leaf_precision: self.leaf_precision.clone(),
+            steps: self.steps.clone(),
+            output: self.output,
+            checkpoint: self.checkpoint,
+            scaling: self.scaling,
+            on_overflow: self.on_overflow,
+            check: self.check,
+            recorder: self.recorder.clone(),
+            ..Default::default()
+        }
+    }
+}

@@ -1,0 +1,628 @@
+//! Stochastic differential equations: the schemes of `tests/data/sde` on given increments, orders of convergence, gradients,
+//! memory plans, precision, and what is refused.
+//!
+//! `cargo test --release --test sde`, a minute.
+
+mod common;
+#[path = "../examples/conformance/equations.rs"]
+mod equations;
+#[allow(dead_code)]
+#[path = "../examples/conformance/oracle.rs"]
+mod oracle;
+#[allow(dead_code)]
+#[path = "../examples/conformance/outcome.rs"]
+mod outcome;
+#[allow(dead_code)]
+#[path = "../examples/conformance/sde.rs"]
+mod sde;
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_diffeq::error::SdeDefect;
+use candle_diffeq::sde::{
+    ito, predict, sdeint, solution, stratonovich, BrownianTree, Calculus, Increments, NeuralSde,
+    Noise, NoiseType, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN,
+    MILSTEIN_FREE_ITO, MILSTEIN_ITO, REVERSIBLE_HEUN, SRA1, SRI2,
+};
+use candle_diffeq::{
+    odeint, Checkpoint, Error, OdeOptions, Output, Precision, Recorder, Steps, Time,
+};
+use common::{bits, relative, values, U_BF16, U_F16};
+use oracle::Oracle;
+use sde::{as_weights, grid, of_file, schemes, weights};
+
+fn files() -> Vec<Oracle> {
+    let root = std::env::var_os("CARGO_MANIFEST_DIR");
+    let root = root.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    Oracle::read_all(&root.join("tests/data/sde")).unwrap()
+}
+
+#[test]
+fn states_and_gradients_of_every_scheme_are_those_of_the_oracles() {
+    let mut runs = 0;
+    for file in &files() {
+        for scheme in schemes(file) {
+            let run = sde::run(file, scheme, Checkpoint::All, Precision::f64()).unwrap();
+            let name = scheme.1.name();
+            assert!(
+                run.states <= 1e-12,
+                "{} {name}: {:e}",
+                file.file,
+                run.states
+            );
+            assert!(
+                run.gradients <= 1e-11,
+                "{} {name}: {:e}",
+                file.file,
+                run.gradients
+            );
+            runs += 1;
+        }
+    }
+    assert_eq!(runs, 46);
+}
+
+/// Gradients of y0, of all weights and of the increments, of one solve by a method.
+fn gradients(file: &Oracle, method: SdeMethod, checkpoint: Checkpoint) -> Vec<u64> {
+    let vars = weights(file).unwrap();
+    let equation = of_file(file, method, &as_weights(&vars)).unwrap();
+    let noise = sde::increments(file, 16).unwrap();
+    let options = SdeOptions {
+        method,
+        checkpoint,
+        ..Default::default()
+    };
+    let y0 = file.tensor("y0").unwrap();
+    let solved = solution(&equation, y0, &grid(16), &noise.clone().into(), &options).unwrap();
+    let grads = solved.vjp(file.tensor("loss.v").unwrap()).unwrap();
+    let mut all = bits(&grads.y0);
+    for (_, var) in &vars {
+        all.extend(bits(grads.params.get(var.as_tensor()).unwrap()));
+    }
+    all.extend(bits(grads.params.get(noise.w()).unwrap()));
+    all
+}
+
+#[test]
+fn every_memory_plan_gives_the_same_bits() {
+    let file = &files()[4];
+    for method in [EULER_MARUYAMA, MILSTEIN_FREE_ITO, REVERSIBLE_HEUN, SRI2] {
+        let all = gradients(file, method, Checkpoint::All);
+        for plan in [
+            Checkpoint::Every(5),
+            Checkpoint::States(3),
+            Checkpoint::Every(1),
+        ] {
+            assert!(gradients(file, method, plan) == all, "{plan:?}");
+        }
+    }
+}
+
+/// Root mean square of the distance between the rows of two states.
+fn rms(a: &Tensor, b: &Tensor) -> f64 {
+    let d = values(&(a - b).unwrap());
+    (d.iter().map(|d| d * d).sum::<f64>() / d.len() as f64).sqrt()
+}
+
+/// The slope of ln(error) over ln(h), of all halvings.
+fn slope(errors: &[f64]) -> f64 {
+    let n = errors.len() as f64;
+    let x = |i: usize| -(i as f64) * 2f64.ln();
+    let (mx, my) = (
+        (0..errors.len()).map(x).sum::<f64>() / n,
+        errors.iter().map(|e| e.ln()).sum::<f64>() / n,
+    );
+    let of = |f: &dyn Fn(usize) -> f64| (0..errors.len()).map(f).sum::<f64>();
+    of(&|i| (x(i) - mx) * (errors[i].ln() - my)) / of(&|i| (x(i) - mx).powi(2))
+}
+
+/// Observed strong orders of every method that solves the problem of a file, on many paths: against the same path by the
+/// best method with many steps.
+fn strong_orders(file: &Oracle) -> Vec<(SdeMethod, f64, f64)> {
+    const PATHS: usize = 256;
+    const FINEST: usize = 4096;
+    let start = file.tensor("y0").unwrap();
+    let d = start.dim(1).unwrap();
+    let copies = PATHS.div_ceil(start.dim(0).unwrap());
+    let y0 = start
+        .repeat((copies, 1))
+        .unwrap()
+        .narrow(0, 0, PATHS)
+        .unwrap();
+    let vars = weights(file).unwrap();
+    let problem = file.problem().unwrap();
+    let channels = file.tensor("dW").unwrap().dim(2).unwrap();
+    let (noise, additive, general) = match problem {
+        "ou_additive" => (NoiseType::General { channels }, true, false),
+        "linear_noncommutative" | "neural_general" => {
+            (NoiseType::General { channels }, false, true)
+        }
+        "scalar_noise" => (NoiseType::Scalar, false, false),
+        _ => (NoiseType::Diagonal, false, false),
+    };
+    assert!(noise != NoiseType::Diagonal || channels == d);
+    let path = Noise::seeded(41)
+        .increments(&grid(FINEST), (PATHS, channels), DType::F64, &Device::Cpu)
+        .unwrap();
+    let run = |method: SdeMethod, n: usize| {
+        let equation = of_file(file, method, &as_weights(&vars)).unwrap();
+        let increments = path.coarsened(FINEST / n, 1.0 / FINEST as f64).unwrap();
+        let options = SdeOptions {
+            method,
+            output: Output::Final,
+            ..Default::default()
+        };
+        predict(&equation, &y0, &grid(n), &increments.into(), &options).unwrap()
+    };
+    let best = |calculus: Calculus| match (additive, general, calculus) {
+        (true, ..) => SRA1,
+        (_, true, Calculus::Ito) => EULER_MARUYAMA,
+        (_, true, _) => HEUN,
+        (_, _, Calculus::Ito) => SRI2,
+        _ => HEUN,
+    };
+    let references = [Calculus::Ito, Calculus::Stratonovich].map(|c| run(best(c), FINEST));
+    let orders = ALL.iter().filter_map(|method| {
+        let expected = method.strong_order(noise, additive)?;
+        let needs_term = method.name().starts_with("milstein_") && !method.name().contains("free");
+        if needs_term && (additive || general) {
+            return None;
+        }
+        let reference = &references[usize::from(method.calculus() == Calculus::Stratonovich)];
+        let errors: Vec<_> = [16, 32, 64, 128, 256]
+            .iter()
+            .map(|&n| rms(&run(*method, n), reference))
+            .collect();
+        Some((*method, slope(&errors), expected))
+    });
+    orders.collect()
+}
+
+#[test]
+fn every_method_has_its_strong_order_on_every_problem() {
+    for file in &files() {
+        let orders = strong_orders(file);
+        assert!(orders.len() >= 5);
+        for (method, observed, expected) in orders {
+            println!(
+                "{:<40}{:<28}{observed:.2} ({expected})",
+                file.file,
+                method.name()
+            );
+            // Small noise, linear drifts and noise that nearly commutes converge faster than the theory guarantees.
+            assert!(
+                observed >= expected - 0.1,
+                "{} {}: {observed} for {expected}",
+                file.file,
+                method.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn euler_maruyama_has_weak_order_one() {
+    // E[Y²] of geometric Brownian motion is e^{(2a + b²)}; Euler–Maruyama has ((1 + ah)² + b²h)^N, which the mean over
+    // paths approaches.  The path's own exact solution as control variate leaves little of the sampling error.
+    let (a, b, rows) = (0.6, 0.4, 200_000);
+    let gbm = ito(
+        move |_: &Time, y: &Tensor| y * a,
+        move |_: &Time, y: &Tensor| y * b,
+    );
+    let y0 = Tensor::ones((rows, 1), DType::F64, &Device::Cpu).unwrap();
+    let mut errors = vec![];
+    for n in [4, 8, 16, 32] {
+        let path = Noise::seeded(n as u64)
+            .increments(&grid(n), (rows, 1), DType::F64, &Device::Cpu)
+            .unwrap();
+        let options = SdeOptions {
+            output: Output::Final,
+            ..Default::default()
+        };
+        let y = predict(&gbm, &y0, &grid(n), &path.clone().into(), &options).unwrap();
+        let w = path.w().sum(0).unwrap();
+        let exact = ((w * b).unwrap() + (a - 0.5 * b * b))
+            .unwrap()
+            .exp()
+            .unwrap();
+        let difference = (y.sqr().unwrap() - exact.sqr().unwrap()).unwrap();
+        let mean = difference.mean_all().unwrap().to_scalar::<f64>().unwrap();
+        let h = 1.0 / n as f64;
+        let theory = ((1.0 + a * h).powi(2) + b * b * h).powi(n as i32) - (2.0 * a + b * b).exp();
+        let spread = values(&difference).iter().map(|d| d * d).sum::<f64>() / rows as f64;
+        let bound = 5.0 * (spread / rows as f64).sqrt();
+        assert!(
+            (mean - theory).abs() <= bound,
+            "{n}: {mean} for {theory} ± {bound}"
+        );
+        errors.push(mean.abs());
+    }
+    let order = slope(&errors);
+    assert!((order - 1.0).abs() <= 0.1, "{order}");
+}
+
+/// y' = f dt + g dW by two small networks in a precision; the loss, and the gradients of y0 and of all parameters.
+fn low(precision: Precision, steps: usize, method: SdeMethod) -> (Tensor, Tensor) {
+    let (vars, device) = (candle_nn::VarMap::new(), Device::Cpu);
+    let sde = NeuralSde::new(&vars, "sde", DType::F32, &device, |vb| {
+        let f1 = candle_nn::linear(3, 16, vb.pp("f1"))?;
+        let f2 = candle_nn::linear(16, 3, vb.pp("f2"))?;
+        let g = candle_nn::linear(3, 3, vb.pp("g"))?;
+        Ok(stratonovich(
+            move |_: &Time, y: &Tensor| f2.forward(&f1.forward(y)?.tanh()?),
+            move |_: &Time, y: &Tensor| g.forward(y)?.tanh()? * 0.5,
+        )
+        .scalar())
+    })
+    .unwrap()
+    .options(SdeOptions {
+        method,
+        precision: Some(precision),
+        steps: Steps::PerInterval(steps),
+        output: Output::Final,
+        ..Default::default()
+    });
+    let named = vars.data().lock().unwrap();
+    let mut names: Vec<_> = named.keys().cloned().collect();
+    names.sort();
+    for (i, name) in names.iter().enumerate() {
+        let var = &named[name];
+        let numbers = common::scattered(var.dims(), 0.6, i).to_dtype(DType::F32);
+        var.set(&numbers.unwrap()).unwrap();
+    }
+    let all: Vec<_> = names.iter().map(|name| named[name].clone()).collect();
+    drop(named);
+    let y0 = Var::from_tensor(
+        &common::scattered(&[24, 3], 1.0, 9)
+            .to_dtype(DType::F32)
+            .unwrap(),
+    );
+    let y0 = y0.unwrap();
+    let noise = BrownianTree::new(5, 16).unwrap().into();
+    let y = sde.solve(y0.as_tensor(), &[0.0, 1.0], &noise).unwrap();
+    let grads = y.sqr().unwrap().mean_all().unwrap().backward().unwrap();
+    let of = |var: &Var| grads.get(var).unwrap().flatten_all().unwrap();
+    let theta: Vec<_> = all.iter().map(of).collect();
+    (of(&y0), Tensor::cat(&theta, 0).unwrap())
+}
+
+#[test]
+fn errors_of_gradients_in_low_precision_do_not_grow_with_the_steps() {
+    for (precision, u) in [(Precision::bf16(), U_BF16), (Precision::f16(), U_F16)] {
+        for method in [HEUN, EULER_HEUN] {
+            for steps in [16, 128, 1024] {
+                let exact = low(Precision::new(DType::F32, DType::F32), steps, method);
+                let got = low(precision, steps, method);
+                for (got, exact) in [(&got.0, &exact.0), (&got.1, &exact.1)] {
+                    let error = relative(got, exact);
+                    println!("{} {steps} steps: {:.2} u", method.name(), error / u);
+                    // A few units of roundoff, whatever the number of steps.
+                    assert!(error <= 4.0 * u, "{error:e} at {steps} steps");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_solve_keeps_what_an_ordinary_one_does_and_no_noise() {
+    const STEPS: usize = 100_000;
+    let plan = Checkpoint::Every(316);
+    let y0 = Var::ones((64, 4), DType::F64, &Device::Cpu).unwrap();
+    let (of_sde, of_ode) = (Recorder::default(), Recorder::default());
+    let resident = || {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let line = status
+            .lines()
+            .find_map(|l| l.strip_prefix("VmRSS:").map(str::to_owned))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    let before = resident();
+    let ys = sdeint(
+        ito(
+            |_: &Time, y: &Tensor| y * -0.5,
+            |_: &Time, y: &Tensor| y * 0.1,
+        ),
+        y0.as_tensor(),
+        &[0.0, 1.0],
+        &Noise::seeded(2),
+        &SdeOptions {
+            steps: Steps::PerInterval(STEPS),
+            checkpoint: plan,
+            output: Output::Final,
+            recorder: Some(of_sde.clone()),
+            ..Default::default()
+        },
+    )
+    .unwrap();
+    let grads = ys.sum_all().unwrap().backward().unwrap();
+    let after = resident();
+    // The equation is linear: y(1) is y0 times its derivative.
+    let error = relative(&ys, grads.get(&y0).unwrap());
+    assert!(error <= STEPS as f64 * common::U_F64, "{error:e}");
+    let y = odeint(
+        |_: &Time, y: &Tensor| y * -0.5,
+        y0.as_tensor(),
+        &[0.0, 1.0],
+        &OdeOptions {
+            method: candle_diffeq::tableau::EULER,
+            steps: Steps::PerInterval(STEPS),
+            checkpoint: plan,
+            output: Output::Final,
+            recorder: Some(of_ode.clone()),
+            ..Default::default()
+        },
+    )
+    .unwrap();
+    y.sum_all().unwrap().backward().unwrap();
+    let (sde, ode) = (of_sde.stats(), of_ode.stats());
+    assert_eq!(
+        (sde.states_kept, sde.bytes_kept),
+        (ode.states_kept, ode.bytes_kept)
+    );
+    // All of the noise would be 205 MB.
+    if let (Some(before), Some(after)) = (before, after) {
+        assert!(
+            after.saturating_sub(before) < 100_000,
+            "{before} kB, {after} kB"
+        );
+    }
+}
+
+#[test]
+fn roundings_of_small_steps_do_not_add_up_in_one_direction() {
+    // 2·10⁴ steps in f32, each of which changes y by some hundred units of roundoff.
+    let y0 = Tensor::ones((32, 2), DType::F64, &Device::Cpu).unwrap();
+    let run = |dtype| {
+        let sde = ito(
+            |_: &Time, y: &Tensor| y * -0.5,
+            |_: &Time, y: &Tensor| y * 0.1,
+        );
+        let options = SdeOptions {
+            steps: Steps::PerInterval(20_000),
+            output: Output::Final,
+            ..Default::default()
+        };
+        let y0 = y0.to_dtype(dtype).unwrap();
+        predict(&sde, &y0, &[0.0, 1.0], &Noise::seeded(2), &options).unwrap()
+    };
+    let error = relative(&run(DType::F32), &run(DType::F64));
+    // A random walk of roundings of half a unit: √20000 of them are 71 units, and the largest of 64 rows is some more.
+    assert!(
+        error <= 250.0 * common::U_F32,
+        "{:.0} u",
+        error / common::U_F32
+    );
+}
+
+#[test]
+fn bits_do_not_depend_on_threads_and_a_row_not_on_the_batch() {
+    let run = |rows: usize, threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let y0 = common::scattered(&[700, 3], 1.0, 3)
+                .narrow(0, 0, rows)
+                .unwrap();
+            let sde = ito(
+                |_: &Time, y: &Tensor| y.sin(),
+                |_: &Time, y: &Tensor| y.cos(),
+            );
+            let options = SdeOptions {
+                method: SRI2,
+                steps: Steps::PerInterval(20),
+                output: Output::Final,
+                ..Default::default()
+            };
+            bits(&predict(&sde, &y0, &[0.0, 1.0], &Noise::seeded(6), &options).unwrap())
+        })
+    };
+    let whole = run(700, 1);
+    assert_eq!(whole, run(700, 7));
+    assert_eq!(whole[..30], run(10, 2));
+}
+
+#[test]
+fn a_tensor_without_noise_is_integrated_beside_the_state() {
+    // The second tensor is ∫ y² dt, by Euler's method.
+    let sde = ito(
+        |_: &Time, (y, _): &(Tensor, Tensor)| Ok((y.neg()?, y.sqr()?.sum_keepdim(1)?)),
+        |_: &Time, (y, _): &(Tensor, Tensor)| y.ones_like(),
+    )
+    .additive();
+    let y0 = (
+        common::scattered(&[5, 2], 1.0, 1),
+        Tensor::zeros((5, 1), DType::F64, &Device::Cpu).unwrap(),
+    );
+    let options = SdeOptions::default();
+    let (ys, costs) = predict(&sde, &y0, &grid(8), &Noise::seeded(4), &options).unwrap();
+    let sum = ys.narrow(0, 0, 8).unwrap().sqr().unwrap().sum(0).unwrap();
+    let sum = (sum.sum_keepdim(1).unwrap() / 8.0).unwrap();
+    assert!(relative(&costs.get(8).unwrap(), &sum) < 1e-14);
+}
+
+#[test]
+fn steps_on_a_tree_see_one_path() {
+    let sde = stratonovich(
+        |_: &Time, y: &Tensor| y.neg(),
+        |_: &Time, y: &Tensor| y.sin(),
+    );
+    let y0 = common::scattered(&[50, 2], 1.0, 1);
+    let noise = BrownianTree::new(8, 20).unwrap().into();
+    let run = |n: usize| {
+        let options = SdeOptions {
+            method: HEUN,
+            steps: Steps::PerInterval(n),
+            output: Output::Final,
+            ..Default::default()
+        };
+        predict(&sde, &y0, &[0.0, 1.0], &noise, &options).unwrap()
+    };
+    let fine = run(1000);
+    let errors = [10, 40].map(|n| rms(&run(n), &fine));
+    assert!(
+        errors[1] < 0.4 * errors[0] && errors[1] < 0.02,
+        "{errors:?}"
+    );
+}
+
+/// The defect of a solve that must be refused.
+fn refused<S: std::fmt::Debug>(result: candle_diffeq::Result<S>) -> SdeDefect {
+    match result {
+        Err(Error::Sde(defect)) => defect,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_does_not_fit_together_is_refused_before_the_first_step() {
+    let y0 = Tensor::ones((4, 2), DType::F64, &Device::Cpu).unwrap();
+    let f = |_: &Time, y: &Tensor| y.neg();
+    let g = |_: &Time, y: &Tensor| y * 0.5;
+    let general = |_: &Time, y: &Tensor| Tensor::stack(&[y, y, y], 2);
+    let noise = Noise::seeded(1);
+    let with = |method| SdeOptions {
+        method,
+        ..Default::default()
+    };
+    let times = [0.0, 1.0];
+    let found = refused(predict(&ito(f, g), &y0, &times, &noise, &with(HEUN)));
+    assert!(matches!(
+        found,
+        SdeDefect::Calculus {
+            of: "Stratonovich",
+            given: "Itô",
+            ..
+        }
+    ));
+    let found = refused(predict(
+        &stratonovich(f, g),
+        &y0,
+        &times,
+        &noise,
+        &with(SRI2),
+    ));
+    assert!(matches!(found, SdeDefect::Calculus { .. }));
+    for method in [SRI2, MILSTEIN_FREE_ITO] {
+        let sde = ito(f, general).general(3);
+        let found = refused(predict(&sde, &y0, &times, &noise, &with(method)));
+        assert!(matches!(found, SdeDefect::LevyAreas { .. }));
+        assert!(found.to_string().contains("Lévy areas"));
+    }
+    let found = refused(predict(&ito(f, g), &y0, &times, &noise, &with(SRA1)));
+    assert!(matches!(found, SdeDefect::NeedsAdditive { .. }));
+    let found = refused(predict(
+        &ito(f, g),
+        &y0,
+        &times,
+        &noise,
+        &with(MILSTEIN_ITO),
+    ));
+    assert!(matches!(found, SdeDefect::NoMilsteinTerm { .. }));
+    let found = refused(predict(
+        &ito(f, general),
+        &y0,
+        &times,
+        &noise,
+        &with(EULER_MARUYAMA),
+    ));
+    assert!(matches!(found, SdeDefect::DiffusionShape { leaf: 0, .. }));
+    let found = refused(predict(
+        &ito(f, g),
+        &y0,
+        &[1.0, 0.0],
+        &noise,
+        &with(EULER_MARUYAMA),
+    ));
+    assert_eq!(found, SdeDefect::BackwardTime);
+    let few = Increments::new(Tensor::zeros((1, 3, 2), DType::F64, &Device::Cpu).unwrap()).into();
+    let found = refused(predict(
+        &ito(f, g),
+        &y0,
+        &times,
+        &few,
+        &with(EULER_MARUYAMA),
+    ));
+    assert!(matches!(
+        found,
+        SdeDefect::Increments {
+            steps: 1,
+            rows: 4,
+            channels: 2,
+            ..
+        }
+    ));
+    let plain = Increments::new(Tensor::zeros((1, 4, 2), DType::F64, &Device::Cpu).unwrap()).into();
+    let found = refused(predict(&ito(f, g), &y0, &times, &plain, &with(SRI2)));
+    assert!(matches!(found, SdeDefect::NoIntegrals { .. }));
+    let tracked = Var::new(&[0f64, 1.0], &Device::Cpu).unwrap();
+    let found = refused(predict(
+        &ito(f, g),
+        &y0,
+        &tracked,
+        &noise,
+        &with(EULER_MARUYAMA),
+    ));
+    assert_eq!(found, SdeDefect::TimeGradients);
+    let at = SdeOptions {
+        steps: Steps::At(vec![0.5]),
+        ..Default::default()
+    };
+    let found = refused(predict(&ito(f, g), &y0, &[0.0, 0.3, 1.0], &noise, &at));
+    assert!(matches!(found, SdeDefect::Steps { .. }));
+    let scalar = Tensor::new(1f64, &Device::Cpu).unwrap();
+    let found = refused(predict(
+        &ito(f, g),
+        &scalar,
+        &times,
+        &noise,
+        &with(EULER_MARUYAMA),
+    ));
+    assert!(matches!(found, SdeDefect::NoRows { leaf: 0 }));
+}
+
+#[test]
+fn noise_that_is_not_additive_as_declared_is_an_error_of_the_backward_pass() {
+    let y0 = Tensor::ones((4, 2), DType::F64, &Device::Cpu).unwrap();
+    let sde = ito(
+        |_: &Time, y: &Tensor| y.neg(),
+        |_: &Time, y: &Tensor| y * 0.5,
+    )
+    .additive();
+    let options = SdeOptions {
+        method: SRA1,
+        ..Default::default()
+    };
+    let solved = solution(&sde, &y0, &[0.0, 1.0], &Noise::seeded(1), &options).unwrap();
+    let cotangent = solved.states().ones_like().unwrap();
+    let found = refused(solved.vjp(&cotangent).map(|_| ()));
+    assert_eq!(found, SdeDefect::NotAdditive { step: 0, t: 0.0 });
+}
+
+#[test]
+fn a_wrong_pull_back_of_the_diffusion_is_found() {
+    let vars = candle_nn::VarMap::new();
+    let sde = NeuralSde::new(&vars, "sde", DType::F32, &Device::Cpu, |vb| {
+        let f = candle_nn::linear(3, 3, vb.pp("f"))?;
+        let g = candle_nn::linear(3, 3, vb.pp("g"))?;
+        Ok(ito(
+            move |_: &Time, y: &Tensor| f.forward(y),
+            move |_: &Time, y: &Tensor| candle_nn::ops::softmax_last_dim(&g.forward(y)?),
+        ))
+    })
+    .unwrap();
+    let y0 = common::scattered(&[4, 3], 1.0, 1)
+        .to_dtype(DType::F32)
+        .unwrap();
+    let found = sde.solve(&y0, &[0.0, 0.1], &Noise::seeded(1));
+    assert!(
+        matches!(
+            found,
+            Err(Error::WrongPullback { .. } | Error::UntrackedVelocity { .. })
+        ),
+        "{found:?}"
+    );
+}
