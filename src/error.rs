@@ -6,6 +6,7 @@ mod defects;
 mod event;
 mod group;
 mod need;
+mod path;
 
 use candle_core::{DType, DeviceLocation, Shape};
 
@@ -15,6 +16,7 @@ pub use event::EventDefect;
 pub use group::GroupDefect;
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
+pub use path::PathDefect;
 
 pub use crate::stats::{NotReplayed, StopReason};
 
@@ -487,6 +489,9 @@ pub enum Error {
         /// What was given.
         bandwidth: f64,
     },
+    /// A control path, or a field that is driven by one.
+    #[error(transparent)]
+    Path(#[from] PathDefect),
     /// The processes that train together could not go on.
     #[error(transparent)]
     Group(#[from] GroupDefect),

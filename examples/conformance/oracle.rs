@@ -23,7 +23,7 @@ pub(crate) type Named = Vec<(String, Tensor)>;
 pub(crate) struct Oracle {
     /// Name of the file.
     pub(crate) file: String,
-    problem: Option<String>,
+    meta: serde_json::Value,
     tensors: BTreeMap<String, Tensor>,
 }
 
@@ -46,7 +46,7 @@ impl Oracle {
         });
         Ok(Self {
             file: file.into_owned(),
-            problem: meta["problem"].as_str().map(str::to_owned),
+            meta,
             tensors: tensors.map_err(|e| failed(&e))?,
         })
     }
@@ -81,7 +81,12 @@ impl Oracle {
 
     /// The problem's name in `meta`.
     pub(crate) fn problem(&self) -> Option<&str> {
-        self.problem.as_deref()
+        self.said("problem")
+    }
+
+    /// What `meta` says under a name.
+    pub(crate) fn said(&self, name: &str) -> Option<&str> {
+        self.meta[name].as_str()
     }
 
     /// An error about this file.

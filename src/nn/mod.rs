@@ -12,6 +12,7 @@
 //! candle's layers have which is listed in `docs/candle-layers.md`.
 
 mod activation;
+mod cde_mlp;
 mod cnf;
 mod conditional;
 mod conv;
@@ -31,6 +32,7 @@ mod spread;
 mod weights;
 
 pub use activation::Activation;
+pub use cde_mlp::CdeMlp;
 pub use cnf::Cnf;
 pub use conditional::ConditionalMlp;
 pub use conv::ConvField;
