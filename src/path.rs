@@ -55,13 +55,37 @@ use crate::time::Time;
 /// alone.
 #[derive(Clone, Debug)]
 pub struct ControlPath {
-    knots: Arc<[f64]>,
-    intervals: Arc<Intervals>,
+    lookup: Lookup,
     /// Knots at which the slope jumps.
     jumps: Arc<[f64]>,
     /// Bits of the knots, and whether the slope jumps there, `(2, knots)` integers.
     table: Tensor,
     pieces: Vec<Tensor>,
+}
+
+/// Where a time lies among the knots of a path.
+#[derive(Clone, Debug)]
+pub(crate) struct Lookup {
+    knots: Arc<[f64]>,
+    intervals: Arc<Intervals>,
+}
+
+impl Lookup {
+    fn new(knots: Arc<[f64]>) -> Self {
+        Self {
+            intervals: Arc::new(Intervals::between(&knots)),
+            knots,
+        }
+    }
+
+    /// The interval of time t in a step, and the time since its start.
+    pub(crate) fn place(&self, t: f64, step: [f64; 2]) -> (usize, f64) {
+        self.since(self.intervals.within(step, t), t)
+    }
+
+    fn since(&self, interval: usize, t: f64) -> (usize, f64) {
+        (interval, t - self.knots[interval])
+    }
 }
 
 impl ControlPath {
@@ -75,8 +99,7 @@ impl ControlPath {
         let table: Vec<i64> = bits.chain(marks).collect();
         let table = Tensor::from_vec(table, (2, knots.len()), first.device())?;
         Ok(Self {
-            intervals: Arc::new(Intervals::between(&knots)),
-            knots,
+            lookup: Lookup::new(knots),
             jumps: jumps.into(),
             table,
             pieces,
@@ -85,12 +108,25 @@ impl ControlPath {
 
     /// The knots t_0 … t_n.  As the times of a solve, they give steps that are intervals of the path.
     pub fn knots(&self) -> &[f64] {
-        &self.knots
+        &self.lookup.knots
     }
 
     /// The first and the last knot.
     pub fn ends(&self) -> [f64; 2] {
-        [self.knots[0], self.knots[self.knots.len() - 1]]
+        let knots = self.knots();
+        [knots[0], knots[knots.len() - 1]]
+    }
+
+    /// The same, where every step of a solve ends at a knot, as it does on a path whose slope jumps there.  The slope of a
+    /// cubic path is continuous, but higher derivatives jump: adaptive steps across knots are rejected often, and their
+    /// error may be a hundred tolerances.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn stopping_at_knots(self) -> Result<Self> {
+        let knots = Arc::clone(&self.lookup.knots);
+        let inner = knots[1..knots.len() - 1].to_vec();
+        Self::new(knots, &inner, self.pieces)
     }
 
     /// Rows of the batch.
@@ -157,8 +193,13 @@ impl ControlPath {
     /// The interval of a stage, and the time since its start.
     fn place(&self, t: &Time) -> Result<(usize, f64)> {
         self.defined(t.value())?;
-        let interval = self.intervals.stage(t);
-        Ok((interval, t.value() - self.knots[interval]))
+        let interval = self.lookup.intervals.stage(t);
+        Ok(self.lookup.since(interval, t.value()))
+    }
+
+    /// The same for other code.
+    pub(crate) fn lookup(&self) -> Lookup {
+        self.lookup.clone()
     }
 
     /// Coefficients of an interval, `(rows, degree + 1, channels)`: of the powers of the time since its start.
@@ -168,13 +209,9 @@ impl ControlPath {
 
     fn outside_steps(&self, t: f64, order: usize) -> Result<Tensor> {
         self.defined(t)?;
-        let interval = self.intervals.at(t);
-        let s = t - self.knots[interval];
-        Ok(polynomial(
-            &self.pieces[interval],
-            order,
-            &Since::Number(s),
-        )?)
+        let (interval, s) = self.lookup.since(self.lookup.intervals.at(t), t);
+        let s = Since::Number(s);
+        Ok(polynomial(&self.pieces[interval], order, &s)?)
     }
 
     fn in_step(&self, t: &Time, order: usize) -> candle_core::Result<Tensor> {
@@ -195,7 +232,7 @@ impl ControlPath {
 
     fn defined(&self, t: f64) -> Result<()> {
         let [start, end] = self.ends();
-        let resolution = self.intervals.resolution();
+        let resolution = self.lookup.intervals.resolution();
         if t >= start - resolution && t <= end + resolution {
             return Ok(());
         }
@@ -279,9 +316,8 @@ impl State for ControlPath {
             return Err(no_path());
         }
         Ok(Self {
-            intervals: Arc::new(Intervals::between(&knots)),
             jumps: marked.map(|(t, _)| *t).collect(),
-            knots,
+            lookup: Lookup::new(knots),
             table,
             pieces,
         })

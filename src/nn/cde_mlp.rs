@@ -1,5 +1,7 @@
 //! A perceptron whose output is multiplied by the slope of a control path.
 
+mod tiles;
+
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
@@ -9,23 +11,25 @@ use super::mlp::Affine;
 use super::{add_gradient, Activation, Checked};
 use crate::controlled::{product, ControlledField, ControlledPullback};
 use crate::error::PathDefect;
-use crate::field::Cotangents;
+use crate::field::{Cotangents, Offer};
+use crate::path::ControlPath;
 use crate::time::Time;
 
 /// The field of a neural CDE: F(z) = ρ(W_L σ(… σ(W_1 z + b_1) …) + b_L) as a matrix `(hidden, channels)`, row major.
 ///
 /// z: `(rows, hidden)`.  ρ is tanh, which bounds the speed of the state; [`linear_output`](Self::linear_output) leaves
-/// it out.  The product with the slope and its pull-back are written by hand: the matrices of a batch, by far the
-/// largest tensors, are formed once in each direction.
+/// it out.  On the CPU in f32 and f64 (also where bf16 or f16 is rounding around it), the solver integrates it tile by
+/// tile; along tracked observations, in [`Solution`](crate::Solution)s and on other devices it is a chain of candle's
+/// operations with a pull-back written by hand.
 ///
 /// See [`NeuralCde`](crate::cde::NeuralCde) for an example.
 #[derive(Clone, Debug)]
 pub struct CdeMlp {
-    pub(super) layers: Vec<Affine>,
-    pub(super) activation: Activation,
+    layers: Vec<Affine>,
+    activation: Activation,
     /// ρ.
-    pub(super) output: Option<Activation>,
-    pub(super) channels: usize,
+    output: Option<Activation>,
+    channels: usize,
 }
 
 impl CdeMlp {
@@ -231,6 +235,10 @@ impl ControlledField for CdeMlp {
     fn parameters(&self) -> Option<Vec<Tensor>> {
         let tracked = self.tensors().filter(|p| p.track_op());
         Some(tracked.cloned().collect())
+    }
+
+    fn offer(&self, path: &ControlPath) -> Option<Offer> {
+        self.along(path)
     }
 }
 
