@@ -1,9 +1,13 @@
 //! Arguments of a field: what it reads beside time, state and parameters.
 
+use std::borrow::Cow;
+
 use candle_core::{DType, Tensor, Var};
 
 use crate::error::{Error, Result};
+use crate::precision::Precision;
 use crate::problem::{OdeOptions, Problem};
+use crate::state::State;
 
 /// The arguments of one solve: copies that the field reads, cut off their history, and the user's tensors
 /// behind them, one to one.
@@ -85,6 +89,22 @@ impl Args {
         let at = self.leaves.iter().position(|l| l.id() == leaf.id())?;
         Some(format!("argument {at}"))
     }
+}
+
+/// The options of a solve with arguments, some of which keep their dtypes.
+pub(crate) fn options_with<'o, A: State>(args: &A, options: &'o OdeOptions) -> Cow<'o, OdeOptions> {
+    if !args.keeps_dtypes() || !options.args_precision.is_empty() {
+        return Cow::Borrowed(options);
+    }
+    let each = args.leaves();
+    let each = each.iter().map(|x| match x.dtype() {
+        DType::F64 => Precision::f64(),
+        dtype => Precision::new(DType::F32, if is_float(dtype) { dtype } else { DType::F32 }),
+    });
+    Cow::Owned(OdeOptions {
+        args_precision: each.collect(),
+        ..options.clone()
+    })
 }
 
 fn is_float(dtype: DType) -> bool {

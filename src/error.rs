@@ -6,6 +6,7 @@ mod defects;
 mod event;
 mod group;
 mod need;
+mod path;
 mod potential;
 mod sde;
 
@@ -18,6 +19,7 @@ pub use event::EventDefect;
 pub use group::GroupDefect;
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
+pub use path::PathDefect;
 pub use potential::PotentialDefect;
 pub use sde::SdeDefect;
 
@@ -498,6 +500,9 @@ pub enum Error {
     /// A potential that no field can be made of, or that has no acceleration.
     #[error(transparent)]
     Potential(#[from] PotentialDefect),
+    /// A control path, or a field that is driven by one.
+    #[error(transparent)]
+    Path(#[from] PathDefect),
     /// The processes that train together could not go on.
     #[error(transparent)]
     Group(#[from] GroupDefect),

@@ -343,6 +343,12 @@ pub trait FieldWithArgs<S: State, A: State> {
         None
     }
 
+    /// The same with these arguments.
+    #[doc(hidden)]
+    fn offer_given(&self, _args: &A) -> Option<Offer> {
+        self.offer()
+    }
+
     /// Evaluations of the field's own on a device.
     #[doc(hidden)]
     #[cfg(feature = "cuda")]

@@ -56,12 +56,14 @@
 //! * `tableau`: coefficients of methods, and their interpolants.
 //! * `state`, `memory`, `time`: the state and its rows; the memory that a solve needs; the time grid, and the time at
 //!   which a field is evaluated.
+//! * `intervals`, `path`: which interval between breaks a stage lies in; control paths through observations.
 //! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, computed from
 //!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
 //! * `precision`: dtype roles, and rounding.
 //! * `crossing`: where a scalar function of time crosses zero inside a step.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
+//! * `controlled`: matrix fields that the slope of a control path is multiplied by.
 //! * `scaler`: scales of the adjoint.
 //! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.
 //! * `noise`: increments of Brownian motion as functions of a seed and their place.
@@ -77,8 +79,8 @@
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
 //!   solve without this graph.
-//! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`: the public entry points, and fields that are piecewise
-//!   constant in time.
+//! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`, `cde`: the public entry points, and fields that are
+//!   piecewise constant in time.
 //! * `sde`: the public entry points of stochastic differential equations.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //! * `distributed`: several processes that train one model.
@@ -96,6 +98,8 @@ mod accumulator;
 mod adaptive;
 mod adjoint;
 mod arguments;
+pub mod cde;
+mod controlled;
 mod crossing;
 #[cfg(feature = "datasets")]
 pub mod datasets;
@@ -106,6 +110,7 @@ pub mod error;
 pub mod events;
 mod field;
 mod integrate;
+mod intervals;
 mod link;
 mod loss;
 mod loss_scaler;
@@ -120,6 +125,7 @@ mod offer;
 mod ops;
 mod parameters;
 mod passes;
+pub mod path;
 mod piecewise;
 mod precision;
 mod problem;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use crate::arguments::Args;
+use crate::arguments::{options_with, Args};
 use crate::error::Result;
 use crate::field::check::{self, FieldCheck, Subject};
 use crate::field::{Bound, Field, FieldWithArgs, Leaves, SharedField, VectorField};
@@ -102,6 +102,7 @@ where
     F: FieldWithArgs<S, A> + Send + Sync + 'static,
     T: Times + ?Sized,
 {
+    let options = &options_with(args, options);
     let bind = |leaves: Vec<Tensor>| {
         let bound = Bound {
             field: Box::new(field),
@@ -284,6 +285,7 @@ where
     F: FieldWithArgs<S, A> + 'f,
     T: Times + ?Sized,
 {
+    let options = &options_with(args, options);
     let bind = |leaves: Vec<Tensor>| -> Result<Box<Field<'f>>> {
         let args = A::from_leaves(leaves.clone())?;
         let bound = Box::new(Bound { field, args });

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 
 use crate::error::Error;
 use crate::field::{Pullback, VectorField};
+use crate::intervals::Intervals;
 use crate::state::State;
 use crate::time::{Time, Times};
 
@@ -40,12 +41,7 @@ use crate::time::{Time, Times};
 #[derive(Clone, Debug)]
 pub struct PiecewiseConstant<F> {
     fields: Vec<F>,
-    /// t_1 … t_{n−1}.
-    breaks: Vec<f64>,
-    /// Of the direction of the grid.
-    sign: f64,
-    /// Times closer than this are the same: times of stages carry a rounding.
-    resolution: f64,
+    intervals: Intervals,
 }
 
 impl<F> PiecewiseConstant<F> {
@@ -63,12 +59,9 @@ impl<F> PiecewiseConstant<F> {
                 intervals,
             });
         }
-        let largest = points.iter().fold(0f64, |m, t| m.max(t.abs()));
         Ok(Self {
             fields,
-            breaks: points[1..intervals].to_vec(),
-            sign: (points[intervals] - points[0]).signum(),
-            resolution: 4.0 * f64::EPSILON * largest,
+            intervals: Intervals::between(points),
         })
     }
 
@@ -87,34 +80,7 @@ impl<F> PiecewiseConstant<F> {
 
     /// The interval whose field is in force at time t, outside a step: at a break, the one that begins there.
     pub fn interval(&self, t: f64) -> usize {
-        self.begun(t, self.resolution)
-    }
-
-    /// Breaks that are not after t.
-    fn begun(&self, t: f64, resolution: f64) -> usize {
-        self.breaks
-            .partition_point(|b| self.sign * (b - t) <= resolution)
-    }
-
-    /// The interval whose field is in force at a stage of a solve.
-    fn stage(&self, t: &Time) -> usize {
-        let Some([start, end]) = t.interval() else {
-            return self.interval(t.value());
-        };
-        // A solve may reach far beyond the grid, where times are coarser.
-        let resolution = 4.0 * f64::EPSILON * start.abs().max(end.abs());
-        let resolution = self.resolution.max(resolution);
-        let (from, to) = match self.sign * (end - start) < 0.0 {
-            true => (end, start),
-            false => (start, end),
-        };
-        let first = self.begun(from, resolution);
-        // Breaks before the end: at one that is the end, the next field begins after the step.
-        let last = self
-            .breaks
-            .partition_point(|b| self.sign * (b - to) < -resolution);
-        let at = self.begun(t.value(), resolution);
-        at.clamp(first, last.max(first))
+        self.intervals.at(t)
     }
 
     /// The fields, by interval.
@@ -125,15 +91,15 @@ impl<F> PiecewiseConstant<F> {
 
 impl<S: State, F: VectorField<S>> VectorField<S> for PiecewiseConstant<F> {
     fn velocity(&self, t: &Time, y: &S) -> Result<S> {
-        self.fields[self.stage(t)].velocity(t, y)
+        self.fields[self.intervals.stage(t)].velocity(t, y)
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &S) -> Result<(S, Pullback<'f, S>)> {
-        self.fields[self.stage(t)].vjp(t, y)
+        self.fields[self.intervals.stage(t)].vjp(t, y)
     }
 
     fn jumps(&self) -> Vec<f64> {
-        self.breaks.clone()
+        self.intervals.breaks().to_vec()
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

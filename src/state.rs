@@ -20,6 +20,18 @@ pub trait State: Clone {
     /// # Errors
     /// [`Error::LeafCount`] if their number is not that of the type.
     fn from_leaves(leaves: Vec<Tensor>) -> Result<Self>;
+
+    /// Whether tensors of arguments keep their dtypes, instead of being rounded to compute precision, where
+    /// [`OdeOptions::args_precision`](crate::OdeOptions::args_precision) says nothing.  Default: no.
+    fn keeps_dtypes(&self) -> bool {
+        false
+    }
+
+    /// Times at which a field jumps that reads this as its arguments; see
+    /// [`VectorField::jumps`](crate::VectorField::jumps).  Default: none.
+    fn jumps(&self) -> Vec<f64> {
+        vec![]
+    }
 }
 
 impl State for Tensor {

@@ -160,6 +160,11 @@ impl Time {
         Ok(self.tensor.get_or_init(|| tensor).clone())
     }
 
+    /// Whether [`tensor`](Self::tensor) is tracked.
+    pub(crate) fn is_differentiable(&self) -> bool {
+        self.differentiable
+    }
+
     /// Whether [`tensor`](Self::tensor) has been asked for.
     pub(crate) fn was_shown(&self) -> bool {
         self.shown.get()

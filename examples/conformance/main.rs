@@ -12,12 +12,15 @@
 //!   `worst <figure>`.  A file that no model answers yet is named and fails.  Seconds.
 //! * `… -- --sde DIR`: stochastic differential equations on given increments, every scheme of every file in f64, values
 //!   and gradients; the last line is `worst <figure>`, the bar 1e-10.  Seconds.
+//! * `… -- --cde DIR`: controlled differential equations along four control paths in f64, with gradients of the
+//!   observations; the last line is `worst <figure>`.  Seconds.
 //!
 //! `--cuda` computes on the first GPU (in a build with `--features cuda`).
 //!
 //! Exits with 1 when an error exceeds its bound, or when a file cannot be used.
 
 mod adaptive;
+mod cde;
 mod demo;
 mod discrete;
 mod equations;
@@ -47,7 +50,7 @@ use crate::outcome::{worse, QUANTITIES};
 #[derive(Parser)]
 struct Args {
     /// Directory of .safetensors files.
-    #[arg(required_unless_present_any = ["demo", "adaptive", "zoo", "sde"])]
+    #[arg(required_unless_present_any = ["demo", "adaptive", "zoo", "sde", "cde"])]
     dir: Option<PathBuf>,
     /// Largest relative error in f64.
     #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo", "adaptive", "zoo"])]
@@ -67,6 +70,9 @@ struct Args {
     /// Directory of stochastic differential equations, which are run instead.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive", "zoo", "compute"])]
     sde: Option<PathBuf>,
+    /// Directory of controlled differential equations, which are solved instead.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive", "zoo", "sde"])]
+    cde: Option<PathBuf>,
     /// Compute on the first GPU, in low precision natively.
     #[arg(long)]
     cuda: bool,
@@ -125,6 +131,9 @@ fn verdict(args: &Args) -> Result<Verdict> {
     }
     if let Some(dir) = &args.sde {
         return equations(dir, &device);
+    }
+    if let Some(dir) = &args.cde {
+        return controlled(dir, &device);
     }
     match (&args.demo, &args.dir, args.compute) {
         (Some(dir), ..) => demos(dir, &device),
@@ -289,6 +298,28 @@ fn equations(dir: &Path, device: &Device) -> Result<Verdict> {
     }
     println!("worst {worst:.3e}");
     Ok(Verdict::of(worst, SDE_BAR))
+}
+
+/// Largest relative error of controlled differential equations.
+const CONTROLLED: f64 = 1e-10;
+
+fn controlled(dir: &Path, device: &Device) -> Result<Verdict> {
+    let heads = cde::HEADS.map(|name| format!("{name:>9}")).concat();
+    println!(
+        "relative errors of whole quantities, of the worst weight\n{:<32}{:<20}{heads}",
+        "file", "scheme"
+    );
+    let mut worst = 0.0;
+    for oracle in Oracle::read_all(dir)? {
+        let oracle = oracle.on(device)?;
+        let rows = cde::rows(&oracle).map_err(|e| oracle.failed(e))?;
+        for cde::Row { scheme, errors } in &rows {
+            println!("{:<32}{scheme:<20}{}", oracle.file, row(*errors));
+        }
+        worst = worse(worst, cde::worst(&rows));
+    }
+    println!("worst {worst:.3e}");
+    Ok(Verdict::of(worst, CONTROLLED))
 }
 
 fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {

@@ -23,8 +23,8 @@ pub(crate) type Named = Vec<(String, Tensor)>;
 pub(crate) struct Oracle {
     /// Name of the file.
     pub(crate) file: String,
-    problem: Option<String>,
     activation: Option<String>,
+    meta: serde_json::Value,
     tensors: BTreeMap<String, Tensor>,
 }
 
@@ -47,8 +47,8 @@ impl Oracle {
         });
         Ok(Self {
             file: file.into_owned(),
-            problem: meta["problem"].as_str().map(str::to_owned),
             activation: meta["activation"].as_str().map(str::to_owned),
+            meta,
             tensors: tensors.map_err(|e| failed(&e))?,
         })
     }
@@ -83,7 +83,12 @@ impl Oracle {
 
     /// The problem's name in `meta`.
     pub(crate) fn problem(&self) -> Option<&str> {
-        self.problem.as_deref()
+        self.said("problem")
+    }
+
+    /// What `meta` says under a name.
+    pub(crate) fn said(&self, name: &str) -> Option<&str> {
+        self.meta[name].as_str()
     }
 
     /// The activation's name in `meta`.

@@ -69,7 +69,7 @@ where
     }
 
     fn offer(&self) -> Option<Offer> {
-        self.field.offer()
+        self.field.offer_given(&self.args)
     }
 
     #[cfg(feature = "cuda")]
@@ -78,7 +78,9 @@ where
     }
 
     fn jumps(&self) -> Vec<f64> {
-        self.field.jumps()
+        let mut jumps = self.field.jumps();
+        jumps.extend(self.args.jumps());
+        jumps
     }
 
     fn is_constant_in(&self, leaf: usize) -> bool {

@@ -9,7 +9,7 @@ use candle_core::{Tensor, TensorId, Var};
 
 use super::model::Builder;
 use super::NeuralOde;
-use crate::arguments::Args;
+use crate::arguments::{options_with, Args};
 use crate::driven::Drive;
 use crate::error::{Error, Result};
 use crate::field::check::{self, FieldCheck, Parameter, Rebuilt, Subject};
@@ -38,12 +38,13 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         if let Some(loss) = loss {
             loss.check(&problem)?;
         }
+        let options = options_with(args, &self.options);
         let masters = self.masters()?;
         let all = masters.iter().map(|var| var.as_tensor());
         let name = |i: usize| self.names[i].clone();
         parameters::check_parameters(all, name, problem.device())?;
         Ok(Inputs {
-            args: Args::new(args.leaves(), &problem, &self.options, untracked_too)?,
+            args: Args::new(args.leaves(), &problem, &options, untracked_too)?,
             y0: Packing::join(y0, problem.state())?,
             masters,
             problem,

@@ -1,6 +1,6 @@
 //! A perceptron of any depth as a vector field.
 
-mod tiles;
+pub(super) mod tiles;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Module, Result, Tensor};

@@ -19,6 +19,7 @@
 
 mod activation;
 mod augmenter;
+mod cde_mlp;
 mod cnf;
 mod conditional;
 mod conv;
@@ -45,6 +46,7 @@ mod weights;
 
 pub use activation::Activation;
 pub use augmenter::{Augmenter, Zeros};
+pub use cde_mlp::CdeMlp;
 pub use cnf::Cnf;
 pub use conditional::ConditionalMlp;
 pub use conv::ConvField;

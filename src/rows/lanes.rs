@@ -2,7 +2,7 @@
 //! lengths.
 
 use super::lanewise::Lanewise;
-use super::tile::At;
+use super::tile::{At, Instant};
 use super::window::in_range;
 use crate::schedule::Step;
 use crate::simd::{aligned, Aligned, Element};
@@ -55,6 +55,7 @@ impl LaneSteps<'_> {
 pub(super) struct LaneClock<T: Element> {
     /// By lane, V vectors.
     times: Aligned<T>,
+    instants: Vec<Instant>,
     rows: Vec<usize>,
 }
 
@@ -62,6 +63,7 @@ impl<T: Element> LaneClock<T> {
     pub(super) fn new(batch: usize) -> Self {
         Self {
             times: aligned::<T>(batch),
+            instants: vec![Instant::default(); batch],
             rows: vec![0; batch],
         }
     }
@@ -81,27 +83,36 @@ impl<T: Element> LaneClock<T> {
 
     /// A stage at abscissa c of every lane's step.
     pub(super) fn at(&mut self, steps: LaneSteps<'_>, c: f64) -> At<'_, T> {
-        let times = self.times_mut();
+        let instant = |step: &Step| Instant {
+            t: step.at(c),
+            step: [step.t, step.end],
+        };
         match steps {
-            LaneSteps::All(step) => times.fill(T::of(step.at(c))),
+            LaneSteps::All(step) => {
+                let instant = instant(&step);
+                self.times.fill(T::of(instant.t));
+                self.instants.fill(instant);
+            }
             LaneSteps::Each(steps) => {
-                for (time, step) in times.iter_mut().zip(steps) {
-                    *time = T::of(step.at(c));
+                for (lane, step) in steps.iter().enumerate() {
+                    self.set(lane, instant(step));
                 }
             }
         }
         self.now()
     }
 
-    /// Times that are given by lane.
-    pub(super) fn times_mut(&mut self) -> &mut [T] {
-        &mut self.times
+    /// A time of one lane.
+    pub(super) fn set(&mut self, lane: usize, instant: Instant) {
+        self.times[lane] = T::of(instant.t);
+        self.instants[lane] = instant;
     }
 
     pub(super) fn now(&self) -> At<'_, T> {
         At {
             times: &self.times,
             rows: &self.rows,
+            instants: &self.instants,
         }
     }
 }

@@ -49,7 +49,7 @@ pub(crate) use around::Around;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
 use lanewise::On;
 use threads::{on_all_threads, Failure};
-pub(crate) use tile::{At, Slot, TileField};
+pub(crate) use tile::{At, Instant, Slot, TileField};
 use tile::{Tiled, Wide};
 
 /// A field that the solver may integrate tile by tile.
@@ -62,6 +62,11 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
 
     /// Whether velocities depend on time.
     fn reads_time(&self) -> bool;
+
+    /// The first and the last time at which the field is defined, if it is not everywhere.
+    fn domain(&self) -> Option<[f64; 2]> {
+        None
+    }
 
     /// Rows and features of each leaf of a state of these shapes; `None` if they are not the
     /// field's.
@@ -134,6 +139,14 @@ impl Rows {
             return Ok(None);
         };
         if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
+            return Ok(None);
+        }
+        // Where a field is not defined, the general path says so.
+        let outside = |[start, end]: [f64; 2]| {
+            let mut points = problem.grid.points().iter();
+            points.any(|t| !(start..=end).contains(t))
+        };
+        if self.field.domain().is_some_and(outside) {
             return Ok(None);
         }
         // That time stands still for a field that reads it is found where steps are taken one by one; of adaptive steps it
@@ -218,6 +231,8 @@ trait AnyRows: Send + Sync {
 
     fn reads_time(&self) -> bool;
 
+    fn domain(&self) -> Option<[f64; 2]>;
+
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout>;
 
     /// In tiles of f32 on the vector unit, if there is one.
@@ -234,6 +249,10 @@ impl<F: RowField> AnyRows for F {
 
     fn reads_time(&self) -> bool {
         RowField::reads_time(self)
+    }
+
+    fn domain(&self) -> Option<[f64; 2]> {
+        RowField::domain(self)
     }
 
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {

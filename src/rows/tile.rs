@@ -11,8 +11,16 @@ use crate::simd::{enter, Element, Kernel};
 pub(crate) struct At<'a, X> {
     pub(crate) times: &'a [X],
     /// For fields that know something of each row.
-    #[allow(dead_code)]
     pub(crate) rows: &'a [usize],
+    /// For fields that jump: the time of every lane and its step.
+    pub(crate) instants: &'a [Instant],
+}
+
+/// A time in f64, and the step that it lies in, from start to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Instant {
+    pub(crate) t: f64,
+    pub(crate) step: [f64; 2],
 }
 
 /// A vector field over tiles `[feature][B]` of V vectors, with its pull-back.
@@ -235,6 +243,7 @@ impl<T: Element> At<'_, T> {
         At {
             times: T::vectors::<S>(self.times),
             rows: self.rows,
+            instants: self.instants,
         }
     }
 }

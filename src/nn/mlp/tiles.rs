@@ -3,7 +3,7 @@
 use candle_core::{Shape, Tensor};
 use pulp::Simd;
 
-use super::Mlp;
+use super::{Affine, Mlp};
 use crate::error::Error;
 use crate::nn::activation::{Apply, Pull, TimesSlope};
 use crate::nn::weights::{append_totals, fill, numbers, with_numbers, Place, Weights};
@@ -39,25 +39,8 @@ impl RowField for Mlp {
         s: S,
         _: &[Shape],
     ) -> std::result::Result<MlpTiles<T>, Error> {
-        let mut layers = Vec::with_capacity(self.layers.len());
-        // Of the first layer, Wᵀ leaves out what belongs to time.
-        let mut dim = self.features();
-        for (l, layer) in self.layers.iter().enumerate() {
-            let (inputs, outputs) = (layer.inputs(), layer.outputs());
-            layers.push(MlpTileLayer {
-                weights: with_numbers(&layer.weight, |weight| {
-                    Weights::new(s, weight, outputs, inputs, dim)
-                })?,
-                bias: numbers(&layer.bias)?,
-                skips: l + 1 < self.layers.len() && self.skips(l),
-            });
-            dim = outputs;
-        }
-        Ok(MlpTiles {
-            layers,
-            activation: self.activation,
-            time: self.time,
-        })
+        let skips = |l: usize| l + 1 < self.layers.len() && self.skips(l);
+        MlpTiles::new(s, &self.layers, self.activation, self.time, skips)
     }
 }
 
@@ -89,6 +72,40 @@ impl<T: Element> MlpTileLayer<T> {
 }
 
 impl<T: Element> MlpTiles<T> {
+    /// Layers that follow on each other, from any number of features to any other; whether the first reads time
+    /// behind its features, and which are skipped by their inputs.
+    pub(in crate::nn) fn new<S: Simd>(
+        s: S,
+        affine: &[Affine],
+        activation: Activation,
+        time: bool,
+        skips: impl Fn(usize) -> bool,
+    ) -> std::result::Result<Self, Error> {
+        let mut layers = Vec::with_capacity(affine.len());
+        for (l, layer) in affine.iter().enumerate() {
+            let (inputs, outputs) = (layer.inputs(), layer.outputs());
+            // Of the first layer, Wᵀ leaves out what belongs to time.
+            let pulled = inputs - usize::from(time && l == 0);
+            layers.push(MlpTileLayer {
+                weights: with_numbers(&layer.weight, |weight| {
+                    Weights::new(s, weight, outputs, inputs, pulled)
+                })?,
+                bias: numbers(&layer.bias)?,
+                skips: skips(l),
+            });
+        }
+        Ok(Self {
+            layers,
+            activation,
+            time,
+        })
+    }
+
+    /// Features of the state.
+    fn features(&self) -> usize {
+        self.layers[0].weights.inputs - usize::from(self.time)
+    }
+
     /// Features of all that layers read.
     fn inputs(&self) -> usize {
         self.layers.iter().map(|l| l.weights.inputs).sum()
@@ -236,7 +253,7 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     }
 
     fn parts(&self) -> Vec<Part> {
-        let state = self.layers.last().map_or(0, |l| l.weights.outputs);
+        let state = self.features();
         let mut parts = vec![Part {
             features: [0..state, 0..0],
             work: 0,
@@ -282,7 +299,8 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     ) {
         let (mut read, mut slopes) = kept.split_at(self.inputs() * V);
         let (cotangents, carried) = cotangents.split_at_mut(self.outputs() * V);
-        let (mut g, mut rest) = cotangents.split_at_mut(w.len());
+        let velocity = self.layers.last().map_or(0, |l| l.weights.outputs);
+        let (mut g, mut rest) = cotangents.split_at_mut(velocity * V);
         for (l, layer) in self.layers.iter().enumerate().rev() {
             let value;
             (read, value) = read.split_at(read.len() - layer.weights.inputs * V);

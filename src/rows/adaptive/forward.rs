@@ -11,7 +11,7 @@ use crate::error::{Error, Result, StopReason};
 use crate::memory::{zeros, Growth};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
-use crate::rows::tile::Tiled;
+use crate::rows::tile::{Instant, Tiled};
 use crate::rows::trajectory::{TileStore, TileTrajectory};
 use crate::rows::{Failure, TilePlan};
 use crate::schedule::Step;
@@ -317,13 +317,17 @@ impl<'a, T: Element> Group<'a, T> {
         self.stepper.round(&mut self.slot[..size]);
         self.stepper.tell(LaneSteps::Each(&self.steps), i);
         if begins {
-            for (lane, time) in self.lanes.iter().zip(self.stepper.clock.times_mut()) {
+            // On the side of a jump that lies ahead.
+            let end = self.pass.plan.problem.grid.points().last().copied();
+            for (at, lane) in self.lanes.iter().enumerate() {
                 let Some(lane) = lane else { continue };
-                match lane.phase {
-                    Phase::Start(_) => *time = T::of(lane.standing().at(0.0)),
-                    Phase::Probe(length, _) => *time = T::of(lane.pace.t + direction * length),
-                    _ => {}
-                }
+                let t = match lane.phase {
+                    Phase::Start(_) => lane.standing().at(0.0),
+                    Phase::Probe(length, _) => lane.pace.t + direction * length,
+                    _ => continue,
+                };
+                let step = [lane.pace.t, end.unwrap_or(lane.pace.t)];
+                self.stepper.clock.set(at, Instant { t, step });
             }
         }
         self.stepper.evaluate_now(i, &mut self.slot);

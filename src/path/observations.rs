@@ -1,0 +1,279 @@
+//! Series of observations, of which control paths are made.
+
+use std::sync::Arc;
+
+use candle_core::{DType, IndexOp, Tensor};
+
+use super::fit::{Fit, Interpolation, Wanted};
+use super::{log_signature, unstacked, ControlPath};
+use crate::error::{PathDefect, Result};
+use crate::time::Times;
+
+/// A batch of series of observations, `(batch, length, channels)`, from which control paths are made.
+///
+/// A value that is NaN was not observed.  Times are common to all series: the solution of a CDE does not depend on
+/// how fast its path is run through, so a series with times of its own has them as a channel (as
+/// [`with_time`](Self::with_time) adds the common ones), at knots 0, 1, ….  Shorter series are filled up with any
+/// numbers, and their [`lengths`](Self::lengths) given: behind its end a path stands still, and so does the solution.
+///
+/// Paths have the dtype of the observations, f32 at least, and their gradients reach the observations if candle tracks
+/// these.  The polynomials are computed in f64.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_diffeq::path::Observations;
+/// // Two series of two channels; of the second channel of the first one an observation is missing.
+/// let xs = Tensor::new(&[[[0f32, 1.0], [2.0, f32::NAN], [3.0, 5.0]], [[1.0, 0.0], [1.0, 1.0], [4.0, 2.0]]], &Device::Cpu)?;
+/// let path = Observations::at(&[0.0, 0.5, 2.0], &xs)?.with_time()?.linear()?;
+/// assert_eq!((path.rows(), path.channels()), (2, 3));                      // time, and the two
+/// assert_eq!(path.evaluate(0.5)?.to_vec2::<f32>()?, [[0.5, 2.0, 2.0], [0.5, 1.0, 1.0]]);
+/// assert_eq!(path.derivative(1.0)?.to_vec2::<f32>()?[1], [1.0, 2.0, 2.0 / 3.0]);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Observations {
+    xs: Tensor,
+    times: Arc<[f64]>,
+    lengths: Arc<[usize]>,
+}
+
+impl Observations {
+    /// Observations at the times 0, 1, 2, ….
+    ///
+    /// # Errors
+    /// [`PathDefect::Shape`], [`PathDefect::Dtype`], [`PathDefect::TooShort`], [`PathDefect::Infinite`].
+    pub fn new(xs: &Tensor) -> Result<Self> {
+        let length = xs.dims().get(1).copied().unwrap_or_default();
+        Self::made((0..length).map(|i| i as f64).collect(), xs)
+    }
+
+    /// Observations at times that increase.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), those of the grid, [`PathDefect::Times`] and [`PathDefect::Decreasing`].
+    pub fn at<T: Times + ?Sized>(times: &T, xs: &Tensor) -> Result<Self> {
+        Self::made(times.to_grid()?.points().into(), xs)
+    }
+
+    fn made(times: Arc<[f64]>, xs: &Tensor) -> Result<Self> {
+        let shape = || PathDefect::Shape {
+            shape: xs.shape().clone(),
+        };
+        let (rows, length, channels) = xs.dims3().map_err(|_| shape())?;
+        if rows * length * channels == 0 {
+            return Err(shape().into());
+        }
+        if times.len() != length {
+            let times = times.len();
+            return Err(PathDefect::Times { times, length }.into());
+        }
+        if length < 2 {
+            return Err(PathDefect::TooShort { length }.into());
+        }
+        let (start, end) = (times[0], times[length - 1]);
+        if start > end {
+            return Err(PathDefect::Decreasing { start, end }.into());
+        }
+        let xs = match xs.dtype() {
+            DType::F32 | DType::F64 => xs.clone(),
+            DType::F16 | DType::BF16 => xs.to_dtype(DType::F32)?,
+            dtype => return Err(PathDefect::Dtype { dtype }.into()),
+        };
+        let observations = Self {
+            xs,
+            times,
+            lengths: vec![length; rows].into(),
+        };
+        observations.each(|[row, index, channel], value| match value.is_infinite() {
+            true => Err(PathDefect::Infinite {
+                row,
+                index,
+                channel,
+                value,
+            }),
+            false => Ok(()),
+        })?;
+        Ok(observations)
+    }
+
+    /// Looks at every observation, at row, time and channel.
+    fn each(
+        &self,
+        mut see: impl FnMut([usize; 3], f64) -> std::result::Result<(), PathDefect>,
+    ) -> Result<()> {
+        let (_, length, channels) = self.xs.dims3()?;
+        let numbers = self.xs.detach().to_dtype(DType::F64)?.flatten_all()?;
+        for (i, x) in numbers.to_vec1::<f64>()?.into_iter().enumerate() {
+            let (row, rest) = (i / (length * channels), i % (length * channels));
+            see([row, rest / channels, rest % channels], x)?;
+        }
+        Ok(())
+    }
+
+    /// So many observations of each series count, the first ones.
+    ///
+    /// # Errors
+    /// [`PathDefect::Lengths`], [`PathDefect::Length`].
+    pub fn lengths(mut self, lengths: &[usize]) -> Result<Self> {
+        let (rows, most, _) = self.xs.dims3()?;
+        if lengths.len() != rows {
+            let given = lengths.len();
+            return Err(PathDefect::Lengths { given, rows }.into());
+        }
+        for (row, &length) in lengths.iter().enumerate() {
+            if !(1..=most).contains(&length) {
+                return Err(PathDefect::Length { row, length, most }.into());
+            }
+        }
+        self.lengths = lengths.into();
+        Ok(self)
+    }
+
+    /// The same with their times as one more channel, the first: channels that do not contain time cannot tell a
+    /// series from the same one at another speed.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn with_time(self) -> Result<Self> {
+        let (rows, length, _) = self.xs.dims3()?;
+        let times = Tensor::new(&*self.times, self.xs.device())?.to_dtype(self.xs.dtype())?;
+        let times = times.reshape((1, length, 1))?.expand((rows, length, 1))?;
+        Ok(Self {
+            xs: Tensor::cat(&[&times, &self.xs], 2)?,
+            ..self
+        })
+    }
+
+    /// Times of observation.
+    pub fn times(&self) -> &[f64] {
+        &self.times
+    }
+
+    /// The observations, `(batch, length, channels)`, with missing ones filled in: by straight lines in time,
+    /// constant before the first and behind the last of a series, and 0 where a channel has none.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn filled(&self) -> Result<Tensor> {
+        Ok(self.fit(Wanted::Filled).of(&self.xs)?)
+    }
+
+    /// Straight lines between observations, missing ones [filled in](Self::filled).  The slope jumps at every time
+    /// of observation, so every step of a solve ends there.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn linear(&self) -> Result<ControlPath> {
+        self.path(Interpolation::Linear)
+    }
+
+    /// Cubic Hermite polynomials with backward differences: the slope at an observation is that of the straight line
+    /// from the one before; missing ones are [filled in](Self::filled).  The path up to a time depends on
+    /// observations up to the next one only, and its slope is continuous.  J. Morrill et al., "On the choice of
+    /// interpolation scheme for neural CDEs" (TMLR 2022).
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn hermite(&self) -> Result<ControlPath> {
+        self.path(Interpolation::Hermite)
+    }
+
+    /// Natural cubic splines through what was observed, channel by channel: of all interpolants those with the
+    /// least ∫ |X''|².  A channel that was not observed at the first or at the last time has its first or last value
+    /// there.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn natural_cubic(&self) -> Result<ControlPath> {
+        self.path(Interpolation::NaturalCubic)
+    }
+
+    /// Each observation is held until the time of the next one, then the path changes while time stands: of an
+    /// interval, the path is (t_i, x_i), (t_{i+1}, x_i), (t_{i+1}, x_{i+1}), with straight lines between.  So the
+    /// path up to a time depends on observations up to this time only.  A missing value is the last that was seen.
+    ///
+    /// `time` is the channel of time.  The knots of the path are 0, 1, 2, …, 2(length − 1), whatever the times of
+    /// observation; observation i is at knot 2i.
+    ///
+    /// # Errors
+    /// [`PathDefect::NoChannel`], [`PathDefect::TimeMissing`].
+    pub fn rectilinear(&self, time: usize) -> Result<ControlPath> {
+        let channels = self.xs.dim(2)?;
+        if time >= channels {
+            let channel = time;
+            return Err(PathDefect::NoChannel { channel, channels }.into());
+        }
+        self.each(|[row, index, channel], value| {
+            let missing = channel == time && index < self.lengths[row] && value.is_nan();
+            match missing {
+                true => Err(PathDefect::TimeMissing {
+                    row,
+                    index,
+                    channel,
+                }),
+                false => Ok(()),
+            }
+        })?;
+        self.path(Interpolation::Rectilinear { time })
+    }
+
+    /// The log-signature of depth 2 over windows of so many intervals, for neural rough differential equations: in
+    /// each window the channels of the path rise by the increments ΔX_i and, behind these, by the Lévy areas
+    /// A_ij = ½ ∫ (X_i dX_j − X_j dX_i), i < j, of the linear path, at constant speed.  For `c` channels the path has
+    /// c + c (c − 1)/2, and a knot at the ends of windows only, so that long series need few steps.  J. Morrill et
+    /// al., "Neural rough differential equations for long time series" (ICML 2021).
+    ///
+    /// # Errors
+    /// [`PathDefect::Window`].
+    pub fn log_signature(&self, window: usize) -> Result<ControlPath> {
+        if window == 0 {
+            return Err(PathDefect::Window.into());
+        }
+        let last = self.times.len() - 1;
+        let cuts: Vec<usize> = (0..last).step_by(window).chain([last]).collect();
+        let knots: Arc<[f64]> = cuts.iter().map(|&i| self.times[i]).collect();
+        let pieces = log_signature::pieces(&self.filled()?, &cuts, &knots)?;
+        let jumps = knots[1..knots.len() - 1].to_vec();
+        ControlPath::new(knots, &jumps, pieces)
+    }
+
+    fn fit(&self, wanted: Wanted) -> Fit {
+        Fit {
+            wanted,
+            times: Arc::clone(&self.times),
+            lengths: Arc::clone(&self.lengths),
+        }
+    }
+
+    fn path(&self, by: Interpolation) -> Result<ControlPath> {
+        let knots = by.knots(&self.times);
+        let all = self
+            .fit(Wanted::Pieces(by, Arc::clone(&knots)))
+            .of(&self.xs)?;
+        // Where the slope of any series jumps.
+        let last = knots.len() - 1;
+        let jumps: Vec<f64> = match by.degree() {
+            1 => knots[1..last].to_vec(),
+            _ => {
+                let mut ends: Vec<usize> = self.lengths.iter().map(|n| n - 1).collect();
+                ends.sort_unstable();
+                ends.dedup();
+                let inner = ends.into_iter().filter(|&k| k > 0 && k < last);
+                inner.map(|k| knots[k]).collect()
+            }
+        };
+        ControlPath::new(knots, &jumps, unstacked(&all)?)
+    }
+
+    /// Series from `first` on, `count` of them.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn narrow(&self, first: usize, count: usize) -> Result<Self> {
+        Ok(Self {
+            xs: self.xs.i(first..first + count)?,
+            times: Arc::clone(&self.times),
+            lengths: self.lengths[first..first + count].into(),
+        })
+    }
+}
