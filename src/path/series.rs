@@ -388,12 +388,9 @@ mod tests {
                 _ => 2.0 * c + 6.0 * d * h,
             }
         };
-        for i in 1..5 {
-            for (order, start) in [curve[i][0], curve[i][1], 2.0 * curve[i][2]]
-                .into_iter()
-                .enumerate()
-            {
-                assert!((at_end(i - 1, order) - start).abs() < 1e-13);
+        for (before, [a, b, c, _]) in curve[1..].iter().enumerate() {
+            for (order, start) in [*a, *b, 2.0 * c].into_iter().enumerate() {
+                assert!((at_end(before, order) - start).abs() < 1e-13);
             }
         }
         assert!(curve[0][2].abs() < 1e-14 && at_end(4, 2).abs() < 1e-13);
