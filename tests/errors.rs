@@ -120,6 +120,7 @@ fn every_error_has_a_test() {
         include_str!("piecewise.rs"),
         include_str!("row_loss.rs"),
         include_str!("units.rs"),
+        include_str!("zoo.rs"),
     ];
     let body = errors.split("pub enum Error {").nth(1).unwrap();
     let body = body.split("\n}\n").next().unwrap();
