@@ -15,6 +15,7 @@
 //!   the CPU, several times faster.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
+//! * [`cde`]: neural controlled differential equations, which are driven by data along a [`path`](mod@path).
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): data to
 //!   train them on.
 //! * [`distributed`]: data-parallel training, on one machine or many.

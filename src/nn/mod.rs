@@ -5,6 +5,8 @@
 //! tile by tile on the CPU.  [`HyperCnf`], [`Hutchinson`] and [`OtFlow`] carry a log-density beside
 //! the state, as `Cnf` does, and run in candle's operations.
 //!
+//! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.
+//!
 //! [`RowSpeed`] and [`Relaxation`] are made of another field, and are integrated tile by tile where that is.
 //!
 //! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any
