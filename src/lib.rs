@@ -17,6 +17,7 @@
 //!   has no second derivatives.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
+//! * [`cde`]: neural controlled differential equations, which are driven by data along a [`path`](mod@path).
 //! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; [`noise`]: their increments,
 //!   which are functions of a seed.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points

@@ -11,6 +11,8 @@
 //! [`HigherOrder`], [`DataControl`], [`depth_cat`], [`GalerkinLinear`], [`Augmenter`] and [`WithIntegral`] make fields of
 //! higher order, that see their data or time, that have more room, or that sum a cost along the way.
 //!
+//! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.
+//!
 //! [`RowSpeed`] and [`Relaxation`] are made of another field, and are integrated tile by tile where that is.
 //!
 //! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any
