@@ -131,10 +131,12 @@ impl Trained {
             let share = candle_nn::ops::softmax(&logits, 1)?;
             Ok(share.narrow(1, 1, 1)?)
         };
-        let heat = window.heat(60, (DType::F32, &device), share, "class 1")?;
+        let heat = window.heat(40, (DType::F32, &device), share, "class 1")?;
+        let most = 256.min(classes.len());
+        let shown = sample.x.narrow(0, 0, most)?;
         Panel {
             heat: Some(heat),
-            curves: dots(&sample.x, &classes, false)?,
+            curves: dots(&shown, &classes[..most], false)?,
             ranges: window.ranges(),
             ..Panel::new(format!("{:.1} % right", 100.0 * self.accuracy), "x₁", "x₂")
         }

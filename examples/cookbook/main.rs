@@ -227,15 +227,19 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         });
     }
     print!("{table}");
-    picture(
-        &report.picture(""),
-        (1500, 380 * KINDS.len() as u32),
-        |area| {
-            let rows = area.split_evenly((KINDS.len(), 1));
-            let mut each = all.iter().zip(&rows);
-            each.try_for_each(|((_, o), row)| o.draw(&sample, 100, row))
-        },
-    )?;
+    // The flows of the first precision.
+    let (varied, stacked) = all[..KINDS.len()].split_at(KINDS.len() / 2);
+    for (part, own) in [("", varied), ("pieces", stacked)] {
+        picture(
+            &report.picture(part),
+            (1200, 300 * own.len() as u32),
+            |area| {
+                let rows = area.split_evenly((own.len(), 1));
+                let mut each = own.iter().zip(&rows);
+                each.try_for_each(|((_, o), row)| o.draw(&sample, 30, row))
+            },
+        )?;
+    }
     report.figure("iterations", fit.iterations)?;
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())
 }

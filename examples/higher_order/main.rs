@@ -110,11 +110,11 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     print!("{table}");
     picture(
         &report.picture(""),
-        (1500, 400 * ORDERS.len() as u32),
+        (1200, 320 * ORDERS.len() as u32),
         |area| {
             let rows = area.split_evenly((ORDERS.len(), 1));
             let mut each = all.iter().zip(&rows);
-            each.try_for_each(|((_, o), row)| o.draw(&sample, 100, row))
+            each.try_for_each(|((_, o), row)| o.draw(&sample, 40, row))
         },
     )?;
     report.figure("points", points)?;

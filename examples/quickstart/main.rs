@@ -90,11 +90,11 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     print!("{table}");
     picture(
         &report.picture(""),
-        (1500, 400 * all.len() as u32),
+        (1200, 320 * all.len() as u32),
         |area| {
             let rows = area.split_evenly((all.len(), 1));
             let mut each = all.iter().zip(&rows);
-            each.try_for_each(|(o, row)| o.draw(&sample, 100, row))
+            each.try_for_each(|(o, row)| o.draw(&sample, 40, row))
         },
     )?;
     report.figure("iterations", fit.iterations)?;
