@@ -21,7 +21,7 @@
 //!
 //! **Gradients** are exact for the steps that were run, given the increments: of y0, of every variable that the equation
 //! reads, and of increments that candle tracks.  No noise is stored; the backward pass computes it again from the seed.
-//! All memory plans of [`Checkpoint`] hold.
+//! All memory plans of [`Checkpoint`](crate::Checkpoint) hold.
 //!
 //! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, g∘ΔW, λ∘ΔW and every sum are in state
 //! precision.

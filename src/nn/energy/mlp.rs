@@ -34,7 +34,7 @@ pub enum Energy {
 /// x̄ = ∇²Φ v, W̄_l = δ̇_lᵀ a_{l−1} + δ_lᵀ ȧ_{l−1}, b̄_l = Σ δ̇_l, so a field made of this potential costs twice what
 /// the same network costs as a field.
 ///
-/// See [`energy`](super::energy) for the fields.
+/// See [`energy`](crate::nn::energy) for the fields.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -76,7 +76,7 @@ pub trait Potential {
     }
 
     /// The parameters that [`gradient_vjp`](Self::gradient_vjp) returns gradients of, as
-    /// [`VectorField::parameters`]; `None` (the default) lets the solver find them.
+    /// [`VectorField::parameters`](crate::VectorField::parameters); `None` (the default) lets the solver find them.
     fn parameters(&self) -> Option<Vec<Tensor>> {
         None
     }
