@@ -117,8 +117,10 @@ fn every_error_has_a_test() {
         include_str!("field_check.rs"),
         include_str!("layers.rs"),
         include_str!("limits.rs"),
+        include_str!("cde.rs"),
         include_str!("piecewise.rs"),
         include_str!("row_loss.rs"),
+        include_str!("sde.rs"),
         include_str!("units.rs"),
         include_str!("zoo.rs"),
     ];
