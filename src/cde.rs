@@ -49,7 +49,7 @@ use crate::time::Times;
 /// // z' = z X', so that z = z_0 exp(X − X_0), whatever way the path takes.
 /// let xs = Var::from_tensor(&Tensor::new(&[[[0f64], [2.0], [1.0]]], &Device::Cpu)?)?;
 /// let path = Observations::at(&[0.0, 0.3, 1.0], &xs)?.hermite()?;
-/// let steps = candle_diffeq::Steps::PerInterval(20);
+/// let steps = candle_diffeq::Steps::PerInterval(100);
 /// let options = OdeOptions { steps, ..Default::default() };
 /// let z0 = Tensor::new(&[[1f64]], &Device::Cpu)?;
 /// let zs = cdeint(|_: &Time, z: &Tensor| z.unsqueeze(2), &z0, &path, path.knots(), &options)?;
