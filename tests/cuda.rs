@@ -1342,18 +1342,19 @@ fn stages_at_the_end_of_a_step_see_the_time_at_which_it_ends() {
 #[test]
 fn stages_beside_a_jump_see_their_own_side_of_it() {
     let Some(gpu) = gpu() else { return };
-    // Halfway between two numbers of f32: its neighbours are rounded to different ones.
-    let jump = 1.0 + 2f64.powi(-24);
+    // Halfway between two numbers of f32, at which the velocity is 1 and 2: its neighbours are rounded to different ones,
+    // and neither to 1, at which time would stand still.
+    let jump = 1.0 + 3.0 * 2f64.powi(-24);
     let control = |first: f64| {
         let adaptive = Adaptive::new(1.0, 1e30).first_step(first);
         Steps::Adaptive(adaptive.jump_t([jump]).control(StepControl::Rows))
     };
     let (before, after) = (two_stages([0.0, 1.0]), two_stages([1.0, 0.0]));
     let there = steep(&gpu, [1.0, 2.0], control(10.0), &after);
-    assert!((there - 1.0).abs() <= 1e-6, "{there}");
+    assert!((there - 2.0 * (2.0 - jump)).abs() <= 1e-6, "{there}");
     // Backwards in time the jump lies before the end that is later.
     let there = steep(&gpu, [1.5, 1.0], control(10.0), &before);
-    assert!((there - (jump - 1.5)).abs() <= 1e-6, "{there}");
+    assert!((there - 2.0 * (jump - 1.5)).abs() <= 1e-6, "{there}");
 }
 
 #[test]
