@@ -17,7 +17,6 @@ use candle_diffeq::nn::{Activation, Augmenter, HigherOrder, Linear, Mlp, Percept
 use candle_diffeq::{NeuralOde, VectorField};
 use candle_nn::{Module, VarBuilder, VarMap};
 use clap::Parser;
-use serde_json::json;
 
 use crate::common::chart::{colour, picture, Curve, Panel, Scale};
 use crate::common::classes::Sample;
@@ -179,18 +178,8 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     report.figure("points", points)?;
     report.figure(
         "runs",
-        all.iter().map(|(.., o)| json(o)).collect::<Vec<_>>(),
+        all.iter().map(|(.., o)| o.figures()).collect::<Vec<_>>(),
     )
-}
-
-fn json(o: &Trained) -> serde_json::Value {
-    json!({
-        "model": o.classifier.name,
-        "loss_first": o.losses[0],
-        "loss_last": o.last(),
-        "accuracy": o.accuracy,
-        "seconds": o.seconds,
-    })
 }
 
 /// The logits of each flow in the first precision, and all losses.

@@ -7,6 +7,7 @@ use candle_diffeq::nn::Linear;
 use candle_diffeq::{OdeOptions, Steps, RK4};
 use candle_nn::{Module, VarBuilder, VarMap};
 use indicatif::ProgressBar;
+use serde_json::json;
 
 use super::chart::{Area, Panel};
 use super::classes::Sample;
@@ -14,6 +15,8 @@ use super::dtype::Dtype;
 use super::fit::Fit;
 use super::plane::{dots, over_time, paths, Window};
 use super::random::generator;
+use super::report::Report;
+use super::table::{sci, Table};
 use super::{initial, Result};
 
 /// States at given times, `(times, rows, features)`, of rows of x.
@@ -95,7 +98,45 @@ impl Classifier {
     }
 }
 
+/// Prints a row for each of these models, notes their figures, and demands that so great a share of the points is right.
+pub(crate) fn tell(all: &[(Dtype, Trained)], right: f64, report: &mut Report) -> Result<()> {
+    let mut table = Table::new(["model", "precision", "loss, first", "last", "right", "s"]);
+    for (dtype, o) in all {
+        let (name, share) = (&o.classifier.name, o.accuracy);
+        table.row([
+            name.clone(),
+            dtype.name().to_owned(),
+            sci(o.losses[0]),
+            sci(o.last()),
+            format!("{:.1} %", 100.0 * share),
+            format!("{:.0}", o.seconds),
+        ]);
+        report.demand(share >= right, || {
+            let dtype = dtype.name();
+            format!("{name}, {dtype}: {share:.3} of the points are right, not {right}")
+        });
+    }
+    print!("{table}");
+    let json = |(dtype, o): &(Dtype, Trained)| {
+        let mut figures = o.figures();
+        figures["precision"] = json!(dtype.name());
+        figures
+    };
+    report.figure("runs", all.iter().map(json).collect::<Vec<_>>())
+}
+
 impl Trained {
+    /// Name, losses, accuracy and time.
+    pub(crate) fn figures(&self) -> serde_json::Value {
+        json!({
+            "model": self.classifier.name,
+            "loss_first": self.losses[0],
+            "loss_last": self.last(),
+            "accuracy": self.accuracy,
+            "seconds": self.seconds,
+        })
+    }
+
     /// The mean of the last losses.
     pub(crate) fn last(&self) -> f64 {
         super::mean(&self.losses[self.losses.len().saturating_sub(10)..])

@@ -25,17 +25,15 @@ use candle_diffeq::nn::{
 use candle_diffeq::{NeuralOde, Time, VectorField};
 use candle_nn::{Module, VarBuilder, VarMap};
 use clap::Parser;
-use serde_json::json;
 
 use crate::common::chart::picture;
 use crate::common::classes::Sample;
-use crate::common::classifier::{options, Classifier, Flow, Trained};
+use crate::common::classifier::{options, tell, Classifier, Flow};
 use crate::common::dtype::Dtype;
 use crate::common::fit::Fit;
 use crate::common::flags::Flags;
 use crate::common::random::generator;
 use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
 use crate::common::{initial, progress, Result};
 
 const MOONS: Labelled = Labelled::Moons { noise: 0.1 };
@@ -208,25 +206,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             bar.finish_and_clear();
         }
     }
-    let mut table = Table::new(["flow", "precision", "loss, first", "last", "right", "s"]);
-    for (dtype, o) in &all {
-        table.row([
-            o.classifier.name.clone(),
-            dtype.name().to_owned(),
-            sci(o.losses[0]),
-            sci(o.last()),
-            format!("{:.1} %", 100.0 * o.accuracy),
-            format!("{:.0}", o.seconds),
-        ]);
-        report.demand(o.accuracy >= RIGHT, || {
-            let (name, share) = (&o.classifier.name, o.accuracy);
-            format!(
-                "{name}, {}: {share:.3} of the points are right, not {RIGHT}",
-                dtype.name()
-            )
-        });
-    }
-    print!("{table}");
+    tell(&all, RIGHT, report)?;
     // The flows of the first precision.
     let (varied, stacked) = all[..KINDS.len()].split_at(KINDS.len() / 2);
     for (part, own) in [("", varied), ("pieces", stacked)] {
@@ -240,17 +220,5 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             },
         )?;
     }
-    report.figure("iterations", fit.iterations)?;
-    report.figure("runs", all.iter().map(json).collect::<Vec<_>>())
-}
-
-fn json((dtype, o): &(Dtype, Trained)) -> serde_json::Value {
-    json!({
-        "flow": o.classifier.name,
-        "precision": dtype.name(),
-        "loss_first": o.losses[0],
-        "loss_last": o.last(),
-        "accuracy": o.accuracy,
-        "seconds": o.seconds,
-    })
+    report.figure("iterations", fit.iterations)
 }

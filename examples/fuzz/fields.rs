@@ -250,7 +250,7 @@ fn operation(p: &mut Program, rng: &mut StdRng, x: usize, pool: &[usize]) -> usi
             linear(p, x, outputs, rng.random_range(0..3) > 0)
         }
         2..5 => {
-            let activation = Activation::ALL[rng.random_range(0..7)];
+            let activation = Activation::ALL[rng.random_range(0..Activation::ALL.len())];
             act(p, x, activation, 0)
         }
         5 => {

@@ -15,16 +15,14 @@ use candle_diffeq::nn::{Activation, Augmenter, HigherOrder, Perceptron};
 use candle_diffeq::NeuralOde;
 use candle_nn::{Module, VarMap};
 use clap::Parser;
-use serde_json::json;
 
 use crate::common::chart::picture;
 use crate::common::classes::Sample;
-use crate::common::classifier::{options, Classifier, Flow, Trained};
+use crate::common::classifier::{options, tell, Classifier, Flow};
 use crate::common::dtype::Dtype;
 use crate::common::fit::Fit;
 use crate::common::flags::Flags;
 use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
 use crate::common::{progress, Result};
 
 const SPIRALS: Labelled = Labelled::Spirals {
@@ -89,25 +87,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             bar.finish_and_clear();
         }
     }
-    let mut table = Table::new(["equation", "precision", "loss, first", "last", "right", "s"]);
-    for (dtype, o) in &all {
-        table.row([
-            o.classifier.name.clone(),
-            dtype.name().to_owned(),
-            sci(o.losses[0]),
-            sci(o.last()),
-            format!("{:.1} %", 100.0 * o.accuracy),
-            format!("{:.0}", o.seconds),
-        ]);
-        report.demand(o.accuracy >= RIGHT, || {
-            let (name, share) = (&o.classifier.name, o.accuracy);
-            format!(
-                "{name}, {}: {share:.3} of the points are right, not {RIGHT}",
-                dtype.name()
-            )
-        });
-    }
-    print!("{table}");
+    tell(&all, RIGHT, report)?;
     picture(
         &report.picture(""),
         (1200, 320 * ORDERS.len() as u32),
@@ -117,17 +97,5 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             each.try_for_each(|((_, o), row)| o.draw(&sample, 40, row))
         },
     )?;
-    report.figure("points", points)?;
-    report.figure("runs", all.iter().map(json).collect::<Vec<_>>())
-}
-
-fn json((dtype, o): &(Dtype, Trained)) -> serde_json::Value {
-    json!({
-        "equation": o.classifier.name,
-        "precision": dtype.name(),
-        "loss_first": o.losses[0],
-        "loss_last": o.last(),
-        "accuracy": o.accuracy,
-        "seconds": o.seconds,
-    })
+    report.figure("points", points)
 }
