@@ -1,6 +1,6 @@
 //! Six ways to make a flow depend on depth and on data, all on two moons.
 //!
-//! `cargo run --release --example cookbook` (minutes; `--smoke`: seconds).  torchdyn's tutorial 01, Adam at 5e-3, 300
+//! `cargo run --release --example cookbook` (minutes; `--smoke`: seconds).  torchdyn's tutorial 01, Adam at 5e-3, 600
 //! iterations on 512 points, the cross entropy of the state at depth 1:
 //!
 //! * depth-invariant: 2-64-2;
@@ -38,7 +38,7 @@ use crate::common::{initial, progress, Result};
 
 const MOONS: Labelled = Labelled::Moons { noise: 0.1 };
 const POINTS: usize = 512;
-const FIT: Fit = Fit::new(300, 5e-3);
+const FIT: Fit = Fit::new(600, 5e-3);
 /// Of [0, 1].
 const STEPS: usize = 10;
 const PIECES: usize = 5;
