@@ -61,7 +61,7 @@ const TASKS: [Task; 2] = [
         start: &[1.0, 0.0],
         end: 20.0,
         batch: 64,
-        fit: Fit::new(2560, 1e-3).falling_to(1e-2),
+        fit: Fit::new(7680, 1e-3).falling_to(1e-2),
     },
     Task {
         name: "double pendulum",
