@@ -21,13 +21,11 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::error::SdeDefect;
 use candle_diffeq::sde::{
-    ito, predict, sdeint, solution, stratonovich, BrownianTree, Calculus, Increments, NeuralSde,
-    Noise, NoiseType, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN,
-    MILSTEIN_FREE_ITO, MILSTEIN_ITO, REVERSIBLE_HEUN, SRA1, SRI2,
+    ito, predict, solution, stratonovich, BrownianTree, Calculus, Increments, NeuralSde, Noise,
+    NoiseType, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, MILSTEIN_FREE_ITO,
+    MILSTEIN_ITO, REVERSIBLE_HEUN, SRA1, SRI2,
 };
-use candle_diffeq::{
-    odeint, Checkpoint, Error, OdeOptions, Output, Precision, Recorder, Steps, Time,
-};
+use candle_diffeq::{Checkpoint, Error, Output, Precision, Steps, Time};
 use common::{bits, relative, values, U_BF16, U_F16};
 use oracle::Oracle;
 use sde::{as_weights, grid, of_file, schemes, weights};
@@ -302,71 +300,6 @@ fn errors_of_gradients_in_low_precision_do_not_grow_with_the_steps() {
                 }
             }
         }
-    }
-}
-
-#[test]
-fn a_solve_keeps_what_an_ordinary_one_does_and_no_noise() {
-    const STEPS: usize = 100_000;
-    let plan = Checkpoint::Every(316);
-    let y0 = Var::ones((64, 4), DType::F64, &Device::Cpu).unwrap();
-    let (of_sde, of_ode) = (Recorder::default(), Recorder::default());
-    let resident = || {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let line = status
-            .lines()
-            .find_map(|l| l.strip_prefix("VmRSS:").map(str::to_owned))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    };
-    let before = resident();
-    let ys = sdeint(
-        ito(
-            |_: &Time, y: &Tensor| y * -0.5,
-            |_: &Time, y: &Tensor| y * 0.1,
-        ),
-        y0.as_tensor(),
-        &[0.0, 1.0],
-        &Noise::seeded(2),
-        &SdeOptions {
-            steps: Steps::PerInterval(STEPS),
-            checkpoint: plan,
-            output: Output::Final,
-            recorder: Some(of_sde.clone()),
-            ..Default::default()
-        },
-    )
-    .unwrap();
-    let grads = ys.sum_all().unwrap().backward().unwrap();
-    let after = resident();
-    // The equation is linear: y(1) is y0 times its derivative.
-    let error = relative(&ys, grads.get(&y0).unwrap());
-    assert!(error <= STEPS as f64 * common::U_F64, "{error:e}");
-    let y = odeint(
-        |_: &Time, y: &Tensor| y * -0.5,
-        y0.as_tensor(),
-        &[0.0, 1.0],
-        &OdeOptions {
-            method: candle_diffeq::tableau::EULER,
-            steps: Steps::PerInterval(STEPS),
-            checkpoint: plan,
-            output: Output::Final,
-            recorder: Some(of_ode.clone()),
-            ..Default::default()
-        },
-    )
-    .unwrap();
-    y.sum_all().unwrap().backward().unwrap();
-    let (sde, ode) = (of_sde.stats(), of_ode.stats());
-    assert_eq!(
-        (sde.states_kept, sde.bytes_kept),
-        (ode.states_kept, ode.bytes_kept)
-    );
-    // All of the noise would be 205 MB.
-    if let (Some(before), Some(after)) = (before, after) {
-        assert!(
-            after.saturating_sub(before) < 100_000,
-            "{before} kB, {after} kB"
-        );
     }
 }
 
