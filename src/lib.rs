@@ -5,6 +5,8 @@
 //! gradients.  Gradients are exact for the steps that were run, need no autograd tape over steps, and reach the
 //! user's variables through candle's own `loss.backward()`.
 //!
+//! The [guide] explains the crate chapter by chapter.
+//!
 //! * [`odeint`]: solves a closure as part of candle's graph; [`solution`]: without that graph, with gradients on
 //!   request; [`predict`]: without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
@@ -85,6 +87,7 @@
 //! * `sde`: the public entry points of stochastic differential equations.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //! * `distributed`: several processes that train one model.
+//! * `guide`: chapters of documentation.
 //!
 //! # Limits
 //!
@@ -110,6 +113,8 @@ mod driven;
 pub mod error;
 pub mod events;
 mod field;
+#[cfg(any(doc, doctest))]
+pub mod guide;
 mod integrate;
 mod intervals;
 mod link;
