@@ -177,8 +177,9 @@ impl Adaptive {
         }
     }
 
-    /// Whether steps end at output times too, instead of outputs being interpolated.  Default: only for
-    /// [`FEHLBERG45`](crate::tableau::FEHLBERG45), whose interpolant is less accurate than its steps.
+    /// Whether steps end at output times too, instead of outputs being interpolated.  Default: only for a method of an
+    /// order above four that has no interpolant of its own, such as [`FEHLBERG45`](crate::tableau::FEHLBERG45); the cubic
+    /// Hermite polynomial would be less accurate than its steps.
     #[must_use]
     pub fn step_on_outputs(self, on: bool) -> Self {
         Self {

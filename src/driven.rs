@@ -7,7 +7,7 @@
 mod apply;
 mod equation;
 mod increments;
-mod methods;
+pub(crate) mod methods;
 mod table;
 
 use candle_core::{DType, Device, Shape, Tensor};
@@ -24,10 +24,6 @@ use crate::watch::Watch;
 pub(crate) use equation::Equation;
 pub use equation::{Calculus, NoiseType};
 pub(crate) use increments::StepNoise;
-pub use methods::{
-    ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT, MILSTEIN_FREE_ITO, MILSTEIN_FREE_STRATONOVICH,
-    MILSTEIN_ITO, MILSTEIN_STRATONOVICH, REVERSIBLE_HEUN, SRA1, SRI2,
-};
 pub use table::SdeMethod;
 pub(crate) use table::{Functional, Part, Sum, Table, Term};
 

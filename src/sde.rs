@@ -76,11 +76,8 @@ use crate::solution::Solution;
 use crate::state::{Packing, State};
 use crate::time::Times;
 
-pub use crate::driven::{
-    Calculus, NoiseType, SdeMethod, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT,
-    MILSTEIN_FREE_ITO, MILSTEIN_FREE_STRATONOVICH, MILSTEIN_ITO, MILSTEIN_STRATONOVICH,
-    REVERSIBLE_HEUN, SRA1, SRI2,
-};
+pub use crate::driven::methods::*;
+pub use crate::driven::{Calculus, NoiseType, SdeMethod};
 pub use crate::noise::{BrownianTree, Increments, Noise};
 pub use equation::{ito, stratonovich, Diffusion, OfField, Sde, Without};
 pub use model::NeuralSde;

@@ -1,6 +1,7 @@
 //! Options of a solve of a stochastic differential equation.
 
-use crate::driven::{SdeMethod, EULER_MARUYAMA};
+use crate::driven::methods::EULER_MARUYAMA;
+use crate::driven::SdeMethod;
 use crate::field::check::FieldCheck;
 use crate::precision::Precision;
 use crate::problem::OdeOptions;
