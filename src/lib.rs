@@ -11,7 +11,7 @@
 //!   request; [`predict`]: without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
 //! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
-//! * [`check_field`]: compares a field's pull-back (vector-Jacobian product) with finite differences.  The
+//! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite differences.  The
 //!   first solves of a model do the same.
 //! * [`nn`]: layers and fields; perceptrons, continuous flows of perceptrons, and convolutions are integrated tile by
 //!   tile on the CPU, several times faster than through candle's operations.
@@ -19,14 +19,14 @@
 //!   has no second derivatives.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
-//! * [`cde`]: neural controlled differential equations, which are driven by data along a [`path`](mod@path).
-//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; [`noise`]: their increments,
-//!   which are functions of a seed.
+//! * [`cde`]: neural controlled differential equations, which are driven by data along a [path](cde::ControlPath).
+//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; their
+//!   [increments](sde::Noise) are functions of a seed.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points
 //!   with classes, and systems of physics to learn from.
 //! * [`distributed`]: data-parallel training, on one machine or many.
-//! * [`OdeOptions`]: the method ([`Tableau`]), fixed or [adaptive](control::Adaptive) steps, checkpoints, scaling,
-//!   and statistics.
+//! * [`OdeOptions`]: the method ([`Tableau`](tableau::Tableau)), fixed or adaptive steps and what is kept ([`options`]),
+//!   [scaling](mod@scaling), and [statistics](metrics::Recorder).
 //!
 //! # Theory
 //!
@@ -125,13 +125,13 @@ mod mmd;
 mod neural_ode;
 pub mod nn;
 mod node;
-pub mod noise;
+mod noise;
 mod odeint;
 mod offer;
 mod ops;
 mod parameters;
 mod passes;
-pub mod path;
+mod path;
 mod piecewise;
 mod precision;
 mod problem;
@@ -152,31 +152,37 @@ mod trajectory;
 mod watch;
 
 pub use error::{Error, Result};
-pub use field::check::{check_field, FieldCheck};
 pub use field::VectorField;
-pub use loss::RowLoss;
 pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, odeint_with, predict, solution, solution_with};
 #[doc(hidden)]
 pub use ops::internals;
-pub use precision::{Arithmetic, Precision};
-pub use problem::{ActivationCache, OdeOptions};
-pub use schedule::{Output, Steps};
+pub use precision::Precision;
+pub use problem::OdeOptions;
 pub use solution::{Gradients, Solution};
 pub use state::State;
-pub use stats::{Recorder, RowStats, Stats};
-pub use tableau::{Tableau, DOPRI5, RK4};
-pub use time::{Time, TimeGrid, Times};
-pub use trajectory::Checkpoint;
+pub use time::Time;
 
 /// What fields are made of and made from: modules and constants as fields, pieces in time, fields with
-/// arguments, and what a pull-back of one's own returns.
+/// arguments, what a pull-back of one's own returns, and its check.
 pub mod fields {
+    pub use crate::field::check::{check_field, FieldCheck};
     pub use crate::field::{
         autonomous, constant, Autonomous, Constant, Cotangents, FieldWithArgs, Pullback,
     };
     pub use crate::neural_ode::Given;
     pub use crate::piecewise::PiecewiseConstant;
+}
+
+/// What a solve is asked for: its times, its steps, fixed or controlled by tolerances, the states that it returns, and
+/// what it keeps for the backward pass.
+pub mod options {
+    pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
+    pub use crate::precision::Arithmetic;
+    pub use crate::problem::ActivationCache;
+    pub use crate::schedule::{Output, Steps};
+    pub use crate::time::{TimeGrid, Times};
+    pub use crate::trajectory::Checkpoint;
 }
 
 /// Scales that keep cotangents within the range of f16: inside a solve, and around one.
@@ -185,14 +191,10 @@ pub mod scaling {
     pub use crate::scaler::{DynamicScaling, OnOverflow, Scaling};
 }
 
-/// What adaptive steps are controlled by: tolerances, controllers, norms.
-pub mod control {
-    pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
-}
-
-/// To judge continuous flows by.
+/// What a solve has done, and how good a continuous flow is.
 pub mod metrics {
     pub use crate::mmd::mmd;
+    pub use crate::stats::{Recorder, RowStats, Stats};
 }
 
 /// The README's example, run as a test.

@@ -30,7 +30,8 @@ use crate::trajectory::Checkpoint;
 /// plan.
 ///
 /// ```
-/// use candle_diffeq::{ActivationCache, OdeOptions};
+/// use candle_diffeq::OdeOptions;
+/// use candle_diffeq::options::ActivationCache;
 /// let options = OdeOptions {
 ///     activation_cache: ActivationCache::within(64 << 20).in_bf16(),
 ///     ..Default::default()
@@ -66,7 +67,9 @@ impl ActivationCache {
 /// Options of a solve.
 ///
 /// ```
-/// use candle_diffeq::{Checkpoint, OdeOptions, Precision, Steps, DOPRI5};
+/// use candle_diffeq::{OdeOptions, Precision};
+/// use candle_diffeq::options::{Checkpoint, Steps};
+/// use candle_diffeq::tableau::DOPRI5;
 /// let options = OdeOptions {
 ///     method: DOPRI5,
 ///     precision: Some(Precision::bf16()),
@@ -129,8 +132,8 @@ pub struct OdeOptions {
     ///
     /// The field's own code runs in the first steps of a pass only, so it must do the same in every step: read
     /// time by [`Time::tensor`](crate::Time::tensor), and keep nothing of an evaluation.  Where a step
-    /// cannot be captured it is launched operation by operation: [`Stats::replayed`](crate::Stats::replayed)
-    /// counts, [`Stats::not_replayed`](crate::Stats::not_replayed) says why.
+    /// cannot be captured it is launched operation by operation: [`Stats::replayed`](crate::metrics::Stats::replayed)
+    /// counts, [`Stats::not_replayed`](crate::metrics::Stats::not_replayed) says why.
     pub graphs: bool,
     /// Scaling of the adjoint.  Default: dynamic in f16, otherwise none.
     pub scaling: Scaling,

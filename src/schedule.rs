@@ -24,7 +24,7 @@ pub enum Steps {
     /// ⌈|t_{i+1} − t_i| / size⌉ equal steps in every output interval, so none is longer than `size`.
     Size(f64),
     /// Steps between these times, wherever the outputs are: an output inside a step is interpolated, see
-    /// [`Tableau::with_interpolant`](crate::Tableau::with_interpolant).  The first and the last time of the solve
+    /// [`Tableau::with_interpolant`](crate::tableau::Tableau::with_interpolant).  The first and the last time of the solve
     /// are steps' ends in any case and need not be among them.
     At(Vec<f64>),
     /// Steps that are as long as a tolerance permits.
@@ -49,9 +49,9 @@ pub enum Output {
     /// One for every node of the solve, which are its start and the end of every step that was taken: leaves of shape
     /// `(steps + 1, …)`.  A time of the grid at which no step ends, which is possible with adaptive steps and with
     /// [`Steps::At`], has no state of its own.  [`Solution::times`](crate::Solution::times) and
-    /// [`Stats::step_times`](crate::Stats::step_times) are the times of the states.
+    /// [`Stats::step_times`](crate::metrics::Stats::step_times) are the times of the states.
     ///
-    /// Adaptive steps are then those of the whole batch ([`StepControl::Batch`](crate::control::StepControl::Batch)):
+    /// Adaptive steps are then those of the whole batch ([`StepControl::Batch`](crate::options::StepControl::Batch)):
     /// rows with steps of their own would have different numbers of states, and asking for them is an error
     /// ([`AdaptiveDefect::StepsOfRows`](crate::error::AdaptiveDefect::StepsOfRows)).
     Steps,

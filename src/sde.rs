@@ -21,7 +21,7 @@
 //!
 //! **Gradients** are exact for the steps that were run, given the increments: of y0, of every variable that the equation
 //! reads, and of increments that candle tracks.  No noise is stored; the backward pass computes it again from the seed.
-//! All memory plans of [`Checkpoint`](crate::Checkpoint) hold.
+//! All memory plans of [`Checkpoint`](crate::options::Checkpoint) hold.
 //!
 //! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, g∘ΔW, λ∘ΔW and every sum are in state
 //! precision.
@@ -32,8 +32,9 @@
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor, Var};
+//! use candle_diffeq::Time;
+//! use candle_diffeq::options::{Output, Steps};
 //! use candle_diffeq::sde::{ito, sdeint, Noise, SdeOptions, SRI2};
-//! use candle_diffeq::{Output, Steps, Time};
 //! // Geometric Brownian motion: E[Y(1)] = e^μ.
 //! let (mu, sigma) = (Var::new(0.5f32, &Device::Cpu)?, Var::new(0.2f32, &Device::Cpu)?);
 //! let (m, s) = (mu.as_tensor().clone(), sigma.as_tensor().clone());
@@ -78,7 +79,7 @@ use crate::time::Times;
 
 pub use crate::driven::methods::*;
 pub use crate::driven::{Calculus, NoiseType, SdeMethod};
-pub use crate::noise::{BrownianTree, Increments, Noise};
+pub use crate::noise::{philox4x32, BrownianTree, Increments, Noise};
 pub use equation::{ito, stratonovich, Diffusion, OfField, Sde, Without};
 pub use model::NeuralSde;
 pub use options::SdeOptions;
@@ -94,8 +95,9 @@ pub use options::SdeOptions;
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_diffeq::Time;
+/// use candle_diffeq::options::Steps;
 /// use candle_diffeq::sde::{sdeint, stratonovich, Increments, SdeOptions, HEUN};
-/// use candle_diffeq::{Steps, Time};
 /// // Increments of one's own, with a gradient: y' = y ∘ dW is exp(W) in the sense of Stratonovich.
 /// let w = Var::new(&[[[0.1f64]], [[-0.3]]], &Device::Cpu)?;           // (steps, rows, channels)
 /// let sde = stratonovich(|_: &Time, y: &Tensor| y.zeros_like(), |_: &Time, y: &Tensor| Ok(y.clone()));
@@ -157,8 +159,9 @@ where
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::Time;
+/// use candle_diffeq::options::Steps;
 /// use candle_diffeq::sde::{ito, solution, Noise, SdeOptions};
-/// use candle_diffeq::{Steps, Time};
 /// let sde = ito(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y * 0.1);
 /// let options = SdeOptions { steps: Steps::PerInterval(10), ..Default::default() };
 /// let y0 = Tensor::ones((3, 2), DType::F64, &Device::Cpu)?;
@@ -200,8 +203,9 @@ where
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::Time;
+/// use candle_diffeq::options::{Output, Steps};
 /// use candle_diffeq::sde::{ito, predict, Noise, SdeOptions, SRA1};
-/// use candle_diffeq::{Output, Steps, Time};
 /// // Ornstein–Uhlenbeck: in the long run the variance is σ²/2θ = ½.
 /// let ou = ito(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y.ones_like()).additive();
 /// let options = SdeOptions {

@@ -32,7 +32,7 @@ pub enum Checkpoint {
     /// further one of the same solve replays from there, to the same bits.
     States(usize),
     /// As many states as fit into this many bytes, placed as by [`Checkpoint::States`].  What counts is the
-    /// numbers of the states, of the whole batch, as in [`Stats::bytes_kept`](crate::Stats::bytes_kept).
+    /// numbers of the states, of the whole batch, as in [`Stats::bytes_kept`](crate::metrics::Stats::bytes_kept).
     Bytes(usize),
     /// Nothing: the solution has no gradients, and its backward pass is an error.
     Nothing,

@@ -20,12 +20,13 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::error::SdeDefect;
+use candle_diffeq::options::{Checkpoint, Output, Steps};
 use candle_diffeq::sde::{
     ito, predict, solution, stratonovich, BrownianTree, Calculus, Increments, NeuralSde, Noise,
     NoiseType, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, MILSTEIN_FREE_ITO,
     MILSTEIN_ITO, REVERSIBLE_HEUN, SRA1, SRI2,
 };
-use candle_diffeq::{Checkpoint, Error, Output, Precision, Steps, Time};
+use candle_diffeq::{Error, Precision, Time};
 use common::{bits, relative, values, U_BF16, U_F16};
 use oracle::Oracle;
 use sde::{as_weights, grid, of_file, schemes, weights};

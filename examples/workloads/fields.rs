@@ -2,8 +2,12 @@
 //! operations.
 
 use candle_core::{DType, Device, Module, Result, Tensor, D};
-use candle_diffeq::nn::{self, Activation, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowSpeed};
-use candle_diffeq::{NeuralOde, OdeOptions, RowLoss, State, Steps, Tableau, Time, VectorField};
+use candle_diffeq::nn::{
+    self, Activation, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowLoss, RowSpeed,
+};
+use candle_diffeq::options::Steps;
+use candle_diffeq::tableau::Tableau;
+use candle_diffeq::{NeuralOde, OdeOptions, State, Time, VectorField};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
 /// A kind of field.

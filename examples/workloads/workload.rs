@@ -9,9 +9,10 @@ use std::path::Path;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
-use candle_diffeq::control::{Adaptive, StepControl};
 use candle_diffeq::nn::Activation;
-use candle_diffeq::{OdeOptions, Output, Steps, Tableau};
+use candle_diffeq::options::{Adaptive, Output, StepControl, Steps};
+use candle_diffeq::tableau::Tableau;
+use candle_diffeq::OdeOptions;
 use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 

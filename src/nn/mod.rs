@@ -18,6 +18,9 @@
 //! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any
 //! model, in place of candle's where these have no pull-back, a wrong one, or a slow one.
 //! `docs/candle-layers.md` lists those of candle's layers that have no pull-back or a wrong one.
+//!
+//! [`RowLoss`] is a loss that is a mean over rows, which a solve computes in itself
+//! ([`NeuralOde::loss`](crate::NeuralOde::loss)).
 
 mod activation;
 mod augmenter;
@@ -69,6 +72,8 @@ pub use ot_flow::OtFlow;
 pub use perceptron::Perceptron;
 pub use relaxation::Relaxation;
 pub use row_speed::{RowSpeed, WithSpeed};
+
+pub use crate::loss::RowLoss;
 
 use std::any::Any;
 

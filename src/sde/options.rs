@@ -13,8 +13,9 @@ use crate::trajectory::Checkpoint;
 /// Options of a solve: the method for an SDE, and what [`OdeOptions`] has that applies to its steps.
 ///
 /// ```
+/// use candle_diffeq::Precision;
+/// use candle_diffeq::options::{Checkpoint, Steps};
 /// use candle_diffeq::sde::{SdeOptions, HEUN};
-/// use candle_diffeq::{Checkpoint, Precision, Steps};
 /// let options = SdeOptions {
 ///     method: HEUN,
 ///     precision: Some(Precision::bf16()),
