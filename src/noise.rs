@@ -11,7 +11,7 @@
 //!
 //! **Bits.** All of it is integer arithmetic and additions, products, quotients and square roots of f64, so that every
 //! machine, number of threads and vector unit gets the same bits; a row's numbers do not depend on how many rows there are.
-//! In a solve in f32 they are rounded once, at the end.
+//! In a solve in f32 they are rounded once, at the end.  A tile of rows draws the numbers of its own rows, in its lanes.
 //!
 //! ```
 //! use candle_core::{DType, Device};
@@ -28,6 +28,7 @@
 
 mod draw;
 mod increments;
+mod lanes;
 mod normal;
 mod philox;
 mod tree;
@@ -140,7 +141,7 @@ impl Noise {
                     false => vec![],
                     true => {
                         let areas = of(Purpose::Area)?.into_iter();
-                        let spread = (1f64 / 12.0).sqrt();
+                        let spread = spread_of_area();
                         areas.zip(&w).map(|(z, w)| 0.5 * w + spread * z).collect()
                     }
                 };
@@ -156,6 +157,11 @@ impl Noise {
             _ => None,
         }
     }
+}
+
+/// The standard deviation of η − ½ξ.
+fn spread_of_area() -> f64 {
+    (1f64 / 12.0).sqrt()
 }
 
 impl From<BrownianTree> for Noise {
