@@ -33,6 +33,8 @@ pub(crate) struct Drive {
     pub(crate) method: SdeMethod,
     pub(crate) equation: Equation,
     pub(crate) noise: Noise,
+    /// Solutions of each initial state.
+    pub(crate) samples: usize,
 }
 
 impl Drive {
@@ -58,10 +60,10 @@ pub(crate) struct Driven {
     pub(crate) roles: Vec<Roles>,
     shapes: Vec<Shape>,
     device: Device,
-    rows: usize,
+    pub(crate) rows: usize,
     /// Steps of the solve, and its interval.
     steps: usize,
-    span: [f64; 2],
+    pub(crate) span: [f64; 2],
 }
 
 /// An evaluation of a part, with the state that it was given.
@@ -344,7 +346,7 @@ fn constant(terms: &[Term]) -> f64 {
 
 impl Sum {
     /// Whether it is the same sum.
-    fn is(&self, other: &Self) -> bool {
+    pub(crate) fn is(&self, other: &Self) -> bool {
         self.base == other.base
             && self.terms.len() == other.terms.len()
             && self

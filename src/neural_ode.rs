@@ -316,9 +316,9 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let ids: Vec<_> = ode.masters()?.iter().map(|var| var.id()).collect();
         let offered = Offered::from(field.and_then(|field| field.offer()));
         let as_they_are = |offered: &Offered| {
-            let rows = offered.rows.as_ref();
             // What a constructor computes from variables must be computed anew for each solve.
-            rows.is_some_and(|rows| rows.weights().iter().all(|w| ids.contains(&w.id())))
+            let all = |weights: Vec<Tensor>| weights.iter().all(|w| ids.contains(&w.id()));
+            offered.weights().is_some_and(all)
         };
         let field = offered.filter(as_they_are).map(|offered| offered.shared);
         ode.packable = field.map(|field| Packable { field, ids });

@@ -2,6 +2,7 @@
 
 mod draw;
 mod increments;
+mod lanes;
 mod normal;
 mod philox;
 mod tree;
@@ -140,7 +141,7 @@ impl Noise {
                     false => vec![],
                     true => {
                         let areas = of(Purpose::Area)?.into_iter();
-                        let spread = (1f64 / 12.0).sqrt();
+                        let spread = spread_of_area();
                         areas.zip(&w).map(|(z, w)| 0.5 * w + spread * z).collect()
                     }
                 };
@@ -156,6 +157,11 @@ impl Noise {
             _ => None,
         }
     }
+}
+
+/// The standard deviation of η − ½ξ.
+fn spread_of_area() -> f64 {
+    (1f64 / 12.0).sqrt()
 }
 
 impl From<BrownianTree> for Noise {

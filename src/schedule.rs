@@ -267,17 +267,17 @@ impl Schedule {
         }
     }
 
-    /// Whether every step is far from the ends of the range of f32.
-    pub(crate) fn is_moderate(&self) -> bool {
+    /// Whether every step is within so many octaves of one.
+    pub(crate) fn is_moderate(&self, octaves: i32) -> bool {
         match self {
-            Self::Fixed(fixed) => fixed.is_moderate(),
-            Self::Recorded(recorded) => recorded.steps().all(|step| is_moderate(step.h)),
+            Self::Fixed(fixed) => fixed.is_moderate(octaves),
+            Self::Recorded(recorded) => recorded.steps().all(|step| is_moderate(step.h, octaves)),
         }
     }
 }
 
-/// Whether a length is far from the ends of the range of f32.
-fn is_moderate(h: f64) -> bool {
-    let far = 2f64.powi(100);
+/// Whether a length is within so many octaves of one.
+fn is_moderate(h: f64, octaves: i32) -> bool {
+    let far = 2f64.powi(octaves);
     (1.0 / far..=far).contains(&h.abs())
 }

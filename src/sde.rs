@@ -23,6 +23,11 @@
 //! reads, and of increments that candle tracks.  No noise is stored; the backward pass computes it again from the seed.
 //! All memory plans of [`Checkpoint`](crate::options::Checkpoint) hold.
 //!
+//! **Speed.** On the CPU, an equation is integrated tile by tile if its drift and its diffusion ([`OfField`]) are fields of
+//! [`nn`](crate::nn) that are ([`Mlp`](crate::nn::Mlp), [`ConstantField`](crate::nn::ConstantField),
+//! [`Relaxation`](crate::nn::Relaxation) of these), its noise is diagonal or scalar, and a function of a seed.
+//! Other equations are solved in candle's operations.  Increments have the same bits in both.
+//!
 //! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, g∘ΔW, λ∘ΔW and every sum are in state
 //! precision.
 //!
@@ -136,7 +141,7 @@ where
     };
     let start = (y0.leaves(), vec![], times.to_grid()?);
     let solve = |problem: &Problem, field: &Field<'_>, y0: &Tensor, keep: &dyn Fn() -> bool| {
-        let problem = problem.clone().driven_by(drive)?;
+        let problem = problem.clone().driven_by(drive.clone())?;
         run(&problem, field, y0, None, &|| {
             keep() || !increments.is_empty()
         })
@@ -150,6 +155,7 @@ where
         joined,
     } = solved_in_graph(start, &options.ode(), kind, bind, solve)?;
     let theta = theta.with_increments(increments.clone());
+    let problem = problem.driven_by(drive.clone())?;
     node(problem, Source::Shared(field), theta, forward, &joined)
 }
 

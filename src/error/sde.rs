@@ -134,4 +134,7 @@ pub enum SdeDefect {
         /// What was asked for.
         what: &'static str,
     },
+    /// No samples.
+    #[error("a solve takes at least one sample of each initial state: SdeOptions::samples is 0")]
+    NoSamples,
 }

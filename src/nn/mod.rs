@@ -11,7 +11,8 @@
 //! [`HigherOrder`], [`DataControl`], [`depth_cat`], [`GalerkinLinear`], [`Augmenter`] and [`WithIntegral`] make fields of
 //! higher order, that see their data or time, that have more room, or that sum a cost along the way.
 //!
-//! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.
+//! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.  [`ConstantField`] is the diffusion
+//! of additive noise.
 //!
 //! [`RowSpeed`] and [`Relaxation`] are made of another field, and are integrated tile by tile where that is.
 //!
@@ -27,6 +28,7 @@ mod augmenter;
 mod cde_mlp;
 mod cnf;
 mod conditional;
+mod constant_field;
 mod conv;
 mod conv1d;
 #[cfg(feature = "cuda")]
@@ -54,6 +56,7 @@ pub use augmenter::{Augmenter, Zeros};
 pub use cde_mlp::CdeMlp;
 pub use cnf::Cnf;
 pub use conditional::ConditionalMlp;
+pub use constant_field::ConstantField;
 pub use conv::ConvField;
 pub use conv1d::{conv1d, conv1d_no_bias, Conv1d};
 pub use depth::{depth_cat, DataControl};

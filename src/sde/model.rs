@@ -123,6 +123,7 @@ impl<S: State + 'static> NeuralSde<S> {
             method: self.options.method,
             equation: self.equation,
             noise: noise.clone(),
+            samples: self.options.samples,
         }
     }
 

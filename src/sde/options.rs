@@ -35,10 +35,37 @@ pub struct SdeOptions {
     pub leaf_precision: Vec<Precision>,
     /// How intervals between times are cut into steps, which are fixed.  Default: one step each.
     pub steps: Steps,
+    /// How many solutions of each initial state are computed, with noise of their own.  Default: one.
+    ///
+    /// A state of n samples has n times the rows of y0: those of the first sample, then those of the second, and so on.
+    /// y0 is not repeated by the caller, and its gradient is the sum over samples.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_diffeq::Time;
+    /// use candle_diffeq::options::{Output, Steps};
+    /// use candle_diffeq::sde::{ito, predict, Noise, SdeOptions};
+    /// let sde = ito(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y.ones_like()).additive();
+    /// let options = SdeOptions {
+    ///     samples: 500,
+    ///     steps: Steps::PerInterval(20),
+    ///     output: Output::Final,
+    ///     ..Default::default()
+    /// };
+    /// let y0 = Tensor::new(&[[0f32], [5.0]], &Device::Cpu)?;
+    /// let y = predict(&sde, &y0, &[0.0, 1.0], &Noise::seeded(2), &options)?;       // (500 · 2, 1)
+    /// let means = y.reshape((500, 2))?.mean(0)?.to_vec1::<f32>()?;
+    /// assert!(means[0].abs() < 0.1 && (means[1] - 5.0 * (-1f32).exp()).abs() < 0.15);
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    pub samples: usize,
     /// Which states are returned.  Default: all.
     pub output: Output,
     /// What is kept for the backward pass; noise never is.  Default: every state.
     pub checkpoint: Checkpoint,
+    /// Whether equations whose parts are fields of [`nn`](crate::nn) that go in tiles are integrated tile by tile on the
+    /// CPU; see [`sde`](crate::sde).  Default: yes.  The noise is the same to the bit, results agree to rounding.
+    pub fusion: bool,
     /// As [`OdeOptions::scaling`].
     pub scaling: Scaling,
     /// As [`OdeOptions::on_overflow`].
@@ -57,8 +84,10 @@ impl Default for SdeOptions {
             precision: ode.precision,
             leaf_precision: ode.leaf_precision,
             steps: ode.steps,
+            samples: 1,
             output: ode.output,
             checkpoint: ode.checkpoint,
+            fusion: ode.fusion,
             scaling: ode.scaling,
             on_overflow: ode.on_overflow,
             check: ode.check,
@@ -76,6 +105,7 @@ impl SdeOptions {
             steps: self.steps.clone(),
             output: self.output,
             checkpoint: self.checkpoint,
+            fusion: self.fusion,
             scaling: self.scaling,
             on_overflow: self.on_overflow,
             check: self.check,
