@@ -18,6 +18,9 @@
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
 //! * [`cde`]: neural controlled differential equations, which are driven by data along a [`path`](mod@path).
+//! * [`recurrent`]: hidden states that follow an ODE between observations: ODE-RNN, GRU-ODE-Bayes, latent ODE.
+//!   [`nn::graph`]: graph neural ODEs.
+//! * [`shooting`]: parareal and Newton's multiple shooting.  [`hypersolver`]: methods with a learnt correction.
 //! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; [`noise`]: their increments,
 //!   which are functions of a seed.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points
@@ -83,6 +86,8 @@
 //! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`, `cde`: the public entry points, and fields that are
 //!   piecewise constant in time.
 //! * `sde`: the public entry points of stochastic differential equations.
+//! * `recurrent`, `shooting`, `hypersolver`: hidden states between observations; all intervals of a solve at once; solvers
+//!   with a learnt correction.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //! * `distributed`: several processes that train one model.
 //!
@@ -110,6 +115,7 @@ mod driven;
 pub mod error;
 pub mod events;
 mod field;
+pub mod hypersolver;
 mod integrate;
 mod intervals;
 mod link;
@@ -130,12 +136,14 @@ pub mod path;
 mod piecewise;
 mod precision;
 mod problem;
+pub mod recurrent;
 mod replay;
 mod reverse;
 mod rows;
 mod scaler;
 mod schedule;
 pub mod sde;
+pub mod shooting;
 mod simd;
 mod solution;
 mod state;

@@ -56,15 +56,17 @@ impl CustomOp2 for Product {
         _: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (values, x) = (values.detach(), x.detach());
-        let of = |pattern: &Arc<Pattern>| Arc::clone(pattern);
+        let pattern = || Arc::clone(&self.0);
         let g = g.contiguous()?;
-        let to_x = values.apply_op2_no_bwd(&g, &Transposed(of(&self.0)))?;
-        let to_values = match x.dim(1)? {
-            0 => values.zeros_like()?,
-            _ => g.apply_op2_no_bwd(&x, &Sampled(of(&self.0)))?,
-        };
-        Ok((Some(to_values), Some(to_x)))
+        let to_x = x.track_op().then(|| {
+            let values = values.detach();
+            values.apply_op2_no_bwd(&g, &Transposed(pattern()))
+        });
+        let to_values = values.track_op().then(|| match x.dim(1)? {
+            0 => values.zeros_like(),
+            _ => g.apply_op2_no_bwd(&x.detach(), &Sampled(pattern())),
+        });
+        Ok((to_values.transpose()?, to_x.transpose()?))
     }
 }
 
