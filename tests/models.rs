@@ -40,7 +40,7 @@ fn sparse(rows: usize, columns: usize) -> (Csr, Tensor) {
         for j in 0..columns {
             if i % 5 != 3 && j % 7 != 2 && (i * 31 + j * 17) % 11 < 3 {
                 across.push(j as u32);
-                dense[i * columns + j] = ((i * 7 + j * 3) as f64).sin();
+                dense[i * columns + j] = ((i * 7 + j * 3 + 1) as f64).sin();
             }
         }
         offsets.push(across.len());
