@@ -189,15 +189,15 @@ fn render(solution: &HybridSolution<Tensor>, times: &[f64], report: &mut Report)
     picture(&report.picture(""), (1200, 760), |area| {
         let parts = area.split_evenly((2, 2));
         let one = |title: &str, i: usize| Panel {
-            curves: vec![Curve::new("", colour(0), column(i)).width(2)],
+            curves: vec![Curve::new("", colour(0), column(i))],
             ..Panel::new(title, "t", "")
         };
         one("window of unacknowledged packets", WINDOW).draw(&parts[0])?;
         one("packets sent", SENT).draw(&parts[1])?;
         one("mode: off, slow start, avoidance", MODE).draw(&parts[2])?;
-        let curve = |e: usize| Curve::new(format!("λ{}", e + 1), colour(e), column(INTENSITY + e));
+        let curve = |(e, name): (usize, &str)| Curve::new(name, colour(e), column(INTENSITY + e));
         Panel {
-            curves: (0..3).map(curve).collect(),
+            curves: [(0, "λ₁"), (1, "λ₂ … λ₅")].map(curve).into(),
             ..Panel::new("integrated intensities since the last jump", "t", "λ")
         }
         .draw(&parts[3])
