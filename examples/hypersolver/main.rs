@@ -28,7 +28,7 @@ use crate::common::flags::Flags;
 use crate::common::random::{generator, normal};
 use crate::common::report::{self, Report};
 use crate::common::table::{sci, Table};
-use crate::common::{initial, progress, values, Result};
+use crate::common::{initial, median, progress, values, Result};
 
 /// Length of a step, the end of training data, and of the comparison.
 const STEP: f64 = 0.02;
@@ -189,9 +189,16 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
         let y0 = others.to_dtype(dtype.state())?;
         let mut line = |name: String, evaluations, run: &dyn Fn() -> candle_diffeq::Result<Tensor>| {
-            let clock = Instant::now();
-            let states = run()?;
-            let seconds = clock.elapsed().as_secs_f64();
+            let mut seconds = vec![];
+            let states = loop {
+                let clock = Instant::now();
+                let states = run()?;
+                seconds.push(clock.elapsed().as_secs_f64());
+                if seconds.len() == 5 {
+                    break states;
+                }
+            };
+            let seconds = median(seconds);
             let errors = errors(&states, &truth)?;
             lines.push(Line { name, dtype, errors, evaluations, seconds });
             Ok::<_, Box<dyn std::error::Error>>(())

@@ -3,7 +3,7 @@
 //! `cargo run --release --example stable_flow` (a minute; `--smoke`: seconds).  torchdyn's tutorial m4f ("Stable Neural Flows",
 //! arXiv 2003.08063): x' = v, v' = π (cos(πx − π/2) − x), x' = ½ (M − Mᵀ) ∇E with perceptrons M and E, fitted at points of a
 //! square.  Prints a table, writes a picture and the figures as JSON beside it.  Exits with 1 when solutions of the stable
-//! flow lose the energy that it has learnt, or the true one more than those of the perceptron.
+//! flow lose the energy that it has learnt, or more of the true one than those of the perceptron.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -31,13 +31,13 @@ use crate::common::report::{self, Report};
 use crate::common::table::{sci, Table};
 use crate::common::{initial, progress, values, Result};
 
-const FIT: Fit = Fit::new(1500, 2e-3).falling_to(0.02);
+const FIT: Fit = Fit::new(4000, 3e-3).falling_to(0.01);
 const POINTS: usize = 256;
 /// Half the side of the square.
 const SIDE: f64 = 2.0;
 const WIDTH: usize = 64;
 const STARTS: usize = 8;
-const END: f64 = 20.0;
+const END: f64 = 60.0;
 /// The largest change of the learnt energy along solutions in f32, in units of its range.
 const KEPT: f64 = 1e-2;
 
@@ -98,7 +98,7 @@ struct Outcome {
     dtype: Dtype,
     /// Mean squared error of the velocity, in units of its mean square.
     error: f64,
-    /// Root mean square of the true energy's change along solutions.
+    /// Root mean square of what the true energy is less, or more, in the last tenth of the time than in the first.
     lost: f64,
     /// The largest change of the learnt energy, in units of its range.
     own: Option<f64>,
@@ -116,7 +116,7 @@ fn main() -> ExitCode {
 }
 
 fn times() -> Vec<f64> {
-    (0..=400).map(|i| END * f64::from(i) / 400.0).collect()
+    (0..=1200).map(|i| END * f64::from(i) / 1200.0).collect()
 }
 
 /// Starts between the wells and the rim.
@@ -159,7 +159,10 @@ fn train(kind: Kind, dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) ->
     });
     let states = ode.predict(&starts(device)?, &times())?;
     let along = energy(&states.to_dtype(DType::F64)?)?;
-    let change = along.broadcast_sub(&along.narrow(0, 0, 1)?)?;
+    // Within a turn the energy of a flow that is nearly the true one goes up and down.
+    let tenth = along.dim(0)? / 10;
+    let first = along.narrow(0, 0, tenth)?.mean(0)?;
+    let change = (along.narrow(0, 9 * tenth, tenth)?.mean(0)? - first)?;
     let own = match kind {
         Kind::Stable => Some(kept(&vars, &states, device)?),
         Kind::Perceptron => None,
@@ -199,7 +202,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             all.push(train(kind, dtype, (&fit, args.flags.seed), device)?);
         }
     }
-    let mut table = Table::new(["field", "precision", "error of velocity", "true energy lost", "learnt energy lost", "s"]);
+    let mut table = Table::new(["field", "precision", "error of velocity", "true energy, drift", "learnt energy, change", "s"]);
     for o in &all {
         table.row([
             o.kind.name().to_owned(),
@@ -216,7 +219,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         let Some((stable, plain)) = of(Kind::Stable).zip(of(Kind::Perceptron)) else { continue };
         let name = dtype.name();
         report.demand(stable.lost <= plain.lost || !plain.lost.is_finite(), || {
-            format!("{name}: the stable flow loses {:.1e} of energy, the perceptron {:.1e}", stable.lost, plain.lost)
+            format!("{name}: the energy of the stable flow drifts by {:.1e}, of the perceptron by {:.1e}", stable.lost, plain.lost)
         });
         let own = stable.own.unwrap_or(f64::NAN);
         report.demand(dtype != Dtype::F32 || own <= KEPT, || {
@@ -227,7 +230,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         "field": o.kind.name(),
         "precision": o.dtype.name(),
         "velocity_error": o.error,
-        "energy_lost": report::any(o.lost),
+        "energy_drift": report::any(o.lost),
         "seconds": o.seconds,
     });
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())?;
