@@ -98,7 +98,8 @@ fn train(dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -> Result<Shap
     });
     let mut rng = generator(seed);
     initial::layers(&vars, &mut rng)?;
-    for name in ["f.v.2.weight", "f.v.2.bias", "f.k.1.weight", "f.k.1.bias"] {
+    // No control at first.
+    for name in ["f.v.2.weight", "f.k.1.weight", "f.k.1.bias"] {
         let data = vars.data().lock().map_err(|_| "the variables are locked")?;
         let var = data.get(name).ok_or(format!("no variable {name}"))?;
         var.set(&var.zeros_like()?)?;
