@@ -22,6 +22,10 @@
 //! * [`cde`]: neural controlled differential equations, which are driven by data along a [path](cde::ControlPath).
 //! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; their
 //!   [increments](sde::Noise) are functions of a seed.
+//! * [`models::recurrent`]: hidden states that follow an ODE between observations: ODE-RNN, GRU-ODE-Bayes, latent ODE.
+//!   [`nn::graph`]: graph neural ODEs.
+//! * [`models::shooting`]: parareal and Newton's multiple shooting.  [`models::hypersolver`]: methods with a learnt
+//!   correction.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points
 //!   with classes, and systems of physics to learn from.
 //! * [`distributed`]: data-parallel training, on one machine or many.
@@ -85,6 +89,8 @@
 //! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`, `cde`: the public entry points, and fields that are
 //!   piecewise constant in time.
 //! * `sde`: the public entry points of stochastic differential equations.
+//! * `models`: hidden states between observations; all intervals of a solve at once; solvers
+//!   with a learnt correction.
 //! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
 //! * `distributed`: several processes that train one model.
 //! * `guide`: chapters of documentation.
@@ -122,6 +128,7 @@ mod loss;
 mod loss_scaler;
 mod memory;
 mod mmd;
+pub mod models;
 mod neural_ode;
 pub mod nn;
 mod node;

@@ -1,5 +1,5 @@
-//! Learns the energy of a spring and of a pendulum from noisy points, and rolls it out: a Hamiltonian network beside a
-//! perceptron that learns the velocity.
+//! Learns the energy of a spring, of a pendulum and of two bodies from points of trajectories, and rolls it out: a
+//! Hamiltonian network beside a perceptron that learns the velocity.
 //!
 //! `cargo run --release --example hamiltonian` (minutes; `--smoke`: seconds).  torchdyn's tutorial 06, with data and
 //! training of "Hamiltonian Neural Networks" (arXiv 1906.01563).  Prints a table, writes a picture and the figures as
@@ -23,14 +23,10 @@ use crate::common::flags::Flags;
 use crate::common::report::{self, Report};
 use crate::common::table::{sci, Table};
 use crate::common::{progress, Result};
-use crate::system::{Data, Task, TASKS};
+use crate::system::{Data, TASKS};
 use crate::training::{train, Kind, Outcome};
 
-/// By how much more the energy of the perceptron's trajectories is off, squared.
-const SPRING: f64 = 100.0;
-const PENDULUM: f64 = 1.0;
-
-/// Trains Hamiltonian networks and perceptrons on two systems.
+/// Trains Hamiltonian networks and perceptrons on three systems.
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
@@ -123,10 +119,7 @@ fn demands(outcomes: &[Outcome], report: &mut Report) {
         let Some(other) = other.into_iter().find(|p| p.task.name == o.task.name) else {
             continue;
         };
-        let factor = match o.task.name {
-            Task::SPRING => SPRING,
-            _ => PENDULUM,
-        };
+        let factor = o.task.factor;
         let (name, dtype, ratio) = (o.task.name, o.dtype.name(), other.energy / o.energy);
         let holds = o.energy * factor <= other.energy || other.energy.is_nan();
         report.demand(holds && o.energy.is_finite(), || {

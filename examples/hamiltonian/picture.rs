@@ -31,18 +31,21 @@ pub(crate) fn draw(path: &Path, outcomes: &[Outcome], device: &Device) -> Result
     })
 }
 
-/// A path of states `(times, rows, 2)`.
+/// A path of states `(times, rows, features)`: their first two.
 fn path_of(states: &Tensor) -> Result<Vec<(f64, f64)>> {
     let one = values(&states.narrow(1, SHOWN, 1)?)?;
-    Ok(one.chunks(2).map(|x| (x[0], x[1])).collect())
+    let features = states.dim(2)?;
+    Ok(one.chunks(features).map(|x| (x[0], x[1])).collect())
 }
 
 fn portrait(own: &[&Outcome], device: &Device) -> Result<Panel> {
     let Some(first) = own.first() else {
         return Err("no outcome to draw".into());
     };
-    let window = Window::around(&first.truth)?;
-    let learnt = own.iter().find(|o| o.kind == Kind::Hamiltonian);
+    let window = Window::around(&first.truth.narrow(2, 0, 2)?)?;
+    // H of a plane; that of two bodies has eight coordinates.
+    let plane = first.task.features() == 2;
+    let learnt = own.iter().find(|o| plane && o.kind == Kind::Hamiltonian);
     let heat = learnt.map(|o| {
         let energy = energy_of(&o.vars)?;
         let t = Time::new(0.0, DType::F32, device);
@@ -58,11 +61,18 @@ fn portrait(own: &[&Outcome], device: &Device) -> Result<Panel> {
         heat: heat.transpose()?,
         curves,
         ranges: window.ranges(),
-        ..Panel::new(
-            format!("{}: learnt H, and a roll-out to t = 20", first.task.name),
-            "q",
-            "p",
-        )
+        ..match plane {
+            true => Panel::new(
+                format!("{}: learnt H, and a roll-out to t = 20", first.task.name),
+                "q",
+                "p",
+            ),
+            false => Panel::new(
+                format!("{}: the first one's roll-out to t = 20", first.task.name),
+                "x",
+                "y",
+            ),
+        }
     })
 }
 

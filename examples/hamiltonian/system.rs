@@ -7,6 +7,7 @@ use candle_diffeq::tableau::DOPRI5;
 use candle_diffeq::{predict, OdeOptions, VectorField};
 use rand::rngs::StdRng;
 use rand::Rng;
+use rand_distr::StandardNormal;
 
 use crate::common::random::{generator, normal};
 use crate::common::Result;
@@ -15,26 +16,60 @@ use crate::common::Result;
 pub(crate) struct Task {
     pub(crate) name: &'static str,
     pub(crate) system: System,
-    /// Of starts, uniform.
-    radii: [f64; 2],
-    /// In each trajectory, on [0, 3].
+    /// A start.
+    start: fn(&mut StdRng) -> Vec<f64>,
+    /// Trajectories for training, and as many for testing.
+    trajectories: usize,
+    /// In each trajectory, on [0, end].
     points: usize,
+    end: f64,
+    /// Deviation of the noise of states; velocities have none.
+    noise: f64,
+    /// Points of an update; `None` for all.
+    pub(crate) batch: Option<usize>,
+    /// By how much more the energy of the perceptron's trajectories must be off, squared.
+    pub(crate) factor: f64,
 }
 
 impl Task {
-    pub(crate) const SPRING: &'static str = "spring";
+    /// Numbers of a state.
+    pub(crate) fn features(&self) -> usize {
+        self.system.features()
+    }
 }
 
-/// H = q² + p², and H = p² + 3 (1 − cos q).
-pub(crate) const TASKS: [Task; 2] = [
+/// On a circle of a radius in [low, high).
+fn circle(rng: &mut StdRng, [low, high]: [f64; 2]) -> Vec<f64> {
+    let radius = rng.random_range(low..high);
+    let (sin, cos) = rng.random_range(0.0..std::f64::consts::TAU).sin_cos();
+    vec![radius * cos, radius * sin]
+}
+
+/// Two bodies on orbits that are nearly circles about their middle, at a distance of r from it: |q'| = 1/(2 √r).
+fn orbits(rng: &mut StdRng) -> Vec<f64> {
+    let q = circle(rng, [0.5, 1.5]);
+    let r = q[0].hypot(q[1]);
+    let off = 1.0 + 0.05 * rng.sample::<f64, _>(StandardNormal);
+    let speed = off / (2.0 * r.powf(1.5));
+    let p = [-speed * q[1], speed * q[0]];
+    vec![q[0], q[1], -q[0], -q[1], p[0], p[1], -p[0], -p[1]]
+}
+
+/// H = q² + p², H = p² + 3 (1 − cos q), and H = ½ |p|² − 1/|q₁ − q₂|.
+pub(crate) const TASKS: [Task; 3] = [
     Task {
-        name: Task::SPRING,
+        name: "spring",
         system: System::MassSpring {
             mass: 0.5,
             stiffness: 2.0,
         },
-        radii: [0.1, 1.0],
+        start: |rng| circle(rng, [0.1, 1.0]),
+        trajectories: 25,
         points: 30,
+        end: 3.0,
+        noise: 0.1,
+        batch: None,
+        factor: 100.0,
     },
     Task {
         name: "pendulum",
@@ -42,27 +77,40 @@ pub(crate) const TASKS: [Task; 2] = [
             inertia: 0.5,
             weight: 3.0,
         },
-        radii: [1.3, 2.3],
+        start: |rng| circle(rng, [1.3, 2.3]),
+        trajectories: 25,
         points: 45,
+        end: 3.0,
+        noise: 0.1,
+        batch: None,
+        factor: 1.0,
+    },
+    Task {
+        name: "two bodies",
+        system: System::TwoBodies,
+        start: orbits,
+        trajectories: 400,
+        points: 40,
+        end: 20.0,
+        noise: 0.0,
+        batch: Some(400),
+        factor: 100.0,
     },
 ];
 
-/// Trajectories for training, and as many for testing.
-const TRAJECTORIES: usize = 25;
-const END: f64 = 3.0;
-/// Deviation of the noise of states; velocities have none.
-const NOISE: f64 = 0.1;
+/// Trajectories that are rolled out at most.
+const ROLLED: usize = 25;
 /// Length of roll-outs, and distance of their points.
 const LONG: f64 = 20.0;
 const STEP: f64 = 0.1;
 
-/// Points with their velocities, `(rows, 2)` in f32, and exact roll-outs.
+/// Points with their velocities, `(rows, features)` in f32, and exact roll-outs.
 pub(crate) struct Data {
     pub(crate) task: &'static Task,
     pub(crate) train: [Tensor; 2],
     pub(crate) test: [Tensor; 2],
     pub(crate) times: TimeGrid,
-    /// `(times, trajectories, 2)` in f64, from the starts of the test set.
+    /// `(times, trajectories, features)` in f64, from the starts of the test set.
     pub(crate) truth: Tensor,
 }
 
@@ -79,7 +127,7 @@ fn exact(system: System, starts: &Tensor, times: &TimeGrid) -> Result<Tensor> {
 impl Data {
     pub(crate) fn new(task: &'static Task, seed: u64, device: &Device) -> Result<Self> {
         let mut rng = generator(seed);
-        let grid = TimeGrid::linspace(0.0, END, task.points)?;
+        let grid = TimeGrid::linspace(0.0, task.end, task.points)?;
         let (train, _) = points(task, &grid, &mut rng)?;
         let (test, starts) = points(task, &grid, &mut rng)?;
         let times = TimeGrid::linspace(0.0, LONG, (LONG / STEP) as usize + 1)?;
@@ -90,7 +138,11 @@ impl Data {
             task,
             train: there(train)?,
             test: there(test)?,
-            truth: exact(task.system, &starts, &times)?,
+            truth: exact(
+                task.system,
+                &starts.narrow(0, 0, ROLLED.min(task.trajectories))?,
+                &times,
+            )?,
             times,
         })
     }
@@ -98,17 +150,15 @@ impl Data {
 
 /// Noisy states of trajectories with their exact velocities, and the starts.
 fn points(task: &Task, times: &TimeGrid, rng: &mut StdRng) -> Result<([Tensor; 2], Tensor)> {
-    let mut starts = vec![];
-    for _ in 0..TRAJECTORIES {
-        let radius = rng.random_range(task.radii[0]..task.radii[1]);
-        let (sin, cos) = rng.random_range(0.0..std::f64::consts::TAU).sin_cos();
-        starts.extend([radius * cos, radius * sin]);
-    }
-    let starts = Tensor::from_vec(starts, (TRAJECTORIES, 2), &Device::Cpu)?;
+    let starts: Vec<f64> = (0..task.trajectories)
+        .flat_map(|_| (task.start)(rng))
+        .collect();
+    let shape = (task.trajectories, task.features());
+    let starts = Tensor::from_vec(starts, shape, &Device::Cpu)?;
     let states = exact(task.system, &starts, times)?.flatten(0, 1)?;
     let t = candle_diffeq::Time::new(0.0, DType::F64, &Device::Cpu);
     let velocities = task.system.velocity(&t, &states)?;
-    let noise = (normal(rng, states.shape(), DType::F64, &Device::Cpu)? * NOISE)?;
+    let noise = (normal(rng, states.shape(), DType::F64, &Device::Cpu)? * task.noise)?;
     let single = |x: Tensor| x.to_dtype(DType::F32);
     Ok(([single((states + noise)?)?, single(velocities)?], starts))
 }

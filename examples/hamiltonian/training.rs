@@ -10,6 +10,7 @@ use candle_diffeq::tableau::{EULER, RK4};
 use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::VarMap;
 use indicatif::ProgressBar;
+use rand::Rng;
 
 use crate::common::dtype::Dtype;
 use crate::common::fit::Fit;
@@ -39,15 +40,20 @@ impl Kind {
         }
     }
 
-    fn model(self, vars: &VarMap, device: &Device) -> candle_diffeq::Result<NeuralOde> {
+    fn model(
+        self,
+        features: usize,
+        vars: &VarMap,
+        device: &Device,
+    ) -> candle_diffeq::Result<NeuralOde> {
         match self {
-            Self::Hamiltonian => NeuralOde::from_field(vars, "f", DType::F32, device, |vb| {
-                let widths = [2, WIDTH, WIDTH, 1];
+            Self::Hamiltonian => NeuralOde::from_field(vars, "f", DType::F32, device, move |vb| {
+                let widths = [features, WIDTH, WIDTH, 1];
                 let energy = EnergyMlp::new(&widths, Activation::Tanh, Energy::Output, vb)?;
                 Ok(Hamiltonian::new(energy))
             }),
-            Self::Perceptron => NeuralOde::new(vars, "f", device, |vb| {
-                Mlp::new(&[2, WIDTH, WIDTH, 2], Activation::Tanh, vb)
+            Self::Perceptron => NeuralOde::new(vars, "f", device, move |vb| {
+                Mlp::new(&[features, WIDTH, WIDTH, features], Activation::Tanh, vb)
             }),
         }
     }
@@ -64,7 +70,7 @@ pub(crate) struct Outcome {
     /// Mean squares over roll-outs of the errors of the true energy and of the state.
     pub(crate) energy: f64,
     pub(crate) state: f64,
-    /// The roll-outs, `(times, trajectories, 2)` in f64, and the exact ones.
+    /// The roll-outs, `(times, trajectories, features)` in f64, and the exact ones.
     pub(crate) rolled: Tensor,
     pub(crate) truth: Tensor,
     pub(crate) times: Vec<f64>,
@@ -91,16 +97,27 @@ pub(crate) fn train(
         precision: Some(dtype.precision()),
         ..Default::default()
     };
-    let ode = kind.model(&vars, &device)?.options(OdeOptions {
+    let features = data.task.features();
+    let ode = kind.model(features, &vars, &device)?.options(OdeOptions {
         method: EULER,
         output: Output::Final,
         ..options.clone()
     });
-    initial::orthogonal(&vars, &mut generator(seed))?;
+    let mut rng = generator(seed);
+    initial::orthogonal(&vars, &mut rng)?;
     let error = |[x, k]: &[Tensor; 2]| -> Result<Tensor> {
         Ok((velocity(&ode, x)? - k)?.sqr()?.mean_all()?)
     };
-    let losses = fit.run(&vars, bar, |_| error(&data.train))?;
+    let losses = fit.run(&vars, bar, |_| match data.task.batch {
+        None => error(&data.train),
+        Some(rows) => {
+            let all = data.train[0].dim(0)? as u32;
+            let numbers: Vec<u32> = (0..rows).map(|_| rng.random_range(0..all)).collect();
+            let numbers = Tensor::new(numbers, &device)?;
+            let [x, k] = &data.train;
+            error(&[x.index_select(&numbers, 0)?, k.index_select(&numbers, 0)?])
+        }
+    })?;
     let test = f64::from(error(&data.test)?.to_scalar::<f32>()?);
     let ode = ode.options(OdeOptions {
         method: RK4,

@@ -11,6 +11,8 @@
 //! [`HigherOrder`], [`DataControl`], [`depth_cat`], [`GalerkinLinear`], [`Augmenter`] and [`WithIntegral`] make fields of
 //! higher order, that see their data or time, that have more room, or that sum a cost along the way.
 //!
+//! [`graph`] has layers over the nodes of a graph, and [`GruField`] is a gated recurrent unit in continuous time.
+//!
 //! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.  [`ConstantField`] is the diffusion
 //! of additive noise.
 //!
@@ -34,9 +36,12 @@ mod conv1d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 mod depth;
+mod dropout;
 mod elementwise;
 pub mod energy;
 mod galerkin;
+pub mod graph;
+mod gru;
 mod higher_order;
 mod hutchinson;
 mod hyper;
@@ -60,8 +65,10 @@ pub use constant_field::ConstantField;
 pub use conv::ConvField;
 pub use conv1d::{conv1d, conv1d_no_bias, Conv1d};
 pub use depth::{depth_cat, DataControl};
+pub use dropout::dropout_mask;
 pub use energy::mlp::EnergyMlp;
 pub use galerkin::{Basis, Galerkin, GalerkinLinear};
+pub use gru::GruField;
 pub use higher_order::HigherOrder;
 pub use hutchinson::{Hutchinson, Jvp, Probe};
 pub use hyper::HyperCnf;

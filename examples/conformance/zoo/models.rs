@@ -4,8 +4,9 @@ use candle_core::{Module, Result, Tensor};
 use candle_diffeq::nn::energy::{
     Energy, GradientFlow, Hamiltonian, Lagrangian, PortHamiltonian, Skew,
 };
+use candle_diffeq::nn::graph::{Csr, Gcn};
 use candle_diffeq::nn::{
-    Activation, Basis, EnergyMlp, Galerkin, GalerkinLinear, Linear, Perceptron,
+    Activation, Basis, EnergyMlp, Galerkin, GalerkinLinear, GruField, Linear, Perceptron,
 };
 use candle_diffeq::Time;
 
@@ -60,17 +61,39 @@ pub(super) fn answer(oracle: &Oracle, problem: &str) -> oracle::Result<Answer> {
                 Ok(Symplectic::new([m?, v?, g?]).field())
             })
         }
-        "gru_ode" => none("the GRU-ODE cell"),
-        "graph_field" => none("graph layers"),
+        "gru_ode" => field(oracle, |w| {
+            GruField::of([linear(w, "r")?, linear(w, "z")?, linear(w, "g")?])
+        }),
+        "graph_field" => {
+            let sigma = activation(oracle)?;
+            field(oracle, move |w| graph(w, sigma))
+        }
         other => Ok(Answer::None(format!("unknown problem `{other}`"))),
     }
 }
 
-fn none(what: &str) -> oracle::Result<Answer> {
-    Ok(Answer::None(format!(
-        "not answered yet: the library has no {}",
-        what.trim_start_matches("the ")
-    )))
+/// The layer `<name>` of a file.
+fn linear(w: &Weights<'_>, name: &str) -> Result<Linear> {
+    let of = |part: &str| w.get(&format!("{name}.{part}"));
+    let layer = candle_nn::Linear::new(of("weight")?, Some(of("bias")?));
+    Ok(Linear::from(layer))
+}
+
+/// y' = σ(A σ(A y W₁ᵀ + b₁) W₂ᵀ + b₂), every number of A an entry.
+fn graph(w: &Weights<'_>, sigma: Activation) -> Result<impl Fn(&Time, &Tensor) -> Result<Tensor>> {
+    let a = Csr::from_dense(&w.get("adjacency")?)?;
+    let layer = |name: &str| {
+        let of = |part: &str| w.get(&format!("{name}.{part}"));
+        Gcn::from_tensors(&a, of("weight")?, of("bias")?)
+    };
+    let layers = [layer("c1")?, layer("c2")?];
+    Ok(move |_: &Time, y: &Tensor| {
+        let mut y = y.clone();
+        for layer in &layers {
+            y = sigma.forward(&layer.forward(&y)?)?;
+        }
+        Ok(y)
+    })
 }
 
 /// The layers `<name>1`, `<name>2`, … of a file.
@@ -81,8 +104,7 @@ fn net(w: &Weights<'_>, name: &str, sigma: Activation) -> Result<Perceptron> {
         if !w.shapes.contains_key(&of("weight")) {
             break;
         }
-        let (weight, bias) = (w.get(&of("weight"))?, w.get(&of("bias"))?);
-        layers.push(Linear::from(candle_nn::Linear::new(weight, Some(bias))));
+        layers.push(linear(w, &format!("{name}{i}"))?);
     }
     Perceptron::from_layers(layers, sigma)
 }
