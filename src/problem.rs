@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::adaptive::{Control, StepControl};
 use crate::crossing::RowCrossing;
 use crate::driven::{Drive, Driven};
-use crate::error::{AdaptiveDefect, Error, Result, SdeDefect};
+use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::check::FieldCheck;
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
@@ -278,15 +278,19 @@ impl Problem {
 
     /// The same problem driven by noise.
     pub(crate) fn driven_by(self, drive: Drive) -> Result<Self> {
-        let Plan::Known(schedule) = &self.plan else {
-            return Err(Error::Sde(SdeDefect::Steps {
-                what: "adaptive steps",
-            }));
-        };
         let y0 = (self.packing.shapes(), self.scheme.roles.as_slice());
+        let schedule = self.plan.known().map(|schedule| &**schedule);
         let driven = Driven::new(drive, y0, (&self.grid, schedule), self.device())?;
+        let plan = match (&self.plan, driven.embedded()) {
+            (Plan::Adaptive(control), Some(embedded)) => {
+                let pair = (embedded.order, embedded.weights());
+                Plan::Adaptive(Arc::new(control.estimating(pair)))
+            }
+            (plan, _) => plan.clone(),
+        };
         Ok(Self {
             driven: Some(Arc::new(driven)),
+            plan,
             fusion: false,
             graphs: false,
             ..self
