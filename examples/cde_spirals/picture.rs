@@ -7,7 +7,7 @@ use candle_core::DType;
 use crate::common::chart::{colour, picture, Area, Curve, Mark, Panel, SeriesLabelPosition};
 use crate::common::Result;
 use crate::spirals::paths;
-use crate::Run;
+use crate::{Run, MISSING};
 
 /// Points of a drawn path.
 const POINTS: usize = 400;
@@ -23,7 +23,13 @@ pub(crate) fn draw(path: &Path, runs: &[Run]) -> Result<()> {
             let points = o.outcome.accuracies.iter().enumerate();
             let points = points.map(|(n, a)| ((n + 1) as f64, 100.0 * a));
             let name = format!("{}, {:.0} % missing", o.dtype.name(), 100.0 * o.missing);
-            Curve::new(name, colour(i), points)
+            let mark = match o.dtype == runs[0].dtype {
+                true => Mark::Line,
+                false => Mark::Dashed,
+            };
+            Curve::new(name, colour(i % MISSING.len()), points)
+                .mark(mark)
+                .width(2)
         };
         Panel {
             curves: runs.iter().enumerate().map(curve).collect(),

@@ -80,17 +80,20 @@ impl Outcome {
     }
 }
 
+/// How values become paths, and the channels of these.
+pub(crate) type Paths<'a> = (&'a dyn Fn(&Tensor) -> Result<ControlPath>, usize);
+
 /// The mean of ln(1 + eˣ) − y x, without overflow.
 fn cross_entropy(x: &Tensor, y: &Tensor) -> candle_core::Result<Tensor> {
     let logarithm = (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
     ((x.relu()? - (x * y)?)? + logarithm)?.mean_all()
 }
 
-/// Trains on some series and tests on others; `path` makes paths of values, and of so many channels.
+/// Trains on some series and tests on others.
 pub(crate) fn train(
     setting: &Setting,
     [training, test]: [&Labelled; 2],
-    (path, channels): (&dyn Fn(&Tensor) -> Result<ControlPath>, usize),
+    (path, channels): Paths<'_>,
     (dtype, seed): (Dtype, u64),
     device: &Device,
     bar: &ProgressBar,

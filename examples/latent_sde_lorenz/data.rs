@@ -38,7 +38,7 @@ impl Data {
         let last = (length - 1) as f64;
         let times: Vec<f64> = (0..length).map(|i| END * i as f64 / last).collect();
         let options = SdeOptions {
-            steps: Steps::PerInterval(10),
+            steps: Steps::Size(0.005),
             ..Default::default()
         };
         let noise = Noise::seeded(seed);

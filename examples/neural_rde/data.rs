@@ -79,17 +79,24 @@ pub(crate) fn series(count: usize, rng: &mut StdRng, seed: u64) -> Result<Labell
     })
 }
 
-/// Paths whose intervals are windows of so many points.
+/// Paths whose intervals are windows of so many points, over times from 0 to 1.
 pub(crate) fn paths(values: &Tensor, window: usize, depth: Depth) -> Result<ControlPath> {
+    let time = |i: usize| i as f64 / (LENGTH - 1) as f64;
     Ok(match depth {
-        Depth::Two => Observations::new(values)?
-            .with_time()?
-            .log_signature(window)?,
+        Depth::Two => {
+            let times: Vec<f64> = (0..LENGTH).map(time).collect();
+            let seen = Observations::at(times.as_slice(), values)?.with_time()?;
+            seen.log_signature(window)?
+        }
         Depth::One => {
-            let ends: Vec<u32> = (0..LENGTH).step_by(window).map(|i| i as u32).collect();
+            let ends = (0..LENGTH).step_by(window);
+            let times: Vec<f64> = ends.clone().map(time).collect();
+            let ends: Vec<u32> = ends.map(|i| i as u32).collect();
             let ends = Tensor::new(ends, values.device())?;
             let seen = values.index_select(&ends, 1)?.contiguous()?;
-            Observations::new(&seen)?.with_time()?.linear()?
+            Observations::at(times.as_slice(), &seen)?
+                .with_time()?
+                .linear()?
         }
     })
 }

@@ -21,13 +21,15 @@ pub(crate) fn draw(path: &Path, runs: &[Run], test: &Labelled) -> Result<()> {
     picture(path, (1240, 540), |area| {
         let (left, right) = area.split_horizontally(560);
         windows(&left, test)?;
+        let mut dtypes = vec![];
+        for run in runs {
+            if !dtypes.contains(&run.dtype) {
+                dtypes.push(run.dtype);
+            }
+        }
         let mut curves = vec![];
         for (i, depth) in [Depth::One, Depth::Two].into_iter().enumerate() {
-            let mut dtypes: Vec<_> = runs.iter().map(|run| run.dtype).collect();
-            dtypes.dedup();
-            dtypes.sort_by_key(|dtype| dtype.name());
-            dtypes.dedup();
-            for (j, dtype) in dtypes.into_iter().enumerate() {
+            for (j, &dtype) in dtypes.iter().enumerate() {
                 let own = runs.iter().filter(|r| r.depth == depth && r.dtype == dtype);
                 let points = own.map(|r| (r.window as f64, 100.0 * r.outcome.accuracy()));
                 let name = format!("depth {}, {}", depth.number(), dtype.name());
