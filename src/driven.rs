@@ -5,6 +5,7 @@
 //! cotangents, and every sum are in state precision, with √h and h as coefficients of the sums.
 
 mod apply;
+mod attempt;
 mod equation;
 mod increments;
 pub(crate) mod methods;
@@ -21,11 +22,13 @@ use crate::schedule::{Schedule, Step};
 use crate::step::located;
 use crate::time::{Time, TimeGrid};
 use crate::watch::Watch;
+pub(crate) use attempt::Attempted;
 pub(crate) use equation::Equation;
 pub use equation::{Calculus, NoiseType};
 pub(crate) use increments::StepNoise;
+use table::Evaluation;
 pub use table::SdeMethod;
-pub(crate) use table::{Functional, Part, Sum, Table, Term};
+pub(crate) use table::{Embedded, Functional, Part, Sum, Table, Term};
 
 /// How an equation is to be solved, and by what it is driven.
 #[derive(Clone, Debug)]
@@ -38,6 +41,27 @@ pub(crate) struct Drive {
 }
 
 impl Drive {
+    /// Whether the lengths of steps may be chosen by looking at the noise in them.
+    fn may_adapt(&self) -> Result<()> {
+        let Equation {
+            calculus,
+            noise,
+            additive,
+            ..
+        } = self.equation;
+        let defect = match noise {
+            _ if calculus == Calculus::Ito && !additive => SdeDefect::AdaptiveIto,
+            NoiseType::General { .. } if !additive => SdeDefect::AdaptiveGeneral,
+            _ if !self.method.estimates_errors() => {
+                let method = self.method.name();
+                SdeDefect::NoEstimate { method }
+            }
+            _ if !self.noise.is_path() => SdeDefect::NotAPath,
+            _ => return Ok(()),
+        };
+        Err(Error::Sde(defect))
+    }
+
     /// The given increments that gradients are computed of: those that candle tracks, or all of them.
     pub(crate) fn masters(&self, all: bool) -> Vec<Tensor> {
         let Some(given) = self.noise.given() else {
@@ -67,6 +91,7 @@ pub(crate) struct Driven {
 }
 
 /// An evaluation of a part, with the state that it was given.
+#[derive(Clone)]
 pub(crate) struct Evaluated<L> {
     pub(crate) part: Part,
     pub(crate) t: f64,
@@ -77,14 +102,17 @@ pub(crate) struct Evaluated<L> {
 }
 
 impl Driven {
-    /// The steps of a schedule over a grid from y0, validated.
+    /// The steps of a schedule over a grid from y0, or adaptive steps where there is none; validated.
     pub(crate) fn new(
         drive: Drive,
         (y0, roles): (&[Shape], &[Roles]),
-        (grid, schedule): (&TimeGrid, &Schedule),
+        (grid, schedule): (&TimeGrid, Option<&Schedule>),
         device: &Device,
     ) -> Result<Self> {
         let refused = |defect| Err(Error::Sde(defect));
+        if schedule.is_none() {
+            drive.may_adapt()?;
+        }
         drive.method.check(&drive.equation)?;
         let points = grid.points();
         let span = [points[0], points[points.len() - 1]];
@@ -94,7 +122,7 @@ impl Driven {
         if grid.is_tracked() {
             return refused(SdeDefect::TimeGradients);
         }
-        if schedule.is_dense() {
+        if schedule.is_some_and(Schedule::is_dense) {
             return refused(SdeDefect::Steps {
                 what: "an output inside a step",
             });
@@ -119,7 +147,7 @@ impl Driven {
             shapes: y0.to_vec(),
             device: device.clone(),
             rows: rows.unwrap_or(0),
-            steps: schedule.len(),
+            steps: schedule.map_or(0, Schedule::len),
             span,
         })
     }
@@ -200,20 +228,35 @@ impl Driven {
         step: Step,
         y: &[Tensor],
         noise: &mut StepNoise<'_>,
-        mut watch: Option<&mut Watch>,
+        watch: Option<&mut Watch>,
         evaluate: impl Fn(Part, &Time, &Vec<Tensor>) -> candle_core::Result<(Vec<Tensor>, L)>,
     ) -> Result<Vec<Evaluated<L>>> {
-        let mut done: Vec<Evaluated<L>> = vec![];
-        for (i, evaluation) in self.table().evaluations.iter().enumerate() {
+        let all: Vec<_> = self.table().evaluations.iter().collect();
+        let mut done = vec![];
+        self.evaluate_rest(&all, step, y, noise, watch, &mut done, evaluate)?;
+        Ok(done)
+    }
+
+    /// Those of these evaluations that are not done yet.
+    #[allow(clippy::too_many_arguments)]
+    fn evaluate_rest<L>(
+        &self,
+        all: &[&Evaluation],
+        step: Step,
+        y: &[Tensor],
+        noise: &mut StepNoise<'_>,
+        mut watch: Option<&mut Watch>,
+        done: &mut Vec<Evaluated<L>>,
+        evaluate: impl Fn(Part, &Time, &Vec<Tensor>) -> candle_core::Result<(Vec<Tensor>, L)>,
+    ) -> Result<()> {
+        for (i, evaluation) in all.iter().enumerate().skip(done.len()) {
             let t = step.at(evaluation.c);
-            let before = i
-                .checked_sub(1)
-                .map(|j| (&self.table().evaluations[j], &done[j]));
+            let before = i.checked_sub(1).map(|j| (all[j], &done[j]));
             let at = match before {
                 Some((before, evaluated)) if evaluation.at.is(&before.at) => evaluated.at.clone(),
                 _ => {
                     let roles = |leaf: usize| self.roles[leaf].compute;
-                    self.sum(&evaluation.at, step, y, &done, noise, roles)?
+                    self.sum(&evaluation.at, step, y, done, noise, roles)?
                 }
             };
             let time = step.within(Time::new(t, self.state(), &self.device));
@@ -249,7 +292,7 @@ impl Driven {
                 linear,
             });
         }
-        Ok(done)
+        Ok(())
     }
 
     /// What a sum of a table is.

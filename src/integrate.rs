@@ -1,7 +1,9 @@
 //! The forward loop: steps taken one after the other, outputs collected, the trajectory kept.
 
 mod adaptive;
+mod driven;
 mod estimate;
+mod kept;
 pub(crate) mod observe;
 
 use std::sync::Arc;
@@ -160,7 +162,10 @@ fn pass(
     let schedule = match &problem.plan {
         Plan::Known(schedule) => schedule,
         Plan::Adaptive(control) => {
-            return adaptive::pass(problem, control, field, y0, keep, observer, stats)
+            return match &problem.driven {
+                Some(driven) => driven::pass((problem, control), driven, field, y0, keep, stats),
+                None => adaptive::pass(problem, control, field, y0, keep, observer, stats),
+            }
         }
     };
     // What is not known to be kept yet is reckoned after the first step.

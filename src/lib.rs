@@ -97,8 +97,8 @@
 //!
 //! # Limits
 //!
-//! Only explicit methods are available, with fixed or adaptive steps; stochastic equations have fixed ones.  Second
-//! derivatives are not supported: returned gradients are detached, so differentiating them gives no gradient and no error.  An error is returned only if the
+//! Only explicit methods are available, with fixed or adaptive steps; stochastic equations have adaptive ones in the
+//! sense of Stratonovich only, and not under general noise.  Second derivatives are not supported: returned gradients are detached, so differentiating them gives no gradient and no error.  An error is returned only if the
 //! incoming cotangent is itself tracked by candle.  A field must be
 //! deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to time
 //! include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].

@@ -150,6 +150,11 @@ impl Noise {
         }
     }
 
+    /// Whether it is a path that does not depend on the steps.
+    pub(crate) fn is_path(&self) -> bool {
+        matches!(self.0, Source::Tree(_))
+    }
+
     /// The increments, if they are given.
     pub(crate) fn given(&self) -> Option<&Increments> {
         match &self.0 {

@@ -288,22 +288,28 @@ impl Problem {
 
     /// The same problem driven by noise.
     pub(crate) fn driven_by(self, drive: Drive) -> Result<Self> {
-        let Plan::Known(schedule) = &self.plan else {
-            return Err(Error::Sde(SdeDefect::Steps {
-                what: "adaptive steps",
-            }));
-        };
         let samples = drive.samples;
         if samples == 0 {
             return Err(Error::Sde(SdeDefect::NoSamples));
         }
         let packing = self.given.repeated(samples);
         let y0 = (packing.shapes(), self.scheme.roles.as_slice());
+        let schedule = self.plan.known().map(|schedule| &**schedule);
         let driven = Driven::new(drive, y0, (&self.grid, schedule), self.device())?;
+        let plan = match (&self.plan, driven.embedded()) {
+            (Plan::Adaptive(control), Some(embedded)) => {
+                let pair = (embedded.order, embedded.weights());
+                Plan::Adaptive(Arc::new(control.estimating(pair)))
+            }
+            (plan, _) => plan.clone(),
+        };
         Ok(Self {
             packing,
             samples,
             driven: Some(Arc::new(driven)),
+            // Tiles take steps that are known.
+            fusion: self.fusion && matches!(plan, Plan::Known(_)),
+            plan,
             graphs: false,
             ..self
         })

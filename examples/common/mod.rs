@@ -20,6 +20,7 @@ pub(crate) mod memory;
 pub(crate) mod mode;
 pub(crate) mod model_equation;
 pub(crate) mod momentum;
+pub(crate) mod path_classifier;
 pub(crate) mod plane;
 pub(crate) mod problem;
 pub(crate) mod random;

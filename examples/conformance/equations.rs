@@ -58,7 +58,7 @@ fn oscillating(w: &Weights, t: &Time, y: &Tensor) -> candle_core::Result<Tensor>
 }
 
 /// Drift, diffusion and, where the noise is diagonal or scalar, g ∂g/∂y.
-fn parts(problem: &str, w: &Weights) -> Option<(Part, Part, Option<Part>)> {
+pub(crate) fn parts(problem: &str, w: &Weights) -> Option<(Part, Part, Option<Part>)> {
     let [f, g, m] = [w, w, w].map(Clone::clone);
     Some(match problem {
         "gbm" => (

@@ -32,6 +32,14 @@ const ACCURACY: f64 = 0.96;
 const FEWER: f64 = 0.9;
 const LOW: f64 = 0.01;
 
+/// What torchcde 0.2.5 with torchdiffeq 0.2.5 has on these data, in f32, one seed, 75 updates of 90 utterances, by
+/// dopri5 at (1e-3, 1e-6) on the linear path and a readout of the last state: norm of the backward solve, test accuracy,
+/// evaluations forward and backward.
+const TORCHCDE: [(&str, f64, f64, f64); 2] = [
+    ("torchcde", 0.946, 210.0, 505.0),
+    ("torchcde, seminorm", 0.938, 211.0, 244.0),
+];
+
 /// Tells speakers apart.
 #[derive(Parser)]
 struct Args {
@@ -115,6 +123,7 @@ fn print(outcomes: &[Outcome]) {
         "test accuracy",
         "training",
         "NFE forward",
+        "backward",
         "ms/update",
         "bytes kept",
     ]);
@@ -125,8 +134,21 @@ fn print(outcomes: &[Outcome]) {
             format!("{:.1} %", 100.0 * o.accuracy()),
             format!("{:.1} %", 100.0 * o.training),
             format!("{:.0}", o.evaluations),
+            format!("{:.0}", o.backward),
             format!("{:.0}", o.milliseconds),
             o.stats.bytes_kept.to_string(),
+        ]);
+    }
+    for (name, accuracy, forward, backward) in TORCHCDE {
+        table.row([
+            format!("f32, {name}"),
+            "0".to_owned(),
+            format!("{:.1} %", 100.0 * accuracy),
+            "100.0 %".to_owned(),
+            format!("{forward:.0}"),
+            format!("{backward:.0}"),
+            "-".to_owned(),
+            "-".to_owned(),
         ]);
     }
     print!("{table}");
@@ -148,6 +170,7 @@ fn figures(o: &Outcome) -> serde_json::Value {
         "test_accuracy": o.accuracy(),
         "training_accuracy": o.training,
         "evaluations_forward": o.evaluations,
+        "evaluations_backward": o.backward,
         "milliseconds": o.milliseconds,
         "parameters": o.parameters,
         "bytes_kept": o.stats.bytes_kept,

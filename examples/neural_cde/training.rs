@@ -47,8 +47,9 @@ pub(crate) struct Outcome {
     pub(crate) training: f64,
     /// Test utterances, by true speaker and by the one that they were taken for.
     pub(crate) confusion: Vec<Vec<f64>>,
-    /// Evaluations of the field in a forward pass.
+    /// Evaluations of the field in a forward pass, and evaluations that are pulled back in a backward pass.
     pub(crate) evaluations: f64,
+    pub(crate) backward: f64,
     /// Median of an update.
     pub(crate) milliseconds: f64,
     pub(crate) parameters: usize,
@@ -190,6 +191,7 @@ pub(crate) fn train(
         training,
         confusion,
         evaluations: stats.evaluations as f64 / passes as f64,
+        backward: stats.recomputed as f64 / milliseconds.len() as f64,
         milliseconds: median(milliseconds),
         parameters: model.vars.all_vars().iter().map(|v| v.elem_count()).sum(),
         stats,

@@ -76,6 +76,16 @@ impl Control {
         })
     }
 
+    /// The same for another estimate: the power of h with which it falls, and its weights.
+    pub(crate) fn estimating(&self, (order, estimate): (f64, Vec<f64>)) -> Self {
+        Self {
+            order,
+            estimate,
+            appended: false,
+            ..self.clone()
+        }
+    }
+
     /// rtol and atol by tensor of a state of these shapes.
     pub(crate) fn tolerances(
         &self,

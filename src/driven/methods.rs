@@ -3,7 +3,7 @@
 use super::equation::Calculus::{Ito, Stratonovich};
 use super::table::Functional::{One, Ww, Www, U, W};
 use super::table::Part::{Diffusion, Drift, MilsteinTerm};
-use super::table::{Evaluation, Functional, Part, Reach, SdeMethod, Sum, Table, Term};
+use super::table::{Embedded, Evaluation, Functional, Part, Reach, SdeMethod, Sum, Table, Term};
 
 /// c times an evaluation of the drift.
 const fn f(of: usize, c: f64) -> Term {
@@ -39,6 +39,7 @@ pub const EULER_MARUYAMA: SdeMethod = SdeMethod(&Table {
     orders: [0.5, 1.0],
     evaluations: &START,
     next: &[y(&[f(0, 1.0), g(1, W, 1.0)])],
+    embedded: None,
 });
 
 /// Milstein's method with the term ½ g ∂g/∂y (ΔW² − h), which the equation brings
@@ -52,6 +53,7 @@ pub const MILSTEIN_ITO: SdeMethod = SdeMethod(&Table {
     orders: [1.0, 1.0],
     evaluations: &[START[0], START[1], at(MilsteinTerm, 0.0, y(&[]))],
     next: &[y(&[f(0, 1.0), g(1, W, 1.0), g(2, Ww, 1.0)])],
+    embedded: None,
 });
 
 /// The same with ½ g ∂g/∂y ΔW².  Stratonovich; strong order one.
@@ -62,6 +64,7 @@ pub const MILSTEIN_STRATONOVICH: SdeMethod = SdeMethod(&Table {
     orders: [1.0, 1.0],
     evaluations: &[START[0], START[1], at(MilsteinTerm, 0.0, y(&[]))],
     next: &[y(&[f(0, 1.0), g(1, W, 1.0), g(2, One, 0.5), g(2, Ww, 1.0)])],
+    embedded: None,
 });
 
 /// Milstein's method without derivatives: with y* = y + f h + g √h, the term is (g(y*) − g)(ΔW² − h)/(2√h).  Itô; strong
@@ -79,6 +82,7 @@ pub const MILSTEIN_FREE_ITO: SdeMethod = SdeMethod(&Table {
         at(Diffusion, 0.0, y(&[f(0, 1.0), g(1, One, 1.0)])),
     ],
     next: &[y(&[f(0, 1.0), g(1, W, 1.0), g(1, Ww, -1.0), g(2, Ww, 1.0)])],
+    embedded: None,
 });
 
 /// The same for Stratonovich: y* = y + g √h, and (g(y*) − g) ΔW²/(2√h).  Strong order ½, and one only where g is linear in y
@@ -98,6 +102,7 @@ pub const MILSTEIN_FREE_STRATONOVICH: SdeMethod = SdeMethod(&Table {
         g(2, One, 0.5),
         g(2, Ww, 1.0),
     ])],
+    embedded: None,
 });
 
 /// Euler–Heun: y + f h + ½ (a + g(t + h, y + a) ΔW) with a = g ΔW.  Stratonovich; strong order one, ½ for general noise.
@@ -108,12 +113,24 @@ pub const EULER_HEUN: SdeMethod = SdeMethod(&Table {
     orders: [1.0, 1.0],
     evaluations: &[START[0], START[1], at(Diffusion, 1.0, y(&[g(1, W, 1.0)]))],
     next: &[y(&[f(0, 1.0), g(1, W, 0.5), g(2, W, 0.5)])],
+    embedded: None,
 });
 
 const EULER: Sum = y(&[f(0, 1.0), g(1, W, 1.0)]);
 
+/// The solution of [`EULER_HEUN`], which takes one evaluation more: the diffusion at y + g ΔW.  Both have errors of order
+/// h^{3/2} in a step, and so has their difference.
+const EULER_HEUN_IN_HEUN: Embedded = Embedded {
+    evaluations: &[at(Diffusion, 1.0, y(&[g(1, W, 1.0)]))],
+    error: Sum {
+        base: &[0.0],
+        terms: &[f(0, -0.5), f(2, 0.5), g(3, W, 0.5), g(4, W, -0.5)],
+    },
+    order: 1.5,
+};
+
 /// Heun's method: the mean of f h + g ΔW at the start and at the end of a step of Euler's method.  Stratonovich; strong
-/// order one, ½ for general noise.
+/// order one, ½ for general noise.  With adaptive steps it estimates its error by the distance from [`EULER_HEUN`].
 pub const HEUN: SdeMethod = SdeMethod(&Table {
     name: "heun",
     calculus: Stratonovich,
@@ -126,6 +143,7 @@ pub const HEUN: SdeMethod = SdeMethod(&Table {
         at(Diffusion, 1.0, EULER),
     ],
     next: &[y(&[f(0, 0.5), g(1, W, 0.5), f(2, 0.5), g(3, W, 0.5)])],
+    embedded: Some(&EULER_HEUN_IN_HEUN),
 });
 
 const HALF: Sum = y(&[f(0, 0.5), g(1, W, 0.5)]);
@@ -144,6 +162,7 @@ pub const MIDPOINT: SdeMethod = SdeMethod(&Table {
         at(Diffusion, 0.5, HALF),
     ],
     next: &[y(&[f(2, 1.0), g(3, W, 1.0)])],
+    embedded: None,
 });
 
 /// z' of reversible Heun: 2y − z + f h + g ΔW.
@@ -180,6 +199,7 @@ pub const REVERSIBLE_HEUN: SdeMethod = SdeMethod(&Table {
         },
         REFLECTED,
     ],
+    embedded: None,
 });
 
 /// SRA1 for additive noise.  Itô and Stratonovich; strong order 1.5.
@@ -204,6 +224,7 @@ pub const SRA1: SdeMethod = SdeMethod(&Table {
         g(2, U, 1.0),
         f(3, 2.0 / 3.0),
     ])],
+    embedded: None,
 });
 
 /// SRI2 for diagonal and scalar noise.  Itô; strong order 1.5.
@@ -249,6 +270,7 @@ pub const SRI2: SdeMethod = SdeMethod(&Table {
         g(5, Www, -2.0 / 3.0),
         g(6, Www, 1.0),
     ])],
+    embedded: None,
 });
 
 /// Every method.
@@ -295,6 +317,29 @@ mod tests {
                     close(total(table, &evaluation.at, Drift, One), evaluation.c);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn an_embedded_solution_is_consistent_and_falls_with_the_order_of_the_step() {
+        for SdeMethod(table) in ALL {
+            let Some(embedded) = table.embedded else {
+                continue;
+            };
+            let all: Vec<_> = table
+                .evaluations
+                .iter()
+                .chain(embedded.evaluations)
+                .collect();
+            for part in [Drift, Diffusion] {
+                for on in [One, W, Ww, U, Www] {
+                    // With constant f and g both solutions are the same.
+                    let terms = embedded.error.terms.iter();
+                    let of = terms.filter(|t| t.on == on && all[t.of].part == part);
+                    assert_eq!(of.map(|t| t.c).sum::<f64>(), 0.0, "{}", table.name);
+                }
+            }
+            assert_eq!(embedded.order, table.orders[0] + 0.5);
         }
     }
 

@@ -82,6 +82,17 @@ pub(crate) enum Reach {
     Additive,
 }
 
+/// A second solution of a step, whose distance from the method's own estimates the error of the step.
+#[derive(Debug)]
+pub(crate) struct Embedded {
+    /// What it evaluates beside the evaluations of the method, numbered behind these.
+    pub(crate) evaluations: &'static [Evaluation],
+    /// The method's solution minus this one.
+    pub(crate) error: Sum,
+    /// The power of h with which the error falls, in the root mean square.
+    pub(crate) order: f64,
+}
+
 /// Everything about a method.
 #[derive(Debug)]
 pub(crate) struct Table {
@@ -93,6 +104,8 @@ pub(crate) struct Table {
     pub(crate) evaluations: &'static [Evaluation],
     /// The next value of each carried state; the first is y.
     pub(crate) next: &'static [Sum],
+    /// What adaptive steps estimate errors by.
+    pub(crate) embedded: Option<&'static Embedded>,
 }
 
 /// A method for stochastic differential equations: one of the constants of [`sde`](crate::sde).
@@ -135,6 +148,11 @@ impl SdeMethod {
             let all = self.0.evaluations.iter();
             all.filter(|evaluation| evaluation.part == part).count()
         })
+    }
+
+    /// Whether it estimates the error of a step, as adaptive steps need it.
+    pub fn estimates_errors(&self) -> bool {
+        self.0.embedded.is_some()
     }
 
     /// Whether the integrals U of the increments enter.

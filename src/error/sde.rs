@@ -128,8 +128,27 @@ pub enum SdeDefect {
     /// Gradients with respect to time.
     #[error("the times of a stochastic differential equation receive no gradients: a path of W is not differentiable; give them as numbers")]
     TimeGradients,
-    /// Adaptive steps, or outputs inside steps.
-    #[error("{what}: a stochastic differential equation is solved with fixed steps, and its states are returned at their ends")]
+    /// Adaptive steps of an equation in the sense of Itô.
+    #[error("adaptive steps of an Itô equation: a step whose length was chosen by the noise inside of it is not independent of that noise, and Itô's sums then have another limit; convert the drift (Stratonovich = Itô − ½ g ∂g/∂y) and take HEUN, or take fixed steps")]
+    AdaptiveIto,
+    /// Adaptive steps under general noise.
+    #[error("adaptive steps under general noise: unless the noise is diagonal, scalar or additive, the solution is no continuous function of the increments, and its limit depends on how the steps were chosen by them (the Lévy areas are missing); take fixed steps")]
+    AdaptiveGeneral,
+    /// Adaptive steps of a method without an error estimate.
+    #[error(
+        "{method} does not estimate the error of a step, which adaptive steps need: take HEUN"
+    )]
+    NoEstimate {
+        /// The method.
+        method: &'static str,
+    },
+    /// Adaptive steps with noise that is a function of the steps.
+    #[error("adaptive steps need noise that does not depend on the steps, so that an attempt which is rejected and tried again sees the same path: take a BrownianTree")]
+    NotAPath,
+    /// Outputs inside steps.
+    #[error(
+        "{what}: the states of a stochastic differential equation are returned at ends of steps"
+    )]
     Steps {
         /// What was asked for.
         what: &'static str,

@@ -1,24 +1,20 @@
 //! The forward loop of adaptive steps, with one step length for the whole batch.
 
-use std::sync::Arc;
-
 use candle_core::Tensor;
 
 use super::estimate::{Estimate, Floor};
+use super::kept::{Kept, Last};
 use super::observe::{InStep, Observer};
-use super::{need, Forward};
+use super::Forward;
 use crate::adaptive::{Attempt, Control, Halt, Pace, Verdict};
 use crate::crossing::{behind, behind_which, is_inner};
-use crate::error::{Error, Result, StopReason, Stopped};
+use crate::error::{Error, Result, StopReason};
 use crate::field::Field;
-use crate::memory::{Growth, TENSOR};
 use crate::ops;
 use crate::problem::Problem;
-use crate::schedule::{Output, Recorded, Schedule, Step};
-use crate::state::Packing;
+use crate::schedule::{Output, Step};
 use crate::stats::Stats;
 use crate::step::Increments;
-use crate::trajectory::{Checkpoint, Trajectory};
 
 /// One pass from the start to the end.
 pub(super) fn pass<'a>(
@@ -30,29 +26,14 @@ pub(super) fn pass<'a>(
     observer: &mut dyn Observer,
     stats: &mut Stats,
 ) -> Result<Forward> {
-    for (leaf, y) in y0.iter().enumerate() {
-        if !ops::magnitude(y)?.is_finite() {
-            return Err(Error::NonFiniteState { leaf });
-        }
-    }
-    let known = keep();
-    let plan = match known {
-        true => problem.checkpoint,
-        false => Checkpoint::Nothing,
-    };
-    need(problem, control.least_steps(), plan).check()?;
-    let mut pass = AdaptivePass::begin(problem, control, field, y0, known)?;
+    let mut pass = AdaptivePass::begin(problem, control, field, y0, keep)?;
     pass.refines = observer.looks() && !problem.scheme.tableau.interpolates_well();
     observer.begin();
     let run = pass.run(keep, observer);
     stats.evaluations += pass.evaluations;
-    pass.pace.count(stats);
-    stats.step_times.extend(pass.record.times());
+    pass.kept.count(&pass.pace, stats);
     run?;
-    pass.trajectory.record(stats);
-    let packed = Tensor::stack(&pass.outputs, 0)?;
-    let schedule = Arc::new(Schedule::Recorded(pass.record));
-    Ok(Forward::by_steps(packed, pass.trajectory, schedule))
+    pass.kept.forward(None, stats)
 }
 
 /// A solve under way.
@@ -68,20 +49,12 @@ struct AdaptivePass<'a> {
     floor: Floor,
     /// Whether the field jumps at the start of the next attempt.
     jumps: bool,
-    record: Recorded,
-    trajectory: Trajectory,
-    /// Whether it is known that the trajectory is wanted, or that it is not.
-    known: bool,
-    outputs: Vec<Tensor>,
-    /// The user's time that is met next.
-    next: usize,
+    kept: Kept<'a>,
     evaluations: usize,
     /// The fraction of the last step at which the observer has ended the solve.
     ends_at: Option<f64>,
     /// Whether steps end behind what the observer finds, since the interpolant is less accurate.
     refines: bool,
-    /// What is held of states and outputs.
-    growth: Growth,
 }
 
 /// An attempt that was made: its solution, its stages, and its error.
@@ -107,33 +80,24 @@ impl<'a> AdaptivePass<'a> {
         control: &'a Control,
         field: &'a Field<'a>,
         y: Vec<Tensor>,
-        known: bool,
+        keep: &dyn Fn() -> bool,
     ) -> Result<Self> {
-        let checkpoint = match known {
-            true => problem.checkpoint,
-            false => Checkpoint::Nothing,
-        };
+        let roles = problem.scheme.roles.clone();
         let mut pass = Self {
             problem,
             control,
             field,
+            kept: Kept::from((problem, control), (&y, roles), true, keep)?,
             estimate: Estimate::new(problem, control)?,
             pace: Pace::new(control, 0.0),
             k: vec![],
             floor: None,
             jumps: false,
-            record: Recorded::from(control.start, true),
-            trajectory: Trajectory::online(checkpoint, problem.scheme.roles.clone(), &y)?,
-            known,
-            outputs: vec![],
-            next: 0,
             evaluations: 0,
             ends_at: None,
             refines: false,
-            growth: Growth::default(),
             y,
         };
-        pass.returns_node(control.start)?;
         let h = match control.options.first_step {
             Some(h) => {
                 pass.start_anew(h)?;
@@ -145,35 +109,9 @@ impl<'a> AdaptivePass<'a> {
         Ok(pass)
     }
 
-    /// Marks the node at t, where the solve is, if it is one of the user's times; returns the state where it is
-    /// wanted.
-    fn returns_node(&mut self, t: f64) -> Result<()> {
-        let points = self.problem.grid.points();
-        let is_given = points.get(self.next) == Some(&t);
-        let is_wanted = match self.problem.output {
-            Output::Final => is_given && self.next + 1 == points.len(),
-            Output::All => is_given,
-            Output::Steps => true,
-        };
-        if is_given {
-            self.record.mark(self.next)?;
-            self.next += 1;
-        }
-        if is_wanted {
-            self.record.ret(self.outputs.len())?;
-            self.returns(&self.y.clone())?;
-        }
-        Ok(())
-    }
-
-    fn returns(&mut self, y: &[Tensor]) -> Result<()> {
-        self.outputs.push(Packing::pack(y, self.problem.state())?);
-        Ok(())
-    }
-
     /// A step of length h from where the solve is.
     fn step(&self, h: f64, end: f64, jumps_at_end: bool) -> Step {
-        let step = Step::free(self.record.len(), self.pace.t, h, end);
+        let step = Step::free(self.kept.record.len(), self.pace.t, h, end);
         step.between_jumps([self.jumps, jumps_at_end])
     }
 
@@ -225,19 +163,16 @@ impl<'a> AdaptivePass<'a> {
             };
             let step = self.step(attempt.h, attempt.end, control.jumps_at(&attempt));
             let tried = self.attempt(step)?;
-            if !self.known && keep() {
-                let (roles, plan) = (self.problem.scheme.roles.clone(), self.problem.checkpoint);
-                need(self.problem, control.least_steps(), plan).check()?;
-                self.trajectory = Trajectory::online(plan, roles, &self.y)?;
-            }
-            self.known = true;
+            self.kept.settle(control, &self.y, keep)?;
             let [r, plain] = tried.norms;
             let verdict = self.pace.judge(control, &attempt, r, plain);
             tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
             match verdict {
                 Ok(Verdict::Accepted) => {
                     self.accept(step, &attempt, tried, observer)?;
-                    self.check_memory(observer)?;
+                    if let Some(reason) = self.kept.outgrown(&self.y, observer.bytes())? {
+                        return Err(self.stopped(reason, None));
+                    }
                 }
                 Ok(Verdict::Rejected) => last = Some((attempt, tried)),
                 Err(failure) => return Err(self.failed(failure, Some(&(attempt, tried)))),
@@ -291,31 +226,31 @@ impl<'a> AdaptivePass<'a> {
             self.pace.cut(attempt, step.end);
         }
         let is_done = self.pace.is_done(control);
-        self.trajectory.offer(step.index, &self.y)?;
-        self.record.push(step.t, step.h, step.end)?;
+        self.kept.trajectory.offer(step.index, &self.y)?;
+        self.kept.record.push(step.t, step.h, step.end)?;
         for (x, given) in &taken.inside {
-            self.record.save(*x, self.outputs.len(), *given)?;
+            self.kept.record.save(*x, self.kept.outputs.len(), *given)?;
             let y = problem
                 .scheme
                 .interpolated((&step, *x), &self.y, &taken.tried.ks)?;
-            self.returns(&y)?;
-            self.next += usize::from(given.is_some());
+            self.kept.returns(&y)?;
+            self.kept.next += usize::from(given.is_some());
         }
         if self.ends_at.is_some_and(|x| x < 1.0) {
             return Ok(());
         }
         let passed = |t: &&f64| (step.end - **t) * control.direction > 0.0;
-        let points = &problem.grid.points()[self.next..];
-        self.next += points.iter().take_while(passed).count();
+        let points = &problem.grid.points()[self.kept.next..];
+        self.kept.next += points.iter().take_while(passed).count();
         let Tried { y, mut ks, .. } = taken.tried;
         self.y = y;
-        self.returns_node(step.end)?;
+        self.kept.returns_node(step.end, &self.y)?;
         self.jumps = !is_cut && control.jumps_at(attempt);
         if is_done || self.ends_at.is_some() {
             return Ok(());
         }
         if self.jumps {
-            self.record.break_here();
+            self.kept.record.break_here();
             return self.start_anew(attempt.h.abs());
         }
         self.k = ks.pop().flatten().unwrap_or_default();
@@ -325,13 +260,13 @@ impl<'a> AdaptivePass<'a> {
 
     /// A step that was tried, with the outputs inside of it and, if these or others need it, its last stage.
     fn finished(&mut self, step: Step, mut tried: Tried, needed: bool) -> Result<AcceptedStep> {
-        let points = &self.problem.grid.points()[self.next..];
+        let points = &self.problem.grid.points()[self.kept.next..];
         let passed = |t: &&f64| (step.end - **t) * self.control.direction > 0.0;
         let met = points.iter().take_while(passed).enumerate();
         let inside: Vec<_> = match self.problem.output {
             Output::Final | Output::Steps => vec![],
             Output::All => met
-                .map(|(i, t)| ((t - step.t) / step.h, Some(self.next + i)))
+                .map(|(i, t)| ((t - step.t) / step.h, Some(self.kept.next + i)))
                 .collect(),
         };
         if self.control.appended && (needed || !inside.is_empty()) {
@@ -362,7 +297,7 @@ impl<'a> AdaptivePass<'a> {
             ks: &taken.tried.ks,
         };
         let others: Vec<f64> = taken.inside.iter().map(|(x, _)| *x).collect();
-        let wanted = observer.accepted(&within, self.outputs.len(), &others)?;
+        let wanted = observer.accepted(&within, self.kept.outputs.len(), &others)?;
         let last = wanted.at.last().filter(|(_, ends)| *ends).map(|(x, _)| *x);
         self.ends_at = last;
         let (points, direction) = (self.problem.grid.points(), self.control.direction);
@@ -412,50 +347,20 @@ impl<'a> AdaptivePass<'a> {
         Ok(taken)
     }
 
-    /// Compares what is held, and what the pass still needs to hand over, with the memory that there is.
-    fn check_memory(&mut self, observer: &dyn Observer) -> Result<()> {
-        let of = |numbers: usize, tensors: usize| {
-            let numbers = match self.problem.device().is_cpu() {
-                true => numbers * self.problem.state().size_in_bytes(),
-                false => 0,
-            };
-            numbers as u64 + tensors as u64 * TENSOR as u64
-        };
-        let (elements, leaves) = (self.problem.packing.len(), self.y.len());
-        let outputs = self.outputs.len() as u64 * of(elements, 1);
-        let kept = self.trajectory.kept_states() as u64 * of(elements, leaves);
-        let held = outputs + kept + observer.bytes();
-        // Outputs are joined at the end, which takes their memory once more.
-        let Some([need, available]) = self.growth.reaches(held, outputs) else {
-            return Ok(());
-        };
-        // What was computed is handed over; what was kept for a backward pass is of no use now.
-        let roles = self.problem.scheme.roles.clone();
-        self.trajectory = Trajectory::online(Checkpoint::Nothing, roles, &self.y)?;
-        Err(self.stopped(StopReason::Memory { need, available }, None))
-    }
-
     fn failed(&self, failure: Halt, last: Option<&(Attempt, Tried)>) -> Error {
         self.stopped(failure.reason(self.control), last)
     }
 
     fn stopped(&self, reason: StopReason, last: Option<&(Attempt, Tried)>) -> Error {
-        let worst = last.and_then(|(_, tried)| {
+        let last = last.map(|(attempt, tried)| {
             let ends = [self.y.as_slice(), &tried.y];
-            self.estimate.worst(&tried.error, ends).ok().flatten()
+            Last {
+                h: attempt.h,
+                error: tried.norms[0],
+                worst: self.estimate.worst(&tried.error, ends).ok().flatten(),
+            }
         });
-        let computed = Tensor::stack(&self.outputs, 0).map_err(Error::from);
-        let states = computed.and_then(|states| self.problem.packing.unpack(&states));
-        Error::Stopped(Box::new(Stopped {
-            reason,
-            t: self.pace.t,
-            h: last.map_or(0.0, |(attempt, _)| attempt.h),
-            error: last.map_or(0.0, |(_, tried)| tried.norms[0]),
-            worst,
-            accepted: self.pace.accepted,
-            rejected: self.pace.rejected,
-            outputs: self.outputs.len(),
-            states: states.unwrap_or_default(),
-        }))
+        self.kept
+            .stopped(reason, &self.pace, last.unwrap_or_default())
     }
 }

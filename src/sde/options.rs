@@ -8,6 +8,7 @@ use crate::problem::OdeOptions;
 use crate::scaler::{OnOverflow, Scaling};
 use crate::schedule::{Output, Steps};
 use crate::stats::Recorder;
+use crate::tableau::BOSH3;
 use crate::trajectory::Checkpoint;
 
 /// Options of a solve: the method for an SDE, and what [`OdeOptions`] has that applies to its steps.
@@ -33,7 +34,12 @@ pub struct SdeOptions {
     pub precision: Option<Precision>,
     /// As [`OdeOptions::leaf_precision`].
     pub leaf_precision: Vec<Precision>,
-    /// How intervals between times are cut into steps, which are fixed.  Default: one step each.
+    /// How intervals between times are cut into steps.  Default: one step each.
+    ///
+    /// With [`Steps::Adaptive`] they are as long as a tolerance permits: for [`HEUN`](super::HEUN), equations in the
+    /// sense of Stratonovich whose noise is diagonal, scalar or additive, and a [`BrownianTree`](super::BrownianTree)
+    /// as noise.  All rows have the same steps; a step ends at every time of the solve; the first attempt is a hundredth
+    /// of the interval unless [`Adaptive::first_step`](crate::options::Adaptive::first_step) says otherwise.
     pub steps: Steps,
     /// How many solutions of each initial state are computed, with noise of their own.  Default: one.
     ///
@@ -99,10 +105,21 @@ impl Default for SdeOptions {
 impl SdeOptions {
     /// The same for the parts of the crate that know ordinary equations; the method is not among them.
     pub(super) fn ode(&self) -> OdeOptions {
+        let ode = OdeOptions::default();
+        let (steps, method) = match &self.steps {
+            // States are returned at ends of steps.  A pair, since the options ask for one: its estimate is replaced by
+            // that of the method for SDEs.
+            Steps::Adaptive(adaptive) => {
+                let steps = Steps::Adaptive(adaptive.clone().step_on_outputs(true));
+                (steps, BOSH3)
+            }
+            fixed => (fixed.clone(), ode.method.clone()),
+        };
         OdeOptions {
+            method,
+            steps,
             precision: self.precision,
             leaf_precision: self.leaf_precision.clone(),
-            steps: self.steps.clone(),
             output: self.output,
             checkpoint: self.checkpoint,
             fusion: self.fusion,
@@ -110,7 +127,7 @@ impl SdeOptions {
             on_overflow: self.on_overflow,
             check: self.check,
             recorder: self.recorder.clone(),
-            ..Default::default()
+            ..ode
         }
     }
 }

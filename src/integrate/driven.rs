@@ -1,0 +1,227 @@
+//! The forward loop of adaptive steps that are driven by noise, with one step length for the whole batch.
+//!
+//! The noise is a path that is a function of time: an attempt that is rejected and tried again is driven by the same path,
+//! so that rejections do not change the law of what the solution is driven by.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::estimate::{Estimate, Floor};
+use super::kept::{Kept, Last};
+use super::Forward;
+use crate::adaptive::{Attempt, Control, Pace, Verdict};
+use crate::driven::{Attempted, Driven, Evaluated, NoiseType, Part};
+use crate::error::{Error, Result, StopReason};
+use crate::field::Field;
+use crate::ops;
+use crate::ops::ratio::row_rms;
+use crate::problem::Problem;
+use crate::schedule::Step;
+use crate::stats::Stats;
+
+/// The first attempt is the interval divided by this number, unless the user says otherwise.
+const FIRST: f64 = 100.0;
+
+/// One pass from the start to the end.
+pub(super) fn pass(
+    (problem, control): (&Problem, &Control),
+    driven: &Arc<Driven>,
+    field: &Field<'_>,
+    y0: Vec<Tensor>,
+    keep: &dyn Fn() -> bool,
+    stats: &mut Stats,
+) -> Result<Forward> {
+    let y = driven.begin(y0);
+    let of = (problem, control);
+    let first = control.options.first_step;
+    let mut pass = DrivenPass {
+        kept: Kept::from(of, (&y, driven.carried_roles()), false, keep)?,
+        estimate: Estimate::new(problem, control)?,
+        pace: Pace::new(control, first.unwrap_or(control.longest() / FIRST)),
+        control,
+        driven,
+        field,
+        y,
+        start: vec![],
+        noise: None,
+        jumps: false,
+        evaluations: 0,
+    };
+    let run = pass.run(keep);
+    stats.evaluations += pass.evaluations;
+    pass.kept.count(&pass.pace, stats);
+    run?;
+    pass.kept.forward(Some(Arc::clone(driven)), stats)
+}
+
+/// A solve under way.
+struct DrivenPass<'a> {
+    control: &'a Control,
+    driven: &'a Driven,
+    field: &'a Field<'a>,
+    kept: Kept<'a>,
+    estimate: Estimate,
+    pace: Pace,
+    /// Everything that a step carries.
+    y: Vec<Tensor>,
+    /// The evaluations that the next attempt begins with; empty before the first from y.
+    start: Vec<Evaluated<()>>,
+    noise: Option<Vec<Noise>>,
+    /// Whether the field jumps at the start of the next attempt.
+    jumps: bool,
+    evaluations: usize,
+}
+
+/// An upper bound of what rounding makes of the error estimate of one tensor, by row: α + h β + √h γ.
+struct Noise {
+    alpha: Tensor,
+    beta: Tensor,
+    /// Where the tensor has noise.
+    gamma: Option<Tensor>,
+}
+
+impl DrivenPass<'_> {
+    fn run(&mut self, keep: &dyn Fn() -> bool) -> Result<()> {
+        let control = self.control;
+        let mut last: Option<(Attempt, Attempted, f64)> = None;
+        while !self.pace.is_done(control) {
+            let attempt = match self.pace.attempt(control) {
+                Ok(attempt) => attempt,
+                Err(halt) => return Err(self.stopped(halt.reason(control), last)),
+            };
+            let step = Step::free(self.kept.record.len(), attempt.t, attempt.h, attempt.end)
+                .between_jumps([self.jumps, control.jumps_at(&attempt)]);
+            if self.start.is_empty() {
+                self.begin(step)?;
+            }
+            let tried = self.attempt(step)?;
+            self.kept.settle(control, &self.y, keep)?;
+            let leaves = self.driven.leaves();
+            let ends = [&self.y[..leaves], &tried.next[..leaves]];
+            let floor = self.floor(step.h)?;
+            let [r, plain] = self.estimate.norms(&tried.error, ends, &floor, step.h)?;
+            let verdict = self.pace.judge(control, &attempt, r, plain);
+            tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
+            match verdict {
+                Ok(Verdict::Accepted) => {
+                    self.accept(step, &attempt, tried)?;
+                    if let Some(reason) = self.kept.outgrown(&self.y, 0)? {
+                        return Err(self.stopped(reason, None));
+                    }
+                }
+                Ok(Verdict::Rejected) => last = Some((attempt, tried, r)),
+                Err(halt) => {
+                    let last = Some((attempt, tried, r));
+                    return Err(self.stopped(halt.reason(control), last));
+                }
+            }
+        }
+        match self.pace.precision_limit(control) {
+            Some(reason) => Err(self.stopped(reason, last)),
+            None => Ok(()),
+        }
+    }
+
+    /// The evaluations at the start of attempts from here.
+    fn begin(&mut self, step: Step) -> Result<()> {
+        self.start = self.driven.start(self.field, step, &self.y)?;
+        self.evaluations += self.start.len();
+        for (stage, evaluated) in self.start.iter().enumerate() {
+            for value in &evaluated.value {
+                if !ops::magnitude(value)?.is_finite() {
+                    return Err(Error::NonFiniteVelocity {
+                        step: step.index,
+                        stage,
+                        t: step.t,
+                    });
+                }
+            }
+        }
+        self.noise = self.rounding()?;
+        Ok(())
+    }
+
+    fn attempt(&mut self, step: Step) -> Result<Attempted> {
+        let table = self.driven.table();
+        let embedded = table.embedded.map_or(0, |e| e.evaluations.len());
+        self.evaluations += table.evaluations.len() + embedded - self.start.len();
+        self.driven.attempt(self.field, step, &self.y, &self.start)
+    }
+
+    fn accept(&mut self, step: Step, attempt: &Attempt, tried: Attempted) -> Result<()> {
+        self.kept.trajectory.offer(step.index, &self.y)?;
+        self.kept.record.push(step.t, step.h, step.end)?;
+        self.y = tried.next;
+        self.kept.returns_node(step.end, &self.y)?;
+        self.start.clear();
+        self.jumps = self.control.jumps_at(attempt);
+        if self.jumps && !self.pace.is_done(self.control) {
+            self.kept.record.break_here();
+        }
+        Ok(())
+    }
+
+    /// What rounding can make of the error estimates of attempts from here: as for an ordinary equation, with the
+    /// diffusion at the start times √h, the size of an increment.
+    fn rounding(&self) -> Result<Option<Vec<Noise>>> {
+        let roundoffs = self.driven.roles.iter().map(|r| r.compute.roundoff());
+        let Some(sizes) = self.control.noise(&roundoffs.collect::<Vec<_>>())? else {
+            return Ok(None);
+        };
+        let value = |part, leaf: usize| {
+            let mut of = self.start.iter().filter(|e| e.part == part);
+            of.next().and_then(|e| e.value.get(leaf))
+        };
+        let channels = match self.driven.drive.equation.noise {
+            NoiseType::General { channels } => channels as f64,
+            _ => 1.0,
+        };
+        let of_leaf = |(leaf, (u, least)): (usize, &(f64, f64))| -> Result<Noise> {
+            let times = |c: f64, x: Option<&Tensor>| -> Result<Option<Tensor>> {
+                x.map(|x| Ok((row_rms(x, *least)? * c)?)).transpose()
+            };
+            let alpha = (row_rms(&self.y[leaf], 0.0)? * *u)?;
+            let beta = times(*u, value(Part::Drift, leaf))?;
+            Ok(Noise {
+                beta: match beta {
+                    Some(beta) => beta,
+                    None => alpha.zeros_like()?,
+                },
+                alpha,
+                gamma: times(u * channels.sqrt(), value(Part::Diffusion, leaf))?,
+            })
+        };
+        let all = sizes.iter().enumerate().map(of_leaf);
+        all.collect::<Result<_>>().map(Some)
+    }
+
+    /// The same for one length.
+    fn floor(&self, h: f64) -> Result<Floor> {
+        let of_leaf = |noise: &Noise| -> Result<(Tensor, Tensor)> {
+            let alpha = match &noise.gamma {
+                Some(gamma) => (&noise.alpha + (gamma * h.sqrt())?)?,
+                None => noise.alpha.clone(),
+            };
+            Ok((alpha, noise.beta.clone()))
+        };
+        let leaves = self.noise.as_ref();
+        leaves
+            .map(|leaves| leaves.iter().map(of_leaf).collect())
+            .transpose()
+    }
+
+    fn stopped(&self, reason: StopReason, last: Option<(Attempt, Attempted, f64)>) -> Error {
+        let last = last.map(|(attempt, tried, error)| {
+            let leaves = self.driven.leaves();
+            let ends = [&self.y[..leaves], &tried.next[..leaves]];
+            Last {
+                h: attempt.h,
+                error,
+                worst: self.estimate.worst(&tried.error, ends).ok().flatten(),
+            }
+        });
+        self.kept
+            .stopped(reason, &self.pace, last.unwrap_or_default())
+    }
+}
