@@ -1,11 +1,12 @@
 //! Stochastic differential equations dY = f(t, Y) dt + g(t, Y) dW.
 //!
-//! An equation is made of two closures or fields, [`ito`]`(drift, diffusion)` or [`stratonovich`]`(drift, diffusion)`, and
-//! says which noise it has: diagonal (the default), [`Sde::scalar`], [`Sde::general`], each also [`Sde::additive`].
-//! [`sdeint`] solves it as part of candle's graph, [`solution`] with gradients on request, [`predict`] without;
-//! [`NeuralSde`] is a model built from a `VarBuilder`.  Increments come from [`Noise`].
+//! An equation is built from two closures or fields, by [`ito`]`(drift, diffusion)` or [`stratonovich`]`(drift,
+//! diffusion)`.  It says which noise it has: diagonal (the default), [`Sde::scalar`] or [`Sde::general`].  Each of
+//! these may also be declared additive by [`Sde::additive`].  [`sdeint`] solves it as part of candle's graph,
+//! [`solution`] with gradients on request, [`predict`] without gradients.  [`NeuralSde`] is a model built from a
+//! `VarBuilder`.  Increments come from [`Noise`].
 //!
-//! | method | solution | noise | strong order (general) | f, g in a step |
+//! | method | calculus | noise | strong order (in brackets: for general noise) | evaluations of f, g in a step |
 //! |---|---|---|---|---|
 //! | [`EULER_MARUYAMA`] | Itô | any | ½, 1 for additive noise (½) | 1, 1 |
 //! | [`MILSTEIN_FREE_ITO`] | Itô | diagonal, scalar | 1 | 1, 2 |
@@ -17,18 +18,20 @@
 //! | [`SRA1`] | both | additive | 1.5 | 2, 2 |
 //! | [`SRI2`] | Itô | diagonal, scalar | 1.5 | 3, 4 |
 //!
-//! A method for the other solution, or for other noise, is an error ([`SdeDefect`](crate::error::SdeDefect)).
+//! If a method does not fit the calculus or the noise of the equation, the solve returns an error
+//! ([`SdeDefect`](crate::error::SdeDefect)).  An equation with additive noise fits both calculi.
 //!
-//! **Gradients** are exact for the steps that were run, given the increments: of y0, of every variable that the equation
-//! reads, and of increments that candle tracks.  No noise is stored; the backward pass computes it again from the seed.
-//! All memory plans of [`Checkpoint`](crate::Checkpoint) hold.
+//! **Gradients** with respect to y0, to every variable that the equation reads, and to increments that candle tracks
+//! are exact for the steps that were run and for the given increments.  No noise is stored; the backward pass
+//! computes it again from the seed.  All plans of [`Checkpoint`](crate::Checkpoint) can be used.
 //!
-//! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, g∘ΔW, λ∘ΔW and every sum are in state
-//! precision.
+//! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, its products with g and with λ,
+//! and every sum are in state precision.
 //!
-//! **Shapes.** The first dimension of every tensor of the state is that of rows, which have independent noise.  The
-//! diffusion returns a tensor for each of the first tensors of the state; those that it leaves out have no noise, which is
-//! how a running cost such as the KL divergence of a latent SDE is integrated beside the state.
+//! **Shapes.**  The first dimension of every tensor of the state is that of rows, which have independent noise.  The
+//! diffusion returns tensors for the first tensors of the state, in order.  State tensors for which it returns
+//! nothing have no noise.  In this way a running cost, such as the KL divergence of a latent SDE, is integrated
+//! beside the state.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor, Var};
@@ -93,7 +96,8 @@ pub use options::SdeOptions;
 /// * `times`: t_0 < … < t_N, as numbers.
 /// * `noise`: where the increments come from; the same noise gives the same solution to the bit.
 ///
-/// Returns leaves of shape `(times, …)`, `(…)` or `(steps + 1, …)` in state dtype, as [`odeint`](crate::odeint).
+/// Returns leaves in state dtype, as [`odeint`](crate::odeint) does: of shape `(times, …)` for `Output::All`, `(…)`
+/// for `Output::Final`, and `(steps + 1, …)` for `Output::Steps`.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
@@ -113,8 +117,8 @@ pub use options::SdeOptions;
 /// ```
 ///
 /// # Errors
-/// [`Error::Sde`](crate::Error::Sde) where equation, method, noise and state do not fit together, before any step; and
-/// those of [`odeint`](crate::odeint).
+/// [`Error::Sde`](crate::Error::Sde) before any step if equation, method, noise and state do not fit together; and
+/// the errors of [`odeint`](crate::odeint).
 pub fn sdeint<S, F, G, M, T>(
     sde: Sde<F, G, M>,
     y0: &S,
@@ -154,9 +158,9 @@ where
     node(problem, Source::Shared(field), theta, forward, &joined)
 }
 
-/// The same without candle's graph: the equation may be borrowed and need not cross threads, and gradients are asked for
-/// explicitly, those of given increments among [`Gradients::params`](crate::Gradients::params) under the tensors that were
-/// given.
+/// Solves like [`sdeint`], but without candle's graph.  The equation may be borrowed and need not cross threads, and
+/// gradients are computed on request.  Gradients with respect to given increments are in
+/// [`Gradients::params`](crate::Gradients::params), under the tensors that were given.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
