@@ -54,7 +54,7 @@ impl Activation {
     /// all threads, worth using in place of candle's in any model; elsewhere candle's operations.
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
         match elementwise::is_for(x) {
             true => elementwise::value(self, x),

@@ -21,7 +21,7 @@ pub struct Sde<F, G, M = Without> {
     pub(super) equation: Equation,
 }
 
-/// An equation in the sense of Itô, with diagonal noise until another is declared.
+/// An equation in the sense of Itô, with diagonal noise unless another kind is declared.
 ///
 /// * `drift`: f, a closure `|t: &Time, y: &S| …` or any [`VectorField`].
 /// * `diffusion`: g, a closure or any [`Diffusion`]; a [`VectorField`] by [`OfField`].
@@ -37,7 +37,7 @@ pub fn ito<F, G>(drift: F, diffusion: G) -> Sde<F, G> {
     Sde::new(drift, diffusion, Calculus::Ito)
 }
 
-/// The same in the sense of Stratonovich.
+/// An equation in the sense of Stratonovich; otherwise like [`ito`].
 pub fn stratonovich<F, G>(drift: F, diffusion: G) -> Sde<F, G> {
     Sde::new(drift, diffusion, Calculus::Stratonovich)
 }
@@ -121,8 +121,8 @@ impl<F, G, M> Sde<F, G, M> {
     }
 }
 
-/// The diffusion g(t, y) of an equation: a closure `|t: &Time, y: &S| …` that returns a tensor or several, for each of the
-/// first tensors of the state; those that it leaves out have no noise.
+/// The diffusion g(t, y) of an equation: a closure `|t: &Time, y: &S| …` that returns one or several tensors, for the
+/// first tensors of the state, in order.  State tensors for which it returns nothing have no noise.
 pub trait Diffusion<S: State> {
     /// g(t, y), its tensors.
     ///
@@ -161,7 +161,7 @@ where
     }
 }
 
-/// A vector field as the diffusion of an equation, with its own pull-back: an [`nn::Mlp`](crate::nn::Mlp), for one.
+/// A vector field as the diffusion of an equation, with its own pull-back, such as an [`nn::Mlp`](crate::nn::Mlp).
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
