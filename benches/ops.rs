@@ -7,7 +7,8 @@ use std::hint::black_box;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Linear, Mlp};
-use candle_diffeq::{internals, odeint, OdeOptions, Output, State, VectorField};
+use candle_diffeq::options::Output;
+use candle_diffeq::{internals, odeint, OdeOptions, State, VectorField};
 use candle_nn::{VarBuilder, VarMap};
 use criterion::{criterion_group, criterion_main, BenchmarkGroup, BenchmarkId, Criterion};
 

@@ -6,7 +6,8 @@
 use std::hint::black_box;
 
 use candle_core::{Device, Tensor, Var};
-use candle_diffeq::{odeint_with, NeuralOde, OdeOptions, Output, Precision, Solution, Steps, Time};
+use candle_diffeq::options::{Output, Steps};
+use candle_diffeq::{odeint_with, NeuralOde, OdeOptions, Precision, Solution, Time};
 use candle_nn::{linear, Module, VarMap};
 use criterion::{criterion_group, criterion_main, BatchSize, Criterion};
 

@@ -25,28 +25,29 @@ pub(crate) use pace::{Attempt, Halt, Pace, Verdict};
 pub(crate) use tolerance::OfLeaf;
 pub use tolerance::Tolerance;
 
-/// Steps that are as long as a tolerance permits, for [`Steps::Adaptive`](crate::Steps::Adaptive).
+/// Steps that are as long as a tolerance permits, for [`Steps::Adaptive`](crate::options::Steps::Adaptive).
 ///
-/// The method must be an embedded pair, which has an error estimate: [`DOPRI5`](crate::DOPRI5),
+/// The method must be an embedded pair, which has an error estimate: [`DOPRI5`](crate::tableau::DOPRI5),
 /// [`BOSH3`](crate::tableau::BOSH3),
 /// [`TSIT5`](crate::tableau::TSIT5), [`FEHLBERG45`](crate::tableau::FEHLBERG45), [`DOPRI8`](crate::tableau::DOPRI8), or a
-/// user's own [`with_embedded`](crate::Tableau::with_embedded).
+/// user's own [`with_embedded`](crate::tableau::Tableau::with_embedded).
 ///
 /// A step is accepted if the RMS of err_i / (atol + rtol max(|y_i|, |y⁺_i|) + φ) is at most one in every tensor of
 /// the state.  Here y⁺ is the state at the end of the attempt, and φ is an upper bound of the part of err that
 /// rounding in compute precision causes; see [`noise_floor`](Self::noise_floor).  Gradients are those of the accepted
 /// steps; the step lengths are treated as constants.
 ///
-/// Tolerances have no default.  Relative tolerances down to 1e-12 can be reached in f64, and down to about 1e-6 in
-/// f32.  The relative error of one evaluation of a field is about 5e-3 in bf16 and 5e-4 in f16.  Use an rtol of 1e-2
-/// to 1e-3 with [`BOSH3`](crate::tableau::BOSH3) or [`DOPRI5`](crate::DOPRI5) in bf16, and of 1e-3 to 1e-4 with
+/// Tolerances have no default.  Relative tolerances down to 1e-12 can be reached in f64, and down to about 1e-6 in f32.
+/// The relative error of one evaluation of a field is about 5e-3 in bf16 and 5e-4 in f16.  Use an rtol of 1e-2 to 1e-3
+/// with [`BOSH3`](crate::tableau::BOSH3) or [`DOPRI5`](crate::tableau::DOPRI5) in bf16, and of 1e-3 to 1e-4 with
 /// `DOPRI5` in f16.  Smaller tolerances do no harm, but do not reduce the error.  `TSIT5` and `DOPRI8` have large
 /// weights that cancel, and lose digits in low precision.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_diffeq::control::Adaptive;
-/// use candle_diffeq::{odeint, OdeOptions, Steps, Time, DOPRI5};
+/// use candle_diffeq::{odeint, OdeOptions, Time};
+/// use candle_diffeq::options::{Adaptive, Steps};
+/// use candle_diffeq::tableau::DOPRI5;
 /// let options = OdeOptions {
 ///     method: DOPRI5,
 ///     steps: Steps::Adaptive(Adaptive::new(1e-8, 1e-10)),
@@ -125,8 +126,8 @@ impl Adaptive {
     }
 
     /// The shortest length that the controller chooses.  An attempt of this length is accepted even if its error, as
-    /// long as it is finite, exceeds the tolerance; [`Stats::forced`](crate::Stats::forced) counts such steps.  Only
-    /// steps before a time at which a step must end may be shorter.  The default is 0: then the solve fails with
+    /// long as it is finite, exceeds the tolerance; [`Stats::forced`](crate::metrics::Stats::forced) counts such steps.
+    /// Only steps before a time at which a step must end may be shorter.  The default is 0: then the solve fails with
     /// [`StopReason::Underflow`](crate::error::StopReason::Underflow) when a step is too short to change the time.
     #[must_use]
     pub fn min_step(self, h: f64) -> Self {
@@ -177,8 +178,9 @@ impl Adaptive {
         }
     }
 
-    /// Whether steps end at output times too, instead of outputs being interpolated.  Default: only for
-    /// [`FEHLBERG45`](crate::tableau::FEHLBERG45), whose interpolant is less accurate than its steps.
+    /// Whether steps end at output times too, instead of outputs being interpolated.  Default: only if the method has
+    /// an order above four and no interpolant of its own, such as [`FEHLBERG45`](crate::tableau::FEHLBERG45).  For such
+    /// a method outputs would be interpolated by the cubic Hermite polynomial, which is less accurate than its steps.
     #[must_use]
     pub fn step_on_outputs(self, on: bool) -> Self {
         Self {
@@ -222,7 +224,7 @@ impl Adaptive {
 
     /// Whether a solve fails with [`StopReason::PrecisionLimited`](crate::error::StopReason::PrecisionLimited) if
     /// more than a tenth of its steps were accepted only because of the noise floor.  Default: no;
-    /// [`Stats::limited`](crate::Stats::limited) counts such steps.
+    /// [`Stats::limited`](crate::metrics::Stats::limited) counts such steps.
     #[must_use]
     pub fn precision_limit_is_error(self, on: bool) -> Self {
         Self {
@@ -240,14 +242,14 @@ pub enum StepControl {
     /// solution of a row is bitwise independent of the other rows.  This is possible for fields that are integrated
     /// tile by tile on the CPU (see [`OdeOptions::fusion`](crate::OdeOptions::fusion)), and on CUDA for an
     /// [`nn::Mlp`](crate::nn::Mlp) that is solved in one launch, with
-    /// [`Checkpoint::All`](crate::Checkpoint::All) or [`Nothing`](crate::Checkpoint::Nothing).
+    /// [`Checkpoint::All`](crate::options::Checkpoint::All) or [`Nothing`](crate::options::Checkpoint::Nothing).
     ///
     /// With `Rows`, an easy row takes fewer steps than with `Batch`, and is less accurate than with steps that are
     /// chosen for the most difficult row.  Therefore compare the two settings at equal error, not at equal tolerance.
-    /// [`Checkpoint::States`](crate::Checkpoint::States) and
-    /// [`Bytes`](crate::Checkpoint::Bytes) are budgets of every row in the same way as of the batch: so many states of
-    /// each.  Nothing is kept of evaluations ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).
-    /// In f16 the rows of a tile share a scale of the adjoint.
+    /// [`Checkpoint::States`](crate::options::Checkpoint::States) and [`Bytes`](crate::options::Checkpoint::Bytes) are
+    /// budgets of every row in the same way as of the batch: so many states of each.  Nothing is kept of evaluations
+    /// ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).  In f16 the rows of a tile share a
+    /// scale of the adjoint.
     Rows,
     /// All rows of the batch have the same steps, which are chosen by one error estimate of the whole batch; see
     /// [`Norm`].

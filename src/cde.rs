@@ -1,6 +1,6 @@
 //! Neural controlled differential equations: z' = F(z) X'(t), z(t_0) = ζ(X(t_0)).
 //!
-//! The state of a neural CDE is driven by data: X is a [path](crate::path) through observations, which may be
+//! The state of a neural CDE is driven by data: X is a [path](ControlPath) through observations, which may be
 //! irregular and partly missing.  P. Kidger, J. Morrill, J. Foster, T. Lyons, "Neural controlled differential equations for irregular
 //! time series" (NeurIPS 2020).
 //!
@@ -10,8 +10,8 @@
 //! tracks them.
 //!
 //! * Steps: with [`ControlPath::knots`] as times, there is one step for each interval of the path, or n steps with
-//!   [`Steps::PerInterval`](crate::Steps::PerInterval); [`Output::Final`](crate::Output::Final) returns only the last
-//!   state.  Other times are possible: steps are cut where the slope of the path jumps.
+//!   [`Steps::PerInterval`](crate::options::Steps::PerInterval); [`Output::Final`](crate::options::Output::Final)
+//!   returns only the last state.  Other times are possible: steps are cut where the slope of the path jumps.
 //! * Precision: the slope is formed in the dtype of the observations, f32 at least, and rounded to compute precision
 //!   where it meets F.
 
@@ -21,12 +21,12 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
 pub use crate::controlled::{ControlledField, ControlledPullback};
+pub use crate::path::{ControlPath, Observations};
 
 use crate::controlled::Driven;
 use crate::error::{Error, PathDefect, Result};
 use crate::neural_ode::NeuralOde;
 use crate::odeint::odeint_with;
-use crate::path::ControlPath;
 use crate::precision::Precision;
 use crate::problem::OdeOptions;
 use crate::solution::Solution;
@@ -38,20 +38,19 @@ use crate::time::Times;
 ///
 /// * `field`: a closure `|t: &Time, z: &Tensor| …` that returns `(rows, hidden, channels)`, or any [`ControlledField`].
 /// * `z0`: `(rows, hidden)`, with the rows of the path.
-/// * `path`: built from [`Observations`](crate::path::Observations), which receive gradients if candle tracks them.
+/// * `path`: built from [`Observations`], which receive gradients if candle tracks them.
 /// * `times`: within the knots of the path, in either direction.
 ///
 /// Options, result and other errors are those of [`odeint`](crate::odeint()).
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Tensor, Var};
-/// use candle_diffeq::cde::cdeint;
-/// use candle_diffeq::path::Observations;
 /// use candle_diffeq::{OdeOptions, Time};
+/// use candle_diffeq::cde::{cdeint, Observations};
 /// // z' = z X', so that z = z_0 exp(X − X_0), whatever way the path takes.
 /// let xs = Var::from_tensor(&Tensor::new(&[[[0f64], [2.0], [1.0]]], &Device::Cpu)?)?;
 /// let path = Observations::at(&[0.0, 0.3, 1.0], &xs)?.hermite()?;
-/// let steps = candle_diffeq::Steps::PerInterval(100);
+/// let steps = candle_diffeq::options::Steps::PerInterval(100);
 /// let options = OdeOptions { steps, ..Default::default() };
 /// let z0 = Tensor::new(&[[1f64]], &Device::Cpu)?;
 /// let zs = cdeint(|_: &Time, z: &Tensor| z.unsqueeze(2), &z0, &path, path.knots(), &options)?;
@@ -87,10 +86,10 @@ where
 ///
 /// ```
 /// use candle_core::{DType, Device, IndexOp, Tensor};
-/// use candle_diffeq::cde::NeuralCde;
+/// use candle_diffeq::{OdeOptions, Precision};
+/// use candle_diffeq::cde::{NeuralCde, Observations};
 /// use candle_diffeq::nn::{Activation, CdeMlp};
-/// use candle_diffeq::path::Observations;
-/// use candle_diffeq::{OdeOptions, Output, Precision};
+/// use candle_diffeq::options::Output;
 /// let (vars, device, channels, hidden) = (candle_nn::VarMap::new(), Device::Cpu, 3, 8);
 /// let cde = NeuralCde::new(
 ///     &vars, "cde", DType::F32, &device,

@@ -82,9 +82,10 @@ impl Observer for All {
 ///
 /// ```
 /// use candle_core::{Device, Var};
-/// use candle_diffeq::control::Adaptive;
+/// use candle_diffeq::{OdeOptions, Time};
 /// use candle_diffeq::dense::odeint_dense;
-/// use candle_diffeq::{OdeOptions, Steps, Time, DOPRI5};
+/// use candle_diffeq::options::{Adaptive, Steps};
+/// use candle_diffeq::tableau::DOPRI5;
 /// let options = OdeOptions {
 ///     method: DOPRI5,
 ///     steps: Steps::Adaptive(Adaptive::new(1e-9, 1e-9)),

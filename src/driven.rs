@@ -7,7 +7,7 @@
 mod apply;
 mod equation;
 mod increments;
-mod methods;
+pub(crate) mod methods;
 mod table;
 
 use candle_core::{DType, Device, Shape, Tensor};
@@ -24,10 +24,6 @@ use crate::watch::Watch;
 pub(crate) use equation::Equation;
 pub use equation::{Calculus, NoiseType};
 pub(crate) use increments::StepNoise;
-pub use methods::{
-    ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT, MILSTEIN_FREE_ITO, MILSTEIN_FREE_STRATONOVICH,
-    MILSTEIN_ITO, MILSTEIN_STRATONOVICH, REVERSIBLE_HEUN, SRA1, SRI2,
-};
 pub use table::SdeMethod;
 pub(crate) use table::{Functional, Part, Sum, Table, Term};
 
@@ -37,6 +33,8 @@ pub(crate) struct Drive {
     pub(crate) method: SdeMethod,
     pub(crate) equation: Equation,
     pub(crate) noise: Noise,
+    /// Solutions of each initial state.
+    pub(crate) samples: usize,
 }
 
 impl Drive {
@@ -62,10 +60,10 @@ pub(crate) struct Driven {
     pub(crate) roles: Vec<Roles>,
     shapes: Vec<Shape>,
     device: Device,
-    rows: usize,
+    pub(crate) rows: usize,
     /// Steps of the solve, and its interval.
     steps: usize,
-    span: [f64; 2],
+    pub(crate) span: [f64; 2],
 }
 
 /// An evaluation of a part, with the state that it was given.
@@ -348,7 +346,7 @@ fn constant(terms: &[Term]) -> f64 {
 
 impl Sum {
     /// Whether it is the same sum.
-    fn is(&self, other: &Self) -> bool {
+    pub(crate) fn is(&self, other: &Self) -> bool {
         self.base == other.base
             && self.terms.len() == other.terms.len()
             && self

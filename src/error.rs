@@ -5,6 +5,7 @@ mod crossing;
 mod defects;
 mod event;
 mod group;
+mod loss;
 mod need;
 mod path;
 mod potential;
@@ -17,6 +18,7 @@ use defects::listed;
 pub use defects::{Argument, PullbackDefect, TableauDefect};
 pub use event::EventDefect;
 pub use group::GroupDefect;
+pub use loss::LossDefect;
 pub(crate) use need::Bytes;
 pub use need::MemoryNeed;
 pub use path::PathDefect;
@@ -89,7 +91,7 @@ pub enum Error {
         /// Intervals of the grid.
         intervals: usize,
     },
-    /// [`Steps::PerInterval`](crate::Steps::PerInterval)`(0)`.
+    /// [`Steps::PerInterval`](crate::options::Steps::PerInterval)`(0)`.
     #[error("Steps::PerInterval(0): an interval between two times needs at least one step")]
     NoSteps,
     /// Two neighbouring times whose difference overflows.
@@ -118,7 +120,7 @@ pub enum Error {
         /// The value.
         step_size: f64,
     },
-    /// Times of [`Steps::At`](crate::Steps::At) that are not in order between the first and the last time.
+    /// Times of [`Steps::At`](crate::options::Steps::At) that are not in order between the first and the last time.
     #[error("a step from t = {t0:?} to {t1:?}: the times of Steps::At must be in order between the first time {first:?} and the last {last:?}")]
     StepTimes {
         /// Time at its start.
@@ -304,7 +306,7 @@ pub enum Error {
         t: f64,
     },
     /// The pull-back of a field contradicts differences of it; see
-    /// [`check_field`](crate::check_field).
+    /// [`check_field`](crate::fields::check_field).
     #[error("the gradient of the field with respect to {of} at t = {t:?} is wrong: along a random direction candle's backward gives {pullback:.6e}, differences of the field give {differences:.6e}. Some layers of candle have no backward operation (candle_nn's LayerNorm, RmsNorm, softmax_last_dim) or a wrong one (conv1d): use nn::LayerNorm, nn::RmsNorm, nn::softmax, nn::Conv1d of candle_diffeq (docs/candle-layers.md lists all); a detach() or backward() inside the field does it, too. Declare a parameter that is meant to stand still by NeuralOde::freeze. OdeOptions::check turns this check off")]
     WrongPullback {
         /// The state tensor, the parameter by its name, or time.
@@ -384,34 +386,9 @@ pub enum Error {
         /// Shape of the cotangent.
         got: Shape,
     },
-    /// A [`RowLoss`](crate::RowLoss) of states that it is no loss of.
-    #[error("{loss} is no loss of states of shapes {shapes:?}: it needs {needs}")]
-    LossState {
-        /// The loss.
-        loss: String,
-        /// The states that it needs.
-        needs: &'static str,
-        /// Shapes of the returned states.
-        shapes: Vec<Vec<usize>>,
-    },
-    /// A class that the states have no column for.
-    #[error(
-        "row {row} is of class {class}, but states have {classes} classes: numbers below that"
-    )]
-    NoSuchClass {
-        /// Index of the row.
-        row: usize,
-        /// Its class.
-        class: u32,
-        /// Classes of the state.
-        classes: usize,
-    },
-    /// A [`RowLoss`](crate::RowLoss) of the last state, of a solve that returns all.
-    #[error("{loss} is not a loss of all states that are returned: it needs Output::Final")]
-    LossOutput {
-        /// The loss.
-        loss: String,
-    },
+    /// A loss by row that does not fit the states of the solve.
+    #[error(transparent)]
+    Loss(#[from] LossDefect),
     /// The cotangent that arrives from the loss holds NaN or infinity.
     #[error("the gradient that arrives from the loss holds NaN or infinity")]
     NonFiniteCotangent,

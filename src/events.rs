@@ -39,7 +39,7 @@ pub(crate) type EventFunction<S> = dyn Fn(&Time, &S) -> candle_core::Result<Tens
 /// The sign of g is examined in state precision at the end of every accepted step and at three points of the
 /// interpolant inside the step.  If g is zero at the start of a solve, the first of these points at which g is not
 /// zero determines the sign of g, so that a solve may begin on the surface g = 0.  Two crossings between neighbouring
-/// points are not detected; [`Adaptive::max_step`](crate::control::Adaptive::max_step) limits the distance between
+/// points are not detected; [`Adaptive::max_step`](crate::options::Adaptive::max_step) limits the distance between
 /// the points.
 pub struct Event<S = Tensor> {
     pub(crate) function: Arc<EventFunction<S>>,
@@ -128,9 +128,10 @@ pub struct Occurrence<S> {
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
-/// use candle_diffeq::control::Adaptive;
+/// use candle_diffeq::{OdeOptions, Time};
 /// use candle_diffeq::events::{odeint_event, Event};
-/// use candle_diffeq::{OdeOptions, Steps, Time, DOPRI5};
+/// use candle_diffeq::options::{Adaptive, Steps};
+/// use candle_diffeq::tableau::DOPRI5;
 /// // A stone that falls from a height of 2: it hits the ground at t = √(2 · 2 / g).
 /// let g = Var::new(&[9.81f64], &Device::Cpu)?;
 /// let gravity = g.as_tensor().clone();

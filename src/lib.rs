@@ -11,22 +11,22 @@
 //!   gradients on request.  [`predict`] solves without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
 //! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
-//! * [`check_field`]: compares a field's pull-back (vector-Jacobian product) with finite differences.  The
-//!   first solves of a model do the same.
+//! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite
+//!   differences.  The first solves of a model do the same.
 //! * [`nn`]: layers and fields.  Perceptrons, continuous flows of perceptrons, convolutions, and perceptrons as
 //!   fields of a CDE are integrated tile by tile on the CPU, several times faster than through candle's operations.
 //! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian
 //!   networks.  They can be trained, although candle has no second derivatives: these are written by hand.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that can be evaluated, after the solve, at any time t of their interval.
-//! * [`cde`]: neural controlled differential equations, which are driven by data along a [`path`](mod@path).
-//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; [`noise`]: increments of
-//!   Brownian motion, computed from a seed.
+//! * [`cde`]: neural controlled differential equations, which are driven by data along a [path](cde::ControlPath).
+//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2.  They are driven by
+//!   [increments](sde::Noise) of Brownian motion, computed from a seed.
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points
 //!   with classes, and systems of physics to learn from.
 //! * [`distributed`]: data-parallel training, on one machine or many.
-//! * [`OdeOptions`]: the method ([`Tableau`]), fixed or [adaptive](control::Adaptive) steps, checkpoints, scaling,
-//!   and statistics.
+//! * [`OdeOptions`]: the method ([`Tableau`](tableau::Tableau)), fixed or adaptive steps and what is kept
+//!   ([`options`]), [scaling](mod@scaling), and [statistics](metrics::Recorder).
 //!
 //! # Theory
 //!
@@ -133,13 +133,13 @@ mod mmd;
 mod neural_ode;
 pub mod nn;
 mod node;
-pub mod noise;
+mod noise;
 mod odeint;
 mod offer;
 mod ops;
 mod parameters;
 mod passes;
-pub mod path;
+mod path;
 mod piecewise;
 mod precision;
 mod problem;
@@ -160,31 +160,37 @@ mod trajectory;
 mod watch;
 
 pub use error::{Error, Result};
-pub use field::check::{check_field, FieldCheck};
 pub use field::VectorField;
-pub use loss::RowLoss;
 pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, odeint_with, predict, solution, solution_with};
 #[doc(hidden)]
 pub use ops::internals;
-pub use precision::{Arithmetic, Precision};
-pub use problem::{ActivationCache, OdeOptions};
-pub use schedule::{Output, Steps};
+pub use precision::Precision;
+pub use problem::OdeOptions;
 pub use solution::{Gradients, Solution};
 pub use state::State;
-pub use stats::{Recorder, RowStats, Stats};
-pub use tableau::{Tableau, DOPRI5, RK4};
-pub use time::{Time, TimeGrid, Times};
-pub use trajectory::Checkpoint;
+pub use time::Time;
 
-/// What fields are built from: modules and constants as fields, pieces in time, fields with arguments, and what a
-/// user's own pull-back returns.
+/// What fields are built from: modules and constants as fields, pieces in time, fields with arguments, what a user's
+/// own pull-back returns, and the check of a pull-back.
 pub mod fields {
+    pub use crate::field::check::{check_field, FieldCheck};
     pub use crate::field::{
         autonomous, constant, Autonomous, Constant, Cotangents, FieldWithArgs, Pullback,
     };
     pub use crate::neural_ode::Given;
     pub use crate::piecewise::PiecewiseConstant;
+}
+
+/// Values of the options of a solve: its times, its steps (fixed or controlled by tolerances), the states that it
+/// returns, and what it keeps for the backward pass.
+pub mod options {
+    pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
+    pub use crate::precision::Arithmetic;
+    pub use crate::problem::ActivationCache;
+    pub use crate::schedule::{Output, Steps};
+    pub use crate::time::{TimeGrid, Times};
+    pub use crate::trajectory::Checkpoint;
 }
 
 /// Scales that keep cotangents within the range of f16, inside a solve and in the layers around a solve.
@@ -193,14 +199,10 @@ pub mod scaling {
     pub use crate::scaler::{DynamicScaling, OnOverflow, Scaling};
 }
 
-/// Control of adaptive steps: tolerances, controllers, norms.
-pub mod control {
-    pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
-}
-
-/// Measures of the quality of continuous flows.
+/// Measures: what a solve has done, and how good a continuous flow is.
 pub mod metrics {
     pub use crate::mmd::mmd;
+    pub use crate::stats::{Recorder, RowStats, Stats};
 }
 
 /// The README's example, run as a test.

@@ -4,7 +4,7 @@
 use candle_core::{DType, Shape, Tensor, D};
 use candle_nn::loss::cross_entropy;
 
-use crate::error::{Error, Result};
+use crate::error::{LossDefect, Result};
 use crate::problem::Problem;
 use crate::rows::{Grade, RowGrade, RowsOf};
 use crate::schedule::Output;
@@ -36,7 +36,7 @@ impl RowLoss {
     /// as candle's is, with zero gradients.
     ///
     /// # Errors
-    /// [`Error::LossState`] if these are not states that it is a loss of; [`Error::NoSuchClass`].
+    /// [`LossDefect::States`] if the loss cannot be computed from these states; [`LossDefect::NoSuchClass`].
     pub fn of<S: State>(&self, states: &S) -> Result<Tensor> {
         let leaves = states.leaves();
         let shapes: Vec<_> = leaves.iter().map(|y| y.dims().to_vec()).collect();
@@ -73,11 +73,15 @@ impl RowLoss {
         let all = classes.to_vec1::<u32>()?;
         match all.iter().position(|&class| class as usize >= count) {
             None => Ok(all),
-            Some(row) => Err(Error::NoSuchClass {
-                row,
-                class: all[row],
-                classes: count,
-            }),
+            Some(row) => {
+                let (class, classes) = (all[row], count);
+                Err(LossDefect::NoSuchClass {
+                    row,
+                    class,
+                    classes,
+                }
+                .into())
+            }
         }
     }
 
@@ -107,11 +111,12 @@ impl RowLoss {
         if fits {
             return Ok(());
         }
-        Err(Error::LossState {
+        Err(LossDefect::States {
             loss: self.to_string(),
             needs: self.needs(),
             shapes: shapes.to_vec(),
-        })
+        }
+        .into())
     }
 
     /// Whether the states that a solve returns have such a loss.
@@ -121,7 +126,7 @@ impl RowLoss {
         let unknown = several && problem.outputs() == 0;
         if unknown || several && !matches!(self, Self::MeanSquaredError(_)) {
             let loss = self.to_string();
-            return Err(Error::LossOutput { loss });
+            return Err(LossDefect::Output { loss }.into());
         }
         let returned = |state: &Shape| match several {
             true => [&[problem.outputs()], state.dims()].concat(),

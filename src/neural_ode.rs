@@ -45,7 +45,8 @@ pub(crate) use run::Solve;
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Tensor};
-/// use candle_diffeq::{NeuralOde, Precision, RK4};
+/// use candle_diffeq::{NeuralOde, Precision};
+/// use candle_diffeq::tableau::RK4;
 /// use candle_nn::{linear, Activation, AdamW, Module, Optimizer, ParamsAdamW, Sequential, VarMap};
 ///
 /// let (vars, device) = (VarMap::new(), Device::Cpu);
@@ -178,8 +179,8 @@ impl<S: State + 'static> NeuralOde<S> {
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
-    /// use candle_diffeq::nn::{Activation, Mlp};
-    /// use candle_diffeq::{NeuralOde, RowLoss};
+    /// use candle_diffeq::NeuralOde;
+    /// use candle_diffeq::nn::{Activation, Mlp, RowLoss};
     /// let vars = candle_nn::VarMap::new();
     /// let ode = NeuralOde::new(&vars, "f", &Device::Cpu, |vb| {
     ///     Mlp::new(&[2, 16, 2], Activation::Tanh, vb)
@@ -193,8 +194,7 @@ impl<S: State + 'static> NeuralOde<S> {
     /// ```
     ///
     /// # Errors
-    /// As [`solve`](Self::solve), [`Error::LossState`](crate::Error::LossState) and
-    /// [`Error::LossOutput`](crate::Error::LossOutput).
+    /// As [`solve`](Self::solve), [`Error::Loss`](crate::Error::Loss).
     pub fn loss<T: Times + ?Sized>(&self, y0: &S, times: &T, loss: &RowLoss) -> Result<Tensor> {
         self.given(&()).loss(y0, times, loss)
     }
@@ -316,9 +316,9 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let ids: Vec<_> = ode.masters()?.iter().map(|var| var.id()).collect();
         let offered = Offered::from(field.and_then(|field| field.offer()));
         let as_they_are = |offered: &Offered| {
-            let rows = offered.rows.as_ref();
             // What a constructor computes from variables must be computed anew for each solve.
-            rows.is_some_and(|rows| rows.weights().iter().all(|w| ids.contains(&w.id())))
+            let all = |weights: Vec<Tensor>| weights.iter().all(|w| ids.contains(&w.id()));
+            offered.weights().is_some_and(all)
         };
         let field = offered.filter(as_they_are).map(|offered| offered.shared);
         ode.packable = field.map(|field| Packable { field, ids });

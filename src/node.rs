@@ -142,7 +142,7 @@ impl SolveNode {
                 let nan = |shape: &Shape| nan(shape, problem.state(), cotangent);
                 let parameters = theta.leaves.iter().map(|p| nan(p.shape()));
                 let times = problem.grid.points().iter().map(|_| f64::NAN).collect();
-                let y0 = nan(&Shape::from(problem.packing.joined()))?;
+                let y0 = nan(&Shape::from(problem.given.joined()))?;
                 Ok((y0, parameters.collect::<Result<_>>()?, times))
             }
             Err(error) => Err(error),

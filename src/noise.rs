@@ -1,33 +1,8 @@
 //! Noise: increments of Brownian motion, which are computed from a seed and never stored, or given by the user.
-//!
-//! Over a step of length h the driving path W of one channel has the increment ΔW ~ N(0, h) and the integral U =
-//! ∫_t^{t+h} (W(s) − W(t)) ds, with mean ½hΔW and variance h³/12 given ΔW.  [`Noise`] says where they come from:
-//!
-//! * [`Noise::seeded`]: a generator with a counter.  The numbers of step n, row r and channel j are a function of
-//!   (seed, n, r, j), computed by Philox 4×32-10 ([`philox4x32`]) and the method of Box and Muller.  Nothing is kept:
-//!   the backward pass computes them again, in any order.  If you change the steps, you get another Brownian path.
-//! * [`BrownianTree`]: a path that is a function of time, so that solves with other steps see the same path.
-//! * [`Increments`]: increments that the user gives, with gradients if candle tracks them.
-//!
-//! **Bits.**  The numbers are computed by integer arithmetic and by additions, products, quotients and square roots
-//! of f64, so that the bits do not depend on the machine, the number of threads or the vector unit.  The numbers of a
-//! row do not depend on how many rows there are.  In a solve in f32 the numbers are rounded once, at the end.
-//!
-//! ```
-//! use candle_core::{DType, Device};
-//! use candle_diffeq::noise::{BrownianTree, Noise};
-//! // The path of a tree over [0, 1] on 64 steps is a refinement of the same on 16.
-//! let noise = Noise::from(BrownianTree::new(7, 20)?);
-//! let grid = |n: usize| (0..=n).map(|i| i as f64 / n as f64).collect::<Vec<_>>();
-//! let fine = noise.increments(&grid(64), (5, 2), DType::F64, &Device::Cpu)?;
-//! let coarse = noise.increments(&grid(16), (5, 2), DType::F64, &Device::Cpu)?;
-//! let difference = (fine.coarsened(4, 1.0 / 64.0)?.w() - coarse.w())?.abs()?.max_all()?;
-//! assert!(difference.to_scalar::<f64>()? < 1e-12);
-//! # Ok::<(), candle_diffeq::Error>(())
-//! ```
 
 mod draw;
 mod increments;
+mod lanes;
 mod normal;
 mod philox;
 mod tree;
@@ -41,6 +16,33 @@ pub use philox::philox4x32;
 pub use tree::BrownianTree;
 
 /// Where the increments of a solve come from.
+///
+/// Over a step of length h the driving path W of one channel has the increment ΔW ~ N(0, h) and the integral U =
+/// ∫_t^{t+h} (W(s) − W(t)) ds, with mean ½hΔW and variance h³/12 given ΔW.  They come from one of these
+/// sources:
+///
+/// * [`Noise::seeded`]: a generator with a counter.  The numbers of step n, row r and channel j are a function of
+///   (seed, n, r, j), computed by Philox 4×32-10 ([`philox4x32`]) and the method of Box and Muller.  Nothing is kept:
+///   the backward pass computes them again, in any order.  If you change the steps, you get another Brownian path.
+/// * [`BrownianTree`]: a path that is a function of time, so that solves with other steps see the same path.
+/// * [`Increments`]: increments that the user gives, with gradients if candle tracks them.
+///
+/// **Bits.**  The numbers are computed by integer arithmetic and by additions, products, quotients and square roots
+/// of f64, so that the bits do not depend on the machine, the number of threads or the vector unit.  The numbers of a
+/// row do not depend on how many rows there are.  In a solve in f32 the numbers are rounded once, at the end.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_diffeq::sde::{BrownianTree, Noise};
+/// // The path of a tree over [0, 1] on 64 steps is a refinement of the same on 16.
+/// let noise = Noise::from(BrownianTree::new(7, 20)?);
+/// let grid = |n: usize| (0..=n).map(|i| i as f64 / n as f64).collect::<Vec<_>>();
+/// let fine = noise.increments(&grid(64), (5, 2), DType::F64, &Device::Cpu)?;
+/// let coarse = noise.increments(&grid(16), (5, 2), DType::F64, &Device::Cpu)?;
+/// let difference = (fine.coarsened(4, 1.0 / 64.0)?.w() - coarse.w())?.abs()?.max_all()?;
+/// assert!(difference.to_scalar::<f64>()? < 1e-12);
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Noise(Source);
 
@@ -140,7 +142,7 @@ impl Noise {
                     false => vec![],
                     true => {
                         let areas = of(Purpose::Area)?.into_iter();
-                        let spread = (1f64 / 12.0).sqrt();
+                        let spread = spread_of_area();
                         areas.zip(&w).map(|(z, w)| 0.5 * w + spread * z).collect()
                     }
                 };
@@ -156,6 +158,11 @@ impl Noise {
             _ => None,
         }
     }
+}
+
+/// The standard deviation of η − ½ξ.
+fn spread_of_area() -> f64 {
+    (1f64 / 12.0).sqrt()
 }
 
 impl From<BrownianTree> for Noise {

@@ -27,8 +27,9 @@ use crate::time::{TimeGrid, Times};
 /// * `y0`: leaves of any shapes.  It receives a gradient if candle tracks it.
 /// * `times`: t_0 … t_N, strictly monotone, y(t_0) = y0.  A tracked 1-D tensor receives gradients.
 ///
-/// Returns leaves of shape `(times, …)`, `(…)` with [`Output::Final`](crate::Output::Final), or `(steps + 1, …)` with
-/// [`Output::Steps`](crate::Output::Steps), in **state** dtype, which is the widest of y0's leaves unless the options say otherwise (f32 for f16 and bf16).
+/// Returns leaves of shape `(times, …)`, `(…)` with [`Output::Final`](crate::options::Output::Final), or
+/// `(steps + 1, …)` with [`Output::Steps`](crate::options::Output::Steps), in **state** dtype, which is the widest of
+/// y0's leaves unless the options say otherwise (f32 for f16 and bf16).
 ///
 /// The gradients are exact for the steps that were run (see [the theory](crate)).  They are detached: second
 /// derivatives are not supported, and a `backward()` on what was computed from them finds no gradient.
@@ -330,7 +331,8 @@ pub(crate) fn without_graph_by<'f, S: State>(
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_diffeq::{predict, OdeOptions, Output, Steps, Time};
+/// use candle_diffeq::{predict, OdeOptions, Time};
+/// use candle_diffeq::options::{Output, Steps};
 /// let options = OdeOptions {
 ///     steps: Steps::PerInterval(1000),
 ///     output: Output::Final,

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use crate::field::parts::{OfParts, Parts};
 use crate::field::{Leaves, Offer, SharedField, VectorField};
 #[cfg(feature = "cuda")]
 use crate::problem::Problem;
 #[cfg(feature = "cuda")]
 use crate::rows::Solved;
-use crate::rows::{Around, RowField, Rows};
+use crate::rows::{Around, DrivenRows, RowField, Rows};
 use crate::state::State;
 #[cfg(feature = "cuda")]
 use crate::stats::Stats;
@@ -23,6 +24,8 @@ pub(crate) type SharedLeaves = Leaves<SharedField, Vec<Tensor>>;
 pub(crate) struct Offered {
     /// Whole solves tile by tile on the CPU.
     pub(crate) rows: Option<Rows>,
+    /// The same of an equation that is driven by noise.
+    pub(crate) driven: Option<DrivenRows>,
     /// The field for other threads.
     pub(crate) shared: SharedField,
     /// Whole solves in one launch on a GPU.
@@ -52,6 +55,7 @@ impl Offered {
         let field = Arc::new(field.clone());
         Self {
             rows: has_tiles.then(|| Rows::new(Arc::clone(&field))),
+            driven: None,
             shared: Arc::new(Leaves::<Arc<F>, S>::new(field)),
             #[cfg(feature = "cuda")]
             launch: None,
@@ -65,6 +69,7 @@ impl Offered {
     {
         Self {
             rows: self.rows.map(|rows| rows.around(around)),
+            driven: None,
             shared: Arc::new(shared(Leaves::new(self.shared))),
             #[cfg(feature = "cuda")]
             launch: None,
@@ -80,10 +85,36 @@ impl Offered {
         }
     }
 
-    /// What a field offers, if it is one of this crate.
+    /// What a field offers, if it is one of this crate, or an equation made of such.
     pub(crate) fn from(offer: Option<Offer>) -> Option<Self> {
-        let offered = offer?.0.downcast::<Self>().ok()?;
-        Some(*offered)
+        match offer?.0.downcast::<Self>() {
+            Ok(offered) => Some(*offered),
+            Err(parts) => Self::of_parts(*parts.downcast().ok()?),
+        }
+    }
+
+    /// Of an equation.
+    fn of_parts(OfParts(parts): OfParts) -> Option<Self> {
+        let parts = parts.into_iter().map(|part| Self::from(Some(part)));
+        let parts = parts.collect::<Option<Vec<_>>>()?.into_iter();
+        let (rows, shared): (Vec<_>, Vec<_>) = parts.map(|part| (part.rows, part.shared)).unzip();
+        let rows = rows.into_iter().collect::<Option<_>>();
+        Some(Self {
+            rows: None,
+            driven: rows.map(DrivenRows::new),
+            shared: Arc::new(Parts::new(shared)),
+            #[cfg(feature = "cuda")]
+            launch: None,
+        })
+    }
+
+    /// What its tiles read when a solve begins, if it has some.
+    pub(crate) fn weights(&self) -> Option<Vec<Tensor>> {
+        match (&self.rows, &self.driven) {
+            (Some(rows), _) => Some(rows.weights()),
+            (None, Some(driven)) => Some(driven.weights()),
+            (None, None) => None,
+        }
     }
 }
 

@@ -27,6 +27,7 @@ pub(crate) fn run(
     keep: &dyn Fn() -> bool,
 ) -> Result<Forward> {
     counted(problem, |stats| {
+        let y0 = &problem.start(y0)?;
         let offered = Offered::from(field.offer());
         if let Some(offered) = &offered {
             let solved = match keep() {
@@ -72,7 +73,7 @@ pub(crate) fn run_tiles(
     loss: Option<&dyn RowGrade>,
 ) -> Result<Option<Forward>> {
     counted(problem, |stats| match Offered::from(field.offer()) {
-        Some(offered) => advance_tiles(problem, &offered, y0, loss, stats),
+        Some(offered) => advance_tiles(problem, &offered, &problem.start(y0)?, loss, stats),
         None => Ok(None),
     })
 }
@@ -103,6 +104,9 @@ fn advance_tiles(
             None => None,
         };
         return Ok(solved.map(of_rows));
+    }
+    if let Some(rows) = &offered.driven {
+        return Ok(rows.solve(problem, &packed, stats)?.map(of_rows));
     }
     let Some(rows) = &offered.rows else {
         return Ok(None);
@@ -154,6 +158,10 @@ pub(crate) fn adjoint(
         if looks && !ops::magnitude(back.cotangent)?.is_finite() {
             return Err(Error::NonFiniteCotangent);
         }
-        solved.pull_back(back, stats)
+        let adjoint = solved.pull_back(back, stats)?;
+        Ok(Adjoint {
+            y0: back.problem.summed(adjoint.y0)?,
+            ..adjoint
+        })
     })
 }

@@ -1,36 +1,4 @@
 //! Control paths X(t) of controlled differential equations, z' = F(z) X'(t).
-//!
-//! A path is built from [`Observations`] by one of five interpolations:
-//!
-//! | | X | X' | observations that X needs on \[t_i, t_{i+1}\] |
-//! |---|---|---|---|
-//! | [`linear`](Observations::linear) | straight lines | jumps at knots | up to t_{i+1} |
-//! | [`hermite`](Observations::hermite) | cubic, backward differences | continuous | up to t_{i+1} |
-//! | [`natural_cubic`](Observations::natural_cubic) | cubic spline | continuously differentiable | all |
-//! | [`rectilinear`](Observations::rectilinear) | one coordinate after the other | jumps at knots | only those up to the present time |
-//! | [`log_signature`](Observations::log_signature) | straight lines over windows, with areas | jumps at knots | up to t_{i+1} |
-//!
-//! Between knots t_i, X = a_i + b_i s + c_i s² + d_i s³ with s = t − t_i.  Where X' jumps, a stage of a solve takes
-//! the slope of the interval in which its step lies ([`ControlPath::slope`]).  With the slope of the other interval,
-//! every method would have order one.  Steps end where X' jumps ([`odeint_with`](crate::odeint_with) and
-//! [`NeuralOde::given`](crate::NeuralOde::given) read this from the path).
-//!
-//! [`cdeint`](crate::cde::cdeint) and [`NeuralCde`](crate::cde::NeuralCde) solve CDEs along a path.  A path is a
-//! [`State`], so it may also be the argument of any field:
-//!
-//! ```
-//! use candle_core::{Device, Tensor};
-//! use candle_diffeq::path::{ControlPath, Observations};
-//! use candle_diffeq::{odeint_with, OdeOptions, Time};
-//! // y' = −y + X(t)·1, driven by values of the path rather than by its slope.
-//! let xs = Tensor::new(&[[[0f64], [1.0], [0.0]]], &Device::Cpu)?;
-//! let path = Observations::new(&xs)?.linear()?;
-//! let f = |t: &Time, y: &Tensor, path: &ControlPath| path.value(t)? - y;
-//! let y0 = Tensor::new(&[[0f64]], &Device::Cpu)?;
-//! let ys = odeint_with(f, &y0, &path, &[0.0, 1.0, 2.0], &OdeOptions::default())?;
-//! assert!((ys.get(1)?.to_vec2::<f64>()?[0][0] - (-1f64).exp()).abs() < 0.01);   // t − 1 + e^−t
-//! # Ok::<(), candle_diffeq::Error>(())
-//! ```
 
 mod fit;
 mod log_signature;
@@ -48,11 +16,44 @@ use crate::intervals::Intervals;
 use crate::state::State;
 use crate::time::Time;
 
-/// A piecewise polynomial path `(rows, channels)`, one for each row of a batch, with knots common to all.
+/// A control path X(t): a piecewise polynomial `(rows, channels)`, one for each row of a batch.  All rows have the same
+/// knots.
+///
+/// A path is built from [`Observations`] by one of five interpolations:
+///
+/// | | X | X' | observations that X needs on \[t_i, t_{i+1}\] |
+/// |---|---|---|---|
+/// | [`linear`](Observations::linear) | straight lines | jumps at knots | up to t_{i+1} |
+/// | [`hermite`](Observations::hermite) | cubic, backward differences | continuous | up to t_{i+1} |
+/// | [`natural_cubic`](Observations::natural_cubic) | cubic spline | continuously differentiable | all |
+/// | [`rectilinear`](Observations::rectilinear) | one coordinate after the other | jumps at knots | only those up to the present time |
+/// | [`log_signature`](Observations::log_signature) | straight lines over windows, with areas | jumps at knots | up to t_{i+1} |
+///
+/// Between knots t_i, X = a_i + b_i s + c_i s² + d_i s³ with s = t − t_i.  Where X' jumps, a stage of a solve takes
+/// the slope of the interval in which its step lies ([`ControlPath::slope`]).  With the slope of the other interval,
+/// every method would have order one.  Steps end where X' jumps ([`odeint_with`](crate::odeint_with) and
+/// [`NeuralOde::given`](crate::NeuralOde::given) read this from the path).
 ///
 /// As a [`State`], a path is a list of tensors.  The first tensor holds the knots as integers.  Then follows one
 /// tensor of coefficients, `(rows, degree + 1, channels)`, for each interval.  A stage of a solve reads the
 /// coefficients of one interval, and its gradient is added to this tensor only.
+///
+/// [`cdeint`](crate::cde::cdeint) and [`NeuralCde`](crate::cde::NeuralCde) solve CDEs along a path.  A path is a
+/// [`State`], so it may also be the argument of any field:
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_diffeq::{odeint_with, OdeOptions, Time};
+/// use candle_diffeq::cde::{ControlPath, Observations};
+/// // y' = −y + X(t)·1, driven by values of the path rather than by its slope.
+/// let xs = Tensor::new(&[[[0f64], [1.0], [0.0]]], &Device::Cpu)?;
+/// let path = Observations::new(&xs)?.linear()?;
+/// let f = |t: &Time, y: &Tensor, path: &ControlPath| path.value(t)? - y;
+/// let y0 = Tensor::new(&[[0f64]], &Device::Cpu)?;
+/// let ys = odeint_with(f, &y0, &path, &[0.0, 1.0, 2.0], &OdeOptions::default())?;
+/// assert!((ys.get(1)?.to_vec2::<f64>()?[0][0] - (-1f64).exp()).abs() < 0.01);   // t − 1 + e^−t
+/// # Ok::<(), candle_diffeq::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct ControlPath {
     lookup: Lookup,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 
 use crate::adaptive::{Control, StepControl};
 use crate::crossing::RowCrossing;
@@ -30,7 +30,8 @@ use crate::trajectory::Checkpoint;
 /// plan.
 ///
 /// ```
-/// use candle_diffeq::{ActivationCache, OdeOptions};
+/// use candle_diffeq::OdeOptions;
+/// use candle_diffeq::options::ActivationCache;
 /// let options = OdeOptions {
 ///     activation_cache: ActivationCache::within(64 << 20).in_bf16(),
 ///     ..Default::default()
@@ -66,7 +67,9 @@ impl ActivationCache {
 /// Options of a solve.
 ///
 /// ```
-/// use candle_diffeq::{Checkpoint, OdeOptions, Precision, Steps, DOPRI5};
+/// use candle_diffeq::{OdeOptions, Precision};
+/// use candle_diffeq::options::{Checkpoint, Steps};
+/// use candle_diffeq::tableau::DOPRI5;
 /// let options = OdeOptions {
 ///     method: DOPRI5,
 ///     precision: Some(Precision::bf16()),
@@ -129,8 +132,9 @@ pub struct OdeOptions {
     ///
     /// The field's own code runs in the first steps of a pass only, so it must do the same in every step: read time
     /// by [`Time::tensor`](crate::Time::tensor), and keep nothing from an evaluation.  If a step cannot be captured,
-    /// steps are launched operation by operation: [`Stats::replayed`](crate::Stats::replayed) counts the steps that
-    /// were launched as graphs, and [`Stats::not_replayed`](crate::Stats::not_replayed) says why others were not.
+    /// steps are launched operation by operation: [`Stats::replayed`](crate::metrics::Stats::replayed) counts the
+    /// steps that were launched as graphs, and [`Stats::not_replayed`](crate::metrics::Stats::not_replayed) says why
+    /// others were not.
     pub graphs: bool,
     /// Scaling of the adjoint.  Default: dynamic in f16, otherwise none.
     pub scaling: Scaling,
@@ -175,6 +179,9 @@ pub(crate) struct Problem {
     pub(crate) plan: Plan,
     pub(crate) grid: TimeGrid,
     pub(crate) packing: Packing,
+    /// The packing of y0, and how many solutions of it the state consists of.
+    pub(crate) given: Packing,
+    pub(crate) samples: usize,
     pub(crate) output: Output,
     /// Events of rows, whose states are returned behind those of the times.
     pub(crate) crossings: Arc<[RowCrossing]>,
@@ -240,7 +247,9 @@ impl Problem {
         let dense = plan.is_dense();
         let resolved = plan.known().is_none_or(|s| s.is_resolved_in(common.state));
         // Tiles have rows, and multiply by h in state precision.
-        let moderate = common.state == DType::F64 || plan.known().is_none_or(|s| s.is_moderate());
+        // Far from the ends of the range of f32.
+        let far = |s: &Arc<Schedule>| s.is_moderate(100);
+        let moderate = common.state == DType::F64 || plan.known().is_none_or(far);
         let tiles = packing.len() > 0 && moderate;
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
@@ -248,6 +257,8 @@ impl Problem {
             driven: None,
             plan,
             grid,
+            given: packing.clone(),
+            samples: 1,
             packing,
             output: options.output,
             crossings: Arc::default(),
@@ -283,14 +294,46 @@ impl Problem {
                 what: "adaptive steps",
             }));
         };
-        let y0 = (self.packing.shapes(), self.scheme.roles.as_slice());
+        let samples = drive.samples;
+        if samples == 0 {
+            return Err(Error::Sde(SdeDefect::NoSamples));
+        }
+        let packing = self.given.repeated(samples);
+        let y0 = (packing.shapes(), self.scheme.roles.as_slice());
         let driven = Driven::new(drive, y0, (&self.grid, schedule), self.device())?;
         Ok(Self {
+            packing,
+            samples,
             driven: Some(Arc::new(driven)),
-            fusion: false,
             graphs: false,
             ..self
         })
+    }
+
+    /// The state at the start from y0, both joined: the rows of y0, sample after sample.
+    pub(crate) fn start(&self, y0: &Tensor) -> Result<Tensor> {
+        let y0 = y0.detach();
+        if self.samples == 1 {
+            return Ok(y0);
+        }
+        let repeated = |y: &Tensor| Tensor::cat(&vec![y.clone(); self.samples], 0);
+        let leaves = self.given.split(&y0)?;
+        let leaves = leaves.iter().map(repeated);
+        let leaves = leaves.collect::<candle_core::Result<Vec<_>>>()?;
+        Packing::join(&leaves, self.state())
+    }
+
+    /// The gradient of y0 from that of the state at the start.
+    pub(crate) fn summed(&self, start: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        if self.samples == 1 {
+            return Ok(start);
+        }
+        let of = |(y, shape): (&Tensor, &Shape)| {
+            let by_sample = y.reshape([&[self.samples], shape.dims()].concat())?;
+            by_sample.sum(0)
+        };
+        let leaves = start.iter().zip(self.given.shapes()).map(of);
+        Ok(leaves.collect::<candle_core::Result<_>>()?)
     }
 
     /// Number of evaluations in a step that no output is inside of.

@@ -24,8 +24,8 @@ pub enum Steps {
     /// ⌈|t_{i+1} − t_i| / size⌉ equal steps in every output interval, so none is longer than `size`.
     Size(f64),
     /// Steps between these times, wherever the outputs are: an output inside a step is interpolated, see
-    /// [`Tableau::with_interpolant`](crate::Tableau::with_interpolant).  Steps begin at the first time of the solve
-    /// and end at its last time in any case; these times need not be in the list.
+    /// [`Tableau::with_interpolant`](crate::tableau::Tableau::with_interpolant).  Steps begin at the first time of the
+    /// solve and end at its last time in any case; these times need not be in the list.
     At(Vec<f64>),
     /// Steps that are as long as a tolerance permits.
     Adaptive(Adaptive),
@@ -49,10 +49,10 @@ pub enum Output {
     /// A state for every node of the solve (its start, and the end of every step that was taken): leaves of shape
     /// `(steps + 1, …)`.  A time of the grid at which no step ends, which is possible with adaptive steps and with
     /// [`Steps::At`], has no state of its own.  [`Solution::times`](crate::Solution::times) and
-    /// [`Stats::step_times`](crate::Stats::step_times) are the times of the states.
+    /// [`Stats::step_times`](crate::metrics::Stats::step_times) are the times of the states.
     ///
     /// With adaptive steps, the whole batch then has the same steps
-    /// ([`StepControl::Batch`](crate::control::StepControl::Batch)).  Rows with steps of their own would have
+    /// ([`StepControl::Batch`](crate::options::StepControl::Batch)).  Rows with steps of their own would have
     /// different numbers of states, and asking for them is an error
     /// ([`AdaptiveDefect::StepsOfRows`](crate::error::AdaptiveDefect::StepsOfRows)).
     Steps,
@@ -268,17 +268,17 @@ impl Schedule {
         }
     }
 
-    /// Whether every step is far from the ends of the range of f32.
-    pub(crate) fn is_moderate(&self) -> bool {
+    /// Whether every step is within so many octaves of one.
+    pub(crate) fn is_moderate(&self, octaves: i32) -> bool {
         match self {
-            Self::Fixed(fixed) => fixed.is_moderate(),
-            Self::Recorded(recorded) => recorded.steps().all(|step| is_moderate(step.h)),
+            Self::Fixed(fixed) => fixed.is_moderate(octaves),
+            Self::Recorded(recorded) => recorded.steps().all(|step| is_moderate(step.h, octaves)),
         }
     }
 }
 
-/// Whether a length is far from the ends of the range of f32.
-fn is_moderate(h: f64) -> bool {
-    let far = 2f64.powi(100);
+/// Whether a length is within so many octaves of one.
+fn is_moderate(h: f64, octaves: i32) -> bool {
+    let far = 2f64.powi(octaves);
     (1.0 / far..=far).contains(&h.abs())
 }

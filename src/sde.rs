@@ -23,7 +23,13 @@
 //!
 //! **Gradients** with respect to y0, to every variable that the equation reads, and to increments that candle tracks
 //! are exact for the steps that were run and for the given increments.  No noise is stored; the backward pass
-//! computes it again from the seed.  All plans of [`Checkpoint`](crate::Checkpoint) can be used.
+//! computes it again from the seed.  All plans of [`Checkpoint`](crate::options::Checkpoint) can be used.
+//!
+//! **Speed.**  On the CPU, an equation is integrated tile by tile if three conditions hold.  Its drift and its
+//! diffusion (wrapped in [`OfField`]) are fields of [`nn`](crate::nn) that are integrated tile by tile, such as
+//! [`Mlp`](crate::nn::Mlp), [`ConstantField`](crate::nn::ConstantField), or a [`Relaxation`](crate::nn::Relaxation)
+//! around one of these.  Its noise is diagonal or scalar.  Its increments are computed from a seed, not given.  All
+//! other equations are solved by candle's operations.  The increments have the same bits in both cases.
 //!
 //! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, its products with g and with λ,
 //! and every sum are in state precision.
@@ -35,8 +41,9 @@
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor, Var};
+//! use candle_diffeq::Time;
+//! use candle_diffeq::options::{Output, Steps};
 //! use candle_diffeq::sde::{ito, sdeint, Noise, SdeOptions, SRI2};
-//! use candle_diffeq::{Output, Steps, Time};
 //! // Geometric Brownian motion: E[Y(1)] = e^μ.
 //! let (mu, sigma) = (Var::new(0.5f32, &Device::Cpu)?, Var::new(0.2f32, &Device::Cpu)?);
 //! let (m, s) = (mu.as_tensor().clone(), sigma.as_tensor().clone());
@@ -79,12 +86,9 @@ use crate::solution::Solution;
 use crate::state::{Packing, State};
 use crate::time::Times;
 
-pub use crate::driven::{
-    Calculus, NoiseType, SdeMethod, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT,
-    MILSTEIN_FREE_ITO, MILSTEIN_FREE_STRATONOVICH, MILSTEIN_ITO, MILSTEIN_STRATONOVICH,
-    REVERSIBLE_HEUN, SRA1, SRI2,
-};
-pub use crate::noise::{BrownianTree, Increments, Noise};
+pub use crate::driven::methods::*;
+pub use crate::driven::{Calculus, NoiseType, SdeMethod};
+pub use crate::noise::{philox4x32, BrownianTree, Increments, Noise};
 pub use equation::{ito, stratonovich, Diffusion, OfField, Sde, Without};
 pub use model::NeuralSde;
 pub use options::SdeOptions;
@@ -101,8 +105,9 @@ pub use options::SdeOptions;
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_diffeq::Time;
+/// use candle_diffeq::options::Steps;
 /// use candle_diffeq::sde::{sdeint, stratonovich, Increments, SdeOptions, HEUN};
-/// use candle_diffeq::{Steps, Time};
 /// // Increments of one's own, with a gradient: y' = y ∘ dW is exp(W) in the sense of Stratonovich.
 /// let w = Var::new(&[[[0.1f64]], [[-0.3]]], &Device::Cpu)?;           // (steps, rows, channels)
 /// let sde = stratonovich(|_: &Time, y: &Tensor| y.zeros_like(), |_: &Time, y: &Tensor| Ok(y.clone()));
@@ -141,7 +146,7 @@ where
     };
     let start = (y0.leaves(), vec![], times.to_grid()?);
     let solve = |problem: &Problem, field: &Field<'_>, y0: &Tensor, keep: &dyn Fn() -> bool| {
-        let problem = problem.clone().driven_by(drive)?;
+        let problem = problem.clone().driven_by(drive.clone())?;
         run(&problem, field, y0, None, &|| {
             keep() || !increments.is_empty()
         })
@@ -155,6 +160,7 @@ where
         joined,
     } = solved_in_graph(start, &options.ode(), kind, bind, solve)?;
     let theta = theta.with_increments(increments.clone());
+    let problem = problem.driven_by(drive.clone())?;
     node(problem, Source::Shared(field), theta, forward, &joined)
 }
 
@@ -164,8 +170,9 @@ where
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::Time;
+/// use candle_diffeq::options::Steps;
 /// use candle_diffeq::sde::{ito, solution, Noise, SdeOptions};
-/// use candle_diffeq::{Steps, Time};
 /// let sde = ito(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y * 0.1);
 /// let options = SdeOptions { steps: Steps::PerInterval(10), ..Default::default() };
 /// let y0 = Tensor::ones((3, 2), DType::F64, &Device::Cpu)?;
@@ -207,8 +214,9 @@ where
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
+/// use candle_diffeq::Time;
+/// use candle_diffeq::options::{Output, Steps};
 /// use candle_diffeq::sde::{ito, predict, Noise, SdeOptions, SRA1};
-/// use candle_diffeq::{Output, Steps, Time};
 /// // Ornstein–Uhlenbeck: in the long run the variance is σ²/2θ = ½.
 /// let ou = ito(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y.ones_like()).additive();
 /// let options = SdeOptions {

@@ -113,6 +113,17 @@ impl Packing {
         }
     }
 
+    /// Of n states, whose rows follow on each other.
+    pub(crate) fn repeated(&self, n: usize) -> Self {
+        let of = |shape: &Shape| match shape.dims() {
+            [rows, row @ ..] => [&[n * rows], row].concat().into(),
+            [] => shape.clone(),
+        };
+        Self {
+            shapes: self.shapes.iter().map(of).collect(),
+        }
+    }
+
     /// Shapes of the leaves.
     pub(crate) fn shapes(&self) -> &[Shape] {
         &self.shapes

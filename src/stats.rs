@@ -16,10 +16,10 @@ pub struct Stats {
     /// Attempts of adaptive steps that were rejected; `steps` are those that were accepted.
     pub rejected: usize,
     /// Adaptive steps that were accepted only because they could not be shorter
-    /// ([`Adaptive::min_step`](crate::control::Adaptive::min_step)).
+    /// ([`Adaptive::min_step`](crate::options::Adaptive::min_step)).
     pub forced: usize,
     /// Adaptive steps that were accepted only because of the noise floor
-    /// ([`Adaptive::noise_floor`](crate::control::Adaptive::noise_floor)): their error estimate is mostly rounding.
+    /// ([`Adaptive::noise_floor`](crate::options::Adaptive::noise_floor)): their error estimate is mostly rounding.
     pub limited: usize,
     /// The largest error estimate of an accepted adaptive step, relative to the tolerance without the noise floor.
     /// If it is greater than one, the tolerance was exceeded by this factor.
@@ -37,7 +37,7 @@ pub struct Stats {
     /// not counted; they are made where a velocity does not read the whole state.
     pub evaluations: usize,
     /// The number of evaluations, summed over all rows, of solves in which every row has its own steps
-    /// ([`StepControl::Rows`](crate::control::StepControl::Rows)).  In such a solve, each of `steps`, `rejected`,
+    /// ([`StepControl::Rows`](crate::options::StepControl::Rows)).  In such a solve, each of `steps`, `rejected`,
     /// `forced`, `limited` and `evaluations` is the largest count of any row.
     pub row_evaluations: usize,
     /// The number of evaluations of whole tiles in such a solve, on CUDA of whole blocks of 32 rows.  This number,
@@ -45,10 +45,10 @@ pub struct Stats {
     pub tile_evaluations: usize,
     /// Statistics of each row in such a solve, in the order of the rows.  Filled only by a [`Recorder::tracing`].
     pub rows: Vec<RowStats>,
-    /// Velocities evaluated again by the backward pass, to linearise steps and to replay segments
-    /// between checkpoints.  If an [`ActivationCache`](crate::ActivationCache) keeps evaluations, which is possible
-    /// only in tiles, a step that is kept completely adds nothing to this count, and a step that is kept in part adds
-    /// all of its evaluations.
+    /// Velocities evaluated again by the backward pass, to linearise steps and to replay segments between checkpoints.
+    /// If an [`ActivationCache`](crate::options::ActivationCache) keeps evaluations, which is possible only in tiles, a
+    /// step that is kept completely adds nothing to this count, and a step that is kept in part adds all of its
+    /// evaluations.
     pub recomputed: usize,
     /// Pull-backs, repeated ones included: steps × stages + `retries`.
     pub vjps: usize,
@@ -70,10 +70,9 @@ pub struct Stats {
     /// is more than the numbers if states are small, and in tiles the unused lanes of the last tile.
     pub bytes_kept: usize,
     /// Largest number of bytes of evaluations that any one solve kept, see
-    /// [`ActivationCache`](crate::ActivationCache).  All tiles are counted, including the unused lanes of the last
-    /// tile; for [`NeuralOde::loss`](crate::NeuralOde::loss), only the tiles that are integrated at the same time are
-    /// counted.  Zero on the
-    /// general path.
+    /// [`ActivationCache`](crate::options::ActivationCache).  All tiles are counted, including the unused lanes of the
+    /// last tile; for [`NeuralOde::loss`](crate::NeuralOde::loss), only the tiles that are integrated at the same time
+    /// are counted.  Zero on the general path.
     pub activation_bytes: usize,
     /// The number of times that the solver waited for a device and read from its memory; reads by fields are not
     /// counted.
@@ -107,7 +106,7 @@ pub enum StopReason {
     #[error("the field gives NaN or infinity here, however short the step is")]
     NonFinite,
     /// The states that were kept for a backward pass and the outputs have grown until the machine had no memory left:
-    /// keep fewer states ([`Checkpoint`](crate::Checkpoint)).
+    /// keep fewer states ([`Checkpoint`](crate::options::Checkpoint)).
     #[error("memory is full: {need} more bytes are needed, and {available} can be had; keep fewer states (Checkpoint::Every, States or Bytes)")]
     Memory {
         /// Bytes that the next steps and the end of the solve need.
@@ -116,7 +115,7 @@ pub enum StopReason {
         available: u64,
     },
     /// More than a tenth of the steps were accepted only because of the noise floor
-    /// ([`Adaptive::precision_limit_is_error`](crate::control::Adaptive::precision_limit_is_error)).
+    /// ([`Adaptive::precision_limit_is_error`](crate::options::Adaptive::precision_limit_is_error)).
     #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}")]
     PrecisionLimited {
         /// How many.
@@ -278,7 +277,8 @@ impl Stats {
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_diffeq::{odeint, OdeOptions, Recorder, Time};
+/// use candle_diffeq::{odeint, OdeOptions, Time};
+/// use candle_diffeq::metrics::Recorder;
 /// let recorder = Recorder::default();
 /// let options = OdeOptions { recorder: Some(recorder.clone()), ..Default::default() };
 /// let y0 = Tensor::new(&[1f32], &Device::Cpu)?;

@@ -18,7 +18,7 @@ pub use methods::*;
 /// [`Tableau::new`].
 ///
 /// ```
-/// use candle_diffeq::Tableau;
+/// use candle_diffeq::tableau::Tableau;
 /// // Heun's method of order three.
 /// let a = vec![vec![], vec![1.0 / 3.0], vec![0.0, 2.0 / 3.0]];
 /// let heun3 = Tableau::new("heun3", 3, a, vec![0.25, 0.0, 0.75], vec![0.0, 1.0 / 3.0, 2.0 / 3.0])?;
@@ -126,7 +126,7 @@ impl Tableau {
     /// both ends of a step.
     ///
     /// ```
-    /// use candle_diffeq::Tableau;
+    /// use candle_diffeq::tableau::Tableau;
     /// // The midpoint rule, interpolated to order two.
     /// let midpoint = Tableau::new("m", 2, vec![vec![], vec![0.5]], vec![0.0, 1.0], vec![0.0, 0.5])?;
     /// let midpoint = midpoint.with_interpolant(vec![vec![1.0, -1.0], vec![0.0, 1.0]])?;

@@ -273,7 +273,7 @@ impl TimeGrid {
 /// 0.100000001490116…, not 0.1.
 ///
 /// ```
-/// use candle_diffeq::Times;
+/// use candle_diffeq::options::Times;
 /// let (single, double) = (vec![0f32, 0.5, 1.0], [0.0, 0.5, 1.0]);
 /// assert_eq!(single.to_grid()?.points(), double.to_grid()?.points());
 /// assert_eq!(single[1..].to_grid()?.points(), (&&double[1..]).to_grid()?.points());

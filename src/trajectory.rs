@@ -33,7 +33,7 @@ pub enum Checkpoint {
     /// solve computes all steps again from y_0, with the same bits.
     States(usize),
     /// As many states as fit into this many bytes, placed as with [`Checkpoint::States`].  The bytes are those of the
-    /// numbers in the states of the whole batch, as in [`Stats::bytes_kept`](crate::Stats::bytes_kept).
+    /// numbers in the states of the whole batch, as in [`Stats::bytes_kept`](crate::metrics::Stats::bytes_kept).
     Bytes(usize),
     /// Nothing: the solution has no gradients, and its backward pass is an error.
     Nothing,

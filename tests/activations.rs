@@ -3,11 +3,11 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
-use candle_diffeq::{
-    odeint, ActivationCache, Checkpoint, OdeOptions, Precision, Recorder, State, Stats,
-    VectorField, DOPRI5,
-};
+use candle_diffeq::options::{ActivationCache, Checkpoint};
+use candle_diffeq::tableau::DOPRI5;
+use candle_diffeq::{odeint, OdeOptions, Precision, State, VectorField};
 use candle_nn::{VarBuilder, VarMap};
 use common::{fill, has_tiles, scattered, values};
 

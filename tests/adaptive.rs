@@ -12,14 +12,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::control::{Adaptive, Controller, Norm};
 use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
-use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
-use candle_diffeq::{
-    odeint, predict, solution, Checkpoint, FieldCheck, OdeOptions, Output, Precision, Recorder,
-    Stats, Steps, Tableau, Time, DOPRI5, RK4,
-};
+use candle_diffeq::fields::FieldCheck;
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::options::{Adaptive, Checkpoint, Controller, Norm, Output, Steps};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};
+use candle_diffeq::{odeint, predict, solution, OdeOptions, Precision, Time};
 use common::{bits, relative, scattered, values, var, worst, U_F64};
 
 const PAIRS: [Tableau; 5] = [BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOPRI8];

@@ -20,8 +20,9 @@ use std::path::PathBuf;
 
 use adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};
 use candle_core::{DType, Tensor};
-use candle_diffeq::control::Adaptive;
-use candle_diffeq::{predict, OdeOptions, Output, Steps, Tableau};
+use candle_diffeq::options::{Adaptive, Output, Steps};
+use candle_diffeq::tableau::Tableau;
+use candle_diffeq::{predict, OdeOptions};
 use common::{values, worst};
 use oracle::Oracle;
 

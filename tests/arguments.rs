@@ -8,10 +8,11 @@ use std::sync::Arc;
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, IndexOp, Layout, Module, Shape, Tensor, Var, D,
 };
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, ConditionalMlp};
+use candle_diffeq::options::{Checkpoint, Output, Steps};
 use candle_diffeq::{
-    odeint, odeint_with, solution_with, Checkpoint, Error, NeuralOde, OdeOptions, Output,
-    Precision, Recorder, Steps, Time,
+    odeint, odeint_with, solution_with, Error, NeuralOde, OdeOptions, Precision, Time,
 };
 use candle_nn::{linear, VarBuilder, VarMap};
 use common::{all, bits, relative, scattered, values, var, U_BF16, U_F64};

@@ -7,7 +7,8 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::rc::Rc;
 
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
-use candle_diffeq::{check_field, Error, Time};
+use candle_diffeq::fields::check_field;
+use candle_diffeq::{Error, Time};
 use candle_nn::{ops, rnn::RNN, rotary_emb, VarBuilder, VarMap};
 use common::{values, worst};
 

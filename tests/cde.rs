@@ -5,14 +5,13 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
-use candle_diffeq::cde::{cdeint, NeuralCde};
-use candle_diffeq::control::Adaptive;
+use candle_diffeq::cde::{cdeint, ControlPath, NeuralCde, Observations};
 use candle_diffeq::error::PathDefect;
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, CdeMlp};
-use candle_diffeq::path::{ControlPath, Observations};
-use candle_diffeq::{
-    Checkpoint, Error, OdeOptions, Output, Precision, Recorder, Result, Steps, Time, DOPRI5, RK4,
-};
+use candle_diffeq::options::{Adaptive, Checkpoint, Output, Steps};
+use candle_diffeq::tableau::{DOPRI5, RK4};
+use candle_diffeq::{Error, OdeOptions, Precision, Result, Time};
 use candle_nn::VarMap;
 
 #[path = "../examples/conformance/cde.rs"]

@@ -5,10 +5,10 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::{
-    odeint, tableau::EULER, Checkpoint, Error, OdeOptions, Output, Precision, Recorder, Stats,
-    Steps, Time,
-};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::options::{Checkpoint, Output, Steps};
+use candle_diffeq::tableau::EULER;
+use candle_diffeq::{odeint, Error, OdeOptions, Precision, Time};
 use proptest::prelude::*;
 
 /// Bits of the gradients of y0 and w, and the counts.

@@ -7,10 +7,9 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_diffeq::nn::{Activation, Cnf, Mlp};
-use candle_diffeq::{
-    odeint, tableau::HEUN, Checkpoint, NeuralOde, OdeOptions, Output, Precision, Steps, Time,
-    VectorField, DOPRI5, RK4,
-};
+use candle_diffeq::options::{Checkpoint, Output, Steps};
+use candle_diffeq::tableau::{DOPRI5, HEUN, RK4};
+use candle_diffeq::{odeint, NeuralOde, OdeOptions, Precision, Time, VectorField};
 use candle_nn::{Linear, VarBuilder, VarMap};
 use common::{all, error_of, fill, relative, scattered, values, var, worst, U_BF16};
 use proptest::prelude::*;

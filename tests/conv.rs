@@ -7,7 +7,9 @@ mod common;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::nn::{Activation, ConvField};
-use candle_diffeq::{odeint, tableau::HEUN, OdeOptions, Output, Time, VectorField, RK4};
+use candle_diffeq::options::Output;
+use candle_diffeq::tableau::{HEUN, RK4};
+use candle_diffeq::{odeint, OdeOptions, Time, VectorField};
 use candle_nn::{Conv2d, Conv2dConfig, VarBuilder, VarMap};
 use common::{all, method, relative, scattered, values, var, worst};
 use proptest::prelude::*;

@@ -7,17 +7,17 @@ mod common;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, IndexOp, Shape, Tensor, Var};
-use candle_diffeq::control::{Adaptive, Controller, OnFailure, StepControl};
 use candle_diffeq::error::{AdaptiveDefect, StopReason};
+use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::{
-    odeint,
-    scaling::{DynamicScaling, Scaling},
-    solution,
-    tableau::{BOSH3, DOPRI8, EULER, FEHLBERG45, MIDPOINT, TSIT5},
-    Arithmetic, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, Stats,
-    Steps, Tableau, Time, DOPRI5, RK4,
+use candle_diffeq::options::{
+    Adaptive, Arithmetic, Checkpoint, Controller, OnFailure, Output, StepControl, Steps,
 };
+use candle_diffeq::scaling::{DynamicScaling, Scaling};
+use candle_diffeq::tableau::{
+    Tableau, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG45, MIDPOINT, RK4, TSIT5,
+};
+use candle_diffeq::{odeint, solution, Error, NeuralOde, OdeOptions, Precision, Time};
 use candle_nn::VarMap;
 use common::descend;
 
@@ -1035,7 +1035,7 @@ fn low_precision_by_row_is_within_its_roundoff_and_takes_no_steps_that_bring_not
                 assert_close(&tight, &single, 20.0 * unit, &name);
                 let (loose, tight) = (&loose.stats[0], &tight.stats[0]);
                 assert!(tight.row_evaluations <= 3 * loose.row_evaluations, "{name}");
-                let sum = |of: &dyn Fn(&candle_diffeq::RowStats) -> usize| -> usize {
+                let sum = |of: &dyn Fn(&candle_diffeq::metrics::RowStats) -> usize| -> usize {
                     tight.rows.iter().map(of).sum()
                 };
                 let (accepted, rejected) = (sum(&|r| r.accepted), sum(&|r| r.rejected));
@@ -1362,8 +1362,8 @@ fn an_attempt_of_any_field_costs_one_look_of_the_host() {
     let Some(gpu) = gpu() else { return };
     for dtype in [DType::F32, DType::F64] {
         for norm in [
-            candle_diffeq::control::Norm::Batch,
-            candle_diffeq::control::Norm::WorstRow,
+            candle_diffeq::options::Norm::Batch,
+            candle_diffeq::options::Norm::WorstRow,
         ] {
             let recorder = Recorder::tracing();
             let options = OdeOptions {

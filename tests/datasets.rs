@@ -6,7 +6,9 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::datasets::{Labelled, System};
-use candle_diffeq::{predict, Time, TimeGrid, VectorField, RK4};
+use candle_diffeq::options::TimeGrid;
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{predict, Time, VectorField};
 use common::{method, scattered, values, worst};
 
 const SYSTEMS: [System; 8] = [

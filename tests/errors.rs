@@ -11,15 +11,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use candle_core::{Context, DType, Device, IndexOp, Shape, Tensor, Var};
+use candle_diffeq::error::{Argument, PullbackDefect, TableauDefect};
+use candle_diffeq::fields::{constant, Cotangents, FieldCheck, Pullback};
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::options::{Checkpoint, Output, Steps, TimeGrid, Times};
+use candle_diffeq::scaling::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
+use candle_diffeq::tableau::{Tableau, EULER, HEUN, RK4};
 use candle_diffeq::{
-    error::{Argument, PullbackDefect, TableauDefect},
-    fields::{constant, Cotangents, Pullback},
-    odeint,
-    scaling::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped},
-    solution,
-    tableau::{EULER, HEUN},
-    Checkpoint, Error, FieldCheck, NeuralOde, OdeOptions, Output, Precision, Recorder, Result,
-    State, Steps, Tableau, Time, TimeGrid, Times, VectorField, RK4,
+    odeint, solution, Error, NeuralOde, OdeOptions, Precision, Result, State, Time, VectorField,
 };
 use candle_nn::{Init, Optimizer, VarBuilder, VarMap, SGD};
 use common::{all, bits, method, named, var};

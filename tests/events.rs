@@ -7,13 +7,13 @@ mod common;
 use std::collections::HashMap;
 
 use candle_core::{Device, Result, Tensor, Var};
-use candle_diffeq::control::Adaptive;
 use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect};
 use candle_diffeq::events::{odeint_event, Direction, Event, Hybrid};
-use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
-use candle_diffeq::{
-    odeint, Checkpoint, FieldCheck, OdeOptions, Output, Recorder, Steps, Tableau, Time, DOPRI5,
-};
+use candle_diffeq::fields::FieldCheck;
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::options::{Adaptive, Checkpoint, Output, Steps};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, TSIT5};
+use candle_diffeq::{odeint, OdeOptions, Time};
 use common::{bits, values, U_F64};
 
 fn options(method: &Tableau, tolerance: f64) -> OdeOptions {

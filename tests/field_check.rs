@@ -4,13 +4,10 @@
 mod common;
 
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var, D};
-use candle_diffeq::{
-    check_field,
-    fields::{autonomous, Cotangents, Pullback},
-    odeint,
-    tableau::EULER,
-    Error, FieldCheck, NeuralOde, OdeOptions, Output, Precision, Steps, Time, VectorField,
-};
+use candle_diffeq::fields::{autonomous, check_field, Cotangents, FieldCheck, Pullback};
+use candle_diffeq::options::{Output, Steps};
+use candle_diffeq::tableau::EULER;
+use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Precision, Time, VectorField};
 use candle_nn::{embedding, linear, Init, VarBuilder, VarMap};
 use common::{bits, named, relative, scattered, values, var, U_F32, U_F64};
 use rand::rngs::StdRng;

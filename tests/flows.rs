@@ -7,10 +7,10 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_diffeq::datasets::Density;
+use candle_diffeq::metrics::mmd;
 use candle_diffeq::nn::{Activation, Cnf, Hutchinson, HyperCnf, Mlp, OtFlow, Probe};
-use candle_diffeq::{
-    metrics::mmd, Arithmetic, NeuralOde, OdeOptions, Output, Precision, Steps, Time, VectorField,
-};
+use candle_diffeq::options::{Arithmetic, Output, Steps};
+use candle_diffeq::{NeuralOde, OdeOptions, Precision, Time, VectorField};
 use candle_nn::{VarBuilder, VarMap};
 use common::{all, error_of, relative, scatter, scattered, values, worst, U_BF16, U_F16, U_F64};
 use proptest::prelude::*;

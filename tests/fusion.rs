@@ -1,14 +1,12 @@
 //! Solves tile by tile are the solves of the general path.
 
 use candle_core::{DType, Device, IndexOp, Module, Result, Shape, Tensor, Var};
+use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
-use candle_diffeq::{
-    odeint,
-    scaling::{DynamicScaling, Scaling},
-    tableau::{BOSH3, EULER},
-    Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, Stats, Steps, Time,
-    VectorField, DOPRI5, RK4,
-};
+use candle_diffeq::options::{Checkpoint, Output, Steps};
+use candle_diffeq::scaling::{DynamicScaling, Scaling};
+use candle_diffeq::tableau::{BOSH3, DOPRI5, EULER, RK4};
+use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Precision, Time, VectorField};
 use candle_nn::{Linear, VarBuilder, VarMap};
 use proptest::prelude::*;
 

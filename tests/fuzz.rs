@@ -4,7 +4,7 @@
 
 #![allow(dead_code)] // what only the command needs
 
-#[path = "../examples/fuzz/bad.rs"]
+#[path = "../examples/fuzz/bad/mod.rs"]
 mod bad;
 #[path = "../examples/fuzz/ball.rs"]
 mod ball;

@@ -7,12 +7,10 @@ mod common;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
-use candle_diffeq::{
-    fields::autonomous,
-    odeint, solution,
-    tableau::{EULER, HEUN, RK3, RK4_38},
-    Arithmetic, NeuralOde, OdeOptions, Output, Precision, Tableau, Time, DOPRI5, RK4,
-};
+use candle_diffeq::fields::autonomous;
+use candle_diffeq::options::{Arithmetic, Output};
+use candle_diffeq::tableau::{Tableau, DOPRI5, EULER, HEUN, RK3, RK4, RK4_38};
+use candle_diffeq::{odeint, solution, NeuralOde, OdeOptions, Precision, Time};
 use candle_nn::{linear, Optimizer, VarBuilder, VarMap, SGD};
 use common::{
     all, bits, error_of, method, named, net, relative, scatter, scattered, unrolled, values, var,

@@ -12,16 +12,15 @@ use candle_core::cuda_backend::cudarc::driver::result::mem_get_info;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Module, Shape, Tensor, Var,
 };
+use candle_diffeq::error::NotReplayed;
+use candle_diffeq::fields::PiecewiseConstant;
+use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, HyperCnf, Linear, Mlp, OtFlow};
+use candle_diffeq::options::{Checkpoint, Output, Steps};
+use candle_diffeq::scaling::{DynamicScaling, Scaling};
+use candle_diffeq::tableau::{BOSH3, DOPRI5, EULER};
 use candle_diffeq::{
-    error::NotReplayed,
-    fields::PiecewiseConstant,
-    odeint,
-    scaling::{DynamicScaling, Scaling},
-    solution,
-    tableau::{BOSH3, EULER},
-    Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, Result, State, Stats,
-    Steps, Time, VectorField, DOPRI5,
+    odeint, solution, Error, NeuralOde, OdeOptions, Precision, Result, State, Time, VectorField,
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{bits, descend, scattered, var, worst};

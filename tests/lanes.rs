@@ -8,11 +8,11 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
-use candle_diffeq::{
-    Checkpoint, NeuralOde, OdeOptions, Output, Precision, Recorder, RowLoss, State, Stats, Steps,
-    RK4,
-};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp, RowLoss};
+use candle_diffeq::options::{Checkpoint, Output, Steps};
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{NeuralOde, OdeOptions, Precision, State};
 use candle_nn::{VarBuilder, VarMap};
 use common::{all, relative, U_BF16, U_F16, U_F32, U_F64};
 

@@ -1,4 +1,5 @@
-//! The order of modules that the crate's documentation states is the order of their imports.
+//! The order of modules that the crate's documentation states is the order of their imports; the names at its root are
+//! few, each with a reason; files are short.
 //!
 //! `cargo test --test layering`.
 
@@ -22,7 +23,10 @@ fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
         let path = entry.unwrap().path();
         if path.is_dir() {
             sources(&path, into);
-        } else if path.extension().is_some_and(|e| e == "rs") {
+        } else if path
+            .extension()
+            .is_some_and(|e| e == "rs" || e == "cu" || e == "cuh")
+        {
             into.push(path);
         }
     }
@@ -131,6 +135,91 @@ fn every_module_uses_only_those_before_it_in_the_documented_order() {
     }
     let wrong = against(&order, &files);
     assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+/// The public names at the root: modules, and items that are exported there.
+fn names_at_the_root() -> Vec<String> {
+    let crate_root = fs::read_to_string("src/lib.rs").unwrap();
+    let statements = code(&crate_root);
+    // Of an inline module only its name is at the root.
+    let (mut root, mut depth) = (String::new(), 0);
+    for line in statements.lines() {
+        let module = line.starts_with("pub mod ") && line.ends_with('{');
+        if depth == 0 {
+            root += line.trim_end_matches(if module { '{' } else { '\0' });
+            root += if module { ";\n" } else { "\n" };
+        }
+        depth += i32::from(module) - i32::from(depth > 0 && line == "}");
+    }
+    let root = root.replace("#[doc(hidden)]\npub use", "hidden");
+    let mut names = vec![];
+    for statement in root.split(';') {
+        let statement = statement.trim_start_matches(|c: char| c.is_whitespace());
+        let last = statement.lines().last().unwrap_or_default();
+        if let Some(module) = last.strip_prefix("pub mod ") {
+            names.push(module.trim().into());
+        } else if let Some(at) = statement.find("pub use ") {
+            let path = &statement[at..];
+            match path.split_once('{') {
+                Some((_, list)) => {
+                    let list = list.trim_end().trim_end_matches('}').split(',');
+                    names.extend(list.map(|n| n.trim().to_owned()).filter(|n| !n.is_empty()));
+                }
+                None => names.extend(path.rsplit("::").next().map(|n| n.trim().into())),
+            }
+        }
+    }
+    names
+}
+
+/// The names in the first column of the table that DESIGN.md has of them.
+fn names_with_a_reason() -> Vec<String> {
+    let design = fs::read_to_string("DESIGN.md").unwrap();
+    let table = design.split("## Names at the root").nth(1).unwrap();
+    let rows = table.split("\n## ").next().unwrap().lines();
+    let names = rows.filter_map(|row| row.strip_prefix("| `")?.split('|').next());
+    let names = names.flat_map(|names| names.split(','));
+    let name = |text: &str| text.trim_matches([' ', '`']).to_owned();
+    names.map(name).collect()
+}
+
+#[test]
+fn the_root_has_at_most_thirty_names_and_a_reason_for_each() {
+    let (mut names, mut reasons) = (names_at_the_root(), names_with_a_reason());
+    assert!(
+        (20..=30).contains(&names.len()),
+        "{}: {names:?}",
+        names.len()
+    );
+    names.sort();
+    reasons.sort();
+    assert_eq!(names, reasons);
+}
+
+/// Every file of Rust and CUDA outside of tests, with the number of its lines.
+fn lengths() -> Vec<(PathBuf, usize)> {
+    let mut paths = vec![];
+    for folder in ["src", "kernels", "examples", "benches"] {
+        sources(Path::new(folder), &mut paths);
+    }
+    paths.retain(|path| !path.ends_with("tests.rs"));
+    let lines = |path: &PathBuf| {
+        let text = fs::read_to_string(path).unwrap();
+        let before_tests = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap();
+        before_tests.lines().count()
+    };
+    paths
+        .iter()
+        .map(|path| (path.clone(), lines(path)))
+        .collect()
+}
+
+#[test]
+fn no_file_outside_tests_is_longer_than_500_lines() {
+    let mut long = lengths();
+    assert!(long.len() > 100);
+    long.retain(|(_, lines)| *lines > 500);
+    assert!(long.is_empty(), "{long:?}");
 }
 
 #[test]

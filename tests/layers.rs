@@ -4,15 +4,15 @@
 mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var, D};
+use candle_diffeq::error::LossDefect;
+use candle_diffeq::fields::PiecewiseConstant;
 use candle_diffeq::nn::{
     conv1d, conv1d_no_bias, layer_norm, layer_norm_no_bias, rms_norm, softmax, softmax_last_dim,
     Activation, Cnf, ConditionalMlp, Conv1d, ConvField, Hutchinson, HyperCnf, LayerNorm, Linear,
-    Mlp, OtFlow, Probe, RmsNorm,
+    Mlp, OtFlow, Probe, RmsNorm, RowLoss,
 };
-use candle_diffeq::{
-    fields::PiecewiseConstant, odeint, Error, NeuralOde, OdeOptions, Output, RowLoss, State, Time,
-    VectorField,
-};
+use candle_diffeq::options::Output;
+use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, State, Time, VectorField};
 use candle_nn::{Conv1dConfig, Conv2d, Conv2dConfig, LayerNormConfig, VarBuilder, VarMap};
 use common::{fill, relative, scattered, values, worst, U_BF16, U_F16, U_F32, U_F64};
 
@@ -632,11 +632,11 @@ fn a_class_that_is_none_is_named() {
         let classes = Tensor::new(&[0, 2, 1, class, 0], &Device::Cpu).unwrap();
         let loss = RowLoss::CrossEntropy(classes);
         let named = |error: Error| match error {
-            Error::NoSuchClass {
+            Error::Loss(LossDefect::NoSuchClass {
                 row: 3,
                 class: got,
                 classes: 3,
-            } => assert_eq!(got, class),
+            }) => assert_eq!(got, class),
             other => panic!("{other}"),
         };
         named(loss.of(&logits).unwrap_err());
@@ -661,7 +661,10 @@ fn a_class_that_is_none_is_named() {
         zeros(&[], DType::U32),
     ] {
         let error = RowLoss::CrossEntropy(classes).of(&logits).unwrap_err();
-        assert!(matches!(error, Error::LossState { .. }), "{error}");
+        assert!(
+            matches!(error, Error::Loss(LossDefect::States { .. })),
+            "{error}"
+        );
         assert!(error.to_string().contains("U32"), "{error}");
     }
 }

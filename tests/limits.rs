@@ -9,20 +9,19 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
-use candle_diffeq::control::{Adaptive, OnFailure, StepControl};
 use candle_diffeq::datasets::Density;
 use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::{StopReason, Stopped};
-use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
+use candle_diffeq::fields::PiecewiseConstant;
+use candle_diffeq::metrics::{mmd, Recorder, Stats};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp, RowLoss};
+use candle_diffeq::options::{
+    ActivationCache, Adaptive, Checkpoint, OnFailure, Output, StepControl, Steps, TimeGrid, Times,
+};
+use candle_diffeq::scaling::{DynamicScaling, LossScaler, Scaling};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, EULER, RK4};
 use candle_diffeq::{
-    fields::PiecewiseConstant,
-    metrics::mmd,
-    odeint,
-    scaling::{DynamicScaling, LossScaler, Scaling},
-    solution,
-    tableau::{BOSH3, EULER},
-    ActivationCache, Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder,
-    RowLoss, State, Stats, Steps, Tableau, Time, TimeGrid, Times, VectorField, DOPRI5, RK4,
+    odeint, solution, Error, NeuralOde, OdeOptions, Precision, State, Time, VectorField,
 };
 use candle_nn::{linear, VarBuilder, VarMap};
 use common::{all, fill, has_tiles, scattered, values, U_BF16, U_F16, U_F32};

@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::{DType, Device};
 use candle_diffeq::error::SdeDefect;
-use candle_diffeq::noise::{BrownianTree, Increments, Noise};
+use candle_diffeq::sde::{BrownianTree, Increments, Noise};
 use candle_diffeq::Error;
 use common::values;
 

@@ -1,13 +1,12 @@
 //! Every method converges with its order, on a problem whose field depends on time.
 
 use candle_core::{Device, Tensor, D};
-use candle_diffeq::{
-    solution,
-    tableau::{
-        BOSH3, DOPRI8, EULER, FEHLBERG45, HEUN, MIDPOINT, RALSTON, RK3, RK4_38, SSP_RK3, TSIT5,
-    },
-    OdeOptions, Output, Steps, Tableau, Time, DOPRI5, RK4,
+use candle_diffeq::options::{Output, Steps};
+use candle_diffeq::tableau::{
+    Tableau, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG45, HEUN, MIDPOINT, RALSTON, RK3, RK4, RK4_38,
+    SSP_RK3, TSIT5,
 };
+use candle_diffeq::{solution, OdeOptions, Time};
 
 /// An oscillator whose frequency swings: y1' = ω(t) y2, y2' = −ω(t) y1, ω = 2 + sin t.  On it the
 /// leading error terms of all methods are far above roundoff (those of dopri5 and tsit5 nearly

@@ -5,11 +5,11 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::fields::PiecewiseConstant;
 use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::{
-    fields::PiecewiseConstant, odeint, tableau::EULER, Error, NeuralOde, OdeOptions, Steps, Time,
-    TimeGrid, VectorField, RK4,
-};
+use candle_diffeq::options::{Steps, TimeGrid};
+use candle_diffeq::tableau::{EULER, RK4};
+use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Time, VectorField};
 use candle_nn::VarMap;
 use common::{all, error_of, method, scatter, scattered, values, worst, U_F64};
 use proptest::prelude::*;
@@ -145,7 +145,7 @@ fn a_field_sees_the_step_that_it_is_evaluated_in() {
     assert_eq!((outside.step(), outside.interval()), (None, None));
     let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
     let options = OdeOptions {
-        check: candle_diffeq::FieldCheck::Never,
+        check: candle_diffeq::fields::FieldCheck::Never,
         ..method(&RK4, 2)
     };
     let field = |t: &Time, y: &Tensor| {
@@ -328,9 +328,9 @@ fn the_order_of_the_method_is_kept_across_breaks_inside_of_steps() {
         };
         let [coarse, fine] = [18, 36].map(at);
         assert!(coarse / fine > 12.0, "{coarse:e} {fine:e}");
-        let adaptive = candle_diffeq::control::Adaptive::new(1e-9, 1e-9);
+        let adaptive = candle_diffeq::options::Adaptive::new(1e-9, 1e-9);
         let options = OdeOptions {
-            method: candle_diffeq::DOPRI5,
+            method: candle_diffeq::tableau::DOPRI5,
             steps: Steps::Adaptive(adaptive),
             ..Default::default()
         };

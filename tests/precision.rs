@@ -4,14 +4,12 @@
 use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::{
-    odeint,
-    scaling::{LossScaler, Scaling},
-    solution,
-    tableau::EULER,
-    Arithmetic, FieldCheck, NeuralOde, OdeOptions, Output, Precision, Recorder, Steps, Time,
-    DOPRI5, RK4,
-};
+use candle_diffeq::fields::FieldCheck;
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::options::{Arithmetic, Output, Steps};
+use candle_diffeq::scaling::{LossScaler, Scaling};
+use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
+use candle_diffeq::{odeint, solution, NeuralOde, OdeOptions, Precision, Time};
 
 #[allow(dead_code)]
 mod common {

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, IndexOp, Module, Tensor, Var};
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::{odeint, predict, Error, NeuralOde, OdeOptions, Output, Recorder, Steps, Time};
+use candle_diffeq::options::{Output, Steps};
+use candle_diffeq::{odeint, predict, Error, NeuralOde, OdeOptions, Time};
 use candle_nn::{linear, seq, VarBuilder, VarMap};
 use common::{bits, scattered, var};
 

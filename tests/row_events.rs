@@ -6,17 +6,15 @@
 mod common;
 
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
-use candle_diffeq::control::{Adaptive, OnFailure};
 use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect, StopReason};
 use candle_diffeq::events::{
     odeint_event, odeint_row_event, Direction, Event, RowEvent, RowEventSolution,
 };
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, Cnf, Mlp};
-use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
-use candle_diffeq::{
-    odeint, Checkpoint, OdeOptions, Output, Precision, Recorder, State, Steps, Tableau, Time,
-    DOPRI5,
-};
+use candle_diffeq::options::{Adaptive, Checkpoint, OnFailure, Output, Steps};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, TSIT5};
+use candle_diffeq::{odeint, OdeOptions, Precision, State, Time};
 use candle_nn::{VarBuilder, VarMap};
 use common::{all, bits, fill, relative, scattered, values, worst, U_F64};
 

@@ -3,11 +3,13 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
-use candle_diffeq::{
-    scaling::{OnOverflow, Scaling},
-    Checkpoint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, RowLoss, State, DOPRI5,
-};
+use candle_diffeq::error::LossDefect;
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp, RowLoss};
+use candle_diffeq::options::{Checkpoint, Output};
+use candle_diffeq::scaling::{OnOverflow, Scaling};
+use candle_diffeq::tableau::DOPRI5;
+use candle_diffeq::{Error, NeuralOde, OdeOptions, Precision, State};
 use candle_nn::{VarBuilder, VarMap};
 use common::{fill, has_tiles, scattered, values};
 
@@ -325,19 +327,31 @@ fn losses_of_other_states_are_errors() {
     let classes = RowLoss::CrossEntropy(Tensor::zeros(9, DType::U32, &Device::Cpu).unwrap());
     for loss in [&classes, &RowLoss::GaussianNll] {
         let error = ode.loss(&y0, &TIMES, loss).unwrap_err();
-        assert!(matches!(error, Error::LossOutput { .. }), "{error}");
+        assert!(
+            matches!(error, Error::Loss(LossDefect::Output { .. })),
+            "{error}"
+        );
     }
     // The number of elements is right, their order is not.
     let turned = RowLoss::MeanSquaredError(goal(&[9, 4, 3], DType::F32));
     let error = ode.loss(&y0, &TIMES, &turned).unwrap_err();
-    assert!(matches!(error, Error::LossState { .. }), "{error}");
+    assert!(
+        matches!(error, Error::Loss(LossDefect::States { .. })),
+        "{error}"
+    );
     let last = ode.options(with(Precision::f32(), Output::Final));
     let few = RowLoss::CrossEntropy(Tensor::zeros(8, DType::U32, &Device::Cpu).unwrap());
     let error = last.loss(&y0, &TIMES, &few).unwrap_err();
-    assert!(matches!(error, Error::LossState { .. }), "{error}");
+    assert!(
+        matches!(error, Error::Loss(LossDefect::States { .. })),
+        "{error}"
+    );
     let signed = RowLoss::CrossEntropy(Tensor::zeros(9, DType::I64, &Device::Cpu).unwrap());
     let error = last.loss(&y0, &TIMES, &signed).unwrap_err();
-    assert!(matches!(error, Error::LossState { .. }), "{error}");
+    assert!(
+        matches!(error, Error::Loss(LossDefect::States { .. })),
+        "{error}"
+    );
     let none = RowLoss::CrossEntropy(Tensor::new(&[3u32; 9], &Device::Cpu).unwrap());
     assert!(last.loss(&y0, &TIMES, &none).is_err());
 }

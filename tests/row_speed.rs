@@ -6,12 +6,11 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_diffeq::control::{Adaptive, StepControl};
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp, Relaxation, RowSpeed};
-use candle_diffeq::{
-    odeint, Error, NeuralOde, OdeOptions, Output, Precision, Recorder, State, Steps, Time,
-    VectorField, DOPRI5, RK4,
-};
+use candle_diffeq::options::{Adaptive, Output, StepControl, Steps};
+use candle_diffeq::tableau::{DOPRI5, RK4};
+use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Precision, State, Time, VectorField};
 use candle_nn::{VarBuilder, VarMap};
 use common::{all, error_of, fill, relative, scattered, values, worst, U_BF16, U_F64};
 

@@ -6,14 +6,14 @@
 mod common;
 
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
-use candle_diffeq::control::{Adaptive, Controller, OnFailure, StepControl};
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
+use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp, Relaxation, RowSpeed};
-use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
-use candle_diffeq::{
-    Checkpoint, NeuralOde, OdeOptions, Output, Precision, Recorder, State, Stats, Steps, Tableau,
-    DOPRI5, RK4,
+use candle_diffeq::options::{
+    Adaptive, Checkpoint, Controller, OnFailure, Output, StepControl, Steps,
 };
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};
+use candle_diffeq::{NeuralOde, OdeOptions, Precision, State};
 use candle_nn::{VarBuilder, VarMap};
 use common::{all, bits, fill, relative, scattered, values};
 

@@ -20,12 +20,13 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::error::SdeDefect;
+use candle_diffeq::options::{Checkpoint, Output, Steps};
 use candle_diffeq::sde::{
-    ito, predict, solution, stratonovich, BrownianTree, Calculus, Increments, NeuralSde, Noise,
-    NoiseType, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, MILSTEIN_FREE_ITO,
-    MILSTEIN_ITO, REVERSIBLE_HEUN, SRA1, SRI2,
+    ito, predict, sdeint, solution, stratonovich, BrownianTree, Calculus, Increments, NeuralSde,
+    Noise, NoiseType, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN,
+    MILSTEIN_FREE_ITO, MILSTEIN_ITO, REVERSIBLE_HEUN, SRA1, SRI2,
 };
-use candle_diffeq::{Checkpoint, Error, Output, Precision, Steps, Time};
+use candle_diffeq::{Error, Precision, Time};
 use common::{bits, relative, values, U_BF16, U_F16};
 use oracle::Oracle;
 use sde::{as_weights, grid, of_file, schemes, weights};
@@ -533,6 +534,108 @@ fn noise_that_is_not_additive_as_declared_is_an_error_of_the_backward_pass() {
     let cotangent = solved.states().ones_like().unwrap();
     let found = refused(solved.vjp(&cotangent).map(|_| ()));
     assert_eq!(found, SdeDefect::NotAdditive { step: 0, t: 0.0 });
+}
+
+#[test]
+fn a_diffusion_without_a_trace_is_compared_with_other_states_once_in_a_pass() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::Arc;
+    let evaluations = |steps: usize| {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&count);
+        let g = move |_: &Time, y: &Tensor| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            y.ones_like()
+        };
+        let sde = ito(|_: &Time, y: &Tensor| y.neg(), g).additive();
+        let options = SdeOptions {
+            steps: Steps::PerInterval(steps),
+            ..Default::default()
+        };
+        let y0 = common::scattered(&[4, 2], 1.0, 1);
+        let solved = solution(&sde, &y0, &[0.0, 1.0], &Noise::seeded(1), &options).unwrap();
+        solved.vjp(&solved.states().ones_like().unwrap()).unwrap();
+        count.load(Ordering::Relaxed)
+    };
+    // A step forward and back evaluates it twice, however many steps there are.
+    assert_eq!(evaluations(20) - evaluations(10), 2 * 10);
+
+    // One that does change with the state is an error all the same.
+    let g = |_: &Time, y: &Tensor| y.detach().sqr();
+    let sde = ito(|_: &Time, y: &Tensor| y.neg(), g).additive();
+    let y0 = common::scattered(&[4, 2], 1.0, 1);
+    let options = SdeOptions::default();
+    let solved = solution(&sde, &y0, &[0.0, 1.0], &Noise::seeded(1), &options).unwrap();
+    let found = solved.vjp(&solved.states().ones_like().unwrap());
+    assert!(matches!(found, Err(Error::UntrackedVelocity { .. })));
+}
+
+/// States, and gradients of y0 and of a variable, of so many samples of each row: by the option, and of a y0 that the
+/// caller has repeated.
+#[test]
+fn samples_are_rows_of_their_own_and_their_gradients_add_up() {
+    let device = Device::Cpu;
+    let spread = Var::from_tensor(&common::scattered(&[2], 0.5, 5)).unwrap();
+    let start = Var::from_tensor(&common::scattered(&[3, 2], 1.0, 1)).unwrap();
+    for (samples, method) in [(1, EULER_MARUYAMA), (4, EULER_MARUYAMA), (4, SRI2)] {
+        let solve = |y0: &Tensor, samples: usize| {
+            let spread = spread.as_tensor().clone();
+            let sde = ito(
+                |_: &Time, y: &Tensor| y.sin(),
+                move |_: &Time, y: &Tensor| y.cos()?.broadcast_mul(&spread),
+            );
+            let options = SdeOptions {
+                method,
+                samples,
+                steps: Steps::PerInterval(6),
+                ..Default::default()
+            };
+            sdeint(sde, y0, &[0.0, 0.5, 1.0], &Noise::seeded(3), &options).unwrap()
+        };
+        let by_option = solve(start.as_tensor(), samples);
+        let repeated = solve(&start.repeat((samples, 1)).unwrap(), 1);
+        assert_eq!(by_option.dims(), [3, samples * 3, 2]);
+        assert_eq!(bits(&by_option), bits(&repeated));
+        let weights = common::scattered(by_option.dims(), 1.0, 8);
+        let grads = [by_option, repeated].map(|ys| {
+            let loss = (ys * &weights).unwrap().sum_all().unwrap();
+            loss.backward().unwrap()
+        });
+        for var in [&start, &spread] {
+            let [a, b] = grads.each_ref().map(|grads| grads.get(var).unwrap());
+            assert!(relative(a, b) < 1e-13);
+        }
+    }
+
+    // Several tensors; without a graph; none.
+    let sde = ito(
+        |_: &Time, (y, _): &(Tensor, Tensor)| Ok((y.neg()?, y.sqr()?)),
+        |_: &Time, (y, _): &(Tensor, Tensor)| y.ones_like(),
+    )
+    .additive();
+    let y0 = (
+        start.as_tensor().detach(),
+        Tensor::zeros((3, 2), DType::F64, &device).unwrap(),
+    );
+    let options = |samples| SdeOptions {
+        samples,
+        ..Default::default()
+    };
+    let noise = Noise::seeded(3);
+    let solved = solution(&sde, &y0, &[0.0, 1.0], &noise, &options(5)).unwrap();
+    let (ys, costs) = solved.states();
+    assert_eq!(
+        (ys.dims(), costs.dims()),
+        (&[2, 15, 2][..], &[2, 15, 2][..])
+    );
+    let cotangent = (ys.ones_like().unwrap(), costs.ones_like().unwrap());
+    let grads = solved.vjp(&cotangent).unwrap();
+    assert_eq!(grads.y0.0.dims(), [3, 2]);
+    // y(1) = y0 + (−y0) + ΔW and the cost is y0², at both times.
+    let exact = ((start.as_tensor() * 10.0).unwrap() + 5.0).unwrap();
+    assert!(relative(&grads.y0.0, &exact) < 1e-14);
+    let found = refused(predict(&sde, &y0, &[0.0, 1.0], &noise, &options(0)));
+    assert_eq!(found, SdeDefect::NoSamples);
 }
 
 #[test]

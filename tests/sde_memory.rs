@@ -7,8 +7,10 @@ mod common;
 mod memory;
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::options::{Checkpoint, Output, Steps};
 use candle_diffeq::sde::{ito, sdeint, Noise, SdeOptions};
-use candle_diffeq::{odeint, Checkpoint, OdeOptions, Output, Recorder, Steps, Time};
+use candle_diffeq::{odeint, OdeOptions, Time};
 use common::relative;
 
 #[test]

@@ -7,7 +7,8 @@
 mod common;
 
 use candle_core::{Tensor, Var};
-use candle_diffeq::{odeint, solution, Error, Result, Time, RK4};
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{odeint, solution, Error, Result, Time};
 use common::{bits, method, scattered, var};
 
 /// Before the first call of candle's on this thread.

@@ -1,10 +1,8 @@
 //! Tableaux: row sums and order conditions of every constant, and what makes a tableau invalid.
 
-use candle_diffeq::{
-    error::TableauDefect,
-    tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5},
-    Error, Tableau, DOPRI5, RK4,
-};
+use candle_diffeq::error::TableauDefect;
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};
+use candle_diffeq::Error;
 
 fn defect(result: candle_diffeq::Result<impl std::fmt::Debug>) -> TableauDefect {
     match result.unwrap_err() {

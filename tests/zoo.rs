@@ -8,7 +8,7 @@ mod common;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_diffeq::error::PotentialDefect;
-use candle_diffeq::fields::Pullback;
+use candle_diffeq::fields::{check_field, Pullback};
 use candle_diffeq::nn::energy::{
     Curved, Energy, GradientFlow, Hamiltonian, Lagrangian, PortHamiltonian, Potential, Skew,
 };
@@ -16,9 +16,9 @@ use candle_diffeq::nn::{
     cost_precision, depth_cat, Activation, Augmenter, Basis, DataControl, EnergyMlp, Galerkin,
     HigherOrder, Hutchinson, Linear, Mlp, Perceptron, WithIntegral,
 };
+use candle_diffeq::tableau::RK4;
 use candle_diffeq::{
-    check_field, odeint, odeint_with, Error, NeuralOde, OdeOptions, Precision, Time, VectorField,
-    RK4,
+    odeint, odeint_with, Error, NeuralOde, OdeOptions, Precision, Time, VectorField,
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{

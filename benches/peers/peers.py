@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Times candle-diffeq and its peers in turn on workload files and writes a Markdown report.
 
-peers.py make DIR                                   # W0 … W5 and A0 … A5 with their f64 reference
+peers.py make DIR                                   # W0 … W5, A0 … A5, S1, S2, C1 with their f64 reference
 peers.py run --workloads DIR --markdown README.md   # between <!-- peers --> and <!-- /peers -->
 peers.py run --workloads DIR --only A1 A2 A3 A4 A5  # adaptive steps
+peers.py run --workloads DIR --only S1 S2 C1        # driven by noise and data
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Callable
 import numpy as np
 
 import adaptive
+import driven
 import report
 import workload
 
@@ -30,12 +32,19 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Peers and the packages they are from.
 PEERS = {"torch": "torch", "rampde": "rampde", "torchdiffeq": "torchdiffeq", "torchdiffeq adjoint": "torchdiffeq",
          "torchdyn": "torchdyn", "torchdyn adjoint": "torchdyn", "diffrax": "diffrax", "jax scan": "jax",
-         "diffrax pi": "diffrax", "diffrax rows": "diffrax", "torchode": "torchode"}
-#: Those without adaptive steps, and those that have nothing else here.
-FIXED, ADAPTIVE = ("torch", "rampde", "jax scan"), ("diffrax pi", "diffrax rows", "torchode")
+         "diffrax pi": "diffrax", "diffrax rows": "diffrax", "torchode": "torchode",
+         "torchsde": "torchsde", "torchsde adjoint": "torchsde", "torchcde": "torchcde", "torchcde adjoint": "torchcde"}
+#: Those that solve what a workload is of.
+SOLVES = {
+    "fixed": ["torch", "rampde", "torchdiffeq", "torchdiffeq adjoint", "torchdyn", "torchdyn adjoint", "diffrax", "jax scan"],
+    "adaptive": ["torchdiffeq", "torchdiffeq adjoint", "torchdyn", "torchdyn adjoint", "diffrax", "diffrax pi",
+                 "diffrax rows", "torchode"],
+    "sde": ["torchsde", "torchsde adjoint", "diffrax"],
+    "cde": ["torchcde", "torchcde adjoint", "diffrax"],
+}
 #: Repetitions in one process, alike for all: about half a second of the best peer.
 REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3,
-           "A0": 100, "A1": 3, "A2": 5, "A3": 7, "A4": 3, "A5": 3}
+           "A0": 100, "A1": 3, "A2": 5, "A3": 7, "A4": 3, "A5": 3, "S1": 3, "S2": 3, "C1": 15}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,14 +57,14 @@ def run(args: argparse.Namespace) -> None:
     commands = {}
     for name in args.only:
         file = args.workloads / f"{name}.safetensors"
-        others = FIXED if workload.read(file).tolerances else ADAPTIVE
+        solve = SOLVES[sort(workload.read(file))]
         for precision in args.precisions:
             tail = [str(file), "--precision", precision,
                     "--repeats", str(REPEATS.get(name, 5))]
             for label, extra in variants.items():
                 commands[name, label, precision] = [str(args.binary), *tail, *shlex.split(extra)]
             for peer in peers:
-                if peer not in others and (peer == "torch" or precision == "f32"):
+                if peer in solve and (peer == "torch" or precision == "f32"):
                     commands[name, peer, precision] = [sys.executable, "-Wignore", __file__, "one", peer, *tail]
     results, quiet = {}, Quiet(args.quiet)
     try:
@@ -73,6 +82,13 @@ def run(args: argparse.Namespace) -> None:
     versions |= {name: version(name) for name in ("torch", "jax") if util.find_spec(name)}  # what others rest on
     text = report.render(results, versions, len(cpus))
     report.insert(args.markdown, text) if args.markdown else print(text)
+
+
+def sort(work: workload.Workload) -> str:
+    """What a workload is of."""
+    if work.kind in ("sde", "cde"):
+        return work.kind
+    return "adaptive" if work.tolerances else "fixed"
 
 
 class Quiet:
@@ -118,15 +134,15 @@ def one(args: argparse.Namespace) -> None:
     """Times one peer on one file and prints what the `workloads` example prints of ours."""
     work = workload.read(args.file)
     is_jax = PEERS[args.peer] in ("diffrax", "jax")
-    if work.tolerances:
-        module = "adaptive_jax" if is_jax else "adaptive_torch"
-    else:
-        module = "jax_peers" if is_jax else "torch_peers"
+    modules = {"fixed": ["torch_peers", "jax_peers"], "adaptive": ["adaptive_torch", "adaptive_jax"]}
+    module = modules.get(sort(work), ["driven_torch", "driven_jax"])[is_jax]
     build = importlib.import_module(module).build
     cell = build(args.peer, args.precision, work)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of start-up
     before = memory("VmRSS:")
-    line = workload.errors(work, *cell.numbers(cell.both())) | cell.counts()
+    errors = workload.errors(work, *cell.numbers(cell.both()))
+    # A peer's noise is its own, and so are its gradients.
+    line = (errors if work.noise is None else dict.fromkeys(errors)) | cell.counts()
     cell.forward()
     times, processor = [], []
     for _ in range(args.repeats):
@@ -173,6 +189,7 @@ def main() -> None:
     def make(args: argparse.Namespace) -> None:
         workload.make(args.directory)
         adaptive.make(args.directory)
+        driven.make(args.directory)
 
     add = command("make", "write workload files", make)
     add("directory", type=Path)

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Callable
 
 #: Ours over the best peer in f32, forward and backward.
-TIME_BARS = {"W0": 0.5, "W1": 0.25, "W2": 0.92, "W3": 0.8, "W4": 0.35, "W5": 0.15}
+TIME_BARS = {"W0": 0.5, "W1": 0.25, "W2": 0.92, "W3": 0.8, "W4": 0.35, "W5": 0.15, "S1": 0.3, "S2": 0.3, "C1": 0.3}
 MEMORY_BARS = ["W1", "W2", "W3", "W5"]
 #: Multiply-adds of four passes of products over time, of what the machine does at most: --variant "share=--share".
 SHARE_BARS = {"W1": 0.65, "W2": 0.85}
@@ -62,7 +62,7 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
               lambda lines: figure(min(line["fwdbwd_cpu_ms"] for line in lines))),
         table(results, "Peak RSS less RSS before the first call, MB (buffers of XLA); W0 is the fixed part", memory),
         table(results, "Relative errors of loss, ∂θ, ∂y0 against the f64 reference",
-              lambda lines: ", ".join(f"{lines[-1][part]:.0e}" for part in ERROR_BARS)),
+              lambda lines: ", ".join("–" if (x := lines[-1][part]) is None else f"{x:.0e}" for part in ERROR_BARS)),
         *tables,
         *(f"{' '.join(key)} failed: {error}" for key, error in failed.items()),
     ])

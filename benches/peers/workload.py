@@ -28,14 +28,15 @@ GPU_SPECS = {
 
 
 class Workload(NamedTuple):
-    """Kind of field (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp), method, and tensors by name; relative and absolute
-    tolerance where steps are adaptive."""
+    """Kind of field (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp, sde, cde), method, and tensors by name; relative and
+    absolute tolerance where steps are adaptive; the seed of an SDE's noise."""
 
     kind: str
     method: str
     tensors: dict[str, np.ndarray]
     tolerances: tuple[float, float] | None = None
     activation: str = "tanh"
+    noise: int | None = None
 
     @property
     def weights(self) -> list[np.ndarray]:
@@ -54,7 +55,8 @@ def read(path: Path) -> Workload:
         header = {key: json.loads(text) for key, text in file.metadata().items()}
         tolerances = (header["rtol"], header["atol"]) if "rtol" in header else None
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return Workload(header["kind"], header["method"], tensors, tolerances, header.get("activation", "tanh"))
+        activation, noise = header.get("activation", "tanh"), header.get("noise")
+        return Workload(header["kind"], header["method"], tensors, tolerances, activation, noise)
 
 
 def random(spec: dict) -> Workload:

@@ -11,9 +11,10 @@ mod problem;
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::control::{Adaptive, StepControl};
-use candle_diffeq::tableau::BOSH3;
-use candle_diffeq::{Error, OdeOptions, Output, Recorder, Steps, Tableau, DOPRI5};
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::options::{Adaptive, Output, StepControl, Steps};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5};
+use candle_diffeq::{Error, OdeOptions};
 use clap::Parser;
 use serde_json::{json, Map, Value};
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_diffeq::Tableau;
+use candle_diffeq::tableau::Tableau;
 
 use crate::common::chart::{
     colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,

@@ -1,9 +1,10 @@
 //! The ball: as a hybrid system, and in closed form.
 
 use candle_core::{Device, Result, Tensor, Var};
-use candle_diffeq::control::Adaptive;
 use candle_diffeq::events::{Direction, Event, Hybrid, HybridSolution};
-use candle_diffeq::{OdeOptions, Steps, Time, DOPRI5};
+use candle_diffeq::options::{Adaptive, Steps};
+use candle_diffeq::tableau::DOPRI5;
+use candle_diffeq::{OdeOptions, Time};
 
 /// What derivatives are with respect to, in this order.
 pub(crate) const PARAMETERS: [&str; 4] = ["gravity", "restitution", "height", "speed"];

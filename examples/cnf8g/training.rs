@@ -6,8 +6,10 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::datasets::Density;
 use candle_diffeq::distributed::{mean as mean_over, share, total, Group, Replicas};
+use candle_diffeq::metrics::{mmd, Recorder, Stats};
 use candle_diffeq::nn::HyperCnf;
-use candle_diffeq::{metrics::mmd, NeuralOde, OdeOptions, Output, Recorder, Stats};
+use candle_diffeq::options::Output;
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::ProgressBar;
 

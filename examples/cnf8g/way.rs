@@ -1,8 +1,8 @@
 //! How a flow is solved: a precision, and fixed or adaptive steps.
 
-use candle_diffeq::control::Adaptive;
-use candle_diffeq::tableau::BOSH3;
-use candle_diffeq::{OdeOptions, Steps, Tableau, DOPRI5};
+use candle_diffeq::options::{Adaptive, Steps};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5};
+use candle_diffeq::OdeOptions;
 
 use crate::common::mode::Mode;
 

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::nn::Linear;
-use candle_diffeq::{OdeOptions, Steps, RK4};
+use candle_diffeq::options::Steps;
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::OdeOptions;
 use candle_nn::{Module, VarBuilder, VarMap};
 use indicatif::ProgressBar;
 use serde_json::json;

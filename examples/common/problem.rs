@@ -1,9 +1,10 @@
 //! Solutions and gradients as numbers: by the library, and by candle's tape over all steps.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_diffeq::{
-    Checkpoint, NeuralOde, OdeOptions, Output, State, Stats, Steps, Tableau, Time,
-};
+use candle_diffeq::metrics::Stats;
+use candle_diffeq::options::{Checkpoint, Output, Steps};
+use candle_diffeq::tableau::Tableau;
+use candle_diffeq::{NeuralOde, OdeOptions, State, Time};
 use candle_nn::VarMap;
 
 /// y(T), ∂L/∂y0 and ∂L/∂θ, all parameters in one.

@@ -3,12 +3,10 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Tensor, Var};
-use candle_diffeq::control::Adaptive;
-use candle_diffeq::control::Norm;
-use candle_diffeq::tableau::{BOSH3, DOPRI8, FEHLBERG45, TSIT5};
-use candle_diffeq::{
-    odeint, predict, OdeOptions, Precision, Recorder, Stats, Steps, Tableau, Time, DOPRI5,
-};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::options::{Adaptive, Norm, Steps};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, TSIT5};
+use candle_diffeq::{odeint, predict, OdeOptions, Precision, Time};
 
 use crate::flows::{self, Weights};
 use crate::oracle::{Named, Oracle, Result};

@@ -1,11 +1,11 @@
 //! Controlled differential equations along four control paths, held against independent solutions and gradients.
 
 use candle_core::{Device, Tensor, Var};
-use candle_diffeq::cde::NeuralCde;
+use candle_diffeq::cde::{ControlPath, NeuralCde, Observations};
 use candle_diffeq::nn::{Activation, CdeMlp};
-use candle_diffeq::path::{ControlPath, Observations};
-use candle_diffeq::tableau::EULER;
-use candle_diffeq::{OdeOptions, Steps, Tableau, RK4};
+use candle_diffeq::options::Steps;
+use candle_diffeq::tableau::{Tableau, EULER, RK4};
+use candle_diffeq::OdeOptions;
 use candle_nn::VarMap;
 
 use crate::oracle::{Named, Oracle, Result};

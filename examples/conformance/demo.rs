@@ -1,7 +1,10 @@
 //! Adjoints that underflow in f16, with and without the adjoint scaler.
 
 use candle_core::{DType, Tensor, Var};
-use candle_diffeq::{scaling::Scaling, OdeOptions, Precision, Recorder, Stats, RK4};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::scaling::Scaling;
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{OdeOptions, Precision};
 
 use crate::discrete::{model, named};
 use crate::fields::{single, Affine, Field, Weights};

@@ -6,10 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
 use candle_core::{DType, Tensor, Var};
-use candle_diffeq::{
-    tableau::{EULER, HEUN, MIDPOINT, RK4_38},
-    NeuralOde, OdeOptions, Precision, Tableau, RK4,
-};
+use candle_diffeq::tableau::{Tableau, EULER, HEUN, MIDPOINT, RK4, RK4_38};
+use candle_diffeq::{NeuralOde, OdeOptions, Precision};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::fields::{self, Field, Weights};

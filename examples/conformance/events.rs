@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Tensor, Var};
-use candle_diffeq::control::Adaptive;
 use candle_diffeq::events::{odeint_event, Direction, Event, Hybrid, Occurrence};
-use candle_diffeq::{Recorder, Stats, Time};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::options::Adaptive;
+use candle_diffeq::Time;
 
 use crate::adaptive::Pair;
 use crate::flows::numbers;

@@ -3,7 +3,8 @@
 //! Columns: relative errors in the 2-norm of whole quantities, gradients of all weights as one
 //! vector.  A recipe is judged by the geometric mean of each column over the problems.
 
-use candle_diffeq::{Precision, Tableau, RK4};
+use candle_diffeq::tableau::{Tableau, RK4};
+use candle_diffeq::Precision;
 
 use crate::discrete::{exact, solved};
 use crate::oracle::{Oracle, Result};

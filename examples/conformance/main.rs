@@ -37,7 +37,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::{scaling::Scaling, Checkpoint, Precision};
+use candle_diffeq::options::Checkpoint;
+use candle_diffeq::scaling::Scaling;
+use candle_diffeq::Precision;
 use clap::{Parser, ValueEnum};
 
 use crate::adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};

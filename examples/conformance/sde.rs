@@ -1,12 +1,13 @@
 //! Stochastic differential equations on given increments, held against torchsde and numpy: states and gradients.
 
 use candle_core::{Tensor, Var};
+use candle_diffeq::options::{Checkpoint, Output};
 use candle_diffeq::sde::{
     sdeint, Increments, SdeMethod, SdeOptions, EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT,
     MILSTEIN_FREE_ITO, MILSTEIN_FREE_STRATONOVICH, MILSTEIN_ITO, MILSTEIN_STRATONOVICH,
     REVERSIBLE_HEUN, SRA1, SRI2,
 };
-use candle_diffeq::{Checkpoint, Output, Precision};
+use candle_diffeq::Precision;
 
 use crate::equations::{equation, Equation, Weights};
 use crate::oracle::{Oracle, Result};

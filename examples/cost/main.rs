@@ -13,7 +13,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::{NeuralOde, OdeOptions, Output};
+use candle_diffeq::options::Output;
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;

@@ -12,7 +12,10 @@ mod picture;
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::{scaling::Scaling, Error, OdeOptions, Recorder, RK4};
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::scaling::Scaling;
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{Error, OdeOptions};
 use clap::Parser;
 use serde_json::json;
 

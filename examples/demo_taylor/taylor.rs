@@ -1,7 +1,8 @@
 //! The remainders of Taylor's formula, and the slopes with which they fall.
 
 use candle_core::{DType, Device, Tensor};
-use candle_diffeq::{OdeOptions, RK4};
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::OdeOptions;
 use rand::rngs::StdRng;
 
 use crate::common::dtype::Dtype;

@@ -1,7 +1,7 @@
 //! A case: everything that one solve depends on, as data.
 
 use candle_diffeq::nn::Activation;
-use candle_diffeq::Tableau;
+use candle_diffeq::tableau::Tableau;
 
 use crate::ball::Dt;
 

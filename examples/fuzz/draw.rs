@@ -1,7 +1,7 @@
 //! A random case from its seed.
 
 use candle_diffeq::nn::Activation;
-use candle_diffeq::Tableau;
+use candle_diffeq::tableau::Tableau;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 

@@ -375,12 +375,12 @@ impl Problem {
 }
 
 impl Plan {
-    pub(crate) fn checkpoint(self, p: &Problem) -> candle_diffeq::Checkpoint {
+    pub(crate) fn checkpoint(self, p: &Problem) -> candle_diffeq::options::Checkpoint {
         match self {
-            Self::All => candle_diffeq::Checkpoint::All,
-            Self::Every(n) => candle_diffeq::Checkpoint::Every(n),
-            Self::States(n) => candle_diffeq::Checkpoint::States(n),
-            Self::Bytes(n) => candle_diffeq::Checkpoint::Bytes(p.bytes(n)),
+            Self::All => candle_diffeq::options::Checkpoint::All,
+            Self::Every(n) => candle_diffeq::options::Checkpoint::Every(n),
+            Self::States(n) => candle_diffeq::options::Checkpoint::States(n),
+            Self::Bytes(n) => candle_diffeq::options::Checkpoint::Bytes(p.bytes(n)),
         }
     }
 }

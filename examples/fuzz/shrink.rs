@@ -1,7 +1,7 @@
 //! A smaller case that fails in the same way.
 
 use candle_diffeq::nn::Activation;
-use candle_diffeq::Tableau;
+use candle_diffeq::tableau::Tableau;
 
 use crate::case::{Case, Cut, Entry, Field, Given, Lead, Method, Numbers, Plan, Scale};
 use crate::check::{run, Failure, Kind, Pools, Sabotage, Verdict};

@@ -6,7 +6,9 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
-use candle_diffeq::{odeint, tableau::EULER, Checkpoint, OdeOptions, Result, Steps};
+use candle_diffeq::options::{Checkpoint, Steps};
+use candle_diffeq::tableau::EULER;
+use candle_diffeq::{odeint, OdeOptions, Result};
 use candle_nn::{Conv2d, Conv2dConfig, Linear};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};

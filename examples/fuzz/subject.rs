@@ -5,12 +5,12 @@ use std::sync::{Arc, PoisonError};
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Tensor, Var};
-use candle_diffeq::nn::{Activation, Cnf, ConvField, Linear, Mlp};
+use candle_diffeq::fields::FieldCheck;
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Linear, Mlp, RowLoss};
+use candle_diffeq::options::{ActivationCache, Output, Steps, TimeGrid};
+use candle_diffeq::scaling::{DynamicScaling, Scaling};
 use candle_diffeq::{
-    odeint,
-    scaling::{DynamicScaling, Scaling},
-    solution, ActivationCache, FieldCheck, NeuralOde, OdeOptions, Output, Precision, Result,
-    RowLoss, State, Steps, Time, TimeGrid, VectorField,
+    odeint, solution, NeuralOde, OdeOptions, Precision, Result, State, Time, VectorField,
 };
 use candle_nn::{VarBuilder, VarMap};
 

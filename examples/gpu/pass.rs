@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_diffeq::{OdeOptions, Precision, Recorder};
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::{OdeOptions, Precision};
 use candle_nn::VarMap;
 use serde_json::{json, Value};
 

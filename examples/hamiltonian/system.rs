@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::datasets::System;
-use candle_diffeq::{predict, OdeOptions, Steps, TimeGrid, VectorField, DOPRI5};
+use candle_diffeq::options::{Steps, TimeGrid};
+use candle_diffeq::tableau::DOPRI5;
+use candle_diffeq::{predict, OdeOptions, VectorField};
 use rand::rngs::StdRng;
 use rand::Rng;
 

@@ -5,8 +5,9 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use candle_diffeq::nn::energy::{Energy, Hamiltonian};
 use candle_diffeq::nn::{Activation, EnergyMlp, Mlp};
-use candle_diffeq::tableau::EULER;
-use candle_diffeq::{NeuralOde, OdeOptions, Output, RK4};
+use candle_diffeq::options::Output;
+use candle_diffeq::tableau::{EULER, RK4};
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::VarMap;
 use indicatif::ProgressBar;
 

@@ -15,10 +15,9 @@ use candle_core::{DType, Device, Tensor};
 use candle_diffeq::datasets::System;
 use candle_diffeq::nn::energy::{Energy, Lagrangian};
 use candle_diffeq::nn::{Activation, EnergyMlp};
-use candle_diffeq::tableau::EULER;
-use candle_diffeq::{
-    predict, NeuralOde, OdeOptions, Output, Steps, Time, TimeGrid, VectorField, DOPRI5, RK4,
-};
+use candle_diffeq::options::{Output, Steps, TimeGrid};
+use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
+use candle_diffeq::{predict, NeuralOde, OdeOptions, Time, VectorField};
 use candle_nn::VarMap;
 use clap::Parser;
 use rand::rngs::StdRng;

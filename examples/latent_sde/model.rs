@@ -1,8 +1,9 @@
 //! The points, the two equations, and one update.
 
 use candle_core::{DType, Device, Module, Tensor};
+use candle_diffeq::options::Steps;
 use candle_diffeq::sde::{ito, predict, NeuralSde, Noise, SdeOptions};
-use candle_diffeq::{Steps, Time};
+use candle_diffeq::Time;
 use candle_nn::{linear, AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 
 use crate::common::dtype::Dtype;

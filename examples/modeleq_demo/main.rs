@@ -14,7 +14,8 @@ mod rampde;
 use std::process::ExitCode;
 
 use candle_core::{DType, Device};
-use candle_diffeq::{tableau::EULER, OdeOptions, Tableau, RK4};
+use candle_diffeq::tableau::{Tableau, EULER, RK4};
+use candle_diffeq::OdeOptions;
 use clap::Parser;
 use rand::Rng;
 use rand_distr::StandardNormal;

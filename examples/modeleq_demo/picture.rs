@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_diffeq::{tableau::EULER, RK4};
+use candle_diffeq::tableau::{EULER, RK4};
 
 use crate::common::chart::{
     colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,

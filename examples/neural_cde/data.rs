@@ -1,7 +1,7 @@
 //! Japanese Vowels: utterances of nine speakers as series of 12 cepstrum coefficients.
 
 use candle_core::{DType, Device, Tensor};
-use candle_diffeq::path::{ControlPath, Observations};
+use candle_diffeq::cde::{ControlPath, Observations};
 use rand::rngs::StdRng;
 
 use crate::common::{random, Result};

@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Module, Tensor, D};
 use candle_diffeq::cde::NeuralCde;
+use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, CdeMlp};
 use candle_diffeq::tableau::MIDPOINT;
-use candle_diffeq::{OdeOptions, Recorder, Stats};
+use candle_diffeq::OdeOptions;
 use candle_nn::{loss::cross_entropy, AdamW, Linear, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use indicatif::ProgressBar;
 use rand::seq::SliceRandom;

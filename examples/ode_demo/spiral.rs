@@ -1,7 +1,10 @@
 //! The system that is learnt: y' = y³A, a spiral that turns more slowly as it shrinks.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_diffeq::{fields::constant, odeint, OdeOptions, Steps, Time, TimeGrid, DOPRI5};
+use candle_diffeq::fields::constant;
+use candle_diffeq::options::{Steps, TimeGrid};
+use candle_diffeq::tableau::DOPRI5;
+use candle_diffeq::{odeint, OdeOptions, Time};
 
 /// A spiral: y' = y³A, y³ by component, y a row; its start, and the times that are seen.
 pub(crate) struct Spiral {

@@ -3,7 +3,10 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, D};
-use candle_diffeq::{Checkpoint, NeuralOde, OdeOptions, Recorder, Stats, RK4};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::options::Checkpoint;
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{linear, AdamW, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use indicatif::ProgressBar;
 use rand::rngs::StdRng;

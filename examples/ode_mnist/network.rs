@@ -1,11 +1,12 @@
 //! The classifier: a stem that halves the image twice, the neural ODE, a head.
 
 use candle_core::{DType, Device, Module, Result, Tensor, D};
-use candle_diffeq::control::Adaptive;
+use candle_diffeq::fields::autonomous;
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, ConvField};
-use candle_diffeq::{
-    fields::autonomous, Checkpoint, NeuralOde, OdeOptions, Output, Recorder, Steps, DOPRI5, RK4,
-};
+use candle_diffeq::options::{Adaptive, Checkpoint, Output, Steps};
+use candle_diffeq::tableau::{DOPRI5, RK4};
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{group_norm, linear, GroupNorm, Linear, VarBuilder, VarMap};
 use rand::rngs::StdRng;
 

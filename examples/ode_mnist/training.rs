@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor, D};
 use candle_diffeq::distributed::{mean as mean_over, share, total, Group, Replicas};
-use candle_diffeq::{Recorder, Stats};
+use candle_diffeq::metrics::{Recorder, Stats};
 use candle_nn::loss::cross_entropy;
 use candle_nn::Optimizer;
 use indicatif::ProgressBar;

@@ -4,8 +4,10 @@ use std::f64::consts::TAU;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, D};
+use candle_diffeq::metrics::{mmd, Recorder, Stats};
 use candle_diffeq::nn::OtFlow;
-use candle_diffeq::{metrics::mmd, NeuralOde, OdeOptions, Output, Recorder, Stats, Steps};
+use candle_diffeq::options::{Output, Steps};
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::ProgressBar;
 use rand::rngs::StdRng;

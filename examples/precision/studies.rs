@@ -3,9 +3,10 @@
 //! that name, which holds them to their bounds.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_diffeq::{
-    tableau::EULER, NeuralOde, OdeOptions, Precision, Stats, Steps, Tableau, Time, RK4,
-};
+use candle_diffeq::metrics::Stats;
+use candle_diffeq::options::Steps;
+use candle_diffeq::tableau::{Tableau, EULER, RK4};
+use candle_diffeq::{NeuralOde, OdeOptions, Precision, Time};
 use candle_nn::VarMap;
 
 use crate::common::model_equation;

@@ -12,7 +12,9 @@ mod picture;
 use std::process::ExitCode;
 
 use candle_core::Device;
-use candle_diffeq::{scaling::Scaling, tableau::EULER, Error, OdeOptions, Tableau, RK4};
+use candle_diffeq::scaling::Scaling;
+use candle_diffeq::tableau::{Tableau, EULER, RK4};
+use candle_diffeq::{Error, OdeOptions};
 use clap::Parser;
 use serde_json::json;
 

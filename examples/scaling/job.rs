@@ -5,8 +5,10 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::distributed::{share, Group, Replicas};
-use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::{NeuralOde, OdeOptions, Output, Recorder, RowLoss, Steps};
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::nn::{Activation, Mlp, RowLoss};
+use candle_diffeq::options::{Output, Steps};
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::loss::cross_entropy;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use clap::ValueEnum;

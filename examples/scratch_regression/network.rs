@@ -1,7 +1,9 @@
 //! The task, and the network that is its vector field.
 
 use candle_core::{DType, Device, Result, Tensor, D};
-use candle_diffeq::{NeuralOde, OdeOptions, Output, Precision, Steps, RK4};
+use candle_diffeq::options::{Output, Steps};
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{NeuralOde, OdeOptions, Precision};
 use candle_nn::{linear, Module, VarBuilder, VarMap};
 use rand::rngs::StdRng;
 

@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use candle_diffeq::{Checkpoint, NeuralOde, OdeOptions, Output, TimeGrid, RK4};
+use candle_diffeq::options::{Checkpoint, Output, TimeGrid};
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{AdamW, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use indicatif::ProgressBar;
 

@@ -1,11 +1,12 @@
 //! Two equations with known solutions, and their errors over given increments.
 
 use candle_core::{DType, Device, Tensor};
+use candle_diffeq::options::Output;
 use candle_diffeq::sde::{
     ito, predict, stratonovich, Calculus, Increments, Noise, NoiseType, Sde, SdeMethod, SdeOptions,
     MILSTEIN_ITO, MILSTEIN_STRATONOVICH,
 };
-use candle_diffeq::{Output, Time};
+use candle_diffeq::Time;
 
 use crate::common::Result;
 

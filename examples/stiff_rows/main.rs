@@ -12,8 +12,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::Var;
-use candle_diffeq::control::{Adaptive, Norm, StepControl};
-use candle_diffeq::{OdeOptions, Output, Recorder, Steps, DOPRI5};
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::options::{Adaptive, Norm, Output, StepControl, Steps};
+use candle_diffeq::tableau::DOPRI5;
+use candle_diffeq::OdeOptions;
 use clap::Parser;
 use serde_json::json;
 

@@ -1,10 +1,11 @@
 //! The network: a stem and three neural ODEs, each with twice the channels of the last.
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var, D};
-use candle_diffeq::{
-    fields::PiecewiseConstant, Checkpoint, NeuralOde, OdeOptions, Output, Precision, Recorder,
-    TimeGrid, RK4,
-};
+use candle_diffeq::fields::PiecewiseConstant;
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::options::{Checkpoint, Output, TimeGrid};
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{NeuralOde, OdeOptions, Precision};
 use candle_nn::{group_norm, linear, GroupNorm, Linear, VarBuilder, VarMap};
 use rand::rngs::StdRng;
 

@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, D};
-use candle_diffeq::{Precision, Recorder, Stats, TimeGrid};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::options::TimeGrid;
+use candle_diffeq::Precision;
 use candle_nn::loss::cross_entropy;
 use candle_nn::Optimizer;
 use indicatif::ProgressBar;

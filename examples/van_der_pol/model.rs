@@ -1,8 +1,11 @@
 //! The perceptron, and the equation that it is the field of.
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::{Checkpoint, NeuralOde, OdeOptions, Recorder, TimeGrid, RK4};
+use candle_diffeq::options::{Checkpoint, TimeGrid};
+use candle_diffeq::tableau::RK4;
+use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{Module, VarBuilder, VarMap};
 
 use crate::common::dtype::Dtype;

@@ -1,7 +1,10 @@
 //! The system that is learnt: y₁' = y₂, y₂' = μ(1 − y₁²) y₂ − y₁.
 
 use candle_core::{DType, Device, Tensor, D};
-use candle_diffeq::{fields::constant, odeint, OdeOptions, Steps, Time, TimeGrid, DOPRI5};
+use candle_diffeq::fields::constant;
+use candle_diffeq::options::{Steps, TimeGrid};
+use candle_diffeq::tableau::DOPRI5;
+use candle_diffeq::{odeint, OdeOptions, Time};
 
 use crate::common::Result;
 

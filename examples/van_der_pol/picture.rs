@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{Device, IndexOp, Tensor};
-use candle_diffeq::TimeGrid;
+use candle_diffeq::options::TimeGrid;
 
 use crate::common::chart::{
     colour, picture, Area, Arrows, Curve, Heat, Mark, Panel, RGBColor, Scale, SeriesLabelPosition,

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use candle_core::{Device, Tensor, D};
-use candle_diffeq::{Recorder, Stats};
+use candle_diffeq::metrics::{Recorder, Stats};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use indicatif::ProgressBar;
 

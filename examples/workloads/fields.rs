@@ -2,8 +2,16 @@
 //! operations.
 
 use candle_core::{DType, Device, Module, Result, Tensor, D};
-use candle_diffeq::nn::{self, Activation, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowSpeed};
-use candle_diffeq::{NeuralOde, OdeOptions, RowLoss, State, Steps, Tableau, Time, VectorField};
+use candle_diffeq::cde::{cdeint, ControlPath};
+use candle_diffeq::nn::{
+    self, Activation, CdeMlp, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowLoss, RowSpeed,
+};
+use candle_diffeq::options::Steps;
+use candle_diffeq::sde::{
+    ito, stratonovich, Calculus, NeuralSde, Noise, OfField, SdeMethod, SdeOptions,
+};
+use candle_diffeq::tableau::Tableau;
+use candle_diffeq::{NeuralOde, OdeOptions, State, Time, VectorField};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
 /// A kind of field.
@@ -16,7 +24,7 @@ pub(crate) struct Kind {
 }
 
 /// Every kind.
-pub(crate) const KINDS: [Kind; 6] = [
+pub(crate) const KINDS: [Kind; 8] = [
     Kind {
         name: "mlp",
         plain: mlp,
@@ -47,6 +55,16 @@ pub(crate) const KINDS: [Kind; 6] = [
         plain: scaled_mlp,
         ours: Some(our_scaled_mlp),
     },
+    Kind {
+        name: "sde",
+        plain: driven,
+        ours: Some(our_sde),
+    },
+    Kind {
+        name: "cde",
+        plain: driven,
+        ours: Some(our_cde),
+    },
 ];
 
 /// Where the variables are, of what dtype, and the features of the state.
@@ -56,6 +74,18 @@ pub(crate) struct Place<'a> {
     pub(crate) device: &'a Device,
     pub(crate) features: usize,
     pub(crate) activation: Activation,
+    /// By what an equation is driven.
+    pub(crate) drive: Drive,
+}
+
+/// What drives an equation.
+#[derive(Clone)]
+pub(crate) enum Drive {
+    Nothing,
+    /// Noise, of a seed, with a method for it.
+    Noise(SdeMethod, u64),
+    /// A path through observations.
+    Path(ControlPath),
 }
 
 impl Place<'_> {
@@ -134,6 +164,8 @@ pub(crate) enum Ode {
     One(NeuralOde),
     Two(NeuralOde<(Tensor, Tensor)>),
     Several(NeuralOde<Vec<Tensor>>),
+    Sde(NeuralSde, Noise),
+    Cde(CdeMlp, ControlPath, OdeOptions),
     /// The same steps on candle's own tape, for comparison.
     Tape(Field, Tableau),
 }
@@ -161,6 +193,10 @@ impl Ode {
                 Ok(vec![z, l])
             }
             Self::Several(ode) => ode.solve(&y0.to_vec(), times),
+            Self::Sde(sde, noise) => Ok(vec![sde.solve(&y0[0], times, noise)?]),
+            Self::Cde(field, path, options) => {
+                Ok(vec![cdeint(field.clone(), &y0[0], path, times, options)?])
+            }
             Self::Tape(field, tableau) => Ok(unrolled(field, tableau, y0, times)?),
         }
     }
@@ -266,6 +302,49 @@ fn our_hyper(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq:
     Ok(Ode::Two(place.ode(field, options)?))
 }
 
+/// Drift and diffusion, each of half of the weights.
+fn our_sde(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
+    let Drive::Noise(method, seed) = place.drive else {
+        return Err(undriven());
+    };
+    let activation = place.activation;
+    let equation = move |vb: VarBuilder<'_>| {
+        let mut drift = ask(vb)?;
+        let diffusion = perceptron(drift.split_off(drift.len() / 2), activation)?;
+        let (drift, diffusion) = (perceptron(drift, activation)?, OfField(diffusion));
+        Ok(match method.calculus() {
+            Calculus::Ito => ito(drift, diffusion),
+            Calculus::Stratonovich => stratonovich(drift, diffusion),
+        })
+    };
+    let sde = NeuralSde::new(place.vars, "", place.dtype, place.device, equation)?;
+    let sde = sde.options(SdeOptions {
+        method,
+        precision: options.precision,
+        steps: options.steps,
+        output: options.output,
+        checkpoint: options.checkpoint,
+        recorder: options.recorder,
+        ..Default::default()
+    });
+    Ok(Ode::Sde(sde, Noise::seeded(seed)))
+}
+
+fn our_cde(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
+    let Drive::Path(path) = &place.drive else {
+        return Err(undriven());
+    };
+    let layers = layers(ask(place.builder())?)?.into_iter();
+    let layers = layers.map(|(w, b)| Linear::new(w, Some(b)));
+    let layers: Vec<_> = layers.collect();
+    let field = CdeMlp::from_layers(&layers, path.channels(), place.activation)?;
+    Ok(Ode::Cde(field, path.clone(), options))
+}
+
+fn undriven() -> candle_diffeq::Error {
+    candle_core::Error::Msg("the file does not say by what the equation is driven".into()).into()
+}
+
 fn perceptron(weights: Vec<Tensor>, activation: Activation) -> Result<Mlp> {
     let layers = layers(weights)?.into_iter();
     let layers = layers.map(|(w, b)| Linear::new(w, Some(b)));
@@ -288,6 +367,11 @@ fn our_conv(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::
         ConvField::from_layers(&layers, Activation::Relu)
     };
     Ok(Ode::One(place.ode(field, options)?))
+}
+
+/// Equations that are driven have no field of time and state alone.
+fn driven(_: Vec<Tensor>, _: Parts) -> Result<Field> {
+    candle_core::bail!("an equation that is driven is solved with the library's own fields only")
 }
 
 /// Layers with activations between them.

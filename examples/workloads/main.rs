@@ -19,8 +19,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use candle_diffeq::control::StepControl;
-use candle_diffeq::{ActivationCache, Checkpoint, OdeOptions, Recorder, Stats};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::options::{ActivationCache, Checkpoint, StepControl};
+use candle_diffeq::OdeOptions;
 use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;

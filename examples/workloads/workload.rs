@@ -1,22 +1,28 @@
 //! A workload file: weights p0, p1, …, y0, t, target, and the reference's loss and gradients in f64;
-//! in its header `kind` (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp) and `method`.
+//! in its header `kind` (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp, sde, cde) and `method`.
 //!
 //! Where the header has `rtol` and `atol`, steps are adaptive, the loss is of all outputs, and `ref.ys` is the state at
 //! the times of numbers `ref.index`; it may have an `activation`, too.
+//!
+//! In an `sde`, the first half of the weights belongs to the drift and the second half to the diffusion, and `noise` in
+//! the header is the seed of the increments.  A `cde` is driven by the Hermite path through the observations `x`, (rows,
+//! times, channels), at the times `t`.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
-use candle_diffeq::control::{Adaptive, StepControl};
+use candle_diffeq::cde::Observations;
 use candle_diffeq::nn::Activation;
-use candle_diffeq::{OdeOptions, Output, Steps, Tableau};
+use candle_diffeq::options::{Adaptive, Output, StepControl, Steps};
+use candle_diffeq::tableau::{Tableau, RK4};
+use candle_diffeq::{sde, OdeOptions};
 use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 
 use crate::common::Result;
-use crate::fields::{self, Kind, Ode, Place, Whose, KINDS};
+use crate::fields::{self, Drive, Kind, Ode, Place, Whose, KINDS};
 
 /// What a file says.
 pub(crate) struct Workload {
@@ -26,6 +32,7 @@ pub(crate) struct Workload {
     /// Relative and absolute, where steps are adaptive.
     pub(crate) tolerances: Option<[f64; 2]>,
     activation: Activation,
+    drive: Drive,
     kind: &'static Kind,
     /// Weights p0, p1, … in this order.
     weights: usize,
@@ -62,6 +69,12 @@ impl Workload {
             .map_err(|e| failed(&e))?;
         if header.contains_key("rtol") || header.contains_key("atol") {
             workload.tolerances = Some([number("rtol")?, number("atol")?]);
+        }
+        if workload.kind.name == "sde" {
+            let method = text("method")?;
+            let found = sde::ALL.into_iter().find(|m| m.name() == method);
+            let method = found.ok_or_else(|| failed(&format!("unknown method `{method}`")))?;
+            workload.drive = Drive::Noise(method, number("noise")? as u64);
         }
         if header.contains_key("activation") {
             let name = text("activation")?;
@@ -118,7 +131,11 @@ impl Workload {
     ) -> Result<Self> {
         let known = KINDS.iter().find(|known| known.name == kind);
         let kind = known.ok_or_else(|| format!("unknown kind `{kind}`"))?;
-        let tableau = Tableau::ALL.into_iter().find(|t| t.name() == method);
+        let tableau = match kind.name {
+            // It has one of its own.
+            "sde" => Some(RK4),
+            _ => Tableau::ALL.into_iter().find(|t| t.name() == method),
+        };
         let method = tableau.ok_or_else(|| format!("unknown method `{method}`"))?;
         let weights = (0..)
             .take_while(|i| tensors.contains_key(&format!("p{i}")))
@@ -132,12 +149,18 @@ impl Workload {
             method,
             tolerances: None,
             activation: Activation::Tanh,
+            drive: Drive::Nothing,
             kind,
             weights,
             tensors,
             device: device.clone(),
         };
         workload.times = workload.tensor("t", DType::F64)?.to_vec1()?;
+        if kind.name == "cde" {
+            let observed = workload.tensor("x", DType::F32)?;
+            let path = Observations::at(&workload.times[..], &observed)?.hermite()?;
+            workload.drive = Drive::Path(path);
+        }
         Ok(workload)
     }
 
@@ -192,6 +215,7 @@ impl Workload {
             device: &self.device,
             features: self.tensor("y0", dtype)?.dim(1)?,
             activation: self.activation,
+            drive: self.drive.clone(),
         };
         let (ask, plain) = (Box::new(layers), self.kind.plain);
         Ok(match (whose, self.kind.ours) {

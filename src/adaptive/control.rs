@@ -208,7 +208,7 @@ fn targets(
             }),
         }
     }
-    let on_outputs = options.on_outputs.unwrap_or(method.name() == "fehlberg45");
+    let on_outputs = options.on_outputs.unwrap_or(method.ends_steps_at_outputs());
     for (given, &t) in points.iter().enumerate().skip(1) {
         let is_end = given + 1 == points.len();
         if let Some(target) = all.iter_mut().find(|target| coincide(target.t, t)) {

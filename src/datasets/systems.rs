@@ -10,8 +10,9 @@ use crate::time::Time;
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
+/// use candle_diffeq::{predict, OdeOptions};
 /// use candle_diffeq::datasets::System;
-/// use candle_diffeq::{predict, OdeOptions, Steps, TimeGrid};
+/// use candle_diffeq::options::{Steps, TimeGrid};
 /// let x0 = Tensor::new(&[[1.0, 0.0]], &Device::Cpu)?;
 /// let options = OdeOptions { steps: Steps::PerInterval(20), ..Default::default() };
 /// let spring = System::MassSpring { mass: 0.5, stiffness: 2.0 };             // H = q² + p²

@@ -4,12 +4,12 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryNeed {
-    /// States that are kept for the backward pass, as [`Checkpoint`](crate::Checkpoint) says, and what
+    /// States that are kept for the backward pass, as [`Checkpoint`](crate::options::Checkpoint) says, and what
     /// keeping one costs beside its numbers.
     pub states: u128,
-    /// Evaluations that are kept, as [`ActivationCache`](crate::ActivationCache) says.
+    /// Evaluations that are kept, as [`ActivationCache`](crate::options::ActivationCache) says.
     pub evaluations: u128,
-    /// States that are returned, as [`Output`](crate::Output) says.
+    /// States that are returned, as [`Output`](crate::options::Output) says.
     pub returned: u128,
 }
 

@@ -176,10 +176,11 @@ pub struct RowOccurrences<S> {
 ///
 /// ```
 /// use candle_core::{DType, Device, IndexOp, Tensor};
-/// use candle_diffeq::control::Adaptive;
+/// use candle_diffeq::OdeOptions;
 /// use candle_diffeq::events::{odeint_row_event, RowEvent};
 /// use candle_diffeq::nn::{Activation, Mlp};
-/// use candle_diffeq::{OdeOptions, Steps, DOPRI5};
+/// use candle_diffeq::options::{Adaptive, Steps};
+/// use candle_diffeq::tableau::DOPRI5;
 /// # if std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none") { return Ok(()); }
 /// let vars = candle_nn::VarMap::new();
 /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);

@@ -69,7 +69,8 @@ pub enum FieldCheck {
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
-/// use candle_diffeq::{check_field, Error, Time};
+/// use candle_diffeq::{Error, Time};
+/// use candle_diffeq::fields::check_field;
 /// let w = Var::new(&[[0.5f32, 0.1], [-0.3, 0.2]], &Device::Cpu)?;
 /// let y = Tensor::new(&[[1f32, 2.0]], &Device::Cpu)?;
 /// let sound = |_: &Time, y: &Tensor| y.matmul(w.as_tensor())?.tanh();

@@ -4,12 +4,15 @@
 use candle_core::backprop::GradStore;
 use candle_core::Tensor;
 
-use super::{Cotangents, Leaves, Pullback, VectorField};
+use super::{Cotangents, Leaves, Offer, Pullback, VectorField};
 use crate::time::Time;
 
 /// The parts of an equation, each a field over lists of tensors, as one: it returns what all of them do, one after the
 /// other.  A solver evaluates the parts; the whole is what a check looks at.
 pub(crate) struct Parts<B>(Vec<Leaves<B, Vec<Tensor>>>);
+
+/// What each part of an equation offers.
+pub(crate) struct OfParts(pub(crate) Vec<Offer>);
 
 impl<B> Parts<B> {
     pub(crate) fn new(parts: Vec<B>) -> Self {
@@ -69,6 +72,12 @@ where
         all.sort_by(f64::total_cmp);
         all.dedup();
         all
+    }
+
+    /// Only where all parts have something to offer.
+    fn offer(&self) -> Option<Offer> {
+        let offers = self.0.iter().map(|part| part.offer());
+        Some(Offer(Box::new(OfParts(offers.collect::<Option<_>>()?))))
     }
 
     fn parts(&self) -> Vec<&dyn VectorField<Vec<Tensor>>> {

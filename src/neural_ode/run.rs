@@ -98,7 +98,10 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let tracked = tracked || !increments.is_empty();
         let keep = !in_graph || tracked || !masters.is_empty();
         if let Some(field) = self.packable(&problem, &masters) {
-            if let Some(forward) = run_tiles(&problem, &*field, &y0, loss.map(|loss| loss as _))? {
+            let by_noise = driven_of(&problem, drive)?;
+            let of_tiles = by_noise.as_ref().unwrap_or(&problem);
+            if let Some(forward) = run_tiles(of_tiles, &*field, &y0, loss.map(|loss| loss as _))? {
+                let problem = by_noise.unwrap_or(problem);
                 let theta = Observed::closure(&*field, true).into_parameters();
                 let theta = Theta::copied(theta.clone(), theta);
                 return Ok(Solve {
@@ -269,9 +272,11 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         } = prepared;
         let problem = prepared.problem.keeping_nothing();
         if let Some(field) = self.packable(&problem, &masters) {
-            if let Some(forward) = run_tiles(&problem, &*field, &y0, None)? {
-                self.note(&problem, before);
-                return states(&problem, forward);
+            let by_noise = driven_of(&problem, drive)?;
+            let of_tiles = by_noise.as_ref().unwrap_or(&problem);
+            if let Some(forward) = run_tiles(of_tiles, &*field, &y0, None)? {
+                self.note(of_tiles, before);
+                return states(of_tiles, forward);
             }
         }
         // Copies: the user's own may be written while the solve goes on.
@@ -308,10 +313,13 @@ pub(crate) struct Solve {
 
 /// The problem driven by noise, if it is to be.
 fn driven(problem: Problem, drive: Option<&Drive>) -> Result<Problem> {
-    match drive {
-        Some(drive) => problem.driven_by(drive.clone()),
-        None => Ok(problem),
-    }
+    Ok(driven_of(&problem, drive)?.unwrap_or(problem))
+}
+
+/// The same, or nothing.
+fn driven_of(problem: &Problem, drive: Option<&Drive>) -> Result<Option<Problem>> {
+    let of = |drive: &Drive| problem.clone().driven_by(drive.clone());
+    drive.map(of).transpose()
 }
 
 /// The same tensors without history.

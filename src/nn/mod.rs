@@ -12,19 +12,24 @@
 //! their data or time, and the weights of a [`GalerkinLinear`] depend on time.  [`Augmenter`] gives the state more
 //! dimensions, and [`WithIntegral`] integrates a cost along the solution.
 //!
-//! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.
+//! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.  [`ConstantField`], which
+//! is also integrated tile by tile, can be the diffusion of additive noise.
 //!
 //! [`RowSpeed`] and [`Relaxation`] are built around another field, and are integrated tile by tile if that field is.
 //!
 //! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any model.  Use
 //! them in place of candle's layers, some of which have no pull-back, a wrong one, or a slow one.
 //! `docs/candle-layers.md` lists which of candle's layers have no pull-back or a wrong one.
+//!
+//! [`RowLoss`] is a loss that is a mean over rows.  A solve can compute it together with its gradients
+//! ([`NeuralOde::loss`](crate::NeuralOde::loss)).
 
 mod activation;
 mod augmenter;
 mod cde_mlp;
 mod cnf;
 mod conditional;
+mod constant_field;
 mod conv;
 mod conv1d;
 #[cfg(feature = "cuda")]
@@ -52,6 +57,7 @@ pub use augmenter::{Augmenter, Zeros};
 pub use cde_mlp::CdeMlp;
 pub use cnf::Cnf;
 pub use conditional::ConditionalMlp;
+pub use constant_field::ConstantField;
 pub use conv::ConvField;
 pub use conv1d::{conv1d, conv1d_no_bias, Conv1d};
 pub use depth::{depth_cat, DataControl};
@@ -70,6 +76,8 @@ pub use ot_flow::OtFlow;
 pub use perceptron::Perceptron;
 pub use relaxation::Relaxation;
 pub use row_speed::{RowSpeed, WithSpeed};
+
+pub use crate::loss::RowLoss;
 
 use std::any::Any;
 

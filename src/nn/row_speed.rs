@@ -24,9 +24,10 @@ use crate::time::Time;
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_diffeq::control::Adaptive;
+/// use candle_diffeq::{NeuralOde, OdeOptions};
 /// use candle_diffeq::nn::{Activation, Mlp, RowSpeed};
-/// use candle_diffeq::{NeuralOde, OdeOptions, Steps, DOPRI5};
+/// use candle_diffeq::options::{Adaptive, Steps};
+/// use candle_diffeq::tableau::DOPRI5;
 /// let vars = candle_nn::VarMap::new();
 /// let ode = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, |vb| {
 ///     Ok(RowSpeed::new(Mlp::new(&[2, 64, 2], Activation::Tanh, vb)?))

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::simd::unit;
 
 /// Counters that are computed at once.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// Counters that one thread takes at a time; fewer are not worth a second thread.
 const PIECE: usize = 1 << 12;
@@ -39,6 +39,16 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// The key, and what all counters have in common: their first and their last word.
+    #[inline(always)]
+    pub(super) fn key(&self) -> ([u32; 2], [u32; 2]) {
+        let Self {
+            seed, purpose, at, ..
+        } = *self;
+        let upper = (purpose as u32) << 28 | (at >> 32) as u32 & 0x0fff_ffff;
+        ([seed as u32, (seed >> 32) as u32], [at as u32, upper])
+    }
+
     /// Two numbers of every block of so many rows: the first ones, then the second ones, `[row][block]`.
     pub(super) fn pairs(&self, rows: usize) -> Result<[Vec<f64>; 2]> {
         let unit = unit()?;
@@ -94,21 +104,13 @@ impl WithSimd for Piece<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let Place {
-            seed,
-            purpose,
-            at,
-            first_row,
-            blocks,
+            first_row, blocks, ..
         } = *self.place;
-        let key = [seed as u32, (seed >> 32) as u32];
-        let fixed = (
-            at as u32,
-            (purpose as u32) << 28 | (at >> 32) as u32 & 0x0fff_ffff,
-        );
+        let (key, [at, upper]) = self.place.key();
         let [first, second] = self.out;
         for start in (0..first.len()).step_by(LANES) {
             let here = LANES.min(first.len() - start);
-            let mut counters = [[fixed.0; LANES], [0; LANES], [0; LANES], [fixed.1; LANES]];
+            let mut counters = [[at; LANES], [0; LANES], [0; LANES], [upper; LANES]];
             let [_, rows, columns, _] = &mut counters;
             let lanes = rows.iter_mut().zip(columns).take(here);
             for (flat, (row, column)) in (self.at + start..).zip(lanes) {

@@ -12,7 +12,7 @@ const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 /// Four random words of one counter under one key.
 ///
 /// ```
-/// use candle_diffeq::noise::philox4x32;
+/// use candle_diffeq::sde::philox4x32;
 /// let words = philox4x32([0; 4], [0; 2]);
 /// assert_eq!(words, [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
 /// ```

@@ -21,7 +21,7 @@ use crate::time::Times;
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_diffeq::path::Observations;
+/// use candle_diffeq::cde::Observations;
 /// // Two series of two channels; of the second channel of the first one an observation is missing.
 /// let xs = Tensor::new(&[[[0f32, 1.0], [2.0, f32::NAN], [3.0, 5.0]], [[1.0, 0.0], [1.0, 1.0], [4.0, 2.0]]], &Device::Cpu)?;
 /// let path = Observations::at(&[0.0, 0.5, 2.0], &xs)?.with_time()?.linear()?;

@@ -159,7 +159,7 @@ pub(super) enum Seed<'a, T> {
 
 impl<'a, T> Seed<'a, T> {
     /// Of a leaf of some rows, whose tile begins at `tile` in the group.
-    fn of(
+    pub(super) fn of(
         self,
         problem: &Problem,
         layout: &RowLayout,

@@ -81,7 +81,11 @@ pub(super) fn run<T: Element>(
     let each = |(): &mut (), tiles: &Vec<usize>| pass.group(tiles, vec![]);
     let mut done = Vec::with_capacity(groups.len());
     on_all_threads(&groups, &|| (), &each, &mut |_, group| done.push(group))?;
-    let packed = assemble(plan, &done)?;
+    let by_tile = done.iter().map(|group: &IntegratedGroup<T>| {
+        let rows = group.tiles.iter().map(|tile| &tile.rows);
+        (rows.collect(), group.states.as_slice())
+    });
+    let packed = assemble(plan, by_tile)?;
     let shape = (problem.outputs(), problem.packing.len());
     let groups: Vec<_> = done.into_iter().map(|g| g.tiles).collect();
     count(problem, schedule, stats);
@@ -228,15 +232,18 @@ pub(super) fn each_leaf(
     }
 }
 
-/// Brings the states of all tiles into the order of the packed state, output by output.
-fn assemble<T: Element>(plan: &TilePlan<'_>, groups: &[IntegratedGroup<T>]) -> Result<Vec<T>> {
+/// Brings the states of all tiles into the order of the packed state, output by output; by group, the rows of its tiles
+/// and their states.
+pub(super) fn assemble<'a, T: Element>(
+    plan: &TilePlan<'_>,
+    groups: impl Iterator<Item = (Vec<&'a Range<usize>>, &'a [T])>,
+) -> Result<Vec<T>> {
     let (problem, layout) = (plan.problem, plan.layout);
     let elements = problem.packing.len();
     let numbers = problem.outputs().saturating_mul(elements);
     let mut packed = zeros::<T>("returned states", numbers)?;
-    for group in groups {
-        let mut states = group.states.as_slice();
-        for Tile { rows, .. } in &group.tiles {
+    for (tiles, mut states) in groups {
+        for rows in tiles {
             for output in 0..problem.outputs() {
                 let state = &mut packed[output * elements..][..elements];
                 states = layout.place(rows, states, state);

@@ -5,6 +5,7 @@ use pulp::Simd;
 
 use super::activations::{Load, Save};
 use super::adaptive::{Attempted, Norms};
+use super::driven::Mixed;
 use super::lanes::{First, Terms};
 use crate::precision::Low;
 use crate::simd::{enter, Element, Kernel};
@@ -21,6 +22,9 @@ pub(super) trait Lanewise<T: Element>: Send + Sync {
         terms: Terms<'_, T>,
         xs: &[T],
     );
+
+    /// A sum whose coefficients are combinations of functionals of noise.
+    fn mix(&self, mixed: Mixed<'_, T>);
 
     /// `x` times a factor of every lane.
     fn scale(&self, x: &mut [T], factor: &[T]);
@@ -93,6 +97,10 @@ impl<T: Element, S: Simd> Lanewise<T> for On<S> {
                 },
             ),
         }
+    }
+
+    fn mix(&self, mixed: Mixed<'_, T>) {
+        enter(self.0, mixed);
     }
 
     fn scale(&self, x: &mut [T], factor: &[T]) {

@@ -11,6 +11,7 @@ mod activations;
 mod adaptive;
 mod around;
 mod backward;
+mod driven;
 mod forward;
 mod grade;
 mod graded;
@@ -46,6 +47,7 @@ use crate::stats::Stats;
 pub(crate) use activations::Part;
 use activations::Size;
 pub(crate) use around::Around;
+pub(crate) use driven::DrivenRows;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
 use lanewise::On;
 use threads::{on_all_threads, Failure};
@@ -138,20 +140,7 @@ impl Rows {
         let Some(layout) = self.layout(problem.packing.shapes()) else {
             return Ok(None);
         };
-        if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
-            return Ok(None);
-        }
-        // Where a field is not defined, the general path says so.
-        let outside = |[start, end]: [f64; 2]| {
-            let mut points = problem.grid.points().iter();
-            points.any(|t| !(start..=end).contains(t))
-        };
-        if self.field.domain().is_some_and(outside) {
-            return Ok(None);
-        }
-        // That time stands still for a field that reads it is found where steps are taken one by one; of adaptive steps it
-        // is not known before they are taken.
-        if self.field.reads_time() && !problem.resolved {
+        if !self.takes(problem) {
             return Ok(None);
         }
         if let Plan::Adaptive(control) = &problem.plan {
@@ -160,25 +149,38 @@ impl Rows {
                 return Ok(None);
             }
         }
-        let roles = &problem.scheme.roles;
-        let held = |dtype| {
-            roles
-                .iter()
-                .all(|r| r.state == dtype && r.compute.held == dtype)
-        };
-        let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
         let plan = TilePlan::new(problem, &layout);
-        if held(DType::F32) && stores(roles[0].store.to) {
-            let prepared = |loss: &dyn RowGrade| loss.single(problem, &layout);
-            let tiles = |own: &[Shape]| self.field.single(&plan, own);
-            self.solve_in::<f32>(&plan, y0, (loss, &prepared), &tiles, stats)
-        } else if held(DType::F64) && stores(DType::F64) {
-            let prepared = |loss: &dyn RowGrade| loss.double(problem, &layout);
-            let tiles = |own: &[Shape]| self.field.double(&plan, own);
-            self.solve_in::<f64>(&plan, y0, (loss, &prepared), &tiles, stats)
-        } else {
-            Ok(None)
+        match held(problem) {
+            Some(DType::F32) => {
+                let prepared = |loss: &dyn RowGrade| loss.single(problem, &layout);
+                let tiles = || self.single(&plan);
+                self.solve_in::<f32>(&plan, y0, (loss, &prepared), &tiles, stats)
+            }
+            Some(DType::F64) => {
+                let prepared = |loss: &dyn RowGrade| loss.double(problem, &layout);
+                let tiles = || self.double(&plan);
+                self.solve_in::<f64>(&plan, y0, (loss, &prepared), &tiles, stats)
+            }
+            _ => Ok(None),
         }
+    }
+
+    /// Whether tiles may solve the problem, whatever its state is.
+    fn takes(&self, problem: &Problem) -> bool {
+        if !problem.fusion || !problem.device().is_cpu() || problem.grid.is_tracked() {
+            return false;
+        }
+        // Where a field is not defined, the general path says so.
+        let outside = |[start, end]: [f64; 2]| {
+            let mut points = problem.grid.points().iter();
+            points.any(|t| !(start..=end).contains(t))
+        };
+        if self.field.domain().is_some_and(outside) {
+            return false;
+        }
+        // That time stands still for a field that reads it is found where steps are taken one by one; of adaptive steps it
+        // is not known before they are taken.
+        !self.field.reads_time() || problem.resolved
     }
 
     /// The same over numbers of T.
@@ -194,17 +196,43 @@ impl Rows {
             return Ok(None);
         };
         let task = self.task(plan, y0)?;
+        match tiles()? {
+            Some(field) => solve_tiles(field, task, wanted, stats).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// In tiles of f32 on the vector unit, if there is one.
+    fn single(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f32>>>> {
+        let field = self.field.single(plan, self.own_shapes(plan))?;
+        Ok(field.map(|field| self.made_of(field, plan)))
+    }
+
+    /// In tiles of f64.
+    fn double(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f64>>>> {
+        let field = self.field.double(plan, self.own_shapes(plan))?;
+        Ok(field.map(|field| self.made_of(field, plan)))
+    }
+
+    /// Shapes of the leaves of the field inside.
+    fn own_shapes<'a>(&self, plan: &TilePlan<'a>) -> &'a [Shape] {
         let shapes = plan.problem.packing.shapes();
-        let own = shapes.len() - self.leaves_around();
-        let Some(mut field) = tiles(&shapes[..own])? else {
-            return Ok(None);
-        };
+        &shapes[..shapes.len() - self.leaves_around()]
+    }
+
+    /// What is made of the field inside.
+    fn made_of<T: Element>(
+        &self,
+        mut field: Box<dyn Tiled<T>>,
+        plan: &TilePlan<'_>,
+    ) -> Box<dyn Tiled<T>> {
+        let own = self.own_shapes(plan).len();
         let mut dim = plan.layout.features[..own].iter().sum();
         for around in &self.around {
             field = around.tiles(field, dim);
             dim += around.leaves();
         }
-        solve_tiles(field, task, wanted, stats).map(Some)
+        field
     }
 
     fn task<'a, T: Element>(&self, plan: &'a TilePlan<'a>, y0: &Tensor) -> Result<Task<'a, T>> {
@@ -282,6 +310,24 @@ fn tiles_of<T: Element, F: RowField>(
     dispatch(job)?.transpose()
 }
 
+/// The numbers that tiles of a problem compute with, if its dtype roles are those of tiles.
+fn held(problem: &Problem) -> Option<DType> {
+    let roles = &problem.scheme.roles;
+    let held = |dtype| {
+        roles
+            .iter()
+            .all(|r| r.state == dtype && r.compute.held == dtype)
+    };
+    let stores = |dtype| roles.iter().all(|r| r.store.to == dtype);
+    let single = held(DType::F32) && stores(roles[0].store.to);
+    let double = held(DType::F64) && stores(DType::F64);
+    match (single, double) {
+        (true, _) => Some(DType::F32),
+        (_, true) => Some(DType::F64),
+        _ => None,
+    }
+}
+
 /// A solve over numbers of T.
 struct Task<'a, T> {
     plan: &'a TilePlan<'a>,
@@ -291,8 +337,8 @@ struct Task<'a, T> {
     reads_time: bool,
 }
 
-/// Packs the weights of a field for the vector unit, for leaves of these shapes; `None` without a unit.
-type TilesFor<'a, T> = dyn Fn(&[Shape]) -> Result<Option<Box<dyn Tiled<T>>>> + 'a;
+/// Packs the weights of a field for the vector unit; `None` without a unit.
+type TilesFor<'a, T> = dyn Fn() -> Result<Option<Box<dyn Tiled<T>>>> + 'a;
 
 /// What makes a loss over numbers of T of one that does not know its numbers yet.
 type Preparation<'a, T> = dyn Fn(&dyn RowGrade) -> Result<Option<Box<dyn Grade<T>>>> + 'a;

@@ -297,7 +297,12 @@ impl<'p, T: Element> Stepper<'p, T> {
 }
 
 /// Rounds a state-like tile to compute precision, leaf by leaf.
-fn round<T: Element>(on: &dyn Lanewise<T>, plan: &TilePlan<'_>, batch: usize, x: &mut [T]) {
+pub(super) fn round<T: Element>(
+    on: &dyn Lanewise<T>,
+    plan: &TilePlan<'_>,
+    batch: usize,
+    x: &mut [T],
+) {
     let mut rest = x;
     for (features, low) in plan.layout.features.iter().zip(&plan.low) {
         let leaf;

@@ -9,13 +9,11 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use proptest::prelude::*;
 
-use crate::control::{Adaptive, StepControl};
-use crate::nn::{Activation, Cnf, ConvField, Mlp};
+use crate::nn::{Activation, Cnf, ConvField, Mlp, RowLoss};
+use crate::options::{ActivationCache, Adaptive, Checkpoint, Output, StepControl, Steps};
 use crate::simd::unit::{allowed, Cap};
-use crate::{
-    tableau::{EULER, HEUN},
-    ActivationCache, Checkpoint, NeuralOde, OdeOptions, Output, RowLoss, State, Steps, DOPRI5, RK4,
-};
+use crate::tableau::{DOPRI5, EULER, HEUN, RK4};
+use crate::{NeuralOde, OdeOptions, State};
 
 /// Tiles of another width than the batch would choose, for this thread.
 pub(super) mod width {

@@ -219,9 +219,11 @@ impl Fixed {
         })
     }
 
-    /// Whether every step is far from the ends of the range of f32.
-    pub(super) fn is_moderate(&self) -> bool {
-        self.pieces.iter().all(|piece| is_moderate(piece.h()))
+    /// Whether every step is within so many octaves of one.
+    pub(super) fn is_moderate(&self, octaves: i32) -> bool {
+        self.pieces
+            .iter()
+            .all(|piece| is_moderate(piece.h(), octaves))
     }
 
     /// Number of steps.

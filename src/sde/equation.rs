@@ -2,12 +2,13 @@
 
 use std::marker::PhantomData;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Tensor;
 
 use super::SdeOptions;
 use crate::driven::{Calculus, Drive, Equation, NoiseType};
-use crate::field::{autograd, Cotangents, Leaves, Pullback, VectorField};
+use crate::field::{autograd, Cotangents, Leaves, Offer, Pullback, VectorField};
 use crate::noise::Noise;
 use crate::state::State;
 use crate::time::Time;
@@ -117,6 +118,7 @@ impl<F, G, M> Sde<F, G, M> {
             method: options.method,
             equation: self.equation,
             noise: noise.clone(),
+            samples: options.samples,
         }
     }
 }
@@ -144,8 +146,26 @@ pub trait Diffusion<S: State> {
         autograd::vjp(&leaves, t, &y.leaves())
     }
 
+    /// As [`vjp`](Self::vjp), after an earlier evaluation has shown that g does not depend on the state in a way that
+    /// candle's graph does not contain.
+    #[doc(hidden)]
+    #[allow(clippy::type_complexity)]
+    fn vjp_of_constant<'f>(
+        &'f self,
+        t: &Time,
+        y: &S,
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        self.vjp(t, y)
+    }
+
     /// As [`VectorField::parameters`].
     fn parameters(&self) -> Option<Vec<Tensor>> {
+        None
+    }
+
+    /// As [`VectorField::offer`].
+    #[doc(hidden)]
+    fn offer(&self) -> Option<Offer> {
         None
     }
 }
@@ -158,6 +178,18 @@ where
 {
     fn tensors(&self, t: &Time, y: &S) -> candle_core::Result<Vec<Tensor>> {
         Ok(self(t, y)?.leaves())
+    }
+
+    fn vjp_of_constant<'f>(
+        &'f self,
+        t: &Time,
+        y: &S,
+    ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
+        let leaves = OfDiffusion::<&Self, S> {
+            is_constant: true,
+            ..OfDiffusion::new(self)
+        };
+        autograd::vjp(&leaves, t, &y.leaves())
     }
 }
 
@@ -207,6 +239,10 @@ impl<S: State + 'static, F: VectorField<S>> Diffusion<S> for OfField<F> {
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.0.parameters()
     }
+
+    fn offer(&self) -> Option<Offer> {
+        self.0.offer()
+    }
 }
 
 /// The part that an equation does not have.
@@ -222,6 +258,12 @@ impl<S: State> VectorField<S> for Without {
 /// A diffusion as a field over lists of tensors, whose values need not be like the state.
 struct OfDiffusion<P, S> {
     diffusion: P,
+    /// Whether the noise is declared additive, and whether an evaluation has been pulled back, by which the declaration
+    /// was held against the values.
+    additive: bool,
+    verified: AtomicBool,
+    /// Whether nothing is to be verified.
+    is_constant: bool,
     state: PhantomData<fn() -> S>,
 }
 
@@ -229,7 +271,18 @@ impl<P, S> OfDiffusion<P, S> {
     fn new(diffusion: P) -> Self {
         Self {
             diffusion,
+            additive: false,
+            verified: AtomicBool::new(false),
+            is_constant: false,
             state: PhantomData,
+        }
+    }
+
+    /// Of an equation that declares its noise.
+    fn of(diffusion: P, equation: &Equation) -> Self {
+        Self {
+            additive: equation.additive,
+            ..Self::new(diffusion)
         }
     }
 }
@@ -248,15 +301,30 @@ where
         t: &Time,
         y: &Vec<Tensor>,
     ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
-        self.diffusion.vjp(t, &S::from_leaves(y.clone())?)
+        let y = S::from_leaves(y.clone())?;
+        // A comparison with values at other states at every step would cost more than the step.
+        if self.additive && self.verified.load(Ordering::Relaxed) {
+            return self.diffusion.vjp_of_constant(t, &y);
+        }
+        let result = self.diffusion.vjp(t, &y)?;
+        self.verified.store(true, Ordering::Relaxed);
+        Ok(result)
     }
 
     fn returns_velocity(&self) -> bool {
         false
     }
 
+    fn is_constant_in(&self, _: usize) -> bool {
+        self.is_constant
+    }
+
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.diffusion.parameters()
+    }
+
+    fn offer(&self) -> Option<Offer> {
+        self.diffusion.offer()
     }
 }
 
@@ -274,7 +342,10 @@ where
 {
     let mut parts: Vec<SharedPart> = vec![
         Box::new(Leaves::<Box<F>, S>::new(Box::new(sde.drift))),
-        Box::new(OfDiffusion::<Box<G>, S>::new(Box::new(sde.diffusion))),
+        Box::new(OfDiffusion::<Box<G>, S>::of(
+            Box::new(sde.diffusion),
+            &sde.equation,
+        )),
     ];
     if sde.equation.milstein_term {
         parts.push(Box::new(Leaves::<Box<M>, S>::new(Box::new(
@@ -294,7 +365,10 @@ where
 {
     let mut parts: Vec<OwnedPart<'static>> = vec![
         Box::new(Leaves::<Box<F>, S>::new(Box::new(sde.drift))),
-        Box::new(OfDiffusion::<Box<G>, S>::new(Box::new(sde.diffusion))),
+        Box::new(OfDiffusion::<Box<G>, S>::of(
+            Box::new(sde.diffusion),
+            &sde.equation,
+        )),
     ];
     if sde.equation.milstein_term {
         parts.push(Box::new(Leaves::<Box<M>, S>::new(Box::new(
@@ -314,7 +388,7 @@ where
 {
     let mut parts: Vec<OwnedPart<'f>> = vec![
         Box::new(Leaves::<&'f F, S>::new(&sde.drift)),
-        Box::new(OfDiffusion::<&'f G, S>::new(&sde.diffusion)),
+        Box::new(OfDiffusion::<&'f G, S>::of(&sde.diffusion, &sde.equation)),
     ];
     if sde.equation.milstein_term {
         parts.push(Box::new(Leaves::<&'f M, S>::new(&sde.milstein_term)));

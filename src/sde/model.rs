@@ -24,8 +24,9 @@ use crate::time::Times;
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_diffeq::{Precision, Time};
+/// use candle_diffeq::options::Steps;
 /// use candle_diffeq::sde::{ito, NeuralSde, Noise, SdeOptions};
-/// use candle_diffeq::{Precision, Steps, Time};
 /// let (vars, device) = (candle_nn::VarMap::new(), Device::Cpu);
 /// let sde = NeuralSde::new(&vars, "sde", DType::F32, &device, |vb| {
 ///     let drift = candle_nn::linear(2, 2, vb.pp("drift"))?;
@@ -122,6 +123,7 @@ impl<S: State + 'static> NeuralSde<S> {
             method: self.options.method,
             equation: self.equation,
             noise: noise.clone(),
+            samples: self.options.samples,
         }
     }
 

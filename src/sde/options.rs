@@ -1,6 +1,7 @@
 //! Options of a solve of a stochastic differential equation.
 
-use crate::driven::{SdeMethod, EULER_MARUYAMA};
+use crate::driven::methods::EULER_MARUYAMA;
+use crate::driven::SdeMethod;
 use crate::field::check::FieldCheck;
 use crate::precision::Precision;
 use crate::problem::OdeOptions;
@@ -12,8 +13,9 @@ use crate::trajectory::Checkpoint;
 /// Options of a solve: the method for an SDE, and what [`OdeOptions`] has that applies to its steps.
 ///
 /// ```
+/// use candle_diffeq::Precision;
+/// use candle_diffeq::options::{Checkpoint, Steps};
 /// use candle_diffeq::sde::{SdeOptions, HEUN};
-/// use candle_diffeq::{Checkpoint, Precision, Steps};
 /// let options = SdeOptions {
 ///     method: HEUN,
 ///     precision: Some(Precision::bf16()),
@@ -33,10 +35,38 @@ pub struct SdeOptions {
     pub leaf_precision: Vec<Precision>,
     /// How intervals between times are cut into steps, which are fixed.  Default: one step each.
     pub steps: Steps,
+    /// How many solutions (samples) of each initial state are computed.  Every sample has its own noise.  Default: one.
+    ///
+    /// With n samples the state has n times the rows of y0: first the rows of the first sample, then the rows of the
+    /// second sample, and so on.  Do not repeat y0 yourself.  The gradient of y0 is the sum over the samples.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_diffeq::Time;
+    /// use candle_diffeq::options::{Output, Steps};
+    /// use candle_diffeq::sde::{ito, predict, Noise, SdeOptions};
+    /// let sde = ito(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y.ones_like()).additive();
+    /// let options = SdeOptions {
+    ///     samples: 500,
+    ///     steps: Steps::PerInterval(20),
+    ///     output: Output::Final,
+    ///     ..Default::default()
+    /// };
+    /// let y0 = Tensor::new(&[[0f32], [5.0]], &Device::Cpu)?;
+    /// let y = predict(&sde, &y0, &[0.0, 1.0], &Noise::seeded(2), &options)?;       // (500 · 2, 1)
+    /// let means = y.reshape((500, 2))?.mean(0)?.to_vec1::<f32>()?;
+    /// assert!(means[0].abs() < 0.1 && (means[1] - 5.0 * (-1f32).exp()).abs() < 0.15);
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    pub samples: usize,
     /// Which states are returned.  Default: all.
     pub output: Output,
     /// What is kept for the backward pass; noise never is.  Default: every state.
     pub checkpoint: Checkpoint,
+    /// Whether an equation is integrated tile by tile on the CPU if this is possible; see [`sde`](crate::sde) for the
+    /// conditions.  Default: yes.  With and without tiles, the noise has the same bits, and the results agree up to
+    /// rounding.
+    pub fusion: bool,
     /// As [`OdeOptions::scaling`].
     pub scaling: Scaling,
     /// As [`OdeOptions::on_overflow`].
@@ -55,8 +85,10 @@ impl Default for SdeOptions {
             precision: ode.precision,
             leaf_precision: ode.leaf_precision,
             steps: ode.steps,
+            samples: 1,
             output: ode.output,
             checkpoint: ode.checkpoint,
+            fusion: ode.fusion,
             scaling: ode.scaling,
             on_overflow: ode.on_overflow,
             check: ode.check,
@@ -74,6 +106,7 @@ impl SdeOptions {
             steps: self.steps.clone(),
             output: self.output,
             checkpoint: self.checkpoint,
+            fusion: self.fusion,
             scaling: self.scaling,
             on_overflow: self.on_overflow,
             check: self.check,

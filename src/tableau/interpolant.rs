@@ -60,6 +60,12 @@ impl Tableau {
         self.interpolation_order() + 1 >= self.order
     }
 
+    /// Whether adaptive steps end at outputs unless the options say otherwise: the method has no interpolant of its own,
+    /// and the cubic Hermite polynomial, of order three, is more than one order below the method.
+    pub(crate) fn ends_steps_at_outputs(&self) -> bool {
+        self.interpolant.is_none() && self.order > 4
+    }
+
     /// The order of the interpolant, up to that of the method: Σ b_i(x) Φ_i(τ) = x^|τ| / γ(τ) for every rooted tree τ of
     /// as many vertices.
     fn interpolation_order(&self) -> usize {
@@ -186,6 +192,12 @@ mod tests {
             }
             assert_eq!(method.interpolation_order(), order, "{name}");
             assert_eq!(method.interpolates_well(), suffices, "{name}");
+            // Of the pairs, one has none of its own that is better than the Hermite polynomial.
+            assert_eq!(
+                method.ends_steps_at_outputs(),
+                name == "fehlberg45",
+                "{name}"
+            );
         }
     }
 

@@ -4,7 +4,9 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_diffeq::{NeuralOde, OdeOptions, Steps, Tableau, Time};
+use candle_diffeq::options::Steps;
+use candle_diffeq::tableau::Tableau;
+use candle_diffeq::{NeuralOde, OdeOptions, Time};
 use candle_nn::{linear, Linear, VarBuilder, VarMap};
 
 /// Unit roundoffs.

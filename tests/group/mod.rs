@@ -6,11 +6,11 @@ use std::sync::{Arc, Condvar, Mutex};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::distributed::{mean, share, total, Alone, Group, Replicas, Shards, Wire};
 use candle_diffeq::error::GroupDefect;
-use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::nn::{Activation, Mlp, RowLoss};
+use candle_diffeq::options::{Output, Steps};
 use candle_diffeq::scaling::{LossScaler, OnOverflow, Stepped};
-use candle_diffeq::{
-    Error, NeuralOde, OdeOptions, Output, Precision, Recorder, Result, RowLoss, Stats, Steps,
-};
+use candle_diffeq::{Error, NeuralOde, OdeOptions, Precision, Result};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap, SGD};
 
 use crate::common::{bits, fill, named, scattered, values, worst, U_BF16, U_F32, U_F64};

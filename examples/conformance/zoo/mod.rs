@@ -12,7 +12,8 @@ use std::sync::PoisonError;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::nn::Activation;
-use candle_diffeq::{NeuralOde, OdeOptions, Precision, Tableau, VectorField};
+use candle_diffeq::tableau::Tableau;
+use candle_diffeq::{NeuralOde, OdeOptions, Precision, VectorField};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::discrete::{exact, leaves, loss, named, outcome, METHODS};

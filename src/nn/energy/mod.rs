@@ -17,8 +17,9 @@
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
+//! use candle_diffeq::{odeint, OdeOptions, Time};
 //! use candle_diffeq::nn::energy::Hamiltonian;
-//! use candle_diffeq::{odeint, OdeOptions, Steps, Time};
+//! use candle_diffeq::options::Steps;
 //! // A pendulum: H = ½ p² + 1 − cos q.
 //! let pendulum = Hamiltonian::new(|_: &Time, x: &Tensor| {
 //!     let (q, p) = (x.narrow(1, 0, 1)?, x.narrow(1, 1, 1)?);
