@@ -37,9 +37,9 @@ pub use tolerance::Tolerance;
 /// rounding in compute precision causes; see [`noise_floor`](Self::noise_floor).  Gradients are those of the accepted
 /// steps; the step lengths are treated as constants.
 ///
-/// Tolerances have no default.  Relative tolerances down to 1e-12 can be reached in f64, and down to about 1e-6 in
-/// f32.  The relative error of one evaluation of a field is about 5e-3 in bf16 and 5e-4 in f16.  Use an rtol of 1e-2
-/// to 1e-3 with [`BOSH3`](crate::tableau::BOSH3) or [`DOPRI5`](crate::tableau::DOPRI5) in bf16, and of 1e-3 to 1e-4 with
+/// Tolerances have no default.  Relative tolerances down to 1e-12 can be reached in f64, and down to about 1e-6 in f32.
+/// The relative error of one evaluation of a field is about 5e-3 in bf16 and 5e-4 in f16.  Use an rtol of 1e-2 to 1e-3
+/// with [`BOSH3`](crate::tableau::BOSH3) or [`DOPRI5`](crate::tableau::DOPRI5) in bf16, and of 1e-3 to 1e-4 with
 /// `DOPRI5` in f16.  Smaller tolerances do no harm, but do not reduce the error.  `TSIT5` and `DOPRI8` have large
 /// weights that cancel, and lose digits in low precision.
 ///
@@ -126,8 +126,8 @@ impl Adaptive {
     }
 
     /// The shortest length that the controller chooses.  An attempt of this length is accepted even if its error, as
-    /// long as it is finite, exceeds the tolerance; [`Stats::forced`](crate::metrics::Stats::forced) counts such steps.  Only
-    /// steps before a time at which a step must end may be shorter.  The default is 0: then the solve fails with
+    /// long as it is finite, exceeds the tolerance; [`Stats::forced`](crate::metrics::Stats::forced) counts such steps.
+    /// Only steps before a time at which a step must end may be shorter.  The default is 0: then the solve fails with
     /// [`StopReason::Underflow`](crate::error::StopReason::Underflow) when a step is too short to change the time.
     #[must_use]
     pub fn min_step(self, h: f64) -> Self {
@@ -178,9 +178,9 @@ impl Adaptive {
         }
     }
 
-    /// Whether steps end at output times too, instead of outputs being interpolated.  Default: only for a method of an
-    /// order above four that has no interpolant of its own, such as [`FEHLBERG45`](crate::tableau::FEHLBERG45); the cubic
-    /// Hermite polynomial would be less accurate than its steps.
+    /// Whether steps end at output times too, instead of outputs being interpolated.  Default: only if the method has
+    /// an order above four and no interpolant of its own, such as [`FEHLBERG45`](crate::tableau::FEHLBERG45).  For such
+    /// a method outputs would be interpolated by the cubic Hermite polynomial, which is less accurate than its steps.
     #[must_use]
     pub fn step_on_outputs(self, on: bool) -> Self {
         Self {
@@ -246,10 +246,10 @@ pub enum StepControl {
     ///
     /// With `Rows`, an easy row takes fewer steps than with `Batch`, and is less accurate than with steps that are
     /// chosen for the most difficult row.  Therefore compare the two settings at equal error, not at equal tolerance.
-    /// [`Checkpoint::States`](crate::options::Checkpoint::States) and
-    /// [`Bytes`](crate::options::Checkpoint::Bytes) are budgets of every row in the same way as of the batch: so many states of
-    /// each.  Nothing is kept of evaluations ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).
-    /// In f16 the rows of a tile share a scale of the adjoint.
+    /// [`Checkpoint::States`](crate::options::Checkpoint::States) and [`Bytes`](crate::options::Checkpoint::Bytes) are
+    /// budgets of every row in the same way as of the batch: so many states of each.  Nothing is kept of evaluations
+    /// ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).  In f16 the rows of a tile share a
+    /// scale of the adjoint.
     Rows,
     /// All rows of the batch have the same steps, which are chosen by one error estimate of the whole batch; see
     /// [`Norm`].

@@ -4,12 +4,14 @@
 //! irregular and partly missing.  P. Kidger, J. Morrill, J. Foster, T. Lyons, "Neural controlled differential equations for irregular
 //! time series" (NeurIPS 2020).
 //!
-//! On a path, a CDE is an ordinary differential equation, and everything that the crate does with one it does here:
-//! methods, fixed and adaptive steps, precisions, checkpoints, statistics, exact gradients of the steps that were run.
-//! Gradients reach the observations if candle tracks them.
+//! For a given path, a CDE is an ordinary differential equation in z, and everything that the crate does with
+//! ordinary differential equations works here, too: methods, fixed and adaptive steps, precisions, checkpoints,
+//! statistics, gradients that are exact for the steps that were run.  Gradients reach the observations if candle
+//! tracks them.
 //!
-//! * Steps: with [`ControlPath::knots`] as times and [`Output::Final`](crate::options::Output::Final), steps are intervals of
-//!   the path, or equal parts of them.  Other times are possible: steps are cut where the slope of the path jumps.
+//! * Steps: with [`ControlPath::knots`] as times, there is one step for each interval of the path, or n steps with
+//!   [`Steps::PerInterval`](crate::options::Steps::PerInterval); [`Output::Final`](crate::options::Output::Final)
+//!   returns only the last state.  Other times are possible: steps are cut where the slope of the path jumps.
 //! * Precision: the slope is formed in the dtype of the observations, f32 at least, and rounded to compute precision
 //!   where it meets F.
 
@@ -36,10 +38,10 @@ use crate::time::Times;
 ///
 /// * `field`: a closure `|t: &Time, z: &Tensor| …` that returns `(rows, hidden, channels)`, or any [`ControlledField`].
 /// * `z0`: `(rows, hidden)`, with the rows of the path.
-/// * `path`: made of [`Observations`]; gradients reach these if candle tracks them.
+/// * `path`: built from [`Observations`], which receive gradients if candle tracks them.
 /// * `times`: within the knots of the path, in either direction.
 ///
-/// Options, result and other errors as [`odeint`](crate::odeint()).
+/// Options, result and other errors are those of [`odeint`](crate::odeint()).
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Tensor, Var};
@@ -79,8 +81,8 @@ where
 /// A neural CDE: constructors of ζ and F, their variables, and how to solve.
 ///
 /// ζ maps X(t_0), `(rows, channels)`, to z(t_0), `(rows, hidden)`; it is any candle module, evaluated once in the
-/// dtype of its variables.  F is any [`ControlledField`], evaluated in compute precision.  The constructors are called
-/// as those of [`NeuralOde`], under the prefixes `<prefix>.initial` and `<prefix>.field`.
+/// dtype of its variables.  F is any [`ControlledField`], evaluated in compute precision.  The constructors are
+/// called like those of [`NeuralOde`], under the prefixes `<prefix>.initial` and `<prefix>.field`.
 ///
 /// ```
 /// use candle_core::{DType, Device, IndexOp, Tensor};
@@ -119,7 +121,7 @@ impl NeuralCde {
     /// are created in it, in `dtype`.
     ///
     /// # Errors
-    /// Of the constructors.
+    /// Those of the constructors.
     pub fn new<F, B, M, I>(
         vars: &VarMap,
         prefix: &str,
@@ -199,8 +201,9 @@ impl NeuralCde {
         Ok(z0)
     }
 
-    /// The states at `times`, the first of which is where z = ζ(X); differentiable in every parameter, in tracked
-    /// observations and in `times`, where these are a tracked tensor (but for ζ(X(t_0)), which holds t_0 constant).
+    /// The states at `times`.  At the first time, z = ζ(X).  The states are differentiable with respect to every
+    /// parameter, to tracked observations, and to `times` if these are a tracked tensor.  Gradients with respect to
+    /// t_0 do not include that ζ(X(t_0)) depends on t_0.
     ///
     /// # Errors
     /// As [`cdeint`], and [`initial_state`](Self::initial_state).
@@ -208,7 +211,7 @@ impl NeuralCde {
         self.solve_from(&self.start(path, times)?, path, times)
     }
 
-    /// The same from a state of one's own.
+    /// The same as [`solve`](Self::solve), but from a state z(t_0) that is given.
     ///
     /// # Errors
     /// As [`cdeint`].
@@ -235,7 +238,7 @@ impl NeuralCde {
         self.field.given(path).solution(&z0, times)
     }
 
-    /// The states at `times` without gradients, of which nothing is kept.
+    /// The states at `times` without gradients; nothing is kept for a backward pass.
     ///
     /// # Errors
     /// As [`solve`](Self::solve).

@@ -23,9 +23,9 @@ use crate::time::Times;
 
 /// A solution over an interval of time, which can be evaluated at any time in it and is differentiable there.
 ///
-/// The solution keeps the state and all stages of every step, which is the memory of s + 1 states per step for a
-/// method of s stages; s includes the stage at the end of the step.  Inside a step, the solution is the interpolant
-/// of the method.
+/// The solution keeps the state and all stages of every step.  A step needs the memory of s + 1 states, where s is
+/// the number of stages, plus the stage at the end of the step if it is not a stage already.  Inside a step, the
+/// solution is the interpolant of the method.
 pub struct DenseSolution<S> {
     problem: Problem,
     field: SharedField,
@@ -78,6 +78,7 @@ impl Observer for All {
 }
 
 /// Solves y' = f(t, y) from y0 over the interval between the first and the last of `times`, with adaptive steps.
+/// Other times in `times` are not used.
 ///
 /// ```
 /// use candle_core::{Device, Var};

@@ -10,11 +10,11 @@
 //!
 //! * [`Group`]: what a group of processes can do together.  [`Alone`] is a group of one; `MpiGroup` (feature `mpi`) is
 //!   for any cluster, `NcclGroup` (feature `nccl`) for GPUs, on which it has not run yet.
-//! * [`Replicas`]: the variables of one model on all ranks: they start equal, gradients are averaged, and overflow, clipping
-//!   and checkpoints are decided once for all.
+//! * [`Replicas`]: the variables of one model on all ranks: they start with the same values, gradients are averaged,
+//!   and overflow, clipping and checkpoints are decided once for all ranks.
 //! * [`Shards`]: which rows of a data set a rank takes; [`share`]: which rows of one batch.
 //! * [`mean`], [`total`]: losses and statistics of the whole group.
-//! * [`told`]: an error of one rank, of which the others hear.
+//! * [`told`]: tells the other ranks about an error of this rank.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -35,7 +35,7 @@
 //! # Ok::<(), candle_diffeq::Error>(())
 //! ```
 //!
-//! How programs are started on several hosts, and how far it scales: `docs/distributed.md`.
+//! `docs/distributed.md` says how programs are started on several hosts, and how they scale.
 
 mod buckets;
 mod group;

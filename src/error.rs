@@ -386,7 +386,7 @@ pub enum Error {
         /// Shape of the cotangent.
         got: Shape,
     },
-    /// A loss by row that does not fit the states.
+    /// A loss by row that does not fit the states of the solve.
     #[error(transparent)]
     Loss(#[from] LossDefect),
     /// The cotangent that arrives from the loss holds NaN or infinity.

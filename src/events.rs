@@ -4,9 +4,10 @@
 //!
 //! δt_e = −(g_y · δp + g_θ δθ) / D,  D = g_t + g_y · ṗ(t_e),
 //!
-//! where δp is the change of the interpolant at a fixed time.  D contains the derivative ṗ of the interpolant and not
-//! f(t_e, p), because t_e was located on the interpolant: only then δt_e is the exact derivative of the computed t_e.
-//! The time t_e and the state at t_e are returned as ordinary tensors in candle's graph.
+//! where δp is the change of the interpolant at a fixed time, and δθ is the change of what g reads besides t and y.
+//! D contains the derivative ṗ of the interpolant and not f(t_e, p), because t_e was located on the interpolant.  So
+//! δt_e is the exact derivative of the computed t_e.  The time t_e and the state at t_e are returned as ordinary
+//! tensors in candle's graph.
 
 mod hybrid;
 mod rows;
@@ -36,10 +37,10 @@ pub(crate) type EventFunction<S> = dyn Fn(&Time, &S) -> candle_core::Result<Tens
 /// An event: a number g(t, y) that crosses zero.
 ///
 /// The sign of g is examined in state precision at the end of every accepted step and at three points of the
-/// interpolant inside the step.  The field does not evaluate g.  If g is zero at the start of a solve, the first of
-/// these points at which g is not zero determines the sign of g, so that a solve may begin on the surface g = 0.  Two
-/// crossings between neighbouring points are not detected; [`Adaptive::max_step`](crate::options::Adaptive::max_step)
-/// limits the distance between the points.
+/// interpolant inside the step.  If g is zero at the start of a solve, the first of these points at which g is not
+/// zero determines the sign of g, so that a solve may begin on the surface g = 0.  Two crossings between neighbouring
+/// points are not detected; [`Adaptive::max_step`](crate::options::Adaptive::max_step) limits the distance between
+/// the points.
 pub struct Event<S = Tensor> {
     pub(crate) function: Arc<EventFunction<S>>,
     pub(crate) direction: Direction,
@@ -83,9 +84,9 @@ impl<S> Event<S> {
         Self { direction, ..self }
     }
 
-    /// An event that is recorded, and does not end the solve.  If the interpolant of the method is less accurate than its
-    /// steps ([`FEHLBERG45`](crate::tableau::FEHLBERG45), [`DOPRI8`](crate::tableau::DOPRI8)), a step ends just behind each such
-    /// event, so that its time is as accurate as the steps; otherwise recorded events change no step.
+    /// An event that is recorded, and does not end the solve.  If the interpolant of the method is less accurate than
+    /// its steps ([`FEHLBERG45`](crate::tableau::FEHLBERG45), [`DOPRI8`](crate::tableau::DOPRI8)), a step ends just
+    /// after each such event, so that its time is as accurate as the steps; otherwise recorded events change no step.
     #[must_use]
     pub fn recorded(self) -> Self {
         Self {
@@ -104,7 +105,7 @@ pub struct EventSolution<S> {
     /// The number of requested times for which `states` has a state: all of them, unless an event ended the solve
     /// before the last.
     pub outputs: usize,
-    /// The events, in order of time; of several at one time, the one that ends the solve is the last.
+    /// The events, in order of time.  If several occur at the same time, the event that ends the solve is the last.
     pub events: Vec<Occurrence<S>>,
     /// Whether the last event in `events` ended the solve.
     pub ended: bool,
@@ -153,9 +154,10 @@ pub struct Occurrence<S> {
 /// ```
 ///
 /// # Errors
-/// The errors of [`odeint`](crate::odeint).  [`Error::Event`] if the steps are not adaptive, if an event function
-/// does not return one finite number, or if gradients are required and the trajectory touches the surface g = 0
-/// without crossing it.
+/// The errors of [`odeint`](crate::odeint).  [`AdaptiveDefect::FixedSteps`] if the steps are not adaptive, and
+/// [`AdaptiveDefect::EventOutput`] if [`OdeOptions::output`] is not [`Output::All`].  [`Error::Event`] if an event
+/// function does not return one finite number, or if gradients are required and the trajectory touches the surface g
+/// = 0 without crossing it.
 pub fn odeint_event<S, F, T>(
     field: F,
     y0: &S,

@@ -1,27 +1,27 @@
 //! Neural differential equations in mixed precision on [candle](candle_core).
 //!
-//! A neural ODE y' = f_θ(t, y) calls one network thousands of times.  Here the network runs in
-//! bf16 or f16, and everything that is summed over its calls is f32: the state, the adjoint, the
-//! gradients.  Gradients are exact for the steps that were run, need no autograd tape over steps, and reach the
-//! user's variables through candle's own `loss.backward()`.
+//! A neural ODE y' = f_θ(t, y) calls one network thousands of times.  Here the network runs in bf16 or f16, and
+//! everything that is summed over its calls is f32 or f64: the state, the adjoint, the gradients.  Gradients are
+//! exact for the steps that were run (only rounding is differentiated as the identity), need no autograd tape over
+//! steps, and reach the user's variables through candle's own `loss.backward()`.
 //!
 //! The [guide] explains the crate chapter by chapter.
 //!
-//! * [`odeint`]: solves a closure as part of candle's graph; [`solution`]: without that graph, with gradients on
-//!   request; [`predict`]: without gradients.
+//! * [`odeint`] solves a closure as part of candle's graph.  [`solution`] solves without that graph, and gives
+//!   gradients on request.  [`predict`] solves without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
 //! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
-//! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite differences.  The
-//!   first solves of a model do the same.
-//! * [`nn`]: layers and fields; perceptrons, continuous flows of perceptrons, and convolutions are integrated tile by
-//!   tile on the CPU, several times faster than through candle's operations.
-//! * [`nn::energy`]: fields made of the gradient of a potential, such as Hamiltonian and Lagrangian networks, although candle
-//!   has no second derivatives.
+//! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite
+//!   differences.  The first solves of a model do the same.
+//! * [`nn`]: layers and fields.  Perceptrons, continuous flows of perceptrons, convolutions, and perceptrons as
+//!   fields of a CDE are integrated tile by tile on the CPU, several times faster than through candle's operations.
+//! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian
+//!   networks.  They can be trained, although candle has no second derivatives: these are written by hand.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
-//!   [`dense`]: solutions that are evaluated at any time later.
+//!   [`dense`]: solutions that can be evaluated, after the solve, at any time t of their interval.
 //! * [`cde`]: neural controlled differential equations, which are driven by data along a [path](cde::ControlPath).
-//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2; their
-//!   [increments](sde::Noise) are functions of a seed.
+//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2.  They are driven by
+//!   [increments](sde::Noise) of Brownian motion, computed from a seed.
 //! * [`models::recurrent`]: hidden states that follow an ODE between observations: ODE-RNN, GRU-ODE-Bayes, latent ODE.
 //!   [`nn::graph`]: graph neural ODEs.
 //! * [`models::shooting`]: parareal and Newton's multiple shooting.  [`models::hypersolver`]: methods with a learnt
@@ -29,8 +29,8 @@
 //! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points
 //!   with classes, and systems of physics to learn from.
 //! * [`distributed`]: data-parallel training, on one machine or many.
-//! * [`OdeOptions`]: the method ([`Tableau`](tableau::Tableau)), fixed or adaptive steps and what is kept ([`options`]),
-//!   [scaling](mod@scaling), and [statistics](metrics::Recorder).
+//! * [`OdeOptions`]: the method ([`Tableau`](tableau::Tableau)), fixed or adaptive steps and what is kept
+//!   ([`options`]), [scaling](mod@scaling), and [statistics](metrics::Recorder).
 //!
 //! # Theory
 //!
@@ -39,44 +39,50 @@
 //!
 //! Y_i = Q(y_n + h Σ_j a_ij k_j),  k_i = f(t_n + c_i h, Y_i),  y_{n+1} = y_n + h Σ_i b_i k_i,
 //!
-//! where every sum is in state precision.  The backward pass is the exact discrete adjoint of these steps, in which
-//! rounding is treated as the identity.  For n = N−1 … 0, with the stages recomputed from ŷ_n, which is
-//! y_n in the precision in which it was kept, and with the cotangent ȳ_n of the output at t_n,
+//! where every sum is in state precision.  The backward pass is the exact discrete adjoint of these steps, except
+//! that Q is differentiated as the identity.  Let ȳ_n be the cotangent of the output at t_n (zero if there is none),
+//! and ŷ_n the kept copy of y_n.  The adjoint λ of y starts as ȳ_N.  For n = N−1, …, 0 the stages are recomputed from
+//! ŷ_n, and for each stage i from the last to the first
 //!
-//! v_i = b_i λ + h Σ_{j>i} a_ji w_j,  w_i = (∂f/∂y)ᵀ v_i,  θ̄ += h (∂f/∂θ)ᵀ v_i,
-//! λ ← λ + h Σ_i w_i + ȳ_n.
+//! v_i = b_i λ + h Σ_{j>i} a_ji w_j,  w_i = (∂f/∂y)ᵀ v_i,  θ̄ ← θ̄ + h (∂f/∂θ)ᵀ v_i;
+//! then λ ← λ + h Σ_i w_i + ȳ_n.
 //!
-//! An output inside a step, at a fraction x of it, is y_n + h Σ_i b_i(x) k_i with the method's interpolant b(x), and its
-//! cotangent enters λ_n once and v_i with weight b_i(x).  Adaptive steps are those that were accepted, with their
-//! lengths as constants.
+//! An output inside a step, at a fraction x of it, is y_n + h Σ_i b_i(x) k_i with the method's interpolant b(x).  Its
+//! cotangent is added to λ_n, and, multiplied by b_i(x), to v_i.  With adaptive steps, the backward pass uses the
+//! accepted steps and treats their lengths as constants.
 //!
-//! Only f and its pull-back run in compute precision.  So if f is evaluated with a rounding error u, the solution
-//! and the gradients change by O(u), for any number of steps.  In f16 the input of the pull-back is S·v_i, where S is
-//! a power of two that is chosen from max|λ|, and the results of the pull-back are divided by S in state precision.
+//! Only f and its pull-back run in compute precision.  So if f is evaluated with a rounding error u, the solution and
+//! the gradients change by at most C u, where C depends on f and on the interval, but not on the number of steps.
+//! The rounding of the sums, in state precision, is added to this.  In f16 the input of the pull-back is S·v_i, where
+//! S is a power of two that is chosen from max|λ|.  The results of the pull-back are converted to state precision and
+//! then divided by S.
 //!
 //! # Layout
 //!
-//! Dependencies go in one direction: a module uses only modules before it in this list.  A test reads the list and
-//! checks every module against it, except unit tests.
+//! Dependencies go in one direction: a module uses only modules before it in this list.  A test checks that every
+//! module obeys this list; unit tests are excepted.
 //!
 //! * `stats`, `error`: what a solve has done, and what can go wrong.
 //! * `tableau`: coefficients of methods, and their interpolants.
 //! * `state`, `memory`, `time`: the state and its rows; the memory that a solve needs; the time grid, and the time at
 //!   which a field is evaluated.
-//! * `intervals`, `path`: which interval between breaks a stage lies in; control paths through observations.
+//! * `intervals`, `path`: the search for the interval, between two jump times, in which a stage lies; control paths
+//!   through observations.
 //! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, computed from
 //!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
 //! * `precision`: dtype roles, and rounding.
 //! * `crossing`: where a scalar function of time crosses zero inside a step.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
-//! * `controlled`: matrix fields that the slope of a control path is multiplied by.
+//! * `controlled`: fields F(z) that return a matrix, which is multiplied by the slope of a control path.
 //! * `scaler`: scales of the adjoint.
-//! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which round.
-//! * `noise`: increments of Brownian motion as functions of a seed and their place.
-//! * `watch`, `loss_scaler`: detection of NaN and infinity; a scale of the loss around a solve.
-//! * `step`, `driven`, `replay`, `trajectory`: one step and its linearisation, also of an equation that is driven by
-//!   noise; the sequence of forward steps; which states are kept for the backward pass.
+//! * `simd`, `ops`: kernels for vector units; fused operations on tensors, which also round their results.
+//! * `noise`: increments of Brownian motion, computed from a seed, the step, the row and the channel.
+//! * `watch`, `loss_scaler`: detection of NaN and infinity; a scale for the loss, for f16 layers before and after a
+//!   solve.
+//! * `step`: one step and its linearisation.
+//! * `driven`: one step of an equation with noise, and its linearisation.
+//! * `replay`, `trajectory`: the sequence of forward steps; which states are kept for the backward pass.
 //! * `problem`, `arguments`: what the forward and the backward pass both need; the arguments of a field.
 //! * `reverse`: the common interface by which every kind of forward pass hands its results to its backward pass.
 //! * `accumulator`, `adjoint`: sums of gradients, the backward sweep.
@@ -86,22 +92,23 @@
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
 //!   solve without this graph.
-//! * `odeint`, `events`, `dense`, `piecewise`, `neural_ode`, `cde`: the public entry points, and fields that are
-//!   piecewise constant in time.
+//! * `odeint`, `events`, `dense`: public entry points: solving, events, dense output.
+//! * `piecewise`: fields that are piecewise constant in time.
+//! * `neural_ode`, `cde`: public entry points: models, and equations that are driven by data.
 //! * `sde`: the public entry points of stochastic differential equations.
-//! * `models`: hidden states between observations; all intervals of a solve at once; solvers
-//!   with a learnt correction.
-//! * `datasets`, `mmd`: training data for continuous flows, and a measure of their quality.
+//! * `models`: models and solvers that are made of several solves: recurrent and latent models, shooting, hypersolvers.
+//! * `datasets`, `mmd`: densities, points with classes and systems of physics to learn from; a measure of the quality
+//!   of continuous flows.
 //! * `distributed`: several processes that train one model.
 //! * `guide`: chapters of documentation.
 //!
 //! # Limits
 //!
-//! Only explicit methods are available, with fixed or adaptive steps; stochastic equations have adaptive ones in the
-//! sense of Stratonovich only, and not under general noise.  Second derivatives are not supported: returned gradients are detached, so differentiating them gives no gradient and no error.  An error is returned only if the
-//! incoming cotangent is itself tracked by candle.  A field must be
-//! deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to time
-//! include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].
+//! Only explicit methods are available, with fixed or adaptive steps; stochastic equations have
+//! adaptive steps only in the sense of Stratonovich and without general noise.  Second derivatives are not supported: returned gradients are detached, so differentiating them gives no
+//! gradient and no error.  An error is returned only if the incoming cotangent is itself tracked by candle.  A field
+//! must be deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to
+//! time include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].
 #![deny(missing_docs)]
 
 mod accumulator;
@@ -170,8 +177,8 @@ pub use solution::{Gradients, Solution};
 pub use state::State;
 pub use time::Time;
 
-/// What fields are made of and made from: modules and constants as fields, pieces in time, fields with
-/// arguments, what a pull-back of one's own returns, and its check.
+/// What fields are built from: modules and constants as fields, pieces in time, fields with arguments, what a user's
+/// own pull-back returns, and the check of a pull-back.
 pub mod fields {
     pub use crate::field::check::{check_field, FieldCheck};
     pub use crate::field::{
@@ -181,8 +188,8 @@ pub mod fields {
     pub use crate::piecewise::PiecewiseConstant;
 }
 
-/// What a solve is asked for: its times, its steps, fixed or controlled by tolerances, the states that it returns, and
-/// what it keeps for the backward pass.
+/// Values of the options of a solve: its times, its steps (fixed or controlled by tolerances), the states that it
+/// returns, and what it keeps for the backward pass.
 pub mod options {
     pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
     pub use crate::precision::Arithmetic;
@@ -192,13 +199,13 @@ pub mod options {
     pub use crate::trajectory::Checkpoint;
 }
 
-/// Scales that keep cotangents within the range of f16: inside a solve, and around one.
+/// Scales that keep cotangents within the range of f16, inside a solve and in the layers around a solve.
 pub mod scaling {
     pub use crate::loss_scaler::{LossScaler, Stepped};
     pub use crate::scaler::{DynamicScaling, OnOverflow, Scaling};
 }
 
-/// What a solve has done, and how good a continuous flow is.
+/// Measures: what a solve has done, and how good a continuous flow is.
 pub mod metrics {
     pub use crate::mmd::mmd;
     pub use crate::stats::{Recorder, RowStats, Stats};

@@ -36,7 +36,7 @@ impl RowLoss {
     /// as candle's is, with zero gradients.
     ///
     /// # Errors
-    /// [`LossDefect::States`] if these are not states that it is a loss of; [`LossDefect::NoSuchClass`].
+    /// [`LossDefect::States`] if the loss cannot be computed from these states; [`LossDefect::NoSuchClass`].
     pub fn of<S: State>(&self, states: &S) -> Result<Tensor> {
         let leaves = states.leaves();
         let shapes: Vec<_> = leaves.iter().map(|y| y.dims().to_vec()).collect();

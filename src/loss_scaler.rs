@@ -86,7 +86,7 @@ impl LossScaler {
     /// scale · loss, to call `backward` on.
     ///
     /// # Errors
-    /// Of candle's product.
+    /// Those of candle's product.
     pub fn scaled(&self, loss: &Tensor) -> Result<Tensor> {
         Ok((loss * self.scale)?)
     }
@@ -95,7 +95,7 @@ impl LossScaler {
     /// bf16 variables are f32 from here on: in f16 what the scale has saved would be lost again.
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn unscale(&self, grads: &mut GradStore, vars: &[Var]) -> Result<bool> {
         let mut finite = true;
         for var in vars {
@@ -137,7 +137,7 @@ impl LossScaler {
     /// f16 models variables of f32 that are cast where they are read: then nothing is lost.
     ///
     /// # Errors
-    /// Of the backward pass and of the optimiser.
+    /// Those of the backward pass and of the optimiser.
     pub fn backward_step(
         &mut self,
         loss: &Tensor,

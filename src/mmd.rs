@@ -1,4 +1,4 @@
-//! The maximum mean discrepancy: how far two samples are from one distribution.
+//! The maximum mean discrepancy: how different the distributions of two samples are.
 
 use candle_core::{DType, Tensor};
 
@@ -12,9 +12,9 @@ const BLOCK: usize = 1024;
 ///
 /// Σ_{i≠j} k(x_i, x_j) / n(n−1) + Σ_{i≠j} k(y_i, y_j) / m(m−1) − 2 Σ_{ij} k(x_i, y_j) / nm.
 ///
-/// x: `(n, features)`, y: `(m, features)`, any float dtype; computed in f64, in blocks of rows.
-/// Its mean is zero where both are of one distribution, so that it can be negative.  Gretton et al.,
-/// "A Kernel Two-Sample Test", JMLR 13 (2012), lemma 6.  Studies of flows take σ² = ½.
+/// x: `(n, features)`, y: `(m, features)`, any float dtype; computed in f64, in blocks of rows.  Its mean is zero if
+/// both samples have the same distribution, so it can be negative.  Gretton et al., "A Kernel Two-Sample Test", JMLR
+/// 13 (2012), lemma 6.  Studies of flows take σ² = ½.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

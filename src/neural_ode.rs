@@ -110,7 +110,7 @@ impl NeuralOde<Tensor> {
     /// ```
     ///
     /// # Errors
-    /// Of the constructor; the variables that it had created are removed again.
+    /// Those of the constructor; the variables that it had created are removed again.
     pub fn new<M, B>(vars: &VarMap, prefix: &str, device: &Device, build: B) -> Result<Self>
     where
         M: Module + 'static,
@@ -143,7 +143,7 @@ impl<S: State + 'static> NeuralOde<S> {
     /// ```
     ///
     /// # Errors
-    /// Of the constructor; the variables that it had created are removed again.
+    /// Those of the constructor; the variables that it had created are removed again.
     pub fn from_field<F, B>(
         vars: &VarMap,
         prefix: &str,
@@ -243,7 +243,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
     /// ```
     ///
     /// # Errors
-    /// Of the constructor; the variables that it had created are removed again.
+    /// Those of the constructor; the variables that it had created are removed again.
     pub fn with_args<F, B>(
         vars: &VarMap,
         prefix: &str,

@@ -1,4 +1,4 @@
-//! Noise: increments of Brownian motion that are functions of a seed and their place, and are never stored.
+//! Noise: increments of Brownian motion, which are computed from a seed and never stored, or given by the user.
 
 mod draw;
 mod increments;
@@ -17,18 +17,19 @@ pub use tree::BrownianTree;
 
 /// Where the increments of a solve come from.
 ///
-/// Over a step of length h the driving path W of one channel has the increment ΔW ~ N(0, h) and the integral
-/// U = ∫ (W(s) − W(t)) ds, with mean ½hΔW and variance h³/12 given ΔW.  They come from:
+/// Over a step of length h the driving path W of one channel has the increment ΔW ~ N(0, h) and the integral U =
+/// ∫_t^{t+h} (W(s) − W(t)) ds, with mean ½hΔW and variance h³/12 given ΔW.  They come from one of these
+/// sources:
 ///
-/// * [`Noise::seeded`]: a generator with a counter.  The numbers of step n, row r and channel j are a function of (seed, n,
-///   r, j), computed by Philox 4×32-10 ([`philox4x32`]) and the method of Box and Muller.  Nothing is kept: the backward
-///   pass computes them again, in any order.  Other steps mean another path.
+/// * [`Noise::seeded`]: a generator with a counter.  The numbers of step n, row r and channel j are a function of
+///   (seed, n, r, j), computed by Philox 4×32-10 ([`philox4x32`]) and the method of Box and Muller.  Nothing is kept:
+///   the backward pass computes them again, in any order.  If you change the steps, you get another Brownian path.
 /// * [`BrownianTree`]: a path that is a function of time, so that solves with other steps see the same path.
-/// * [`Increments`]: given by the user, with gradients if candle tracks them.
+/// * [`Increments`]: increments that the user gives, with gradients if candle tracks them.
 ///
-/// **Bits.** All of it is integer arithmetic and additions, products, quotients and square roots of f64, so that every
-/// machine, number of threads and vector unit gets the same bits; a row's numbers do not depend on how many rows there are.
-/// In a solve in f32 they are rounded once, at the end.
+/// **Bits.**  The numbers are computed by integer arithmetic and by additions, products, quotients and square roots
+/// of f64, so that the bits do not depend on the machine, the number of threads or the vector unit.  The numbers of a
+/// row do not depend on how many rows there are.  In a solve in f32 the numbers are rounded once, at the end.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -66,7 +67,7 @@ impl Noise {
         Self(Source::Steps { seed, first_row: 0 })
     }
 
-    /// The same noise for rows that are a part of a larger batch and begin at this one of it: batches that are split
+    /// The noise for rows first_row, first_row + 1, … of a larger batch, so that the parts of a batch that is split
     /// among processes see the noise of the whole batch.  Given increments are not changed.
     #[must_use]
     pub fn from_row(self, first_row: u64) -> Self {
@@ -81,8 +82,8 @@ impl Noise {
     /// (steps, rows, channels).
     ///
     /// # Errors
-    /// Those of a solve: [`SdeDefect::TreeTooCoarse`], [`SdeDefect::BackwardTime`], and [`SdeDefect::Increments`] of
-    /// given ones that are not for this grid.
+    /// Those of a solve: [`SdeDefect::TreeTooCoarse`], [`SdeDefect::BackwardTime`], and [`SdeDefect::Increments`] if
+    /// given increments are not for this grid.
     pub fn increments(
         &self,
         grid: &[f64],

@@ -22,21 +22,22 @@ use crate::time::{TimeGrid, Times};
 /// `loss.backward()`.
 ///
 /// * `field`: a closure `|t: &Time, y: &S| …`, [`autonomous`](crate::fields::autonomous)`(module)`, or any
-///   [`VectorField`].  Variables that it captures receive gradients; they keep their own dtype, so
-///   for a low compute precision use [`NeuralOde`](crate::NeuralOde), which casts them once a solve.
+///   [`VectorField`].  Variables that it captures receive gradients; they keep their own dtype, so for a low compute
+///   precision use [`NeuralOde`](crate::NeuralOde), which casts them once per solve.
 /// * `y0`: leaves of any shapes.  It receives a gradient if candle tracks it.
 /// * `times`: t_0 … t_N, strictly monotone, y(t_0) = y0.  A tracked 1-D tensor receives gradients.
 ///
-/// Returns leaves of shape `(times, …)`, `(…)` with [`Output::Final`](crate::options::Output::Final), or `(steps + 1, …)` with
-/// [`Output::Steps`](crate::options::Output::Steps), in **state** dtype, which is the widest of y0's leaves unless the options say otherwise (f32 for f16 and bf16).
+/// Returns leaves of shape `(times, …)`, `(…)` with [`Output::Final`](crate::options::Output::Final), or
+/// `(steps + 1, …)` with [`Output::Steps`](crate::options::Output::Steps), in **state** dtype, which is the widest of
+/// y0's leaves unless the options say otherwise (f32 for f16 and bf16).
 ///
-/// The gradients are exact for the steps that were run (see [the theory](crate)).  They carry no
-/// history: second derivatives are not supported, and a `backward()` on what was computed from them
-/// finds no gradient.
+/// The gradients are exact for the steps that were run (see [the theory](crate)).  They are detached: second
+/// derivatives are not supported, and a `backward()` on what was computed from them finds no gradient.
 ///
 /// # Errors
-/// Before any step: of the grid, the state, the options.  During the solve: a velocity that is
-/// non-finite, untracked, or not of the state's shape, dtype or device.  See [`Error`](crate::Error).
+/// Before any step: errors of the grid, the state and the options.  During the solve: a velocity that is not finite,
+/// that candle does not track, or that has another shape, dtype or device than the state.  See
+/// [`Error`](crate::Error).
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Var};
@@ -64,11 +65,11 @@ where
     closure_in_graph(start, options, TypeId::of::<F>(), bind)
 }
 
-/// The same for a field f(t, y, a) with arguments; see [`FieldWithArgs`].
+/// Solves y' = f(t, y, a) with arguments a, like [`odeint`]; see [`FieldWithArgs`].
 ///
 /// * `field`: a closure `|t: &Time, y: &S, args: &A| …`, or any [`FieldWithArgs`].
-/// * `args`: any [`State`], on the device of y0.  Tensors that candle tracks receive gradients, one pass
-///   through their history for the whole solve; integers are handed on as they are.
+/// * `args`: any [`State`], on the device of y0.  Tensors that candle tracks receive gradients, and what computed
+///   them is differentiated once for the whole solve.  Integers are passed on as they are.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor, D};
@@ -221,10 +222,10 @@ pub(crate) fn solved_in_graph(
     })
 }
 
-/// Solves without candle's graph: the field may be borrowed and need not cross threads, and
-/// gradients are asked for explicitly.
+/// Solves without candle's graph: the field may be borrowed and need not cross threads, and gradients are computed on
+/// request.
 ///
-/// Arguments and errors as [`odeint`].
+/// Arguments and errors are those of [`odeint`].
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -254,8 +255,8 @@ where
     without_graph(start, options, bind)
 }
 
-/// The same for a field with arguments; gradients of all of them, tracked or not, are among
-/// [`Gradients::params`](crate::Gradients::params), under the tensors that were given.
+/// Solves like [`solution`], for a field with arguments.  Gradients with respect to all arguments, tracked or not,
+/// are among [`Gradients::params`](crate::Gradients::params), under the tensors that were given.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -325,8 +326,8 @@ pub(crate) fn without_graph_by<'f, S: State>(
 
 /// The states at `times` without gradients: nothing is kept, so that memory does not grow with the steps.
 ///
-/// Arguments, result and errors as [`solution`].  [`NeuralOde::predict`](crate::NeuralOde::predict) is the
-/// same for a model.
+/// Arguments, result and errors are those of [`solution`].  [`NeuralOde::predict`](crate::NeuralOde::predict) does
+/// the same for a model.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -16,29 +16,30 @@ use crate::intervals::Intervals;
 use crate::state::State;
 use crate::time::Time;
 
-/// A control path X(t): a piecewise polynomial `(rows, channels)`, one for each row of a batch, with knots common to all.
+/// A control path X(t): a piecewise polynomial `(rows, channels)`, one for each row of a batch.  All rows have the same
+/// knots.
 ///
-/// A path is made of [`Observations`] by one of five interpolations:
+/// A path is built from [`Observations`] by one of five interpolations:
 ///
-/// | | X | X' | where observations up to t_{i+1} are known at t_i |
+/// | | X | X' | observations that X needs on \[t_i, t_{i+1}\] |
 /// |---|---|---|---|
-/// | [`linear`](Observations::linear) | straight lines | jumps at knots | – |
-/// | [`hermite`](Observations::hermite) | cubic, backward differences | continuous | – |
-/// | [`natural_cubic`](Observations::natural_cubic) | cubic spline | differentiable | all observations are |
-/// | [`rectilinear`](Observations::rectilinear) | one coordinate after the other | jumps at knots | none are: online |
-/// | [`log_signature`](Observations::log_signature) | straight lines over windows, with areas | jumps at knots | – |
+/// | [`linear`](Observations::linear) | straight lines | jumps at knots | up to t_{i+1} |
+/// | [`hermite`](Observations::hermite) | cubic, backward differences | continuous | up to t_{i+1} |
+/// | [`natural_cubic`](Observations::natural_cubic) | cubic spline | continuously differentiable | all |
+/// | [`rectilinear`](Observations::rectilinear) | one coordinate after the other | jumps at knots | only those up to the present time |
+/// | [`log_signature`](Observations::log_signature) | straight lines over windows, with areas | jumps at knots | up to t_{i+1} |
 ///
-/// Between knots t_i, X = a_i + b_i s + c_i s² + d_i s³ with s = t − t_i.  Where X' jumps, a stage of a solve takes the
-/// slope on its own step's side ([`ControlPath::slope`]): with the slope of the other side a method of any order
-/// converges with order one.  Steps end where X' jumps ([`odeint_with`](crate::odeint_with) and
+/// Between knots t_i, X = a_i + b_i s + c_i s² + d_i s³ with s = t − t_i.  Where X' jumps, a stage of a solve takes
+/// the slope of the interval in which its step lies ([`ControlPath::slope`]).  With the slope of the other interval,
+/// every method would have order one.  Steps end where X' jumps ([`odeint_with`](crate::odeint_with) and
 /// [`NeuralOde::given`](crate::NeuralOde::given) read this from the path).
 ///
-/// As a [`State`] its tensors are integers, which hold the knots, and one tensor `(rows, degree + 1, channels)` of
-/// coefficients for each interval: a stage of a solve reads those of one interval, and its gradient is added to these
-/// alone.
+/// As a [`State`], a path is a list of tensors.  The first tensor holds the knots as integers.  Then follows one
+/// tensor of coefficients, `(rows, degree + 1, channels)`, for each interval.  A stage of a solve reads the
+/// coefficients of one interval, and its gradient is added to this tensor only.
 ///
-/// [`cdeint`](crate::cde::cdeint) and [`NeuralCde`](crate::cde::NeuralCde) solve.  A path is a [`State`], so it may
-/// also be the argument of any field:
+/// [`cdeint`](crate::cde::cdeint) and [`NeuralCde`](crate::cde::NeuralCde) solve CDEs along a path.  A path is a
+/// [`State`], so it may also be the argument of any field:
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -117,9 +118,9 @@ impl ControlPath {
         [knots[0], knots[knots.len() - 1]]
     }
 
-    /// The same, where every step of a solve ends at a knot, as it does on a path whose slope jumps there.  The slope of a
-    /// cubic path is continuous, but higher derivatives jump: adaptive steps across knots are rejected often, and their
-    /// error may be a hundred tolerances.
+    /// The same path, but steps of a solve end at all its knots, as they do if the slope jumps there.  The slope of a
+    /// cubic path is continuous, but higher derivatives jump: adaptive steps across knots are rejected often, and
+    /// their error may be a hundred tolerances.
     ///
     /// # Errors
     /// candle's.
@@ -157,7 +158,7 @@ impl ControlPath {
         self.outside_steps(t, 0)
     }
 
-    /// X'(t), `(rows, channels)`: at a knot, that behind it.
+    /// X'(t), `(rows, channels)`.  At a knot, this is the slope of the interval that begins there.
     ///
     /// # Errors
     /// [`PathDefect::Outside`].
@@ -165,7 +166,7 @@ impl ControlPath {
         self.outside_steps(t, 1)
     }
 
-    /// X''(t), `(rows, channels)`: at a knot, that behind it.
+    /// X''(t), `(rows, channels)`.  At a knot, this is the value in the interval that begins there.
     ///
     /// # Errors
     /// [`PathDefect::Outside`].
@@ -181,8 +182,8 @@ impl ControlPath {
         self.in_step(t, 0)
     }
 
-    /// X' at a stage of a solve: at a knot, that on the side on which the step of the stage lies.  If gradients with
-    /// respect to time are wanted, this is tracked by [`Time::tensor`].
+    /// X' at a stage of a solve.  At a knot, this is the slope of the interval in which the step of the stage lies.
+    /// If gradients with respect to time are wanted, X' is tracked through [`Time::tensor`].
     ///
     /// # Errors
     /// [`PathDefect::Outside`].

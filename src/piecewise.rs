@@ -10,15 +10,15 @@ use crate::time::{Time, Times};
 
 /// f(t, y) = f_i(t, y) for t_i ≤ t < t_{i+1}: one field after the other, each with weights of its own.
 ///
-/// This gives networks whose weights change with depth, without a hyper-network.  The first field is used
-/// before t_1 and the last from t_{n−1} on, also outside the grid.  On a decreasing grid, "before" refers to
-/// the direction of the grid.  A solve may run in either direction, whatever the direction of the grid.  The
-/// field is selected by times on the host; nothing is read from a device.  States and dtypes are those of
-/// the fields; the breaks have no gradient.
+/// This gives networks whose weights change with depth, without a hyper-network.  The first field is used before t_1
+/// and the last from t_{n−1} on, also outside the grid.  On a decreasing grid, "before" refers to the direction of
+/// the grid.  A solve may run in either direction, whatever the direction of the grid.  The field is selected by
+/// times on the host; nothing is read from a device.  States and dtypes are those of the fields; the times between
+/// the intervals have no gradient.
 ///
-/// Every step of a solve lies in one interval, and all its stages use the field of that interval, also a stage at
-/// the break where the interval ends: a step with a break inside is cut in two there
-/// ([`jumps`](VectorField::jumps)), and adaptive steps end on breaks.  So a method keeps its order.
+/// Every step of a solve lies in one interval, and all its stages use the field of that interval, also a stage at the
+/// time where the interval ends.  A step with such a time inside is cut in two there ([`jumps`](VectorField::jumps)),
+/// and adaptive steps end there.  So a method keeps its order.
 ///
 /// This field is not integrated tile by tile, but separate solves for each interval are, if its field allows it.
 ///
@@ -78,7 +78,8 @@ impl<F> PiecewiseConstant<F> {
         Ok(Self::new(times, fields)?)
     }
 
-    /// The interval whose field is in force at time t, outside a step: at a break, the one that begins there.
+    /// The interval whose field is used at time t, outside a step.  At a time between two intervals, this is the
+    /// interval that begins there.
     pub fn interval(&self, t: f64) -> usize {
         self.intervals.at(t)
     }

@@ -82,8 +82,8 @@ impl Precision {
         Self::new(DType::F32, DType::F16)
     }
 
-    /// Another dtype for the kept trajectory: `store(BF16)` halves it, at the price of an error of
-    /// one rounding in the point at which the adjoint linearises.
+    /// Another dtype for the kept trajectory: `store(BF16)` halves its memory.  The point at which the adjoint
+    /// linearises then has an error of one rounding.
     pub const fn store(mut self, store: DType) -> Self {
         self.store = store;
         self

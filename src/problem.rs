@@ -25,8 +25,8 @@ use crate::trajectory::Checkpoint;
 ///
 /// If the bytes are not enough for everything, the last steps have priority over the first; for an
 /// [`nn::Mlp`](crate::nn::Mlp), the stages come first, then the hidden layers that save the most work per byte.
-/// Nothing is kept on the general path, nor where the store precision is below the state's: there the
-/// backward pass linearises at the stored states.  [`NeuralOde::loss`](crate::NeuralOde::loss) has its own
+/// Nothing is kept on the general path, and nothing if the store precision is lower than the state precision, because
+/// the backward pass then linearises at the stored states.  [`NeuralOde::loss`](crate::NeuralOde::loss) has its own
 /// plan.
 ///
 /// ```
@@ -51,7 +51,7 @@ impl ActivationCache {
     /// ([`Error::OutOfMemory`]).
     pub const ALL: Self = Self::within(usize::MAX);
 
-    /// As much as fits into so many bytes, of the whole batch.
+    /// As much as fits into this number of bytes, for the whole batch.
     pub const fn within(bytes: usize) -> Self {
         Self { bytes, low: false }
     }
@@ -81,15 +81,15 @@ impl ActivationCache {
 /// ```
 #[derive(Clone, Debug)]
 pub struct OdeOptions {
-    /// The method.  Default [`RK4`], the classic one (torchdiffeq's `rk4` is
+    /// The method.  Default: [`RK4`], the classic method of order 4 (torchdiffeq's `rk4` is
     /// [`RK4_38`](crate::tableau::RK4_38)).
     pub method: Tableau,
     /// Dtype roles.  Default: all in the dtype of y0, the widest if its tensors differ, with sums in
     /// f32 at least.
     pub precision: Option<Precision>,
-    /// Dtype roles by tensor of the state, where they are not all the same; empty or one for each.
-    /// The state dtype must be the same for all.  Parameters follow `precision` or, without it, the
-    /// tensor with the narrowest compute dtype, the first of several.
+    /// Dtype roles for each tensor of the state, if they are not all the same; empty, or one for each tensor.  The
+    /// state dtype must be the same for all.  Parameters follow `precision` or, without it, the tensor with the
+    /// narrowest compute dtype, the first of several.
     ///
     /// ```
     /// use candle_core::{DType, Device, Module, Tensor};
@@ -114,33 +114,34 @@ pub struct OdeOptions {
     /// # Ok::<(), candle_diffeq::Error>(())
     /// ```
     pub leaf_precision: Vec<Precision>,
-    /// How output intervals are cut into steps.  Default: one step each.
+    /// How output intervals are cut into steps.  Default: one step for each interval.
     pub steps: Steps,
     /// Which states are returned.  Default: all.
     pub output: Output,
     /// What is kept for the backward pass.  Default: every state.
     pub checkpoint: Checkpoint,
-    /// What is kept of evaluations beside the states.  Default: nothing.
+    /// What is kept from evaluations, in addition to the states.  Default: nothing.
     pub activation_cache: ActivationCache,
-    /// Whether fields whose rows are independent, such as [`nn::Mlp`](crate::nn::Mlp), are
-    /// integrated tile by tile on the CPU, and small ones in one launch on CUDA.  Default: yes.
-    /// Results agree to rounding.
+    /// Whether fields whose rows are independent, such as [`nn::Mlp`](crate::nn::Mlp), are integrated tile by tile on
+    /// the CPU, and small perceptrons in one launch on CUDA.  Default: yes.  With fixed steps, results agree up to
+    /// rounding.
     pub fusion: bool,
-    /// Whether a step on CUDA is captured as a graph and launched as one from then on, forward and
-    /// backward, to the same bits.  Default: no.  Without effect on other devices, and where the whole
-    /// solve is one launch.
+    /// Whether a step on CUDA is captured as a graph, and later steps are launched as this graph, forward and
+    /// backward, with the same bits.  Default: no.  It has no effect on other devices, or if the whole solve is one
+    /// launch.
     ///
-    /// The field's own code runs in the first steps of a pass only, so it must do the same in every step: read
-    /// time by [`Time::tensor`](crate::Time::tensor), and keep nothing of an evaluation.  Where a step
-    /// cannot be captured it is launched operation by operation: [`Stats::replayed`](crate::metrics::Stats::replayed)
-    /// counts, [`Stats::not_replayed`](crate::metrics::Stats::not_replayed) says why.
+    /// The field's own code runs in the first steps of a pass only, so it must do the same in every step: read time
+    /// by [`Time::tensor`](crate::Time::tensor), and keep nothing from an evaluation.  If a step cannot be captured,
+    /// steps are launched operation by operation: [`Stats::replayed`](crate::metrics::Stats::replayed) counts the
+    /// steps that were launched as graphs, and [`Stats::not_replayed`](crate::metrics::Stats::not_replayed) says why
+    /// others were not.
     pub graphs: bool,
     /// Scaling of the adjoint.  Default: dynamic in f16, otherwise none.
     pub scaling: Scaling,
     /// What happens when gradients overflow.  Default: an error.
     pub on_overflow: OnOverflow,
-    /// Dtype roles for each tensor of the arguments, of which only the compute dtype is used; empty, or
-    /// one for each tensor.  Default: the compute dtype of parameters.
+    /// Dtype roles for each tensor of the arguments; only their compute dtype is used.  Empty, or one for each
+    /// tensor.  Default: the compute dtype of parameters.
     pub args_precision: Vec<Precision>,
     /// When the pull-back of the field is compared with differences.  Default: once.
     pub check: FieldCheck,

@@ -1,9 +1,8 @@
 //! Scales against underflow and overflow of the adjoint inside a solve.
 //!
-//! The pull-back of a stage is fed Q(S·v) and its results are divided by S in state precision.  S
-//! is a power of two, so scaling itself rounds nothing.  It is aimed so that S·max|λ| lies a fixed
-//! headroom below the overflow of f16.  After "Mixed Precision Training of Neural ODEs", arXiv
-//! 2510.23498, §4, with the growth test on S·λ instead of λ.
+//! The pull-back of a stage is fed Q(S·v) and its results are divided by S in state precision.  S is a power of two,
+//! so scaling itself rounds nothing.  It is chosen so that S·max|λ| is a fixed factor below the overflow of f16.
+//! After "Mixed Precision Training of Neural ODEs", arXiv 2510.23498, §4, with the growth test on S·λ instead of λ.
 
 use crate::error::{Error, Result};
 

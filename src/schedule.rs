@@ -24,8 +24,8 @@ pub enum Steps {
     /// ⌈|t_{i+1} − t_i| / size⌉ equal steps in every output interval, so none is longer than `size`.
     Size(f64),
     /// Steps between these times, wherever the outputs are: an output inside a step is interpolated, see
-    /// [`Tableau::with_interpolant`](crate::tableau::Tableau::with_interpolant).  The first and the last time of the solve
-    /// are steps' ends in any case and need not be among them.
+    /// [`Tableau::with_interpolant`](crate::tableau::Tableau::with_interpolant).  Steps begin at the first time of the
+    /// solve and end at its last time in any case; these times need not be in the list.
     At(Vec<f64>),
     /// Steps that are as long as a tolerance permits.
     Adaptive(Adaptive),
@@ -41,18 +41,19 @@ impl Default for Steps {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Output {
-    /// One for every time of the grid: leaves of shape `(times, …)`.
+    /// A state for every time of the grid: leaves of shape `(times, …)`.
     #[default]
     All,
-    /// The one at the last time: leaves of shape `(…)`.
+    /// The state at the last time: leaves of shape `(…)`.
     Final,
-    /// One for every node of the solve, which are its start and the end of every step that was taken: leaves of shape
+    /// A state for every node of the solve (its start, and the end of every step that was taken): leaves of shape
     /// `(steps + 1, …)`.  A time of the grid at which no step ends, which is possible with adaptive steps and with
     /// [`Steps::At`], has no state of its own.  [`Solution::times`](crate::Solution::times) and
     /// [`Stats::step_times`](crate::metrics::Stats::step_times) are the times of the states.
     ///
-    /// Adaptive steps are then those of the whole batch ([`StepControl::Batch`](crate::options::StepControl::Batch)):
-    /// rows with steps of their own would have different numbers of states, and asking for them is an error
+    /// With adaptive steps, the whole batch then has the same steps
+    /// ([`StepControl::Batch`](crate::options::StepControl::Batch)).  Rows with steps of their own would have
+    /// different numbers of states, and asking for them is an error
     /// ([`AdaptiveDefect::StepsOfRows`](crate::error::AdaptiveDefect::StepsOfRows)).
     Steps,
 }

@@ -1,11 +1,12 @@
 //! Stochastic differential equations dY = f(t, Y) dt + g(t, Y) dW.
 //!
-//! An equation is made of two closures or fields, [`ito`]`(drift, diffusion)` or [`stratonovich`]`(drift, diffusion)`, and
-//! says which noise it has: diagonal (the default), [`Sde::scalar`], [`Sde::general`], each also [`Sde::additive`].
-//! [`sdeint`] solves it as part of candle's graph, [`solution`] with gradients on request, [`predict`] without;
-//! [`NeuralSde`] is a model built from a `VarBuilder`.  Increments come from [`Noise`].
+//! An equation is built from two closures or fields, by [`ito`]`(drift, diffusion)` or [`stratonovich`]`(drift,
+//! diffusion)`.  It says which noise it has: diagonal (the default), [`Sde::scalar`] or [`Sde::general`].  Each of
+//! these may also be declared additive by [`Sde::additive`].  [`sdeint`] solves it as part of candle's graph,
+//! [`solution`] with gradients on request, [`predict`] without gradients.  [`NeuralSde`] is a model built from a
+//! `VarBuilder`.  Increments come from [`Noise`].
 //!
-//! | method | solution | noise | strong order (general) | f, g in a step |
+//! | method | calculus | noise | strong order (in brackets: for general noise) | evaluations of f, g in a step |
 //! |---|---|---|---|---|
 //! | [`EULER_MARUYAMA`] | Itô | any | ½, 1 for additive noise (½) | 1, 1 |
 //! | [`MILSTEIN_FREE_ITO`] | Itô | diagonal, scalar | 1 | 1, 2 |
@@ -17,31 +18,35 @@
 //! | [`SRA1`] | both | additive | 1.5 | 2, 2 |
 //! | [`SRI2`] | Itô | diagonal, scalar | 1.5 | 3, 4 |
 //!
-//! A method for the other solution, or for other noise, is an error ([`SdeDefect`](crate::error::SdeDefect)).
+//! If a method does not fit the calculus or the noise of the equation, the solve returns an error
+//! ([`SdeDefect`](crate::error::SdeDefect)).  An equation with additive noise fits both calculi.
 //!
-//! **Adaptive steps** ([`Steps::Adaptive`](crate::options::Steps::Adaptive)) are for [`HEUN`] in the sense of Stratonovich, with diagonal,
-//! scalar or additive noise.  There the solution is a continuous function of the path W (H. Doss, Ann. Inst. Henri Poincaré
-//! 13, 1977; H. Sussmann, Ann. Probab. 6, 1978), so that every choice of steps has the same limit, also one that looks at W.
-//! For Itô's sense and general noise this is not so (J. Gaines, T. Lyons, SIAM J. Appl. Math. 57, 1997), and adaptive steps are
-//! an error that says so.  W is that of a [`BrownianTree`], which an attempt that is rejected and tried again sees unchanged.
-//! The error of a step is estimated by the distance from [`EULER_HEUN`], of order h^{3/2}; with a tolerance of rtol the error at
-//! a fixed time falls like rtol^{2/3}.
+//! **Adaptive steps** ([`Steps::Adaptive`](crate::options::Steps::Adaptive)) are available for [`HEUN`] in the sense of
+//! Stratonovich, with diagonal, scalar or additive noise.  There the solution is a continuous function of the path W
+//! (H. Doss, Ann. Inst. Henri Poincaré 13, 1977; H. Sussmann, Ann. Probab. 6, 1978), so that every choice of steps has
+//! the same limit, also a choice that depends on W.  In Itô's sense and for general noise this is not so (J. Gaines,
+//! T. Lyons, SIAM J. Appl. Math. 57, 1997), and adaptive steps are an error that says so.  W comes from a
+//! [`BrownianTree`]; it does not change when an attempt is rejected and repeated.  The error of a step is estimated by the
+//! distance from [`EULER_HEUN`], which is of order h^{3/2}.  If rtol is reduced, the error at a fixed time falls like
+//! rtol^{2/3}.
 //!
-//! **Gradients** are exact for the steps that were run, given the increments: of y0, of every variable that the equation
-//! reads, and of increments that candle tracks.  No noise is stored; the backward pass computes it again from the seed.
-//! All memory plans of [`Checkpoint`](crate::options::Checkpoint) hold.
+//! **Gradients** with respect to y0, to every variable that the equation reads, and to increments that candle tracks
+//! are exact for the steps that were run and for the given increments.  No noise is stored; the backward pass
+//! computes it again from the seed.  All plans of [`Checkpoint`](crate::options::Checkpoint) can be used.
 //!
-//! **Speed.** On the CPU, an equation is integrated tile by tile if its drift and its diffusion ([`OfField`]) are fields of
-//! [`nn`](crate::nn) that are ([`Mlp`](crate::nn::Mlp), [`ConstantField`](crate::nn::ConstantField),
-//! [`Relaxation`](crate::nn::Relaxation) of these), its noise is diagonal or scalar, and a function of a seed.
-//! Other equations are solved in candle's operations.  Increments have the same bits in both.
+//! **Speed.**  On the CPU, an equation is integrated tile by tile if three conditions hold.  Its drift and its
+//! diffusion (wrapped in [`OfField`]) are fields of [`nn`](crate::nn) that are integrated tile by tile, such as
+//! [`Mlp`](crate::nn::Mlp), [`ConstantField`](crate::nn::ConstantField), or a [`Relaxation`](crate::nn::Relaxation)
+//! around one of these.  Its noise is diagonal or scalar.  Its increments are computed from a seed, not given.  All
+//! other equations are solved by candle's operations.  The increments have the same bits in both cases.
 //!
-//! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, g∘ΔW, λ∘ΔW and every sum are in state
-//! precision.
+//! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, its products with g and with λ,
+//! and every sum are in state precision.
 //!
-//! **Shapes.** The first dimension of every tensor of the state is that of rows, which have independent noise.  The
-//! diffusion returns a tensor for each of the first tensors of the state; those that it leaves out have no noise, which is
-//! how a running cost such as the KL divergence of a latent SDE is integrated beside the state.
+//! **Shapes.**  The first dimension of every tensor of the state is that of rows, which have independent noise.  The
+//! diffusion returns tensors for the first tensors of the state, in order.  State tensors for which it returns
+//! nothing have no noise.  In this way a running cost, such as the KL divergence of a latent SDE, is integrated
+//! beside the state.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor, Var};
@@ -104,7 +109,8 @@ pub use options::SdeOptions;
 /// * `times`: t_0 < … < t_N, as numbers.
 /// * `noise`: where the increments come from; the same noise gives the same solution to the bit.
 ///
-/// Returns leaves of shape `(times, …)`, `(…)` or `(steps + 1, …)` in state dtype, as [`odeint`](crate::odeint).
+/// Returns leaves in state dtype, as [`odeint`](crate::odeint) does: of shape `(times, …)` for `Output::All`, `(…)`
+/// for `Output::Final`, and `(steps + 1, …)` for `Output::Steps`.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
@@ -125,8 +131,8 @@ pub use options::SdeOptions;
 /// ```
 ///
 /// # Errors
-/// [`Error::Sde`](crate::Error::Sde) where equation, method, noise and state do not fit together, before any step; and
-/// those of [`odeint`](crate::odeint).
+/// [`Error::Sde`](crate::Error::Sde) before any step if equation, method, noise and state do not fit together; and
+/// the errors of [`odeint`](crate::odeint).
 pub fn sdeint<S, F, G, M, T>(
     sde: Sde<F, G, M>,
     y0: &S,
@@ -167,9 +173,9 @@ where
     node(problem, Source::Shared(field), theta, forward, &joined)
 }
 
-/// The same without candle's graph: the equation may be borrowed and need not cross threads, and gradients are asked for
-/// explicitly, those of given increments among [`Gradients::params`](crate::Gradients::params) under the tensors that were
-/// given.
+/// Solves like [`sdeint`], but without candle's graph.  The equation may be borrowed and need not cross threads, and
+/// gradients are computed on request.  Gradients with respect to given increments are in
+/// [`Gradients::params`](crate::Gradients::params), under the tensors that were given.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -1,4 +1,4 @@
-//! A solve without a graph, whose gradients are asked for explicitly.
+//! A solve without a graph, whose gradients are computed on request.
 
 use std::sync::Arc;
 

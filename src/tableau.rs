@@ -109,7 +109,8 @@ impl Tableau {
         Ok(tableau)
     }
 
-    /// The same with weights of a second solution, whose difference estimates the local error.
+    /// The same method with weights of a second solution; the difference of the two solutions estimates the local
+    /// error.
     ///
     /// # Errors
     /// [`Error::InvalidTableau`] unless there is one finite weight a stage and they sum to one.
@@ -119,10 +120,10 @@ impl Tableau {
         Ok(self)
     }
 
-    /// The same with an interpolant: row i holds the coefficients of x, x², … in b_i(x), where
-    /// y(t_n + x h) = y_n + h Σ b_i(x) k_i.  There is one row a stage, or one more: the last then belongs to
-    /// f(t_{n+1}, y_{n+1}).  Without it the interpolant of a method is the cubic Hermite polynomial through the
-    /// states and velocities at both ends of a step.
+    /// The same method with an interpolant: row i holds the coefficients of x, x², … in b_i(x), where y(t_n + x h) =
+    /// y_n + h Σ b_i(x) k_i.  There is one row a stage, or one more: the last then belongs to f(t_{n+1}, y_{n+1}).
+    /// Without it the interpolant of a method is the cubic Hermite polynomial through the states and velocities at
+    /// both ends of a step.
     ///
     /// ```
     /// use candle_diffeq::tableau::Tableau;

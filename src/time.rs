@@ -54,7 +54,7 @@ impl Time {
         }
     }
 
-    /// The same, with [`tensor`](Self::tensor) tracked by candle.
+    /// Like [`new`](Self::new), with [`tensor`](Self::tensor) tracked by candle.
     pub fn differentiable(t: f64, dtype: DType, device: &Device) -> Self {
         Self {
             differentiable: true,
@@ -79,11 +79,11 @@ impl Time {
         }
     }
 
-    /// Start and end of the step that the field is evaluated in, in the direction of the solve; `None`
-    /// outside a solve.  Use it, not [`value`](Self::value), to look up a quantity that jumps in time (slopes of a
-    /// piecewise linear path, weights per interval): a stage at the end of a step and one at the start of the
-    /// next step have the same time, but belong to different sides of a jump.  As with `value`, time
-    /// gradients do not include what is computed from it, and a step whose field reads it is not replayed.
+    /// Start and end of the step that the field is evaluated in, in the direction of the solve; `None` outside a
+    /// solve.  Use it, not [`value`](Self::value), to look up a quantity that jumps in time (slopes of a piecewise
+    /// linear path, weights per interval): a stage at the end of a step and a stage at the start of the next step
+    /// have the same time, but belong to different sides of a jump.  As with `value`, time gradients do not include
+    /// what is computed from it, and a step whose field reads it is not replayed.
     ///
     /// ```
     /// use candle_core::{DType, Device};

@@ -24,15 +24,16 @@ pub enum Checkpoint {
     /// Every state, in store precision.
     #[default]
     All,
-    /// Every k-th state in state precision; the backward pass replays one segment at a time and
+    /// Every k-th state in state precision; the backward pass computes the steps of one segment again at a time, and
     /// holds its k states in store precision.
     Every(usize),
-    /// At most this many states at any time, in state precision, placed so that the fewest steps
-    /// are replayed.  A first backward pass uses up what the forward pass kept, all but y_0; a
-    /// further one of the same solve replays from there, to the same bits.
+    /// At most this many states at any time, in state precision.  With fixed steps they are placed so that the fewest
+    /// steps are computed again; with adaptive steps, up to half as many more may be computed again.  A first
+    /// backward pass frees the states that the forward pass kept, all but y_0.  A further backward pass of the same
+    /// solve computes all steps again from y_0, with the same bits.
     States(usize),
-    /// As many states as fit into this many bytes, placed as by [`Checkpoint::States`].  What counts is the
-    /// numbers of the states, of the whole batch, as in [`Stats::bytes_kept`](crate::metrics::Stats::bytes_kept).
+    /// As many states as fit into this many bytes, placed as with [`Checkpoint::States`].  The bytes are those of the
+    /// numbers in the states of the whole batch, as in [`Stats::bytes_kept`](crate::metrics::Stats::bytes_kept).
     Bytes(usize),
     /// Nothing: the solution has no gradients, and its backward pass is an error.
     Nothing,

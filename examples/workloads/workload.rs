@@ -4,8 +4,9 @@
 //! Where the header has `rtol` and `atol`, steps are adaptive, the loss is of all outputs, and `ref.ys` is the state at
 //! the times of numbers `ref.index`; it may have an `activation`, too.
 //!
-//! Of an `sde`, the first half of the weights is the drift's, the other the diffusion's, and the header's `noise` is the
-//! seed of its increments.  A `cde` is driven by the Hermite path through observations `x`, (rows, times, channels), at `t`.
+//! In an `sde`, the first half of the weights belongs to the drift and the second half to the diffusion, and `noise` in
+//! the header is the seed of the increments.  A `cde` is driven by the Hermite path through the observations `x`, (rows,
+//! times, channels), at the times `t`.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -115,7 +115,7 @@ impl System {
     /// The energy `(…, 1)`; `None` of a system that has none.
     ///
     /// # Errors
-    /// If x has other features; of candle's operations.
+    /// If x has other features; those of candle's operations.
     pub fn energy(&self, x: &Tensor) -> Result<Option<Tensor>> {
         let x = self.columns(x)?;
         Ok(Some(match *self {

@@ -24,10 +24,10 @@ use crate::error::{GroupDefect, Result};
 /// How long a rank waits for others.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Patience {
-    /// A rank that has not answered for this long is taken for dead.  Every process answers while it computes, so this need
-    /// not be longer than a step; but it must be longer than a process may be suspended.  Default: 15 s.
+    /// A rank that has not answered for this long is considered dead.  Every process answers while it computes, so
+    /// this need not be longer than a step; but it must be longer than a process may be suspended.  Default: 15 s.
     pub silence: Duration,
-    /// How long to wait for a rank that answers, but does not come.  Default: one hour.
+    /// How long to wait for a rank that answers, but does not reach the operation.  Default: one hour.
     pub late: Duration,
 }
 
@@ -107,7 +107,7 @@ impl MpiGroup {
         Self::with_patience(Patience::default())
     }
 
-    /// The same with another patience, which should be equal on all ranks.
+    /// Like [`start`](Self::start), with another patience, which should be equal on all ranks.
     ///
     /// # Errors
     /// [`GroupDefect::Start`].

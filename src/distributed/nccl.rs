@@ -55,7 +55,7 @@ impl<G: Group> NcclGroup<G> {
     /// ranks have come.
     ///
     /// # Errors
-    /// [`GroupDefect::Start`] if this is no GPU, or if NCCL fails; of the other group.
+    /// [`GroupDefect::Start`] if this is no GPU, or if NCCL fails; those of the other group.
     pub fn new(others: G, device: &Device) -> Result<Self> {
         let refused = |reason: String| GroupDefect::Start { reason };
         let Device::Cuda(device) = device else {

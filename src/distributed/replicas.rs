@@ -20,8 +20,8 @@ const BUCKET: usize = 4 << 20;
 /// Bytes of a message in which rank 0 says what failed.
 const MESSAGE: usize = 512;
 
-/// One model on all ranks of a group: variables that start equal and stay equal, because every rank's optimiser gets the
-/// same gradients.
+/// One model on all ranks of a group.  The variables start with the same values and stay the same, because every
+/// rank's optimiser gets the same gradients.
 ///
 /// Every function that takes gradients or rows must be called by all ranks, with the rows that each has.  A rank without
 /// rows passes any scalar as its loss, such as zero, and 0 rows.  Ranks that train in different ways get
@@ -53,7 +53,7 @@ impl<'g> Replicas<'g> {
     /// The variables of a map, in the order of their names, with the values that rank 0 has.
     ///
     /// # Errors
-    /// [`GroupDefect::OtherVariables`] on all ranks if these are not the same variables on all of them; of the group.
+    /// [`GroupDefect::OtherVariables`] on all ranks if these are not the same variables on all of them; those of the group.
     pub fn new(group: &'g dyn Group, vars: &VarMap) -> Result<Self> {
         let data = vars.data().lock();
         let data = data.map_err(|_| {
@@ -119,7 +119,7 @@ impl<'g> Replicas<'g> {
     /// Gives all ranks the values that rank 0 has, as [`new`](Self::new) does.
     ///
     /// # Errors
-    /// Of the group.
+    /// Those of the group.
     pub fn broadcast(&self) -> Result<()> {
         for var in &self.variables {
             let value = self.group.broadcast(var.as_tensor(), 0)?;
@@ -134,7 +134,7 @@ impl<'g> Replicas<'g> {
     /// gone wrong.  Infinite where one is NaN and the other is not.
     ///
     /// # Errors
-    /// Of the group.
+    /// Those of the group.
     pub fn spread(&self) -> Result<f64> {
         let mut spread = 0f64;
         for var in &self.variables {
@@ -144,14 +144,14 @@ impl<'g> Replicas<'g> {
         Ok(maxima(self.group, &[spread])?[0])
     }
 
-    /// Replaces the gradients of this rank's mean over its `rows` by those of the mean over the rows of all ranks, in the
-    /// dtypes of the variables.  They are summed in f32 (f64 for variables of f64), and are the same bits on all ranks and
-    /// in every run with as many ranks.  A variable that has a gradient on some rank has one on all ranks; one that has none
-    /// anywhere stays without.
+    /// Replaces the gradients of this rank's mean over its `rows` by those of the mean over the rows of all ranks, in
+    /// the dtypes of the variables.  They are summed in f32 (f64 for variables of f64), and are the same bits on all
+    /// ranks and in every run with as many ranks.  A variable that has a gradient on some rank gets a gradient on all
+    /// ranks.  A variable that has no gradient on any rank stays without a gradient.
     ///
     /// # Errors
     /// [`GroupDefect::EmptyBatch`] on all ranks if none has rows; [`GroupDefect::OtherOptions`] on all ranks if one trains in
-    /// another way; [`GroupDefect::Gradient`] for a gradient of another shape than its variable; of the group.
+    /// another way; [`GroupDefect::Gradient`] for a gradient of another shape than its variable; those of the group.
     pub fn average(&self, grads: &mut GradStore, rows: usize) -> Result<()> {
         let agreed = self.agree(grads, rows, false, "without a scale")?;
         self.average_as(grads, rows, &agreed).map(drop)
@@ -160,7 +160,7 @@ impl<'g> Replicas<'g> {
     /// Backward through this rank's mean over its rows, averaging, and the optimiser's step.
     ///
     /// # Errors
-    /// Of the backward pass, of [`average`](Self::average), of the optimiser.
+    /// Those of the backward pass, of [`average`](Self::average), of the optimiser.
     pub fn backward_step(
         &self,
         loss: &Tensor,
@@ -172,12 +172,13 @@ impl<'g> Replicas<'g> {
         told(self.group, optimiser.step(&grads).map_err(Error::from))
     }
 
-    /// The same with a scale on the loss, as [`LossScaler::backward_step`] does it.  If gradients of any rank overflow, be
-    /// it that a solve with [`OnOverflow::SkipUpdate`](crate::scaling::OnOverflow::SkipUpdate) says so, all ranks skip the step and lower their scales, so that
-    /// scales stay equal.
+    /// Like [`backward_step`](Self::backward_step), with a scale on the loss, as in [`LossScaler::backward_step`].
+    /// If gradients of any rank overflow, also if a solve with
+    /// [`OnOverflow::SkipUpdate`](crate::scaling::OnOverflow::SkipUpdate) says so, all ranks skip the step and lower
+    /// their scales, so that scales stay equal.
     ///
     /// # Errors
-    /// Of the backward pass, of [`average`](Self::average), of the optimiser; [`GroupDefect::OtherOptions`] also if scalers
+    /// Those of the backward pass, of [`average`](Self::average), of the optimiser; [`GroupDefect::OtherOptions`] also if scalers
     /// differ.
     pub fn scaled_step(
         &self,
@@ -208,7 +209,7 @@ impl<'g> Replicas<'g> {
     /// file that was there before.  Returns on all ranks when it is written.
     ///
     /// # Errors
-    /// [`GroupDefect::Checkpoint`] on all ranks if it cannot be written; of the group.
+    /// [`GroupDefect::Checkpoint`] on all ranks if it cannot be written; those of the group.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let outcome = match self.group.rank() {
@@ -223,7 +224,7 @@ impl<'g> Replicas<'g> {
     ///
     /// # Errors
     /// [`GroupDefect::Checkpoint`] on all ranks if it cannot be read, or if a variable is missing or of another shape or
-    /// dtype, in which case no variable has changed; of the group.
+    /// dtype, in which case no variable has changed; those of the group.
     pub fn load(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let outcome = match self.group.rank() {

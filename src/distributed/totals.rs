@@ -28,7 +28,7 @@ pub(super) fn of_first(group: &dyn Group, value: f64) -> Result<f64> {
 /// without rows does not count.  NaN if no rank has any.
 ///
 /// # Errors
-/// Of the group.
+/// Those of the group.
 pub fn mean(group: &dyn Group, value: f64, rows: usize) -> Result<f64> {
     let weighted = match rows {
         0 => 0.0,
@@ -44,7 +44,7 @@ pub fn mean(group: &dyn Group, value: f64, rows: usize) -> Result<f64> {
 /// of this rank.
 ///
 /// # Errors
-/// Of the group.
+/// Those of the group.
 pub fn total(group: &dyn Group, stats: &Stats) -> Result<Stats> {
     let mut stats = stats.clone();
     let counts = counts(&mut stats);

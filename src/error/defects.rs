@@ -65,7 +65,8 @@ pub enum TableauDefect {
         "the order condition of tree {tree} (order {order}) on {what} is missed by {residual:e}"
     )]
     OrderCondition {
-        /// The weights: `b`, `embedded` or, of [`Tableau::check_weights`](crate::tableau::Tableau::check_weights), `weights`.
+        /// The weights: `b`, `embedded`, or `weights` in an error of
+        /// [`Tableau::check_weights`](crate::tableau::Tableau::check_weights).
         what: &'static str,
         /// Vertices of the tree.
         order: usize,

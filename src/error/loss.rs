@@ -1,10 +1,10 @@
-//! What can be wrong with a loss by row.
+//! Errors of losses by row.
 
 /// Losses that do not fit the states of a solve.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LossDefect {
-    /// A [`RowLoss`](crate::nn::RowLoss) of states that it is no loss of.
+    /// A [`RowLoss`](crate::nn::RowLoss) that cannot be computed from the returned states.
     #[error("{loss} is no loss of states of shapes {shapes:?}: it needs {needs}")]
     States {
         /// The loss.
@@ -14,7 +14,7 @@ pub enum LossDefect {
         /// Shapes of the returned states.
         shapes: Vec<Vec<usize>>,
     },
-    /// A class that the states have no column for.
+    /// A class for which the states have no column.
     #[error(
         "row {row} is of class {class}, but states have {classes} classes: numbers below that"
     )]
@@ -26,7 +26,7 @@ pub enum LossDefect {
         /// Classes of the state.
         classes: usize,
     },
-    /// A [`RowLoss`](crate::nn::RowLoss) of the last state, of a solve that returns all.
+    /// A [`RowLoss`](crate::nn::RowLoss) that is computed from the last state only, in a solve that returns all states.
     #[error("{loss} is not a loss of all states that are returned: it needs Output::Final")]
     Output {
         /// The loss.

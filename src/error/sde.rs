@@ -153,7 +153,7 @@ pub enum SdeDefect {
         /// What was asked for.
         what: &'static str,
     },
-    /// No samples.
+    /// The number of samples is zero.
     #[error("a solve takes at least one sample of each initial state: SdeOptions::samples is 0")]
     NoSamples,
 }

@@ -12,10 +12,10 @@ use crate::problem::OdeOptions;
 use crate::state::State;
 use crate::time::Times;
 
-/// A flow y' = f(t, y) until an event, a jump y⁺ = J(t, y⁻), and on.
+/// A flow y' = f(t, y) until an event, then a jump y⁺ = J(t, y⁻), then the flow again.
 ///
-/// Times and states of the jumps are differentiable: the flow after a jump begins at a time that has a gradient, so the
-/// whole is the saltation matrix of hybrid systems, which need not be written down.
+/// Times and states of the jumps are differentiable, because the flow after a jump begins at a time that has a
+/// gradient.  So gradients contain the saltation matrix of hybrid systems, which need not be written down.
 pub struct Hybrid<S, F> {
     field: Arc<F>,
     events: Vec<Event<S>>,
@@ -72,8 +72,8 @@ where
         }
     }
 
-    /// The states at `times`, and the jumps between them.  At the time of a jump, to
-    /// eight units of the last place, the state is the one before it.
+    /// The states at `times`, and the jumps between them.  At the time of a jump (up to eight units of the last
+    /// place), the state is the state before the jump.
     ///
     /// # Errors
     /// As [`odeint_event`](super::odeint_event), of the jump, and [`EventDefect::TooMany`].

@@ -1,4 +1,4 @@
-//! Events of rows: every row of a batch that is integrated with steps of its own has events of its own.
+//! Events of rows: if every row of a batch has its own steps, every row also has its own events.
 //!
 //! The event function of a row is g(y) = y_c − value, for one component c.  Its time satisfies p_c(t_e) = value with the
 //! interpolant p of the row's own step, and δt_e = −(δp_c − δvalue) / ṗ_c(t_e), as for other events.
@@ -24,8 +24,8 @@ use crate::time::Times;
 
 /// An event of each row of a batch: a component of the row crosses a value.
 ///
-/// As for an [`Event`](super::Event), the sign of the difference is examined at the end of every accepted step of the row
-/// and at three points inside the step.  The value is rounded to the state dtype.
+/// The sign of the difference is examined at the end of every accepted step of the row and at three points inside the
+/// step, as for an [`Event`](super::Event).  The value is rounded to the state dtype.
 #[derive(Clone, Debug)]
 pub struct RowEvent {
     leaf: usize,
@@ -44,8 +44,8 @@ enum Value {
 }
 
 impl RowEvent {
-    /// An event that ends a row where a component of it crosses a value in any direction.  Components are counted within
-    /// a row of the first tensor of the state.
+    /// An event that ends a row when a component of the row crosses a value in any direction.  Components are counted
+    /// within a row of the first tensor of the state.
     pub fn new(component: usize, value: f64) -> Self {
         Self {
             leaf: 0,
@@ -57,7 +57,7 @@ impl RowEvent {
         }
     }
 
-    /// The same for a component of another tensor of the state.
+    /// Takes the component from another tensor of the state.
     #[must_use]
     pub fn leaf(self, leaf: usize) -> Self {
         Self { leaf, ..self }
@@ -165,14 +165,14 @@ pub struct RowOccurrences<S> {
 /// Solves y' = f(t, y) as [`odeint`](crate::odeint), every row of the batch with adaptive steps of its own, until an event
 /// ends the row or the last time is reached.  A lane whose row has ended takes the next row at once.
 ///
-/// The field must be one that is integrated tile by tile ([`StepControl::Rows`]); events of other fields are functions of
-/// the whole state, see [`odeint_event`](super::odeint_event).  The events of a row and their times do not depend on the
-/// other rows: they have the same bits alone and in any batch.  So have the gradients of y0 and of the values, but in f16,
-/// where the rows of a tile share a scale of the adjoint.
+/// The field must be one that is integrated tile by tile ([`StepControl::Rows`]); events of other fields are
+/// functions of the whole state, see [`odeint_event`](super::odeint_event).  The events of a row and their times do
+/// not depend on the other rows: they have the same bits alone and in any batch.  This is also true of the gradients
+/// of y0 and of the values, except in f16, where the rows of a tile share a scale of the adjoint.
 ///
-/// A row that touches a value without crossing it has a time of which there is no derivative.  Where gradients are
-/// required, this is an error, or with [`OnFailure::Nan`] the time and the state of this event are NaN although it is
-/// counted, and the other events and rows keep theirs.
+/// If a row touches a value without crossing it, the time of this event has no derivative.  If gradients are
+/// required, this is an error.  With [`OnFailure::Nan`] the event is counted, but its time and state are NaN; the
+/// other events and rows keep theirs.
 ///
 /// ```
 /// use candle_core::{DType, Device, IndexOp, Tensor};

@@ -45,10 +45,10 @@ pub(crate) use moved::{Rebuilt, Written};
 /// partly detached, is an error: turn the check off for such a field.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FieldCheck {
-    /// For a [`NeuralOde`](crate::NeuralOde), at its first solves for each set of tensor shapes until one confirms the
-    /// gradient of every parameter, at most at three; for [`odeint`](crate::odeint), at the first solve in a process for
-    /// each combination of closure type, tensor shapes and size of the closure's graph.  Of the number of rows it
-    /// only matters whether there are several.
+    /// For a [`NeuralOde`](crate::NeuralOde), at its first solves for each set of tensor shapes until one confirms
+    /// the gradient of every parameter, at most at three; for [`odeint`](crate::odeint), at the first solve in a
+    /// process for each combination of closure type, tensor shapes and size of the closure's graph.  For this, all
+    /// batches of two or more rows count as equal.
     #[default]
     Once,
     /// At every solve that becomes part of candle's graph.

@@ -54,7 +54,7 @@ impl Activation {
     /// all threads, worth using in place of candle's in any model; elsewhere candle's operations.
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
         match elementwise::is_for(x) {
             true => elementwise::value(self, x),
@@ -412,7 +412,7 @@ fn kept_curvature<T: Element, S: Simd>(
     }
 }
 
-/// Φ(x).  candle's `gelu_erf` is x Φ(x) too, but its gradient is right to eight digits only.
+/// Φ(x).  candle's `gelu_erf` is x Φ(x) too, but its gradient is right to six digits only.
 fn normal(x: &Tensor) -> Result<Tensor> {
     ((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5
 }

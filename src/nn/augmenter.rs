@@ -1,4 +1,4 @@
-//! Augmentation: more features for a flow to move in.
+//! Augmentation: more features, so that a flow has more dimensions.
 
 use candle_core::{Module, Result, Tensor};
 
@@ -6,8 +6,8 @@ use super::Linear;
 
 /// Adds features to what a neural ODE starts from, before the solve: x ↦ [x, 0] or [x, g(x)].
 ///
-/// A flow cannot change the topology of its space; in more dimensions it need not ("Augmented Neural ODEs", arXiv
-/// 1904.01681; with g "Dissecting Neural ODEs", arXiv 2002.08071).
+/// A flow cannot change the topology of its space.  With more dimensions this is not necessary ("Augmented Neural
+/// ODEs", arXiv 1904.01681; with g: "Dissecting Neural ODEs", arXiv 2002.08071).
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};

@@ -37,7 +37,7 @@ impl CdeMlp {
     /// `channels`; names and initial values as those of [`Mlp::new`](super::Mlp::new).
     ///
     /// # Errors
-    /// Of the builder; no width, no channels, or a width that is 0.
+    /// Those of the builder; no width, no channels, or a width that is 0.
     pub fn new(
         widths: &[usize],
         channels: usize,
@@ -104,7 +104,7 @@ impl CdeMlp {
         })
     }
 
-    /// The same without tanh behind the last layer.
+    /// The same field without tanh after the last layer.
     pub fn linear_output(mut self) -> Self {
         self.output = None;
         self

@@ -8,8 +8,8 @@ use super::{add_gradient, wrong_state, Activation, Mlp};
 use crate::field::{Cotangents, FieldWithArgs, Pullback, VectorField};
 use crate::time::Time;
 
-/// f(t, y, a) = W_L σ(… σ(W_1 [y, a, t] + b_1) …) + b_L, with `[out, in]` weights: an [`Mlp`] with
-/// arguments, the output of an encoder for one.
+/// f(t, y, a) = W_L σ(… σ(W_1 [y, a, t] + b_1) …) + b_L, with `[out, in]` weights: an [`Mlp`] with arguments, such as
+/// the output of an encoder.
 ///
 /// y: `(…, features)`, a: `(…, args)` with the same rows; every row is mapped on its own.  It runs in candle's
 /// operations with a pull-back written by hand.
@@ -42,7 +42,7 @@ impl ConditionalMlp {
     /// features; names and initial values as those of [`Mlp::new`].
     ///
     /// # Errors
-    /// Of the builder; fewer than two widths, or one that is 0.
+    /// Those of the builder; fewer than two widths, or one that is 0.
     pub fn new(
         widths: &[usize],
         args: usize,
@@ -52,7 +52,7 @@ impl ConditionalMlp {
         Self::build(widths, args, activation, false, vb)
     }
 
-    /// The same with time as the last input of the first layer, after the arguments.
+    /// Like [`new`](Self::new), with time as the last input of the first layer, after the arguments.
     ///
     /// # Errors
     /// As [`new`](Self::new).

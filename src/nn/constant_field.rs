@@ -16,8 +16,8 @@ use crate::simd::Element;
 use crate::state::RowLayout;
 use crate::time::Time;
 
-/// f(t, y) = c in every row: the diffusion of additive noise with a strength of its own in every component, which may
-/// be learned.
+/// f(t, y) = c in every row.  As the diffusion of an equation it gives additive noise, whose strength differs from
+/// component to component and may be learned.
 ///
 /// y: `(…, features)`.  On the CPU the solver integrates it tile by tile, alone and as a part of an equation.
 ///
@@ -42,18 +42,18 @@ pub struct ConstantField {
 }
 
 impl ConstantField {
-    /// A parameter `value` of so many features, which begins with the same number everywhere.
+    /// A field with the parameter `value`, one number for each feature.  All of them begin with the given number.
     ///
     /// # Errors
-    /// Of the builder; no features.
+    /// Those of the builder; an error if there are no features.
     pub fn new(features: usize, value: f64, vb: VarBuilder<'_>) -> Result<Self> {
         Self::from_value(vb.get_with_hints(features, "value", Init::Const(value))?)
     }
 
-    /// A value that exists, `[features]`.
+    /// A field with this tensor as c, `[features]`.
     ///
     /// # Errors
-    /// If it is no vector of a floating-point dtype, or empty.
+    /// If the tensor is empty, or is not a vector of a floating-point dtype.
     pub fn from_value(value: Tensor) -> Result<Self> {
         if value.rank() != 1 || value.elem_count() == 0 || !value.dtype().is_float() {
             candle_core::bail!(

@@ -166,7 +166,7 @@ impl ConvField {
     /// [`candle_nn::conv2d`] does.
     ///
     /// # Errors
-    /// Of the builder; fewer than two channel counts or one that is 0, a first that is not the last, an even size.
+    /// Those of the builder; fewer than two channel counts or one that is 0, a first that is not the last, an even size.
     pub fn new(
         channels: &[usize],
         size: usize,
@@ -188,9 +188,9 @@ impl ConvField {
         Self::from_layers(&layers.collect::<Result<Vec<_>>>()?, activation)
     }
 
-    /// The same with a group norm after each hidden convolution, before the activation, named
-    /// `0.norm`, `1.norm`, … with `weight` and `bias` `(out)`, as [`candle_nn::group_norm()`] has
-    /// them; its ε is 10⁻⁵.
+    /// Like [`new`](Self::new), with a group norm after each hidden convolution, before the activation, named
+    /// `0.norm`, `1.norm`, … with `weight` and `bias` `(out)`, as [`candle_nn::group_norm()`] has them; its ε is
+    /// 10⁻⁵.
     ///
     /// # Errors
     /// As [`new`](Self::new); channels that `groups` do not divide.

@@ -151,7 +151,7 @@ impl Module for Conv1d {
 /// `weight` and `bias` of a builder, initialised as [`candle_nn::conv1d`] does.
 ///
 /// # Errors
-/// Of the builder.
+/// Those of the builder.
 pub fn conv1d(
     in_channels: usize,
     out_channels: usize,
@@ -165,7 +165,7 @@ pub fn conv1d(
 /// The same without bias, as [`candle_nn::conv1d_no_bias`].
 ///
 /// # Errors
-/// Of the builder.
+/// Those of the builder.
 pub fn conv1d_no_bias(
     in_channels: usize,
     out_channels: usize,

@@ -6,10 +6,10 @@ use super::wrong_state;
 use crate::field::FieldWithArgs;
 use crate::time::Time;
 
-/// x with time as one more channel of dimension `dim`, after the others: what makes any layer depend on time.
+/// x with time as one more channel of dimension `dim`, after the others.  With it, any layer can depend on time.
 ///
 /// Time is rounded to the dtype of x, and receives its gradient.  [`Mlp::with_time`](super::Mlp::with_time) forms its
-/// product with time in the precision of the state instead; prefer it where it fits.
+/// product with time in the precision of the state instead; prefer it if the field is a perceptron.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -29,7 +29,7 @@ use crate::time::Time;
 /// ```
 ///
 /// # Errors
-/// If x has no such dimension; of candle's operations.
+/// If x has no such dimension; those of candle's operations.
 pub fn depth_cat(t: &Time, x: &Tensor, dim: usize) -> Result<Tensor> {
     let mut shape = x.dims().to_vec();
     if dim >= shape.len() {
@@ -44,9 +44,9 @@ pub fn depth_cat(t: &Time, x: &Tensor, dim: usize) -> Result<Tensor> {
 /// f(t, y, x) = m([y, x]) for a module m: a field that sees the data x that its solve began with, or any other arguments, at
 /// every time ("Dissecting Neural ODEs", arXiv 2002.08071, section 5).
 ///
-/// y and x have the same shape but for the dimension on which they are joined, by default the last.  x is given as the
-/// arguments of the solve and receives its gradient.  With a perceptron take [`ConditionalMlp`](super::ConditionalMlp),
-/// which is this with a pull-back written by hand.
+/// y and x have the same shape but for the dimension on which they are joined, by default the last.  x is given as
+/// the arguments of the solve and receives its gradient.  For a perceptron use
+/// [`ConditionalMlp`](super::ConditionalMlp), which does the same with a pull-back written by hand.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -75,9 +75,9 @@ impl Basis {
 
 /// Numbers that are functions of time: Σ_k b_k(u) C_k with u = t · dilation + shift.
 ///
-/// Variables: `coeffs` `(functions, numbers)`, `dilation` (1 at first) and `shift` (0 at first), `(1)`, and for radial
-/// functions `centres` and `widths`, `(functions)`.  They and time receive exact gradients.  A
-/// [`GalerkinLinear`] is made of it, and any other layer can be: reshape the numbers to its weights.
+/// Variables: `coeffs` `(functions, numbers)`, `dilation` (1 at first) and `shift` (0 at first), `(1)`, and for
+/// radial functions `centres` and `widths`, `(functions)`.  They and time receive exact gradients.  A
+/// [`GalerkinLinear`] is built from it, and so can be any other layer: reshape the numbers to its weights.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -106,7 +106,7 @@ impl Galerkin {
     /// divided by the root of the number of functions.
     ///
     /// # Errors
-    /// Of the builder; no number or no function.
+    /// Those of the builder; no number or no function.
     pub fn new(numbers: usize, basis: Basis, deviation: f64, vb: VarBuilder<'_>) -> Result<Self> {
         let functions = basis.len();
         if numbers * functions == 0 {
@@ -168,7 +168,7 @@ impl Galerkin {
     /// The numbers at time t, `(numbers)`, in the precision of t, f32 at least.
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn at(&self, t: &Time) -> Result<Tensor> {
         let t = t.tensor()?;
         let wide = coefficients(&t, self.coeffs.dtype());
@@ -286,7 +286,7 @@ impl GalerkinLinear {
     /// The layer that it is at time t, in `dtype`.
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn at(&self, t: &Time, dtype: DType) -> Result<Linear> {
         let numbers = self.weights.at(t)?.to_dtype(dtype)?;
         let weights = self.outputs * self.inputs;
@@ -300,7 +300,7 @@ impl GalerkinLinear {
     /// y at time t.
     ///
     /// # Errors
-    /// [`Error::FieldState`](crate::Error::FieldState) if x has other features; of candle's operations.
+    /// [`Error::FieldState`](crate::Error::FieldState) if x has other features; those of candle's operations.
     pub fn forward(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
         if x.dims().last() != Some(&self.inputs) {
             let layer = format!("a GalerkinLinear layer of {} inputs", self.inputs);

@@ -12,9 +12,9 @@ use crate::time::Time;
 
 /// A vector field g(t, z) that pushes a tangent forward beside its velocity, as `jax.jvp`.
 ///
-/// candle has no derivatives of derivatives, so the trace of ∂g/∂z cannot be had from a pull-back and
-/// then be differentiated.  A tangent in ordinary operations can.  [`Mlp`] is such a field; so is
-/// every closure `Fn(&Time, &Tensor, &Tensor) -> candle_core::Result<(Tensor, Tensor)>`:
+/// candle has no second derivatives, so a trace of ∂g/∂z that is computed by a pull-back cannot be differentiated.  A
+/// tangent in ordinary operations can be differentiated.  [`Mlp`] is such a field; so is every closure `Fn(&Time,
+/// &Tensor, &Tensor) -> candle_core::Result<(Tensor, Tensor)>`:
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -82,11 +82,10 @@ impl Jvp for Mlp {
 /// A continuous normalising flow of any field g that can push tangents forward: z' = g(t, z) and
 /// l' = −εᵀ(∂g/∂z)ε, whose mean over probes ε of covariance 1 is −tr ∂g/∂z.
 ///
-/// z: `(…, features)`, l: `(…, 1)`, ε as z.  The probe is the third tensor of the state and stays as
-/// it is (ε' = 0), so that it is the same for a whole solve, forward and backward, and every solve
-/// can be given another; its gradient is zero.  One tangent an evaluation, however many features
-/// there are; where these are few, or g is a perceptron of one or two hidden layers, the exact trace
-/// of [`Cnf`](super::Cnf) costs no more.
+/// z: `(…, features)`, l: `(…, 1)`, ε as z.  The probe is the third tensor of the state and stays constant (ε' = 0).
+/// So it is the same for a whole solve, forward and backward, and every solve can have another probe; its gradient is
+/// zero.  An evaluation needs one tangent, however many features there are.  If there are few features, or if g is a
+/// perceptron of one or two hidden layers, the exact trace of [`Cnf`](super::Cnf) costs no more.
 ///
 /// Hutchinson's estimator, as in "FFJORD" (arXiv 1810.01367), with a tangent in place of the cotangent.
 ///

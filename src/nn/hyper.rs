@@ -48,7 +48,7 @@ impl HyperCnf {
     /// A flow of so many features and hidden units, and the hidden width of the network of time.
     ///
     /// # Errors
-    /// Of the builder; if a number is 0.
+    /// Those of the builder; if a number is 0.
     pub fn new(features: usize, width: usize, hidden: usize, vb: VarBuilder<'_>) -> Result<Self> {
         if features * width * hidden == 0 {
             candle_core::bail!("a HyperCnf of {features} features, width {width}, hidden {hidden}")

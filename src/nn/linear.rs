@@ -45,7 +45,7 @@ impl Linear {
     /// `weight` and `bias` of a builder, initialised as [`candle_nn::linear()`] does.
     ///
     /// # Errors
-    /// Of the builder.
+    /// Those of the builder.
     pub fn new(inputs: usize, outputs: usize, vb: VarBuilder<'_>) -> Result<Self> {
         candle_nn::linear(inputs, outputs, vb).map(Self::from)
     }
@@ -53,7 +53,7 @@ impl Linear {
     /// The same without bias.
     ///
     /// # Errors
-    /// Of the builder.
+    /// Those of the builder.
     pub fn without_bias(inputs: usize, outputs: usize, vb: VarBuilder<'_>) -> Result<Self> {
         candle_nn::linear_no_bias(inputs, outputs, vb).map(Self::from)
     }

@@ -62,12 +62,12 @@ impl Mlp {
     /// and initialised, as [`candle_nn::linear()`] does.
     ///
     /// # Errors
-    /// Of the builder; fewer than two widths, or one that is 0.
+    /// Those of the builder; fewer than two widths, or one that is 0.
     pub fn new(widths: &[usize], activation: Activation, vb: VarBuilder<'_>) -> Result<Self> {
         Self::build(widths, activation, false, vb)
     }
 
-    /// The same with time as one more input of the first layer, after the features: its weight is
+    /// Like [`new`](Self::new), with time as one more input of the first layer, after the features: its weight is
     /// `(widths[1], widths[0] + 1)`.
     ///
     /// # Errors

@@ -1,28 +1,29 @@
-//! Vector fields that are ordinary candle modules, built from a `VarBuilder` with the names and
-//! shapes of `candle_nn`.
+//! Fields and layers, built from a `VarBuilder` with the names and shapes of `candle_nn`.
 //!
 //! [`Mlp`], [`Cnf`] and [`ConvField`] have pull-backs written by hand, and the solver integrates them
 //! tile by tile on the CPU.  [`HyperCnf`], [`Hutchinson`] and [`OtFlow`] carry a log-density beside
 //! the state, as `Cnf` does, and run in candle's operations.
 //!
-//! [`EnergyMlp`] is a potential, and [`energy`] has the fields made of its gradient: Hamiltonian and Lagrangian systems,
-//! flows along a gradient and across it.  [`Perceptron`] is a network with its derivatives as values.
+//! [`EnergyMlp`] is a potential, and [`energy`] has the fields that are built from its gradient: Hamiltonian and
+//! Lagrangian systems, flows along a gradient, and flows orthogonal to it.  [`Perceptron`] is a network with its
+//! derivatives as values.
 //!
-//! [`HigherOrder`], [`DataControl`], [`depth_cat`], [`GalerkinLinear`], [`Augmenter`] and [`WithIntegral`] make fields of
-//! higher order, that see their data or time, that have more room, or that sum a cost along the way.
+//! [`HigherOrder`] gives fields of second and higher order.  [`DataControl`] and [`depth_cat`] give fields that read
+//! their data or time, and the weights of a [`GalerkinLinear`] depend on time.  [`Augmenter`] gives the state more
+//! dimensions, and [`WithIntegral`] integrates a cost along the solution.
 //!
 //! [`graph`] has layers over the nodes of a graph, and [`GruField`] is a gated recurrent unit in continuous time.
 //!
-//! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.  [`ConstantField`] is the diffusion
-//! of additive noise.
+//! [`CdeMlp`] is the field of a [neural CDE](crate::cde), integrated tile by tile, too.  [`ConstantField`], which
+//! is also integrated tile by tile, can be the diffusion of additive noise.
 //!
-//! [`RowSpeed`] and [`Relaxation`] are made of another field, and are integrated tile by tile where that is.
+//! [`RowSpeed`] and [`Relaxation`] are built around another field, and are integrated tile by tile if that field is.
 //!
-//! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any
-//! model, in place of candle's where these have no pull-back, a wrong one, or a slow one.
-//! `docs/candle-layers.md` lists those of candle's layers that have no pull-back or a wrong one.
+//! [`Linear`], [`Activation`], [`Conv1d`], [`LayerNorm`], [`RmsNorm`] and [`softmax`] are layers for any model.  Use
+//! them in place of candle's layers, some of which have no pull-back, a wrong one, or a slow one.
+//! `docs/candle-layers.md` lists which of candle's layers have no pull-back or a wrong one.
 //!
-//! [`RowLoss`] is a loss that is a mean over rows, which a solve computes in itself
+//! [`RowLoss`] is a loss that is a mean over rows.  A solve can compute it together with its gradients
 //! ([`NeuralOde::loss`](crate::NeuralOde::loss)).
 
 mod activation;

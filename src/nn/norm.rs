@@ -134,7 +134,7 @@ impl Module for LayerNorm {
 /// [`candle_nn::layer_norm()`]; the config may be ε alone.
 ///
 /// # Errors
-/// Of the builder.
+/// Those of the builder.
 pub fn layer_norm<C: Into<LayerNormConfig>>(
     size: usize,
     config: C,
@@ -146,7 +146,7 @@ pub fn layer_norm<C: Into<LayerNormConfig>>(
 /// The same without bias, as [`candle_nn::layer_norm_no_bias`].
 ///
 /// # Errors
-/// Of the builder.
+/// Those of the builder.
 pub fn layer_norm_no_bias(size: usize, eps: f64, vb: VarBuilder<'_>) -> Result<LayerNorm> {
     candle_nn::layer_norm_no_bias(size, eps, vb).map(LayerNorm::from)
 }
@@ -193,7 +193,7 @@ impl Module for RmsNorm {
 /// `weight` of a builder, ones at first, as [`candle_nn::rms_norm()`].
 ///
 /// # Errors
-/// Of the builder.
+/// Those of the builder.
 pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder<'_>) -> Result<RmsNorm> {
     candle_nn::rms_norm(size, eps, vb).map(RmsNorm::from)
 }
@@ -213,7 +213,7 @@ pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder<'_>) -> Result<RmsNorm> {
 /// ```
 ///
 /// # Errors
-/// If x has no such dimension; of candle's operations.
+/// If x has no such dimension; those of candle's operations.
 pub fn softmax<S: Dim>(x: &Tensor, dim: S) -> Result<Tensor> {
     let dim = dim.to_index(x.shape(), "softmax")?;
     let y = x.to_dtype(inner(x.dtype()))?;

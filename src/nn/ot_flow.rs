@@ -18,18 +18,18 @@ use evaluation::Evaluation;
 /// Φ(s) = wᵀN(s) + ½ sᵀAᵀA s + cᵀs,  s = (x, t),
 /// N(s) = u + σ(K₁u + b₁),  u = σ(K₀s + b₀),  σ(x) = log(eˣ + e⁻ˣ),
 ///
-/// together with what is integrated along the way:
+/// together with these integrals along the solution:
 ///
 /// l' = tr ∇²Φ = −div x',  L' = ½‖∇Φ‖²,  R' = |∂Φ/∂t − ½‖∇Φ‖²|.
 ///
-/// x: `(…, features)`; costs: `(…, 3)`, columns l, L, R, with the same rows.  Along a solution, l grows
-/// by log p(x(t)) − log p(x(0)), as with [`Cnf`](super::Cnf); L is the cost of transport, and R what
-/// the potential violates the Hamilton–Jacobi–Bellman equation by.  With weights α, a density is learnt
-/// by the least mean of α_C (l − log N(x(1))) + L + α_R R over data x(0), from time 0 to 1.
+/// x: `(…, features)`; costs: `(…, 3)`, columns l, L, R, with the same rows.  Along a solution, l grows by log
+/// p(x(t)) − log p(x(0)), as with [`Cnf`](super::Cnf); L is the cost of transport, and R measures how much the
+/// potential violates the Hamilton–Jacobi–Bellman equation.  With weights α, a density is learnt by the least mean of
+/// α_C (l − log N(x(1))) + L + α_R R over data x(0), from time 0 to 1.
 ///
-/// Gradient and trace are exact: some products (rows × m) with (m × m) an evaluation, one of them for
-/// every feature.  Costs are summed in their own dtype: give them f32 where x is
-/// narrower ([`leaf_precision`](crate::OdeOptions::leaf_precision)).
+/// Gradient and trace are exact.  An evaluation needs some products (rows × m) with (m × m), one of them for every
+/// feature.  Costs are summed in their own dtype: give them f32 if x is narrower
+/// ([`leaf_precision`](crate::OdeOptions::leaf_precision)).
 ///
 /// "OT-Flow: Fast and Accurate Continuous Normalizing Flows via Optimal Transport" (arXiv 2006.00104),
 /// with one residual layer, as in its experiments.
@@ -68,7 +68,7 @@ impl OtFlow {
     /// (zeros).
     ///
     /// # Errors
-    /// Of the builder; if a number is 0.
+    /// Those of the builder; if a number is 0.
     pub fn new(features: usize, width: usize, rank: usize, vb: VarBuilder<'_>) -> Result<Self> {
         if features * width * rank == 0 {
             candle_core::bail!("an OtFlow of {features} features, width {width}, rank {rank}")
@@ -122,7 +122,7 @@ impl OtFlow {
     /// Φ(t, x), `(…, 1)`.
     ///
     /// # Errors
-    /// If x has not the features of the flow; of candle's operations.
+    /// If x has not the features of the flow; those of candle's operations.
     pub fn potential(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
         let s = self.point(t, x)?;
         let [_, u, inner] = self.layers(&s)?;

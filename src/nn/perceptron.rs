@@ -17,9 +17,9 @@ use crate::time::Time;
 /// * [`pull`](Self::pull): N and Jᵀ w,
 /// * [`pull_jvp`](Self::pull_jvp): Jᵀ w and its derivative along (v, ẇ).
 ///
-/// All of them are written in ordinary operations, so candle differentiates the results once more: it has no
-/// derivatives of derivatives of its own.  With k = 1 and w = 1, `pull` is the gradient of N, and `pull_jvp` with ẇ = 0 is the
-/// product of its Hessian with v.
+/// All of them are written in ordinary operations, so candle can differentiate the results once more (it has no
+/// second derivatives of its own).  With k = 1 and w = 1, `pull` is the gradient of N, and `pull_jvp` with ẇ = 0 is
+/// the product of its Hessian with v.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -77,7 +77,7 @@ impl Perceptron {
     /// [`candle_nn::linear()`] does.
     ///
     /// # Errors
-    /// Of the builder; fewer than two widths, or one that is 0.
+    /// Those of the builder; fewer than two widths, or one that is 0.
     pub fn new(widths: &[usize], activation: Activation, vb: VarBuilder<'_>) -> Result<Self> {
         check_widths(widths)?;
         let layer = |(i, w): (usize, &[usize])| Linear::new(w[0], w[1], vb.pp(i));
@@ -120,7 +120,7 @@ impl Perceptron {
         })
     }
 
-    /// Adds its input to what every hidden layer that keeps the width puts out: h ↦ h + σ(W h + b).
+    /// Adds to the output of every hidden layer its input, if both have the same width: h ↦ h + σ(W h + b).
     pub fn residual(mut self) -> Self {
         self.residual = Some(0);
         self
@@ -139,7 +139,7 @@ impl Perceptron {
     /// N(x) and J v, v like x.
     ///
     /// # Errors
-    /// [`Error::FieldState`](crate::Error::FieldState) if x or v has not d features; of candle's operations.
+    /// [`Error::FieldState`](crate::Error::FieldState) if x or v has not d features; those of candle's operations.
     pub fn jvp(&self, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let net = self.like(x)?;
         let pass = net.pass(&self.rows_of(x)?)?;
@@ -153,7 +153,7 @@ impl Perceptron {
     /// N(x) and Jᵀ w, w `(…, k)`.
     ///
     /// # Errors
-    /// [`Error::FieldState`](crate::Error::FieldState) if x has not d features or w not k; of candle's operations.
+    /// [`Error::FieldState`](crate::Error::FieldState) if x has not d features or w not k; those of candle's operations.
     pub fn pull(&self, x: &Tensor, w: &Tensor) -> Result<(Tensor, Tensor)> {
         let net = self.like(x)?;
         let pass = net.pass(&self.rows_of(x)?)?;
@@ -425,7 +425,7 @@ impl Mlp {
     /// Jᵀ w, J = ∂f/∂y at time t, as a value that candle differentiates: y and w `(…, features)`.
     ///
     /// # Errors
-    /// [`Error::FieldState`](crate::Error::FieldState) if y or w has not the features of the field; of candle's operations.
+    /// [`Error::FieldState`](crate::Error::FieldState) if y or w has not the features of the field; those of candle's operations.
     pub fn pull(&self, t: &Time, y: &Tensor, w: &Tensor) -> Result<Tensor> {
         Ok(self.perceptron(t)?.pull(y, w)?.1)
     }

@@ -10,7 +10,7 @@ use crate::time::Time;
 
 /// y' = f(t, y) − y, the field of a continuous-time recurrent network: y relaxes towards f(t, y).
 ///
-/// States are those of f.  It is integrated tile by tile where f is.
+/// States are those of f.  The field is integrated tile by tile if f is.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -9,17 +9,17 @@ use crate::rows::Around;
 use crate::state::State;
 use crate::time::Time;
 
-/// x' = e^s f(t, x), s' = 0: every row of the batch moves at a speed of its own, e^s.
+/// x' = e^s f(t, x), s' = 0: the velocity of each row of the batch is multiplied by a factor e^s of this row.
 ///
 /// The state is (x, s), where x is the state of f, and s has a number for each row: as many dimensions as x, of which
 /// the last one, or the last ones, are 1.  So s is `(…, 1)` for an [`Mlp`](super::Mlp) over `(…, features)`, and
 /// `(batch, 1, 1, 1)` for a [`ConvField`](super::ConvField) over images.  For a field of two tensors, such as
 /// [`Cnf`](super::Cnf), the state is (z, l, s).  s has a gradient.
 ///
-/// On \[0, 1\] with s = ln Δ, a row is integrated over a time Δ, as the rows of an ODE-RNN are between observations at
-/// times of their own.  A Δ of zero has no logarithm; leave out its row, which does not move.
+/// On \[0, 1\] with s = ln Δ, a row is integrated over a time Δ.  An ODE-RNN needs this, because each row has its own
+/// times of observation.  A Δ of zero has no logarithm; leave out its row, which does not move.
 ///
-/// It is integrated tile by tile where f is.  Adaptive steps are then controlled for every row by itself: a slow
+/// The field is integrated tile by tile if f is.  Adaptive steps are then controlled for every row by itself: a slow
 /// row takes few steps, whatever the other rows of the batch do.  In f32, tiles hold e^s between e^−87 and e^87.
 ///
 /// ```

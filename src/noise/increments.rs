@@ -1,13 +1,14 @@
-//! Increments that are given: of a study, of common random numbers, of a path that was measured.
+//! Increments that the user gives, for example from a study, from common random numbers, or from a path that was
+//! measured.
 
 use candle_core::Tensor;
 
 use crate::error::{Error, Result, SdeDefect};
 
-/// Increments ΔW of every step, and their integrals U = ∫ (W(s) − W(t)) ds where a method needs them.
+/// Increments ΔW of every step, and the integrals U = ∫ (W(s) − W(t)) ds over the step if a method needs them.
 ///
-/// Both are tensors of shape (steps, rows, channels); the last dimension may be several, as those of the state are under
-/// diagonal noise.  Those that candle tracks receive gradients.
+/// Both are tensors of shape (steps, rows, channels).  With diagonal noise, the state may have several dimensions in
+/// place of channels, and so have the increments.  Increments that candle tracks receive gradients.
 #[derive(Clone, Debug)]
 pub struct Increments {
     w: Tensor,

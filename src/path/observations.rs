@@ -1,4 +1,4 @@
-//! Series of observations, of which control paths are made.
+//! Series of observations, from which control paths are built.
 
 use std::sync::Arc;
 
@@ -9,12 +9,12 @@ use super::{log_signature, unstacked, ControlPath};
 use crate::error::{PathDefect, Result};
 use crate::time::Times;
 
-/// A batch of series of observations, `(batch, length, channels)`, from which control paths are made.
+/// A batch of series of observations, `(batch, length, channels)`, from which control paths are built.
 ///
 /// A value that is NaN was not observed.  Times are common to all series: the solution of a CDE does not depend on
 /// how fast its path is run through, so a series with times of its own has them as a channel (as
 /// [`with_time`](Self::with_time) adds the common ones), at knots 0, 1, ….  Shorter series are filled up with any
-/// numbers, and their [`lengths`](Self::lengths) given: behind its end a path stands still, and so does the solution.
+/// numbers, and their [`lengths`](Self::lengths) are given: after its end a path is constant, and so is the solution.
 ///
 /// Paths have the dtype of the observations, f32 at least, and their gradients reach the observations if candle tracks
 /// these.  The polynomials are computed in f64.
@@ -110,7 +110,7 @@ impl Observations {
         Ok(())
     }
 
-    /// So many observations of each series count, the first ones.
+    /// The number of observations of each series: only the first `lengths[i]` observations of series i count.
     ///
     /// # Errors
     /// [`PathDefect::Lengths`], [`PathDefect::Length`].
@@ -129,8 +129,8 @@ impl Observations {
         Ok(self)
     }
 
-    /// The same with their times as one more channel, the first: channels that do not contain time cannot tell a
-    /// series from the same one at another speed.
+    /// The same observations with their times as one more channel, the first.  Without a channel of time, the
+    /// solution does not depend on the speed at which a series is observed.
     ///
     /// # Errors
     /// candle's.
@@ -149,8 +149,8 @@ impl Observations {
         &self.times
     }
 
-    /// The observations, `(batch, length, channels)`, with missing ones filled in: by straight lines in time,
-    /// constant before the first and behind the last of a series, and 0 where a channel has none.
+    /// The observations, `(batch, length, channels)`, with missing values filled in: by straight lines in time,
+    /// constant before the first and after the last observation of a series, and 0 if a channel has no observation.
     ///
     /// # Errors
     /// candle's.
@@ -158,8 +158,8 @@ impl Observations {
         Ok(self.fit(Wanted::Filled).of(&self.xs)?)
     }
 
-    /// Straight lines between observations, missing ones [filled in](Self::filled).  The slope jumps at every time
-    /// of observation, so every step of a solve ends there.
+    /// Straight lines between observations; missing values are [filled in](Self::filled).  The slope jumps at every
+    /// time of observation, so every step of a solve ends there.
     ///
     /// # Errors
     /// candle's.
@@ -168,7 +168,7 @@ impl Observations {
     }
 
     /// Cubic Hermite polynomials with backward differences: the slope at an observation is that of the straight line
-    /// from the one before; missing ones are [filled in](Self::filled).  The path up to a time depends on
+    /// from the observation before; missing values are [filled in](Self::filled).  The path up to a time depends on
     /// observations up to the next one only, and its slope is continuous.  J. Morrill et al., "On the choice of
     /// interpolation scheme for neural CDEs" (TMLR 2022).
     ///
@@ -178,8 +178,8 @@ impl Observations {
         self.path(Interpolation::Hermite)
     }
 
-    /// Natural cubic splines through what was observed, channel by channel: of all interpolants those with the
-    /// least ∫ |X''|².  A channel that was not observed at the first or at the last time has its first or last value
+    /// Natural cubic splines through what was observed, channel by channel.  They have the least ∫ |X''|² of all
+    /// interpolants.  A channel that was not observed at the first or at the last time has its first or last value
     /// there.
     ///
     /// # Errors
@@ -188,9 +188,10 @@ impl Observations {
         self.path(Interpolation::NaturalCubic)
     }
 
-    /// Each observation is held until the time of the next one, then the path changes while time stands: of an
-    /// interval, the path is (t_i, x_i), (t_{i+1}, x_i), (t_{i+1}, x_{i+1}), with straight lines between.  So the
-    /// path up to a time depends on observations up to this time only.  A missing value is the last that was seen.
+    /// Each observation is held until the time of the next observation.  Then the path changes while time is
+    /// constant: in one interval, the path goes through (t_i, x_i), (t_{i+1}, x_i) and (t_{i+1}, x_{i+1}) by straight
+    /// lines.  So the path up to a time depends on observations up to this time only.  A missing value is the last
+    /// that was seen.
     ///
     /// `time` is the channel of time.  The knots of the path are 0, 1, 2, …, 2(length − 1), whatever the times of
     /// observation; observation i is at knot 2i.
@@ -217,11 +218,11 @@ impl Observations {
         self.path(Interpolation::Rectilinear { time })
     }
 
-    /// The log-signature of depth 2 over windows of so many intervals, for neural rough differential equations: in
-    /// each window the channels of the path rise by the increments ΔX_i and, behind these, by the Lévy areas
-    /// A_ij = ½ ∫ (X_i dX_j − X_j dX_i), i < j, of the linear path, at constant speed.  For `c` channels the path has
-    /// c + c (c − 1)/2, and a knot at the ends of windows only, so that long series need few steps.  J. Morrill et
-    /// al., "Neural rough differential equations for long time series" (ICML 2021).
+    /// The log-signature of depth 2 over windows of `window` intervals, for neural rough differential equations.  In
+    /// each window the channels of the path change, at constant speed, by the increments ΔX_i; further channels
+    /// change by the Lévy areas A_ij = ½ ∫ (X_i dX_j − X_j dX_i), i < j, of the linear path.  For `c` channels the
+    /// path has c + c (c − 1)/2 channels.  It has knots only at the ends of windows, so that long series need few
+    /// steps.  J. Morrill et al., "Neural rough differential equations for long time series" (ICML 2021).
     ///
     /// # Errors
     /// [`PathDefect::Window`].

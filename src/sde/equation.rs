@@ -22,7 +22,7 @@ pub struct Sde<F, G, M = Without> {
     pub(super) equation: Equation,
 }
 
-/// An equation in the sense of Itô, with diagonal noise until another is declared.
+/// An equation in the sense of Itô, with diagonal noise unless another kind is declared.
 ///
 /// * `drift`: f, a closure `|t: &Time, y: &S| …` or any [`VectorField`].
 /// * `diffusion`: g, a closure or any [`Diffusion`]; a [`VectorField`] by [`OfField`].
@@ -38,7 +38,7 @@ pub fn ito<F, G>(drift: F, diffusion: G) -> Sde<F, G> {
     Sde::new(drift, diffusion, Calculus::Ito)
 }
 
-/// The same in the sense of Stratonovich.
+/// An equation in the sense of Stratonovich; otherwise like [`ito`].
 pub fn stratonovich<F, G>(drift: F, diffusion: G) -> Sde<F, G> {
     Sde::new(drift, diffusion, Calculus::Stratonovich)
 }
@@ -123,8 +123,8 @@ impl<F, G, M> Sde<F, G, M> {
     }
 }
 
-/// The diffusion g(t, y) of an equation: a closure `|t: &Time, y: &S| …` that returns a tensor or several, for each of the
-/// first tensors of the state; those that it leaves out have no noise.
+/// The diffusion g(t, y) of an equation: a closure `|t: &Time, y: &S| …` that returns one or several tensors, for the
+/// first tensors of the state, in order.  State tensors for which it returns nothing have no noise.
 pub trait Diffusion<S: State> {
     /// g(t, y), its tensors.
     ///
@@ -146,7 +146,8 @@ pub trait Diffusion<S: State> {
         autograd::vjp(&leaves, t, &y.leaves())
     }
 
-    /// The same where an evaluation before has shown that g does not change with the state unseen by candle.
+    /// As [`vjp`](Self::vjp), after an earlier evaluation has shown that g does not depend on the state in a way that
+    /// candle's graph does not contain.
     #[doc(hidden)]
     #[allow(clippy::type_complexity)]
     fn vjp_of_constant<'f>(
@@ -192,7 +193,7 @@ where
     }
 }
 
-/// A vector field as the diffusion of an equation, with its own pull-back: an [`nn::Mlp`](crate::nn::Mlp), for one.
+/// A vector field as the diffusion of an equation, with its own pull-back, such as an [`nn::Mlp`](crate::nn::Mlp).
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -60,7 +60,7 @@ impl<S: State + 'static> NeuralSde<S> {
     /// hold yet are created in it, in `dtype`.
     ///
     /// # Errors
-    /// Of the constructor; the variables that it had created are removed again.
+    /// Those of the constructor; the variables that it had created are removed again.
     pub fn new<F, G, M, B>(
         vars: &VarMap,
         prefix: &str,
@@ -144,7 +144,7 @@ impl<S: State + 'static> NeuralSde<S> {
         )
     }
 
-    /// The same without a graph; gradients are computed by [`Solution::vjp`].
+    /// Solves without candle's graph; gradients are computed by [`Solution::vjp`].
     ///
     /// # Errors
     /// As [`solve`](Self::solve).

@@ -41,10 +41,10 @@ pub struct SdeOptions {
     /// as noise.  All rows have the same steps; a step ends at every time of the solve; the first attempt is a hundredth
     /// of the interval unless [`Adaptive::first_step`](crate::options::Adaptive::first_step) says otherwise.
     pub steps: Steps,
-    /// How many solutions of each initial state are computed, with noise of their own.  Default: one.
+    /// How many solutions (samples) of each initial state are computed.  Every sample has its own noise.  Default: one.
     ///
-    /// A state of n samples has n times the rows of y0: those of the first sample, then those of the second, and so on.
-    /// y0 is not repeated by the caller, and its gradient is the sum over samples.
+    /// With n samples the state has n times the rows of y0: first the rows of the first sample, then the rows of the
+    /// second sample, and so on.  Do not repeat y0 yourself.  The gradient of y0 is the sum over the samples.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -69,8 +69,9 @@ pub struct SdeOptions {
     pub output: Output,
     /// What is kept for the backward pass; noise never is.  Default: every state.
     pub checkpoint: Checkpoint,
-    /// Whether equations whose parts are fields of [`nn`](crate::nn) that go in tiles are integrated tile by tile on the
-    /// CPU; see [`sde`](crate::sde).  Default: yes.  The noise is the same to the bit, results agree to rounding.
+    /// Whether an equation is integrated tile by tile on the CPU if this is possible; see [`sde`](crate::sde) for the
+    /// conditions.  Default: yes.  With and without tiles, the noise has the same bits, and the results agree up to
+    /// rounding.
     pub fusion: bool,
     /// As [`OdeOptions::scaling`].
     pub scaling: Scaling,

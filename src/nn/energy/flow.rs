@@ -1,4 +1,4 @@
-//! Flows along a gradient, and across it.
+//! Flows along a gradient, and orthogonal to it.
 
 use candle_core::{Module, Result, Tensor};
 
@@ -10,7 +10,8 @@ use crate::time::Time;
 
 /// x' = −∇Φ, along which Φ falls.
 ///
-/// x: `(…, features)`.  With [`Hutchinson`](crate::nn::Hutchinson) a continuous normalising flow along a gradient.
+/// x: `(…, features)`.  With [`Hutchinson`](crate::nn::Hutchinson) it is a continuous normalising flow along a
+/// gradient.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -94,7 +95,7 @@ pub struct Skew<P> {
 }
 
 impl<P: Potential> Skew<P> {
-    /// The flow of the potential across its gradient, turned by M.
+    /// The flow of the potential orthogonal to its gradient, in a direction that M determines.
     ///
     /// # Errors
     /// If M does not put out the square of its features.

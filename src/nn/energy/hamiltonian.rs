@@ -11,8 +11,8 @@ use crate::time::Time;
 
 /// x' = J ∇H for x = (q, p): q' = ∂H/∂p, p' = −∂H/∂q, along which H does not change.
 ///
-/// x: `(…, 2n)`, the n coordinates followed by their momenta.  With an [`EnergyMlp`](crate::nn::EnergyMlp) a Hamiltonian
-/// neural network (arXiv 1906.01563), whose pull-back is written by hand.
+/// x: `(…, 2n)`, the n coordinates followed by their momenta.  With an [`EnergyMlp`](crate::nn::EnergyMlp) it is a
+/// Hamiltonian neural network (arXiv 1906.01563), whose pull-back is written by hand.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -13,16 +13,16 @@ use crate::time::Time;
 /// x' = (q̇, M⁻¹(∂L/∂q − C q̇)) for x = (q, q̇), with M = ∂²L/∂q̇∂q̇ and C = ∂²L/∂q̇∂q: the equation of
 /// Euler and Lagrange.
 ///
-/// x: `(…, 2n)`, the n coordinates followed by their velocities.  With an [`EnergyMlp`](crate::nn::EnergyMlp) a
+/// x: `(…, 2n)`, the n coordinates followed by their velocities.  With an [`EnergyMlp`](crate::nn::EnergyMlp) it is a
 /// Lagrangian neural network (arXiv 2003.04630).
 ///
 /// M q̈ + C q̇ is the lower half of ∇²L w along the motion itself, w = (q̇, q̈).  So q̈ is found in two parts: first
-/// q̈₀ = M⁻¹(∂L/∂q − C q̇) without history, with M column by column from n Hessian products, its inverse in f64 on the host;
-/// then one step of Newton's method with history,
+/// q̈₀ = M⁻¹(∂L/∂q − C q̇) on detached tensors, with M column by column from n Hessian products, and its inverse in
+/// f64 on the host; then one step of Newton's method in candle's graph,
 ///
 /// q̈ = q̈₀ + M₀⁻¹ (∂L/∂q − \[∇²L (q̇, q̈₀)\]_q̇),
 ///
-/// whose correction is of the size of a rounding error, and whose derivative is that of the implicit function.  The
+/// The correction is of the size of a rounding error, and its derivative is that of the implicit function.  The
 /// gradient needs one Hessian product, whatever n is, and no derivative of the inverse.
 ///
 /// ```

@@ -13,7 +13,7 @@ use crate::nn::perceptron::{check_widths, Pass, Perceptron, Pulled};
 use crate::nn::{add_gradient, coefficients, wrong_state, Activation, Linear};
 use crate::time::Time;
 
-/// What number is made of the outputs z of a network.
+/// How the potential, one number, is computed from the outputs z of a network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Energy {
     /// The only output.
@@ -30,9 +30,9 @@ pub enum Energy {
 /// δ_L = 1, g_l = W_{l+1}ᵀδ_{l+1}, δ_l = σ'(z_l) ∘ g_l, ∇Φ = W_1ᵀδ_1,
 /// δ̇_L = 0, ġ_l = W_{l+1}ᵀδ̇_{l+1}, δ̇_l = σ' ∘ ġ_l + σ'' ∘ ż_l ∘ g_l, ∇²Φ v = W_1ᵀδ̇_1,
 ///
-/// with the tangent ż_l = W_l ȧ_{l−1}, ȧ_l = σ' ∘ ż_l, ȧ_0 = v.  The pull-back of ∇Φ with a cotangent v is
-/// x̄ = ∇²Φ v, W̄_l = δ̇_lᵀ a_{l−1} + δ_lᵀ ȧ_{l−1}, b̄_l = Σ δ̇_l, so a field made of this potential costs twice what
-/// the same network costs as a field.
+/// with the tangent ż_l = W_l ȧ_{l−1}, ȧ_l = σ' ∘ ż_l, ȧ_0 = v.  The pull-back of ∇Φ with a cotangent v is x̄ = ∇²Φ
+/// v, W̄_l = δ̇_lᵀ a_{l−1} + δ_lᵀ ȧ_{l−1}, b̄_l = Σ δ̇_l, so a field over this potential costs twice as much as the
+/// same network as a field.
 ///
 /// See [`energy`](crate::nn::energy) for the fields.
 ///
@@ -59,12 +59,12 @@ pub struct EnergyMlp {
 }
 
 impl EnergyMlp {
-    /// Layers of these widths, from the features to 1, or to any number for [`Energy::SumOfSquares`]; named `0`, `1`, …
-    /// with `weight` and `bias`, and initialised as [`candle_nn::linear()`] does.  The last layer of an
-    /// [`Energy::Output`] has no bias, for it would shift Φ and change no gradient.
+    /// Layers of these widths, from the features to 1, or to any number for [`Energy::SumOfSquares`]; named `0`, `1`,
+    /// … with `weight` and `bias`, and initialised as [`candle_nn::linear()`] does.  The last layer of an
+    /// [`Energy::Output`] has no bias, because it would shift Φ and change no gradient.
     ///
     /// # Errors
-    /// Of the builder; fewer than two widths, or one that is 0; [`Error::Potential`] for an activation without curvature,
+    /// Those of the builder; fewer than two widths, or one that is 0; [`Error::Potential`] for an activation without curvature,
     /// or for another number of outputs than 1.
     pub fn new(
         widths: &[usize],
@@ -75,7 +75,7 @@ impl EnergyMlp {
         Self::build(widths, (activation, energy, false), vb)
     }
 
-    /// The same with time as one more input of the first layer, after the features.
+    /// Like [`new`](Self::new), with time as one more input of the first layer, after the features.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -129,7 +129,7 @@ impl EnergyMlp {
         })
     }
 
-    /// The same whose last input is time.
+    /// Like [`of`](Self::of), for a network whose last input is time.
     ///
     /// # Errors
     /// As [`of`](Self::of); if time is the only input.

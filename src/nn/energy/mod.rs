@@ -1,7 +1,8 @@
-//! Potentials, and the fields that are made of their gradients.
+//! Potentials, and the fields that are built from their gradients.
 //!
-//! A potential Φ(t, x) gives one number for every row of x.  Its gradient ∇Φ is written in ordinary operations, so that
-//! candle, which has no derivatives of derivatives, can differentiate it once more.  Any [`Potential`] makes
+//! A potential Φ(t, x) gives one number for every row of x.  Its gradient ∇Φ is written in ordinary operations, so
+//! that candle, which has no second derivatives, can differentiate it once more.  These fields can be built from any
+//! [`Potential`]:
 //!
 //! | field | x' | along a solution |
 //! |---|---|---|

@@ -1,8 +1,8 @@
-//! Whole solves of equations that are driven by noise, tile by tile: each part of the equation is a field over tiles,
-//! and the noise of a tile's rows is drawn in its lanes.
+//! Whole solves of equations that are driven by noise, tile by tile: each part of the equation is a field that is
+//! integrated over tiles, and the noise of a tile's rows is drawn in its lanes.
 //!
-//! Steps and their pull-backs are those of [`Driven`](crate::driven::Driven): the sums of a table, whose increments are
-//! computed again on the way back.  A tile carries every state of the method, one after the other.
+//! Steps and their pull-backs are those of [`Driven`](crate::driven::Driven): the sums of a table.  The backward pass
+//! computes the increments again.  A tile contains all states that the method carries, one after the other.
 
 mod backward;
 mod forward;

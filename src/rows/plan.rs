@@ -1,0 +1,111 @@
+//! What tiles of a solve have in common: which rows a tile has, which tiles share a sum, how much memory they need.
+
+use std::ops::Range;
+
+use super::activations::Size;
+use super::backward;
+#[cfg(test)]
+use super::tests;
+use crate::error::MemoryNeed;
+use crate::precision::Low;
+use crate::problem::Problem;
+use crate::schedule::Schedule;
+use crate::simd::Element;
+use crate::state::RowLayout;
+
+/// The solve as both passes see it.
+pub(super) struct TilePlan<'p> {
+    pub(super) problem: &'p Problem,
+    pub(super) layout: &'p RowLayout,
+    /// What the compute precision of each leaf rounds to.
+    pub(super) low: Vec<Low>,
+    /// Whether tiles have two vectors, where a test says so.
+    #[cfg(test)]
+    pub(super) forced: Option<bool>,
+}
+
+impl<'p> TilePlan<'p> {
+    pub(super) fn new(problem: &'p Problem, layout: &'p RowLayout) -> Self {
+        let low = problem.scheme.roles.iter().map(|r| r.compute.low());
+        Self {
+            low: low.collect(),
+            #[cfg(test)]
+            forced: tests::width::here(),
+            problem,
+            layout,
+        }
+    }
+
+    /// What there is to keep of so many rows, in slots of so many features.
+    pub(super) fn size(&self, schedule: &Schedule, rows: usize, features: usize) -> Size {
+        Size {
+            rows,
+            features,
+            stages: backward::most_stages(self.problem, schedule),
+            steps: schedule.len(),
+        }
+    }
+
+    /// The memory that tiles of `batch` rows, `rows` rows in all, hold at once over so many steps, in addition to kept evaluations.
+    /// `elements` is the number of state elements of those rows without the padding of the last tile.
+    pub(super) fn need<T: Element>(
+        &self,
+        batch: usize,
+        steps: usize,
+        rows: usize,
+        elements: usize,
+    ) -> MemoryNeed {
+        /// Bytes of a state that is kept by itself beside its numbers.
+        const STATE: usize = 64;
+        let problem = self.problem;
+        let bytes = elements.saturating_mul(size_of::<T>());
+        let (restart, stored) = problem.checkpoint.most(steps, bytes);
+        // Kept with the lanes that fill up the last tile.
+        let numbers = rows as u128 * self.layout.dim() as u128;
+        let tiles = rows.div_ceil(batch);
+        let state = numbers * size_of::<T>() as u128;
+        let store = problem.scheme.roles[0].store.to.size_in_bytes();
+        let single = state + (tiles * STATE) as u128;
+        MemoryNeed {
+            states: restart as u128 * single + stored as u128 * numbers * store as u128,
+            // As tiles leave them, and as they are handed over.
+            returned: 2 * problem.outputs() as u128 * bytes as u128,
+            ..Default::default()
+        }
+    }
+
+    /// Whether there are rows enough for tiles of two vectors of so many lanes, and the tiles stay small.
+    pub(super) fn is_wide<T: Element>(&self, lanes: usize) -> bool {
+        #[cfg(test)]
+        if let Some(wide) = self.forced {
+            return T::WIDE && wide;
+        }
+        T::WIDE && self.layout.rows >= 4 * lanes && self.layout.dim() <= WIDEST
+    }
+
+    /// First rows of the tiles, group by group; the tiles of a group share a partial sum.
+    pub(super) fn groups(&self, batch: usize, parameters: usize) -> Vec<Vec<usize>> {
+        let tiles: Vec<usize> = (0..self.layout.rows).step_by(batch).collect();
+        let groups = tiles.len().min(self.most_groups(parameters));
+        let cut = |g: usize| g * tiles.len() / groups;
+        (0..groups)
+            .map(|g| tiles[cut(g)..cut(g + 1)].to_vec())
+            .collect()
+    }
+
+    /// As many groups as many cores can use, but no more than a few million numbers of partial sums.
+    pub(super) fn most_groups(&self, parameters: usize) -> usize {
+        (MOST_NUMBERS / parameters.max(1)).clamp(4, MOST_GROUPS)
+    }
+
+    /// Rows of the tile that begins at `first`.
+    pub(super) fn rows(&self, first: usize, batch: usize) -> Range<usize> {
+        first..self.layout.rows.min(first + batch)
+    }
+}
+
+/// Features of the largest state in tiles of two vectors.
+const WIDEST: usize = 4096;
+
+const MOST_GROUPS: usize = 32;
+const MOST_NUMBERS: usize = 1 << 22;
