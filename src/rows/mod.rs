@@ -49,7 +49,7 @@ pub(crate) use around::Around;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
 use lanewise::On;
 use threads::{on_all_threads, Failure};
-pub(crate) use tile::{At, Instant, Slot, TileField};
+pub(crate) use tile::{At, Slot, TileField};
 use tile::{Tiled, Wide};
 
 /// A field that the solver may integrate tile by tile.
