@@ -41,7 +41,7 @@ pub(crate) struct Place {
     /// The fraction of the step.
     pub(crate) x: f64,
     /// How fast the number changes in the step on average.
-    pub(crate) pace: f64,
+    pub(crate) speed: f64,
 }
 
 /// A number along a step: its value at a fraction of the step.
@@ -79,7 +79,7 @@ pub(crate) struct RowFound {
     /// Its number among the crossings of this event and row.
     pub(crate) number: usize,
     pub(crate) t: f64,
-    pub(crate) pace: f64,
+    pub(crate) speed: f64,
     /// The derivative of the interpolant there, by feature; empty if the state is not returned.
     pub(crate) slope: Vec<f64>,
 }
@@ -110,8 +110,8 @@ pub(crate) fn crossings(
         before = sign(value);
         at = x;
     }
-    let pace = largest / (ends[1] - ends[0]).abs();
-    let place = |x| Place { x, pace };
+    let speed = largest / (ends[1] - ends[0]).abs();
+    let place = |x| Place { x, speed };
     Ok((roots.into_iter().map(place).collect(), before))
 }
 
@@ -200,9 +200,9 @@ pub(crate) fn behind(t: f64, h: f64, x: f64) -> f64 {
 }
 
 /// Whether a derivative along the trajectory is one of a number that crosses zero, and does not only touch it.
-pub(crate) fn is_steep(derivative: f64, pace: f64) -> bool {
+pub(crate) fn is_steep(derivative: f64, speed: f64) -> bool {
     // A derivative that is NaN is none.
-    derivative.abs() > FLAT * pace
+    derivative.abs() > FLAT * speed
 }
 
 #[cfg(test)]
@@ -259,7 +259,7 @@ mod tests {
 
     #[test]
     fn crossings_at_one_place_are_kept_as_far_as_to_the_first_that_ends_the_solve() {
-        let at = |x: f64, event: usize| (Place { x, pace: 1.0 }, event);
+        let at = |x: f64, event: usize| (Place { x, speed: 1.0 }, event);
         let mut all = vec![at(0.5, 0), at(0.5, 1), at(0.2, 2), at(0.6, 1), at(0.5, 3)];
         assert!(in_order(&mut all, |event| event == 0));
         assert_eq!(all, [at(0.2, 2), at(0.5, 1), at(0.5, 3), at(0.5, 0)]);

@@ -140,9 +140,11 @@ impl Control {
         steps.max(self.targets.len()).min(self.options.max_steps)
     }
 
-    /// The longest first step.
+    /// The longest first step, and the furthest point at which the first length is looked for: neither is beyond a jump
+    /// of the field.
     pub(crate) fn longest(&self) -> f64 {
-        let end = self.targets.last().map_or(self.start, |target| target.t);
+        let jump = self.targets.iter().find(|target| target.jumps);
+        let end = jump.or(self.targets.last()).map_or(self.start, |end| end.t);
         (end - self.start).abs().min(self.options.max_step)
     }
 

@@ -87,6 +87,8 @@ pub(crate) struct Pace {
     pub(crate) factor: f64,
     /// The shortest and the longest accepted step, and the first.
     pub(crate) lengths: Option<[f64; 3]>,
+    /// The same before the attempt that was accepted last.
+    lengths_before: Option<[f64; 3]>,
 }
 
 impl Pace {
@@ -105,6 +107,7 @@ impl Pace {
             limited: 0,
             factor: 0.0,
             lengths: None,
+            lengths_before: None,
         }
     }
 
@@ -175,13 +178,9 @@ impl Pace {
 
     /// The attempt that was accepted last is taken only as far as to this end.
     pub(crate) fn cut(&mut self, attempt: &Attempt, end: f64) {
-        let length = (end - attempt.t).abs();
         self.t = end;
         self.target -= usize::from(attempt.lands.is_some());
-        self.lengths = self.lengths.map(|[least, most, first]| {
-            let first = if self.accepted == 1 { length } else { first };
-            [least.min(length), most, first]
-        });
+        self.lengths = with_length(self.lengths_before, (end - attempt.t).abs());
     }
 
     /// Judges an attempt by its error r; `plain` is the error without a noise floor.
@@ -215,8 +214,8 @@ impl Pace {
         self.forced += usize::from(r > 1.0);
         self.limited += usize::from(r <= 1.0 && plain > 1.0);
         self.factor = self.factor.max(plain);
-        let [least, most, first] = self.lengths.unwrap_or([length; 3]);
-        self.lengths = Some([least.min(length), most.max(length), first]);
+        self.lengths_before = self.lengths;
+        self.lengths = with_length(self.lengths, length);
         // A step that a target has shortened says nothing about the length that the problem wants.
         self.h = match length < attempt.wanted {
             true => next.max(attempt.wanted),
@@ -229,6 +228,12 @@ impl Pace {
         self.target += usize::from(attempt.lands.is_some());
         Ok(Verdict::Accepted)
     }
+}
+
+/// The shortest and the longest step, and the first, after one more.
+fn with_length(before: Option<[f64; 3]>, length: f64) -> Option<[f64; 3]> {
+    let [least, most, first] = before.unwrap_or([length; 3]);
+    Some([least.min(length), most.max(length), first])
 }
 
 #[cfg(test)]
@@ -283,6 +288,34 @@ mod tests {
         let (taken, _) = walk(&control, 0.25, |_| 0.59f64);
         let at = taken.iter().position(|a| a.end == 1.001).unwrap();
         assert!(taken[at].h < 0.0011 && taken[at + 1].h > 0.2);
+    }
+
+    #[test]
+    fn a_step_that_is_cut_counts_with_the_length_that_was_taken() {
+        let control = control(&Adaptive::new(1e-3, 1e-3), &[0.0, 3.0]);
+        for (steps, lengths) in [(1, [0.125; 3]), (2, [0.125, 0.25, 0.25])] {
+            let mut pace = Pace::new(&control, 0.25);
+            for n in 1..=steps {
+                // The second one is longer than the first, but for the cut.
+                pace.h = 0.25 * f64::from(n);
+                let attempt = pace.attempt(&control).unwrap();
+                pace.judge(&control, &attempt, 0.5, 0.5).unwrap();
+                if n == steps {
+                    pace.cut(&attempt, attempt.t + 0.125);
+                }
+            }
+            assert_eq!(pace.lengths, Some(lengths));
+            assert_eq!(pace.t, 0.25 * f64::from(steps - 1) + 0.125);
+        }
+    }
+
+    #[test]
+    fn the_first_length_is_not_looked_for_beyond_a_jump() {
+        let longest = |options: Adaptive| control(&options, &[1.0, 3.0]).longest();
+        let plain = Adaptive::new(1e-3, 1e-3);
+        assert_eq!(longest(plain.clone().step_t([1.5])), 2.0);
+        assert_eq!(longest(plain.clone().step_t([1.25]).jump_t([1.5])), 0.5);
+        assert_eq!(longest(plain.max_step(0.125).jump_t([1.5])), 0.125);
     }
 
     #[test]

@@ -384,7 +384,7 @@ impl OfEvent<'_> {
         for found in returned() {
             let derivative = found.slope[before + self.event.component];
             let place = found.number * rows + found.row;
-            if is_steep(derivative, found.pace) {
+            if is_steep(derivative, found.speed) {
                 derivatives[place] = derivative;
                 continue;
             }

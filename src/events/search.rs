@@ -14,7 +14,7 @@ pub(super) struct Crossing {
     pub(super) event: usize,
     pub(super) t: f64,
     /// How fast its function changes in the step on average.
-    pub(super) pace: f64,
+    pub(super) speed: f64,
     /// ṗ there.
     pub(super) slope: Vec<Tensor>,
     /// Its number among the returned states.
@@ -101,13 +101,13 @@ impl<S: State> Observer for Search<'_, S> {
         }
         in_order(&mut found, |event| self.events[event].terminal);
         let mut wanted = Wanted::default();
-        for (Place { x, pace }, event) in found {
+        for (Place { x, speed }, event) in found {
             // States at one time: those of events come first.
             let before = others.iter().filter(|&&other| other < x).count();
             self.found.push(Crossing {
                 event,
                 t: inside.time(x),
-                pace,
+                speed,
                 slope: inside.slope(x)?,
                 row: returned + before + wanted.at.len(),
             });
@@ -142,7 +142,7 @@ pub(super) fn derivative<S: State>(
             }
         }
     }
-    if !is_steep(sum, found.pace) {
+    if !is_steep(sum, found.speed) {
         return Err(Error::Event(EventDefect::Grazing {
             event: found.event,
             t: found.t,

@@ -68,18 +68,14 @@ impl CdeMlp {
         let mut affine = Vec::with_capacity(layers.len());
         for (l, layer) in layers.iter().enumerate() {
             let weight = layer.weight();
-            checked.see((l, "weight"), weight, weight.rank() == 2, || {
-                "a matrix (outputs, inputs)".into()
-            })?;
+            checked.weight(l, weight, 2, "a matrix (outputs, inputs)")?;
             let outputs = weight.dims()[0];
             let Some(bias) = layer.bias() else {
                 candle_core::bail!(
                     "CdeMlp::from_layers, layer {l} has no bias: it needs one of [{outputs}]"
                 )
             };
-            checked.see((l, "bias"), bias, bias.dims() == [outputs], || {
-                format!("[{outputs}], a number for each output")
-            })?;
+            checked.bias(l, bias, outputs)?;
             affine.push(Affine {
                 weight: weight.clone(),
                 bias: bias.clone(),

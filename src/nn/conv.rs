@@ -230,14 +230,10 @@ impl ConvField {
         let mut checked = Checked::new("ConvField::from_layers");
         for (l, layer) in layers.iter().enumerate() {
             let (weight, bias) = (layer.weight(), layer.bias());
-            checked.see((l, "weight"), weight, weight.rank() == 4, || {
-                "filters (outputs, inputs, size, size)".into()
-            })?;
+            checked.weight(l, weight, 4, "filters (outputs, inputs, size, size)")?;
             let outputs = weight.dims()[0];
             if let Some(bias) = bias {
-                checked.see((l, "bias"), bias, bias.dims() == [outputs], || {
-                    format!("[{outputs}], a number for each output")
-                })?;
+                checked.bias(l, bias, outputs)?;
             }
         }
         let layers = layers.iter().map(filter).collect::<Result<Vec<_>>>()?;

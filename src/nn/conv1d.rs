@@ -59,14 +59,10 @@ impl Conv1d {
     /// The length of what comes out of sequences like x.
     fn length(&self, x: &Tensor) -> Result<usize> {
         let (weight, mut checked) = (&self.weight, Checked::new("nn::Conv1d"));
-        checked.see((0, "weight"), weight, weight.rank() == 3, || {
-            "filters (outputs, inputs / groups, size)".into()
-        })?;
+        checked.weight(0, weight, 3, "filters (outputs, inputs / groups, size)")?;
         let (outputs, inputs, size) = weight.dims3()?;
         if let Some(bias) = &self.bias {
-            checked.see((0, "bias"), bias, bias.dims() == [outputs], || {
-                format!("[{outputs}], a number for each output")
-            })?;
+            checked.bias(0, bias, outputs)?;
         }
         let Conv1dConfig {
             padding,

@@ -3,9 +3,9 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
 use super::activation::{Activation, Apply};
+use crate::simd::pieces::by_piece;
 use crate::simd::{enter, scalars, scalars_mut, unit, vectors, Element};
 
 /// Numbers in a chunk that one thread takes: tens of microseconds of work, as waking another costs ten.
@@ -98,21 +98,14 @@ pub(super) fn numbers<'a, T>(x: &'a [T], layout: &Layout) -> Result<&'a [T]> {
 fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Result<Vec<T>> {
     let unit = unit()?;
     let mut out = vec![T::default(); x.len()];
-    let chunk = |(i, out): (usize, &mut [T])| {
-        let part = |all: &'_ [T]| -> (usize, usize) { (i * CHUNK, all.len().min((i + 1) * CHUNK)) };
-        let (from, to) = part(x);
+    by_piece(&mut out, CHUNK, &|at, out| {
         unit.dispatch(ElementJob {
             activation,
-            x: &x[from..to],
-            g: g.map(|g| &g[from..to]),
+            x: &x[at..][..out.len()],
+            g: g.map(|g| &g[at..][..out.len()]),
             out,
         });
-    };
-    if x.len() <= CHUNK {
-        chunk((0, &mut out));
-    } else {
-        out.par_chunks_mut(CHUNK).enumerate().for_each(chunk);
-    }
+    });
     Ok(out)
 }
 

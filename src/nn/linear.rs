@@ -81,14 +81,10 @@ impl From<candle_nn::Linear> for Linear {
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let mut checked = Checked::new("nn::Linear");
-        checked.see((0, "weight"), &self.weight, self.weight.rank() == 2, || {
-            "a matrix (outputs, inputs)".into()
-        })?;
+        checked.weight(0, &self.weight, 2, "a matrix (outputs, inputs)")?;
         let (outputs, inputs) = self.weight.dims2()?;
         if let Some(bias) = &self.bias {
-            checked.see((0, "bias"), bias, bias.dims() == [outputs], || {
-                format!("[{outputs}], a number for each output")
-            })?;
+            checked.bias(0, bias, outputs)?;
         }
         let rows = match x.dims().split_last() {
             Some((last, rows)) if *last == inputs => rows,

@@ -86,18 +86,14 @@ impl Mlp {
         let mut checked = Checked::new("Mlp::from_layers");
         for (l, layer) in layers.iter().enumerate() {
             let (weight, bias) = (layer.weight(), layer.bias());
-            checked.see((l, "weight"), weight, weight.rank() == 2, || {
-                "a matrix (outputs, inputs)".into()
-            })?;
+            checked.weight(l, weight, 2, "a matrix (outputs, inputs)")?;
             let outputs = weight.dims()[0];
             let Some(bias) = bias else {
                 candle_core::bail!(
                     "Mlp::from_layers, layer {l} has no bias: it needs one of [{outputs}]"
                 )
             };
-            checked.see((l, "bias"), bias, bias.dims() == [outputs], || {
-                format!("[{outputs}], a number for each output")
-            })?;
+            checked.bias(l, bias, outputs)?;
         }
         let affine = |layer: &Linear| {
             let (weight, bias) = (layer.weight().clone(), layer.bias()?.clone());

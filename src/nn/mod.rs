@@ -131,13 +131,32 @@ impl<'a> Checked<'a> {
         Self { by, first: None }
     }
 
-    /// Tensor `what` of layer l, expected to have these dimensions, described as `expected`.
+    /// The weight of layer l, expected to be of this rank, described as `expected`.
+    fn weight(
+        &mut self,
+        l: usize,
+        x: &'a Tensor,
+        rank: usize,
+        expected: &'static str,
+    ) -> candle_core::Result<()> {
+        self.see((l, "weight"), x, x.rank() == rank, &|| expected.into())
+    }
+
+    /// The bias of layer l, of so many outputs.
+    fn bias(&mut self, l: usize, x: &'a Tensor, outputs: usize) -> candle_core::Result<()> {
+        let fits = x.dims() == [outputs];
+        self.see((l, "bias"), x, fits, &|| {
+            format!("[{outputs}], a number for each output")
+        })
+    }
+
+    /// Tensor `what` of layer l, which fits or is expected to be what `expected` says.
     fn see(
         &mut self,
         (l, what): (usize, &'static str),
         x: &'a Tensor,
         fits: bool,
-        expected: impl FnOnce() -> String,
+        expected: &dyn Fn() -> String,
     ) -> candle_core::Result<()> {
         let wrong = |expected: String, got: String| {
             let layer = format!("{}, layer {l}", self.by);

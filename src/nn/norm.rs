@@ -84,12 +84,10 @@ impl LayerNorm {
 
     fn check(&self, x: &Tensor) -> Result<()> {
         let (weight, mut checked) = (&self.weight, Checked::new("a norm"));
-        checked.see((0, "weight"), weight, weight.rank() == 1, || {
-            "a vector, a number for each feature".into()
-        })?;
+        checked.weight(0, weight, 1, "a vector, a number for each feature")?;
         let size = weight.elem_count();
         if let Some(bias) = &self.bias {
-            checked.see((0, "bias"), bias, bias.dims() == [size], || {
+            checked.see((0, "bias"), bias, bias.dims() == [size], &|| {
                 format!("[{size}], as the weight")
             })?;
         }

@@ -94,14 +94,10 @@ impl Perceptron {
         let mut checked = Checked::new("nn::Perceptron");
         for (l, layer) in layers.iter().enumerate() {
             let weight = &layer.weight;
-            checked.see((l, "weight"), weight, weight.rank() == 2, || {
-                "a matrix (outputs, inputs)".into()
-            })?;
+            checked.weight(l, weight, 2, "a matrix (outputs, inputs)")?;
             let outputs = weight.dims()[0];
             if let Some(bias) = &layer.bias {
-                checked.see((l, "bias"), bias, bias.dims() == [outputs], || {
-                    format!("[{outputs}], a number for each output")
-                })?;
+                checked.bias(l, bias, outputs)?;
             }
         }
         let widths = |l: &Linear| (l.weight.dims()[1], l.weight.dims()[0]);

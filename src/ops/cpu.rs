@@ -6,10 +6,10 @@ mod numbers;
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Storage, StorageRef, Tensor};
 use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::precision::Rounding;
+use crate::simd::pieces::by_piece;
 use crate::simd::unit;
 use numbers::{Held, Real, Slice};
 
@@ -127,17 +127,8 @@ fn sum<A: Real>(
 /// A tensor of the shape of another.  `fill` is given where a piece begins, and the piece.
 fn filled<H: Held>(like: &Tensor, fill: &(dyn Fn(usize, &mut [H]) + Sync)) -> Result<Tensor> {
     let mut out = vec![H::zero(); like.elem_count()];
-    by_piece(&mut out, fill);
+    by_piece(&mut out, PIECE, fill);
     Ok(Tensor::from_vec(out, like.shape(), like.device())?)
-}
-
-/// Runs over pieces and their positions, on all threads where there are several.
-fn by_piece<H: Send>(out: &mut [H], each: &(dyn Fn(usize, &mut [H]) + Sync)) {
-    if out.len() <= PIECE {
-        return each(0, out);
-    }
-    let pieces = out.par_chunks_mut(PIECE).enumerate();
-    pieces.for_each(|(i, out)| each(i * PIECE, out));
 }
 
 pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Result<Tensor> {
@@ -186,7 +177,7 @@ struct Axpy(f64);
 impl Axpy {
     fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) -> Result<()> {
         let unit = unit()?;
-        by_piece(acc, &|at, acc| {
+        by_piece(acc, PIECE, &|at, acc| {
             unit.dispatch(AddScaled {
                 c: A::of(self.0),
                 x: x.part(at, acc.len()),
@@ -258,15 +249,13 @@ pub(super) fn magnitude(x: &Tensor) -> Result<f64> {
     let operands = Operands::new(&tensors);
     let x = operands.slices()?[0];
     let (unit, pieces) = (unit()?, x.len().div_ceil(PIECE));
-    let of_piece = |i: usize| {
+    let mut largest = vec![0u64; pieces];
+    by_piece(&mut largest, 1, &|i, of_piece| {
         let at = i * PIECE;
-        unit.dispatch(Largest(x.part(at, PIECE.min(x.len() - at))))
-    };
-    let bits = match pieces {
-        0 | 1 => (0..pieces).map(of_piece).max(),
-        _ => (0..pieces).into_par_iter().map(of_piece).max(),
-    };
-    let bits = bits.unwrap_or(0);
+        let part = x.part(at, PIECE.min(x.len() - at));
+        of_piece.fill_with(|| unit.dispatch(Largest(part)));
+    });
+    let bits = largest.into_iter().max().unwrap_or(0);
     Ok(match x {
         Slice::F16(_) => f16::from_bits(bits as u16).into(),
         Slice::Bf16(_) => bf16::from_bits(bits as u16).into(),

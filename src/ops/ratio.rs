@@ -2,11 +2,11 @@
 //! f32 overflow.
 
 use candle_core::{DType, Tensor, WithDType, D};
-use rayon::prelude::*;
 
 use super::note_host_read;
 use crate::adaptive::OfLeaf;
 use crate::error::Result;
+use crate::simd::pieces::by_piece;
 
 /// The error estimate of one tensor of the state, and what it is compared with.
 pub(crate) struct Estimated<'a> {
@@ -127,11 +127,13 @@ fn squares<T: Number>(estimated: &Estimated<'_>) -> Result<Vec<[f64; 2]>> {
                     sums
                 };
                 const SMALL: usize = 1 << 15;
-                if rows * features < SMALL {
-                    (0..rows).map(row).collect()
-                } else {
-                    (0..rows).into_par_iter().map(row).collect()
-                }
+                let mut sums = vec![[0.0; 2]; rows];
+                by_piece(&mut sums, (SMALL / features.max(1)).max(1), &|at, sums| {
+                    for (i, sums) in (at..).zip(sums) {
+                        *sums = row(i);
+                    }
+                });
+                sums
             })
         })?
     })?

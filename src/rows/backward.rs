@@ -12,7 +12,7 @@ use super::pulls::{DenseSeeds, StagePulls};
 use super::stepper::Stepper;
 use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
-use super::window::{KeptBy, Window};
+use super::window::{KeptBy, Sums, Window};
 use super::{gradient_of, numbers, on_all_threads, Failure, TilePlan};
 use crate::error::{Error, Result};
 use crate::precision::Low;
@@ -47,14 +47,14 @@ impl<T: Element> Reversible for Trajectories<T> {
         let plan = TilePlan::new(problem, &self.layout);
         let cotangent = numbers::<T>(back.cotangent)?;
         let mut y0 = vec![T::default(); problem.packing.len()];
-        let mut gradients = vec![];
+        let mut sums = Sums::default();
         let mut counted = Stats::default();
         let mut fold = |g: usize, group: SweptGroup<T>| {
             let mut tiles = group.y0.as_slice();
             for tile in &self.groups[g] {
                 tiles = self.layout.place(&tile.rows, tiles, &mut y0);
             }
-            add_up(&mut gradients, group.gradients);
+            sums.add::<T>(group.sums);
             counted.join(&group.stats);
         };
         let pass = TilePass {
@@ -73,23 +73,13 @@ impl<T: Element> Reversible for Trajectories<T> {
         };
         on_all_threads(&self.groups, &window, &each, &mut fold)?;
         stats.add(&counted);
+        let gradients = sums.gradients(pass.field);
         // Without a branch, so that many are looked at at a time.
         let finite = |all: bool, g: &T| all & g.to_f64().is_finite();
         if !gradients.iter().fold(true, finite) {
             return Err(Error::NonFiniteParameterGradient);
         }
         adjoint(problem, (&self.weights, &self.shapes), theta, y0, gradients)
-    }
-}
-
-/// Adds a group's gradients to the sum, which is empty before the first.
-pub(super) fn add_up<T: Element>(sum: &mut Vec<T>, group: Vec<T>) {
-    if sum.is_empty() {
-        *sum = group;
-        return;
-    }
-    for (sum, part) in sum.iter_mut().zip(group) {
-        *sum += part;
     }
 }
 
@@ -134,8 +124,8 @@ fn not_finite(step: Step) -> Error {
 pub(super) struct SweptGroup<T> {
     /// λ_0, `[tile][leaf][row]`.
     pub(super) y0: Vec<T>,
-    /// θ̄ of its rows, parameter after parameter.
-    pub(super) gradients: Vec<T>,
+    /// Those of θ̄ of its rows.
+    pub(super) sums: Sums,
     pub(super) stats: Stats,
 }
 
@@ -327,7 +317,7 @@ impl<T: Element> TilePass<'_, T> {
         }
         Ok(SweptGroup {
             y0,
-            gradients: window.finish(field),
+            sums: window.finish(field),
             stats,
         })
     }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use candle_core::{Shape, Tensor, TensorId};
 
 use super::activations::{KeptEvaluations, Selection};
-use super::backward::{self, add_up, Seed, TilePass};
+use super::backward::{self, Seed, TilePass};
 use super::forward::{self, Integrate};
 use super::grade::{Grade, RowsOf};
 use super::tile::Tiled;
-use super::window::Window;
+use super::window::{Sums, Window};
 use super::{numbers, on_all_threads, Failure, Solved, Task, TilePlan};
 use crate::error::{Error, Result};
 use crate::memory::zeros;
@@ -75,14 +75,14 @@ pub(super) fn run<T: Element>(
         weights: weights.iter().map(Tensor::id).collect(),
         shapes: weights.iter().map(|w| w.shape().clone()).collect(),
     };
-    let (mut total, mut counted) = (0.0, Stats::default());
+    let (mut total, mut counted, mut sums) = (0.0, Stats::default(), Sums::default());
     let mut fold = |_: usize, group: GradedGroup<T>| {
         total += group.loss;
         let mut tiles = group.swept.y0.as_slice();
         for rows in &group.rows {
             tiles = layout.place(rows, tiles, &mut graded.y0);
         }
-        add_up(&mut graded.gradients, group.swept.gradients);
+        sums.add::<T>(group.swept.sums);
         counted.join(&group.swept.stats);
         counted.kept_evaluations(group.bytes);
     };
@@ -147,6 +147,7 @@ pub(super) fn run<T: Element>(
         tiles.try_fold(first, |sum, next| Ok(sum.and(next?)))
     };
     on_all_threads(&groups, &scratch, &each, &mut fold)?;
+    graded.gradients = sums.gradients(field);
     if graded.gradients.iter().any(|g| !g.to_f64().is_finite()) {
         return Err(Error::NonFiniteParameterGradient);
     }
@@ -174,7 +175,7 @@ impl<T: Element> GradedGroup<T> {
         self.loss += next.loss;
         self.rows.extend(next.rows);
         self.swept.y0.extend(next.swept.y0);
-        add_up(&mut self.swept.gradients, next.swept.gradients);
+        self.swept.sums.add::<T>(next.swept.sums);
         self.swept.stats.join(&next.swept.stats);
         self
     }

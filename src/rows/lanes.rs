@@ -56,6 +56,8 @@ pub(super) struct LaneClock<T: Element> {
     /// By lane, V vectors.
     times: Aligned<T>,
     instants: Vec<Instant>,
+    /// Whether all lanes are at the first instant.
+    together: bool,
     rows: Vec<usize>,
 }
 
@@ -64,6 +66,7 @@ impl<T: Element> LaneClock<T> {
         Self {
             times: aligned::<T>(batch),
             instants: vec![Instant::default(); batch],
+            together: true,
             rows: vec![0; batch],
         }
     }
@@ -91,7 +94,8 @@ impl<T: Element> LaneClock<T> {
             LaneSteps::All(step) => {
                 let instant = instant(&step);
                 self.times.fill(T::of(instant.t));
-                self.instants.fill(instant);
+                self.instants[0] = instant;
+                self.together = true;
             }
             LaneSteps::Each(steps) => {
                 for (lane, step) in steps.iter().enumerate() {
@@ -104,6 +108,11 @@ impl<T: Element> LaneClock<T> {
 
     /// A time of one lane.
     pub(super) fn set(&mut self, lane: usize, instant: Instant) {
+        if self.together {
+            let all = self.instants[0];
+            self.instants.fill(all);
+            self.together = false;
+        }
         self.times[lane] = T::of(instant.t);
         self.instants[lane] = instant;
     }
@@ -112,7 +121,10 @@ impl<T: Element> LaneClock<T> {
         At {
             times: &self.times,
             rows: &self.rows,
-            instants: &self.instants,
+            instants: match self.together {
+                true => &self.instants[..1],
+                false => &self.instants,
+            },
         }
     }
 }

@@ -50,7 +50,7 @@ pub(crate) use grade::{Grade, RowGrade, RowsOf};
 use lanewise::On;
 use plan::TilePlan;
 use threads::{on_all_threads, Failure};
-pub(crate) use tile::{At, Instant, Slot, TileField};
+pub(crate) use tile::{At, Slot, TileField};
 use tile::{Tiled, Wide};
 
 /// A field that the solver may integrate tile by tile.

@@ -12,8 +12,18 @@ pub(crate) struct At<'a, X> {
     pub(crate) times: &'a [X],
     /// For fields that know something of each row.
     pub(crate) rows: &'a [usize],
-    /// For fields that jump: the time of every lane and its step.
-    pub(crate) instants: &'a [Instant],
+    /// For fields that jump: the time of every lane and its step, or one for all.
+    pub(super) instants: &'a [Instant],
+}
+
+impl<X> At<'_, X> {
+    /// The time of a lane and its step.
+    pub(crate) fn instant(&self, lane: usize) -> Instant {
+        match self.instants {
+            [all] => *all,
+            each => each[lane],
+        }
+    }
 }
 
 /// A time in f64, and the step that it lies in, from start to end.

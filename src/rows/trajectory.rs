@@ -37,7 +37,7 @@ impl<T: Element> TileTrajectory<T> {
     pub(super) fn online(checkpoint: Checkpoint, store: TileStore, y: &[T]) -> Result<Self> {
         Ok(match checkpoint {
             Checkpoint::All => Self::All(States::new(store, 0, y.len())?),
-            plan => Self::Planned(Trajectory::online(plan, store, &Snapshot::of_numbers(y)?)?),
+            plan => Self::Planned(Trajectory::online(plan, store, &Snapshot::of(y)?)?),
         })
     }
 
@@ -49,17 +49,12 @@ impl<T: Element> TileTrajectory<T> {
         }
     }
 
-    /// Keeps y_n at the start of step n if it is wanted; n ascends from 0.
+    /// Keeps y_n, of one row or of all lanes, at the start of step n if it is wanted; n ascends from 0.
     pub(super) fn keep(&mut self, n: usize, y: &[T]) -> Result<()> {
-        self.keep_numbers(n, y)
-    }
-
-    /// The same of one row, or of all lanes.
-    pub(super) fn keep_numbers(&mut self, n: usize, y: &[T]) -> Result<()> {
         match self {
             Self::All(states) => states.push(y)?,
             Self::Planned(trajectory) if trajectory.wants(n) => {
-                trajectory.offer(n, &Snapshot::of_numbers(y)?)?;
+                trajectory.offer(n, &Snapshot::of(y)?)?;
             }
             Self::Planned(_) => {}
         }
@@ -145,13 +140,8 @@ impl<T: Element> States<T> {
         }
     }
 
-    /// ŷ_n back into a tile; `None` if it is not there.
+    /// ŷ_n back into a tile or a row; `None` if it is not there.
     pub(super) fn load(&self, n: usize, y: &mut [T]) -> Option<()> {
-        self.load_numbers(n, y)
-    }
-
-    /// The same of one row.
-    pub(super) fn load_numbers(&self, n: usize, y: &mut [T]) -> Option<()> {
         let place = n * self.size..(n + 1) * self.size;
         match &self.numbers {
             Numbers::State(all) => y.copy_from_slice(all.get(place)?),
@@ -184,22 +174,13 @@ pub(super) enum Snapshot<T> {
 impl<T: Element> Snapshot<T> {
     /// In state precision.
     pub(super) fn of(y: &[T]) -> Result<Self> {
-        Self::of_numbers(y)
-    }
-
-    pub(super) fn of_numbers(y: &[T]) -> Result<Self> {
         let mut state = room_for("a kept state", y.len())?;
         state.extend_from_slice(y);
         Ok(Self::State(Arc::new(state)))
     }
 
-    /// Back into a tile.
+    /// Back into a tile or a row.
     pub(super) fn load(&self, y: &mut [T]) {
-        self.load_numbers(y);
-    }
-
-    /// The same of one row.
-    pub(super) fn load_numbers(&self, y: &mut [T]) {
         match self {
             Self::State(kept) => y.copy_from_slice(kept),
             Self::Bf16(kept) => widen(y, kept),

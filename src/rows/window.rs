@@ -57,8 +57,10 @@ pub(super) struct Window<T: Element> {
     /// What is not yet collected.
     pending: Vec<Pending>,
     scratch: Aligned<T>,
-    /// S times the gradients of the block of windows at hand.
-    part: Scratch,
+    /// Numbers of sums of gradients.
+    sums: usize,
+    /// S times the gradients of the block of windows at hand, once there is one.
+    part: Option<Scratch>,
     windows: usize,
     scale: f64,
     /// The sum of the blocks before, once there is one.
@@ -80,7 +82,6 @@ impl<T: Element> Window<T> {
         let capacity = if at_once { 1 } else { several } * stages;
         let pairs = if at_once { 1 } else { capacity };
         let memory = |numbers| Scratch::new(numbers * size_of::<T>());
-        let sums = if differentiate { field.sums() } else { 0 };
         Self {
             differentiate,
             batch,
@@ -98,7 +99,8 @@ impl<T: Element> Window<T> {
             } else {
                 0
             }),
-            part: memory(sums),
+            sums: field.sums(),
+            part: None,
             windows: 0,
             scale: 1.0,
             total: None,
@@ -109,7 +111,7 @@ impl<T: Element> Window<T> {
     pub(super) fn clear(&mut self) {
         self.pending.clear();
         if self.windows > 0 {
-            self.part.numbers_mut().fill(T::default());
+            self.part = None;
         }
         self.total = None;
         (self.base, self.windows, self.scale) = (0, 0, 1.0);
@@ -181,7 +183,9 @@ impl<T: Element> Window<T> {
                 }
             };
             let slots: Vec<_> = self.pending.iter().map(slot).collect();
-            field.accumulate(&slots, &mut self.scratch, self.part.numbers_mut());
+            let bytes = self.sums * size_of::<T>();
+            let part = self.part.get_or_insert_with(|| Scratch::new(bytes));
+            field.accumulate(&slots, &mut self.scratch, part.numbers_mut());
             self.windows += 1;
         }
         self.pending.clear();
@@ -192,10 +196,10 @@ impl<T: Element> Window<T> {
 
     /// Adds the partial sums to the total.
     fn promote(&mut self, on: &dyn Lanewise<T>) {
-        if self.windows == 0 {
+        let Some(part) = self.part.as_mut().filter(|_| self.windows > 0) else {
             return;
-        }
-        let part = self.part.numbers_mut::<T>();
+        };
+        let part = part.numbers_mut::<T>();
         let total = self
             .total
             .get_or_insert_with(|| Scratch::new(size_of_val(part)));
@@ -204,16 +208,48 @@ impl<T: Element> Window<T> {
         self.windows = 0;
     }
 
-    /// The gradients of a group, of which a single block is not copied.
-    pub(super) fn finish(&mut self, field: &dyn Tiled<T>) -> Vec<T> {
+    /// The sums of a group, which are handed over.
+    pub(super) fn finish(&mut self, field: &dyn Tiled<T>) -> Sums {
         if !self.differentiate {
-            return vec![];
+            return Sums::default();
         }
         if self.scale != 1.0 || self.total.is_some() {
             self.promote(field.lanewise());
         }
-        let sums = self.total.as_ref().unwrap_or(&self.part);
-        field.gradients(sums.numbers())
+        let sums = self.total.take().or_else(|| {
+            self.windows = 0;
+            self.part.take()
+        });
+        Sums(sums)
+    }
+}
+
+/// Sums of gradients as a field collects them ([`Tiled::accumulate`]); nothing instead of zeros, or if none are wanted.
+#[derive(Default)]
+pub(super) struct Sums(Option<Scratch>);
+
+impl Sums {
+    /// Adds those of another group.
+    pub(super) fn add<T: Element>(&mut self, others: Self) {
+        match (&mut self.0, others.0) {
+            (Some(sums), Some(others)) => {
+                for (sum, other) in sums
+                    .numbers_mut::<T>()
+                    .iter_mut()
+                    .zip(others.numbers::<T>())
+                {
+                    *sum += *other;
+                }
+            }
+            (sums @ None, others) => *sums = others,
+            (Some(_), None) => {}
+        }
+    }
+
+    /// The gradients, parameter after parameter, which the sums of all groups are turned into once.
+    pub(super) fn gradients<T: Element>(&self, field: &dyn Tiled<T>) -> Vec<T> {
+        let sums = self.0.as_ref();
+        sums.map_or_else(Vec::new, |sums| field.gradients(sums.numbers()))
     }
 }
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::product::{block, largest_block, Packed};
+use super::product::{block, has_block, largest_block, Packed};
 use super::{Element, Kernel};
 
 /// Size of an image.
@@ -80,7 +80,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Convolution<'_, T, S, V>
     fn run(mut self, s: S) {
         match self.size {
             // The size as a constant, so that the taps of a row are unrolled.
-            3 => self.all_outputs(s, 3),
+            3 if const { T::WIDE } => self.all_outputs(s, 3),
             size => self.all_outputs(s, size),
         }
     }
@@ -96,12 +96,18 @@ impl<T: Element, S: Simd, const V: usize> Convolution<'_, T, S, V> {
         } = self.filters;
         let (mut first, mut at) = (0, 0);
         while first < *rows {
-            let height = block(rows - first, largest_block::<S>());
+            let height = block::<T, S>(rows - first);
             let weights = &data[at..at + height * columns];
             match height {
-                8 => self.line::<8, 2>(s, size, first, weights),
-                4 => self.line::<4, 2>(s, size, first, weights),
-                2 => self.line::<2, 4>(s, size, first, weights),
+                8 if const { has_block::<T, S, 8>() } => {
+                    self.line::<8, 2>(s, size, first, weights);
+                }
+                4 if const { has_block::<T, S, 4>() } => {
+                    self.line::<4, 2>(s, size, first, weights);
+                }
+                2 if const { has_block::<T, S, 2>() } => {
+                    self.line::<2, 4>(s, size, first, weights);
+                }
                 _ => self.line::<1, 8>(s, size, first, weights),
             }
             first += height;
@@ -225,7 +231,7 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
         let columns = self.inputs * self.size;
         let mut output = 0;
         while output < self.outputs {
-            let height = block(self.outputs - output, largest_block::<S>());
+            let height = block::<T, S>(self.outputs - output);
             self.add_biases(s, output..output + height, &rows);
             let mut column = 0;
             while column < columns {
@@ -233,12 +239,24 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
                 for ky in 0..self.size {
                     let at = [output, column, ky];
                     match (height, width) {
-                        (8, 3) => self.block::<8, 3>(s, at, &rows),
-                        (8, _) => self.block::<8, 1>(s, at, &rows),
-                        (4, 3) => self.block::<4, 3>(s, at, &rows),
-                        (4, _) => self.block::<4, 1>(s, at, &rows),
-                        (2, 3) => self.block::<2, 3>(s, at, &rows),
-                        (2, _) => self.block::<2, 1>(s, at, &rows),
+                        (8, 3) if const { has_block::<T, S, 8>() } => {
+                            self.block::<8, 3>(s, at, &rows);
+                        }
+                        (8, _) if const { has_block::<T, S, 8>() } => {
+                            self.block::<8, 1>(s, at, &rows);
+                        }
+                        (4, 3) if const { has_block::<T, S, 4>() } => {
+                            self.block::<4, 3>(s, at, &rows);
+                        }
+                        (4, _) if const { has_block::<T, S, 4>() } => {
+                            self.block::<4, 1>(s, at, &rows);
+                        }
+                        (2, 3) if const { has_block::<T, S, 2>() } => {
+                            self.block::<2, 3>(s, at, &rows);
+                        }
+                        (2, _) if const { has_block::<T, S, 2>() } => {
+                            self.block::<2, 1>(s, at, &rows);
+                        }
                         (_, 3) => self.block::<1, 3>(s, at, &rows),
                         _ => self.block::<1, 1>(s, at, &rows),
                     }
@@ -338,7 +356,7 @@ pub(crate) fn filter_totals<T: Element, S: Simd>(
     let mut totals = vec![T::default(); outputs * columns * size];
     let mut output = 0;
     while output < outputs {
-        let height = block(outputs - output, largest_block::<S>());
+        let height = block::<T, S>(outputs - output);
         let mut column = 0;
         while column < columns {
             let width = width(columns - column);

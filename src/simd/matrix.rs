@@ -5,9 +5,9 @@
 //! Nothing of a is copied, whether it is transposed or not.
 
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
-use super::product::{block, largest_block};
+use super::pieces::by_piece;
+use super::product::{block, has_block};
 use super::{enter, scalars, scalars_mut, unit, vectors, Element, Kernel};
 use crate::error::Result;
 
@@ -74,21 +74,20 @@ pub(crate) fn product<T: Element>(
     }
     // Whole blocks of rows, as many as are worth a thread, and a copy of b.
     let rows = (PIECE / (a.columns * b.columns).max(1)).max(64);
-    let piece = |(i, out): (usize, &mut [T])| {
-        unit.dispatch(RowBlock {
-            a,
-            b,
-            start,
-            first: i * rows.next_multiple_of(8),
-            out,
-        });
-    };
-    let size = rows.next_multiple_of(8) * b.columns;
-    if out.len() <= size {
-        piece((0, &mut out));
-    } else {
-        out.par_chunks_mut(size).enumerate().for_each(piece);
-    }
+    by_piece(
+        &mut out,
+        rows.next_multiple_of(8) * b.columns,
+        &|at, out| {
+            let first = at / b.columns;
+            unit.dispatch(RowBlock {
+                a,
+                b,
+                start,
+                first,
+                out,
+            });
+        },
+    );
     Ok(out)
 }
 
@@ -133,10 +132,12 @@ impl<T: Element> WithSimd for RowBlock<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        if self.b.columns > T::lanes::<S>() {
-            self.panels::<S, 2>(s);
-        } else {
-            self.panels::<S, 1>(s);
+        // Two vectors where they are filled; code for them exists where a vector has lanes.
+        match self.b.columns > T::lanes::<S>() {
+            true if const { size_of::<T::Vector<S>>() > size_of::<T>() } => {
+                self.panels::<S, 2>(s);
+            }
+            _ => self.panels::<S, 1>(s),
         }
     }
 }
@@ -218,11 +219,11 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Panel<'_, T, S, V> {
         let rows = self.out.len() / self.columns;
         let mut row = 0;
         while row < rows {
-            let height = block(rows - row, largest_block::<S>());
+            let height = block::<T, S>(rows - row);
             match height {
-                8 => self.rows::<8>(s, row),
-                4 => self.rows::<4>(s, row),
-                2 => self.rows::<2>(s, row),
+                8 if const { has_block::<T, S, 8>() } => self.rows::<8>(s, row),
+                4 if const { has_block::<T, S, 4>() } => self.rows::<4>(s, row),
+                2 if const { has_block::<T, S, 2>() } => self.rows::<2>(s, row),
                 _ => self.rows::<1>(s, row),
             }
             row += height;

@@ -8,6 +8,7 @@ pub(crate) mod convolution;
 pub(crate) mod elementary;
 pub(crate) mod matrix;
 pub(crate) mod outer;
+pub(crate) mod pieces;
 pub(crate) mod product;
 pub(crate) mod scratch;
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use pulp::Simd;
 
-use super::product::{add_product, block, largest_block};
+use super::product::{add_product, block, has_block};
 use super::{scalars, Element, Kernel};
 
 /// The x and g of one evaluation in a window: tiles `[feature][B]`.
@@ -75,11 +75,11 @@ impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
         }
         let mut input = 0;
         while input < self.inputs {
-            let height = block(self.inputs - input, largest_block::<S>());
+            let height = block::<T, S>(self.inputs - input);
             match height {
-                8 => self.block::<8, W>(s, input, output),
-                4 => self.block::<4, W>(s, input, output),
-                2 => self.block::<2, W>(s, input, output),
+                8 if const { has_block::<T, S, 8>() } => self.block::<8, W>(s, input, output),
+                4 if const { has_block::<T, S, 4>() } => self.block::<4, W>(s, input, output),
+                2 if const { has_block::<T, S, 2>() } => self.block::<2, W>(s, input, output),
                 _ => self.block::<1, W>(s, input, output),
             }
             input += height;
@@ -134,29 +134,37 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Dot<'_, T, S, V> {
     fn run(mut self, s: S) {
         let mut output = 0;
         while output < self.outputs {
-            let height = block(self.outputs - output, 8);
+            // Sixteen accumulators at most: eight by two, or two by eight.
+            let height = part(self.outputs - output, T::WIDE);
             let mut input = 0;
             while input < self.inputs {
-                // Sixteen accumulators at most: eight by two, or two by eight.
-                let width = block(self.inputs - input, if height > 2 { 2 } else { 8 });
+                let left = self.inputs - input;
+                let width = match height {
+                    8 if left >= 2 && T::WIDE => 2,
+                    8 => 1,
+                    _ => part(left, false),
+                };
                 match (height, width) {
-                    (8, 2) => self.block::<8, 2>(s, output, input),
+                    (8, 2) if const { T::WIDE } => self.block::<8, 2>(s, output, input),
                     (8, _) => self.block::<8, 1>(s, output, input),
-                    (4, 2) => self.block::<4, 2>(s, output, input),
-                    (4, _) => self.block::<4, 1>(s, output, input),
-                    (2, 8) => self.block::<2, 8>(s, output, input),
-                    (2, 4) => self.block::<2, 4>(s, output, input),
-                    (2, 2) => self.block::<2, 2>(s, output, input),
-                    (2, _) => self.block::<2, 1>(s, output, input),
+                    (2, 8) if const { T::WIDE } => self.block::<2, 8>(s, output, input),
+                    (2, _) if const { T::WIDE } => self.block::<2, 1>(s, output, input),
                     (_, 8) => self.block::<1, 8>(s, output, input),
-                    (_, 4) => self.block::<1, 4>(s, output, input),
-                    (_, 2) => self.block::<1, 2>(s, output, input),
                     _ => self.block::<1, 1>(s, output, input),
                 }
                 input += width;
             }
             output += height;
         }
+    }
+}
+
+/// Eight of those that are left, or two if there are such blocks, or one.
+fn part(left: usize, twos: bool) -> usize {
+    match left {
+        8.. => 8,
+        2.. if twos => 2,
+        _ => 1,
     }
 }
 

@@ -21,20 +21,28 @@ pub(crate) struct Packed<T> {
     pub(super) data: Vec<T>,
 }
 
-/// Rows that a block has where `left` are left: 8, 4, 2 or 1.
-pub(super) fn block(left: usize, most: usize) -> usize {
-    [8, 4, 2]
-        .into_iter()
-        .find(|&b| b <= most && b <= left)
-        .unwrap_or(1)
-}
-
 /// Rows of the largest block: two vectors of accumulators for each must leave registers free.
-pub(crate) fn largest_block<S: Simd>() -> usize {
+pub(crate) const fn largest_block<S: Simd>() -> usize {
     if S::REGISTER_COUNT >= 32 {
         8
     } else {
         4
+    }
+}
+
+/// Whether there is code for blocks of R rows: of f64, which is for studies, for the largest and for single rows only.
+pub(super) const fn has_block<T: Element, S: Simd, const R: usize>() -> bool {
+    let most = largest_block::<S>();
+    R == most || R == 1 || R < most && T::WIDE
+}
+
+/// Rows that a block has where `left` are left: 8, 4, 2 or 1.
+pub(super) fn block<T: Element, S: Simd>(left: usize) -> usize {
+    match left {
+        8.. if const { has_block::<T, S, 8>() } => 8,
+        4.. if const { has_block::<T, S, 4>() } => 4,
+        2.. if const { has_block::<T, S, 2>() } => 2,
+        _ => 1,
     }
 }
 
@@ -59,9 +67,15 @@ impl<T: Element> Packed<T> {
         Self::by_block::<S>(rows, columns, |first, height, block| {
             let matrix = &matrix[first * columns..];
             match height {
-                8 => enter(s, TransposeRows::<T, 8> { matrix, block }),
-                4 => enter(s, TransposeRows::<T, 4> { matrix, block }),
-                2 => enter(s, TransposeRows::<T, 2> { matrix, block }),
+                8 if const { has_block::<T, S, 8>() } => {
+                    enter(s, TransposeRows::<T, 8> { matrix, block });
+                }
+                4 if const { has_block::<T, S, 4>() } => {
+                    enter(s, TransposeRows::<T, 4> { matrix, block });
+                }
+                2 if const { has_block::<T, S, 2>() } => {
+                    enter(s, TransposeRows::<T, 2> { matrix, block });
+                }
                 _ => block.copy_from_slice(&matrix[..columns]),
             }
         })
@@ -96,7 +110,7 @@ impl<T: Element> Packed<T> {
         let mut data = vec![T::default(); rows * columns];
         let (mut first, mut rest) = (0, data.as_mut_slice());
         while first < rows && columns > 0 {
-            let height = block(rows - first, largest_block::<S>());
+            let height = block::<T, S>(rows - first);
             let place;
             (place, rest) = rest.split_at_mut(height * columns);
             fill(first, height, place);
@@ -305,6 +319,17 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
         }
     }
 
+    /// The products with all columns, of which those are read together whose x stay in the first cache.
+    #[inline(always)]
+    fn all(&mut self, s: S, epilogue: &impl Epilogue<T, S>) {
+        let columns = self.weights.columns;
+        let most = (NEAR / (V * size_of::<T::Vector<S>>())).max(1);
+        let most = columns.div_ceil(columns.div_ceil(most).max(1)).max(1);
+        for from in (0..columns.max(1)).step_by(most) {
+            self.part(s, epilogue, from..columns.min(from + most));
+        }
+    }
+
     /// The products with some of the columns, in all rows.
     #[inline(always)]
     fn part(&mut self, s: S, epilogue: &impl Epilogue<T, S>, columns: Range<usize>) {
@@ -315,14 +340,21 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
         } = self.weights;
         let mut first = 0;
         while first < *rows {
-            let height = block(rows - first, largest_block::<S>());
+            let height = block::<T, S>(rows - first);
             let last = first + (rows - first) / height * height;
             let weights = &data[first * all..last * all];
+            let (rows, columns) = (first..last, columns.clone());
             match height {
-                8 => self.blocks::<8, 1>(s, epilogue, first..last, weights, columns.clone()),
-                4 => self.blocks::<4, 1>(s, epilogue, first..last, weights, columns.clone()),
-                2 => self.blocks::<2, 4>(s, epilogue, first..last, weights, columns.clone()),
-                _ => self.blocks::<1, 4>(s, epilogue, first..last, weights, columns.clone()),
+                8 if const { has_block::<T, S, 8>() } => {
+                    self.blocks::<8, 1>(s, epilogue, rows, weights, columns);
+                }
+                4 if const { has_block::<T, S, 4>() } => {
+                    self.blocks::<4, 1>(s, epilogue, rows, weights, columns);
+                }
+                2 if const { has_block::<T, S, 2>() } => {
+                    self.blocks::<2, 4>(s, epilogue, rows, weights, columns);
+                }
+                _ => self.blocks::<1, 4>(s, epilogue, rows, weights, columns),
             }
             first = last;
         }
@@ -373,12 +405,8 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Layer<'_, T, S, V> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self, s: S) {
-        let plain = WithEpilogue {
-            product: self,
-            epilogue: AsIs,
-        };
-        plain.run(s);
+    fn run(mut self, s: S) {
+        self.all(s, &AsIs);
     }
 }
 
@@ -393,11 +421,26 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> Kernel<S>
             mut product,
             epilogue,
         } = self;
-        let columns = product.weights.columns;
-        let most = (NEAR / (V * size_of::<T::Vector<S>>())).max(1);
-        let most = columns.div_ceil(columns.div_ceil(most).max(1)).max(1);
-        for from in (0..columns.max(1)).step_by(most) {
-            product.part(s, &epilogue, from..columns.min(from + most));
+        if const { T::WIDE } {
+            return product.all(s, &epilogue);
+        }
+        // Of f64 there is code for one product only, and the epilogue comes after it.
+        let Layer {
+            weights,
+            start,
+            x,
+            out,
+        } = product;
+        let product = Layer::<T, S, V> {
+            weights,
+            start,
+            x,
+            out: &mut *out,
+        };
+        enter(s, product);
+        let rows = out.as_chunks_mut::<V>().0.as_chunks_mut::<1>().0;
+        for (row, out) in rows[..weights.rows].iter_mut().enumerate() {
+            epilogue.store(s, row * V, *out, out);
         }
     }
 }

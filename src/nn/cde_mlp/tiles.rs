@@ -14,7 +14,7 @@ use crate::nn::weights::numbers;
 use crate::nn::Activation;
 use crate::offer::Offered;
 use crate::path::{ControlPath, Lookup};
-use crate::rows::{At, Instant, RowField, Slot, TileField};
+use crate::rows::{At, RowField, Slot, TileField};
 use crate::simd::{scalars_mut, Element};
 use crate::state::RowLayout;
 use crate::time::Time;
@@ -134,13 +134,14 @@ impl<T: Element> AlongTiles<T> {
     }
 
     /// The slopes of the paths of all lanes' rows, `[channel][B]`.
-    fn slopes(&self, rows: &[usize], instants: &[Instant], slopes: &mut [T]) {
-        let (batch, channels) = (rows.len(), self.channels);
+    fn slopes<X>(&self, at: &At<'_, X>, slopes: &mut [T]) {
+        let (batch, channels) = (at.rows.len(), self.channels);
         let (mut instant, mut place) = (None, (0, 0.0));
-        for (lane, &row) in rows.iter().enumerate() {
-            if instant != Some(instants[lane]) {
-                instant = Some(instants[lane]);
-                place = self.lookup.place(instants[lane].t, instants[lane].step);
+        for (lane, &row) in at.rows.iter().enumerate() {
+            let now = at.instant(lane);
+            if instant != Some(now) {
+                instant = Some(now);
+                place = self.lookup.place(now.t, now.step);
             }
             let (interval, s) = place;
             let size = self.terms * channels;
@@ -196,7 +197,7 @@ impl<T: Element> TileField<T> for AlongTiles<T> {
                 *f = T::tanh(s, *f);
             }
         }
-        self.slopes(at.rows, at.instants, scalars_mut::<T, S>(slopes));
+        self.slopes(at, scalars_mut::<T, S>(slopes));
         let Some(k) = k else { return };
         for (k, row) in k
             .chunks_exact_mut(V)

@@ -12,12 +12,12 @@ use super::{keeps_no_evaluations, RowSolve, RowTrajectories, SolvedGroup};
 use crate::error::{Error, Result};
 use crate::reverse::{Adjoint, Backward};
 use crate::rows::activations::{KeptEvaluations, Selection};
-use crate::rows::backward::{add_up, adjoint, magnitude, SweptGroup};
+use crate::rows::backward::{adjoint, magnitude, SweptGroup};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::pulls::{DenseSeeds, StagePulls};
 use crate::rows::stepper::Stepper;
 use crate::rows::trajectory::{Snapshot, TileStore, TileTrajectory};
-use crate::rows::window::{KeptBy, Window};
+use crate::rows::window::{KeptBy, Sums, Window};
 use crate::rows::{on_all_threads, Failure, TilePlan};
 use crate::schedule::{Inside, Step};
 use crate::simd::{aligned, Aligned, Element};
@@ -42,14 +42,14 @@ pub(super) fn pull_back<T: Element>(
     };
     pass.check()?;
     let mut y0 = vec![T::default(); problem.packing.len()];
-    let mut gradients = vec![];
+    let mut sums = Sums::default();
     let mut counted = Stats::default();
     let mut fold = |g: usize, group: SweptGroup<T>| {
         let mut rest = group.y0.as_slice();
         for row in solved.groups[g].rows.clone() {
             rest = solved.layout.place(&(row..row + 1), rest, &mut y0);
         }
-        add_up(&mut gradients, group.gradients);
+        sums.add::<T>(group.sums);
         counted.join(&group.stats);
     };
     let differentiate = !theta.is_empty();
@@ -57,6 +57,7 @@ pub(super) fn pull_back<T: Element>(
     let each = |window: &mut Window<T>, group: &SolvedGroup<T>| pass.sweep(group, window);
     on_all_threads(&solved.groups, &window, &each, &mut fold)?;
     stats.add(&counted);
+    let gradients = sums.gradients(&*solved.field);
     if !gradients.iter().all(|g| g.wide().is_finite()) {
         return Err(Error::NonFiniteParameterGradient);
     }
@@ -150,7 +151,7 @@ impl<T: Element> RowsPass<'_, T> {
         window.flush(field, &kept);
         Ok(SweptGroup {
             y0: walks.y0,
-            gradients: window.finish(field),
+            sums: window.finish(field),
             stats: counted,
         })
     }
@@ -303,7 +304,7 @@ impl<'a, T: Element> Walks<'a, T> {
             walk.replayed = None;
             match &walk.solve.trajectory {
                 TileTrajectory::All(states) => {
-                    let there = states.load_numbers(walk.n, &mut self.row);
+                    let there = states.load(walk.n, &mut self.row);
                     there.ok_or(Error::NothingKept)?;
                 }
                 TileTrajectory::Planned(planned) => {
@@ -312,9 +313,9 @@ impl<'a, T: Element> Walks<'a, T> {
                     let next = rewind.ask(walk.n, &mut seen)?;
                     stats.kept(seen.states_kept, seen.bytes_kept);
                     match next {
-                        Next::State(state) => state.load_numbers(&mut self.row),
+                        Next::State(state) => state.load(&mut self.row),
                         Next::Advance(m, state) => {
-                            state.load_numbers(&mut self.row);
+                            state.load(&mut self.row);
                             for (i, x) in self.row.iter().enumerate() {
                                 tile[i * batch + at] = *x;
                             }
@@ -360,7 +361,7 @@ impl<'a, T: Element> Walks<'a, T> {
             let lane = tile.iter().skip(at).step_by(batch);
             self.row.iter_mut().zip(lane).for_each(|(x, y)| *x = *y);
             if let Some(rewind) = &mut walk.rewind {
-                rewind.answer(Snapshot::of_numbers(&self.row)?);
+                rewind.answer(Snapshot::of(&self.row)?);
             }
         }
         Ok(())

@@ -148,7 +148,7 @@ impl<T: Element> Group<'_, T> {
             return Ok(());
         };
         let before = lane.trajectory.held(y.len());
-        lane.trajectory.keep_numbers(lane.record.len(), &y)?;
+        lane.trajectory.keep(lane.record.len(), &y)?;
         let after = lane.trajectory.held(y.len());
         if let Some([need, available]) = self.pass.growth.grows(before, after) {
             return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
