@@ -221,12 +221,14 @@ where
 
 /// The states at `times` without gradients: nothing is kept, so that memory does not grow with the steps.
 ///
+/// With adaptive steps:
+///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_diffeq::Time;
 /// use candle_diffeq::options::{Adaptive, Steps};
 /// use candle_diffeq::sde::{predict, stratonovich, BrownianTree, SdeOptions, HEUN};
-/// // Adaptive steps: dY = −Y dt + ½ Y ∘ dW, whose solution is Y(0) exp(−t + ½W).
+/// // dY = −Y dt + ½ Y ∘ dW, whose solution is Y(0) exp(−t + ½W).
 /// let sde = stratonovich(|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| y * 0.5);
 /// let options = SdeOptions {
 ///     method: HEUN,
@@ -241,6 +243,8 @@ where
 /// assert!(error.to_scalar::<f64>()? < 5e-3);
 /// # Ok::<(), candle_diffeq::Error>(())
 /// ```
+///
+/// With fixed steps:
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -8,17 +8,18 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::error::{SdeDefect, StopReason};
 use candle_diffeq::metrics::Recorder;
+use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::options::{Adaptive, Checkpoint, Norm, Output, Steps};
 use candle_diffeq::sde::{
-    ito, predict, solution, stratonovich, BrownianTree, Diffusion, Increments, Noise, Sde,
-    SdeOptions, Without, EULER_HEUN, EULER_MARUYAMA, HEUN,
+    ito, predict, solution, stratonovich, BrownianTree, Diffusion, Increments, NeuralSde, Noise,
+    OfField, Sde, SdeOptions, Without, EULER_HEUN, EULER_MARUYAMA, HEUN,
 };
 use candle_diffeq::{Error, Precision, Time, VectorField};
 use common::{bits, relative, scattered, values};
 
 type Part = Box<dyn Fn(&Time, &Tensor) -> candle_core::Result<Tensor>>;
 
-/// Rows of three components that turn and are pulled back, which noise of their own drives: y' = sin(t) − y³ + y ∘ …
+/// y − y³ + sin 3t of every component.
 fn drift(t: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
     let swing = (t.tensor()? * 3.0)?.sin()?.to_dtype(y.dtype())?;
     (y - (y.sqr()? * y)?)?.broadcast_add(&swing)
@@ -374,4 +375,37 @@ fn a_running_cost_has_a_tolerance_of_its_own_and_all_values_are_finite() {
     assert_eq!((ys.dims(), costs.dims()), (&[4, 6, 3][..], &[4, 6, 1][..]));
     let costs = values(&costs);
     assert!(costs.iter().all(|c| c.is_finite()) && costs[18] > costs[0]);
+}
+
+#[test]
+fn a_model_takes_adaptive_steps_in_low_precision_with_gradients_of_all_parameters() {
+    let vars = candle_nn::VarMap::new();
+    let sde = NeuralSde::new(&vars, "sde", DType::F32, &Device::Cpu, |vb| {
+        let drift = Mlp::new(&[3, 8, 3], Activation::Tanh, vb.pp("f"))?;
+        let diffusion = Mlp::new(&[3, 8, 3], Activation::Tanh, vb.pp("g"))?;
+        Ok(stratonovich(drift, OfField(diffusion)))
+    });
+    common::scatter(&vars);
+    let recorder = Recorder::default();
+    let sde = sde.unwrap().options(SdeOptions {
+        precision: Some(Precision::bf16()),
+        recorder: Some(recorder.clone()),
+        ..adaptive(1e-2)
+    });
+    let y0 = start(5).to_dtype(DType::F32).unwrap();
+    let solved = sde.solve(&y0, &TIMES, &tree()).unwrap();
+    assert!(recorder.take().steps > 5);
+    let predicted = sde.predict(&y0, &TIMES, &tree()).unwrap();
+    assert_eq!(bits(&solved), bits(&predicted));
+    let grads = solved
+        .sqr()
+        .unwrap()
+        .mean_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    for var in vars.all_vars() {
+        let largest = common::worst(values(grads.get(&var).unwrap()));
+        assert!(largest > 0.0 && largest.is_finite());
+    }
 }

@@ -44,7 +44,7 @@ pub(super) fn pass(
         field,
         y,
         start: vec![],
-        noise: None,
+        floor: None,
         jumps: false,
         evaluations: 0,
     };
@@ -67,14 +67,15 @@ struct DrivenPass<'a> {
     y: Vec<Tensor>,
     /// The evaluations that the next attempt begins with; empty before the first from y.
     start: Vec<Evaluated<()>>,
-    noise: Option<Vec<Noise>>,
+    /// Of attempts from y, by tensor.
+    floor: Option<Vec<FloorTerms>>,
     /// Whether the field jumps at the start of the next attempt.
     jumps: bool,
     evaluations: usize,
 }
 
 /// An upper bound of what rounding makes of the error estimate of one tensor, by row: α + h β + √h γ.
-struct Noise {
+struct FloorTerms {
     alpha: Tensor,
     beta: Tensor,
     /// Where the tensor has noise.
@@ -99,7 +100,7 @@ impl DrivenPass<'_> {
             self.kept.settle(control, &self.y, keep)?;
             let leaves = self.driven.leaves();
             let ends = [&self.y[..leaves], &tried.next[..leaves]];
-            let floor = self.floor(step.h)?;
+            let floor = self.floor_of(step.h)?;
             let [r, plain] = self.estimate.norms(&tried.error, ends, &floor, step.h)?;
             let verdict = self.pace.judge(control, &attempt, r, plain);
             tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
@@ -138,7 +139,7 @@ impl DrivenPass<'_> {
                 }
             }
         }
-        self.noise = self.rounding()?;
+        self.floor = self.floor_terms()?;
         Ok(())
     }
 
@@ -164,7 +165,7 @@ impl DrivenPass<'_> {
 
     /// What rounding can make of the error estimates of attempts from here: as for an ordinary equation, with the
     /// diffusion at the start times √h, the size of an increment.
-    fn rounding(&self) -> Result<Option<Vec<Noise>>> {
+    fn floor_terms(&self) -> Result<Option<Vec<FloorTerms>>> {
         let roundoffs = self.driven.roles.iter().map(|r| r.compute.roundoff());
         let Some(sizes) = self.control.noise(&roundoffs.collect::<Vec<_>>())? else {
             return Ok(None);
@@ -177,13 +178,13 @@ impl DrivenPass<'_> {
             NoiseType::General { channels } => channels as f64,
             _ => 1.0,
         };
-        let of_leaf = |(leaf, (u, least)): (usize, &(f64, f64))| -> Result<Noise> {
+        let of_leaf = |(leaf, (u, least)): (usize, &(f64, f64))| -> Result<FloorTerms> {
             let times = |c: f64, x: Option<&Tensor>| -> Result<Option<Tensor>> {
                 x.map(|x| Ok((row_rms(x, *least)? * c)?)).transpose()
             };
             let alpha = (row_rms(&self.y[leaf], 0.0)? * *u)?;
             let beta = times(*u, value(Part::Drift, leaf))?;
-            Ok(Noise {
+            Ok(FloorTerms {
                 beta: match beta {
                     Some(beta) => beta,
                     None => alpha.zeros_like()?,
@@ -197,15 +198,15 @@ impl DrivenPass<'_> {
     }
 
     /// The same for one length.
-    fn floor(&self, h: f64) -> Result<Floor> {
-        let of_leaf = |noise: &Noise| -> Result<(Tensor, Tensor)> {
-            let alpha = match &noise.gamma {
-                Some(gamma) => (&noise.alpha + (gamma * h.sqrt())?)?,
-                None => noise.alpha.clone(),
+    fn floor_of(&self, h: f64) -> Result<Floor> {
+        let of_leaf = |terms: &FloorTerms| -> Result<(Tensor, Tensor)> {
+            let alpha = match &terms.gamma {
+                Some(gamma) => (&terms.alpha + (gamma * h.sqrt())?)?,
+                None => terms.alpha.clone(),
             };
-            Ok((alpha, noise.beta.clone()))
+            Ok((alpha, terms.beta.clone()))
         };
-        let leaves = self.noise.as_ref();
+        let leaves = self.floor.as_ref();
         leaves
             .map(|leaves| leaves.iter().map(of_leaf).collect())
             .transpose()
