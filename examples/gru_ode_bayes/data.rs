@@ -119,9 +119,14 @@ impl Data {
         })
     }
 
+    /// The test series.
+    pub(crate) fn whole(&self) -> Result<Sporadic> {
+        self.batch(&self.test)
+    }
+
     /// The test series without what lies behind a time, all of their values, and where they are asked for.
     pub(crate) fn test(&self) -> Result<(Sporadic, Tensor, Tensor)> {
-        let whole = self.batch(&self.test)?;
+        let whole = self.whole()?;
         let series = Tensor::new(self.test.as_slice(), self.values.device())?;
         let shown = (1.0 - self.hidden.index_select(&series, 0)?)?;
         let asked = self

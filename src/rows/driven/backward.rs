@@ -12,11 +12,11 @@ use crate::error::{Error, Result};
 use crate::problem::ActivationCache;
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::rows::activations::{KeptEvaluations, Selection, Size};
-use crate::rows::backward::{add_up, adjoint, magnitude, Seed, SweptGroup};
+use crate::rows::backward::{adjoint, magnitude, Seed};
 use crate::rows::forward::each_leaf;
 use crate::rows::tile::Tiled;
 use crate::rows::trajectory::TileTrajectory;
-use crate::rows::window::{KeptBy, Window};
+use crate::rows::window::{KeptBy, Sums, Window};
 use crate::rows::{numbers, on_all_threads, Failure, TilePlan};
 use crate::schedule::{Schedule, Step};
 use crate::simd::tiles::{load, store, Idle};
@@ -47,14 +47,16 @@ impl<T: Element> Reversible for DrivenTrajectories<T> {
         let plan = TilePlan::new(problem, &self.layout);
         let cotangent = numbers::<T>(back.cotangent)?;
         let mut y0 = vec![T::default(); problem.packing.len()];
-        let mut gradients = vec![];
+        let mut sums: Vec<_> = self.parts.iter().map(|_| Sums::default()).collect();
         let mut counted = Stats::default();
-        let mut fold = |g: usize, group: SweptGroup<T>| {
+        let mut fold = |g: usize, group: SweptTiles<T>| {
             let mut tiles = group.y0.as_slice();
             for tile in &self.groups[g] {
                 tiles = self.layout.place(&tile.rows, tiles, &mut y0);
             }
-            add_up(&mut gradients, group.gradients);
+            for (sums, of_group) in sums.iter_mut().zip(group.sums) {
+                sums.add::<T>(of_group);
+            }
             counted.join(&group.stats);
         };
         let sweep = DrivenSweep {
@@ -70,7 +72,14 @@ impl<T: Element> Reversible for DrivenTrajectories<T> {
         };
         on_all_threads(&self.groups, &windows, &each, &mut fold)?;
         stats.add(&counted);
-        if !gradients.iter().all(|g| g.to_f64().is_finite()) {
+        let mut gradients = vec![];
+        for (part, sums) in self.parts.iter().zip(&sums) {
+            let end = gradients.len() + part.parameters();
+            gradients.extend(sums.gradients(&**part));
+            // None are there where none were wanted.
+            gradients.resize(end, T::default());
+        }
+        if !gradients.iter().all(|g: &T| g.to_f64().is_finite()) {
             return Err(Error::NonFiniteParameterGradient);
         }
         adjoint(problem, (&self.weights, &self.shapes), theta, y0, gradients)
@@ -122,7 +131,7 @@ impl<T: Element> DrivenSweep<'_, T> {
         tiles: &[DrivenTile<T>],
         cotangent: &[T],
         windows: &mut [Window<T>],
-    ) -> std::result::Result<SweptGroup<T>, Failure> {
+    ) -> std::result::Result<SweptTiles<T>, Failure> {
         let Self { plan, schedule, .. } = *self;
         let (problem, layout) = (plan.problem, plan.layout);
         let mut stepper = DrivenStepper::new(self.parts, plan, self.driven);
@@ -143,7 +152,7 @@ impl<T: Element> DrivenSweep<'_, T> {
         }
         let mut state = aligned(stepper.carried().len());
         let mut pulls = DrivenPulls::new(&stepper);
-        let mut swept = SweptGroup::default();
+        let mut swept = SweptTiles::default();
         for DrivenTile { rows, trajectory } in tiles {
             let seed = |output: usize, to: &mut [T]| {
                 each_leaf(layout, batch, |leaf, features, range| {
@@ -228,10 +237,20 @@ impl<T: Element> DrivenSweep<'_, T> {
             swept.stats.join(&counted);
         }
         for (part, window) in self.parts.iter().zip(windows) {
-            swept.gradients.extend(window.finish(&**part));
+            swept.sums.push(window.finish(&**part));
         }
         Ok(swept)
     }
+}
+
+/// What the backward pass of one group leaves.
+#[derive(Default)]
+struct SweptTiles<T> {
+    /// λ_0, `[tile][leaf][row]`.
+    y0: Vec<T>,
+    /// Those of θ̄ of its rows, part by part.
+    sums: Vec<Sums>,
+    stats: Stats,
 }
 
 fn not_finite(step: Step) -> Error {
