@@ -15,6 +15,7 @@
 //!   tile on the CPU, several times faster than through candle's operations.
 //! * [`nn::energy`]: fields made of the gradient of a potential, such as Hamiltonian and Lagrangian networks, although candle
 //!   has no second derivatives.
+//! * [`Gradient`]: gradients by continuous adjoints instead, with the seminorm, for comparison and where memory is short.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that are evaluated at any time later.
 //! * [`cde`]: neural controlled differential equations, which are driven by data along a [`path`](mod@path).
@@ -61,6 +62,7 @@
 //! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, computed from
 //!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
+//! * `gradient`: how gradients are computed, as options.
 //! * `precision`: dtype roles, and rounding.
 //! * `crossing`: where a scalar function of time crosses zero inside a step.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
@@ -77,6 +79,7 @@
 //! * `rows`, `loss`: the forward and the backward pass, tile by tile; losses that are means over rows.
 //! * `offer`: how fields of this crate tell the solver that they can be solved tile by tile or in one GPU launch.
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
+//! * `backsolve`: continuous adjoints, which are solved backward in time.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
 //!   solve without this graph.
@@ -99,6 +102,7 @@ mod accumulator;
 mod adaptive;
 mod adjoint;
 mod arguments;
+mod backsolve;
 pub mod cde;
 mod controlled;
 mod crossing;
@@ -110,6 +114,7 @@ mod driven;
 pub mod error;
 pub mod events;
 mod field;
+mod gradient;
 mod integrate;
 mod intervals;
 mod link;
@@ -149,6 +154,7 @@ mod watch;
 pub use error::{Error, Result};
 pub use field::check::{check_field, FieldCheck};
 pub use field::VectorField;
+pub use gradient::Gradient;
 pub use loss::RowLoss;
 pub use neural_ode::NeuralOde;
 pub use odeint::{odeint, odeint_with, predict, solution, solution_with};
@@ -183,6 +189,13 @@ pub mod scaling {
 /// What adaptive steps are controlled by: tolerances, controllers, norms.
 pub mod control {
     pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
+}
+
+/// Continuous adjoints, another way to the gradients of a solve ([`Gradient`]): their backward solve, its norms, and
+/// what it has done.
+pub mod continuous {
+    pub use crate::gradient::{AdjointNorm, AdjointSolve, AdjointTolerance, ErrorRatios, OwnNorm};
+    pub use crate::stats::{BackwardAttempt, BackwardStats};
 }
 
 /// To judge continuous flows by.

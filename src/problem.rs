@@ -9,6 +9,7 @@ use crate::crossing::RowCrossing;
 use crate::driven::{Drive, Driven};
 use crate::error::{AdaptiveDefect, Error, Result, SdeDefect};
 use crate::field::check::FieldCheck;
+use crate::gradient::{Continuous, Gradient};
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
 use crate::schedule::{Output, Schedule, Steps};
@@ -115,6 +116,9 @@ pub struct OdeOptions {
     pub steps: Steps,
     /// Which states are returned.  Default: all.
     pub output: Output,
+    /// How gradients are computed: exactly for the steps that were taken, or by a continuous adjoint.  Default:
+    /// [`Gradient::Discrete`].
+    pub gradient: Gradient,
     /// What is kept for the backward pass.  Default: every state.
     pub checkpoint: Checkpoint,
     /// What is kept of evaluations beside the states.  Default: nothing.
@@ -153,6 +157,7 @@ impl Default for OdeOptions {
             leaf_precision: vec![],
             steps: Steps::default(),
             output: Output::default(),
+            gradient: Gradient::Discrete,
             checkpoint: Checkpoint::default(),
             activation_cache: ActivationCache::NONE,
             fusion: true,
@@ -178,6 +183,8 @@ pub(crate) struct Problem {
     pub(crate) output: Output,
     /// Events of rows, whose states are returned behind those of the times.
     pub(crate) crossings: Arc<[RowCrossing]>,
+    /// The continuous adjoint that is its gradient, unless this is the discrete one.
+    pub(crate) continuous: Option<Arc<Continuous>>,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) activation_cache: ActivationCache,
     pub(crate) fusion: bool,
@@ -241,7 +248,10 @@ impl Problem {
         let resolved = plan.known().is_none_or(|s| s.is_resolved_in(common.state));
         // Tiles have rows, and multiply by h in state precision.
         let moderate = common.state == DType::F64 || plan.known().is_none_or(|s| s.is_moderate());
-        let tiles = packing.len() > 0 && moderate;
+        let continuous =
+            Continuous::new(&options.gradient, &options.method, &options.steps, &grid)?;
+        let as_tensors = continuous.as_ref().is_some_and(Continuous::reads_states);
+        let tiles = packing.len() > 0 && moderate && !as_tensors;
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
             scheme: Scheme::new(&options.method, dense, roles, device),
@@ -251,6 +261,7 @@ impl Problem {
             packing,
             output: options.output,
             crossings: Arc::default(),
+            continuous: continuous.map(Arc::new),
             checkpoint: options.checkpoint,
             activation_cache: match options.checkpoint {
                 Checkpoint::Nothing => ActivationCache::NONE,
@@ -304,6 +315,7 @@ impl Problem {
     /// The same solve, of which nothing is kept.
     pub(crate) fn keeping_nothing(&self) -> Self {
         Self {
+            continuous: None,
             checkpoint: Checkpoint::Nothing,
             activation_cache: ActivationCache::NONE,
             ..self.clone()
