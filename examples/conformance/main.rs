@@ -6,8 +6,8 @@
 //!   f64 and against what two PyTorch recipes reach.  Seconds.
 //! * `… -- --demo DIR`: adjoints that underflow in f16, with and without scaling; the last line is
 //!   `worst scaled <figure>`.  Seconds.
-//! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, the problems of DETEST,
-//!   and events with the derivatives of their times; the last line is `worst <largest error over its bar>`.  A minute.
+//! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, gradients by three continuous adjoints,
+//!   the problems of DETEST, and events with the derivatives of their times; the last line is `worst <largest error over its bar>`.  A minute.
 //! * `… -- --zoo DIR`: potentials with their second derivatives, and the models made of them, in f64; the last line is
 //!   `worst <figure>`.  A file that no model answers yet is named and fails.  Seconds.
 //! * `… -- --sde DIR`: stochastic differential equations on given increments, every scheme of every file in f64, values
@@ -21,6 +21,7 @@
 
 mod adaptive;
 mod cde;
+mod continuous;
 mod demo;
 mod discrete;
 mod equations;
@@ -41,6 +42,7 @@ use candle_diffeq::{scaling::Scaling, Checkpoint, Precision};
 use clap::{Parser, ValueEnum};
 
 use crate::adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};
+use crate::continuous::{Way, BAR, WAYS};
 use crate::discrete::METHODS;
 use crate::low_precision::Recipe;
 use crate::oracle::{Oracle, Result};
@@ -363,6 +365,9 @@ fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {
                 for pair in &PAIRS {
                     worst = worse(worst, flow(&oracle, pair)?);
                 }
+                for way in &WAYS {
+                    worst = worse(worst, continuous_adjoint(&oracle, way)?);
+                }
             }
             Kind::Detest => worst = worse(worst, detest(&oracle)?),
         }
@@ -391,6 +396,50 @@ fn flow(oracle: &Oracle, pair: &Pair) -> Result<f64> {
         run.stats.evaluations,
     );
     Ok(over_bar)
+}
+
+/// A row for the gradients of a flow by a continuous adjoint under the first pair; the largest error over its bar.  Where
+/// a backsolve is unstable, that it is wrong.
+fn continuous_adjoint(oracle: &Oracle, way: &Way) -> Result<f64> {
+    let pair = &PAIRS[0];
+    let problem = oracle.problem().unwrap_or_default();
+    let is_unstable = way.is_unstable_on(problem);
+    let run = way.flow(oracle, pair);
+    let name = way.name;
+    let row = |figures: [String; 3], counts: [usize; 3], over_bar: &str| {
+        println!(
+            "{:<36}{name:<12}{:>9}{}{:>10}{:>10}{:>13}{over_bar:>12}",
+            oracle.file,
+            "",
+            figures.map(|e| format!("{e:>9}")).concat(),
+            counts[0],
+            counts[1],
+            counts[2],
+        );
+    };
+    match run {
+        Ok(run) => {
+            let over_bar = run.gradients() / BAR;
+            let figures = [run.y0, run.weights, run.times];
+            let figures = figures.map(|e| e.map_or_else(|| "-".to_owned(), |e| format!("{e:.1e}")));
+            let backward = &run.stats.backward;
+            let counts = [backward.steps, backward.rejected, backward.evaluations];
+            match is_unstable {
+                true => row(figures, counts, "unstable"),
+                false => row(figures, counts, &format!("{over_bar:.1e}")),
+            }
+            Ok(match (is_unstable, over_bar > 1.0) {
+                (true, true) => 0.0,
+                (true, false) => f64::INFINITY,
+                (false, _) => over_bar,
+            })
+        }
+        Err(error) if is_unstable => {
+            println!("{:<36}{name:<12}unstable: {error}", oracle.file);
+            Ok(0.0)
+        }
+        Err(error) => Err(oracle.failed(format_args!("{name}: {error}"))),
+    }
 }
 
 /// A row for the events of a file under one pair; their largest error over its bar.
