@@ -45,7 +45,12 @@ struct Backsolve {
 }
 
 /// A forward pass from y0, joined, with the way back of a continuous adjoint, if one is wanted.
-pub(crate) fn over(problem: &Problem, forward: Forward, y0: &Tensor, kept: bool) -> Result<Forward> {
+pub(crate) fn over(
+    problem: &Problem,
+    forward: Forward,
+    y0: &Tensor,
+    kept: bool,
+) -> Result<Forward> {
     let Some(continuous) = &problem.continuous else {
         return Ok(forward);
     };
@@ -136,7 +141,14 @@ impl Backsolve {
     fn solve(&self, back: &Backward<'_>, march: &mut March<'_>) -> Result<Vec<f64>> {
         let problem = back.problem;
         let points = problem.grid.points();
-        let mut times = vec![0.0; if back.differentiate_time { points.len() } else { 0 }];
+        let mut times = vec![
+            0.0;
+            if back.differentiate_time {
+                points.len()
+            } else {
+                0
+            }
+        ];
         let stops = self.stops(problem, march.continuous());
         for (n, &(t, output)) in stops.iter().enumerate() {
             if n > 0 {

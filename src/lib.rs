@@ -208,6 +208,11 @@ pub mod metrics {
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+/// The program of docs/continuous.md, run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/continuous.md")]
+struct ContinuousAdjoints;
+
 /// The program of docs/distributed.md, compiled as a test.
 #[cfg(all(doctest, feature = "mpi"))]
 #[doc = include_str!("../docs/distributed.md")]

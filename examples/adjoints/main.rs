@@ -16,7 +16,8 @@ use candle_diffeq::continuous::AdjointSolve;
 use candle_diffeq::control::Adaptive;
 use candle_diffeq::tableau::EULER;
 use candle_diffeq::{
-    odeint, Checkpoint, Gradient, OdeOptions, Output, Precision, Recorder, Stats, Steps, Time, DOPRI5,
+    odeint, Checkpoint, Gradient, OdeOptions, Output, Precision, Recorder, Stats, Steps, Time,
+    DOPRI5,
 };
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -202,8 +203,17 @@ fn run(args: &Args, report: &mut Report) -> Result<()> {
     let exact = gradient(Way::Discrete, adaptive(1e-12, true), DType::F64)?;
     let mut table = Table::new(["rtol", "gradient", "forward", "backward", "ms", "error"]);
     let mut figures = vec![];
-    for &tol in size.pick(&[1e-3][..], &[1e-3, 1e-4, 1e-5, 1e-6], &[1e-3, 1e-4, 1e-5, 1e-6]) {
-        for way in [Way::Discrete, Way::Backsolve, Way::Interpolated, Way::Quadrature] {
+    for &tol in size.pick(
+        &[1e-3][..],
+        &[1e-3, 1e-4, 1e-5, 1e-6],
+        &[1e-3, 1e-4, 1e-5, 1e-6],
+    ) {
+        for way in [
+            Way::Discrete,
+            Way::Backsolve,
+            Way::Interpolated,
+            Way::Quadrature,
+        ] {
             // The first solve also checks the field.
             gradient(way, adaptive(tol, false), DType::F32)?;
             let cost = gradient(way, adaptive(tol, false), DType::F32)?;
@@ -220,8 +230,10 @@ fn run(args: &Args, report: &mut Report) -> Result<()> {
                 format!("{:.1}", 1e3 * cost.seconds),
                 format!("{error:.1e}"),
             ]);
-            figures.push(json!({"rtol": tol, "way": way.name(), "forward": cost.stats.evaluations,
-                "backward": backward, "seconds": cost.seconds, "error": error}));
+            figures.push(
+                json!({"rtol": tol, "way": way.name(), "forward": cost.stats.evaluations,
+                "backward": backward, "seconds": cost.seconds, "error": error}),
+            );
         }
     }
     println!("\nerrors against a converged gradient\n{table}");

@@ -398,48 +398,25 @@ fn flow(oracle: &Oracle, pair: &Pair) -> Result<f64> {
     Ok(over_bar)
 }
 
-/// A row for the gradients of a flow by a continuous adjoint under the first pair; the largest error over its bar.  Where
-/// a backsolve is unstable, that it is wrong.
+/// A row for the gradients of a flow by a continuous adjoint under the first pair, with the counts of its backward
+/// solve; the largest error over its bar.
 fn continuous_adjoint(oracle: &Oracle, way: &Way) -> Result<f64> {
-    let pair = &PAIRS[0];
-    let problem = oracle.problem().unwrap_or_default();
-    let is_unstable = way.is_unstable_on(problem);
-    let run = way.flow(oracle, pair);
     let name = way.name;
-    let row = |figures: [String; 3], counts: [usize; 3], over_bar: &str| {
-        println!(
-            "{:<36}{name:<12}{:>9}{}{:>10}{:>10}{:>13}{over_bar:>12}",
-            oracle.file,
-            "",
-            figures.map(|e| format!("{e:>9}")).concat(),
-            counts[0],
-            counts[1],
-            counts[2],
-        );
-    };
-    match run {
-        Ok(run) => {
-            let over_bar = run.gradients() / BAR;
-            let figures = [run.y0, run.weights, run.times];
-            let figures = figures.map(|e| e.map_or_else(|| "-".to_owned(), |e| format!("{e:.1e}")));
-            let backward = &run.stats.backward;
-            let counts = [backward.steps, backward.rejected, backward.evaluations];
-            match is_unstable {
-                true => row(figures, counts, "unstable"),
-                false => row(figures, counts, &format!("{over_bar:.1e}")),
-            }
-            Ok(match (is_unstable, over_bar > 1.0) {
-                (true, true) => 0.0,
-                (true, false) => f64::INFINITY,
-                (false, _) => over_bar,
-            })
-        }
-        Err(error) if is_unstable => {
-            println!("{:<36}{name:<12}unstable: {error}", oracle.file);
-            Ok(0.0)
-        }
-        Err(error) => Err(oracle.failed(format_args!("{name}: {error}"))),
-    }
+    let failed = |e| oracle.failed(format_args!("{name}: {e}"));
+    let run = way.flow(oracle, &PAIRS[0]).map_err(failed)?;
+    let over_bar = run.gradients() / BAR;
+    let figures = [None, run.y0, run.weights, run.times];
+    let figures = figures.map(|e| e.map_or_else(|| "-".to_owned(), |e| format!("{e:.1e}")));
+    let backward = &run.stats.backward;
+    println!(
+        "{:<36}{name:<12}{}{:>10}{:>10}{:>13}{over_bar:>12.1e}",
+        oracle.file,
+        figures.map(|e| format!("{e:>9}")).concat(),
+        backward.steps,
+        backward.rejected,
+        backward.evaluations,
+    );
+    Ok(over_bar)
 }
 
 /// A row for the events of a file under one pair; their largest error over its bar.

@@ -73,7 +73,9 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     for way in TRAINED {
         for &seed in &seeds {
             let bar = progress("vowels", updates)?;
-            trained.push(vowels::train(&data, way, PAIRS[0], updates, seed, device, &bar)?);
+            trained.push(vowels::train(
+                &data, way, PAIRS[0], updates, seed, device, &bar,
+            )?);
             bar.finish_and_clear();
         }
     }
@@ -87,10 +89,15 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     }
     print_flows(&flowed);
     let of = |way: Way| -> Option<(Way, &Cost)> {
-        let found = gradients.iter().find(|g| g.way == way && g.pair == pairs[0]);
+        let found = gradients
+            .iter()
+            .find(|g| g.way == way && g.pair == pairs[0]);
         found.map(|g| (way, &g.costs[0]))
     };
-    let shown: Vec<_> = [Way::Default, Way::Seminorm].into_iter().filter_map(of).collect();
+    let shown: Vec<_> = [Way::Default, Way::Seminorm]
+        .into_iter()
+        .filter_map(of)
+        .collect();
     picture::draw(&report.picture(""), &shown, (LENGTH - 1) as f64, &trained)?;
     let figures = gradients.iter().map(Gradients::figures);
     report.figure("gradients", figures.collect::<Vec<_>>())?;
@@ -110,7 +117,10 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
 
 /// What must hold.
 fn demands(report: &mut Report, pairs: &[Pair], all: &[Gradients], trained: &[vowels::Trained]) {
-    let find = |way, pair| all.iter().find(|g: &&Gradients| g.way == way && g.pair == pair);
+    let find = |way, pair| {
+        all.iter()
+            .find(|g: &&Gradients| g.way == way && g.pair == pair)
+    };
     for &pair in pairs {
         let ways = [Way::Default, Way::Seminorm, Way::Discrete].map(|way| find(way, pair));
         let [Some(default), Some(seminorm), Some(discrete)] = ways else {
@@ -118,19 +128,29 @@ fn demands(report: &mut Report, pairs: &[Pair], all: &[Gradients], trained: &[vo
         };
         let backward = |g: &Gradients| g.mean(|c| c.backward as f64);
         report.demand(backward(seminorm) <= backward(default), || {
-            format!("{}: the seminorm takes more evaluations than the default norm", pair.name())
+            format!(
+                "{}: the seminorm takes more evaluations than the default norm",
+                pair.name()
+            )
         });
         report.demand(backward(discrete) <= backward(seminorm), || {
-            format!("{}: the discrete adjoint takes more than the seminorm", pair.name())
+            format!(
+                "{}: the discrete adjoint takes more than the seminorm",
+                pair.name()
+            )
         });
         report.demand(seminorm.error() <= 2.0 * default.error(), || {
-            format!("{}: the error of the seminorm is beyond twice the default's", pair.name())
+            format!(
+                "{}: the error of the seminorm is beyond twice the default's",
+                pair.name()
+            )
         });
     }
     let accuracy = |way| mean_of(trained, way, |t| t.accuracy);
-    report.demand(accuracy(Way::Seminorm) >= accuracy(Way::Default) - SPREAD, || {
-        "the accuracy of the seminorm is below that of the default norm".to_owned()
-    });
+    report.demand(
+        accuracy(Way::Seminorm) >= accuracy(Way::Default) - SPREAD,
+        || "the accuracy of the seminorm is below that of the default norm".to_owned(),
+    );
 }
 
 /// Gradients of one way at one pair of tolerances, by seed.
@@ -167,7 +187,9 @@ fn gradients(
     seeds: &[u64],
     device: &Device,
 ) -> Result<Vec<Gradients>> {
-    let exact = seeds.iter().map(|&seed| vowels::converged(data, seed, device));
+    let exact = seeds
+        .iter()
+        .map(|&seed| vowels::converged(data, seed, device));
     let exact = exact.collect::<Result<Vec<_>>>()?;
     let mut all = vec![];
     for &pair in pairs {
@@ -244,7 +266,13 @@ fn print_trained(trained: &[vowels::Trained]) {
 
 fn print_flows(flowed: &[flow::Flowed]) {
     println!("\na flow on eight Gaussians, 1e-5, 1e-5, mean over seeds");
-    let mut table = Table::new(["gradient", "NFE forward", "NFE backward", "NLL", "ms/update"]);
+    let mut table = Table::new([
+        "gradient",
+        "NFE forward",
+        "NFE backward",
+        "NLL",
+        "ms/update",
+    ]);
     for way in TRAINED {
         let of = |figure: fn(&flow::Flowed) -> f64| {
             let all: Vec<f64> = flowed.iter().filter(|f| f.way == way).map(figure).collect();

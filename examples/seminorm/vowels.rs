@@ -47,7 +47,14 @@ impl Model {
             DType::F32,
             device,
             |vb| candle_nn::linear(CHANNELS, HIDDEN, vb),
-            |vb| CdeMlp::new(&[HIDDEN, WIDTH, WIDTH, WIDTH], CHANNELS, Activation::Relu, vb),
+            |vb| {
+                CdeMlp::new(
+                    &[HIDDEN, WIDTH, WIDTH, WIDTH],
+                    CHANNELS,
+                    Activation::Relu,
+                    vb,
+                )
+            },
         )?;
         let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
         let readout = candle_nn::linear(HIDDEN, CLASSES, vb.pp("readout"))?;
@@ -69,8 +76,16 @@ impl Model {
         let everything: Vec<usize> = (0..all.len()).collect();
         let path = all.lines(&everything, device)?;
         let z = self.cde.predict(&path, &path.ends())?;
-        let taken = self.readout.forward(&z)?.argmax(D::Minus1)?.to_vec1::<u32>()?;
-        let right = taken.iter().zip(&all.labels).filter(|(a, b)| a == b).count();
+        let taken = self
+            .readout
+            .forward(&z)?
+            .argmax(D::Minus1)?
+            .to_vec1::<u32>()?;
+        let right = taken
+            .iter()
+            .zip(&all.labels)
+            .filter(|(a, b)| a == b)
+            .count();
         Ok(right as f64 / all.len() as f64)
     }
 }
@@ -119,7 +134,11 @@ fn gradient_by(
     run()?;
     recorder.take();
     let (grads, milliseconds) = run()?;
-    let vars = model.vars.data().lock().map_err(|_| "the variables are locked")?;
+    let vars = model
+        .vars
+        .data()
+        .lock()
+        .map_err(|_| "the variables are locked")?;
     let mut flat = vec![];
     for name in model.cde.parameters() {
         let var = vars.get(name).ok_or("a parameter is missing")?;

@@ -163,9 +163,8 @@ impl<'a> Augmented<'a> {
         let mut attempts = 0;
         loop {
             let scale = work.scaler.scale();
-            let round = |(adj, roles): (&Tensor, &Roles)| {
-                ops::combine(&[(1.0, adj)], scale, roles.compute)
-            };
+            let round =
+                |(adj, roles): (&Tensor, &Roles)| ops::combine(&[(1.0, adj)], scale, roles.compute);
             let v = adj.iter().zip(roles).map(round);
             let v = v.collect::<Result<Vec<_>>>()?;
             work.stats.vjps += 1;
@@ -240,9 +239,8 @@ impl VectorField<Vec<Tensor>> for Augmented<'_> {
         let (k, pulled) = self.pull(t, &y, adj, self.wants)?;
         let roles = &self.problem.scheme.roles;
         let unscale = pulled.stage.unscale;
-        let back = |(w, roles): (&Tensor, &Roles)| {
-            ops::combine(&[(-unscale, w)], 1.0, roles.state())
-        };
+        let back =
+            |(w, roles): (&Tensor, &Roles)| ops::combine(&[(-unscale, w)], 1.0, roles.state());
         let back = pulled.y.iter().zip(roles).map(back);
         let back = back.collect::<Result<Vec<_>>>()?;
         self.work.borrow_mut().stages.push(pulled.stage);

@@ -98,7 +98,9 @@ impl<'a> ForwardStates<'a> {
         let mut advance = |m: usize, y: &Vec<Tensor>| {
             let step = schedule.step(m);
             replayed += scheme.evaluations();
-            Ok(scheme.advance_and_store(field, step, y, false, &mut watch)?.y)
+            Ok(scheme
+                .advance_and_store(field, step, y, false, &mut watch)?
+                .y)
         };
         let y = self.rewind.state(n, &mut advance, &mut kept)?;
         let step = Step {

@@ -81,7 +81,12 @@ impl<'a> March<'a> {
             measure: adaptive.as_ref().map(measure).transpose()?,
             augmented,
             continuous,
-            scheme: Scheme::new(&continuous.method, dense, roles.clone(), problem.device().clone()),
+            scheme: Scheme::new(
+                &continuous.method,
+                dense,
+                roles.clone(),
+                problem.device().clone(),
+            ),
             jumps,
             t: points[points.len() - 1],
             x: x.map(zeros).collect::<candle_core::Result<_>>()?,
@@ -215,7 +220,13 @@ impl<'a> March<'a> {
             let tried = self.attempt(&control, step, &floor)?;
             let [r, plain] = tried.norms;
             let verdict = pace.judge(&control, &attempt, r, plain);
-            tracing::debug!(t = attempt.t, h = attempt.h, r, ?verdict, "backward attempt");
+            tracing::debug!(
+                t = attempt.t,
+                h = attempt.h,
+                r,
+                ?verdict,
+                "backward attempt"
+            );
             let verdict = verdict.map_err(|halt| self.stopped(halt, &control, &pace))?;
             self.note(&step, verdict == Verdict::Accepted);
             if verdict == Verdict::Rejected {
@@ -283,10 +294,12 @@ impl<'a> March<'a> {
         let mut all = x.to_vec();
         let state = self.scheme.roles[0].state();
         for (i, p) in self.augmented.theta.iter().enumerate() {
-            all.push(match stage.and_then(|s| Some((s.unscale, s.theta[i].as_ref()?))) {
-                Some((unscale, grad)) => ops::combine(&[(-unscale, grad)], 1.0, state)?,
-                None => Tensor::zeros(p.shape(), state.to, p.device())?,
-            });
+            all.push(
+                match stage.and_then(|s| Some((s.unscale, s.theta[i].as_ref()?))) {
+                    Some((unscale, grad)) => ops::combine(&[(-unscale, grad)], 1.0, state)?,
+                    None => Tensor::zeros(p.shape(), state.to, p.device())?,
+                },
+            );
         }
         if self.augmented.reads_time() {
             let t = match stage.and_then(|s| Some((s.unscale, s.t.as_ref()?))) {
@@ -308,7 +321,9 @@ impl<'a> March<'a> {
         let count = self.scheme.tableau.stages() - usize::from(control.appended);
         self.evaluate(step, &mut stages, &vec![true; count])?;
         let x = self.scheme.update(step.h, &self.x, &stages.ks)?;
-        let mut error = self.scheme.weighted(step.h, &control.estimate, &stages.ks)?;
+        let mut error = self
+            .scheme
+            .weighted(step.h, &control.estimate, &stages.ks)?;
         let mut ends = [self.x.clone(), x.clone()];
         let Some(measure) = &self.measure else {
             return Err(Error::NothingKept);

@@ -38,12 +38,14 @@ mod tests {
     fn a_rule_of_n_points_is_exact_to_degree_2n_minus_1_and_no_further() {
         for n in 1..=16 {
             let rule = gauss(n);
-            let integral = |d: usize| -> f64 {
-                rule.iter().map(|(x, w)| w * x.powi(d as i32)).sum()
-            };
+            let integral =
+                |d: usize| -> f64 { rule.iter().map(|(x, w)| w * x.powi(d as i32)).sum() };
             for d in 0..2 * n {
                 let error = (integral(d) - 1.0 / (d + 1) as f64).abs();
-                assert!(error <= 16.0 * f64::EPSILON, "{n} points, degree {d}: {error:e}");
+                assert!(
+                    error <= 16.0 * f64::EPSILON,
+                    "{n} points, degree {d}: {error:e}"
+                );
             }
             if n <= 8 {
                 let d = 2 * n;
