@@ -13,6 +13,8 @@ mod forward;
 mod march;
 mod measure;
 mod quadrature;
+mod stages;
+mod stops;
 
 use std::sync::Arc;
 
@@ -20,17 +22,17 @@ use candle_core::{DType, Tensor};
 
 use crate::accumulator::Accumulator;
 use crate::error::{ContinuousDefect, Error, Result};
-use crate::gradient::Continuous;
 use crate::integrate::Forward;
 use crate::ops;
 use crate::problem::Problem;
 use crate::reverse::{Adjoint, Backward, Reversible};
-use crate::schedule::{Output, Step, Steps};
+use crate::schedule::{Output, Step};
 use crate::stats::Stats;
-use crate::time::{coincide, Time};
+use crate::time::Time;
 use augmented::Augmented;
 use forward::ForwardStates;
 use march::March;
+use stops::stops;
 
 /// A solve whose gradient is a continuous adjoint.
 struct Backsolve {
@@ -149,7 +151,7 @@ impl Backsolve {
                 0
             }
         ];
-        let stops = self.stops(problem, march.continuous());
+        let stops = stops(&self.times, points, &march.continuous().steps);
         for (n, &(t, output)) in stops.iter().enumerate() {
             if n > 0 {
                 march.to(t)?;
@@ -171,28 +173,6 @@ impl Backsolve {
             march.meet(y, &given)?;
         }
         Ok(times)
-    }
-
-    /// Where the backward solve stops, from the last time to the first, each with the output that is there: at outputs
-    /// and, with fixed steps, at all times of the user.
-    fn stops(&self, problem: &Problem, continuous: &Continuous) -> Vec<(f64, Option<usize>)> {
-        let mut stops: Vec<_> = self.times.iter().copied().zip((0..).map(Some)).collect();
-        let points = problem.grid.points();
-        let own = match continuous.steps {
-            Steps::Adaptive(_) => &points[..1],
-            _ => points,
-        };
-        for &t in own {
-            if !stops.iter().any(|(stop, _)| coincide(*stop, t)) {
-                stops.push((t, None));
-            }
-        }
-        let forward = points[points.len() - 1] >= points[0];
-        stops.sort_by(|a, b| match forward {
-            true => b.0.total_cmp(&a.0),
-            false => a.0.total_cmp(&b.0),
-        });
-        stops
     }
 
     /// f(t, y) on the side of t on which another time lies.

@@ -1,10 +1,12 @@
 //! The steps of a backward solve, from one stop to the next, and what they add to θ̄.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::augmented::{Augmented, Stage};
 use super::measure::{Floor, Measure};
 use super::quadrature::gauss;
+use super::stages::{Evaluated, Stages};
+use super::stops::cut;
 use crate::accumulator::Accumulator;
 use crate::adaptive::{Adaptive, Attempt, Control, Halt, Pace, Verdict};
 use crate::error::{ContinuousDefect, Error, Result};
@@ -12,7 +14,7 @@ use crate::gradient::{Continuous, Kind};
 use crate::ops;
 use crate::schedule::{Output, Schedule, Step, Steps};
 use crate::stats::{BackwardStats, Stats};
-use crate::step::{Increments, Scheme};
+use crate::step::Scheme;
 use crate::time::{coincide, Time, TimeGrid};
 
 /// A backward solve under way.
@@ -36,16 +38,6 @@ pub(super) struct March<'a> {
     /// Where the last step began.
     last_start: Option<f64>,
     counts: BackwardStats,
-}
-
-/// A velocity of what is solved, and the parts of θ̄' and t̄' that came with it.
-type Evaluated = (Vec<Tensor>, Stage);
-
-/// The stages of an attempt; `None` where one was not evaluated.
-#[derive(Default)]
-struct Stages {
-    ks: Increments,
-    parts: Vec<Option<Stage>>,
 }
 
 /// An attempt that was made: what it leads to, and its error with the noise floor and without.
@@ -302,10 +294,7 @@ impl<'a> March<'a> {
             );
         }
         if self.augmented.reads_time() {
-            let t = match stage.and_then(|s| Some((s.unscale, s.t.as_ref()?))) {
-                Some((unscale, t)) => -unscale * number(t)?,
-                None => 0.0,
-            };
+            let t = stage.map_or(Ok(0.0), Stage::slope_of_time)?;
             all.push(self.number(t)?);
         }
         Ok(all)
@@ -313,11 +302,7 @@ impl<'a> March<'a> {
 
     /// All stages but one that was appended, what they lead to, and its error.
     fn attempt(&mut self, control: &Control, step: Step, floor: &Floor) -> Result<Tried> {
-        let mut stages = Stages::default();
-        if let Some((k, stage)) = &self.first {
-            stages.ks.push(Some(k.clone()));
-            stages.parts.push(Some(stage.clone()));
-        }
+        let mut stages = Stages::after(self.first.as_ref());
         let count = self.scheme.tableau.stages() - usize::from(control.appended);
         self.evaluate(step, &mut stages, &vec![true; count])?;
         let x = self.scheme.update(step.h, &self.x, &stages.ks)?;
@@ -329,44 +314,24 @@ impl<'a> March<'a> {
             return Err(Error::NothingKept);
         };
         if measure.reads_sums() {
+            let state = self.scheme.roles[0].state();
             let before = self.theta.so_far()?.to_vec();
             for (i, before) in before.into_iter().enumerate() {
-                let change = |weights: &[f64]| self.change(step.h, weights, &stages, i, &before);
+                let change = |weights: &[f64]| stages.change(step.h, weights, i, &before, state);
                 error.push(change(&control.estimate)?);
                 let change = change(self.scheme.tableau.b())?;
                 ends[1].push((&before + change)?);
                 ends[0].push(before);
             }
             if self.augmented.reads_time() {
-                error.push(self.number(time_change(step.h, &control.estimate, &stages)?)?);
-                let change = time_change(step.h, self.scheme.tableau.b(), &stages)?;
+                error.push(self.number(stages.time_change(step.h, &control.estimate)?)?);
+                let change = stages.time_change(step.h, self.scheme.tableau.b())?;
                 ends[0].push(self.number(self.time)?);
                 ends[1].push(self.number(self.time + change)?);
             }
         }
         let norms = measure.norms(&error, [&ends[0], &ends[1]], floor, step.h)?;
         Ok(Tried { x, stages, norms })
-    }
-
-    /// −h Σ c_i (∂f/∂θ)ᵀ λ_i of one parameter.
-    fn change(
-        &self,
-        h: f64,
-        weights: &[f64],
-        stages: &Stages,
-        i: usize,
-        like: &Tensor,
-    ) -> Result<Tensor> {
-        let parts = stages.parts.iter().zip(weights);
-        let terms = parts.filter_map(|(stage, c)| {
-            let stage = stage.as_ref().filter(|_| *c != 0.0)?;
-            Some((-h * c * stage.unscale, stage.theta[i].as_ref()?))
-        });
-        let terms: Vec<_> = terms.collect();
-        match terms.as_slice() {
-            [] => Ok(like.zeros_like()?),
-            terms => ops::combine(terms, 1.0, self.scheme.roles[0].state()),
-        }
     }
 
     /// A step that was accepted: what it adds, and where it leads to.
@@ -376,7 +341,8 @@ impl<'a> March<'a> {
             let all = vec![true; self.scheme.tableau.stages()];
             self.evaluate(step, &mut tried.stages, &all)?;
         }
-        self.time += time_change(step.h, self.scheme.tableau.b(), &tried.stages)?;
+        let b = self.scheme.tableau.b();
+        self.time += tried.stages.time_change(step.h, b)?;
         self.take(step, tried.x, &tried.stages)?;
         let is_whole = tried.stages.ks.len() == self.scheme.tableau.stages();
         self.first = match is_whole {
@@ -390,14 +356,7 @@ impl<'a> March<'a> {
     fn take(&mut self, step: Step, x: Vec<Tensor>, stages: &Stages) -> Result<()> {
         match self.continuous.kind {
             Kind::Quadrature => self.integrate(step, stages)?,
-            _ => {
-                let parts = stages.parts.iter().zip(self.scheme.tableau.b());
-                for (stage, b) in parts.filter(|(_, b)| **b != 0.0) {
-                    if let Some(stage) = stage {
-                        add(&mut self.theta, -step.h * b, stage)?;
-                    }
-                }
-            }
+            _ => stages.add_to(&mut self.theta, step.h, self.scheme.tableau.b())?,
         }
         self.x = x;
         self.last_start = Some(step.t);
@@ -412,7 +371,7 @@ impl<'a> March<'a> {
             let (state, device) = (self.scheme.roles[0].state, &self.scheme.device);
             let time = step.within(Time::new(step.at(x), state, device));
             let stage = self.augmented.at_point(&time, &adj)?;
-            add(&mut self.theta, -step.h * w, &stage)?;
+            stage.add_to(&mut self.theta, -step.h * w * stage.unscale)?;
             self.counts.points += 1;
         }
         Ok(())
@@ -448,68 +407,5 @@ impl<'a> March<'a> {
             rejected,
         };
         defect.into()
-    }
-}
-
-impl Stages {
-    fn first(self) -> Option<Evaluated> {
-        let (k, stage) = self.ks.into_iter().zip(self.parts).next()?;
-        k.zip(stage)
-    }
-
-    fn last(mut self) -> Option<Evaluated> {
-        self.ks.pop().flatten().zip(self.parts.pop().flatten())
-    }
-}
-
-/// θ̄ += c (∂f/∂θ)ᵀ λ.
-fn add(theta: &mut Accumulator, c: f64, stage: &Stage) -> Result<()> {
-    for (i, grad) in stage.theta.iter().enumerate() {
-        if let Some(grad) = grad {
-            theta.add(i, c * stage.unscale, grad)?;
-        }
-    }
-    Ok(())
-}
-
-/// −h Σ c_i (∂f/∂t)ᵀ λ_i.
-fn time_change(h: f64, weights: &[f64], stages: &Stages) -> Result<f64> {
-    let parts = stages.parts.iter().zip(weights);
-    let terms = parts.filter_map(|(stage, c)| {
-        let stage = stage.as_ref().filter(|_| *c != 0.0)?;
-        Some((-h * c * stage.unscale, stage.t.as_ref()?))
-    });
-    terms.map(|(c, t)| Ok(c * number(t)?)).sum()
-}
-
-fn number(x: &Tensor) -> Result<f64> {
-    ops::note_host_read(x.device());
-    Ok(x.reshape(())?.to_dtype(DType::F64)?.to_scalar()?)
-}
-
-/// Steps between two stops, which lie in one interval of the user's times.
-fn cut(steps: &Steps, [from, to]: [f64; 2], points: &[f64]) -> Steps {
-    let length = (from - to).abs();
-    let pieces = |of: f64| ((length / of - 1e-9).ceil().max(1.0)) as usize;
-    match steps {
-        Steps::PerInterval(m) => {
-            let middle = 0.5 * (from + to);
-            let inside = |w: &&[f64]| (w[0] - middle) * (w[1] - middle) <= 0.0;
-            let whole = points.windows(2).find(inside);
-            let whole = whole.map_or(length, |w| (w[1] - w[0]).abs());
-            Steps::PerInterval(pieces(whole / (*m).max(1) as f64))
-        }
-        Steps::Size(size) => Steps::PerInterval(pieces(*size)),
-        Steps::At(times) => {
-            let is_inside = |t: &&f64| {
-                let apart = !coincide(**t, from) && !coincide(**t, to);
-                apart && (**t - from) * (**t - to) < 0.0
-            };
-            let mut inside: Vec<f64> = times.iter().filter(is_inside).copied().collect();
-            inside.sort_by(|a, b| (a - from).abs().total_cmp(&(b - from).abs()));
-            inside.dedup();
-            Steps::At(inside)
-        }
-        steps => steps.clone(),
     }
 }
