@@ -33,7 +33,7 @@ use candle_diffeq::{
     Recorder, Stats, Steps, Time, DOPRI5, RK4,
 };
 use common::{relative, scattered, values, var, worst, U_BF16, U_F16};
-use continuous::{BAR, WAYS};
+use continuous::{has_gradients, BAR, WAYS};
 use oracle::Oracle;
 
 fn files() -> Vec<Oracle> {
@@ -46,8 +46,8 @@ fn files() -> Vec<Oracle> {
 
 #[test]
 fn gradients_are_those_of_the_exact_flow() {
-    let files = files();
-    assert_eq!(files.len(), 10);
+    let files: Vec<_> = files().into_iter().filter(has_gradients).collect();
+    assert_eq!(files.len(), 6);
     let dopri5 = &PAIRS[0];
     for file in &files {
         for way in &WAYS {

@@ -34,6 +34,11 @@ pub(crate) const WAYS: [Way; 3] = [
 /// The largest relative error of a gradient at a tolerance of 1e-10.
 pub(crate) const BAR: f64 = 1e-6;
 
+/// Whether a file holds the gradients of its flow.
+pub(crate) fn has_gradients(oracle: &Oracle) -> bool {
+    oracle.tensor("grad.y0").is_ok()
+}
+
 impl Way {
     /// A flow with its gradients in this way.
     pub(crate) fn flow(&self, oracle: &Oracle, pair: &Pair) -> Result<Flow> {

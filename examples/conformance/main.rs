@@ -42,7 +42,7 @@ use candle_diffeq::{scaling::Scaling, Checkpoint, Precision};
 use clap::{Parser, ValueEnum};
 
 use crate::adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};
-use crate::continuous::{Way, BAR, WAYS};
+use crate::continuous::{has_gradients, Way, BAR, WAYS};
 use crate::discrete::METHODS;
 use crate::low_precision::Recipe;
 use crate::oracle::{Oracle, Result};
@@ -365,7 +365,7 @@ fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {
                 for pair in &PAIRS {
                     worst = worse(worst, flow(&oracle, pair)?);
                 }
-                for way in &WAYS {
+                for way in WAYS.iter().filter(|_| has_gradients(&oracle)) {
                     worst = worse(worst, continuous_adjoint(&oracle, way)?);
                 }
             }

@@ -33,6 +33,9 @@ use crate::way::{Cost, Pair, Way};
 /// The ways that a model is trained in.
 const TRAINED: [Way; 3] = [Way::Default, Way::Seminorm, Way::Discrete];
 
+/// The tolerances of gradients that count as exact.
+const CONVERGED: Pair = Pair(1e-9, 1e-12);
+
 /// How far below the others the accuracy of a way may be.
 const SPREAD: f64 = 0.02;
 
@@ -66,9 +69,10 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         .collect();
     let pairs = &PAIRS[..size.pick(1, 3, 3)];
     let data = Data::read()?;
-    let gradients = gradients(&data, pairs, &seeds, device)?;
+    let converged = size.pick(Pair(1e-6, 1e-9), CONVERGED, CONVERGED);
+    let gradients = gradients(&data, pairs, converged, &seeds, device)?;
     print_gradients(pairs, &gradients);
-    let updates = size.pick(2, args.updates, args.updates);
+    let updates = size.pick(1, args.updates, args.updates);
     let mut trained = vec![];
     for way in TRAINED {
         for &seed in &seeds {
@@ -184,12 +188,13 @@ impl Gradients {
 fn gradients(
     data: &Data,
     pairs: &[Pair],
+    converged: Pair,
     seeds: &[u64],
     device: &Device,
 ) -> Result<Vec<Gradients>> {
     let exact = seeds
         .iter()
-        .map(|&seed| vowels::converged(data, seed, device));
+        .map(|&seed| vowels::converged(data, converged, seed, device));
     let exact = exact.collect::<Result<Vec<_>>>()?;
     let mut all = vec![];
     for &pair in pairs {

@@ -28,9 +28,6 @@ const STRIDE: usize = 9;
 /// The pairs of the published experiment.
 pub(crate) const PAIRS: [Pair; 3] = [Pair(1e-3, 1e-6), Pair(1e-4, 1e-7), Pair(1e-5, 1e-8)];
 
-/// The tolerance of a gradient that counts as exact.
-const CONVERGED: Pair = Pair(1e-9, 1e-12);
-
 struct Model {
     vars: VarMap,
     cde: NeuralCde,
@@ -103,12 +100,12 @@ pub(crate) fn gradient(
     gradient_by(data, way, options, seed, &recorder, device)
 }
 
-/// The same in f64, at a tolerance at which nothing changes any more.
-pub(crate) fn converged(data: &Data, seed: u64, device: &Device) -> Result<Vec<f64>> {
+/// The same in f64 at a tolerance so small that it counts as exact.
+pub(crate) fn converged(data: &Data, pair: Pair, seed: u64, device: &Device) -> Result<Vec<f64>> {
     let recorder = Recorder::default();
     let options = OdeOptions {
         precision: Some(Precision::f64()),
-        ..Way::Discrete.options(CONVERGED, &recorder)
+        ..Way::Discrete.options(pair, &recorder)
     };
     Ok(gradient_by(data, Way::Discrete, options, seed, &recorder, device)?.0)
 }
