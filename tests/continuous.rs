@@ -144,13 +144,13 @@ fn tuple_states_weights_arguments_and_times_have_the_gradients_of_the_discrete_a
     for output in [Output::All, Output::Final] {
         let of = |gradient| OdeOptions {
             output,
-            ..adaptive_options(1e-11, gradient)
+            ..adaptive_options(1e-9, gradient)
         };
         let exact = problem.gradients(&of(Gradient::Discrete)).unwrap();
         let mut exact = exact;
         if output == Output::Final {
             // The times between are no outputs: the discrete steps do not depend on them either.
-            assert!(worst(exact[4][1..3].iter().copied()) < 1e-9);
+            assert!(worst(exact[4][1..3].iter().copied()) < 1e-7);
             exact[4][1] = 0.0;
             exact[4][2] = 0.0;
         }
@@ -162,7 +162,7 @@ fn tuple_states_weights_arguments_and_times_have_the_gradients_of_the_discrete_a
             for gradient in kinds(&AdjointSolve::new().norm(norm)) {
                 let got = problem.gradients(&of(gradient.clone())).unwrap();
                 let error = apart(&got, &exact);
-                assert!(error <= 1e-8, "{gradient:?} {output:?}: {error:e}");
+                assert!(error <= 1e-7, "{gradient:?} {output:?}: {error:e}");
             }
         }
     }
@@ -176,14 +176,14 @@ fn time_may_run_backward() {
         t: Var::from_tensor(&times).unwrap(),
         ..problem
     };
-    let exact = problem.gradients(&adaptive_options(1e-11, Gradient::Discrete));
+    let exact = problem.gradients(&adaptive_options(1e-9, Gradient::Discrete));
     let exact = exact.unwrap();
     for gradient in kinds(&AdjointSolve::new()) {
         let got = problem
-            .gradients(&adaptive_options(1e-11, gradient.clone()))
+            .gradients(&adaptive_options(1e-9, gradient.clone()))
             .unwrap();
         let error = apart(&got, &exact);
-        assert!(error <= 1e-8, "{gradient:?}: {error:e}");
+        assert!(error <= 1e-7, "{gradient:?}: {error:e}");
     }
 }
 
@@ -191,7 +191,7 @@ fn time_may_run_backward() {
 fn fixed_steps_converge_with_the_order_of_the_method() {
     let problem = Coupled::new();
     let exact = problem
-        .gradients(&adaptive_options(1e-12, Gradient::Discrete))
+        .gradients(&adaptive_options(1e-10, Gradient::Discrete))
         .unwrap();
     for gradient in kinds(&AdjointSolve::new()) {
         let cuts: [fn(usize) -> Steps; 2] = [Steps::PerInterval, |n| Steps::Size(0.35 / n as f64)];
@@ -216,35 +216,35 @@ fn fixed_steps_converge_with_the_order_of_the_method() {
 fn a_backward_solve_may_have_steps_and_a_method_of_its_own() {
     let problem = Coupled::new();
     let exact = problem
-        .gradients(&adaptive_options(1e-11, Gradient::Discrete))
+        .gradients(&adaptive_options(1e-9, Gradient::Discrete))
         .unwrap();
     let own = [
-        Steps::PerInterval(200),
-        Steps::Size(2e-3),
-        Steps::At((1..400).map(|i| 0.1 + 0.003 * f64::from(i)).collect()),
+        Steps::PerInterval(50),
+        Steps::Size(8e-3),
+        Steps::At((1..150).map(|i| 0.1 + 0.008 * f64::from(i)).collect()),
     ];
     for steps in own {
         let solve = AdjointSolve::new().method(RK4).steps(steps.clone());
         for gradient in kinds(&solve) {
             let got = problem
-                .gradients(&adaptive_options(1e-11, gradient))
+                .gradients(&adaptive_options(1e-9, gradient))
                 .unwrap();
             let error = apart(&got, &exact);
-            assert!(error <= 1e-8, "{steps:?}: {error:e}");
+            assert!(error <= 1e-6, "{steps:?}: {error:e}");
         }
     }
     // Adaptive backward over fixed forward.
-    let tight = Steps::Adaptive(Adaptive::new(1e-10, 1e-12));
+    let tight = Steps::Adaptive(Adaptive::new(1e-9, 1e-11));
     let solve = AdjointSolve::new().method(DOPRI5).steps(tight);
     for gradient in kinds(&solve) {
         let options = OdeOptions {
             method: RK4,
-            steps: Steps::PerInterval(400),
+            steps: Steps::PerInterval(60),
             gradient,
             ..Default::default()
         };
         let error = apart(&problem.gradients(&options).unwrap(), &exact);
-        assert!(error <= 1e-8, "{error:e}");
+        assert!(error <= 1e-6, "{error:e}");
     }
 }
 
