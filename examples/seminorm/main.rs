@@ -3,9 +3,10 @@
 //!
 //! `cargo run --release --example seminorm` (minutes; `--smoke`: seconds).  A neural CDE along Japanese vowels
 //! (straight lines with their knots as jumps, dopri5) at three pairs of tolerances: one gradient at the initial weights,
-//! its evaluations, time, and error against a converged one, mean over seeds; then a training in three ways, and one of a
-//! flow on eight Gaussians.  Prints tables; draws where backward steps were tried, and evaluations by update.
+//! its evaluations, time, and error against a converged one, mean over seeds; then trainings in three ways: of it, of
+//! a flow on eight Gaussians, and of a Symplectic ODE-Net on an acrobot.  Prints tables; draws where backward steps were tried, and evaluations by update.
 
+mod acrobot;
 #[path = "../common/mod.rs"]
 mod common;
 #[allow(dead_code)]
@@ -92,6 +93,16 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         }
     }
     print_flows(&flowed);
+    let windows = acrobot::Windows::new(size.pick(4, 40, 128), device)?;
+    let (acrobot_updates, width) = (size.pick(1, 25, 500), size.pick(16, 64, 300));
+    let mut learnt = vec![];
+    for way in TRAINED {
+        for &seed in &seeds {
+            let run = acrobot::train(&windows, way, acrobot_updates, width, seed, device)?;
+            learnt.push(run);
+        }
+    }
+    print_acrobot(&learnt);
     let of = |way: Way| -> Option<(Way, &Cost)> {
         let found = gradients
             .iter()
@@ -115,6 +126,11 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
                "milliseconds": f.milliseconds})
     });
     report.figure("flows", figures.collect::<Vec<_>>())?;
+    let figures = learnt.iter().map(|l| {
+        json!({"way": l.way.name(), "forward": mean(&l.forward), "backward": mean(&l.backward), "error": l.error,
+               "milliseconds": l.milliseconds})
+    });
+    report.figure("acrobot", figures.collect::<Vec<_>>())?;
     demands(report, pairs, &gradients, &trained);
     Ok(())
 }
@@ -289,6 +305,31 @@ fn print_flows(flowed: &[flow::Flowed]) {
             format!("{:.1}", of(|f| mean(&f.backward))),
             format!("{:.3}", of(|f| f.nll)),
             format!("{:.0}", of(|f| f.milliseconds)),
+        ]);
+    }
+    print!("{table}");
+}
+
+fn print_acrobot(learnt: &[acrobot::Learnt]) {
+    println!("\nSymplectic ODE-Net on an acrobot, 1e-4, 1e-4, mean over seeds");
+    let mut table = Table::new([
+        "gradient",
+        "NFE forward",
+        "NFE backward",
+        "test MSE",
+        "ms/update",
+    ]);
+    for way in TRAINED {
+        let of = |figure: fn(&acrobot::Learnt) -> f64| {
+            let all: Vec<f64> = learnt.iter().filter(|l| l.way == way).map(figure).collect();
+            mean(&all)
+        };
+        table.row([
+            way.name().to_owned(),
+            format!("{:.1}", of(|l| mean(&l.forward))),
+            format!("{:.1}", of(|l| mean(&l.backward))),
+            format!("{:.4}", of(|l| l.error)),
+            format!("{:.0}", of(|l| l.milliseconds)),
         ]);
     }
     print!("{table}");
