@@ -4,13 +4,13 @@ use std::path::Path;
 
 use candle_diffeq::continuous::BackwardAttempt;
 
-use crate::common::chart::{colour, picture, Bars, Curve, Panel};
+use crate::common::chart::{colour, picture, Bars, Curve, Panel, SeriesLabelPosition};
 use crate::common::Result;
 use crate::vowels::Trained;
 use crate::way::{Cost, Way};
 
-/// Bins of a histogram.
-const BINS: usize = 56;
+/// Bins of a histogram: one for each interval of the path.
+const BINS: usize = 28;
 
 /// Two histograms on the left, evaluations on the right.
 pub(crate) fn draw(
@@ -34,6 +34,7 @@ pub(crate) fn draw(
                     bars("attempts", 0, &cost.attempts, end, |_| true),
                     bars("rejected", 1, &cost.attempts, end, |a| !a.accepted),
                 ],
+                legend: SeriesLabelPosition::UpperLeft,
                 ..Panel::new(title, "t", "attempts")
             }
             .draw(part)?;
