@@ -62,6 +62,10 @@ impl Reversible for StepByStep {
         self.schedule.times()
     }
 
+    fn taken_steps(&self) -> Option<(&Trajectory, &Schedule)> {
+        Some((&self.trajectory, &self.schedule))
+    }
+
     fn returning(&self, places: &[(usize, f64)]) -> Option<Arc<dyn Reversible>> {
         let Schedule::Recorded(record) = &*self.schedule else {
             return None;

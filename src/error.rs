@@ -1,6 +1,7 @@
 //! What can go wrong, one variant each, carrying the numbers that say where.
 
 mod adaptive;
+mod continuous;
 mod crossing;
 mod defects;
 mod event;
@@ -14,6 +15,7 @@ mod sde;
 use candle_core::{DType, DeviceLocation, Shape};
 
 pub use adaptive::{AdaptiveDefect, Stopped, Worst};
+pub use continuous::ContinuousDefect;
 use defects::listed;
 pub use defects::{Argument, PullbackDefect, TableauDefect};
 pub use event::EventDefect;
@@ -144,6 +146,9 @@ pub enum Error {
     /// A stochastic differential equation cannot be solved as asked for.
     #[error("{0}")]
     Sde(SdeDefect),
+    /// A continuous adjoint cannot be had as asked for, or did not reach its end.
+    #[error("{0}")]
+    Continuous(ContinuousDefect),
     /// A step so small that the time does not change in f64.
     #[error("step {step} at t = {t:?} is below the resolution of f64")]
     StepUnderflow {

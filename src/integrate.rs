@@ -27,6 +27,7 @@ use crate::step::Taken;
 use crate::time::Time;
 use crate::trajectory::{Checkpoint, Trajectory};
 use crate::watch::Watch;
+pub(crate) use estimate::first_length;
 use observe::Observer;
 
 /// What the forward pass hands on.

@@ -17,6 +17,8 @@
 //!   fields of a CDE are integrated tile by tile on the CPU, several times faster than through candle's operations.
 //! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian
 //!   networks.  They can be trained, although candle has no second derivatives: these are written by hand.
+//! * [`options::Gradient`]: gradients by continuous adjoints instead, with the seminorm, for comparison and if memory is
+//!   short.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that can be evaluated, after the solve, at any time t of their interval.
 //! * [`cde`]: neural controlled differential equations, which are driven by data along a [path](cde::ControlPath).
@@ -71,6 +73,7 @@
 //! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, computed from
 //!   numbers only.
 //! * `schedule`: the steps of a solve as data, and which states it returns.
+//! * `gradient`: how gradients are computed, as options.
 //! * `precision`: dtype roles, and rounding.
 //! * `crossing`: where a scalar function of time crosses zero inside a step.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
@@ -89,6 +92,7 @@
 //! * `rows`, `loss`: the forward and the backward pass, tile by tile; losses that are means over rows.
 //! * `offer`: how fields of this crate tell the solver that they can be solved tile by tile or in one GPU launch.
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
+//! * `backsolve`: continuous adjoints, which are solved backward in time.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
 //!   solve without this graph.
@@ -115,6 +119,7 @@ mod accumulator;
 mod adaptive;
 mod adjoint;
 mod arguments;
+mod backsolve;
 pub mod cde;
 mod controlled;
 mod crossing;
@@ -126,6 +131,7 @@ mod driven;
 pub mod error;
 pub mod events;
 mod field;
+mod gradient;
 #[cfg(any(doc, doctest))]
 pub mod guide;
 mod integrate;
@@ -192,6 +198,9 @@ pub mod fields {
 /// returns, and what it keeps for the backward pass.
 pub mod options {
     pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
+    pub use crate::gradient::{
+        AdjointNorm, AdjointSolve, AdjointTolerance, ErrorRatios, Gradient, OwnNorm,
+    };
     pub use crate::precision::Arithmetic;
     pub use crate::problem::ActivationCache;
     pub use crate::schedule::{Output, Steps};
@@ -208,13 +217,18 @@ pub mod scaling {
 /// Measures: what a solve has done, and how good a continuous flow is.
 pub mod metrics {
     pub use crate::mmd::mmd;
-    pub use crate::stats::{Recorder, RowStats, Stats};
+    pub use crate::stats::{BackwardAttempt, BackwardStats, Recorder, RowStats, Stats};
 }
 
 /// The README's example, run as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The program of docs/continuous.md, run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/continuous.md")]
+struct ContinuousAdjoints;
 
 /// The program of docs/distributed.md, compiled as a test.
 #[cfg(all(doctest, feature = "mpi"))]

@@ -383,6 +383,8 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let same = masters.iter().map(|var| var.id()).eq(ids.iter().copied());
         let Rounding { to, held } = problem.theta;
         let as_they_are = to == held && masters.iter().all(|var| var.dtype() == held);
+        // A continuous adjoint evaluates the field again, over parameters of its own.
+        let same = same && problem.continuous.is_none();
         (same && as_they_are && problem.device().is_cpu()).then(|| Arc::clone(field))
     }
 

@@ -3,7 +3,8 @@
 use candle_core::Tensor;
 
 use crate::adaptive::StepControl;
-use crate::error::{AdaptiveDefect, Error, Result};
+use crate::backsolve;
+use crate::error::{AdaptiveDefect, ContinuousDefect, Error, Result};
 use crate::field::Field;
 use crate::integrate::observe::{Observer, Unobserved};
 use crate::integrate::{integrate, Forward};
@@ -20,6 +21,25 @@ use crate::trajectory::Checkpoint;
 /// loss is formed where the field is integrated tile by tile.  What a backward pass needs is kept where
 /// `keep` says so.
 pub(crate) fn run(
+    problem: &Problem,
+    field: &Field<'_>,
+    y0: &Tensor,
+    loss: Option<&dyn RowGrade>,
+    keep: &dyn Fn() -> bool,
+) -> Result<Forward> {
+    backsolve::check(problem)?;
+    let Some(continuous) = &problem.continuous else {
+        return steps(problem, field, y0, loss, keep);
+    };
+    let forward = match continuous.reads_states() {
+        true => steps(problem, field, y0, None, keep)?,
+        false => steps(&problem.keeping_nothing(), field, y0, None, keep)?,
+    };
+    backsolve::over(problem, forward, y0, keep())
+}
+
+/// The same, with the discrete adjoint as its backward pass.
+fn steps(
     problem: &Problem,
     field: &Field<'_>,
     y0: &Tensor,
@@ -59,6 +79,10 @@ pub(crate) fn run_observed(
     keep: &dyn Fn() -> bool,
     observer: &mut dyn Observer,
 ) -> Result<Forward> {
+    if problem.continuous.is_some() {
+        let what = "events, and no solution between steps";
+        return Err(ContinuousDefect::Unavailable { what }.into());
+    }
     counted(problem, |stats| {
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
         integrate(problem, field, y0, keep, observer, stats)

@@ -9,6 +9,7 @@ use crate::crossing::RowCrossing;
 use crate::driven::{Drive, Driven};
 use crate::error::{AdaptiveDefect, Error, Result, SdeDefect};
 use crate::field::check::FieldCheck;
+use crate::gradient::{Continuous, Gradient};
 use crate::precision::{Precision, Roles, Rounding};
 use crate::scaler::{OnOverflow, Scaler, Scaling};
 use crate::schedule::{Output, Schedule, Steps};
@@ -36,7 +37,6 @@ use crate::trajectory::Checkpoint;
 ///     activation_cache: ActivationCache::within(64 << 20).in_bf16(),
 ///     ..Default::default()
 /// };
-/// # let _ = options;
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ActivationCache {
@@ -77,7 +77,6 @@ impl ActivationCache {
 ///     checkpoint: Checkpoint::States(20),
 ///     ..Default::default()
 /// };
-/// # let _ = options;
 /// ```
 #[derive(Clone, Debug)]
 pub struct OdeOptions {
@@ -118,6 +117,9 @@ pub struct OdeOptions {
     pub steps: Steps,
     /// Which states are returned.  Default: all.
     pub output: Output,
+    /// How gradients are computed: exactly for the steps that were taken, or by a continuous adjoint.  Default:
+    /// [`Gradient::Discrete`].
+    pub gradient: Gradient,
     /// What is kept for the backward pass.  Default: every state.
     pub checkpoint: Checkpoint,
     /// What is kept from evaluations, in addition to the states.  Default: nothing.
@@ -157,6 +159,7 @@ impl Default for OdeOptions {
             leaf_precision: vec![],
             steps: Steps::default(),
             output: Output::default(),
+            gradient: Gradient::Discrete,
             checkpoint: Checkpoint::default(),
             activation_cache: ActivationCache::NONE,
             fusion: true,
@@ -185,6 +188,8 @@ pub(crate) struct Problem {
     pub(crate) output: Output,
     /// Events of rows, whose states are returned behind those of the times.
     pub(crate) crossings: Arc<[RowCrossing]>,
+    /// The continuous adjoint that is its gradient, unless this is the discrete one.
+    pub(crate) continuous: Option<Arc<Continuous>>,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) activation_cache: ActivationCache,
     pub(crate) fusion: bool,
@@ -250,7 +255,10 @@ impl Problem {
         // Far from the ends of the range of f32.
         let far = |s: &Arc<Schedule>| s.is_moderate(100);
         let moderate = common.state == DType::F64 || plan.known().is_none_or(far);
-        let tiles = packing.len() > 0 && moderate;
+        let continuous =
+            Continuous::new(&options.gradient, &options.method, &options.steps, &grid)?;
+        let as_tensors = continuous.as_ref().is_some_and(Continuous::reads_states);
+        let tiles = packing.len() > 0 && moderate && !as_tensors;
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
             scheme: Scheme::new(&options.method, dense, roles, device),
@@ -262,6 +270,7 @@ impl Problem {
             packing,
             output: options.output,
             crossings: Arc::default(),
+            continuous: continuous.map(Arc::new),
             checkpoint: options.checkpoint,
             activation_cache: match options.checkpoint {
                 Checkpoint::Nothing => ActivationCache::NONE,
@@ -353,6 +362,7 @@ impl Problem {
     /// The same solve, of which nothing is kept.
     pub(crate) fn keeping_nothing(&self) -> Self {
         Self {
+            continuous: None,
             checkpoint: Checkpoint::Nothing,
             activation_cache: ActivationCache::NONE,
             ..self.clone()

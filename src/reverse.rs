@@ -8,7 +8,9 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::field::Field;
 use crate::problem::Problem;
+use crate::schedule::Schedule;
 use crate::stats::Stats;
+use crate::trajectory::Trajectory;
 
 /// A finished solve that has a backward pass.  It knows the steps that were taken; no pass back asks for those that
 /// were planned.
@@ -30,6 +32,11 @@ pub(crate) trait Reversible: Send + Sync {
     /// The times between which steps were taken, where all rows have the same.
     fn step_times(&self) -> Vec<f64> {
         vec![]
+    }
+
+    /// The steps that were taken over the whole batch, and what was kept of them, for another kind of backward pass.
+    fn taken_steps(&self) -> Option<(&Trajectory, &Schedule)> {
+        None
     }
 
     /// Whether some cotangents are ignored, so that the pass itself looks at those that are not.

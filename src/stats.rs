@@ -1,6 +1,10 @@
 //! What a solve and its backward pass did: counts, scales, bytes.
 
+mod backward;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use backward::{BackwardAttempt, BackwardStats};
 
 /// Counts since the [`Recorder`] was last taken.
 ///
@@ -85,6 +89,8 @@ pub struct Stats {
     /// [`OdeOptions::graphs`](crate::OdeOptions::graphs) is set.  If there were several reasons, this is the last
     /// one.
     pub not_replayed: Option<NotReplayed>,
+    /// The backward solves of continuous adjoints ([`Gradient`](crate::options::Gradient)).
+    pub backward: BackwardStats,
 }
 
 /// Why an adaptive solve did not reach its end.
@@ -226,6 +232,7 @@ impl Stats {
         if pass.not_replayed.is_some() {
             self.not_replayed.clone_from(&pass.not_replayed);
         }
+        self.backward.add(&pass.backward);
         self.see(pass);
     }
 
@@ -234,6 +241,7 @@ impl Stats {
         self.add(pass);
         self.step_times.append(&mut pass.step_times);
         self.rows.append(&mut pass.rows);
+        self.backward.attempts.append(&mut pass.backward.attempts);
     }
 
     /// Joins the counts of a row that had steps of its own.
@@ -293,8 +301,9 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// A recorder that also keeps [`Stats::scales`], [`Stats::step_times`] and [`Stats::rows`], which grow with every
-    /// solve until [`take`](Self::take) is called.
+    /// A recorder that also keeps [`Stats::scales`], [`Stats::step_times`], [`Stats::rows`] and
+    /// [`BackwardStats::attempts`](crate::metrics::BackwardStats::attempts), which grow with every solve until
+    /// [`take`](Self::take) is called.
     pub fn tracing() -> Self {
         Self {
             traces: true,
@@ -330,6 +339,8 @@ impl Recorder {
             stats.scales.extend_from_slice(&pass.scales);
             stats.step_times.extend_from_slice(&pass.step_times);
             stats.rows.extend_from_slice(&pass.rows);
+            let attempts = &mut stats.backward.attempts;
+            attempts.extend_from_slice(&pass.backward.attempts);
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Tensor, Var};
 use candle_diffeq::metrics::{Recorder, Stats};
-use candle_diffeq::options::{Adaptive, Norm, Steps};
+use candle_diffeq::options::{Adaptive, Gradient, Norm, Steps};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{odeint, predict, OdeOptions, Precision, Time};
 
@@ -128,14 +128,24 @@ pub(crate) struct Flow {
 impl Flow {
     /// The largest error over its bar.
     pub(crate) fn over_bar(&self, pair: &Pair) -> f64 {
-        let gradients = [self.y0, self.weights, self.times].into_iter().flatten();
-        let gradients = gradients.fold(0.0, worse) / pair.gradients;
+        let gradients = self.gradients() / pair.gradients;
         worse(self.trajectory / pair.trajectory, gradients)
+    }
+
+    /// The largest error of a gradient.
+    pub(crate) fn gradients(&self) -> f64 {
+        let gradients = [self.y0, self.weights, self.times];
+        gradients.into_iter().flatten().fold(0.0, worse)
     }
 }
 
 /// Solves the problem of a file, and differentiates its loss where it has one.
 pub(crate) fn flow(oracle: &Oracle, pair: &Pair) -> Result<Flow> {
+    flow_by(oracle, pair, &Gradient::Discrete)
+}
+
+/// The same by a way to the gradient.
+pub(crate) fn flow_by(oracle: &Oracle, pair: &Pair, gradient: &Gradient) -> Result<Flow> {
     let variable = |x: &Tensor| Var::from_tensor(x);
     let named = oracle.under("w.").into_iter();
     let weights = named.map(|(name, w)| Ok((name, variable(&w)?)));
@@ -147,7 +157,12 @@ pub(crate) fn flow(oracle: &Oracle, pair: &Pair) -> Result<Flow> {
     let read = |(name, w): (&String, &Var)| (name.clone(), w.as_tensor().clone());
     let mut given: Weights = weights.iter().map(read).collect();
     let [rtol, atol] = pair.tolerances;
-    let mut adaptive = Adaptive::new(rtol, atol).max_steps(1 << 22);
+    // Where y cannot be solved backward, steps become shorter and shorter: some ten thousand are enough to see it.
+    let most = match gradient {
+        Gradient::Discrete => 1 << 22,
+        _ => 1 << 16,
+    };
+    let mut adaptive = Adaptive::new(rtol, atol).max_steps(most);
     if y0.rank() > 1 {
         // Every row is held to the tolerance, since every row counts in the errors.
         adaptive = adaptive.norm(Norm::WorstRow);
@@ -160,7 +175,10 @@ pub(crate) fn flow(oracle: &Oracle, pair: &Pair) -> Result<Flow> {
     let unknown = || oracle.failed(format_args!("unknown problem `{name}`"));
     let field = flows::flow(name, given).ok_or_else(unknown)?;
     let recorder = Recorder::default();
-    let options = pair.options(adaptive, &recorder);
+    let options = OdeOptions {
+        gradient: gradient.clone(),
+        ..pair.options(adaptive, &recorder)
+    };
     let ys = odeint(field, y0.as_tensor(), &t, &options)?;
     let one = |name: &str, x: Tensor| vec![(name.to_owned(), x)];
     let held =
@@ -178,6 +196,7 @@ pub(crate) fn flow(oracle: &Oracle, pair: &Pair) -> Result<Flow> {
     };
     let loss = flows::loss(&ys, cotangent, oracle.tensor("loss.target")?)?;
     let grads = loss.backward()?;
+    flow.stats.backward = recorder.take().backward;
     let of = |var: &Var| match grads.get(var) {
         Some(grad) => Ok(grad.clone()),
         None => var.zeros_like(),

@@ -6,8 +6,8 @@
 //!   f64 and against what two PyTorch recipes reach.  Seconds.
 //! * `… -- --demo DIR`: adjoints that underflow in f16, with and without scaling; the last line is
 //!   `worst scaled <figure>`.  Seconds.
-//! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, the problems of DETEST,
-//!   and events with the derivatives of their times; the last line is `worst <largest error over its bar>`.  A minute.
+//! * `… -- --adaptive DIR`: adaptive steps by five pairs in f64 against exact flows, gradients by three continuous adjoints,
+//!   the problems of DETEST, and events with the derivatives of their times; the last line is `worst <largest error over its bar>`.  A minute.
 //! * `… -- --zoo DIR`: potentials with their second derivatives, and the models made of them, in f64; the last line is
 //!   `worst <figure>`.  A file that no model answers yet is named and fails.  Seconds.
 //! * `… -- --sde DIR`: stochastic differential equations on given increments, every scheme of every file in f64, values
@@ -21,6 +21,7 @@
 
 mod adaptive;
 mod cde;
+mod continuous;
 mod demo;
 mod discrete;
 mod equations;
@@ -31,6 +32,7 @@ mod low_precision;
 mod oracle;
 mod outcome;
 mod sde;
+mod steps;
 mod zoo;
 
 use std::path::{Path, PathBuf};
@@ -42,7 +44,6 @@ use candle_diffeq::scaling::Scaling;
 use candle_diffeq::Precision;
 use clap::{Parser, ValueEnum};
 
-use crate::adaptive::{Kind, Pair, DETEST, HELD, PAIRS, PLAIN};
 use crate::discrete::METHODS;
 use crate::low_precision::Recipe;
 use crate::oracle::{Oracle, Result};
@@ -126,7 +127,7 @@ fn verdict(args: &Args) -> Result<Verdict> {
         false => Device::Cpu,
     };
     if let Some(dir) = &args.adaptive {
-        return adaptive_steps(dir, &device);
+        return steps::table(dir, &device);
     }
     if let Some(dir) = &args.zoo {
         return of_zoo(dir, &device);
@@ -322,125 +323,6 @@ fn controlled(dir: &Path, device: &Device) -> Result<Verdict> {
     }
     println!("worst {worst:.3e}");
     Ok(Verdict::of(worst, CONTROLLED))
-}
-
-fn adaptive_steps(dir: &Path, device: &Device) -> Result<Verdict> {
-    println!(
-        "relative errors of whole quantities, in f64\n{:<36}{:<12}{:>9}{:>9}{:>9}{:>9}{:>10}{:>10}{:>13}{:>12}",
-        "file",
-        "pair",
-        "traj",
-        "grad_y0",
-        "grad_w",
-        "grad_t",
-        "accepted",
-        "rejected",
-        "evaluations",
-        "over bar"
-    );
-    let (mut worst, mut checked) = (0.0, false);
-    for oracle in Oracle::read_all(dir)? {
-        let kind = match oracle.problem() {
-            None => {
-                println!("skipped {}: names no problem", oracle.file);
-                continue;
-            }
-            Some(name) => match adaptive::kind(name) {
-                None => {
-                    println!("skipped {}: unknown problem `{name}`", oracle.file);
-                    continue;
-                }
-                Some(kind) => kind,
-            },
-        };
-        let oracle = oracle.on(device)?;
-        checked = true;
-        match kind {
-            Kind::Events => {
-                for pair in &PAIRS {
-                    worst = worse(worst, events(&oracle, pair)?);
-                }
-            }
-            Kind::Flow => {
-                for pair in &PAIRS {
-                    worst = worse(worst, flow(&oracle, pair)?);
-                }
-            }
-            Kind::Detest => worst = worse(worst, detest(&oracle)?),
-        }
-    }
-    if !checked {
-        return Err(format!("{}: nothing to check", dir.display()).into());
-    }
-    println!("worst {worst:.3e}");
-    Ok(Verdict::of(worst, 1.0))
-}
-
-/// A row for a flow under one pair; its largest error over its bar.
-fn flow(oracle: &Oracle, pair: &Pair) -> Result<f64> {
-    let name = pair.method.name();
-    let failed = |e| oracle.failed(format_args!("{name}: {e}"));
-    let run = adaptive::flow(oracle, pair).map_err(failed)?;
-    let over_bar = run.over_bar(pair);
-    let figures = [Some(run.trajectory), run.y0, run.weights, run.times];
-    let figures = figures.map(|e| e.map_or_else(|| "-".to_owned(), |e| format!("{e:.1e}")));
-    println!(
-        "{:<36}{name:<12}{}{:>10}{:>10}{:>13}{over_bar:>12.1e}",
-        oracle.file,
-        figures.map(|e| format!("{e:>9}")).concat(),
-        run.stats.steps,
-        run.stats.rejected,
-        run.stats.evaluations,
-    );
-    Ok(over_bar)
-}
-
-/// A row for the events of a file under one pair; their largest error over its bar.
-fn events(oracle: &Oracle, pair: &Pair) -> Result<f64> {
-    let name = pair.method.name();
-    let failed = |e| oracle.failed(format_args!("{name}: {e}"));
-    let run = events::events(oracle, pair).map_err(failed)?;
-    let over_bar = run.over_bar(pair);
-    let held = format!(
-        "events: {}; t {:.1e}, y {:.1e}, grad_t {:.1e}",
-        run.count, run.time, run.state, run.derivative
-    );
-    println!(
-        "{:<36}{name:<12}{held:<56}{:>13}{over_bar:>12.1e}",
-        oracle.file, run.stats.evaluations
-    );
-    Ok(over_bar)
-}
-
-/// Two rows for DETEST under each pair, one for each tolerance; the largest error over its bar.
-fn detest(oracle: &Oracle) -> Result<f64> {
-    let (problems, unknown) = adaptive::detest_problems(oracle)?;
-    for name in unknown {
-        println!("skipped {name} of {}: unknown problem", oracle.file);
-    }
-    let mut worst = 0.0;
-    for pair in &PAIRS {
-        for tol in DETEST {
-            let name = pair.method.name();
-            let failed = |e| oracle.failed(format_args!("{name}: {e}"));
-            let run = |share| adaptive::detest(oracle, &problems, pair, tol, share).map_err(failed);
-            let (run, plain) = (run(HELD)?, run(PLAIN)?);
-            let held = format!(
-                "tol {tol:.0e}: {} ends at {:.1} tol",
-                run.problem, run.error
-            );
-            let plain = format!(
-                "(rtol = atol = tol: {} at {:.0} tol)",
-                plain.problem, plain.error
-            );
-            println!(
-                "{:<36}{name:<12}{held:<56}{:>13}{:>12.1e}  {plain}",
-                oracle.file, run.evaluations, run.over_bar
-            );
-            worst = worse(worst, run.over_bar);
-        }
-    }
-    Ok(worst)
 }
 
 fn demos(dir: &Path, device: &Device) -> Result<Verdict> {

@@ -114,6 +114,23 @@ impl Utterances {
         })
     }
 
+    // Of the example `seminorm`, which includes this file.
+    #[allow(dead_code)]
+    /// Straight lines through some utterances with time as the first channel, from 0 to 1 over the longest utterance; behind
+    /// its end an utterance stands still.
+    pub(crate) fn lines(&self, chosen: &[usize], device: &Device) -> Result<ControlPath> {
+        let mut values = Vec::with_capacity(chosen.len() * LENGTH * CHANNELS);
+        for &n in chosen {
+            for i in (0..LENGTH).map(|i| i.min(self.lengths[n] - 1)) {
+                values.push(i as f32 / (LENGTH - 1) as f32);
+                let frame = (n * LENGTH + i) * COEFFICIENTS;
+                values.extend(&self.values[frame..frame + COEFFICIENTS]);
+            }
+        }
+        let xs = Tensor::from_vec(values, (chosen.len(), LENGTH, CHANNELS), device)?;
+        Ok(Observations::new(&xs)?.linear()?)
+    }
+
     /// Weights of the knots of an utterance with which its states are averaged up to its end, `(knots, utterances, 1)`.
     pub(crate) fn weights(
         &self,

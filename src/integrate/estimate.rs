@@ -4,7 +4,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::adaptive::{Control, Norm, OfLeaf};
-use crate::error::{Error, Result, Worst};
+use crate::error::{Result, Worst};
 use crate::ops::ratio::{error_norms, row_rms, rows_of, Estimated};
 use crate::problem::Problem;
 
@@ -78,8 +78,7 @@ impl Estimate {
         error_norms(&leaves, self.worst_row)
     }
 
-    /// The length of the first attempt: `probe` evaluates the field after an explicit Euler step of a length
-    /// (Hairer, Nørsett & Wanner I, §II.4).  The part of the difference that can be rounding is left out.
+    /// As [`first_length`] in the norm of the tolerance.
     pub(super) fn first_length(
         &self,
         control: &Control,
@@ -87,28 +86,8 @@ impl Estimate {
         k: &[Tensor],
         probe: impl FnOnce(f64) -> Result<Vec<Tensor>>,
     ) -> Result<f64> {
-        let norm = |x: &[Tensor]| Ok::<_, Error>(self.norms(x, [y, y], &None, 0.0)?[0]);
-        let (d0, d1) = (norm(y)?, norm(k)?);
-        let most = control.longest();
-        let length = Control::probe(d0, d1).min(most);
-        let further = probe(control.direction * length)?;
-        let difference = |((a, b), u): ((&Tensor, &Tensor), &f64)| -> Result<Tensor> {
-            let state = y[0].dtype();
-            let (a, b) = (a.to_dtype(state)?, b.to_dtype(state)?);
-            let noise = (a.abs()? * (2.0 * u))?;
-            let change = ((b - a)?.abs()? - noise)?;
-            let zero = Tensor::zeros((), state, change.device())?;
-            Ok(change.broadcast_maximum(&zero)?)
-        };
-        let pairs = k.iter().zip(&further).zip(&self.roundoffs);
-        let difference = pairs.map(difference).collect::<Result<Vec<_>>>()?;
-        let d2 = norm(&difference)? / length;
-        let h = control.first_length(length, d1, d2);
-        Ok(if h.is_finite() && h > 0.0 {
-            h.min(most)
-        } else {
-            length
-        })
+        let norm = |x: &[Tensor]| Ok(self.norms(x, [y, y], &None, 0.0)?[0]);
+        first_length(control, norm, (y, k, &self.roundoffs), probe)
     }
 
     /// The element whose error is largest.
@@ -139,4 +118,36 @@ impl Estimate {
         }
         Ok(worst)
     }
+}
+
+/// The length of the first attempt from y with first velocity k, in a norm relative to the tolerance: `probe` evaluates
+/// the field after an explicit Euler step of a length (Hairer, Nørsett & Wanner I, §II.4).  The part of the difference
+/// that can be rounding, with unit roundoffs by tensor, is left out.
+pub(crate) fn first_length(
+    control: &Control,
+    norm: impl Fn(&[Tensor]) -> Result<f64>,
+    (y, k, roundoffs): (&[Tensor], &[Tensor], &[f64]),
+    probe: impl FnOnce(f64) -> Result<Vec<Tensor>>,
+) -> Result<f64> {
+    let (d0, d1) = (norm(y)?, norm(k)?);
+    let most = control.longest();
+    let length = Control::probe(d0, d1).min(most);
+    let further = probe(control.direction * length)?;
+    let difference = |((a, b), u): ((&Tensor, &Tensor), &f64)| -> Result<Tensor> {
+        let state = y[0].dtype();
+        let (a, b) = (a.to_dtype(state)?, b.to_dtype(state)?);
+        let noise = (a.abs()? * (2.0 * u))?;
+        let change = ((b - a)?.abs()? - noise)?;
+        let zero = Tensor::zeros((), state, change.device())?;
+        Ok(change.broadcast_maximum(&zero)?)
+    };
+    let pairs = k.iter().zip(&further).zip(roundoffs);
+    let difference = pairs.map(difference).collect::<Result<Vec<_>>>()?;
+    let d2 = norm(&difference)? / length;
+    let h = control.first_length(length, d1, d2);
+    Ok(if h.is_finite() && h > 0.0 {
+        h.min(most)
+    } else {
+        length
+    })
 }

@@ -1,0 +1,335 @@
+//! Continuous adjoints with and without the seminorm, and the discrete adjoint: "Hey, that's not an ODE" (P. Kidger,
+//! R. T. Q. Chen, T. Lyons, ICML 2021) on small data.
+//!
+//! `cargo run --release --example seminorm` (minutes; `--smoke`: seconds).  A neural CDE along Japanese vowels
+//! (straight lines with their knots as jumps, dopri5) at three pairs of tolerances: one gradient at the initial weights,
+//! its evaluations, time, and error against a converged one, mean over seeds; then trainings in three ways: of it, of
+//! a flow on eight Gaussians, and of a Symplectic ODE-Net on an acrobot.  Prints tables; draws where backward steps were tried, and evaluations by update.
+
+mod acrobot;
+#[path = "../common/mod.rs"]
+mod common;
+#[allow(dead_code)]
+#[path = "../neural_cde/data.rs"]
+mod data;
+mod flow;
+mod picture;
+mod vowels;
+mod way;
+
+use std::process::ExitCode;
+
+use candle_core::Device;
+use clap::Parser;
+use serde_json::json;
+
+use crate::common::flags::Flags;
+use crate::common::report::{self, Report};
+use crate::common::table::Table;
+use crate::common::{mean, progress, relative, Result};
+use crate::data::{Data, LENGTH};
+use crate::vowels::{mean_of, PAIRS};
+use crate::way::{Cost, Pair, Way};
+
+/// The ways that a model is trained in.
+const TRAINED: [Way; 3] = [Way::Default, Way::Seminorm, Way::Discrete];
+
+/// The tolerances of gradients that count as exact.
+const CONVERGED: Pair = Pair(1e-9, 1e-12);
+
+/// How far below the others the accuracy of a way may be.
+const SPREAD: f64 = 0.02;
+
+/// Compares ways to the gradient.
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    flags: Flags,
+    /// Runs of everything, each from a seed of its own.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: u64,
+    /// Updates of a training of the neural CDE.
+    #[arg(long, default_value_t = 75)]
+    updates: usize,
+    /// Updates of a training of the flow.
+    #[arg(long, default_value_t = 60)]
+    flow_updates: usize,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    report::run("seminorm", &args.flags, |device, report| {
+        run(&args, device, report)
+    })
+}
+
+fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    let size = args.flags.size();
+    let seeds: Vec<u64> = (0..size.pick(1, args.seeds, args.seeds))
+        .map(|i| args.flags.seed + i)
+        .collect();
+    let pairs = &PAIRS[..size.pick(1, 3, 3)];
+    let data = Data::read()?;
+    let converged = size.pick(Pair(1e-6, 1e-9), CONVERGED, CONVERGED);
+    let gradients = gradients(&data, pairs, converged, &seeds, device)?;
+    print_gradients(pairs, &gradients);
+    let updates = size.pick(1, args.updates, args.updates);
+    let mut trained = vec![];
+    for way in TRAINED {
+        for &seed in &seeds {
+            let bar = progress("vowels", updates)?;
+            trained.push(vowels::train(
+                &data, way, PAIRS[0], updates, seed, device, &bar,
+            )?);
+            bar.finish_and_clear();
+        }
+    }
+    print_trained(&trained);
+    let flow_updates = size.pick(2, args.flow_updates, args.flow_updates);
+    let mut flowed = vec![];
+    for way in TRAINED {
+        for &seed in &seeds {
+            flowed.push(flow::train(way, flow_updates, seed, device)?);
+        }
+    }
+    print_flows(&flowed);
+    let windows = acrobot::Windows::new(size.pick(4, 40, 128), device)?;
+    let (acrobot_updates, width) = (size.pick(1, 25, 500), size.pick(16, 64, 300));
+    let mut learnt = vec![];
+    for way in TRAINED {
+        for &seed in &seeds {
+            let run = acrobot::train(&windows, way, acrobot_updates, width, seed, device)?;
+            learnt.push(run);
+        }
+    }
+    print_acrobot(&learnt);
+    let of = |way: Way| -> Option<(Way, &Cost)> {
+        // At the smallest tolerances.
+        let found = gradients.iter().rfind(|g| g.way == way);
+        found.map(|g| (way, &g.costs[0]))
+    };
+    let shown: Vec<_> = [Way::Default, Way::Seminorm]
+        .into_iter()
+        .filter_map(of)
+        .collect();
+    picture::draw(&report.picture(""), &shown, (LENGTH - 1) as f64, &trained)?;
+    let figures = gradients.iter().map(Gradients::figures);
+    report.figure("gradients", figures.collect::<Vec<_>>())?;
+    let figures = trained.iter().map(|t| {
+        json!({"way": t.way.name(), "seed": t.seed, "forward": mean(&t.forward), "backward": mean(&t.backward),
+               "test_accuracy": t.accuracy, "training_accuracy": t.training, "milliseconds": t.milliseconds})
+    });
+    report.figure("trained", figures.collect::<Vec<_>>())?;
+    let figures = flowed.iter().map(|f| {
+        json!({"way": f.way.name(), "forward": mean(&f.forward), "backward": mean(&f.backward), "nll": f.nll,
+               "milliseconds": f.milliseconds})
+    });
+    report.figure("flows", figures.collect::<Vec<_>>())?;
+    let figures = learnt.iter().map(|l| {
+        json!({"way": l.way.name(), "forward": mean(&l.forward), "backward": mean(&l.backward), "error": l.error,
+               "milliseconds": l.milliseconds})
+    });
+    report.figure("acrobot", figures.collect::<Vec<_>>())?;
+    demands(report, pairs, &gradients, &trained);
+    Ok(())
+}
+
+/// What must hold.
+fn demands(report: &mut Report, pairs: &[Pair], all: &[Gradients], trained: &[vowels::Trained]) {
+    let find = |way, pair| {
+        all.iter()
+            .find(|g: &&Gradients| g.way == way && g.pair == pair)
+    };
+    for &pair in pairs {
+        let ways = [Way::Default, Way::Seminorm, Way::Discrete].map(|way| find(way, pair));
+        let [Some(default), Some(seminorm), Some(discrete)] = ways else {
+            continue;
+        };
+        let backward = |g: &Gradients| g.mean(|c| c.backward as f64);
+        report.demand(backward(seminorm) <= backward(default), || {
+            format!(
+                "{}: the seminorm takes more evaluations than the default norm",
+                pair.name()
+            )
+        });
+        report.demand(backward(discrete) <= backward(seminorm), || {
+            format!(
+                "{}: the discrete adjoint takes more than the seminorm",
+                pair.name()
+            )
+        });
+        report.demand(seminorm.error() <= 2.0 * default.error(), || {
+            format!(
+                "{}: the error of the seminorm is beyond twice the default's",
+                pair.name()
+            )
+        });
+    }
+    let accuracy = |way| mean_of(trained, way, |t| t.accuracy);
+    report.demand(
+        accuracy(Way::Seminorm) >= accuracy(Way::Default) - SPREAD,
+        || "the accuracy of the seminorm is below that of the default norm".to_owned(),
+    );
+}
+
+/// Gradients of one way at one pair of tolerances, by seed.
+struct Gradients {
+    way: Way,
+    pair: Pair,
+    costs: Vec<Cost>,
+    errors: Vec<f64>,
+}
+
+impl Gradients {
+    fn mean(&self, of: impl Fn(&Cost) -> f64) -> f64 {
+        mean(&self.costs.iter().map(of).collect::<Vec<_>>())
+    }
+
+    fn error(&self) -> f64 {
+        mean(&self.errors)
+    }
+
+    fn figures(&self) -> serde_json::Value {
+        json!({
+            "way": self.way.name(), "rtol": self.pair.0, "atol": self.pair.1,
+            "forward": self.mean(|c| c.forward as f64), "backward": self.mean(|c| c.backward as f64),
+            "accepted": self.mean(|c| c.accepted as f64), "rejected": self.mean(|c| c.rejected as f64),
+            "milliseconds": self.mean(|c| c.milliseconds), "error": self.error(),
+        })
+    }
+}
+
+/// One gradient at the initial weights in every way, at every pair, from every seed.
+fn gradients(
+    data: &Data,
+    pairs: &[Pair],
+    converged: Pair,
+    seeds: &[u64],
+    device: &Device,
+) -> Result<Vec<Gradients>> {
+    let exact = seeds
+        .iter()
+        .map(|&seed| vowels::converged(data, converged, seed, device));
+    let exact = exact.collect::<Result<Vec<_>>>()?;
+    let mut all = vec![];
+    for &pair in pairs {
+        for way in Way::ALL {
+            let (mut costs, mut errors) = (vec![], vec![]);
+            for (&seed, exact) in seeds.iter().zip(&exact) {
+                let (grad, cost) = vowels::gradient(data, way, pair, seed, device)?;
+                errors.push(relative(&grad, exact));
+                costs.push(cost);
+            }
+            all.push(Gradients {
+                way,
+                pair,
+                costs,
+                errors,
+            });
+        }
+    }
+    Ok(all)
+}
+
+fn print_gradients(pairs: &[Pair], all: &[Gradients]) {
+    println!("one gradient of a neural CDE at its initial weights, mean over seeds");
+    let mut table = Table::new([
+        "rtol, atol",
+        "gradient",
+        "NFE forward",
+        "NFE backward",
+        "accepted",
+        "rejected",
+        "ms",
+        "error",
+    ]);
+    for &pair in pairs {
+        for g in all.iter().filter(|g| g.pair == pair) {
+            table.row([
+                pair.name(),
+                g.way.name().to_owned(),
+                format!("{:.0}", g.mean(|c| c.forward as f64)),
+                format!("{:.0}", g.mean(|c| c.backward as f64)),
+                format!("{:.0}", g.mean(|c| c.accepted as f64)),
+                format!("{:.0}", g.mean(|c| c.rejected as f64)),
+                format!("{:.0}", g.mean(|c| c.milliseconds)),
+                format!("{:.1e}", g.error()),
+            ]);
+        }
+    }
+    print!("{table}");
+}
+
+fn print_trained(trained: &[vowels::Trained]) {
+    println!("\ntraining at 1e-3, 1e-6, mean over seeds");
+    let mut table = Table::new([
+        "gradient",
+        "NFE forward",
+        "NFE backward",
+        "test accuracy",
+        "training",
+        "ms/update",
+    ]);
+    for way in TRAINED {
+        let of = |figure: fn(&vowels::Trained) -> f64| mean_of(trained, way, figure);
+        table.row([
+            way.name().to_owned(),
+            format!("{:.0}", of(|t| mean(&t.forward))),
+            format!("{:.0}", of(|t| mean(&t.backward))),
+            format!("{:.1} %", 100.0 * of(|t| t.accuracy)),
+            format!("{:.1} %", 100.0 * of(|t| t.training)),
+            format!("{:.0}", of(|t| t.milliseconds)),
+        ]);
+    }
+    print!("{table}");
+}
+
+fn print_flows(flowed: &[flow::Flowed]) {
+    println!("\na flow on eight Gaussians, 1e-5, 1e-5, mean over seeds");
+    let mut table = Table::new([
+        "gradient",
+        "NFE forward",
+        "NFE backward",
+        "NLL",
+        "ms/update",
+    ]);
+    for way in TRAINED {
+        let of = |figure: fn(&flow::Flowed) -> f64| {
+            let all: Vec<f64> = flowed.iter().filter(|f| f.way == way).map(figure).collect();
+            mean(&all)
+        };
+        table.row([
+            way.name().to_owned(),
+            format!("{:.1}", of(|f| mean(&f.forward))),
+            format!("{:.1}", of(|f| mean(&f.backward))),
+            format!("{:.3}", of(|f| f.nll)),
+            format!("{:.0}", of(|f| f.milliseconds)),
+        ]);
+    }
+    print!("{table}");
+}
+
+fn print_acrobot(learnt: &[acrobot::Learnt]) {
+    println!("\nSymplectic ODE-Net on an acrobot, 1e-4, 1e-4, mean over seeds");
+    let mut table = Table::new([
+        "gradient",
+        "NFE forward",
+        "NFE backward",
+        "test MSE",
+        "ms/update",
+    ]);
+    for way in TRAINED {
+        let of = |figure: fn(&acrobot::Learnt) -> f64| {
+            let all: Vec<f64> = learnt.iter().filter(|l| l.way == way).map(figure).collect();
+            mean(&all)
+        };
+        table.row([
+            way.name().to_owned(),
+            format!("{:.1}", of(|l| mean(&l.forward))),
+            format!("{:.1}", of(|l| mean(&l.backward))),
+            format!("{:.4}", of(|l| l.error)),
+            format!("{:.0}", of(|l| l.milliseconds)),
+        ]);
+    }
+    print!("{table}");
+}

@@ -1,0 +1,217 @@
+//! Continuous adjoints: λ is solved backward from output to output, with y beside it or interpolated in the forward steps.
+//!
+//! λ' = −(∂f/∂y)ᵀ λ,  θ̄' = −(∂f/∂θ)ᵀ λ,  λ(t_i⁻) = λ(t_i⁺) + ȳ_i,
+//!
+//! t̄_i = ȳ_iᵀ f(t_i, y_i) for i > 0,  t̄_0 = −λ(t_0)ᵀ f(t_0, y_0) with λ(t_0) before ȳ_0 is added.
+//!
+//! θ̄ is no state: nothing depends on it, so that it is a sum over the stages of the steps that were accepted,
+//! θ̄ ← θ̄ + |h| Σ b_i (∂f/∂θ)ᵀ λ_i, in state precision.  The field runs in compute precision, and its pull-back is fed
+//! Q(S·λ), as in the discrete sweep.
+
+mod augmented;
+mod forward;
+mod march;
+mod measure;
+mod quadrature;
+mod stages;
+mod stops;
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use crate::accumulator::Accumulator;
+use crate::error::{ContinuousDefect, Error, Result};
+use crate::integrate::Forward;
+use crate::ops;
+use crate::problem::Problem;
+use crate::reverse::{Adjoint, Backward, Reversible};
+use crate::schedule::{Output, Step};
+use crate::stats::Stats;
+use crate::time::Time;
+use augmented::Augmented;
+use forward::ForwardStates;
+use march::March;
+use stops::stops;
+
+/// A solve whose gradient is a continuous adjoint.
+struct Backsolve {
+    /// The times of the returned states.
+    times: Vec<f64>,
+    /// These states, `(outputs, elements)`, and y_0, in state precision.
+    states: Tensor,
+    y0: Vec<Tensor>,
+    /// The forward steps, where their states are read.
+    steps: Option<Arc<dyn Reversible>>,
+    kept: bool,
+}
+
+/// A forward pass from y0, joined, with the way back of a continuous adjoint, if one is wanted.
+pub(crate) fn over(
+    problem: &Problem,
+    forward: Forward,
+    y0: &Tensor,
+    kept: bool,
+) -> Result<Forward> {
+    let Some(continuous) = &problem.continuous else {
+        return Ok(forward);
+    };
+    let points = problem.grid.points();
+    let times = match problem.output {
+        Output::All => points.to_vec(),
+        Output::Final => points[points.len() - 1..].to_vec(),
+        Output::Steps => match problem.plan.known() {
+            Some(schedule) => schedule.times(),
+            None => forward.back.step_times(),
+        },
+    };
+    let y0 = problem.packing.split(&y0.detach().copy()?)?;
+    let back = Backsolve {
+        times,
+        states: forward.packed.clone(),
+        y0,
+        steps: continuous.reads_states().then(|| Arc::clone(&forward.back)),
+        kept,
+    };
+    Ok(Forward {
+        back: Arc::new(back),
+        ..forward
+    })
+}
+
+/// What a continuous adjoint cannot be had of.
+pub(crate) fn check(problem: &Problem) -> Result<()> {
+    let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
+    match &problem.continuous {
+        Some(_) if !problem.crossings.is_empty() => unavailable("events"),
+        Some(_) if problem.driven.is_some() => unavailable("noise"),
+        _ => Ok(()),
+    }
+}
+
+impl Reversible for Backsolve {
+    fn can_rewind(&self) -> bool {
+        let steps = self.steps.as_ref();
+        self.kept && steps.is_none_or(|steps| steps.can_rewind())
+    }
+
+    fn reads_field(&self) -> bool {
+        true
+    }
+
+    fn step_times(&self) -> Vec<f64> {
+        self.times.clone()
+    }
+
+    fn ignores_cotangents(&self) -> bool {
+        // They are looked at here: their size is that of the tolerance.
+        true
+    }
+
+    fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {
+        let problem = back.problem;
+        let Some(continuous) = &problem.continuous else {
+            return Err(Error::NothingKept);
+        };
+        let largest = ops::magnitude(back.cotangent)?;
+        if !largest.is_finite() {
+            return Err(Error::NonFiniteCotangent);
+        }
+        if problem.is_empty() {
+            return self.nothing(back);
+        }
+        let steps = match &self.steps {
+            Some(steps) => Some(steps.taken_steps().ok_or(Error::NothingKept)?),
+            None => None,
+        };
+        let states = steps.map(|(trajectory, schedule)| {
+            ForwardStates::new(problem, back.field, trajectory, schedule)
+        });
+        let augmented = Augmented::new(back, states, continuous);
+        let mut march = March::new(&augmented, continuous, largest)?;
+        let solved = self.solve(back, &mut march);
+        march.count(stats);
+        augmented.count(stats);
+        let times = solved?;
+        let (y0, theta) = march.finish()?;
+        Ok(Adjoint { y0, theta, times })
+    }
+}
+
+impl Backsolve {
+    /// From the last time to the first; t̄.
+    fn solve(&self, back: &Backward<'_>, march: &mut March<'_>) -> Result<Vec<f64>> {
+        let problem = back.problem;
+        let points = problem.grid.points();
+        let mut times = vec![
+            0.0;
+            if back.differentiate_time {
+                points.len()
+            } else {
+                0
+            }
+        ];
+        let stops = stops(&self.times, points, &march.continuous().steps);
+        for (n, &(t, output)) in stops.iter().enumerate() {
+            if n > 0 {
+                march.to(t)?;
+            }
+            let is_first = n + 1 == stops.len();
+            if is_first && back.differentiate_time {
+                let towards = march.last_start().unwrap_or(t);
+                let f = self.slope(back, march, [t, towards], &self.y0)?;
+                times[0] -= dot(march.adjoint(), &f)?;
+            }
+            let Some(output) = output else { continue };
+            let given = problem.packing.unpack(&back.cotangent.get(output)?)?;
+            let y = problem.packing.unpack(&self.states.get(output)?)?;
+            let number = points.iter().position(|point| *point == t);
+            if let (true, false, Some(number)) = (back.differentiate_time, is_first, number) {
+                let f = self.slope(back, march, [t, stops[n + 1].0], &y)?;
+                times[number] += dot(&given, &f)?;
+            }
+            march.meet(y, &given)?;
+        }
+        Ok(times)
+    }
+
+    /// f(t, y) on the side of t on which another time lies.
+    fn slope(
+        &self,
+        back: &Backward<'_>,
+        march: &March<'_>,
+        [t, towards]: [f64; 2],
+        y: &[Tensor],
+    ) -> Result<Vec<Tensor>> {
+        let problem = back.problem;
+        let step = march.between(Step::free(0, t, towards - t, towards));
+        let time = Time::new(step.at(0.0), problem.state(), problem.device());
+        let roles = &problem.scheme.roles;
+        let y = y.iter().zip(roles).map(|(y, roles)| roles.compute.round(y));
+        let y = y.collect::<Result<Vec<_>>>()?;
+        Ok(back.field.velocity(&step.within(time), &y)?)
+    }
+
+    /// The gradients of a state without an element.
+    fn nothing(&self, back: &Backward<'_>) -> Result<Adjoint> {
+        let zeros = |y: &Tensor| Ok(y.zeros_like()?);
+        Ok(Adjoint {
+            y0: self.y0.iter().map(zeros).collect::<Result<_>>()?,
+            theta: Accumulator::new(back.theta, back.problem.state())?.finish()?,
+            times: match back.differentiate_time {
+                true => vec![0.0; back.problem.grid.points().len()],
+                false => vec![],
+            },
+        })
+    }
+}
+
+/// Σ of the products of two lists of tensors.
+fn dot(a: &[Tensor], b: &[Tensor]) -> Result<f64> {
+    let products = a.iter().zip(b).map(|(a, b)| -> Result<f64> {
+        let product = ops::dot(a, b)?.reshape(())?;
+        ops::note_host_read(product.device());
+        Ok(product.to_dtype(DType::F64)?.to_scalar()?)
+    });
+    products.sum()
+}

@@ -1,0 +1,197 @@
+//! The error of an attempt of a backward step as one number: which parts of it count, and their tolerances.
+
+use candle_core::Tensor;
+
+use super::augmented::Augmented;
+use crate::adaptive::{Adaptive, Control, Norm, OfLeaf};
+use crate::error::Result;
+use crate::gradient::{AdjointNorm, AdjointTolerance, Continuous, ErrorRatios};
+use crate::integrate::first_length;
+use crate::ops::ratio::{error_norms, row_rms, Estimated};
+use crate::precision::{unit_roundoff, Roles};
+use crate::time::TimeGrid;
+
+/// The tolerance of what is solved, and of θ̄ and t̄ behind it where they are part of the error.
+pub(super) struct Measure<'a> {
+    norm: &'a AdjointNorm,
+    worst_row: bool,
+    /// Tensors of y, of y and λ, and parameters behind them.
+    parts: [usize; 3],
+    rtol: Vec<OfLeaf>,
+    atol: Vec<OfLeaf>,
+    /// u ‖b − b̂‖₂ and κ by tensor of y and λ, where there is a floor.
+    noise: Option<Vec<(f64, f64)>>,
+    /// u by part.
+    roundoffs: Vec<f64>,
+}
+
+/// α and β of the floor α + |h| β of y and λ.
+pub(super) type Floor = Option<Vec<(Tensor, Tensor)>>;
+
+impl<'a> Measure<'a> {
+    pub(super) fn new(
+        augmented: &Augmented<'_>,
+        continuous: &'a Continuous,
+        adaptive: &Adaptive,
+        roles: &[Roles],
+        largest: f64,
+    ) -> Result<Self> {
+        let problem = augmented.problem;
+        let points = problem.grid.points();
+        let ends = TimeGrid::new(vec![points[points.len() - 1], points[0]])?;
+        let control = Control::new(adaptive, &continuous.method, &ends, &[])?;
+        let (shapes, state) = (problem.packing.shapes(), problem.state());
+        let [of_y, absolute] = control.tolerances(shapes, state, problem.device())?;
+        let scale = match continuous.tolerance {
+            AdjointTolerance::Relative if largest > 0.0 => largest,
+            _ => 1.0,
+        };
+        let scaled = |atol: &OfLeaf| -> Result<OfLeaf> {
+            Ok(match atol {
+                OfLeaf::Number(value) => OfLeaf::Number(value * scale),
+                OfLeaf::Elements(x) => OfLeaf::Elements((x * scale)?),
+            })
+        };
+        let adjoint = absolute.iter().map(scaled).collect::<Result<Vec<_>>>()?;
+        let (mut rtol, mut atol) = (of_y.clone(), adjoint);
+        let carried = match augmented.carries_y() {
+            true => shapes.len(),
+            false => 0,
+        };
+        if carried > 0 {
+            rtol.extend(of_y);
+            atol.splice(0..0, absolute);
+        }
+        let parts = [carried, roles.len(), augmented.theta.len()];
+        if continuous.norm.reads_sums() {
+            let sums = parts[2] + usize::from(augmented.reads_time());
+            let least = [adaptive.rtol.least()?, adaptive.atol.least()? * scale];
+            rtol.extend((0..sums).map(|_| OfLeaf::Number(least[0])));
+            atol.extend((0..sums).map(|_| OfLeaf::Number(least[1])));
+        }
+        // λ is rounded to compute precision where the field sees it.
+        let of_y = problem.scheme.roles.iter().map(|r| r.compute.roundoff());
+        let precisions: Vec<_> = of_y.cycle().take(roles.len()).collect();
+        let roundoff = |i: usize| match precisions.get(i) {
+            Some((u, _)) => *u,
+            None => unit_roundoff(state),
+        };
+        Ok(Self {
+            norm: &continuous.norm,
+            worst_row: adaptive.norm == Norm::WorstRow,
+            parts,
+            noise: control.noise(&precisions)?,
+            roundoffs: (0..rtol.len()).map(roundoff).collect(),
+            rtol,
+            atol,
+        })
+    }
+
+    /// Whether θ̄ and t̄ are part of the error.
+    pub(super) fn reads_sums(&self) -> bool {
+        self.norm.reads_sums()
+    }
+
+    /// The floor of attempts from x with first velocity k.
+    pub(super) fn floor(&self, x: &[Tensor], k: &[Tensor]) -> Result<Floor> {
+        let Some(noise) = &self.noise else {
+            return Ok(None);
+        };
+        let of = |((x, k), (u, least)): ((&Tensor, &Tensor), &(f64, f64))| {
+            let (alpha, beta) = (row_rms(x, 0.0)?, row_rms(k, *least)?);
+            Ok(((alpha * *u)?, (beta * *u)?))
+        };
+        let leaves = x.iter().zip(k).zip(noise).map(of);
+        leaves.collect::<Result<_>>().map(Some)
+    }
+
+    /// The error as one number, with the floor and without.
+    pub(super) fn norms(
+        &self,
+        error: &[Tensor],
+        ends: [&[Tensor]; 2],
+        floor: &Floor,
+        h: f64,
+    ) -> Result<[f64; 2]> {
+        let part = |i: usize| -> Result<Estimated<'_>> {
+            let floor = match floor.as_ref().and_then(|floor| floor.get(i)) {
+                Some((alpha, beta)) => Some((alpha + (beta * h.abs())?)?),
+                None => None,
+            };
+            Ok(Estimated {
+                error: &error[i],
+                y: ends.map(|y| &y[i]),
+                rtol: &self.rtol[i],
+                atol: &self.atol[i],
+                floor,
+            })
+        };
+        let parts = (0..error.len()).map(part).collect::<Result<Vec<_>>>()?;
+        let (state, sums) = parts.split_at(self.parts[1]);
+        match self.norm {
+            AdjointNorm::Own(own) => {
+                let r = own.of(&self.ratios(error, ends)?)?;
+                Ok([r; 2])
+            }
+            AdjointNorm::Rms => {
+                let (mut squares, mut count) = ([0.0; 2], 0);
+                for part in &parts {
+                    let n = part.error.elem_count();
+                    let norms = error_norms(std::slice::from_ref(part), false)?;
+                    squares = std::array::from_fn(|i| squares[i] + n as f64 * norms[i].powi(2));
+                    count += n;
+                }
+                Ok(squares.map(|square| (square / count.max(1) as f64).sqrt()))
+            }
+            AdjointNorm::Seminorm | AdjointNorm::Largest => {
+                let of_state = error_norms(state, self.worst_row)?;
+                let of_sums = error_norms_or_zero(sums)?;
+                Ok(std::array::from_fn(|i| of_state[i].max(of_sums[i])))
+            }
+        }
+    }
+
+    /// Errors relative to their tolerances, for a norm of the user's.
+    fn ratios(&self, error: &[Tensor], ends: [&[Tensor]; 2]) -> Result<ErrorRatios> {
+        let ratio = |i: usize| -> Result<Tensor> {
+            let larger = ends[0][i].abs()?.maximum(&ends[1][i].abs()?)?;
+            let scaled = match &self.rtol[i] {
+                OfLeaf::Number(value) => (larger * *value)?,
+                OfLeaf::Elements(x) => (larger * x)?,
+            };
+            let tolerance = match &self.atol[i] {
+                OfLeaf::Number(value) => (scaled + *value)?,
+                OfLeaf::Elements(x) => (scaled + x)?,
+            };
+            Ok((&error[i] / tolerance)?)
+        };
+        let [y, state, params] = self.parts;
+        let all = (0..error.len()).map(ratio).collect::<Result<Vec<_>>>()?;
+        let behind = all.get(state..).unwrap_or_default();
+        Ok(ErrorRatios {
+            y: all[..y].to_vec(),
+            adjoint: all[y..state.min(all.len())].to_vec(),
+            params: behind.iter().take(params).cloned().collect(),
+            time: behind.get(params).cloned(),
+        })
+    }
+
+    /// The length of the first attempt from x with first velocity k; `probe` evaluates after an Euler step.
+    pub(super) fn first_length(
+        &self,
+        control: &Control,
+        x: &[Tensor],
+        k: &[Tensor],
+        probe: impl FnOnce(f64) -> Result<Vec<Tensor>>,
+    ) -> Result<f64> {
+        let norm = |error: &[Tensor]| Ok(self.norms(error, [x, x], &None, 0.0)?[0]);
+        first_length(control, norm, (x, k, &self.roundoffs), probe)
+    }
+}
+
+fn error_norms_or_zero(parts: &[Estimated<'_>]) -> Result<[f64; 2]> {
+    match parts {
+        [] => Ok([0.0; 2]),
+        parts => error_norms(parts, false),
+    }
+}

@@ -1,0 +1,115 @@
+//! The stages of a backward step, and what they give of θ̄ and t̄.
+
+use candle_core::{DType, Tensor};
+
+use super::augmented::Stage;
+use crate::accumulator::Accumulator;
+use crate::error::Result;
+use crate::ops;
+use crate::precision::Rounding;
+use crate::step::Increments;
+
+/// A velocity of what is solved, and the parts of θ̄' and t̄' that came with it.
+pub(super) type Evaluated = (Vec<Tensor>, Stage);
+
+/// The stages of an attempt; `None` where one was not evaluated.
+#[derive(Default)]
+pub(super) struct Stages {
+    pub(super) ks: Increments,
+    pub(super) parts: Vec<Option<Stage>>,
+}
+
+impl Stages {
+    /// Of a step whose first stage is known, if it is.
+    pub(super) fn after(first: Option<&Evaluated>) -> Self {
+        match first {
+            Some((k, stage)) => Self {
+                ks: vec![Some(k.clone())],
+                parts: vec![Some(stage.clone())],
+            },
+            None => Self::default(),
+        }
+    }
+
+    /// The only stage.
+    pub(super) fn first(self) -> Option<Evaluated> {
+        let (k, stage) = self.ks.into_iter().zip(self.parts).next()?;
+        k.zip(stage)
+    }
+
+    /// The last stage of all of them.
+    pub(super) fn last(mut self) -> Option<Evaluated> {
+        self.ks.pop().flatten().zip(self.parts.pop().flatten())
+    }
+
+    /// The stages that have a weight, with −h c_i / S.
+    fn weighted<'a>(
+        &'a self,
+        h: f64,
+        weights: &'a [f64],
+    ) -> impl Iterator<Item = (f64, &'a Stage)> {
+        let parts = self.parts.iter().zip(weights).filter(|(_, c)| **c != 0.0);
+        parts.filter_map(move |(stage, c)| {
+            let stage = stage.as_ref()?;
+            Some((-h * c * stage.unscale, stage))
+        })
+    }
+
+    /// −h Σ c_i (∂f/∂θ)ᵀ λ_i of parameter number i, which is `like` this one.
+    pub(super) fn change(
+        &self,
+        h: f64,
+        weights: &[f64],
+        i: usize,
+        like: &Tensor,
+        state: Rounding,
+    ) -> Result<Tensor> {
+        let terms = self.weighted(h, weights);
+        let terms = terms.filter_map(|(c, stage)| Some((c, stage.theta[i].as_ref()?)));
+        let terms: Vec<_> = terms.collect();
+        match terms.as_slice() {
+            [] => Ok(like.zeros_like()?),
+            terms => ops::combine(terms, 1.0, state),
+        }
+    }
+
+    /// −h Σ c_i (∂f/∂t)ᵀ λ_i.
+    pub(super) fn time_change(&self, h: f64, weights: &[f64]) -> Result<f64> {
+        let terms = self.weighted(h, weights);
+        let terms = terms.filter_map(|(c, stage)| Some((c, stage.t.as_ref()?)));
+        terms.map(|(c, t)| Ok(c * number(t)?)).sum()
+    }
+
+    /// θ̄ −= h Σ c_i (∂f/∂θ)ᵀ λ_i, in state precision.
+    pub(super) fn add_to(&self, theta: &mut Accumulator, h: f64, weights: &[f64]) -> Result<()> {
+        for (c, stage) in self.weighted(h, weights) {
+            stage.add_to(theta, c)?;
+        }
+        Ok(())
+    }
+}
+
+impl Stage {
+    /// θ̄ += c S (∂f/∂θ)ᵀ λ.
+    pub(super) fn add_to(&self, theta: &mut Accumulator, c: f64) -> Result<()> {
+        for (i, grad) in self.theta.iter().enumerate() {
+            if let Some(grad) = grad {
+                theta.add(i, c, grad)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// −(∂f/∂t)ᵀ λ.
+    pub(super) fn slope_of_time(&self) -> Result<f64> {
+        match &self.t {
+            Some(t) => Ok(-self.unscale * number(t)?),
+            None => Ok(0.0),
+        }
+    }
+}
+
+fn number(x: &Tensor) -> Result<f64> {
+    ops::note_host_read(x.device());
+    Ok(x.reshape(())?.to_dtype(DType::F64)?.to_scalar()?)
+}

@@ -1,0 +1,52 @@
+//! What the backward solves of continuous adjoints did.
+
+/// Counts of the backward solves of continuous adjoints, added over solves.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct BackwardStats {
+    /// Steps; of adaptive ones those that were accepted.
+    pub steps: usize,
+    /// Attempts of adaptive steps that were rejected.
+    pub rejected: usize,
+    /// Evaluations of the equation that is solved backward, each one evaluation of the field with one pull-back
+    /// (the NFE of a backward pass).  Those of rejected attempts and for the first step are among them; stages of
+    /// forward steps that are computed again, and points of a Gauss rule, are not.
+    pub evaluations: usize,
+    /// Points at which parameter gradients were evaluated for a Gauss rule.
+    pub points: usize,
+    /// Every attempt in its order, from the last time to the first.  Filled only by a
+    /// [`Recorder::tracing`](crate::metrics::Recorder::tracing).
+    pub attempts: Vec<BackwardAttempt>,
+}
+
+/// An attempt of a backward step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BackwardAttempt {
+    /// The time that it begins at.
+    pub from: f64,
+    /// The time that it would end at.
+    pub to: f64,
+    /// Whether it was accepted.
+    pub accepted: bool,
+}
+
+impl BackwardStats {
+    /// Adds counts; the attempts are the recorder's to keep.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.steps += other.steps;
+        self.rejected += other.rejected;
+        self.evaluations += other.evaluations;
+        self.points += other.points;
+    }
+
+    /// Counts an attempt, and keeps it if it is wanted.
+    pub(crate) fn note(&mut self, [from, to]: [f64; 2], accepted: bool, keeps: bool) {
+        match accepted {
+            true => self.steps += 1,
+            false => self.rejected += 1,
+        }
+        if keeps {
+            self.attempts.push(BackwardAttempt { from, to, accepted });
+        }
+    }
+}
