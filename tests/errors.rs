@@ -117,6 +117,7 @@ fn every_error_has_a_test() {
         include_str!("layers.rs"),
         include_str!("limits.rs"),
         include_str!("cde.rs"),
+        include_str!("continuous.rs"),
         include_str!("piecewise.rs"),
         include_str!("row_loss.rs"),
         include_str!("sde.rs"),
