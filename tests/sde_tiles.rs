@@ -11,7 +11,7 @@ use candle_diffeq::sde::{
     ito, predict, stratonovich, BrownianTree, Calculus, NeuralSde, Noise, NoiseType, OfField, Sde,
     SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, REVERSIBLE_HEUN, SRA1, SRI2,
 };
-use candle_diffeq::{Checkpoint, Error, Output, Precision, Steps};
+use candle_diffeq::{Checkpoint, Error, Output, Precision, Recorder, Steps};
 use candle_nn::VarMap;
 use common::{values as numbers, U_BF16, U_F16, U_F32};
 
@@ -263,6 +263,25 @@ fn bits_do_not_depend_on_the_number_of_threads_nor_on_the_memory_plan() {
         ] {
             case.options.checkpoint = plan;
             assert!(one == on(&case, 2), "{plan:?}");
+        }
+    }
+}
+
+#[test]
+fn statistics_are_those_of_the_general_path() {
+    for method in [EULER_MARUYAMA, REVERSIBLE_HEUN, SRI2] {
+        for plan in [Checkpoint::All, Checkpoint::Every(3)] {
+            let of = |fusion| {
+                let recorder = Recorder::default();
+                let mut case = case(Kind::Diagonal, method);
+                case.options.checkpoint = plan;
+                case.options.recorder = Some(recorder.clone());
+                case.answers(fusion);
+                let stats = recorder.take();
+                let work = [stats.steps, stats.evaluations, stats.recomputed, stats.vjps];
+                (work, stats.states_kept, stats.bytes_kept)
+            };
+            assert_eq!(of(true), of(false), "{} {plan:?}", method.name());
         }
     }
 }
