@@ -6,11 +6,13 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::error::SdeDefect;
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, ConstantField, Mlp, Relaxation};
 use candle_diffeq::options::{Checkpoint, Output, Steps};
 use candle_diffeq::sde::{
-    ito, predict, stratonovich, BrownianTree, Calculus, NeuralSde, Noise, NoiseType, OfField, Sde,
-    SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, REVERSIBLE_HEUN, SRA1, SRI2,
+    ito, predict, sdeint, stratonovich, BrownianTree, Calculus, NeuralSde, Noise, NoiseType,
+    OfField, Sde, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, REVERSIBLE_HEUN,
+    SRA1, SRI2,
 };
 use candle_diffeq::{Error, Precision};
 use candle_nn::VarMap;
@@ -264,6 +266,71 @@ fn bits_do_not_depend_on_the_number_of_threads_nor_on_the_memory_plan() {
         ] {
             case.options.checkpoint = plan;
             assert!(one == on(&case, 2), "{plan:?}");
+        }
+    }
+}
+
+/// Of `benches/peers/driven.py`, which draws the same noise with numpy.
+#[test]
+fn loss_and_gradients_are_those_of_an_independent_reference_with_the_same_seed() {
+    let file = "tests/data/workloads/S0.safetensors";
+    let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+    let double = |name: &str| tensors[name].to_dtype(DType::F64).unwrap();
+    let weights: Vec<_> = (0..8)
+        .map(|i| Var::from_tensor(&double(&format!("p{i}"))).unwrap())
+        .collect();
+    let network = |of: &[Var]| {
+        let layer = |pair: &[Var]| {
+            candle_nn::Linear::new(
+                pair[0].as_tensor().clone(),
+                Some(pair[1].as_tensor().clone()),
+            )
+        };
+        let layers: Vec<_> = of.chunks(2).map(layer).collect();
+        Mlp::from_layers(&layers, Activation::Tanh, false).unwrap()
+    };
+    let y0 = Var::from_tensor(&double("y0")).unwrap();
+    let times = double("t").to_vec1::<f64>().unwrap();
+    for fusion in [true, false] {
+        let sde = stratonovich(network(&weights[..4]), OfField(network(&weights[4..])));
+        let options = SdeOptions {
+            method: HEUN,
+            fusion,
+            output: Output::Final,
+            ..Default::default()
+        };
+        let noise = Noise::seeded(70);
+        let y = sdeint(sde, y0.as_tensor(), &times[..], &noise, &options).unwrap();
+        let loss = (y - double("target")).unwrap().sqr().unwrap();
+        let loss = loss.mean_all().unwrap();
+        let grads = loss.backward().unwrap();
+        assert!(common::relative(&loss.reshape(1).unwrap(), &double("loss")) < 1e-13);
+        let named = weights
+            .iter()
+            .enumerate()
+            .map(|(i, w)| (format!("grad.p{i}"), w));
+        for (name, var) in named.chain([("grad.y0".to_owned(), &y0)]) {
+            let error = common::relative(grads.get(var).unwrap(), &double(&name));
+            assert!(error < 1e-12, "{name}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn statistics_are_those_of_the_general_path() {
+    for method in [EULER_MARUYAMA, REVERSIBLE_HEUN, SRI2] {
+        for plan in [Checkpoint::All, Checkpoint::Every(3)] {
+            let of = |fusion| {
+                let recorder = Recorder::default();
+                let mut case = case(Kind::Diagonal, method);
+                case.options.checkpoint = plan;
+                case.options.recorder = Some(recorder.clone());
+                case.answers(fusion);
+                let stats = recorder.take();
+                let work = [stats.steps, stats.evaluations, stats.recomputed, stats.vjps];
+                (work, stats.states_kept, stats.bytes_kept)
+            };
+            assert_eq!(of(true), of(false), "{} {plan:?}", method.name());
         }
     }
 }

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from workload import Workload
 
-#: S0 and C0 are small ones, for tries.  `noise` is the seed of the increments.
+#: S0 and C0 are small ones, for tests.  `noise` is the seed of the increments.
 SPECS = {
     "S0": dict(kind="sde", dims=[4, 8, 4], batch=12, steps=5, method="heun", seed=200, noise=70),
     "S1": dict(kind="sde", dims=[4, 64, 64, 4], batch=512, steps=200, method="euler_maruyama", seed=201, noise=71),

@@ -164,7 +164,7 @@ pub(crate) enum Ode {
     One(NeuralOde),
     Two(NeuralOde<(Tensor, Tensor)>),
     Several(NeuralOde<Vec<Tensor>>),
-    Sde(NeuralSde, Noise),
+    Sde(Box<NeuralSde>, Noise),
     Cde(CdeMlp, ControlPath, OdeOptions),
     /// The same steps on candle's own tape, for comparison.
     Tape(Field, Tableau),
@@ -327,7 +327,7 @@ fn our_sde(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::R
         recorder: options.recorder,
         ..Default::default()
     });
-    Ok(Ode::Sde(sde, Noise::seeded(seed)))
+    Ok(Ode::Sde(Box::new(sde), Noise::seeded(seed)))
 }
 
 fn our_cde(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {

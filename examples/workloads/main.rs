@@ -159,10 +159,8 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         forward.push(milliseconds(clock));
         // Reading it takes as long as a small solve and leaves caches cold: outside of the clock, and only where it is
         // compared with that of peers.
-        let before = workload
-            .is_adaptive()
-            .then(processor::milliseconds)
-            .flatten();
+        let compared = workload.is_adaptive() || workload.is_driven();
+        let before = compared.then(processor::milliseconds).flatten();
         let clock = Instant::now();
         solve()?.backward()?;
         both.push(milliseconds(clock));

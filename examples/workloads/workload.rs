@@ -111,6 +111,11 @@ impl Workload {
         self.tolerances.is_some()
     }
 
+    /// Whether it is driven by noise or a path.
+    pub(crate) fn is_driven(&self) -> bool {
+        !matches!(self.drive, Drive::Nothing)
+    }
+
     /// Whether the loss reads the last state alone.
     pub(crate) fn is_of_the_end(&self) -> bool {
         self.is_density() || !self.is_adaptive()

@@ -28,6 +28,9 @@ use crate::stats::Stats;
 /// or √h leaves the range of f32.
 const OCTAVES: i32 = 24;
 
+/// Makes tiles of a part; `None` without a vector unit.
+type InTiles<'a, T> = dyn Fn(&Rows) -> Result<Option<Box<dyn Tiled<T>>>> + 'a;
+
 /// The parts of an equation, each a field over tiles, in the order of [`Part`](crate::driven::Part).
 pub(crate) struct DrivenRows(Vec<Rows>);
 
@@ -96,10 +99,7 @@ impl DrivenRows {
     }
 
     /// The parts over tiles; `None` without a vector unit.
-    fn parts<T: Element>(
-        &self,
-        tiles: &dyn Fn(&Rows) -> Result<Option<Box<dyn Tiled<T>>>>,
-    ) -> Result<Option<Vec<Box<dyn Tiled<T>>>>> {
+    fn parts<T: Element>(&self, tiles: &InTiles<'_, T>) -> Result<Option<Vec<Box<dyn Tiled<T>>>>> {
         self.0.iter().map(tiles).collect()
     }
 
