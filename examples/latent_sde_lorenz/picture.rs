@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use crate::common::chart::{colour, picture, Area, Curve, Mark, Panel, SeriesLabelPosition, TRUTH};
+use crate::common::chart::{
+    colour, picture, Area, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
+};
 use crate::common::Result;
 use crate::data::Data;
 use crate::model::{by_row, Losses};
@@ -42,7 +44,9 @@ pub(crate) fn draw(path: &Path, data: &Data, run: &Run) -> Result<()> {
         plane(&parts[1], "Samples of the prior", &run.dreams)?;
         let of = |figure: fn(&Losses) -> f64, name: &str, i: usize| {
             let figures = run.losses.iter().enumerate();
-            Curve::new(name, colour(i), figures.map(|(n, l)| (n as f64, figure(l)))).width(2)
+            let figures = figures.map(|(n, l)| (n as f64, figure(l)));
+            // A density may be above one, and has no place on this axis then.
+            Curve::new(name, colour(i), figures.filter(|(_, y)| *y > 0.0))
         };
         Panel {
             curves: vec![
@@ -50,7 +54,7 @@ pub(crate) fn draw(path: &Path, data: &Data, run: &Run) -> Result<()> {
                 of(|l| l.path, "KL of the path", 0),
                 of(|l| l.start, "KL of z(0)", 2),
             ],
-            ranges: [None, Some(-150.0..400.0)],
+            scales: [Scale::Linear, Scale::Decades],
             legend: SeriesLabelPosition::UpperRight,
             ..Panel::new("Loss of a series", "update", "nats")
         }
