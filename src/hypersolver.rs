@@ -63,7 +63,9 @@ where
 {
     fn velocity(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
         let Some([start, end]) = t.interval() else {
-            candle_core::bail!("a Hypersolver is evaluated inside of a step, from which it has its length")
+            candle_core::bail!(
+                "a Hypersolver is evaluated inside of a step, from which it has its length"
+            )
         };
         if (t.value() - start).abs() > 1e-9 * (end - start).abs() {
             candle_core::bail!(
@@ -143,7 +145,10 @@ pub fn residuals<F: VectorField>(
     let points = times.points();
     let count = states.dim(0)?;
     if count != points.len() || count < 2 {
-        candle_core::bail!("{} times of {count} states: one for each, and two at least", points.len())
+        candle_core::bail!(
+            "{} times of {count} states: one for each, and two at least",
+            points.len()
+        )
     }
     let (mut velocities, mut all) = (vec![], vec![]);
     for n in 0..count - 1 {

@@ -132,7 +132,11 @@ const LEAST: f64 = 1e-30;
 impl Gaps {
     fn new(gaps: &Tensor) -> Result<Self> {
         let (rows, times) = gaps.dims2()?;
-        let all: Vec<f64> = gaps.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+        let all: Vec<f64> = gaps
+            .detach()
+            .to_dtype(DType::F64)?
+            .flatten_all()?
+            .to_vec1()?;
         if let Some(bad) = all.iter().find(|gap| !(gap.is_finite() && **gap >= 0.0)) {
             candle_core::bail!("a gap of time of {bad}: gaps are finite and not negative")
         }
@@ -145,12 +149,7 @@ impl Gaps {
     }
 
     /// h after gap i.
-    fn flow(
-        &self,
-        ode: &NeuralOde<(Tensor, Tensor)>,
-        h: &Tensor,
-        i: usize,
-    ) -> Result<Tensor> {
+    fn flow(&self, ode: &NeuralOde<(Tensor, Tensor)>, h: &Tensor, i: usize) -> Result<Tensor> {
         if !self.moves[i] {
             return Ok(h.clone());
         }

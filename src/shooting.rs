@@ -149,7 +149,10 @@ impl Shooting {
             for n in first..intervals {
                 let moved = (&next[n] - &guesses[n])?.unsqueeze(1)?;
                 let columns = bent.narrow(0, (n - first) * rows, rows)?;
-                let turned = moved.contiguous()?.matmul(&columns.contiguous()?)?.squeeze(1)?;
+                let turned = moved
+                    .contiguous()?
+                    .matmul(&columns.contiguous()?)?
+                    .squeeze(1)?;
                 next[n + 1] = (part(&ends, n - first, y0)? + turned)?;
             }
             Ok(next)
@@ -202,5 +205,9 @@ fn part(all: &Tensor, n: usize, y0: &Tensor) -> Result<Tensor> {
 
 /// max |x|.
 fn largest(x: &Tensor) -> Result<f64> {
-    Ok(x.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar()?)
+    Ok(x.abs()?
+        .flatten_all()?
+        .max(0)?
+        .to_dtype(DType::F64)?
+        .to_scalar()?)
 }

@@ -50,7 +50,10 @@ fn sparse(rows: usize, columns: usize) -> (Csr, Tensor) {
     let entries = values.len();
     let values = Tensor::from_vec(values, entries, &cpu()).unwrap();
     let csr = Csr::new(offsets, across, columns, values).unwrap();
-    (csr, Tensor::from_vec(dense, (rows, columns), &cpu()).unwrap())
+    (
+        csr,
+        Tensor::from_vec(dense, (rows, columns), &cpu()).unwrap(),
+    )
 }
 
 #[test]
@@ -60,14 +63,22 @@ fn a_sparse_product_and_its_pull_backs_are_those_of_the_dense_matrix() {
         let (csr, dense) = sparse(rows, columns);
         let entries = Var::from_tensor(csr.values()).unwrap();
         let csr = csr.with_values(entries.as_tensor().clone()).unwrap();
-        let (x, dense) = (var(&[columns, width], 1.0, 1), Var::from_tensor(&dense).unwrap());
+        let (x, dense) = (
+            var(&[columns, width], 1.0, 1),
+            Var::from_tensor(&dense).unwrap(),
+        );
         let g = scattered(&[rows, width], 1.0, 2);
         let (y, exact) = (csr.matmul(&x).unwrap(), dense.matmul(&x).unwrap());
         let terms = (rows.max(columns).max(width) + 2) as f64;
         let close = |got: &Tensor, exact: &Tensor| {
-            let size = values(exact).into_iter().fold(1.0, |a: f64, b| a.max(b.abs()));
+            let size = values(exact)
+                .into_iter()
+                .fold(1.0, |a: f64, b| a.max(b.abs()));
             let error = apart(got, exact);
-            assert!(error <= 4.0 * terms * U_F64 * size, "{rows} x {columns}: {error:e}");
+            assert!(
+                error <= 4.0 * terms * U_F64 * size,
+                "{rows} x {columns}: {error:e}"
+            );
         };
         close(&y, &exact);
         let grads = (y * &g).unwrap().sum_all().unwrap().backward().unwrap();
@@ -76,7 +87,10 @@ fn a_sparse_product_and_its_pull_backs_are_those_of_the_dense_matrix() {
         let of_dense = known.get(&dense).unwrap().flatten_all().unwrap();
         let places = values(&dense).into_iter().zip(values(&of_dense));
         let known: Vec<f64> = places.filter(|(a, _)| *a != 0.0).map(|(_, g)| g).collect();
-        close(grads.get(&entries).unwrap(), &Tensor::new(known.as_slice(), &cpu()).unwrap());
+        close(
+            grads.get(&entries).unwrap(),
+            &Tensor::new(known.as_slice(), &cpu()).unwrap(),
+        );
     }
 }
 
@@ -85,7 +99,10 @@ fn sums_of_a_sparse_product_do_not_depend_on_the_number_of_threads() {
     let (csr, _) = sparse(700, 500);
     let x = scattered(&[500, 71], 1.0, 1).to_dtype(DType::F32).unwrap();
     let on = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
         values(&pool.install(|| csr.matmul(&x)).unwrap())
     };
     assert_eq!(on(1), on(3));
@@ -106,14 +123,26 @@ fn a_matrix_that_is_none_and_a_product_that_does_not_fit_are_errors() {
     let two = || Tensor::new(&[1.0, 2.0], &cpu()).unwrap();
     assert!(Csr::new(vec![0, 2, 1], vec![0, 1], 2, two()).is_err());
     assert!(Csr::new(vec![0, 1, 2], vec![0, 2], 2, two()).is_err());
-    assert!(Csr::new(vec![0, 1, 2], vec![0, 1], 2, Tensor::new(&[1.0], &cpu()).unwrap()).is_err());
+    assert!(Csr::new(
+        vec![0, 1, 2],
+        vec![0, 1],
+        2,
+        Tensor::new(&[1.0], &cpu()).unwrap()
+    )
+    .is_err());
     assert!(Csr::normalised_adjacency(2, &[[0, 2]], DType::F32, &cpu()).is_err());
     let (csr, _) = sparse(4, 6);
-    let error = csr.matmul(&scattered(&[5, 2], 1.0, 1)).unwrap_err().to_string();
+    let error = csr
+        .matmul(&scattered(&[5, 2], 1.0, 1))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("(6, features)"), "{error}");
     assert!(dropout_mask(3, 1.0, 0, DType::F32, &cpu()).is_err());
     // Of no columns and of no rows there are empty products.
-    assert_eq!(csr.matmul(&scattered(&[6, 0], 1.0, 1)).unwrap().dims(), [4, 0]);
+    assert_eq!(
+        csr.matmul(&scattered(&[6, 0], 1.0, 1)).unwrap().dims(),
+        [4, 0]
+    );
 }
 
 #[test]
@@ -125,7 +154,11 @@ fn a_graph_convolution_averages_a_constant_over_a_regular_graph_to_itself() {
     let layer = Gcn::from_tensors(&ring, weight.clone(), bias.clone()).unwrap();
     let row = scattered(&[1, 2], 1.0, 3);
     let y = layer.forward(&row.repeat((6, 1)).unwrap()).unwrap();
-    let one = row.matmul(&weight.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
+    let one = row
+        .matmul(&weight.t().unwrap())
+        .unwrap()
+        .broadcast_add(&bias)
+        .unwrap();
     assert!(apart(&y, &one.repeat((6, 1)).unwrap()) <= 16.0 * U_F64);
 }
 
@@ -166,12 +199,16 @@ fn the_pull_back_of_the_gru_field_is_that_of_autograd() {
 #[test]
 fn a_gru_field_keeps_its_state_between_minus_one_and_one() {
     let vars = VarMap::new();
-    let ode = NeuralOde::from_field(&vars, "f", DType::F64, &cpu(), |vb| GruField::new(6, vb)).unwrap();
+    let ode =
+        NeuralOde::from_field(&vars, "f", DType::F64, &cpu(), |vb| GruField::new(6, vb)).unwrap();
     fill(&vars);
     let h0 = scattered(&[20, 6], 0.999, 1);
     let times: Vec<f64> = (0..40).map(f64::from).collect();
     let steps = Steps::PerInterval(10);
-    let ode = ode.options(OdeOptions { steps, ..Default::default() });
+    let ode = ode.options(OdeOptions {
+        steps,
+        ..Default::default()
+    });
     let hs = ode.predict(&h0, &times).unwrap();
     assert!(values(&hs).into_iter().all(|h| h.abs() < 1.0));
 }
@@ -190,7 +227,10 @@ fn flow(vars: &VarMap, hidden: usize) -> (Flow, NeuralOde) {
         output: Output::Final,
         ..Default::default()
     };
-    (rows.unwrap().options(options.clone()), alone.options(options))
+    (
+        rows.unwrap().options(options.clone()),
+        alone.options(options),
+    )
 }
 
 fn vb(vars: &VarMap) -> VarBuilder<'static> {
@@ -200,7 +240,10 @@ fn vb(vars: &VarMap) -> VarBuilder<'static> {
 /// Observations of two features at four times of five rows, with gaps of their own, some of them zero.
 fn observations() -> (Tensor, Tensor) {
     let gaps: Vec<f64> = (0..20).map(|i| f64::from(i * 7 % 5) * 0.4).collect();
-    (scattered(&[5, 4, 2], 1.0, 1), Tensor::from_vec(gaps, (5, 4), &cpu()).unwrap())
+    (
+        scattered(&[5, 4, 2], 1.0, 1),
+        Tensor::from_vec(gaps, (5, 4), &cpu()).unwrap(),
+    )
 }
 
 fn rows_are_solved_over_their_own_gaps<C: Cell>(
@@ -246,22 +289,38 @@ fn every_row_of_a_recurrent_model_flows_over_gaps_of_its_own() {
 #[test]
 fn the_cells_are_the_textbooks() {
     let vars = VarMap::new();
-    let (gru, lstm) = (GruCell::new(2, 3, vb(&vars).pp("g")), LstmCell::new(2, 3, vb(&vars).pp("l")));
+    let (gru, lstm) = (
+        GruCell::new(2, 3, vb(&vars).pp("g")),
+        LstmCell::new(2, 3, vb(&vars).pp("l")),
+    );
     fill(&vars);
-    let (x, h, c) = (scattered(&[4, 2], 1.0, 1), scattered(&[4, 3], 0.9, 2), scattered(&[4, 3], 0.9, 3));
+    let (x, h, c) = (
+        scattered(&[4, 2], 1.0, 1),
+        scattered(&[4, 3], 0.9, 2),
+        scattered(&[4, 3], 0.9, 3),
+    );
     let data = vars.data().lock().unwrap();
     let layer = |cell: &str, of: &str, x: &Tensor| {
         let get = |part: &str| data[&format!("{cell}.{of}.{part}")].as_tensor().clone();
-        x.matmul(&get("weight").t().unwrap()).unwrap().broadcast_add(&get("bias")).unwrap()
+        x.matmul(&get("weight").t().unwrap())
+            .unwrap()
+            .broadcast_add(&get("bias"))
+            .unwrap()
     };
     let part = |x: &Tensor, i: usize| x.narrow(1, 3 * i, 3).unwrap();
     let sigmoid = |x: &Tensor| candle_nn::ops::sigmoid(x).unwrap();
     let (a, b) = (layer("g", "x", &x), layer("g", "h", &h));
     let r = sigmoid(&(part(&a, 0) + part(&b, 0)).unwrap());
     let z = sigmoid(&(part(&a, 1) + part(&b, 1)).unwrap());
-    let n = (part(&a, 2) + (r * part(&b, 2)).unwrap()).unwrap().tanh().unwrap();
+    let n = (part(&a, 2) + (r * part(&b, 2)).unwrap())
+        .unwrap()
+        .tanh()
+        .unwrap();
     let known = ((1.0 - &z).unwrap() * n).unwrap() + (z * &h).unwrap();
-    let before = Hidden { h: h.clone(), still: None };
+    let before = Hidden {
+        h: h.clone(),
+        still: None,
+    };
     let got = gru.unwrap().update(&x, &before).unwrap();
     assert!(apart(&got.h, &known.unwrap()) <= 32.0 * U_F64);
     let all = (layer("l", "x", &x) + layer("l", "h", &h)).unwrap();
@@ -269,7 +328,10 @@ fn the_cells_are_the_textbooks() {
     let new = (sigmoid(&part(&all, 0)) * part(&all, 2).tanh().unwrap()).unwrap();
     let memory = ((forget * &c).unwrap() + new).unwrap();
     let known = (sigmoid(&part(&all, 3)) * memory.tanh().unwrap()).unwrap();
-    let got = lstm.unwrap().update(&x, &Hidden { h, still: Some(c) }).unwrap();
+    let got = lstm
+        .unwrap()
+        .update(&x, &Hidden { h, still: Some(c) })
+        .unwrap();
     assert!(apart(&got.h, &known) <= 32.0 * U_F64);
     assert!(apart(got.still.as_ref().unwrap(), &memory) <= 32.0 * U_F64);
 }
@@ -299,7 +361,11 @@ fn the_loss_of_sporadic_observations_is_that_of_normal_distributions() {
     let vars = VarMap::new();
     let model = GruOdeBayes::new(&vars, "m", [2, 5, 4], DType::F64, &cpu()).unwrap();
     fill(&vars);
-    let mask = Tensor::new(&[[[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]], &cpu()).unwrap();
+    let mask = Tensor::new(
+        &[[[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]],
+        &cpu(),
+    )
+    .unwrap();
     let seen = Sporadic {
         values: scattered(&[2, 2, 2], 1.0, 1),
         mask: mask.clone(),
@@ -320,10 +386,19 @@ fn the_loss_of_sporadic_observations_is_that_of_normal_distributions() {
     }
     let loss = predictions.loss(&seen, lambda).unwrap();
     let (got, known) = (values(&loss)[0], sum / 4.0);
-    assert!((got - known).abs() <= 256.0 * U_F64 * known.abs(), "{got} {known}");
+    assert!(
+        (got - known).abs() <= 256.0 * U_F64 * known.abs(),
+        "{got} {known}"
+    );
     // The second row is not seen again, and its gap is zero: nothing changes.
     let second = |x: &Tensor, i: usize| x.get(1).unwrap().get(i).unwrap();
-    assert_eq!(apart(&second(&predictions.after.mean, 0), &second(&predictions.after.mean, 1)), 0.0);
+    assert_eq!(
+        apart(
+            &second(&predictions.after.mean, 0),
+            &second(&predictions.after.mean, 1)
+        ),
+        0.0
+    );
     let grads = loss.backward().unwrap();
     for (name, var) in vars.data().lock().unwrap().iter() {
         assert!(grads.get(var).is_some(), "no gradient of {name}");
@@ -351,7 +426,9 @@ fn a_latent_ode_is_decoded_from_its_code_and_every_parameter_has_a_gradient() {
         let known = -0.5 * (squares / 6.0 + (std::f64::consts::TAU * 0.01).ln());
         assert!((likelihood[row] - known).abs() <= 1e3 * U_F64 * known.abs());
         let terms = of(&m, 3).into_iter().zip(of(&s, 3));
-        let known: f64 = terms.map(|(m, s)| 0.5 * (m * m + s * s - 1.0) - s.ln()).sum();
+        let known: f64 = terms
+            .map(|(m, s)| 0.5 * (m * m + s * s - 1.0) - s.ln())
+            .sum();
         assert!((divergence[row] - known).abs() <= 1e3 * U_F64 * known.abs().max(1.0));
     }
     let grads = elbo.loss(0.5).unwrap().backward().unwrap();
@@ -415,9 +492,13 @@ fn serial(intervals: usize, length: f64) -> (Tensor, Tensor) {
 fn parareal_is_exact_on_the_first_k_intervals_after_k_sweeps_and_on_all_in_the_end() {
     let (intervals, length) = (10, 0.2);
     let (y0, serial) = serial(intervals, length);
-    let size = values(&serial).into_iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+    let size = values(&serial)
+        .into_iter()
+        .fold(0.0, |a: f64, b| a.max(b.abs()));
     for sweeps in [1, 4, intervals] {
-        let shooting = Shooting::new(steps(4), steps(20)).sweeps(sweeps).tolerance(0.0);
+        let shooting = Shooting::new(steps(4), steps(20))
+            .sweeps(sweeps)
+            .tolerance(0.0);
         let shot = shooting.solve(&lorenz, &y0, (intervals, length)).unwrap();
         let first = |x: &Tensor| x.narrow(0, 0, sweeps + 1).unwrap();
         let error = apart(&first(&shot.states), &first(&serial)) / size;
@@ -432,12 +513,18 @@ fn newtons_multiple_shooting_needs_fewer_sweeps_than_parareal() {
     let shooting = Shooting::new(steps(4), steps(20)).tolerance(1e-11);
     let parareal = shooting.solve(&lorenz, &y0, (intervals, length)).unwrap();
     let newton = shooting.newton(&Lorenz, &y0, (intervals, length)).unwrap();
-    let size = values(&serial).into_iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+    let size = values(&serial)
+        .into_iter()
+        .fold(0.0, |a: f64, b| a.max(b.abs()));
     assert!(apart(&newton.states, &serial) / size <= 1e-10);
     assert!(newton.changes.len() < parareal.changes.len());
     // Quadratic: each change is below a constant times the square of the one before.
     let square = |pair: &[f64]| pair[1] <= 100.0 * pair[0] * pair[0] + 1e-11;
-    assert!(newton.changes.windows(2).all(square), "{:?}", newton.changes);
+    assert!(
+        newton.changes.windows(2).all(square),
+        "{:?}",
+        newton.changes
+    );
 }
 
 #[test]
@@ -458,7 +545,10 @@ fn a_step_with_its_own_residual_is_exact() {
             (k * 0.0)? + all.get(n)?
         };
         let hyper = Hypersolver::new(field, method.clone(), correction);
-        let options = OdeOptions { method: EULER, ..Default::default() };
+        let options = OdeOptions {
+            method: EULER,
+            ..Default::default()
+        };
         let ys = predict(&hyper, &y0, &times, &options).unwrap();
         let error = apart(&ys, &exact);
         assert!(error <= 64.0 * U_F64, "{}: {error:e}", method.name());
@@ -474,13 +564,20 @@ fn a_corrected_method_has_one_order_more() {
         let error = |n: usize| {
             let g = move |_: &Time, y: &Tensor, _: &Tensor| y * factor;
             let hyper = Hypersolver::new(field, method.clone(), g);
-            let options = OdeOptions { method: EULER, ..steps(n) };
+            let options = OdeOptions {
+                method: EULER,
+                ..steps(n)
+            };
             let ys = odeint(hyper, &y0, &[0.0, 1.0], &options).unwrap();
             (values(&ys)[1] - (-1f64).exp()).abs()
         };
         let order = (error(10) / error(20)).log2();
         let expected = method.order() as f64 + 1.0;
-        assert!((order - expected).abs() < 0.15, "{}: {order}", method.name());
+        assert!(
+            (order - expected).abs() < 0.15,
+            "{}: {order}",
+            method.name()
+        );
     }
 }
 
@@ -506,7 +603,10 @@ fn recurrent_models_run_in_low_precision_to_a_rounding_or_two() {
     };
     let (single, low) = (build(Precision::f32()), build(Precision::bf16()));
     let (x, gaps) = observations();
-    let (x, gaps) = (x.to_dtype(DType::F32).unwrap(), gaps.to_dtype(DType::F32).unwrap());
+    let (x, gaps) = (
+        x.to_dtype(DType::F32).unwrap(),
+        gaps.to_dtype(DType::F32).unwrap(),
+    );
     let run = |model: &OdeRnn<GruCell>| model.forward(&x, &gaps, None).unwrap();
     let error = apart(&run(&single), &run(&low));
     // Four gaps of up to 1.6 with velocities below 2, each off by a few roundings of 2⁻⁸.

@@ -99,11 +99,17 @@ fn accuracy(outcomes: &[Outcome], kind: Kind) -> Option<f64> {
 }
 
 fn print(outcomes: &[Outcome], kinds: &[Kind]) {
-    let mut table = Table::new(["model", "test accuracy", "by seed", "at the end", "loss", "s"]);
+    let mut table = Table::new([
+        "model",
+        "test accuracy",
+        "by seed",
+        "at the end",
+        "loss",
+        "s",
+    ]);
     for &kind in kinds {
-        let all = |figure: fn(&Outcome) -> f64| -> Vec<f64> {
-            of(outcomes, kind).map(figure).collect()
-        };
+        let all =
+            |figure: fn(&Outcome) -> f64| -> Vec<f64> { of(outcomes, kind).map(figure).collect() };
         let percent = |x: f64| format!("{:.1}", 100.0 * x);
         let seeds: Vec<_> = all(Outcome::accuracy).into_iter().map(percent).collect();
         table.row([

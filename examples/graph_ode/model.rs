@@ -96,7 +96,10 @@ impl Model {
             None => data.words.clone(),
         };
         let [weight, bias] = &self.first;
-        let h = data.graph.matmul(&words.matmul(weight)?)?.broadcast_add(bias)?;
+        let h = data
+            .graph
+            .matmul(&words.matmul(weight)?)?
+            .broadcast_add(bias)?;
         let h = match &self.flow {
             None => h.relu()?,
             Some(flow) => {

@@ -56,7 +56,11 @@ impl Data {
                 let each = pair[0] as usize..pair[1] as usize;
                 let one = |i: usize| {
                     let both = [0, 1];
-                    (times[i], both.map(|c| scaled(i, c)), both.map(|c| mask[i][c]))
+                    (
+                        times[i],
+                        both.map(|c| scaled(i, c)),
+                        both.map(|c| mask[i][c]),
+                    )
                 };
                 each.map(one).collect()
             })
@@ -125,7 +129,10 @@ impl Data {
         let whole = self.whole()?;
         let series = Tensor::new(self.test.as_slice(), self.values.device())?;
         let shown = (1.0 - self.hidden.index_select(&series, 0)?)?;
-        let asked = self.asked.index_select(&series, 0)?.broadcast_mul(&whole.mask)?;
+        let asked = self
+            .asked
+            .index_select(&series, 0)?
+            .broadcast_mul(&whole.mask)?;
         let seen = Sporadic {
             values: whole.values.broadcast_mul(&shown)?,
             mask: whole.mask.broadcast_mul(&shown)?,

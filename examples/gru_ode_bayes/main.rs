@@ -143,12 +143,22 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     }
     let data = Data::read(args.flags.seed, device)?;
     let precisions = args.flags.precisions(&[Dtype::F32, Dtype::Bf16]);
-    let kinds = precisions.into_iter().map(Kind::OdeBayes).chain([Kind::Plain]);
+    let kinds = precisions
+        .into_iter()
+        .map(Kind::OdeBayes)
+        .chain([Kind::Plain]);
     let mut all = vec![];
     for kind in kinds {
         all.push(train(&data, kind, (&fit, args.flags.seed), device)?);
     }
-    let mut table = Table::new(["model", "MSE of the next", "of those behind t = 35", "−ln p of these", "last loss", "s"]);
+    let mut table = Table::new([
+        "model",
+        "MSE of the next",
+        "of those behind t = 35",
+        "−ln p of these",
+        "last loss",
+        "s",
+    ]);
     for o in &all {
         let last = &o.losses[o.losses.len().saturating_sub(8)..];
         table.row([
@@ -162,13 +172,15 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     }
     print!("{table}");
     demands(&all, report);
-    let json = |o: &Outcome| json!({
-        "model": o.kind.name(),
-        "mse_of_the_next_over_variance": o.next,
-        "mse_over_variance": o.mse,
-        "nll": o.nll,
-        "seconds": o.seconds,
-    });
+    let json = |o: &Outcome| {
+        json!({
+            "model": o.kind.name(),
+            "mse_of_the_next_over_variance": o.next,
+            "mse_over_variance": o.mse,
+            "nll": o.nll,
+            "seconds": o.seconds,
+        })
+    };
     report.figure("updates", fit.iterations)?;
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())?;
     picture(&report.picture(""), (1200, 760), |area| {
@@ -182,7 +194,9 @@ fn demands(all: &[Outcome], report: &mut Report) {
     let of = |kind: Kind| all.iter().find(|o| o.kind == kind).map(|o| o.mse);
     let single = of(Kind::OdeBayes(Dtype::F32));
     if let Some(mse) = single {
-        report.demand(mse <= ERROR, || format!("f32: a mean squared error of {mse:.3}, not {ERROR}"));
+        report.demand(mse <= ERROR, || {
+            format!("f32: a mean squared error of {mse:.3}, not {ERROR}")
+        });
     }
     if let Some((single, low)) = single.zip(of(Kind::OdeBayes(Dtype::Bf16))) {
         report.demand(low <= LOW * single, || {
@@ -205,10 +219,13 @@ fn losses(all: &[Outcome]) -> Panel {
 fn shown(all: &[Outcome], data: &Data) -> Panel {
     let series = &data.plain[data.shown() as usize];
     let seen = series.iter().filter(|(_, _, mask)| mask[0] > 0.0);
-    let seen: Vec<_> = seen.map(|(t, x, _)| (f64::from(*t), f64::from(x[0]))).collect();
+    let seen: Vec<_> = seen
+        .map(|(t, x, _)| (f64::from(*t), f64::from(x[0])))
+        .collect();
     let mut curves = vec![Curve::new("observed", TRUTH, seen).mark(Mark::Dots(5))];
     let models = all.iter().enumerate();
-    let models = models.filter(|(_, o)| !matches!(o.kind, Kind::OdeBayes(Dtype::Bf16 | Dtype::F16)));
+    let models =
+        models.filter(|(_, o)| !matches!(o.kind, Kind::OdeBayes(Dtype::Bf16 | Dtype::F16)));
     for (i, o) in models {
         let line = |k: f64| o.band.iter().map(move |(t, m, s)| (*t, m + k * s));
         curves.push(Curve::new(o.kind.name(), colour(i), line(0.0)).width(2));
@@ -217,6 +234,10 @@ fn shown(all: &[Outcome], data: &Data) -> Panel {
     }
     Panel {
         curves,
-        ..Panel::new("a test series: first variable, mean and deviation before each time", "t", "x / deviation")
+        ..Panel::new(
+            "a test series: first variable, mean and deviation before each time",
+            "t",
+            "x / deviation",
+        )
     }
 }

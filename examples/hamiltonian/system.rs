@@ -136,7 +136,11 @@ impl Data {
             task,
             train: there(train)?,
             test: there(test)?,
-            truth: exact(task.system, &starts.narrow(0, 0, ROLLED.min(task.trajectories))?, &times)?,
+            truth: exact(
+                task.system,
+                &starts.narrow(0, 0, ROLLED.min(task.trajectories))?,
+                &times,
+            )?,
             times,
         })
     }
@@ -144,7 +148,9 @@ impl Data {
 
 /// Noisy states of trajectories with their exact velocities, and the starts.
 fn points(task: &Task, times: &TimeGrid, rng: &mut StdRng) -> Result<([Tensor; 2], Tensor)> {
-    let starts: Vec<f64> = (0..task.trajectories).flat_map(|_| (task.start)(rng)).collect();
+    let starts: Vec<f64> = (0..task.trajectories)
+        .flat_map(|_| (task.start)(rng))
+        .collect();
     let shape = (task.trajectories, task.features());
     let starts = Tensor::from_vec(starts, shape, &Device::Cpu)?;
     let states = exact(task.system, &starts, times)?.flatten(0, 1)?;

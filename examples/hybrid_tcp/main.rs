@@ -67,7 +67,12 @@ fn flow(_: &Time, y: &Tensor) -> CandleResult<Tensor> {
     let drops = (&w * 0.05)?;
     let wake = (still.ones_like()? / 3.0)?;
     let zeros = Tensor::zeros(SIZE - THRESHOLD, y.dtype(), y.device())?;
-    Tensor::cat(&[&window, &sent, &still, &wake, &ends, &drops, &drops, &ends, &zeros], 0)
+    Tensor::cat(
+        &[
+            &window, &sent, &still, &wake, &ends, &drops, &drops, &ends, &zeros,
+        ],
+        0,
+    )
 }
 
 /// λ_e − s_e in its mode, and below zero elsewhere.
@@ -117,7 +122,9 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let y0 = Tensor::from_vec(start, SIZE, device)?;
     let rng = Arc::new(Mutex::new(rng));
     let draw = move |e: usize, _: &Tensor, y: &Tensor| {
-        let mut rng = rng.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut rng = rng
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         jump(e, y, &mut rng)
     };
     let system = Hybrid::new(flow, (0..5).map(event).collect(), draw).max_events(args.jumps);
@@ -129,10 +136,16 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     };
     let solution = system.solve(&y0, &times, &options)?;
     let worst = compare(&solution, &values(&y0)?)?;
-    println!("{} jumps until t = {end}; largest error of a time between jumps {}", solution.jumps.len(), sci(worst));
+    println!(
+        "{} jumps until t = {end}; largest error of a time between jumps {}",
+        solution.jumps.len(),
+        sci(worst)
+    );
     report.figure("jumps", solution.jumps.len())?;
     report.figure("largest_error_of_a_time", worst)?;
-    report.demand(worst <= CLOSE, || format!("a time between jumps is {worst:.1e} from its closed form"));
+    report.demand(worst <= CLOSE, || {
+        format!("a time between jumps is {worst:.1e} from its closed form")
+    });
     tell(&solution, report)?;
     render(&solution, &times, report)
 }
@@ -174,7 +187,9 @@ fn tell(solution: &HybridSolution<Tensor>, report: &mut Report) -> Result<()> {
                 format!("{:.1}", before[SENT]),
             ]);
         }
-        all.push(json!({ "t": t, "event": name, "window": before[WINDOW], "packets": before[SENT] }));
+        all.push(
+            json!({ "t": t, "event": name, "window": before[WINDOW], "packets": before[SENT] }),
+        );
     }
     print!("{table}");
     report.figure("all", all)

@@ -66,7 +66,8 @@ impl Moments {
 
     fn plain(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let cast = |of: &Tensor| of.to_dtype(x.dtype());
-        x.broadcast_sub(&cast(&self.mean)?)?.broadcast_div(&cast(&self.deviation)?)
+        x.broadcast_sub(&cast(&self.mean)?)?
+            .broadcast_div(&cast(&self.deviation)?)
     }
 }
 
@@ -122,12 +123,23 @@ fn options(method: Tableau, steps: usize, dtype: Dtype) -> OdeOptions {
 /// Starts around 15, after a time in which they reach the attractor.
 fn starts(n: usize, seed: u64, device: &Device) -> Result<Tensor> {
     let y = (normal(&mut generator(seed), (n, 3), DType::F64, device)? + 15.0)?;
-    Ok(predict(&System::LORENZ, &y, &[0.0, 1.0], &options(RK4, 400, Dtype::F64))?.get(1)?)
+    Ok(predict(
+        &System::LORENZ,
+        &y,
+        &[0.0, 1.0],
+        &options(RK4, 400, Dtype::F64),
+    )?
+    .get(1)?)
 }
 
 fn exact(starts: &Tensor, end: f64) -> Result<(TimeGrid, Tensor)> {
     let times = TimeGrid::linspace(0.0, end, (end / STEP).round() as usize + 1)?;
-    let states = predict(&System::LORENZ, starts, &times, &options(RK4, INSIDE, Dtype::F64))?;
+    let states = predict(
+        &System::LORENZ,
+        starts,
+        &times,
+        &options(RK4, INSIDE, Dtype::F64),
+    )?;
     Ok((times, states))
 }
 
@@ -154,7 +166,9 @@ fn fitted(
     let bar = progress(method.name(), fit.iterations)?;
     let losses = fit.run(&vars, &bar, |_| {
         use rand::Rng;
-        let numbers: Vec<u32> = (0..BATCH).map(|_| rng.random_range(0..rows as u32)).collect();
+        let numbers: Vec<u32> = (0..BATCH)
+            .map(|_| rng.random_range(0..rows as u32))
+            .collect();
         let numbers = Tensor::new(numbers.as_slice(), x.device())?;
         let error = (net.forward(&x.index_select(&numbers, 0)?)? - r.index_select(&numbers, 0)?)?;
         Ok(error.sqr()?.mean_all()?)
@@ -181,28 +195,39 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let mut corrections = vec![];
     for method in [EULER, MIDPOINT] {
         let (correction, losses) = fitted(&method, (&times, &states), (&fit, seed))?;
-        println!("{}: mean squared residual 1, not learnt of it {}", method.name(), sci(losses[1]));
+        println!(
+            "{}: mean squared residual 1, not learnt of it {}",
+            method.name(),
+            sci(losses[1])
+        );
         report.figure(&format!("{}_residual_left", method.name()), losses[1])?;
         corrections.push((method, correction));
     }
     let mut lines = vec![];
     for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
         let y0 = others.to_dtype(dtype.state())?;
-        let mut line = |name: String, evaluations, run: &dyn Fn() -> candle_diffeq::Result<Tensor>| {
-            let mut seconds = vec![];
-            let states = loop {
-                let clock = Instant::now();
-                let states = run()?;
-                seconds.push(clock.elapsed().as_secs_f64());
-                if seconds.len() == 5 {
-                    break states;
-                }
+        let mut line =
+            |name: String, evaluations, run: &dyn Fn() -> candle_diffeq::Result<Tensor>| {
+                let mut seconds = vec![];
+                let states = loop {
+                    let clock = Instant::now();
+                    let states = run()?;
+                    seconds.push(clock.elapsed().as_secs_f64());
+                    if seconds.len() == 5 {
+                        break states;
+                    }
+                };
+                let seconds = median(seconds);
+                let errors = errors(&states, &truth)?;
+                lines.push(Line {
+                    name,
+                    dtype,
+                    errors,
+                    evaluations,
+                    seconds,
+                });
+                Ok::<_, Box<dyn std::error::Error>>(())
             };
-            let seconds = median(seconds);
-            let errors = errors(&states, &truth)?;
-            lines.push(Line { name, dtype, errors, evaluations, seconds });
-            Ok::<_, Box<dyn std::error::Error>>(())
-        };
         for method in [EULER, MIDPOINT, RK4] {
             let options = options(method.clone(), 1, dtype);
             let own = || predict(&System::LORENZ, &y0, &grid, &options);
@@ -218,15 +243,21 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     }
     print(&lines);
     draw(report, &lines, grid.points())?;
-    let json = |l: &Line| json!({
-        "method": l.name,
-        "precision": l.dtype.name(),
-        "error_first_step": l.errors[1],
-        "error": l.last(),
-        "seconds": l.seconds,
-    });
+    let json = |l: &Line| {
+        json!({
+            "method": l.name,
+            "precision": l.dtype.name(),
+            "error_first_step": l.errors[1],
+            "error": l.last(),
+            "seconds": l.seconds,
+        })
+    };
     report.figure("lines", lines.iter().map(json).collect::<Vec<_>>())?;
-    let of = |name: &str| lines.iter().find(|l| l.dtype == Dtype::F32 && l.name == name);
+    let of = |name: &str| {
+        lines
+            .iter()
+            .find(|l| l.dtype == Dtype::F32 && l.name == name)
+    };
     for name in ["euler", "midpoint"] {
         if let Some((plain, hyper)) = of(name).zip(of(&format!("hyper {name}"))) {
             let factor = plain.last() / hyper.last();
@@ -239,7 +270,14 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
 }
 
 fn print(lines: &[Line]) {
-    let mut table = Table::new(["method", "precision", "evaluations a step", "error of a step", "at t = 1", "ms"]);
+    let mut table = Table::new([
+        "method",
+        "precision",
+        "evaluations a step",
+        "error of a step",
+        "at t = 1",
+        "ms",
+    ]);
     for l in lines {
         table.row([
             l.name.clone(),
@@ -256,27 +294,40 @@ fn print(lines: &[Line]) {
 fn draw(report: &mut Report, lines: &[Line], times: &[f64]) -> Result<()> {
     let mut precisions: Vec<_> = lines.iter().map(|l| l.dtype).collect();
     precisions.dedup();
-    picture(&report.picture(""), (620 * precisions.len() as u32, 420), |area| {
-        let parts = area.split_evenly((1, precisions.len()));
-        for (dtype, part) in precisions.iter().zip(&parts) {
-            let own = lines.iter().filter(|l| l.dtype == *dtype);
-            let curve = |(i, l): (usize, &Line)| {
-                let at = times.iter().copied().zip(l.errors.iter().map(|e| e.max(1e-9)));
-                let at: Vec<_> = at.skip(1).collect();
-                let mark = match l.name.starts_with("hyper") {
-                    true => Mark::Line,
-                    false => Mark::Dashed,
+    picture(
+        &report.picture(""),
+        (620 * precisions.len() as u32, 420),
+        |area| {
+            let parts = area.split_evenly((1, precisions.len()));
+            for (dtype, part) in precisions.iter().zip(&parts) {
+                let own = lines.iter().filter(|l| l.dtype == *dtype);
+                let curve = |(i, l): (usize, &Line)| {
+                    let at = times
+                        .iter()
+                        .copied()
+                        .zip(l.errors.iter().map(|e| e.max(1e-9)));
+                    let at: Vec<_> = at.skip(1).collect();
+                    let mark = match l.name.starts_with("hyper") {
+                        true => Mark::Line,
+                        false => Mark::Dashed,
+                    };
+                    Curve::new(l.name.clone(), colour(i), at)
+                        .mark(mark)
+                        .width(2)
                 };
-                Curve::new(l.name.clone(), colour(i), at).mark(mark).width(2)
-            };
-            Panel {
-                curves: own.enumerate().map(curve).collect(),
-                scales: [Scale::Linear, Scale::Decades],
-                legend: crate::common::chart::SeriesLabelPosition::LowerRight,
-                ..Panel::new(format!("relative error, {}, h = {STEP}", dtype.name()), "t", "error")
+                Panel {
+                    curves: own.enumerate().map(curve).collect(),
+                    scales: [Scale::Linear, Scale::Decades],
+                    legend: crate::common::chart::SeriesLabelPosition::LowerRight,
+                    ..Panel::new(
+                        format!("relative error, {}, h = {STEP}", dtype.name()),
+                        "t",
+                        "error",
+                    )
+                }
+                .draw(part)?;
             }
-            .draw(part)?;
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
 }

@@ -61,12 +61,17 @@ struct Outcome {
 fn cost(t: &Time, x: &Tensor) -> candle_core::Result<Tensor> {
     let angle = (t.tensor()? * std::f64::consts::TAU)?;
     let track = Tensor::stack(&[angle.cos()?, angle.sin()?], 0)?.to_dtype(x.dtype())?;
-    x.broadcast_sub(&track.unsqueeze(0)?)?.sqr()?.sum_keepdim(D::Minus1)
+    x.broadcast_sub(&track.unsqueeze(0)?)?
+        .sqr()?
+        .sum_keepdim(D::Minus1)
 }
 
 fn model(dtype: Dtype, vars: &VarMap, device: &Device) -> Result<Costly> {
     let ode = NeuralOde::from_field(vars, "f", DType::F32, device, |vb| {
-        Ok(WithIntegral::new(Mlp::new(&[2, 32, 32, 2], Activation::Tanh, vb)?, cost))
+        Ok(WithIntegral::new(
+            Mlp::new(&[2, 32, 32, 2], Activation::Tanh, vb)?,
+            cost,
+        ))
     })?;
     Ok(ode.options(OdeOptions {
         method: RK4,
@@ -120,7 +125,13 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
         all.push(train(dtype, (&fit, args.flags.seed), device)?);
     }
-    let mut table = Table::new(["precision", "∫ |x − γ|² ds, first", "last", "from the track to s = 1", "|x| from 1 at s = 5"]);
+    let mut table = Table::new([
+        "precision",
+        "∫ |x − γ|² ds, first",
+        "last",
+        "from the track to s = 1",
+        "|x| from 1 at s = 5",
+    ]);
     for o in &all {
         let name = o.dtype.name();
         table.row([
@@ -130,18 +141,26 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             format!("{:.3}", o.track),
             format!("{:.3}", o.radius),
         ]);
-        report.demand(o.track <= TRACK, || format!("{name}: {:.3} from the track", o.track));
-        report.demand(o.radius <= RADIUS, || format!("{name}: |x| is {:.3} from 1 at s = {LONG}", o.radius));
+        report.demand(o.track <= TRACK, || {
+            format!("{name}: {:.3} from the track", o.track)
+        });
+        report.demand(o.radius <= RADIUS, || {
+            format!("{name}: |x| is {:.3} from 1 at s = {LONG}", o.radius)
+        });
     }
     print!("{table}");
-    picture(&report.picture(""), (1260, 430), |area| draw(&all[0], device, area))?;
-    let json = |o: &Outcome| json!({
-        "precision": o.dtype.name(),
-        "loss_first": o.losses[0],
-        "loss_last": o.losses[o.losses.len() - 1],
-        "from_track": o.track,
-        "radius_error_at_the_end": o.radius,
-    });
+    picture(&report.picture(""), (1260, 430), |area| {
+        draw(&all[0], device, area)
+    })?;
+    let json = |o: &Outcome| {
+        json!({
+            "precision": o.dtype.name(),
+            "loss_first": o.losses[0],
+            "loss_last": o.losses[o.losses.len() - 1],
+            "from_track": o.track,
+            "radius_error_at_the_end": o.radius,
+        })
+    };
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())
 }
 
@@ -155,9 +174,17 @@ fn draw(o: &Outcome, device: &Device, area: &crate::common::chart::Area<'_>) -> 
     let mut plane = vec![];
     for row in (0..STARTS).step_by(10) {
         for c in 0..2 {
-            over_time.push(Curve::new("", colour(c), (0..count).map(|i| (time(i), at(i, row, c)))));
+            over_time.push(Curve::new(
+                "",
+                colour(c),
+                (0..count).map(|i| (time(i), at(i, row, c))),
+            ));
         }
-        plane.push(Curve::new("", colour(0), (0..count).map(|i| (at(i, row, 0), at(i, row, 1)))));
+        plane.push(Curve::new(
+            "",
+            colour(0),
+            (0..count).map(|i| (at(i, row, 0), at(i, row, 1))),
+        ));
     }
     let circle = (0..=100).map(|i| {
         let angle = std::f64::consts::TAU * f64::from(i) / 100.0;
@@ -187,7 +214,10 @@ fn draw(o: &Outcome, device: &Device, area: &crate::common::chart::Area<'_>) -> 
     let losses = o.losses.iter().enumerate().map(|(i, l)| (i as f64, *l));
     Panel {
         curves: vec![Curve::new("", colour(0), losses)],
-        scales: [crate::common::chart::Scale::Linear, crate::common::chart::Scale::Decades],
+        scales: [
+            crate::common::chart::Scale::Linear,
+            crate::common::chart::Scale::Decades,
+        ],
         ..Panel::new("∫ |x − γ|² ds", "iteration", "loss")
     }
     .draw(&parts[2])

@@ -72,7 +72,9 @@ impl Data {
     fn new(series: usize, seed: u64, device: &Device) -> Result<Self> {
         let mut rng = generator(seed);
         let mut part = |from: f64| {
-            let mut times: Vec<f64> = (0..TIMES).map(|_| from + END * rng.random::<f64>()).collect();
+            let mut times: Vec<f64> = (0..TIMES)
+                .map(|_| from + END * rng.random::<f64>())
+                .collect();
             times.sort_by(f64::total_cmp);
             times
         };
@@ -85,7 +87,11 @@ impl Data {
             Ok(Tensor::from_vec(numbers, (n, times.len(), 1), device)?)
         };
         let (training, test) = (all(series - test)?, all(test)?);
-        Ok(Self { times, training, test })
+        Ok(Self {
+            times,
+            training,
+            test,
+        })
     }
 }
 
@@ -99,7 +105,10 @@ fn sample(times: &[f64], rng: &mut StdRng) -> Vec<f32> {
         phase.sin() + level
     };
     let clean: Vec<f64> = times.iter().map(value).collect();
-    clean.into_iter().map(|x| (x + 0.01 * rng.random::<f64>()) as f32).collect()
+    clean
+        .into_iter()
+        .map(|x| (x + 0.01 * rng.random::<f64>()) as f32)
+        .collect()
 }
 
 /// Every second time from `first` on, below `end`.
@@ -148,8 +157,12 @@ fn train(data: &Data, dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -
     let rows = data.training.dim(0)?;
     let bar = progress(dtype.name(), fit.iterations)?;
     let losses = fit.run(&vars, &bar, |i| {
-        let series: Vec<u32> = (0..BATCH).map(|_| rng.random_range(0..rows as u32)).collect();
-        let x = data.training.index_select(&Tensor::new(series, device)?, 0)?;
+        let series: Vec<u32> = (0..BATCH)
+            .map(|_| rng.random_range(0..rows as u32))
+            .collect();
+        let x = data
+            .training
+            .index_select(&Tensor::new(series, device)?, 0)?;
         let noise = normal(&mut rng, (BATCH, SIZES[2]), DType::F32, device)?;
         let elbo = model.elbo(&at(&x, &observed)?, &times, &noise)?;
         let beta = ((i as f64 - WITHOUT) / COMES_IN).clamp(0.0, 1.0) / times.len() as f64;
@@ -160,7 +173,9 @@ fn train(data: &Data, dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -
     let decoded = model.decode(&z, &data.times)?.detach();
     let squares = (&decoded - &data.test)?.sqr()?;
     let mean = |places: &[u32]| -> Result<f64> {
-        Ok(f64::from(at(&squares, places)?.mean_all()?.to_scalar::<f32>()?))
+        Ok(f64::from(
+            at(&squares, places)?.mean_all()?.to_scalar::<f32>()?,
+        ))
     };
     let beyond: Vec<u32> = (TIMES as u32..2 * TIMES as u32).collect();
     Ok(Outcome {
@@ -198,23 +213,29 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     print!("{table}");
     let of = |dtype: Dtype| all.iter().find(|o| o.dtype == dtype).map(|o| o.between);
     if let Some(mse) = of(Dtype::F32) {
-        report.demand(mse <= ERROR, || format!("f32: a held-out error of {mse:.1e}, not {ERROR}"));
+        report.demand(mse <= ERROR, || {
+            format!("f32: a held-out error of {mse:.1e}, not {ERROR}")
+        });
     }
     if let Some((single, low)) = of(Dtype::F32).zip(of(Dtype::Bf16)) {
         report.demand(low <= LOW * single.max(0.5 * ERROR), || {
             format!("bf16: a held-out error of {low:.1e}, in f32 {single:.1e}")
         });
     }
-    let json = |o: &Outcome| json!({
-        "precision": o.dtype.name(),
-        "mse_observed": o.seen,
-        "mse_between": o.between,
-        "mse_beyond": o.beyond,
-        "seconds": o.seconds,
-    });
+    let json = |o: &Outcome| {
+        json!({
+            "precision": o.dtype.name(),
+            "mse_observed": o.seen,
+            "mse_between": o.between,
+            "mse_beyond": o.beyond,
+            "seconds": o.seconds,
+        })
+    };
     report.figure("updates", fit.iterations)?;
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())?;
-    picture(&report.picture(""), (1300, 700), |area| draw(&all, &data, area))
+    picture(&report.picture(""), (1300, 700), |area| {
+        draw(&all, &data, area)
+    })
 }
 
 /// Three test series, and the loss.
@@ -239,7 +260,11 @@ fn draw(all: &[Outcome], data: &Data, area: &crate::common::chart::Area<'_>) -> 
     }
     let curve = |(i, o): (usize, &Outcome)| {
         let shift = o.losses.iter().copied().fold(f64::MAX, f64::min) - 0.1;
-        let at = o.losses.iter().enumerate().map(move |(k, l)| (k as f64, l - shift));
+        let at = o
+            .losses
+            .iter()
+            .enumerate()
+            .map(move |(k, l)| (k as f64, l - shift));
         Curve::new(o.dtype.name(), colour(i), at)
     };
     Panel {

@@ -100,15 +100,25 @@ fn errors(states: &Tensor, serial: &Tensor) -> Result<Vec<f64>> {
     let (all, exact) = (values(states)?, values(serial)?);
     let size = exact.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
     let each = all.len() / (INTERVALS + 1);
-    let pairs: Vec<f64> = all.iter().zip(&exact).map(|(a, b)| (a - b).abs() / size).collect();
-    Ok(pairs.chunks(each).map(|part| part.iter().copied().fold(0.0, f64::max)).collect())
+    let pairs: Vec<f64> = all
+        .iter()
+        .zip(&exact)
+        .map(|(a, b)| (a - b).abs() / size)
+        .collect();
+    Ok(pairs
+        .chunks(each)
+        .map(|part| part.iter().copied().fold(0.0, f64::max))
+        .collect())
 }
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let fine = args.flags.size().pick(20, 100, 100);
     let lorenz = Lorenz(System::LORENZ);
     let length = END / INTERVALS as f64;
-    for dtype in args.flags.precisions_among(&[Dtype::F64], &[Dtype::F64, Dtype::F32])? {
+    for dtype in args
+        .flags
+        .precisions_among(&[Dtype::F64], &[Dtype::F64, Dtype::F32])?
+    {
         let options = |steps: usize| OdeOptions {
             method: RK4,
             steps: Steps::PerInterval(steps),
@@ -129,19 +139,30 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
                 let own = shooting.clone().sweeps(sweeps).tolerance(0.0);
                 let (shot, seconds) = timed(|| run(&own))?;
                 let errors = errors(&shot.states, &serial)?;
-                all.push(Sweep { method, sweeps, errors, seconds });
+                all.push(Sweep {
+                    method,
+                    sweeps,
+                    errors,
+                    seconds,
+                });
             }
         }
-        let ended = parareal(&shooting.clone().tolerance(TOLERANCE))?.changes.len();
-        let ended_newton = newton(&shooting.clone().tolerance(TOLERANCE))?.changes.len();
+        let ended = parareal(&shooting.clone().tolerance(TOLERANCE))?
+            .changes
+            .len();
+        let ended_newton = newton(&shooting.clone().tolerance(TOLERANCE))?
+            .changes
+            .len();
         print(dtype, &all, seconds, [ended, ended_newton]);
         draw(report, dtype, &all, seconds)?;
-        let json = |s: &Sweep| json!({
-            "method": s.method,
-            "sweeps": s.sweeps,
-            "error": s.errors.iter().copied().fold(0.0, f64::max),
-            "seconds": s.seconds,
-        });
+        let json = |s: &Sweep| {
+            json!({
+                "method": s.method,
+                "sweeps": s.sweeps,
+                "error": s.errors.iter().copied().fold(0.0, f64::max),
+                "seconds": s.seconds,
+            })
+        };
         let part = dtype.name();
         report.figure(part, all.iter().map(json).collect::<Vec<_>>())?;
         report.figure(&format!("{part}_serial_seconds"), seconds)?;
@@ -180,9 +201,16 @@ fn print(dtype: Dtype, all: &[Sweep], serial: f64, ended: [usize; 2]) {
             format!("{:.1}", serial / s.seconds),
         ]);
     }
-    println!("{}: the serial solve takes {:.1} ms", dtype.name(), 1e3 * serial);
+    println!(
+        "{}: the serial solve takes {:.1} ms",
+        dtype.name(),
+        1e3 * serial
+    );
     print!("{table}");
-    println!("changes below {TOLERANCE:.0e} after {} sweeps of parareal, {} of Newton", ended[0], ended[1]);
+    println!(
+        "changes below {TOLERANCE:.0e} after {} sweeps of parareal, {} of Newton",
+        ended[0], ended[1]
+    );
 }
 
 fn draw(report: &mut Report, dtype: Dtype, all: &[Sweep], serial: f64) -> Result<()> {
@@ -195,14 +223,22 @@ fn draw(report: &mut Report, dtype: Dtype, all: &[Sweep], serial: f64) -> Result
         for (method, part) in ["parareal", "Newton"].iter().zip(&parts) {
             let own = all.iter().filter(|s| s.method == *method && s.sweeps <= 4);
             let curve = |(i, s): (usize, &Sweep)| {
-                let at = s.errors.iter().enumerate().map(|(n, e)| (n as f64, e.max(1e-17)));
+                let at = s
+                    .errors
+                    .iter()
+                    .enumerate()
+                    .map(|(n, e)| (n as f64, e.max(1e-17)));
                 Curve::new(format!("{} sweeps", s.sweeps), colour(i), at)
             };
             Panel {
                 scales: [Scale::Linear, Scale::Decades],
                 curves: own.enumerate().map(curve).collect(),
                 ranges: [None, Some(1e-17..1e5)],
-                ..Panel::new(format!("{method}: error by interval"), "interval", "relative error")
+                ..Panel::new(
+                    format!("{method}: error by interval"),
+                    "interval",
+                    "relative error",
+                )
             }
             .draw(part)?;
         }

@@ -46,7 +46,10 @@ impl Image {
 
     /// All frames, at half of the size.
     fn frames(&self) -> Vec<f32> {
-        let (middle, scale) = (0.5 * (self.side as f32 - 1.0), self.side as f32 / SIDE as f32);
+        let (middle, scale) = (
+            0.5 * (self.side as f32 - 1.0),
+            self.side as f32 / SIDE as f32,
+        );
         let frame = |k: usize| {
             let (sin, cos) = (std::f32::consts::TAU * k as f32 / FRAMES as f32).sin_cos();
             let pixel = move |p: usize| {
@@ -78,7 +81,11 @@ impl Image {
             let (dx, dy) = (x, y - centre);
             let open = dx < -0.5 * radius;
             let off = (dx.hypot(dy) - radius).abs() / width;
-            if open { 0.0 } else { (1.5 - off).clamp(0.0, 1.0) }
+            if open {
+                0.0
+            } else {
+                (1.5 - off).clamp(0.0, 1.0)
+            }
         };
         Self {
             side,
@@ -95,11 +102,17 @@ impl Data {
         let labels = file("t10k-labels-idx1-ubyte.gz")?;
         let side = images.dims.get(1).copied().unwrap_or(0);
         let threes = images.bytes.chunks(side * side).zip(&labels.bytes);
-        let threes = threes.filter(|(_, label)| **label == 3).map(|(pixels, _)| Image {
-            side,
-            pixels: pixels.iter().map(|p| f32::from(*p) / 255.0).collect(),
-        });
-        Self::of(threes.take(most).collect(), "threes of MNIST's test set", device)
+        let threes = threes
+            .filter(|(_, label)| **label == 3)
+            .map(|(pixels, _)| Image {
+                side,
+                pixels: pixels.iter().map(|p| f32::from(*p) / 255.0).collect(),
+            });
+        Self::of(
+            threes.take(most).collect(),
+            "threes of MNIST's test set",
+            device,
+        )
     }
 
     /// Of threes that are made of arcs.

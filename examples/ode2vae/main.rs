@@ -78,7 +78,9 @@ fn train(data: &Data, dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -
     let sequences = data.training.dim(0)?;
     let bar = progress(dtype.name(), fit.iterations)?;
     let losses = fit.run(&vars, &bar, |i| {
-        let rows: Vec<u32> = (0..BATCH).map(|_| rng.random_range(0..sequences as u32)).collect();
+        let rows: Vec<u32> = (0..BATCH)
+            .map(|_| rng.random_range(0..sequences as u32))
+            .collect();
         let frames = data.training.index_select(&Tensor::new(rows, device)?, 0)?;
         let bound = model.bound(&frames, &mut rng)?;
         // The divergences come in over the first half.
@@ -89,7 +91,8 @@ fn train(data: &Data, dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -
     bar.finish_and_clear();
     let first = data.test.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?;
     let frames = model.frames(&first)?.detach();
-    let square = |x: Tensor| -> Result<f64> { Ok(f64::from(x.sqr()?.mean_all()?.to_scalar::<f32>()?)) };
+    let square =
+        |x: Tensor| -> Result<f64> { Ok(f64::from(x.sqr()?.mean_all()?.to_scalar::<f32>()?)) };
     let mean = data.training.mean_keepdim(0)?;
     Ok(Outcome {
         dtype,
@@ -112,12 +115,24 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         true => Data::read(&args.data, sequences, device)?,
         false => Data::drawn(sequences, &mut generator(seed), device)?,
     };
-    println!("{}, {} to train on and {} to test", data.name, data.training.dim(0)?, data.test.dim(0)?);
+    println!(
+        "{}, {} to train on and {} to test",
+        data.name,
+        data.training.dim(0)?,
+        data.test.dim(0)?
+    );
     let mut all = vec![];
     for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
         all.push(train(&data, dtype, (&fit, seed), device)?);
     }
-    let mut table = Table::new(["precision", "test MSE", "of the mean sequence", "loss, first", "last", "s"]);
+    let mut table = Table::new([
+        "precision",
+        "test MSE",
+        "of the mean sequence",
+        "loss, first",
+        "last",
+        "s",
+    ]);
     for o in &all {
         let name = o.dtype.name();
         let last = &o.losses[o.losses.len().saturating_sub(20)..];
@@ -130,20 +145,27 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             format!("{:.0}", o.seconds),
         ]);
         report.demand(o.mse <= SHARE * o.mean, || {
-            format!("{name}: an error of {:.4}, that of the mean sequence is {:.4}", o.mse, o.mean)
+            format!(
+                "{name}: an error of {:.4}, that of the mean sequence is {:.4}",
+                o.mse, o.mean
+            )
         });
     }
     print!("{table}");
     let of = |dtype: Dtype| all.iter().find(|o| o.dtype == dtype).map(|o| o.mse);
     if let Some((single, low)) = of(Dtype::F32).zip(of(Dtype::Bf16)) {
-        report.demand(low <= LOW * single, || format!("bf16: an error of {low:.4}, in f32 {single:.4}"));
+        report.demand(low <= LOW * single, || {
+            format!("bf16: an error of {low:.4}, in f32 {single:.4}")
+        });
     }
-    let json = |o: &Outcome| json!({
-        "precision": o.dtype.name(),
-        "test_mse": o.mse,
-        "mse_of_the_mean": o.mean,
-        "seconds": o.seconds,
-    });
+    let json = |o: &Outcome| {
+        json!({
+            "precision": o.dtype.name(),
+            "test_mse": o.mse,
+            "mse_of_the_mean": o.mean,
+            "seconds": o.seconds,
+        })
+    };
     report.figure("data", data.name)?;
     report.figure("updates", fit.iterations)?;
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())?;
@@ -179,7 +201,14 @@ fn strips(o: &Outcome, data: &Data, area: &Area<'_>) -> Result<()> {
             limits: Some(0.0..1.0),
             numbers: false,
         }),
-        ..Panel::new(format!("two test sequences, and what is made of their first frames ({})", o.dtype.name()), "frame", "")
+        ..Panel::new(
+            format!(
+                "two test sequences, and what is made of their first frames ({})",
+                o.dtype.name()
+            ),
+            "frame",
+            "",
+        )
     }
     .draw(area)
 }

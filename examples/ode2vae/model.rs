@@ -100,7 +100,10 @@ impl Model {
         let prior = ((zs.sqr()? + two_pi)?.sum_keepdim(D::Minus1)? * -0.5)?;
         let divergence = (densities - prior)?.sum(0)?.mean_all()?;
         let places = zs.narrow(D::Minus1, LATENT, LATENT)?.contiguous()?;
-        let logits = self.decoder.forward(&places)?.reshape((FRAMES, rows, PIXELS))?;
+        let logits = self
+            .decoder
+            .forward(&places)?
+            .reshape((FRAMES, rows, PIXELS))?;
         Ok((logits.transpose(0, 1)?.contiguous()?, divergence))
     }
 

@@ -126,7 +126,11 @@ impl Model {
         let lstm = |inputs: usize| LstmCell::new(inputs, HIDDEN, vb.pp("cell"));
         let states = match kind {
             Kind::OdeLstm(_) => states(flow(kind, vars, device)?, lstm(1)?, true),
-            Kind::OdeRnn => states(flow(kind, vars, device)?, RnnCell::new(1, HIDDEN, vb.pp("cell"))?, true),
+            Kind::OdeRnn => states(
+                flow(kind, vars, device)?,
+                RnnCell::new(1, HIDDEN, vb.pp("cell"))?,
+                true,
+            ),
             Kind::Lstm => states(flow(kind, &VarMap::new(), device)?, lstm(2)?, false),
         };
         Ok(Self { states, readout })
@@ -134,7 +138,10 @@ impl Model {
 
     fn logits(&self, runs: &Runs) -> Result<Tensor> {
         let states = (self.states)(runs)?;
-        let last = states.narrow(1, states.dim(1)? - 1, 1)?.squeeze(1)?.contiguous()?;
+        let last = states
+            .narrow(1, states.dim(1)? - 1, 1)?
+            .squeeze(1)?
+            .contiguous()?;
         Ok(self.readout.forward(&last)?)
     }
 }
@@ -213,7 +220,12 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let kinds = precisions.into_iter().map(Kind::OdeLstm);
     let mut all = vec![];
     for kind in kinds.chain([Kind::OdeRnn, Kind::Lstm]) {
-        all.push(train(kind, args.bits as usize, (&fit, args.flags.seed), device)?);
+        all.push(train(
+            kind,
+            args.bits as usize,
+            (&fit, args.flags.seed),
+            device,
+        )?);
     }
     let mut table = Table::new(["model", "right of 1000", "last loss", "s"]);
     for o in &all {
@@ -225,18 +237,28 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         ]);
     }
     print!("{table}");
-    let of = |dtype: Dtype| all.iter().find(|o| o.kind == Kind::OdeLstm(dtype)).map(|o| o.right);
+    let of = |dtype: Dtype| {
+        all.iter()
+            .find(|o| o.kind == Kind::OdeLstm(dtype))
+            .map(|o| o.right)
+    };
     if let Some(right) = of(Dtype::F32) {
-        report.demand(right >= RIGHT, || format!("f32: {right:.3} of the streams are right, not {RIGHT}"));
+        report.demand(right >= RIGHT, || {
+            format!("f32: {right:.3} of the streams are right, not {RIGHT}")
+        });
     }
     if let Some((single, low)) = of(Dtype::F32).zip(of(Dtype::Bf16)) {
-        report.demand(low >= single - LOW, || format!("bf16: {low:.3} of the streams, in f32 {single:.3}"));
+        report.demand(low >= single - LOW, || {
+            format!("bf16: {low:.3} of the streams, in f32 {single:.3}")
+        });
     }
-    let json = |o: &Outcome| json!({
-        "model": o.kind.name(),
-        "accuracy": o.right,
-        "seconds": o.seconds,
-    });
+    let json = |o: &Outcome| {
+        json!({
+            "model": o.kind.name(),
+            "accuracy": o.right,
+            "seconds": o.seconds,
+        })
+    };
     report.figure("bits", args.bits)?;
     report.figure("updates", fit.iterations)?;
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())?;
@@ -244,11 +266,20 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         let curve = |(i, o): (usize, &Outcome)| {
             let part = (o.losses.len() / 60).max(1);
             let means = o.losses.chunks(part).enumerate();
-            Curve::new(o.kind.name(), colour(i), means.map(|(k, l)| ((k * part) as f64, mean(l)))).width(2)
+            Curve::new(
+                o.kind.name(),
+                colour(i),
+                means.map(|(k, l)| ((k * part) as f64, mean(l))),
+            )
+            .width(2)
         };
         Panel {
             curves: all.iter().enumerate().map(curve).collect(),
-            ..Panel::new(format!("parity of {} bits", args.bits), "update", "cross entropy")
+            ..Panel::new(
+                format!("parity of {} bits", args.bits),
+                "update",
+                "cross entropy",
+            )
         }
         .draw(area)
     })

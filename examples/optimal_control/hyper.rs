@@ -49,7 +49,9 @@ fn torque(net: &Perceptron, x: &Tensor) -> CandleResult<Tensor> {
 }
 
 fn points(n: usize, side: f64, rng: &mut StdRng, device: &Device) -> Result<Tensor> {
-    let x: Vec<f32> = (0..2 * n).map(|_| rng.random_range(-side..side) as f32).collect();
+    let x: Vec<f32> = (0..2 * n)
+        .map(|_| rng.random_range(-side..side) as f32)
+        .collect();
     Ok(Tensor::from_vec(x, (n, 2), device)?)
 }
 
@@ -79,7 +81,9 @@ impl Correction {
         let bar = progress("correction", fit.iterations)?;
         let losses = fit.run(&vars, &bar, |_| {
             let x = points(BATCH, 1.5 * std::f64::consts::PI, &mut rng, device)?;
-            let u: Vec<f32> = (0..BATCH).map(|_| rng.random_range(-TORQUE..TORQUE) as f32).collect();
+            let u: Vec<f32> = (0..BATCH)
+                .map(|_| rng.random_range(-TORQUE..TORQUE) as f32)
+                .collect();
             let u = Tensor::from_vec(u, (BATCH, 1), device)?;
             let k = pendulum(&x, &u)?;
             let field = |_: &Time, x: &Tensor| pendulum(x, &u);
@@ -94,11 +98,15 @@ impl Correction {
         // The correction stands still while the controller learns.
         let plain = |i: usize| -> Result<Linear> {
             let data = vars.data().lock().map_err(|_| "the variables are locked")?;
-            let get = |part: &str| data.get(&format!("{i}.{part}")).map(|v| v.as_tensor().detach());
+            let get = |part: &str| {
+                data.get(&format!("{i}.{part}"))
+                    .map(|v| v.as_tensor().detach())
+            };
             let weight = get("weight").ok_or("no weight")?;
             Ok(Linear::from(candle_nn::Linear::new(weight, get("bias"))))
         };
-        let layers = Perceptron::from_layers(vec![plain(0)?, plain(1)?, plain(2)?], Activation::Tanh)?;
+        let layers =
+            Perceptron::from_layers(vec![plain(0)?, plain(1)?, plain(2)?], Activation::Tanh)?;
         Ok((Self { layers }, last))
     }
 }
@@ -149,7 +157,12 @@ fn closed(net: &Perceptron, x: &Tensor) -> CandleResult<Tensor> {
     pendulum(x, &torque(net, x)?)
 }
 
-fn train(kind: Kind, layers: &Perceptron, (fit, seed): (&Fit, u64), device: &Device) -> Result<Trained> {
+fn train(
+    kind: Kind,
+    layers: &Perceptron,
+    (fit, seed): (&Fit, u64),
+    device: &Device,
+) -> Result<Trained> {
     let vars = VarMap::new();
     let plain = |net: Perceptron| move |_: &Time, x: &Tensor| closed(&net, x);
     let ode = match kind {
@@ -169,7 +182,9 @@ fn train(kind: Kind, layers: &Perceptron, (fit, seed): (&Fit, u64), device: &Dev
     };
     let mut rng = generator(seed);
     initial::layers(&vars, &mut rng)?;
-    let times: Vec<f64> = (0..=(END / STEP).round() as usize).map(|i| i as f64 * STEP).collect();
+    let times: Vec<f64> = (0..=(END / STEP).round() as usize)
+        .map(|i| i as f64 * STEP)
+        .collect();
     let cost = |xs: &Tensor| -> CandleResult<Tensor> {
         (xs.sqr()?.sum(D::Minus1)? + 1e-6)?.sqrt()?.mean_all()
     };
@@ -202,13 +217,22 @@ pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result
     let size = flags.size();
     let fit = CORRECTION.iterations(size.pick(20, CORRECTION.iterations, 10_000));
     let (correction, left) = Correction::learnt((&fit, flags.seed), device)?;
-    println!("the correction leaves {} of the squared residual", sci(left));
+    println!(
+        "the correction leaves {} of the squared residual",
+        sci(left)
+    );
     let fit = CONTROL.iterations(size.pick(3, CONTROL.iterations, 500));
     let mut all = vec![];
     for kind in [Kind::Euler, Kind::Hyper, Kind::Rk4] {
         all.push(train(kind, &correction.layers, (&fit, flags.seed), device)?);
     }
-    let mut table = Table::new(["trained through", "cost, first", "by this solver", "exactly", "ms/update"]);
+    let mut table = Table::new([
+        "trained through",
+        "cost, first",
+        "by this solver",
+        "exactly",
+        "ms/update",
+    ]);
     for o in &all {
         table.row([
             o.kind.name().to_owned(),
@@ -227,12 +251,14 @@ pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result
     report.demand(hyper < euler, || {
         format!("the hypersolver's cost is {hyper:.3} from the exact one, Euler's {euler:.3}")
     });
-    let json = |o: &Trained| json!({
-        "solver": o.kind.name(),
-        "cost_by_it": o.believed,
-        "cost": o.exact,
-        "milliseconds": o.milliseconds,
-    });
+    let json = |o: &Trained| {
+        json!({
+            "solver": o.kind.name(),
+            "cost_by_it": o.believed,
+            "cost": o.exact,
+            "milliseconds": o.milliseconds,
+        })
+    };
     report.figure("solvers", all.iter().map(json).collect::<Vec<_>>())?;
     Ok(all)
 }

@@ -106,7 +106,9 @@ fn train(dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -> Result<Shap
     }
     let mut starts = |n: usize| -> Result<(Tensor, Tensor)> {
         let turn = std::f64::consts::TAU;
-        let x: Vec<f32> = (0..2 * n).map(|_| rng.random_range(-turn..turn) as f32).collect();
+        let x: Vec<f32> = (0..2 * n)
+            .map(|_| rng.random_range(-turn..turn) as f32)
+            .collect();
         let none = Tensor::zeros((n, 1), DType::F32, device)?;
         Ok((Tensor::from_vec(x, (n, 2), device)?, none))
     };
@@ -143,7 +145,14 @@ pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result
     for dtype in flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
         all.push(train(dtype, (&fit, flags.seed), device)?);
     }
-    let mut table = Table::new(["energy shaping", "loss, first", "last", "|x| at t = 3", "without u", "∫ |u| dt"]);
+    let mut table = Table::new([
+        "energy shaping",
+        "loss, first",
+        "last",
+        "|x| at t = 3",
+        "without u",
+        "∫ |u| dt",
+    ]);
     for o in &all {
         let name = o.dtype.name();
         table.row([
@@ -154,15 +163,19 @@ pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result
             format!("{:.3}", o.without),
             format!("{:.2}", o.effort),
         ]);
-        report.demand(o.rest <= REST, || format!("{name}: {:.3} from rest at t = {END}, not {REST}", o.rest));
+        report.demand(o.rest <= REST, || {
+            format!("{name}: {:.3} from rest at t = {END}, not {REST}", o.rest)
+        });
     }
     println!("{table}");
-    let json = |o: &Shaped| json!({
-        "precision": o.dtype.name(),
-        "distance_from_rest": o.rest,
-        "without_control": o.without,
-        "effort": o.effort,
-    });
+    let json = |o: &Shaped| {
+        json!({
+            "precision": o.dtype.name(),
+            "distance_from_rest": o.rest,
+            "without_control": o.without,
+            "effort": o.effort,
+        })
+    };
     report.figure("energy_shaping", all.iter().map(json).collect::<Vec<_>>())?;
     Ok(all)
 }

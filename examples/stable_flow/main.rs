@@ -189,7 +189,9 @@ fn kept(vars: &VarMap, states: &Tensor, device: &Device) -> Result<f64> {
     let change = along.broadcast_sub(&along.narrow(0, 0, 1)?)?.abs()?;
     let square = uniform(&mut generator(1), (1000, 2), DType::F32, device)?;
     let square = values(&of(&((square * (2.0 * SIDE))? - SIDE)?)?)?;
-    let (low, high) = square.iter().fold((f64::MAX, f64::MIN), |(a, b), x| (a.min(*x), b.max(*x)));
+    let (low, high) = square
+        .iter()
+        .fold((f64::MAX, f64::MIN), |(a, b), x| (a.min(*x), b.max(*x)));
     let change: f64 = values(&change)?.into_iter().fold(0.0, f64::max);
     Ok(change / (high - low))
 }
@@ -202,7 +204,14 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             all.push(train(kind, dtype, (&fit, args.flags.seed), device)?);
         }
     }
-    let mut table = Table::new(["field", "precision", "error of velocity", "true energy, drift", "learnt energy, change", "s"]);
+    let mut table = Table::new([
+        "field",
+        "precision",
+        "error of velocity",
+        "true energy, drift",
+        "learnt energy, change",
+        "s",
+    ]);
     for o in &all {
         table.row([
             o.kind.name().to_owned(),
@@ -216,7 +225,9 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     print!("{table}");
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let of = |kind: Kind| all.iter().find(|o| o.kind == kind && o.dtype == dtype);
-        let Some((stable, plain)) = of(Kind::Stable).zip(of(Kind::Perceptron)) else { continue };
+        let Some((stable, plain)) = of(Kind::Stable).zip(of(Kind::Perceptron)) else {
+            continue;
+        };
         let name = dtype.name();
         report.demand(stable.lost <= plain.lost || !plain.lost.is_finite(), || {
             format!("{name}: the energy of the stable flow drifts by {:.1e}, of the perceptron by {:.1e}", stable.lost, plain.lost)
@@ -226,13 +237,15 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             format!("{name}: the learnt energy changes by {own:.1e} of its range")
         });
     }
-    let json = |o: &Outcome| json!({
-        "field": o.kind.name(),
-        "precision": o.dtype.name(),
-        "velocity_error": o.error,
-        "energy_drift": report::any(o.lost),
-        "seconds": o.seconds,
-    });
+    let json = |o: &Outcome| {
+        json!({
+            "field": o.kind.name(),
+            "precision": o.dtype.name(),
+            "velocity_error": o.error,
+            "energy_drift": report::any(o.lost),
+            "seconds": o.seconds,
+        })
+    };
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())?;
     let options = OdeOptions {
         steps: Steps::PerInterval(4),
@@ -241,24 +254,37 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let exact = predict(&truth, &starts(device)?, &times(), &options)?;
     let single = all[0].dtype;
     let own: Vec<_> = all.iter().filter(|o| o.dtype == single).collect();
-    picture(&report.picture(""), (1500, 440), |area| draw(&own, &exact, device, area))
+    picture(&report.picture(""), (1500, 440), |area| {
+        draw(&own, &exact, device, area)
+    })
 }
 
-fn draw(own: &[&Outcome], exact: &Tensor, device: &Device, area: &crate::common::chart::Area<'_>) -> Result<()> {
+fn draw(
+    own: &[&Outcome],
+    exact: &Tensor,
+    device: &Device,
+    area: &crate::common::chart::Area<'_>,
+) -> Result<()> {
     let parts = area.split_evenly((1, 3));
     let window = Window::square(SIDE);
     let classes: Vec<u32> = vec![0; STARTS];
     let t = Time::new(0.0, DType::F32, device);
     for (o, part) in own.iter().zip(&parts) {
         let mut curves = paths(exact, &classes)?;
-        curves.iter_mut().for_each(|c| (c.colour, c.width) = (TRUTH, 4));
+        curves
+            .iter_mut()
+            .for_each(|c| (c.colour, c.width) = (TRUTH, 4));
         curves.extend(paths(&o.states, &classes)?);
         let arrows = window.arrows(15, (DType::F32, device), |x| Ok(truth(&t, x)?), TRUTH)?;
         Panel {
             curves,
             arrows: vec![arrows],
             ranges: window.ranges(),
-            ..Panel::new(format!("{}: solutions to t = {END}", o.kind.name()), "x", "v")
+            ..Panel::new(
+                format!("{}: solutions to t = {END}", o.kind.name()),
+                "x",
+                "v",
+            )
         }
         .draw(part)?;
     }

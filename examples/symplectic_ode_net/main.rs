@@ -84,7 +84,10 @@ impl Kind {
                 let net = |outputs: usize, name: &str| {
                     Perceptron::new(&[4, WIDTH, WIDTH, outputs], tanh, vb.pp(name))
                 };
-                Ok(Symplectic::new([net(3, "mass")?, net(1, "potential")?, net(4, "input")?]).field())
+                Ok(
+                    Symplectic::new([net(3, "mass")?, net(1, "potential")?, net(4, "input")?])
+                        .field(),
+                )
             }),
             Self::Perceptron => NeuralOde::from_field(vars, "f", DType::F32, device, move |vb| {
                 let net = Perceptron::new(&[ROW, 2 * WIDTH, 2 * WIDTH, ROW - 2], tanh, vb)?;
@@ -132,7 +135,8 @@ impl Data {
         let all = predict(&ACROBOT, &starts, &times, &options)?.narrow(0, 1, POINTS)?;
         // Those that do not turn too fast.
         let speeds = all.narrow(2, 2, 2)?.abs()?.max(0)?.to_vec2::<f64>()?;
-        let slow = |s: &Vec<f64>| s[0] < 4.0 * std::f64::consts::PI && s[1] < 9.0 * std::f64::consts::PI;
+        let slow =
+            |s: &Vec<f64>| s[0] < 4.0 * std::f64::consts::PI && s[1] < 9.0 * std::f64::consts::PI;
         let kept = (0..4 * trajectories as u32).filter(|i| slow(&speeds[*i as usize]));
         let kept: Vec<u32> = kept.take(trajectories).collect();
         let kept = Tensor::new(kept, &Device::Cpu)?;
@@ -148,10 +152,15 @@ impl Data {
     /// Windows `(WINDOW, rows, ROW)` that begin at these (point, trajectory).
     fn windows(&self, at: &[(usize, usize)]) -> Result<Tensor> {
         let flat = self.states.reshape((POINTS * self.trajectories, ROW))?;
-        let point = |k: usize| at.iter().map(move |(i, j)| ((i + k) * self.trajectories + j) as u32);
+        let point = |k: usize| {
+            at.iter()
+                .map(move |(i, j)| ((i + k) * self.trajectories + j) as u32)
+        };
         let places: Vec<u32> = (0..WINDOW).flat_map(point).collect();
         let places = Tensor::new(places, flat.device())?;
-        Ok(flat.index_select(&places, 0)?.reshape((WINDOW, at.len(), ROW))?)
+        Ok(flat
+            .index_select(&places, 0)?
+            .reshape((WINDOW, at.len(), ROW))?)
     }
 }
 
@@ -178,7 +187,13 @@ fn times(points: usize) -> Vec<f64> {
     (0..points).map(|i| STEP * i as f64).collect()
 }
 
-fn train(data: &Data, kind: Kind, dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -> Result<Outcome> {
+fn train(
+    data: &Data,
+    kind: Kind,
+    dtype: Dtype,
+    (fit, seed): (&Fit, u64),
+    device: &Device,
+) -> Result<Outcome> {
     let clock = Instant::now();
     let vars = VarMap::new();
     let ode = kind.model(&vars, device)?.options(OdeOptions {
@@ -190,7 +205,9 @@ fn train(data: &Data, kind: Kind, dtype: Dtype, (fit, seed): (&Fit, u64), device
     initial::layers(&vars, &mut rng)?;
     let error = |windows: &Tensor| -> Result<Tensor> {
         let y0 = windows.get(0)?.contiguous()?;
-        Ok((ode.solve(&y0, &times(WINDOW))? - windows)?.sqr()?.mean_all()?)
+        Ok((ode.solve(&y0, &times(WINDOW))? - windows)?
+            .sqr()?
+            .mean_all()?)
     };
     let (trained, starts) = (data.trajectories - data.test, POINTS - WINDOW);
     let bar = progress(kind.name(), fit.iterations)?;
@@ -226,7 +243,14 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             all.push(train(&data, kind, dtype, (&fit, seed), device)?);
         }
     }
-    let mut table = Table::new(["model", "precision", "MSE of windows, training", "test", "of whole trajectories", "s"]);
+    let mut table = Table::new([
+        "model",
+        "precision",
+        "MSE of windows, training",
+        "test",
+        "of whole trajectories",
+        "s",
+    ]);
     for o in &all {
         let last = &o.losses[o.losses.len().saturating_sub(50)..];
         table.row([
@@ -244,21 +268,28 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         if let Some(other) = all.iter().find(same) {
             report.demand(o.test < other.test, || {
                 let name = o.dtype.name();
-                format!("{name}: a test error of {:.1e}, the perceptron's is {:.1e}", o.test, other.test)
+                format!(
+                    "{name}: a test error of {:.1e}, the perceptron's is {:.1e}",
+                    o.test, other.test
+                )
             });
         }
     }
-    let json = |o: &Outcome| json!({
-        "model": o.kind.name(),
-        "precision": o.dtype.name(),
-        "test_mse": o.test,
-        "trajectory_mse": report::any(o.whole),
-        "seconds": o.seconds,
-    });
+    let json = |o: &Outcome| {
+        json!({
+            "model": o.kind.name(),
+            "precision": o.dtype.name(),
+            "test_mse": o.test,
+            "trajectory_mse": report::any(o.whole),
+            "seconds": o.seconds,
+        })
+    };
     report.figure("runs", all.iter().map(json).collect::<Vec<_>>())?;
     let first = all[0].dtype;
     let own: Vec<_> = all.iter().filter(|o| o.dtype == first).collect();
-    picture(&report.picture(""), (1400, 420), |area| draw(&own, &data, area))
+    picture(&report.picture(""), (1400, 420), |area| {
+        draw(&own, &data, area)
+    })
 }
 
 /// Two coordinates of a test trajectory, and the losses.
@@ -270,7 +301,8 @@ fn draw(own: &[&Outcome], data: &Data, area: &crate::common::chart::Area<'_>) ->
         Ok(times(POINTS).into_iter().zip(all).collect())
     };
     for ((c, title), part) in [(2, "sin θ₁"), (5, "θ₂'")].into_iter().zip(&parts) {
-        let mut curves = vec![Curve::new("truth", TRUTH, column(&data.states, trained, c)?).width(4)];
+        let mut curves =
+            vec![Curve::new("truth", TRUTH, column(&data.states, trained, c)?).width(4)];
         for (i, o) in own.iter().enumerate() {
             curves.push(Curve::new(o.kind.name(), colour(i), column(&o.rolled, 0, c)?).width(2));
         }

@@ -72,7 +72,9 @@ impl GruField {
         };
         if !gates.iter().all(fits) {
             let dims: Vec<_> = gates.iter().map(|g| g.weight.dims()).collect();
-            candle_core::bail!("the layers of a GruField must be square and of one size, got weights {dims:?}")
+            candle_core::bail!(
+                "the layers of a GruField must be square and of one size, got weights {dims:?}"
+            )
         }
         Ok(Self { gates })
     }
@@ -85,7 +87,11 @@ impl GruField {
     fn pass(&self, h: &Tensor, history: bool) -> Result<Pass> {
         if h.dims().last() != Some(&self.features()) {
             let field = format!("a GruField of {} features", self.features());
-            return Err(wrong_state(field, format!("h (…, {})", self.features()), &[h]));
+            return Err(wrong_state(
+                field,
+                format!("h (…, {})", self.features()),
+                &[h],
+            ));
         }
         let h = h.reshape(((), self.features()))?;
         let plain = |x: &Tensor| match history {

@@ -6,8 +6,8 @@ use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder, VarMap};
 
 use super::{Cell, Gaps, GruCell, Hidden};
-use crate::nn::{Activation, GruField, Perceptron, RowSpeed};
 use crate::neural_ode::NeuralOde;
+use crate::nn::{Activation, GruField, Perceptron, RowSpeed};
 use crate::problem::OdeOptions;
 
 /// Observations of some of the variables at times of every row.
@@ -87,9 +87,10 @@ impl GruOdeBayes {
         device: &Device,
     ) -> crate::error::Result<Self> {
         let vb = VarBuilder::from_varmap(vars, dtype, device).pp(prefix);
-        let flow = NeuralOde::from_field(vars, &format!("{prefix}.flow"), dtype, device, move |vb| {
-            Ok(RowSpeed::new(GruField::new(hidden, vb)?))
-        })?;
+        let flow =
+            NeuralOde::from_field(vars, &format!("{prefix}.flow"), dtype, device, move |vb| {
+                Ok(RowSpeed::new(GruField::new(hidden, vb)?))
+            })?;
         let widths = [hidden, width, 2 * variables];
         let stdev = (2.0 / (4.0 + width as f64)).sqrt();
         let weights = Init::Randn { mean: 0.0, stdev };
@@ -135,7 +136,10 @@ impl GruOdeBayes {
         }
         let gaps = Gaps::new(&seen.gaps)?;
         let start = Activation::Tanh.forward(&self.start)?;
-        let mut h = start.unsqueeze(0)?.broadcast_as((rows, start.dim(0)?))?.contiguous()?;
+        let mut h = start
+            .unsqueeze(0)?
+            .broadcast_as((rows, start.dim(0)?))?
+            .contiguous()?;
         let (mut before, mut after) = (vec![], vec![]);
         for i in 0..times {
             h = gaps.flow(&self.flow, &h, i)?;
@@ -168,7 +172,9 @@ impl GruOdeBayes {
         let [weight, bias] = &self.prepare;
         let features = four.transpose(0, 1)?.contiguous()?.matmul(weight)?;
         let features = features.broadcast_add(bias)?.relu()?;
-        let features = features.transpose(0, 1)?.broadcast_mul(&mask.unsqueeze(2)?)?;
+        let features = features
+            .transpose(0, 1)?
+            .broadcast_mul(&mask.unsqueeze(2)?)?;
         let features = features.contiguous()?.flatten_from(1)?;
         let old = Hidden {
             h: h.clone(),

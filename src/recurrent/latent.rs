@@ -6,8 +6,8 @@ use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_nn::{VarBuilder, VarMap};
 
 use super::{GruCell, OdeRnn};
-use crate::nn::{Activation, Linear, Mlp, Perceptron, RowSpeed};
 use crate::neural_ode::NeuralOde;
+use crate::nn::{Activation, Linear, Mlp, Perceptron, RowSpeed};
 use crate::problem::OdeOptions;
 use crate::tableau::EULER;
 
@@ -123,7 +123,10 @@ impl LatentOde {
         let mut gaps = vec![0.0];
         gaps.extend(times.windows(2).rev().map(|pair| pair[1] - pair[0]));
         let gaps = Tensor::new(gaps.as_slice(), x.device())?.to_dtype(x.dtype())?;
-        let gaps = gaps.unsqueeze(0)?.broadcast_as((rows, count))?.contiguous()?;
+        let gaps = gaps
+            .unsqueeze(0)?
+            .broadcast_as((rows, count))?
+            .contiguous()?;
         let hs = self.encoder.forward(&backward, &gaps, None)?;
         let h = hs.narrow(1, count - 1, 1)?.squeeze(1)?.contiguous()?;
         let both = self.head.forward(&h)?;
@@ -131,7 +134,10 @@ impl LatentOde {
         let deviation = both.narrow(1, latent, latent)?.contiguous()?;
         let deviation = Activation::Softplus.forward(&deviation)?;
         // Never quite zero, whose logarithm is infinite.
-        Ok((both.narrow(1, 0, latent)?.contiguous()?, (deviation + 1e-4)?))
+        Ok((
+            both.narrow(1, 0, latent)?.contiguous()?,
+            (deviation + 1e-4)?,
+        ))
     }
 
     /// The series from z at the first of these times, `(rows, times, features)`.

@@ -80,10 +80,7 @@ fn linear(w: &Weights<'_>, name: &str) -> Result<Linear> {
 }
 
 /// y' = σ(A σ(A y W₁ᵀ + b₁) W₂ᵀ + b₂), every number of A an entry.
-fn graph(
-    w: &Weights<'_>,
-    sigma: Activation,
-) -> Result<impl Fn(&Time, &Tensor) -> Result<Tensor>> {
+fn graph(w: &Weights<'_>, sigma: Activation) -> Result<impl Fn(&Time, &Tensor) -> Result<Tensor>> {
     let a = Csr::from_dense(&w.get("adjacency")?)?;
     let layer = |name: &str| {
         let of = |part: &str| w.get(&format!("{name}.{part}"));

@@ -184,17 +184,32 @@ mod tests {
         let values = values.unwrap();
         let offsets = vec![0, 2, 2, 5];
         let a = Csr::new(offsets, vec![3, 0, 1, 1, 2], 4, values.as_tensor().clone()).unwrap();
-        let x = Tensor::arange(0.0, 20.0, &device).unwrap().reshape((4, 5)).unwrap();
+        let x = Tensor::arange(0.0, 20.0, &device)
+            .unwrap()
+            .reshape((4, 5))
+            .unwrap();
         let x = Var::from_tensor(&x.sin().unwrap()).unwrap();
-        let g = Tensor::arange(1.0, 16.0, &device).unwrap().reshape((3, 5)).unwrap();
+        let g = Tensor::arange(1.0, 16.0, &device)
+            .unwrap()
+            .reshape((3, 5))
+            .unwrap();
         let run = |y: Tensor| {
             let grads = (&y * &g).unwrap().sum_all().unwrap().backward().unwrap();
-            [y, grads.get(&x).unwrap().clone(), grads.get(&values).unwrap().clone()]
+            [
+                y,
+                grads.get(&x).unwrap().clone(),
+                grads.get(&values).unwrap().clone(),
+            ]
         };
         let fused = run(a.matmul(&x).unwrap());
         let plain = run(a.gathered(&values, &x).unwrap());
         for (fused, plain) in fused.iter().zip(&plain) {
-            let apart = (fused - plain).unwrap().abs().unwrap().flatten_all().unwrap();
+            let apart = (fused - plain)
+                .unwrap()
+                .abs()
+                .unwrap()
+                .flatten_all()
+                .unwrap();
             let apart: f64 = apart.max(0).unwrap().to_scalar().unwrap();
             assert!(apart <= 1e-14, "{apart:e}");
         }

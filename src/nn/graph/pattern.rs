@@ -55,7 +55,10 @@ impl Pattern {
             candle_core::bail!("column {beyond} of a sparse matrix of {columns} columns")
         }
         let rows = offsets.len() - 1;
-        if [rows, columns, entries].iter().any(|&n| n > u32::MAX as usize) {
+        if [rows, columns, entries]
+            .iter()
+            .any(|&n| n > u32::MAX as usize)
+        {
             candle_core::bail!("a sparse matrix of {rows} x {columns} with {entries} entries: each must be below 2^32")
         }
         // Counting sort by column keeps the order of rows, so sums over a column have a fixed order, too.

@@ -43,7 +43,9 @@ impl CustomOp2 for Product {
                 let (v, x) = (numbers(v, at_values)?, numbers(x, at_x)?);
                 CpuStorage::F64(product(side, |e| v[e], x, width)?)
             }
-            _ => candle_core::bail!("a sparse product of operands that are not both f32 or both f64"),
+            _ => {
+                candle_core::bail!("a sparse product of operands that are not both f32 or both f64")
+            }
         };
         Ok((out, shape))
     }
@@ -96,7 +98,9 @@ impl CustomOp2 for Transposed {
                 let (v, g) = (numbers(v, at_values)?, numbers(g, at_g)?);
                 CpuStorage::F64(product(side, |e| v[names[e] as usize], g, width)?)
             }
-            _ => candle_core::bail!("a sparse product of operands that are not both f32 or both f64"),
+            _ => {
+                candle_core::bail!("a sparse product of operands that are not both f32 or both f64")
+            }
         };
         Ok((out, Shape::from((side.lines(), width))))
     }
@@ -119,13 +123,19 @@ impl CustomOp2 for Sampled {
     ) -> Result<(CpuStorage, Shape)> {
         let (side, width) = (&self.0.by_row, at_x.shape().dims2()?.1);
         let out = match (g, x) {
-            (CpuStorage::F32(g), CpuStorage::F32(x)) => {
-                CpuStorage::F32(sampled(side, [numbers(g, at_g)?, numbers(x, at_x)?], width)?)
+            (CpuStorage::F32(g), CpuStorage::F32(x)) => CpuStorage::F32(sampled(
+                side,
+                [numbers(g, at_g)?, numbers(x, at_x)?],
+                width,
+            )?),
+            (CpuStorage::F64(g), CpuStorage::F64(x)) => CpuStorage::F64(sampled(
+                side,
+                [numbers(g, at_g)?, numbers(x, at_x)?],
+                width,
+            )?),
+            _ => {
+                candle_core::bail!("a sparse product of operands that are not both f32 or both f64")
             }
-            (CpuStorage::F64(g), CpuStorage::F64(x)) => {
-                CpuStorage::F64(sampled(side, [numbers(g, at_g)?, numbers(x, at_x)?], width)?)
-            }
-            _ => candle_core::bail!("a sparse product of operands that are not both f32 or both f64"),
         };
         let entries = self.0.by_row.across.len();
         Ok((out, Shape::from(entries)))
@@ -163,7 +173,10 @@ fn product<T: Element>(
     };
     match side.lines() <= lines {
         true => chunk((0, &mut out)),
-        false => out.par_chunks_mut(lines * width).enumerate().for_each(chunk),
+        false => out
+            .par_chunks_mut(lines * width)
+            .enumerate()
+            .for_each(chunk),
     }
     Ok(out)
 }
