@@ -33,7 +33,7 @@ use crate::common::report::{self, Report};
 use crate::common::table::{sci, Table};
 use crate::common::{initial, progress, values, Result};
 
-const FIT: Fit = Fit::new(1500, 1e-2).falling_to(0.02);
+const FIT: Fit = Fit::new(2500, 4e-3).falling_to(0.02);
 const BATCH: usize = 50;
 /// Times of a series on [0, END], of which every second one is observed; as many more up to 2 END.
 const TIMES: usize = 100;
@@ -41,7 +41,7 @@ const END: f64 = 5.0;
 /// Features, state of the encoder, latent numbers, hidden units.
 const SIZES: [usize; 4] = [1, 40, 10, 50];
 /// The deviation of an observation in the loss.
-const SIGMA: f64 = 0.05;
+const SIGMA: f64 = 0.1;
 /// Iterations without the divergence, and over which it comes in.
 const WITHOUT: f64 = 100.0;
 const COMES_IN: f64 = 500.0;
