@@ -26,6 +26,7 @@ use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::ContinuousDefect;
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Mlp, WithIntegral};
+<<<<<<< HEAD
 use candle_diffeq::options::{
     Adaptive, AdjointNorm, AdjointSolve, AdjointTolerance, Checkpoint, Gradient, Output, OwnNorm,
     StepControl, Steps,
@@ -33,6 +34,14 @@ use candle_diffeq::options::{
 use candle_diffeq::tableau::{DOPRI5, RK4};
 use candle_diffeq::{odeint, odeint_with, Error, NeuralOde, OdeOptions, Precision, Time};
 use common::{relative, scattered, values, var, worst, U_BF16, U_F16};
+=======
+use candle_diffeq::{odeint, odeint_with, solution, Error, NeuralOde, OdeOptions, Precision, Time};
+use candle_diffeq::cde::Observations;
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::options::{Checkpoint, Gradient, Output, Steps};
+use candle_diffeq::tableau::{DOPRI5, RK4};
+use common::{bits, relative, scattered, values, var, worst, U_BF16, U_F16};
+>>>>>>> h18
 use continuous::{has_gradients, BAR, WAYS};
 use oracle::Oracle;
 
@@ -507,6 +516,27 @@ fn a_solve_that_a_tile_makes_has_a_continuous_adjoint_too() {
             error <= 1e-8 * worst(exact.iter().copied()),
             "{gradient:?} {error:e}"
         );
+    }
+}
+
+#[test]
+fn a_solution_without_a_graph_has_the_same_gradients() {
+    let rate = var(&[2], 0.8, 1);
+    let y0 = var(&[3, 2], 1.0, 2);
+    for gradient in kinds(&AdjointSolve::new()) {
+        let options = adaptive_options(1e-8, gradient);
+        let read = rate.as_tensor().clone();
+        let f = move |_: &Time, y: &Tensor| y.sin()?.broadcast_mul(&read);
+        let times = [0.0, 0.7, 1.5];
+        let solved = solution(&f, y0.as_tensor(), &times, &options).unwrap();
+        let cotangent = scattered(&[3, 3, 2], 1.0, 3);
+        let grads = solved.vjp(&cotangent).unwrap();
+        let ys = odeint(f.clone(), y0.as_tensor(), &times, &options).unwrap();
+        let graph = (ys * &cotangent).unwrap().sum_all().unwrap().backward();
+        let graph = graph.unwrap();
+        assert_eq!(bits(&grads.y0), bits(graph.get(&y0).unwrap()));
+        let of_rate = grads.params.get(&rate).unwrap();
+        assert_eq!(bits(of_rate), bits(graph.get(&rate).unwrap()));
     }
 }
 

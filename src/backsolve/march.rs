@@ -179,7 +179,8 @@ impl<'a> March<'a> {
                 ..self.between(schedule.step(n))
             };
             let mut stages = Stages::default();
-            self.evaluate(step, &mut stages, &self.scheme.active(&step).to_vec())?;
+            let wanted = self.scheme.active(&step).to_vec();
+            self.evaluate(step, &mut stages, &wanted)?;
             let x = self.scheme.update(step.h, &self.x, &stages.ks)?;
             self.note(&step, true);
             self.take(step, x, &stages)?;

@@ -21,7 +21,7 @@ pub(super) fn stops(outputs: &[f64], points: &[f64], steps: &Steps) -> Vec<(f64,
     for t in own {
         let at = stops.partition_point(|(stop, _)| from_the_last(stop, t).is_lt());
         let near = |i: usize| stops.get(i).is_some_and(|(stop, _)| coincide(*stop, *t));
-        if !near(at) && !(at > 0 && near(at - 1)) {
+        if !(near(at) || at > 0 && near(at - 1)) {
             more.push((*t, None));
         }
     }
