@@ -26,22 +26,13 @@ use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::ContinuousDefect;
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Mlp, WithIntegral};
-<<<<<<< HEAD
 use candle_diffeq::options::{
     Adaptive, AdjointNorm, AdjointSolve, AdjointTolerance, Checkpoint, Gradient, Output, OwnNorm,
     StepControl, Steps,
 };
 use candle_diffeq::tableau::{DOPRI5, RK4};
-use candle_diffeq::{odeint, odeint_with, Error, NeuralOde, OdeOptions, Precision, Time};
-use common::{relative, scattered, values, var, worst, U_BF16, U_F16};
-=======
 use candle_diffeq::{odeint, odeint_with, solution, Error, NeuralOde, OdeOptions, Precision, Time};
-use candle_diffeq::cde::Observations;
-use candle_diffeq::metrics::{Recorder, Stats};
-use candle_diffeq::options::{Checkpoint, Gradient, Output, Steps};
-use candle_diffeq::tableau::{DOPRI5, RK4};
 use common::{bits, relative, scattered, values, var, worst, U_BF16, U_F16};
->>>>>>> h18
 use continuous::{has_gradients, BAR, WAYS};
 use oracle::Oracle;
 
