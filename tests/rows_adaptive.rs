@@ -625,7 +625,7 @@ fn every_option_means_for_a_row_what_it_means_for_a_batch() {
             let most = ours_t.iter().zip(theirs_t).map(|(a, b)| (a - b).abs());
             let most = most.fold(0.0, f64::max);
             // The two paths add in another order.  In a first step whose error is far below the tolerance, say 1e-11 of h k,
-            // roundings of 1e-16 h k are 1e-5 of the estimate, and 1e-6 of the next length (r to the power 1/7).  The
+            // roundings of 1e-16 h k are 1e-5 of the estimate, and 1e-6 of the next length (the ratio to the power 1/5 to 1/7).  The
             // solution hardly depends on these lengths.
             assert!(most <= 1e-6, "{name} {most:e}");
             for (x, y) in ours
