@@ -251,7 +251,7 @@ fn rounding_does_not_ask_for_steps() {
         for precision in [Precision::bf16(), Precision::f16()] {
             let run = |rtol: f64, floor: bool| {
                 let recorder = Recorder::default();
-                let steps = Adaptive::new(rtol, rtol).noise_floor(floor).max_steps(2000);
+                let steps = Adaptive::new(rtol, rtol).noise_floor(floor).max_steps(1000);
                 let options = SdeOptions {
                     steps: Steps::Adaptive(steps),
                     precision: Some(precision),
