@@ -6,6 +6,7 @@
 
 mod apply;
 mod attempt;
+mod commute;
 mod equation;
 mod increments;
 pub(crate) mod methods;

@@ -67,6 +67,15 @@ impl Noise {
         Self(Source::Steps { seed, first_row: 0 })
     }
 
+    /// The row of the whole batch that the first row is.
+    pub(crate) fn first_row(&self) -> u64 {
+        match &self.0 {
+            Source::Steps { first_row, .. } => *first_row,
+            Source::Tree(tree) => tree.first_row,
+            _ => 0,
+        }
+    }
+
     /// The noise for rows first_row, first_row + 1, … of a larger batch, so that the parts of a batch that is split
     /// among processes see the noise of the whole batch.  Given increments are not changed.
     #[must_use]

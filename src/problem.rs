@@ -302,6 +302,10 @@ impl Problem {
         if samples == 0 {
             return Err(Error::Sde(SdeDefect::NoSamples));
         }
+        let first_row = drive.noise.first_row();
+        if samples > 1 && first_row > 0 {
+            return Err(Error::Sde(SdeDefect::SamplesOfPart { samples, first_row }));
+        }
         let packing = self.given.repeated(samples);
         let y0 = (packing.shapes(), self.scheme.roles.as_slice());
         let schedule = self.plan.known().map(|schedule| &**schedule);

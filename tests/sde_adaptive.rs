@@ -36,8 +36,8 @@ fn additive(t: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
     (y.ones_like()? * 0.6)?.broadcast_mul(&size)
 }
 
-/// Diagonal, additive, scalar.
-fn equations() -> [(&'static str, Sde<Part, Part>); 3] {
+/// Diagonal, additive, scalar; and noise alone.
+fn equations() -> [(&'static str, Sde<Part, Part>); 4] {
     let of = |g: fn(&Time, &Tensor) -> candle_core::Result<Tensor>| {
         stratonovich(Box::new(drift) as Part, Box::new(g) as Part)
     };
@@ -45,6 +45,13 @@ fn equations() -> [(&'static str, Sde<Part, Part>); 3] {
         ("diagonal", of(spread)),
         ("additive", of(additive).additive()),
         ("scalar", of(spread).scalar()),
+        (
+            "without drift",
+            stratonovich(
+                Box::new(|_: &Time, y: &Tensor| y.zeros_like()) as Part,
+                Box::new(spread) as Part,
+            ),
+        ),
     ]
 }
 
@@ -80,16 +87,16 @@ fn the_accepted_path_is_the_fixed_solve_on_the_accepted_grid_to_the_bit() {
             let options = SdeOptions {
                 precision: Some(precision),
                 recorder: Some(recorder.clone()),
-                ..adaptive(3e-3)
+                ..adaptive(5e-4)
             };
             let chosen = solution(&sde, &y0, &TIMES, &tree(), &options).unwrap();
             let stats = recorder.take();
-            assert!(stats.rejected > 0 && stats.steps > 20, "{name}: {stats:?}");
+            assert!(stats.rejected > 0 && stats.steps > 8, "{name}: {stats:?}");
             assert_eq!(stats.step_times.len(), stats.steps + 1);
             let at = SdeOptions {
                 steps: Steps::At(stats.step_times),
                 precision: Some(precision),
-                ..adaptive(3e-3)
+                ..adaptive(5e-4)
             };
             let given = solution(&sde, &y0, &TIMES, &tree(), &at).unwrap();
             assert_eq!(bits(chosen.states()), bits(given.states()), "{name}");
@@ -174,8 +181,8 @@ fn errors_fall_with_the_tolerance_as_steps_of_order_one_do() {
         println!("{name}: errors {errors:?}, steps {steps:?}");
         // An error of h^{3/2} in a step is the tolerance; of order one in h in all: tolerance^{2/3}, a factor of 21.5.
         assert!(errors[0] > errors[1] && errors[1] > errors[2], "{name}");
-        assert!(errors[0] / errors[2] > 10.0, "{name}: {errors:?}");
-        assert!(errors[2] < 3e-3, "{name}: {errors:?}");
+        assert!(errors[0] / errors[2] > 12.0, "{name}: {errors:?}");
+        assert!(errors[2] < 60.0 * 1e-4, "{name}: {errors:?}");
         let growth = steps[2] as f64 / steps[1] as f64;
         assert!((3.0..7.0).contains(&growth), "{name}: {steps:?}");
     }
@@ -300,9 +307,9 @@ fn the_norm_and_limits_of_adaptive_steps_hold() {
     let (_, batch) = steps(Adaptive::new(1e-2, 1e-2));
     let (_, worst) = steps(Adaptive::new(1e-2, 1e-2).norm(Norm::WorstRow));
     assert!(worst.steps > batch.steps);
-    // Two evaluations at the start of a step, and three of each attempt.
+    // Two evaluations at the start of a step, five of each attempt, and once two at four states with other components.
     let attempts = batch.steps + batch.rejected;
-    assert_eq!(batch.evaluations, 2 * batch.steps + 3 * attempts);
+    assert_eq!(batch.evaluations, 2 * batch.steps + 5 * attempts + 2 * 4);
     let (_, short) = steps(Adaptive::new(1e-2, 1e-2).max_step(0.01));
     assert!(short.steps >= 200 && short.step_range.unwrap().1 <= 0.01 * (1.0 + 1e-12));
     let (stopped, _) = steps(Adaptive::new(1e-2, 1e-2).max_steps(5));
@@ -346,6 +353,34 @@ fn what_would_have_another_limit_is_refused_with_the_reason() {
     let constant = |_: &Time, y: &Tensor| Tensor::stack(&[y.ones_like()?, y.ones_like()?], 2);
     let sde = ito(drift, constant).general(2).additive();
     predict(&sde, &start(2), &TIMES, &tree(), &options).unwrap();
+    // Noise that is declared diagonal, and is not: each component reads the next one.
+    let coupled = |t: &Time, y: &Tensor| {
+        spread(
+            t,
+            &Tensor::cat(&[&y.narrow(1, 1, 2)?, &y.narrow(1, 0, 1)?], 1)?,
+        )
+    };
+    let found = refused(&stratonovich(drift, coupled), &tree(), &options);
+    assert_eq!(found, SdeDefect::AdaptiveCoupled { leaf: 0 });
+    let vars = candle_nn::VarMap::new();
+    let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let net = Mlp::new(&[3, 8, 3], Activation::Tanh, vb).unwrap();
+    let found = refused(&stratonovich(drift, OfField(net)), &tree(), &options);
+    assert_eq!(found, SdeDefect::AdaptiveCoupled { leaf: 0 });
+    // What has no noise may be read.
+    let quiet = |_: &Time, y: &Tensor| {
+        let first = y.narrow(1, 0, 1)?;
+        let g = (&first * y.narrow(1, 1, 1)?)?;
+        Tensor::cat(&[&g, &first.zeros_like()?, &first.zeros_like()?], 1)
+    };
+    predict(
+        &stratonovich(drift, quiet),
+        &start(2),
+        &TIMES,
+        &tree(),
+        &options,
+    )
+    .unwrap();
     let sde = stratonovich(drift, spread);
     let found = refused(&sde, &tree(), &with(EULER_HEUN));
     assert!(matches!(found, SdeDefect::NoEstimate { .. }));
@@ -382,8 +417,9 @@ fn a_model_takes_adaptive_steps_in_low_precision_with_gradients_of_all_parameter
     let vars = candle_nn::VarMap::new();
     let sde = NeuralSde::new(&vars, "sde", DType::F32, &Device::Cpu, |vb| {
         let drift = Mlp::new(&[3, 8, 3], Activation::Tanh, vb.pp("f"))?;
-        let diffusion = Mlp::new(&[3, 8, 3], Activation::Tanh, vb.pp("g"))?;
-        Ok(stratonovich(drift, OfField(diffusion)))
+        let sizes = vb.get(3, "g")?;
+        let diffusion = move |t: &Time, y: &Tensor| spread(t, y)?.broadcast_mul(&sizes);
+        Ok(stratonovich(drift, diffusion))
     });
     common::scatter(&vars);
     let recorder = Recorder::default();

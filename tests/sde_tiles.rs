@@ -467,3 +467,31 @@ fn samples_of_tiles_are_rows_of_a_repeated_state() {
     assert_eq!(gradient.dims(), [5, FEATURES]);
     assert!(common::relative(&gradient, &sum) < 1e-14);
 }
+
+#[test]
+fn samples_of_a_part_of_a_batch_are_refused() {
+    let sde = ito(
+        |_: &candle_diffeq::Time, y: &Tensor| y.neg(),
+        |_: &candle_diffeq::Time, y: &Tensor| y.ones_like(),
+    )
+    .additive();
+    let y0 = Tensor::ones((2, 1), DType::F64, &Device::Cpu).unwrap();
+    let options = SdeOptions {
+        samples: 2,
+        ..Default::default()
+    };
+    let found = predict(
+        &sde,
+        &y0,
+        &[0.0, 1.0],
+        &Noise::seeded(1).from_row(2),
+        &options,
+    );
+    let (samples, first_row) = (2, 2);
+    match found {
+        Err(Error::Sde(defect)) => {
+            assert_eq!(defect, SdeDefect::SamplesOfPart { samples, first_row });
+        }
+        other => panic!("{other:?}"),
+    }
+}

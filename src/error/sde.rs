@@ -134,6 +134,21 @@ pub enum SdeDefect {
     /// Adaptive steps under general noise.
     #[error("adaptive steps under general noise: unless the noise is diagonal, scalar or additive, the solution is no continuous function of the increments, and its limit depends on how the steps were chosen by them (the Lévy areas are missing); take fixed steps")]
     AdaptiveGeneral,
+    /// Adaptive steps under noise that was declared diagonal, and whose diffusion of a component reads another
+    /// component that has noise, too.
+    #[error("adaptive steps under noise that is declared diagonal, but whose diffusion of a component in tensor {leaf} reads other components that have noise: as under general noise, the limit depends on how the steps were chosen; take fixed steps, or a diffusion that acts on each component by itself")]
+    AdaptiveCoupled {
+        /// Index of the tensor.
+        leaf: usize,
+    },
+    /// Several samples for each row of a part of a batch.
+    #[error("{samples} samples for each initial state, with noise from row {first_row} on: rows of different parts of a batch would have the same noise; give each part its own seed")]
+    SamplesOfPart {
+        /// Samples of each initial state.
+        samples: usize,
+        /// The first row of the part in the whole batch.
+        first_row: u64,
+    },
     /// Adaptive steps of a method without an error estimate.
     #[error(
         "{method} does not estimate the error of a step, which adaptive steps need: take HEUN"

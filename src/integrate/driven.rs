@@ -139,6 +139,10 @@ impl DrivenPass<'_> {
                 }
             }
         }
+        if step.index == 0 {
+            let (field, y, start) = (self.field, &self.y, &self.start);
+            self.evaluations += self.driven.check_commuting(field, step, y, start)?;
+        }
         self.floor = self.floor_terms()?;
         Ok(())
     }
