@@ -63,6 +63,17 @@ impl Drive {
         Err(Error::Sde(defect))
     }
 
+    /// Whether every row of every sample has its own noise.
+    pub(crate) fn check_samples(&self) -> Result<()> {
+        let (samples, first_row) = (self.samples, self.noise.first_row());
+        Err(Error::Sde(match samples {
+            0 => SdeDefect::NoSamples,
+            1 => return Ok(()),
+            _ if first_row == 0 => return Ok(()),
+            _ => SdeDefect::SamplesOfPart { samples, first_row },
+        }))
+    }
+
     /// The given increments that gradients are computed of: those that candle tracks, or all of them.
     pub(crate) fn masters(&self, all: bool) -> Vec<Tensor> {
         let Some(given) = self.noise.given() else {

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use crate::adaptive::{Control, StepControl};
 use crate::crossing::RowCrossing;
 use crate::driven::{Drive, Driven};
-use crate::error::{AdaptiveDefect, Error, Result, SdeDefect};
+use crate::error::{AdaptiveDefect, Error, Result};
 use crate::field::check::FieldCheck;
 use crate::gradient::{Continuous, Gradient};
 use crate::precision::{Precision, Roles, Rounding};
@@ -299,13 +299,7 @@ impl Problem {
     /// The same problem driven by noise.
     pub(crate) fn driven_by(self, drive: Drive) -> Result<Self> {
         let samples = drive.samples;
-        if samples == 0 {
-            return Err(Error::Sde(SdeDefect::NoSamples));
-        }
-        let first_row = drive.noise.first_row();
-        if samples > 1 && first_row > 0 {
-            return Err(Error::Sde(SdeDefect::SamplesOfPart { samples, first_row }));
-        }
+        drive.check_samples()?;
         let packing = self.given.repeated(samples);
         let y0 = (packing.shapes(), self.scheme.roles.as_slice());
         let schedule = self.plan.known().map(|schedule| &**schedule);
