@@ -11,15 +11,15 @@ const FILE: &[u8] = include_bytes!("japanese_vowels.safetensors");
 pub(crate) const CLASSES: usize = 9;
 /// Channels of a path: time and the coefficients.
 pub(crate) const CHANNELS: usize = 13;
-const COEFFICIENTS: usize = 12;
+pub(crate) const COEFFICIENTS: usize = 12;
 /// Frames of the longest utterance.
 pub(crate) const LENGTH: usize = 29;
 
 /// Utterances, filled up to one length.
 pub(crate) struct Utterances {
     /// `(utterances, LENGTH, COEFFICIENTS)`, of mean 0 and deviation 1 over the frames of the training part.
-    values: Vec<f32>,
-    lengths: Vec<usize>,
+    pub(crate) values: Vec<f32>,
+    pub(crate) lengths: Vec<usize>,
     pub(crate) labels: Vec<u32>,
 }
 
@@ -112,23 +112,6 @@ impl Utterances {
             Kind::Linear => observed.linear()?,
             Kind::LogSignature => observed.log_signature(4)?,
         })
-    }
-
-    // Of the example `seminorm`, which includes this file.
-    #[allow(dead_code)]
-    /// Straight lines through some utterances with time as the first channel, from 0 to 1 over the longest utterance; behind
-    /// its end an utterance stands still.
-    pub(crate) fn lines(&self, chosen: &[usize], device: &Device) -> Result<ControlPath> {
-        let mut values = Vec::with_capacity(chosen.len() * LENGTH * CHANNELS);
-        for &n in chosen {
-            for i in (0..LENGTH).map(|i| i.min(self.lengths[n] - 1)) {
-                values.push(i as f32 / (LENGTH - 1) as f32);
-                let frame = (n * LENGTH + i) * COEFFICIENTS;
-                values.extend(&self.values[frame..frame + COEFFICIENTS]);
-            }
-        }
-        let xs = Tensor::from_vec(values, (chosen.len(), LENGTH, CHANNELS), device)?;
-        Ok(Observations::new(&xs)?.linear()?)
     }
 
     /// Weights of the knots of an utterance with which its states are averaged up to its end, `(knots, utterances, 1)`.

@@ -72,7 +72,7 @@ fn draw(torques: [f64; 2], count: usize, rng: &mut StdRng, device: &Device) -> R
     let rows = 4 * count;
     let start = ((uniform(rng, (rows, 4), DType::F64, device)? * 2.0)? - 1.0)?;
     let torques = Tensor::new(&[torques], device)?.broadcast_as((rows, 2))?;
-    let start = Tensor::cat(&[(start * std::f64::consts::PI)?, torques.contiguous()?], 1)?;
+    let start = Tensor::cat(&[(start * PI)?, torques.contiguous()?], 1)?;
     let times: Vec<f64> = (0..POINTS).map(|i| INTERVAL * i as f64).collect();
     let options = OdeOptions {
         steps: Steps::PerInterval(20),

@@ -1,6 +1,6 @@
 //! A continuous flow from eight Gaussians in a ring to noise.
 
-use std::f64::consts::TAU;
+use std::f64::consts::{SQRT_2, TAU};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -80,7 +80,7 @@ fn points(rng: &mut StdRng, n: usize, device: &Device) -> Result<Tensor> {
         let angle = f64::from(rng.random_range(0u32..8)) * TAU / 8.0;
         for centre in [angle.cos(), angle.sin()] {
             let noise: f64 = rng.sample(StandardNormal);
-            numbers.push(((4.0 * centre + 0.5 * noise) / 1.414) as f32);
+            numbers.push(((4.0 * centre + 0.5 * noise) / SQRT_2) as f32);
         }
     }
     Ok(Tensor::from_vec(numbers, (n, 2), device)?)

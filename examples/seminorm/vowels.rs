@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, D};
-use candle_diffeq::cde::{ControlPath, NeuralCde};
+use candle_diffeq::cde::{ControlPath, NeuralCde, Observations};
 use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, CdeMlp};
 use candle_diffeq::{OdeOptions, Precision};
@@ -15,7 +15,7 @@ use rand::seq::SliceRandom;
 
 use crate::common::random::generator;
 use crate::common::{initial, mean, median, Result};
-use crate::data::{Data, Utterances, CHANNELS, CLASSES};
+use crate::data::{Data, Utterances, CHANNELS, CLASSES, COEFFICIENTS, LENGTH};
 use crate::way::{Cost, Pair, Way};
 
 const HIDDEN: usize = 32;
@@ -27,6 +27,21 @@ const STRIDE: usize = 9;
 
 /// The pairs of the published experiment.
 pub(crate) const PAIRS: [Pair; 3] = [Pair(1e-3, 1e-6), Pair(1e-4, 1e-7), Pair(1e-5, 1e-8)];
+
+/// Straight lines through some utterances with time as the first channel, from 0 to 1 over the longest utterance; behind its
+/// end an utterance stands still.
+fn lines(all: &Utterances, chosen: &[usize], device: &Device) -> Result<ControlPath> {
+    let mut values = Vec::with_capacity(chosen.len() * LENGTH * CHANNELS);
+    for &n in chosen {
+        for i in (0..LENGTH).map(|i| i.min(all.lengths[n] - 1)) {
+            values.push(i as f32 / (LENGTH - 1) as f32);
+            let frame = (n * LENGTH + i) * COEFFICIENTS;
+            values.extend(&all.values[frame..frame + COEFFICIENTS]);
+        }
+    }
+    let xs = Tensor::from_vec(values, (chosen.len(), LENGTH, CHANNELS), device)?;
+    Ok(Observations::new(&xs)?.linear()?)
+}
 
 struct Model {
     vars: VarMap,
@@ -71,7 +86,7 @@ impl Model {
     /// Share of utterances that are told right.
     fn accuracy(&self, all: &Utterances, device: &Device) -> Result<f64> {
         let everything: Vec<usize> = (0..all.len()).collect();
-        let path = all.lines(&everything, device)?;
+        let path = lines(all, &everything, device)?;
         let z = self.cde.predict(&path, &path.ends())?;
         let taken = self
             .readout
@@ -120,7 +135,7 @@ fn gradient_by(
 ) -> Result<(Vec<f64>, Cost)> {
     let model = Model::new(seed, options, device)?;
     let chosen: Vec<usize> = (0..data.training.len()).step_by(STRIDE).collect();
-    let path = data.training.lines(&chosen, device)?;
+    let path = lines(&data.training, &chosen, device)?;
     let labels = data.training.labels(&chosen, device)?;
     let run = || -> Result<_> {
         let clock = Instant::now();
@@ -182,7 +197,7 @@ pub(crate) fn train(
         order.shuffle(&mut rng);
         let left = updates - milliseconds.len();
         for chosen in order.chunks_exact(BATCH).take(left) {
-            let path = data.training.lines(chosen, device)?;
+            let path = lines(&data.training, chosen, device)?;
             let labels = data.training.labels(chosen, device)?;
             recorder.take();
             let clock = Instant::now();
