@@ -16,6 +16,9 @@ const PREDICTED: usize = 3;
 /// Series to test on.
 const TEST: usize = 200;
 
+/// A time, the values, and 1 for each that was observed.
+pub(crate) type Observation = (f32, [f32; VARIABLES], [f32; VARIABLES]);
+
 /// Series of one length, filled up with observations of nothing.
 pub(crate) struct Data {
     /// `(series, length, …)`.
@@ -29,7 +32,7 @@ pub(crate) struct Data {
     pub(crate) training: Vec<u32>,
     test: Vec<u32>,
     /// Times, values and masks by series.
-    pub(crate) plain: Vec<Vec<(f32, [f32; VARIABLES], [f32; VARIABLES])>>,
+    pub(crate) plain: Vec<Vec<Observation>>,
 }
 
 impl Data {

@@ -113,9 +113,12 @@ fn streams(rows: usize, bits: usize, rng: &mut StdRng, device: &Device) -> Resul
     })
 }
 
+/// `(rows, runs, HIDDEN)` of runs.
+type States = dyn Fn(&Runs) -> Result<Tensor>;
+
 /// A recurrent model and a layer that reads its last state.
 struct Model {
-    states: Box<dyn Fn(&Runs) -> Result<Tensor>>,
+    states: Box<States>,
     readout: Linear,
 }
 
@@ -151,7 +154,7 @@ fn states<C: Cell + 'static>(
     flow: NeuralOde<(Tensor, Tensor)>,
     cell: C,
     flows: bool,
-) -> Box<dyn Fn(&Runs) -> Result<Tensor>> {
+) -> Box<States> {
     let model = OdeRnn::new(flow, cell).order(Order::CellFirst);
     Box::new(move |runs: &Runs| {
         let (x, gaps) = match flows {
