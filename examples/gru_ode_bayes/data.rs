@@ -16,8 +16,8 @@ const PREDICTED: usize = 3;
 /// Series to test on.
 const TEST: usize = 200;
 
-/// A time, the values, and 1 where a value was observed.
-pub(crate) type Observed = (f32, [f32; VARIABLES], [f32; VARIABLES]);
+/// A time, the values, and 1 for each that was observed.
+pub(crate) type Observation = (f32, [f32; VARIABLES], [f32; VARIABLES]);
 
 /// Series of one length, filled up with observations of nothing.
 pub(crate) struct Data {
@@ -32,7 +32,7 @@ pub(crate) struct Data {
     pub(crate) training: Vec<u32>,
     test: Vec<u32>,
     /// Times, values and masks by series.
-    pub(crate) plain: Vec<Vec<Observed>>,
+    pub(crate) plain: Vec<Vec<Observation>>,
 }
 
 impl Data {

@@ -32,7 +32,7 @@ use crate::common::{initial, progress, values, Result};
 use crate::data::{Data, FRAMES, SIDE};
 use crate::model::Model;
 
-const FIT: Fit = Fit::new(1200, 2e-3).falling_to(0.05);
+const FIT: Fit = Fit::new(1500, 4e-3).falling_to(0.05);
 const BATCH: usize = 40;
 /// The error over that of the mean sequence, and how much more it may be in low precision.
 const SHARE: f64 = 0.5;
@@ -83,8 +83,8 @@ fn train(data: &Data, dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -
             .collect();
         let frames = data.training.index_select(&Tensor::new(rows, device)?, 0)?;
         let bound = model.bound(&frames, &mut rng)?;
-        // The divergences come in over the first half.
-        let beta = (2.0 * i as f64 / fit.iterations as f64).min(1.0);
+        // The divergences come in over the third quarter.
+        let beta = (4.0 * i as f64 / fit.iterations as f64 - 2.0).clamp(0.0, 1.0);
         let rest = (bound.divergence + (bound.weights / sequences as f64)?)?;
         Ok(((rest * beta)? - bound.likelihood)?)
     })?;

@@ -18,7 +18,7 @@ use crate::data::{FRAMES, PIXELS};
 pub(crate) const LATENT: usize = 8;
 const WIDTH: usize = 50;
 const HIDDEN: usize = 128;
-const STEP: f64 = 0.1;
+const STEP: f64 = 0.4;
 
 /// W₁, b₁, W₂, b₂.
 type Weights = [Tensor; 4];
@@ -80,7 +80,8 @@ impl Model {
         let (rows, device) = (first.dim(0)?, first.device().clone());
         let code = self.encoder.forward(first)?;
         let mean = code.narrow(1, 0, 2 * LATENT)?;
-        let logarithm = code.narrow(1, 2 * LATENT, 2 * LATENT)?;
+        // Deviations begin below the means, which would not be seen among the noise otherwise.
+        let logarithm = (code.narrow(1, 2 * LATENT, 2 * LATENT)? - 3.0)?;
         let mut weights = self.means.clone();
         let mut z = mean.contiguous()?;
         let mut noise = z.zeros_like()?;

@@ -115,12 +115,12 @@ fn streams(rows: usize, bits: usize, rng: &mut StdRng, device: &Device) -> Resul
     })
 }
 
-/// What a model maps runs to: its state after the last.
-type States = Box<dyn Fn(&Runs) -> Result<Tensor>>;
+/// `(rows, runs, HIDDEN)` of runs.
+type States = dyn Fn(&Runs) -> Result<Tensor>;
 
 /// A recurrent model and a layer that reads its last state.
 struct Model {
-    states: States,
+    states: Box<States>,
     readout: Linear,
 }
 
@@ -152,7 +152,11 @@ impl Model {
 }
 
 /// States after every run; those that do not flow are told the length instead.
-fn states<C: Cell + 'static>(flow: NeuralOde<(Tensor, Tensor)>, cell: C, flows: bool) -> States {
+fn states<C: Cell + 'static>(
+    flow: NeuralOde<(Tensor, Tensor)>,
+    cell: C,
+    flows: bool,
+) -> Box<States> {
     let model = OdeRnn::new(flow, cell).order(Order::CellFirst);
     Box::new(move |runs: &Runs| {
         let (x, gaps) = match flows {
