@@ -69,7 +69,7 @@ pub enum Gradient {
     /// states that were kept.  Steps tile by tile are not available.
     Interpolated(AdjointSolve),
     /// As `Interpolated`, but θ̄ is integrated by a Gauss rule in every backward step, at states of the interpolants of y
-    /// and λ; stages of λ ask for no gradient of a parameter.
+    /// and λ.  θ̄ takes no part in the error of a step: a norm that reads it sees zeros.
     Quadrature(AdjointSolve),
 }
 

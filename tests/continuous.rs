@@ -723,3 +723,23 @@ fn a_backward_solve_that_cannot_go_on_says_where() {
     };
     assert!((0.0..5.0).contains(&t) && accepted + rejected == 3);
 }
+
+#[test]
+fn one_time_has_no_backward_step() {
+    let decay = |_: &Time, y: &Tensor| y.neg();
+    let y0 = Var::ones((2, 1), DType::F64, &Device::Cpu).unwrap();
+    let options = |gradient| OdeOptions {
+        method: DOPRI5,
+        steps: Steps::Adaptive(Adaptive::new(1e-6, 1e-6)),
+        gradient,
+        ..Default::default()
+    };
+    let ys = odeint(
+        decay,
+        y0.as_tensor(),
+        &[0.5],
+        &options(Gradient::Backsolve(AdjointSolve::new())),
+    );
+    let grads = ys.unwrap().sum_all().unwrap().backward().unwrap();
+    assert_eq!(values(grads.get(&y0).unwrap()), [1.0, 1.0]);
+}

@@ -57,7 +57,8 @@ impl<'a> March<'a> {
         let problem = augmented.problem;
         let roles = augmented.roles();
         let adaptive = match &continuous.steps {
-            Steps::Adaptive(adaptive) => Some(adaptive),
+            // One time has no step.
+            Steps::Adaptive(adaptive) if problem.grid.points().len() > 1 => Some(adaptive),
             _ => None,
         };
         let dense = adaptive.is_some() || continuous.kind == Kind::Quadrature;
