@@ -191,7 +191,8 @@ pub mod control {
     pub use crate::adaptive::{Adaptive, Controller, Norm, OnFailure, StepControl, Tolerance};
 }
 
-/// Continuous adjoints, another way to the gradients of a solve ([`Gradient`]): their backward solve, its norms, and
+/// Continuous adjoints, another way to the gradients of a solve ([`Gradient`](crate::Gradient)): their backward solve, its
+/// norms, and
 /// what it has done.
 pub mod continuous {
     pub use crate::gradient::{AdjointNorm, AdjointSolve, AdjointTolerance, ErrorRatios, OwnNorm};
