@@ -6,7 +6,7 @@
 //! argument.
 //!
 //! ```
-//! use candle_core::{DType, Device, Tensor};
+//! use candle_core::{DType, Device, Module, Tensor};
 //! use candle_diffeq::nn::graph::{Csr, Gcn};
 //! use candle_diffeq::nn::{dropout_mask, Activation};
 //! use candle_diffeq::{NeuralOde, Time};
