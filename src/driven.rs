@@ -14,7 +14,7 @@ mod table;
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::error::{Error, Result, SdeDefect};
+use crate::error::{Error, MemoryNeed, Result, SdeDefect};
 use crate::field::{pullback::alike, Field};
 use crate::noise::Noise;
 use crate::ops;
@@ -63,14 +63,21 @@ impl Drive {
         Err(Error::Sde(defect))
     }
 
-    /// Whether every row of every sample has its own noise.
-    pub(crate) fn check_samples(&self) -> Result<()> {
+    /// Whether there is memory for all samples of `rows` rows of so many bytes in all, and every row has its own noise.
+    pub(crate) fn check_samples(&self, rows: usize, bytes: usize) -> Result<()> {
         let (samples, first_row) = (self.samples, self.noise.first_row());
+        let states = samples as u128 * bytes as u128;
+        let need = MemoryNeed {
+            states,
+            ..Default::default()
+        };
+        need.check()?;
+        let end = u128::from(first_row) + samples as u128 * rows as u128;
         Err(Error::Sde(match samples {
             0 => SdeDefect::NoSamples,
-            1 => return Ok(()),
-            _ if first_row == 0 => return Ok(()),
-            _ => SdeDefect::SamplesOfPart { samples, first_row },
+            _ if end > 1 << 32 => SdeDefect::TooManyRows { end },
+            2.. if first_row > 0 => SdeDefect::SamplesOfPart { samples, first_row },
+            _ => return Ok(()),
         }))
     }
 

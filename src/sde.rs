@@ -36,11 +36,12 @@
 //! are exact for the steps that were run and for the given increments.  No noise is stored; the backward pass
 //! computes it again from the seed.  All plans of [`Checkpoint`](crate::options::Checkpoint) can be used.
 //!
-//! **Speed.**  On the CPU, an equation is integrated tile by tile if three conditions hold.  Its drift and its
-//! diffusion (wrapped in [`OfField`]) are fields of [`nn`](crate::nn) that are integrated tile by tile, such as
-//! [`Mlp`](crate::nn::Mlp), [`ConstantField`](crate::nn::ConstantField), or a [`Relaxation`](crate::nn::Relaxation)
-//! around one of these.  Its noise is diagonal or scalar.  Its increments are computed from a seed, not given.  All
-//! other equations are solved by candle's operations.  The increments have the same bits in both cases.
+//! **Speed.**  On the CPU, an equation is integrated tile by tile if its steps are fixed and of a moderate length
+//! (2^±24), its noise is diagonal or scalar and not given, its state is one tensor `(rows, features)`, and all of its parts
+//! are fields of [`nn`](crate::nn) that are integrated tile by tile, such as [`Mlp`](crate::nn::Mlp),
+//! [`ConstantField`](crate::nn::ConstantField), or a [`Relaxation`](crate::nn::Relaxation) around one of these (a
+//! diffusion is wrapped in [`OfField`]).  All other equations are solved by candle's operations.  The increments have the
+//! same bits in both cases.
 //!
 //! **Precision.** f and g are evaluated and pulled back in compute precision.  ΔW, its products with g and with λ,
 //! and every sum are in state precision.

@@ -14,6 +14,7 @@ use candle_diffeq::options::{
     Adaptive, Arithmetic, Checkpoint, Controller, OnFailure, Output, StepControl, Steps,
 };
 use candle_diffeq::scaling::{DynamicScaling, Scaling};
+use candle_diffeq::sde::{sdeint, stratonovich, Noise, SdeOptions, HEUN};
 use candle_diffeq::tableau::{
     Tableau, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG45, MIDPOINT, RK4, TSIT5,
 };
@@ -225,6 +226,36 @@ fn closures_are_solved_as_on_the_cpu_in_f64() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn noise_has_the_bits_of_the_cpu_and_moves_the_state_as_there() {
+    let Some(gpu) = gpu() else { return };
+    let on = |device: &Device| {
+        let noise = Noise::seeded(5);
+        let increments = noise.increments(&TIMES, (7, 3), DType::F32, device);
+        let sde = stratonovich(
+            |_: &Time, y: &Tensor| y.neg(),
+            |_: &Time, y: &Tensor| (y.sqr()? + 1.0)?.sqrt()? * 0.3,
+        );
+        let y0 = Var::from_tensor(&scattered((7, 3), DType::F64, device)).unwrap();
+        let options = SdeOptions {
+            method: HEUN,
+            steps: Steps::PerInterval(4),
+            ..Default::default()
+        };
+        let ys = sdeint(sde, y0.as_tensor(), &TIMES, &noise, &options).unwrap();
+        let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        (
+            increments.unwrap().w().clone(),
+            [ys, grads.get(&y0).unwrap().clone()],
+        )
+    };
+    let ((drawn_there, there), (drawn_here, here)) = (on(&gpu), on(&Device::Cpu));
+    assert_eq!(values(&drawn_there), values(&drawn_here));
+    for (there, here) in there.iter().zip(&here) {
+        assert!(distance(there, here) <= 1e-12);
     }
 }
 

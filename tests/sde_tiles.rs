@@ -14,7 +14,7 @@ use candle_diffeq::sde::{
     OfField, Sde, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN, REVERSIBLE_HEUN,
     SRA1, SRI2,
 };
-use candle_diffeq::{Error, Precision};
+use candle_diffeq::{Error, Precision, Time};
 use candle_nn::VarMap;
 use common::{values as numbers, U_BF16, U_F16, U_F32};
 
@@ -469,29 +469,35 @@ fn samples_of_tiles_are_rows_of_a_repeated_state() {
 }
 
 #[test]
-fn samples_of_a_part_of_a_batch_are_refused() {
+fn samples_that_have_no_noise_of_their_own_or_no_memory_are_refused() {
     let sde = ito(
-        |_: &candle_diffeq::Time, y: &Tensor| y.neg(),
-        |_: &candle_diffeq::Time, y: &Tensor| y.ones_like(),
+        |_: &Time, y: &Tensor| y.neg(),
+        |_: &Time, y: &Tensor| y.ones_like(),
     )
     .additive();
     let y0 = Tensor::ones((2, 1), DType::F64, &Device::Cpu).unwrap();
-    let options = SdeOptions {
-        samples: 2,
-        ..Default::default()
+    let run = |y0: &Tensor, samples: usize, noise: Noise| {
+        let options = SdeOptions {
+            samples,
+            ..Default::default()
+        };
+        predict(&sde, y0, &[0.0, 1.0], &noise, &options)
     };
-    let found = predict(
-        &sde,
-        &y0,
-        &[0.0, 1.0],
-        &Noise::seeded(1).from_row(2),
-        &options,
-    );
+    let part = run(&y0, 2, Noise::seeded(1).from_row(2));
     let (samples, first_row) = (2, 2);
-    match found {
-        Err(Error::Sde(defect)) => {
-            assert_eq!(defect, SdeDefect::SamplesOfPart { samples, first_row });
-        }
-        other => panic!("{other:?}"),
+    let expected = SdeDefect::SamplesOfPart { samples, first_row };
+    assert!(matches!(part, Err(Error::Sde(defect)) if defect == expected));
+    let beyond = run(&y0, 1, Noise::seeded(1).from_row((1 << 32) - 1));
+    assert!(matches!(
+        beyond,
+        Err(Error::Sde(SdeDefect::TooManyRows { .. }))
+    ));
+    for samples in [1 << 40, usize::MAX] {
+        let many = run(&y0, samples, Noise::seeded(1));
+        assert!(matches!(many, Err(Error::OutOfMemory { .. })), "{many:?}");
     }
+    // No rows are no error.
+    let none = Tensor::zeros((0, 1), DType::F64, &Device::Cpu).unwrap();
+    let ys = run(&none, 3, Noise::seeded(1)).unwrap();
+    assert_eq!(ys.dims(), [2, 0, 1]);
 }

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{Driven, Embedded, Evaluated, Evaluation};
+use super::{Driven, Embedded, Evaluated, Evaluation, StepNoise};
 use crate::error::Result;
 use crate::field::Field;
 use crate::schedule::Step;
@@ -39,7 +39,14 @@ impl Driven {
         let all = self.table().evaluations.iter();
         let at_start = all.take_while(|e| e.c == 0.0 && e.at.terms.is_empty());
         let mut done = vec![];
-        self.evaluate_all(field, &at_start.collect::<Vec<_>>(), step, y, &mut done)?;
+        let at_start: Vec<_> = at_start.collect();
+        self.evaluate_all(
+            field,
+            &at_start,
+            (step, &mut self.noise(step)),
+            y,
+            &mut done,
+        )?;
         Ok(done)
     }
 
@@ -55,8 +62,8 @@ impl Driven {
         let more = embedded.map_or(&[][..], |embedded| embedded.evaluations);
         let all: Vec<_> = self.table().evaluations.iter().chain(more).collect();
         let mut done = start.to_vec();
-        self.evaluate_all(field, &all, step, y, &mut done)?;
         let (mut noise, roles) = (self.noise(step), |leaf: usize| self.roles[leaf].state());
+        self.evaluate_all(field, &all, (step, &mut noise), y, &mut done)?;
         let mut next = vec![];
         for sum in self.table().next {
             next.extend(self.sum(sum, step, y, &done, &mut noise, roles)?);
@@ -72,20 +79,13 @@ impl Driven {
         &self,
         field: &Field<'_>,
         all: &[&Evaluation],
-        step: Step,
+        (step, noise): (Step, &mut StepNoise<'_>),
         y: &[Tensor],
         done: &mut Vec<Evaluated<()>>,
     ) -> Result<()> {
         let parts = self.parts(field)?;
-        let mut noise = self.noise(step);
-        self.evaluate_rest(
-            all,
-            step,
-            y,
-            &mut noise,
-            None,
-            done,
-            |part, t: &Time, at| Ok((parts[part as usize].velocity(t, at)?, ())),
-        )
+        self.evaluate_rest(all, step, y, noise, None, done, |part, t: &Time, at| {
+            Ok((parts[part as usize].velocity(t, at)?, ()))
+        })
     }
 }

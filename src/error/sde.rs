@@ -141,6 +141,12 @@ pub enum SdeDefect {
         /// Index of the tensor.
         leaf: usize,
     },
+    /// More rows than there are numbers of rows, from which noise is computed.
+    #[error("rows of noise up to {end}, and samples are rows, too: they are numbered by 32 bits")]
+    TooManyRows {
+        /// The number behind the last.
+        end: u128,
+    },
     /// Several samples for each row of a part of a batch.
     #[error("{samples} samples for each initial state, with noise from row {first_row} on: rows of different parts of a batch would have the same noise; give each part its own seed")]
     SamplesOfPart {
