@@ -40,8 +40,8 @@ pub fn mean(group: &dyn Group, value: f64, rows: usize) -> Result<f64> {
 
 /// Statistics of all ranks, equal on all of them.  Counts are added over ranks, as they are added over solves: a step that
 /// every rank takes for its own rows counts once for each rank.  Largest and smallest values are those of any rank.  The
-/// first step is that of rank 0; what grows with every solve (`step_times`, `scales`, `rows`) and `not_replayed` stay those
-/// of this rank.
+/// first step is that of rank 0; what grows with every solve (`step_times`, `scales`, `rows`, the attempts of
+/// `backward`) and `not_replayed` stay those of this rank.
 ///
 /// # Errors
 /// Those of the group.
@@ -75,7 +75,7 @@ pub fn total(group: &dyn Group, stats: &Stats) -> Result<Stats> {
 }
 
 /// What is added.
-fn counts(stats: &mut Stats) -> [&mut usize; 12] {
+fn counts(stats: &mut Stats) -> [&mut usize; 16] {
     [
         &mut stats.steps,
         &mut stats.rejected,
@@ -89,5 +89,9 @@ fn counts(stats: &mut Stats) -> [&mut usize; 12] {
         &mut stats.retries,
         &mut stats.host_reads,
         &mut stats.replayed,
+        &mut stats.backward.steps,
+        &mut stats.backward.rejected,
+        &mut stats.backward.evaluations,
+        &mut stats.backward.points,
     ]
 }

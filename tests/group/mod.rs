@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::distributed::{mean, share, total, Alone, Group, Replicas, Shards, Wire};
 use candle_diffeq::error::GroupDefect;
-use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::metrics::{BackwardStats, Recorder, Stats};
 use candle_diffeq::nn::{Activation, Mlp, RowLoss};
 use candle_diffeq::options::{Output, Steps};
 use candle_diffeq::scaling::{LossScaler, OnOverflow, Stepped};
@@ -594,20 +594,28 @@ pub(crate) fn losses_and_statistics_are_those_of_all_ranks(group: &dyn Group) {
         _ => assert!((got - sum / rows).abs() <= 4.0 * U_F64 * got, "{got}"),
     }
     // Every count is another one, so that none can stand for another.
-    let counts = |of: &dyn Fn(usize) -> usize| Stats {
-        steps: of(0),
-        rejected: of(1),
-        forced: of(2),
-        limited: of(3),
-        evaluations: of(4),
-        row_evaluations: of(5),
-        tile_evaluations: of(6),
-        recomputed: of(7),
-        vjps: of(8),
-        retries: of(9),
-        host_reads: of(10),
-        replayed: of(11),
-        ..Default::default()
+    let counts = |of: &dyn Fn(usize) -> usize| {
+        let mut backward = BackwardStats::default();
+        backward.steps = of(12);
+        backward.rejected = of(13);
+        backward.evaluations = of(14);
+        backward.points = of(15);
+        Stats {
+            steps: of(0),
+            rejected: of(1),
+            forced: of(2),
+            limited: of(3),
+            evaluations: of(4),
+            row_evaluations: of(5),
+            tile_evaluations: of(6),
+            recomputed: of(7),
+            vjps: of(8),
+            retries: of(9),
+            host_reads: of(10),
+            replayed: of(11),
+            backward,
+            ..Default::default()
+        }
     };
     let stats = Stats {
         states_kept: 100 * (rank + 1),
