@@ -167,8 +167,8 @@ pub struct RowOccurrences<S> {
 ///
 /// The field must be one that is integrated tile by tile ([`StepControl::Rows`]); events of other fields are
 /// functions of the whole state, see [`odeint_event`](super::odeint_event).  The events of a row and their times do
-/// not depend on the other rows: they have the same bits alone and in any batch.  This is also true of the gradients
-/// of y0 and of the values, except in f16, where the rows of a tile share a scale of the adjoint.
+/// not depend on the other rows: they have the same bits alone and in any batch, and so have the gradients of y0 and
+/// of the values.
 ///
 /// If a row touches a value without crossing it, the time of this event has no derivative.  If gradients are
 /// required, this is an error.  With [`OnFailure::Nan`] the event is counted, but its time and state are NaN; the
