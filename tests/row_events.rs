@@ -274,6 +274,9 @@ fn events_of_a_row_have_the_same_bits_alone_and_in_any_company() {
     }
 }
 
+/// A solve with events of rows, from y0.
+type SolveRows<'a> = dyn Fn(&Tensor) -> RowEventSolution<Tensor> + 'a;
+
 #[test]
 fn events_of_the_rows_of_a_model_are_those_of_its_field() {
     if without_tiles() {
@@ -288,7 +291,7 @@ fn events_of_the_rows_of_a_model_are_those_of_its_field() {
         // The same variables.
         let field = network(&vars, dtype);
         let levels = levels(40);
-        let solves: [&dyn Fn(&Tensor) -> RowEventSolution<Tensor>; 2] = [
+        let solves: [&SolveRows; 2] = [
             &|y0| ode.row_events(y0, &TIMES, &events(&levels)).unwrap(),
             &|y0| {
                 let field = field.clone();
