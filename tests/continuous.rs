@@ -37,8 +37,8 @@ use candle_diffeq::options::{
 };
 use candle_diffeq::scaling::{OnOverflow, Scaling};
 use candle_diffeq::sde::{
-    ito, sdeint, stratonovich, BrownianTree, Noise, SdeMethod, SdeOptions, EULER_HEUN,
-    EULER_MARUYAMA, HEUN, MIDPOINT, REVERSIBLE_HEUN,
+    ito, sdeint, stratonovich, BrownianTree, NeuralSde, Noise, OfField, SdeMethod, SdeOptions,
+    EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT, REVERSIBLE_HEUN,
 };
 use candle_diffeq::tableau::{DOPRI5, RK4};
 use candle_diffeq::{
@@ -1526,6 +1526,45 @@ fn stochastic_adjoints_of_general_noise_models_and_samples_are_near_the_discrete
     });
     // Strong order ½: 4.
     assert!(apart[0] / apart[1] > 2.0 && apart[1] < 0.02, "{apart:?}");
+}
+
+#[test]
+fn a_stochastic_model_in_low_precision_has_gradients_near_the_discrete_ones() {
+    let vars = candle_nn::VarMap::new();
+    let of = |gradient, precision| {
+        let sde = NeuralSde::new(&vars, "sde", DType::F32, &Device::Cpu, |vb| {
+            let drift = Mlp::new(&[2, 8, 2], Activation::Tanh, vb.pp("drift"))?;
+            let spread = Mlp::new(&[2, 8, 2], Activation::Tanh, vb.pp("spread"))?;
+            Ok(stratonovich(drift, OfField(spread)))
+        });
+        let sde = sde.unwrap().options(SdeOptions {
+            method: HEUN,
+            steps: Steps::PerInterval(200),
+            output: Output::Final,
+            precision: Some(precision),
+            gradient,
+            ..Default::default()
+        });
+        common::scatter(&vars);
+        let y0 = scattered(&[8, 2], 1.0, 1).to_dtype(DType::F32).unwrap();
+        let noise = Noise::seeded(4);
+        let y = sde.solve(&y0, &[0.0, 1.0], &noise).unwrap();
+        let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let all = common::all(&vars).into_iter();
+        let all = all.flat_map(|(_, v)| values(grads.get(&v).unwrap()));
+        all.collect::<Vec<_>>()
+    };
+    let exact = of(Gradient::Discrete, Precision::f32());
+    let size = worst(exact.iter().copied());
+    for (precision, bar) in [
+        (Precision::f32(), 0.02),
+        (Precision::bf16(), 16.0 * U_BF16),
+        (Precision::f16(), 0.02),
+    ] {
+        let got = of(Gradient::Backsolve(AdjointSolve::new()), precision);
+        let error = worst(got.iter().zip(&exact).map(|(g, e)| g - e)) / size;
+        assert!(error <= bar && error > 0.0, "{precision:?}: {error:e}");
+    }
 }
 
 #[test]
