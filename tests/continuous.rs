@@ -1106,7 +1106,7 @@ fn tensors_of_the_state_may_have_precisions_of_their_own() {
         let error = relative(&of(mixed, gradient.clone()), &exact);
         // Of bf16, not of f32 nor of nothing.
         assert!(
-            error <= 4.0 * U_BF16 && error >= U_BF16 / 64.0,
+            (U_BF16 / 64.0..=4.0 * U_BF16).contains(&error),
             "{gradient:?}: {error:e}"
         );
     }

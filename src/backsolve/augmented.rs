@@ -217,7 +217,7 @@ impl<'a> Augmented<'a> {
         &self,
         pull: &Pull<'a>,
         t: &Time,
-        y: &Vec<Tensor>,
+        y: &[Tensor],
         seeds: &[Tensor],
     ) -> Result<(Vec<Tensor>, Stage<'a>)> {
         let pulled = self.pull_by(pull, t, y, seeds, self.wants)?;
@@ -249,7 +249,7 @@ impl<'a> Augmented<'a> {
         &self,
         pull: &Pull<'a>,
         t: &Time,
-        y: &Vec<Tensor>,
+        y: &[Tensor],
         adj: &[Tensor],
         wants: Wants,
     ) -> Result<Pulled<'a>> {
@@ -314,7 +314,7 @@ impl<'a> Augmented<'a> {
         &self,
         pull: &Pull<'a>,
         v: &Vec<Tensor>,
-        y: &Vec<Tensor>,
+        y: &[Tensor],
         wants: Wants,
         at: Place,
     ) -> Result<(Vec<Tensor>, Theta<'a>, Option<Tensor>)> {
