@@ -92,7 +92,7 @@
 //! * `rows`, `loss`: the forward and the backward pass, tile by tile; losses that are means over rows.
 //! * `offer`: how fields of this crate tell the solver that they can be solved tile by tile or in one GPU launch.
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
-//! * `backsolve`: continuous adjoints, which are solved backward in time.
+//! * `backsolve`: continuous adjoints, which are solved backward in time, and the stochastic adjoint.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
 //!   solve without this graph.
