@@ -17,11 +17,11 @@ pub(super) enum LaneSteps<'a> {
 }
 
 impl LaneSteps<'_> {
-    /// The first one, which stands for all where an error or a place in memory is named.
-    pub(super) fn first(&self) -> Option<&Step> {
+    /// The step of a lane.
+    pub(super) fn of(&self, lane: usize) -> Option<&Step> {
         match self {
             Self::All(step) => Some(step),
-            Self::Each(steps) => steps.first(),
+            Self::Each(steps) => steps.get(lane),
         }
     }
 

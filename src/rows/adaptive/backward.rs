@@ -5,16 +5,17 @@
 //! backward pass has already pulled back.  The cotangent that the outputs inside step n give to this stage is
 //! therefore passed to step n + 1: κ = h_n Σ_m b_s(x_m) ȳ_m is added to v_1 of step n + 1 as κ / h_{n+1}.
 //!
-//! All lanes of a tile share one adjoint scale, which is chosen from the largest cotangent in the tile.
+//! In f16 every row has its own adjoint scale, so that its gradient does not depend on the rows beside it.
 
 use super::inside::{put, take, LaneOutputs};
 use super::{keeps_no_evaluations, RowSolve, RowTrajectories, SolvedGroup};
 use crate::error::{Error, Result};
 use crate::reverse::{Adjoint, Backward};
 use crate::rows::activations::{KeptEvaluations, Selection};
-use crate::rows::backward::{adjoint, magnitude, SweptGroup};
+use crate::rows::backward::{adjoint, SweptGroup};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::pulls::{DenseSeeds, StagePulls};
+use crate::rows::scales::Scales;
 use crate::rows::stepper::Stepper;
 use crate::rows::trajectory::{Snapshot, TileStore, TileTrajectory};
 use crate::rows::window::{KeptBy, Sums, Window};
@@ -123,7 +124,6 @@ impl<T: Element> RowsPass<'_, T> {
         let mut walks = Walks::new(self, group);
         let mut pull = StagePulls::<T>::new(&walks.stepper);
         let mut dense = DenseSeeds::new(&walks.stepper);
-        let (batch, mut scaler) = (walks.stepper.batch, plan.problem.scaler);
         let mut counted = Stats::default();
         while walks.enter_steps(&mut counted).map_err(anywhere)? {
             let seeds = walks.weigh(&mut dense).then_some(&dense);
@@ -131,21 +131,18 @@ impl<T: Element> RowsPass<'_, T> {
             window.begin_step(field, &kept);
             walks.stepper.linearize(steps, &walks.y, window.next_kept());
             counted.recomputed += walks.stepper.stages(steps.is_dense()).len();
-            if scaler.is_dynamic() {
-                scaler = scaler.aimed(magnitude(walks.stepper.on, plan, batch, &walks.adj, seeds));
-            }
-            scaler = pull
-                .step(
-                    &walks.stepper,
-                    steps,
-                    &mut walks.adj,
-                    seeds,
-                    window,
-                    &kept,
-                    scaler,
-                    &mut counted,
-                )
-                .map_err(anywhere)?;
+            walks.scales.aim(walks.stepper.on, plan, &walks.adj, seeds);
+            pull.step(
+                &walks.stepper,
+                steps,
+                &mut walks.adj,
+                seeds,
+                window,
+                &kept,
+                &mut walks.scales,
+                &mut counted,
+            )
+            .map_err(anywhere)?;
             walks.leave_steps()?;
             window.end_step();
         }
@@ -204,6 +201,7 @@ struct Walks<'a, T: Element> {
     steps: Vec<Step>,
     y: Aligned<T>,
     adj: Aligned<T>,
+    scales: Scales,
     /// The numbers of one row; a tile that is replayed, and its slot.
     row: Vec<T>,
     tile: Aligned<T>,
@@ -227,6 +225,7 @@ impl<'a, T: Element> Walks<'a, T> {
             steps: vec![],
             y: aligned(size),
             adj: aligned(size),
+            scales: Scales::by_lane(pass.plan.problem.scaler, batch),
             row: vec![T::default(); pass.plan.layout.dim()],
             tile: aligned(size),
             slot: stepper.slot(),
@@ -251,6 +250,7 @@ impl<'a, T: Element> Walks<'a, T> {
         let batch = self.batch();
         let adj = &mut self.adj;
         self.lanes[at] = None;
+        self.scales.begin(at);
         for i in (at..adj.len()).step_by(batch) {
             adj[i] = T::default();
         }
