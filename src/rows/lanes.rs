@@ -59,6 +59,8 @@ pub(super) struct LaneClock<T: Element> {
     /// Whether all lanes are at the first instant.
     together: bool,
     rows: Vec<usize>,
+    /// Whether the field reads times; otherwise they need not be right.
+    pub(super) is_read: bool,
 }
 
 impl<T: Element> LaneClock<T> {
@@ -68,6 +70,7 @@ impl<T: Element> LaneClock<T> {
             instants: vec![Instant::default(); batch],
             together: true,
             rows: vec![0; batch],
+            is_read: true,
         }
     }
 
@@ -97,11 +100,12 @@ impl<T: Element> LaneClock<T> {
                 self.instants[0] = instant;
                 self.together = true;
             }
-            LaneSteps::Each(steps) => {
+            LaneSteps::Each(steps) if self.is_read => {
                 for (lane, step) in steps.iter().enumerate() {
                     self.set(lane, instant(step));
                 }
             }
+            LaneSteps::Each(_) => {}
         }
         self.now()
     }
@@ -125,6 +129,7 @@ impl<T: Element> LaneClock<T> {
                 true => &self.instants[..1],
                 false => &self.instants,
             },
+            is_weighed: true,
         }
     }
 }
