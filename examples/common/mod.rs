@@ -17,6 +17,7 @@ pub(crate) mod idx;
 pub(crate) mod initial;
 pub(crate) mod jobs;
 pub(crate) mod memory;
+pub(crate) mod mnist;
 pub(crate) mod mode;
 pub(crate) mod model_equation;
 pub(crate) mod momentum;

@@ -10,6 +10,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod fields;
+mod models;
 mod peak;
 mod processor;
 mod workload;
