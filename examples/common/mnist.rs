@@ -148,7 +148,7 @@ impl Data {
     }
 
     /// Drawn digits of seven segments with noise, where there is no MNIST.
-    fn stand_in(rng: &mut StdRng) -> Self {
+    pub(crate) fn stand_in(rng: &mut StdRng) -> Self {
         Self {
             training: segments(256, rng),
             validation: segments(64, rng),

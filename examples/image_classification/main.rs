@@ -197,7 +197,10 @@ fn print(outcomes: &[Outcome]) {
     ]);
     for o in outcomes {
         let percent = |x: &f64| format!("{:.1}", 100.0 * x);
-        let steps = o.epochs.last().map(|(_, shares)| shares.iter().map(percent));
+        let steps = o
+            .epochs
+            .last()
+            .map(|(_, shares)| shares.iter().map(percent));
         let steps: Vec<_> = steps.into_iter().flatten().collect();
         table.row([
             o.kind.name().to_owned(),
@@ -235,7 +238,10 @@ fn demands(outcomes: &[Outcome], report: &mut Report) {
         match single {
             Some(single) if o.dtype != Dtype::F32 => {
                 report.demand(share >= single.accuracy() - LOW, || {
-                    format!("{name}: {:.1} % below f32", 100.0 * (single.accuracy() - share))
+                    format!(
+                        "{name}: {:.1} % below f32",
+                        100.0 * (single.accuracy() - share)
+                    )
                 });
             }
             _ => report.demand(share >= ACCURACY, || {
@@ -251,7 +257,8 @@ fn draw(report: &mut Report, outcomes: &[Outcome]) -> Result<()> {
         let parts = area.split_evenly((1, 3));
         let curves = |of: &dyn Fn(&Outcome) -> Vec<(f64, f64)>| {
             let each = outcomes.iter().enumerate();
-            let each = each.map(|(i, o)| Curve::new(o.name(), colour(i), of(o)).mark(Mark::DottedLine));
+            let each =
+                each.map(|(i, o)| Curve::new(o.name(), colour(i), of(o)).mark(Mark::DottedLine));
             each.collect::<Vec<_>>()
         };
         let by_epoch = |of: fn(&(f64, Vec<f64>)) -> f64| {
@@ -260,7 +267,8 @@ fn draw(report: &mut Report, outcomes: &[Outcome]) -> Result<()> {
                 each.map(|(i, e)| (i as f64 + 1.0, of(e))).collect()
             }
         };
-        let share = |(_, shares): &(f64, Vec<f64>)| 100.0 * shares.last().copied().unwrap_or(f64::NAN);
+        let share =
+            |(_, shares): &(f64, Vec<f64>)| 100.0 * shares.last().copied().unwrap_or(f64::NAN);
         Panel {
             curves: curves(&by_epoch(share)),
             legend: SeriesLabelPosition::LowerRight,
@@ -275,7 +283,8 @@ fn draw(report: &mut Report, outcomes: &[Outcome]) -> Result<()> {
         let by_depth = |o: &Outcome| {
             let shares = o.epochs.last().map_or(&[][..], |(_, shares)| shares);
             let each = shares.iter().enumerate();
-            each.map(|(n, x)| (n as f64 / STEPS as f64, 100.0 * x)).collect()
+            each.map(|(n, x)| (n as f64 / STEPS as f64, 100.0 * x))
+                .collect()
         };
         Panel {
             curves: curves(&by_depth),

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Module, Result as CandleResult, Tensor};
 use candle_diffeq::nn::{Activation, Basis, ConvField, Galerkin, Linear};
 use candle_diffeq::options::{Output, Steps};
 use candle_diffeq::tableau::RK4;
-use candle_diffeq::{NeuralOde, OdeOptions, Time};
+use candle_diffeq::{odeint, OdeOptions, Time};
 use candle_nn::{Conv2d, Conv2dConfig, VarBuilder, VarMap};
 
 use crate::common::dtype::Dtype;
@@ -46,42 +46,54 @@ impl Kind {
     }
 }
 
+/// The first filter.
+enum First {
+    Plain(Conv2d),
+    OfDepth(Galerkin),
+}
+
 pub(crate) struct Model {
     pub(crate) vars: VarMap,
-    /// One for each step.
-    pieces: Vec<NeuralOde>,
+    first: First,
+    rest: [Conv2d; 2],
     /// Weights of the channels, and a layer that reads their sum.
     mix: Linear,
     readout: Linear,
+    options: OdeOptions,
 }
 
 impl Model {
     pub(crate) fn new(kind: Kind, dtype: Dtype, seed: u64, device: &Device) -> Result<Self> {
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
-        let middle = |n: usize| (n as f64 + 0.5) / STEPS as f64;
-        let pieces = (0..STEPS).map(|n| {
-            let ode = NeuralOde::from_field(&vars, "f", DType::F32, device, move |vb| match kind {
-                Kind::Plain => field(filter(vb.pp(0))?, &vb),
-                Kind::Galerkin | Kind::Integral => field(filter_at(middle(n), vb.pp(0))?, &vb),
-            });
-            Ok(ode?.options(OdeOptions {
-                method: RK4,
-                steps: Steps::PerInterval(1),
-                output: Output::Final,
-                precision: Some(dtype.precision()),
-                ..Default::default()
-            }))
-        });
-        let pieces = pieces.collect::<candle_diffeq::Result<Vec<_>>>()?;
+        let filter = |l: usize| {
+            let vb = vb.pp("f").pp(l);
+            candle_nn::conv2d(CHANNELS, CHANNELS, SIZE, config(), vb)
+        };
+        let first = match kind {
+            Kind::Plain => First::Plain(filter(0)?),
+            Kind::Galerkin | Kind::Integral => {
+                let (numbers, basis) = (FILTER + CHANNELS, Basis::fourier(ORDERS));
+                First::OfDepth(Galerkin::new(numbers, basis, 1.0, vb.pp("f").pp(0))?)
+            }
+        };
+        let rest = [filter(1)?, filter(2)?];
         let mix = Linear::new(CHANNELS, 1, vb.pp("mix"))?;
         let readout = Linear::new(PIXELS, CLASSES, vb.pp("readout"))?;
         draw(&vars, seed)?;
         Ok(Self {
             vars,
-            pieces,
+            first,
+            rest,
             mix,
             readout,
+            options: OdeOptions {
+                method: RK4,
+                steps: Steps::PerInterval(1),
+                output: Output::Final,
+                precision: Some(dtype.precision()),
+                ..Default::default()
+            },
         })
     }
 
@@ -96,11 +108,29 @@ impl Model {
         let zeros = Tensor::zeros(zeros, images.dtype(), images.device())?;
         let mut z = Tensor::cat(&[images, &zeros], 1)?;
         let mut all = vec![self.read(&z)?];
-        for (n, piece) in self.pieces.iter().enumerate() {
-            z = piece.solve(&z, &[n, n + 1].map(|n| n as f64 / STEPS as f64))?;
+        for n in 0..STEPS {
+            let ends = [n, n + 1].map(|n| n as f64 / STEPS as f64);
+            let field = self.field(0.5 * (ends[0] + ends[1]))?;
+            z = odeint(field, &z, &ends, &self.options)?;
             all.push(self.read(&z)?);
         }
         Ok(all)
+    }
+
+    /// Three convolutions that keep the size of the image, the first one as it is at this depth.
+    fn field(&self, depth: f64) -> CandleResult<ConvField> {
+        let first = match &self.first {
+            First::Plain(filter) => filter.clone(),
+            First::OfDepth(numbers) => {
+                let device = self.readout.weight().device();
+                let numbers = numbers.at(&Time::new(depth, DType::F32, device))?;
+                let weight = numbers.narrow(0, 0, FILTER)?;
+                let weight = weight.reshape((CHANNELS, CHANNELS, SIZE, SIZE))?;
+                Conv2d::new(weight, Some(numbers.narrow(0, FILTER, CHANNELS)?), config())
+            }
+        };
+        let [second, third] = self.rest.clone();
+        ConvField::from_layers(&[first, second, third], Activation::Tanh)
     }
 
     fn read(&self, z: &Tensor) -> CandleResult<Tensor> {
@@ -111,34 +141,11 @@ impl Model {
     }
 }
 
-/// Three convolutions that keep the size of the image, of which this is the first.
-fn field(first: Conv2d, vb: &VarBuilder<'_>) -> CandleResult<ConvField> {
-    ConvField::from_layers(
-        &[first, filter(vb.pp(1))?, filter(vb.pp(2))?],
-        Activation::Tanh,
-    )
-}
-
 fn config() -> Conv2dConfig {
     Conv2dConfig {
         padding: SIZE / 2,
         ..Default::default()
     }
-}
-
-fn filter(vb: VarBuilder<'_>) -> CandleResult<Conv2d> {
-    candle_nn::conv2d(CHANNELS, CHANNELS, SIZE, config(), vb)
-}
-
-/// A filter whose numbers are functions of depth, at this depth.
-fn filter_at(depth: f64, vb: VarBuilder<'_>) -> CandleResult<Conv2d> {
-    let t = Time::new(depth, vb.dtype(), vb.device());
-    let deviation = 1.0 / ((CHANNELS * SIZE * SIZE) as f64).sqrt();
-    let numbers = Galerkin::new(FILTER + CHANNELS, Basis::fourier(ORDERS), deviation, vb)?.at(&t)?;
-    let weight = numbers.narrow(0, 0, FILTER)?;
-    let weight = weight.reshape((CHANNELS, CHANNELS, SIZE, SIZE))?;
-    let bias = numbers.narrow(0, FILTER, CHANNELS)?;
-    Ok(Conv2d::new(weight, Some(bias), config()))
 }
 
 /// Layers as PyTorch's; coefficients so that a filter has about the size of one.

@@ -95,7 +95,10 @@ fn wrapped(system: System, x: &Tensor) -> Result<Tensor> {
     };
     let (q, v) = (x.narrow(1, 0, 2)?, x.narrow(1, 2, 2)?);
     let turns = (&q / std::f64::consts::TAU)?.round()?;
-    Ok(Tensor::cat(&[(q - (turns * std::f64::consts::TAU)?)?, v], 1)?)
+    Ok(Tensor::cat(
+        &[(q - (turns * std::f64::consts::TAU)?)?, v],
+        1,
+    )?)
 }
 
 /// PyTorch's for the spring, and for the double pendulum what its authors found best: biases zero, and deviations that give

@@ -1,9 +1,9 @@
 //! Fields of torchdyn's models: a Hamiltonian network, a perceptron whose first layer depends on time, and two convolutions
 //! over a graph.
 
-use candle_core::{Module, Result, Tensor};
+use candle_core::{Module, Tensor};
 use candle_diffeq::nn::energy::{Energy, Hamiltonian};
-use candle_diffeq::nn::graph::Gcn;
+use candle_diffeq::nn::graph::{Gcn, GcnField};
 use candle_diffeq::nn::{Basis, EnergyMlp, Galerkin, GalerkinLinear, Linear, Perceptron};
 use candle_diffeq::{OdeOptions, Time};
 use candle_nn::VarBuilder;
@@ -45,15 +45,17 @@ pub(crate) fn galerkin(
         let numbers = Galerkin::from_tensors(basis, coeffs.clone(), of_time, None)?;
         let first = GalerkinLinear::of(numbers, features, weight.dim(1)?)?;
         let last = linear(weight, Some(bias));
-        Ok(move |t: &Time, y: &Tensor| {
-            last.forward(&activation.forward(&first.forward(t, y)?)?)
-        })
+        Ok(move |t: &Time, y: &Tensor| last.forward(&activation.forward(&first.forward(t, y)?)?))
     };
     Ok(Ode::One(place.ode(field, options)?))
 }
 
 /// Two convolutions with an activation between them.
-pub(crate) fn graph(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
+pub(crate) fn graph(
+    place: &Place<'_>,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
     let Drive::Graph(graph) = place.drive.clone() else {
         return Err(undriven());
     };
@@ -65,7 +67,7 @@ pub(crate) fn graph(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_
         };
         let first = Gcn::from_tensors(&graph, w0.clone(), b0.clone())?;
         let last = Gcn::from_tensors(&graph, w1.clone(), b1.clone())?;
-        Ok(move |_: &Time, y: &Tensor| last.forward(&activation.forward(&first.forward(y)?)?))
+        GcnField::from_layers(vec![first, last], activation)
     };
     Ok(Ode::One(place.ode(field, options)?))
 }

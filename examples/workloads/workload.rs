@@ -112,6 +112,11 @@ impl Workload {
         self.tolerances.is_some()
     }
 
+    /// Whether it is one of torchdyn's models.
+    pub(crate) fn is_model(&self) -> bool {
+        matches!(self.kind.name, "hnn" | "galerkin" | "graph")
+    }
+
     /// Whether it is driven by noise or a path.
     pub(crate) fn is_driven(&self) -> bool {
         !matches!(self.drive, Drive::Nothing | Drive::Graph(_))

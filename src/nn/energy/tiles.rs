@@ -1,139 +1,22 @@
 //! Fields along the gradient of an [`EnergyMlp`], over tiles.
 
 mod curves;
+mod offered;
+mod turn;
 
-use candle_core::{Shape, Tensor};
 use pulp::Simd;
 
 use super::mlp::{Energy, EnergyMlp};
-use super::{GradientFlow, Hamiltonian};
 use crate::error::Error;
-use crate::field::Offer;
 use crate::nn::activation::{Expand, TimesSlope};
 use crate::nn::weights::{append_totals, fill, numbers, with_numbers, Place, Weights};
 use crate::nn::{Activation, Linear};
-use crate::offer::Offered;
-use crate::rows::{At, RowField, Slot, TileField};
+use crate::rows::{At, Slot, TileField};
 use crate::simd::outer::{add_rows, Pair};
 use crate::simd::product::{Layer, Tanh, WithEpilogue};
 use crate::simd::{enter, Element};
-use crate::state::RowLayout;
 use curves::{PlusBent, Seed, Split, Tangent};
-
-/// The linear map from the gradient of a potential to a velocity.
-#[derive(Clone, Copy, Debug)]
-pub enum Turn {
-    /// −g.
-    Down,
-    /// (g_p, −g_q) of g = (g_q, g_p).
-    Symplectic,
-}
-
-impl Turn {
-    /// Replaces g by A g.
-    #[inline(always)]
-    fn apply<T: Element, S: Simd>(self, s: S, g: &mut [T::Vector<S>]) {
-        let zero = T::zeros::<S>();
-        match self {
-            Self::Down => {
-                for g in g {
-                    *g = T::minus(s, zero, *g);
-                }
-            }
-            Self::Symplectic => {
-                let (of_q, of_p) = g.split_at_mut(g.len() / 2);
-                for (q, p) in of_q.iter_mut().zip(of_p) {
-                    (*q, *p) = (*p, T::minus(s, zero, *q));
-                }
-            }
-        }
-    }
-
-    /// Aᵀ v.
-    #[inline(always)]
-    fn pull<T: Element, S: Simd>(self, s: S, v: &[T::Vector<S>], out: &mut [T::Vector<S>]) {
-        let zero = T::zeros::<S>();
-        match self {
-            Self::Down => {
-                for (out, v) in out.iter_mut().zip(v) {
-                    *out = T::minus(s, zero, *v);
-                }
-            }
-            Self::Symplectic => {
-                let (of_q, of_p) = v.split_at(v.len() / 2);
-                let (q, p) = out.split_at_mut(v.len() / 2);
-                for (out, v) in q.iter_mut().zip(of_p) {
-                    *out = T::minus(s, zero, *v);
-                }
-                p.copy_from_slice(of_q);
-            }
-        }
-    }
-}
-
-impl EnergyMlp {
-    /// What the field of this potential offers to the solver: tiles, if there is a hidden layer and none is skipped.
-    pub(super) fn offered(&self, turn: Turn) -> Option<Offer> {
-        let hidden = self.net.layers.len().checked_sub(1)?;
-        if hidden == 0 || (0..hidden).any(|l| self.net.skips(l)) {
-            return None;
-        }
-        let energy = self.clone();
-        Some(match turn {
-            Turn::Down => Offered::of::<Tensor, _>(&GradientFlow::new(energy), true).into(),
-            Turn::Symplectic => Offered::of::<Tensor, _>(&Hamiltonian::new(energy), true).into(),
-        })
-    }
-
-    /// The parameters that ∇Φ depends on, layer after layer.
-    pub(super) fn read(&self) -> impl Iterator<Item = &Tensor> {
-        let last = self.net.layers.last().filter(|_| self.shifts());
-        let shift = last.and_then(|last| last.bias.as_ref()).map(Tensor::id);
-        self.net.tensors().filter(move |p| Some(p.id()) != shift)
-    }
-
-    fn row_layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
-        let [shape] = shapes else { return None };
-        let (last, rows) = shape.dims().split_last()?;
-        (*last == self.features()).then(|| RowLayout {
-            rows: rows.iter().product(),
-            features: vec![*last],
-        })
-    }
-}
-
-macro_rules! row_field {
-    ($field:ident, $turn:expr, $fits:expr) => {
-        impl RowField for $field<EnergyMlp> {
-            type Tiles<T: Element> = EnergyTiles<T>;
-
-            fn weights(&self) -> Vec<Tensor> {
-                self.energy().read().cloned().collect()
-            }
-
-            fn reads_time(&self) -> bool {
-                self.energy().time
-            }
-
-            fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
-                let fits: fn(usize) -> bool = $fits;
-                let layout = self.energy().row_layout(shapes)?;
-                fits(self.energy().features()).then_some(layout)
-            }
-
-            fn tiles<T: Element, S: Simd>(
-                &self,
-                s: S,
-                _: &[Shape],
-            ) -> std::result::Result<EnergyTiles<T>, Error> {
-                EnergyTiles::new(s, self.energy(), $turn)
-            }
-        }
-    };
-}
-
-row_field!(GradientFlow, Turn::Down, |_| true);
-row_field!(Hamiltonian, Turn::Symplectic, |features| features % 2 == 0);
+pub(in crate::nn::energy) use turn::Turn;
 
 /// x' = A ∇Φ(t, x) over tiles, in the notation of [`EnergyMlp`].
 ///
