@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::error::PathDefect;
-use crate::field::{autograd, Bound, Cotangents, FieldWithArgs, Offer, Pullback};
+use crate::field::{autograd, Bound, Cotangents, FieldWithArgs, LatePullback, Offer, Pullback};
 use crate::path::ControlPath;
 use crate::time::Time;
 
@@ -37,6 +37,17 @@ pub trait ControlledField {
         slope: &Tensor,
     ) -> candle_core::Result<Option<(Tensor, ControlledPullback<'f>)>> {
         let _ = (t, z, slope);
+        Ok(None)
+    }
+
+    /// As [`VectorField::vjp_late`](crate::VectorField::vjp_late), for a slope that is constant.
+    #[doc(hidden)]
+    fn vjp_late<'f>(
+        &'f self,
+        _t: &Time,
+        _z: &Tensor,
+        _slope: &Tensor,
+    ) -> candle_core::Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
         Ok(None)
     }
 
@@ -131,6 +142,19 @@ impl<F: ControlledField> FieldWithArgs<Tensor, ControlPath> for Driven<F> {
             Ok(pulled)
         };
         Ok((k, Box::new(pull)))
+    }
+
+    fn vjp_late<'f>(
+        &'f self,
+        t: &Time,
+        z: &Tensor,
+        path: &ControlPath,
+    ) -> candle_core::Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
+        let slope = self.slope(t, z, path)?;
+        match slope.track_op() {
+            true => Ok(None),
+            false => self.0.vjp_late(t, z, &slope),
+        }
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

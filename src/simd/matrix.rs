@@ -239,6 +239,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Panel<'_, T, S, V> {
             let height = block::<T, S>(rows - row);
             match height {
                 8 if const { has_block::<T, S, 8>() } => self.rows::<8>(s, row),
+                6 if const { has_block::<T, S, 6>() } => self.rows::<6>(s, row),
                 4 if const { has_block::<T, S, 4>() } => self.rows::<4>(s, row),
                 2 if const { has_block::<T, S, 2>() } => self.rows::<2>(s, row),
                 _ => self.rows::<1>(s, row),
