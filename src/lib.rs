@@ -13,8 +13,9 @@
 //! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
 //! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite
 //!   differences.  The first solves of a model do the same.
-//! * [`nn`]: layers and fields.  Perceptrons, continuous flows of perceptrons, convolutions, and perceptrons as
-//!   fields of a CDE are integrated tile by tile on the CPU, several times faster than through candle's operations.
+//! * [`nn`]: layers and fields.  Perceptrons, continuous flows of perceptrons, gradients of perceptrons, convolutions,
+//!   and perceptrons as fields of a CDE are integrated tile by tile on the CPU, several times faster than through candle's
+//!   operations.
 //! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian
 //!   networks.  They can be trained, although candle has no second derivatives: these are written by hand.
 //! * [`options::Gradient`]: continuous adjoints in place of the exact gradients, for comparison or if memory is short.

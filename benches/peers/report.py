@@ -4,8 +4,11 @@ from pathlib import Path
 from statistics import median
 from typing import Callable
 
+import numpy as np
+
 #: Ours over the best peer in f32, forward and backward.
-TIME_BARS = {"W0": 0.5, "W1": 0.25, "W2": 0.92, "W3": 0.8, "W4": 0.35, "W5": 0.15, "S1": 0.3, "S2": 0.3, "C1": 0.3}
+TIME_BARS = {"W0": 0.5, "W1": 0.25, "W2": 0.92, "W3": 0.8, "W4": 0.35, "W5": 0.15, "S1": 0.3, "S2": 0.3, "C1": 0.3,
+             "H1": 0.35, "H2": 0.35, "H3": 0.35}
 MEMORY_BARS = ["W1", "W2", "W3", "W5"]
 #: Multiply-adds of four passes of products over time, of what the machine does at most: --variant "share=--share".
 SHARE_BARS = {"W1": 0.65, "W2": 0.85}
@@ -59,7 +62,7 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
         table(results, "Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
         table(results, "Forward alone, ms", spread("fwd_ms")),
         table(results, "Processor time of all threads, forward and backward, ms: the least",
-              lambda lines: figure(min(line["fwdbwd_cpu_ms"] for line in lines))),
+              lambda lines: figure(min((t for line in lines if (t := line["fwdbwd_cpu_ms"]) is not None), default=np.nan))),
         table(results, "Peak RSS less RSS before the first call, MB (buffers of XLA); W0 is the fixed part", memory),
         table(results, "Relative errors of loss, ∂θ, ∂y0 against the f64 reference",
               lambda lines: ", ".join("–" if (x := lines[-1][part]) is None else f"{x:.0e}" for part in ERROR_BARS)),

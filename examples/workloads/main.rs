@@ -10,6 +10,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod fields;
+mod models;
 mod peak;
 mod processor;
 mod workload;
@@ -173,7 +174,7 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         forward.push(milliseconds(clock));
         // Reading it takes as long as a small solve and leaves caches cold: outside of the clock, and only where it is
         // compared with that of peers.
-        let compared = workload.is_adaptive() || workload.is_driven();
+        let compared = workload.is_adaptive() || workload.is_driven() || workload.is_model();
         let before = compared.then(processor::milliseconds).flatten();
         let clock = Instant::now();
         solve()?.backward()?;

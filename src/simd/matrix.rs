@@ -4,7 +4,7 @@
 //! every block of rows of the product is a block of accumulators, one row of a in a register each.
 //! Nothing of a is copied, whether it is transposed or not.
 
-use pulp::{Simd, WithSimd};
+use pulp::{Arch, Simd, WithSimd};
 
 use super::pieces::by_piece;
 use super::product::{block, has_block};
@@ -73,7 +73,7 @@ pub(crate) fn product<T: Element>(
         return Ok(out);
     }
     // Whole blocks of rows, as many as are worth a thread, and a copy of b.
-    let rows = (PIECE / (a.columns * b.columns).max(1)).max(64);
+    let rows = (PIECE / (a.columns * b.columns).max(1)).max(16);
     by_piece(
         &mut out,
         rows.next_multiple_of(8) * b.columns,
@@ -89,6 +89,23 @@ pub(crate) fn product<T: Element>(
         },
     );
     Ok(out)
+}
+
+/// `out = a b + start` on this thread, with `start` as for [`product`]; without one `out` is zero before.
+pub(crate) fn product_of_rows<T: Element>(
+    unit: Arch,
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    start: &[T],
+    out: &mut [T],
+) {
+    unit.dispatch(RowBlock {
+        a,
+        b,
+        start,
+        first: 0,
+        out,
+    });
 }
 
 /// Σ over the rows.
