@@ -40,7 +40,8 @@ pub trait ControlledField {
         Ok(None)
     }
 
-    /// As [`VectorField::vjp_late`](crate::VectorField::vjp_late), for a slope that is constant.
+    /// As [`VectorField::vjp_late`](crate::VectorField::vjp_late), for a slope that is constant, of a field that does not
+    /// read time.
     #[doc(hidden)]
     fn vjp_late<'f>(
         &'f self,
@@ -110,6 +111,17 @@ impl<F: ControlledField> FieldWithArgs<Tensor, ControlPath> for Driven<F> {
         path: &ControlPath,
     ) -> candle_core::Result<(Tensor, Pullback<'f, Tensor>)> {
         let slope = self.slope(t, z, path)?;
+        if !slope.track_op() {
+            // Nobody asks for the cotangent of the slope.
+            if let Some((k, pull)) = self.0.vjp_late(t, z, &slope)? {
+                let pull = move |v: &Tensor| {
+                    let (y, params) = pull(v)?;
+                    let (t, params) = (None, params()?);
+                    Ok(Cotangents { y, t, params })
+                };
+                return Ok((k, Box::new(pull)));
+            }
+        }
         let Some((k, pull)) = self.0.vjp(t, z, &slope.detach())? else {
             let args = path.clone();
             return autograd::vjp(&Bound { field: self, args }, t, z);

@@ -40,7 +40,7 @@ use candle_diffeq::sde::{
     ito, sdeint, stratonovich, BrownianTree, NeuralSde, Noise, OfField, SdeMethod, SdeOptions,
     EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT, REVERSIBLE_HEUN,
 };
-use candle_diffeq::tableau::{DOPRI5, RK4};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};
 use candle_diffeq::{
     odeint, odeint_with, solution, Error, NeuralOde, OdeOptions, Precision, Time, VectorField,
 };
@@ -1604,4 +1604,37 @@ fn stochastic_adjoints_that_do_not_exist_are_errors() {
         assert!(unavailable, "{error}");
     }
     assert!(of(false, with(HEUN, backsolve(), fixed())).is_ok());
+}
+
+#[test]
+fn an_interpolant_that_is_less_accurate_than_its_steps_shows_in_the_gradient() {
+    let problem = Coupled::new();
+    let exact = problem.gradients(&adaptive_options(1e-11, Gradient::Discrete));
+    let exact = exact.unwrap();
+    let of = |method: Tableau, tol, kind: fn(AdjointSolve) -> Gradient| {
+        // λ is solved by the same method everywhere: what differs is y between the steps.
+        let gradient = kind(AdjointSolve::new().method(DOPRI5));
+        let options = OdeOptions {
+            method,
+            ..adaptive_options(tol, gradient)
+        };
+        apart(&problem.gradients(&options).unwrap(), &exact)
+    };
+    for method in [DOPRI5, TSIT5, BOSH3] {
+        for tol in [1e-5, 1e-8] {
+            let error = of(method.clone(), tol, Gradient::Interpolated);
+            assert!(error <= 100.0 * tol, "{} {tol:e}: {error:e}", method.name());
+        }
+    }
+    for (method, tol) in [(FEHLBERG45, 1e-5), (DOPRI8, 1e-5), (DOPRI8, 1e-8)] {
+        let interpolated = of(method.clone(), tol, Gradient::Interpolated);
+        let backsolve = of(method.clone(), tol, Gradient::Backsolve);
+        println!("{} {tol:e}: {interpolated:e} {backsolve:e}", method.name());
+        if method == FEHLBERG45 {
+            assert!(
+                interpolated > 10.0 * backsolve,
+                "{interpolated:e} {backsolve:e}"
+            );
+        }
+    }
 }

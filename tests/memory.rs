@@ -3,6 +3,7 @@
 //! `cargo test --release --test memory`, seconds.
 
 mod common;
+#[allow(dead_code)] // The examples use more of it.
 #[path = "../examples/common/memory.rs"]
 mod memory;
 

@@ -105,8 +105,7 @@ fn main() -> ExitCode {
 
 /// Forms the loss on one thread, unless CANDLE_NUM_THREADS says otherwise.
 ///
-/// candle's own threads wait for the next operation in a loop, on the cores that the threads of a solve need by then.  Of
-/// the loss of A3 they take a tenth of a millisecond, and two to three from the solve.
+/// candle's own threads wait for the next operation in a loop, on the cores that the threads of a solve need by then.
 fn leave_cores_to_solves() {
     const CANDLES: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(CANDLES).is_none() {

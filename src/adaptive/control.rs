@@ -142,8 +142,8 @@ impl Control {
 
     /// The distance from a time to the next one at which a step must end.
     pub(crate) fn room(&self, t: f64) -> f64 {
-        let ahead = |target: &&Target| (target.t - t) * self.direction > 0.0;
-        let next = self.targets.iter().find(ahead);
+        let met = |target: &Target| (target.t - t) * self.direction <= 0.0;
+        let next = self.targets.get(self.targets.partition_point(met));
         next.map_or(f64::INFINITY, |target| (target.t - t).abs())
     }
 

@@ -66,6 +66,8 @@ pub(super) struct StagePulls<T: Element> {
     /// Rows of ones: for every active stage, for every stage of a step with outputs inside, and for one vector.
     ones: Coefficients<T>,
     factors: Vec<f64>,
+    /// The scales that the factors below belong to; none at the start of a step.
+    scales: Vec<f64>,
     /// m of all lanes or of each, and p.
     mantissas: Vec<f64>,
     power: f64,
@@ -107,6 +109,7 @@ impl<T: Element> StagePulls<T> {
             coefficients: Coefficients::new(batch, &rows),
             ones: Coefficients::plain(batch, &ones),
             factors: vec![],
+            scales: vec![],
             mantissas: vec![],
             power: 1.0,
             m: Factor::new(batch),
@@ -161,10 +164,16 @@ impl<T: Element> StagePulls<T> {
         for h in &mut self.mantissas {
             *h /= self.power;
         }
+        self.scales.clear();
     }
 
     /// Prepares for these scales: one for all lanes, or one for each.
     fn scale_by(&mut self, rounds: bool, scales: &[f64]) {
+        if self.scales == scales {
+            return;
+        }
+        self.scales.clear();
+        self.scales.extend_from_slice(scales);
         let (mantissas, p, factors) = (&self.mantissas[..], self.power, &mut self.factors);
         let mut set = |of: &dyn Fn(f64, f64) -> f64, set: &mut dyn FnMut(&[f64])| {
             let lanes = mantissas.len().max(scales.len());
