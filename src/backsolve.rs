@@ -85,6 +85,7 @@ pub(crate) fn check(problem: &Problem) -> Result<()> {
     match &problem.continuous {
         Some(_) if !problem.crossings.is_empty() => unavailable("events"),
         Some(_) if problem.driven.is_some() => unavailable("noise"),
+        Some(_) if problem.scheme.compensated => unavailable("compensated sums"),
         _ => Ok(()),
     }
 }

@@ -66,7 +66,10 @@ impl<T: Element> Reversible for Trajectories<T> {
         };
         let stages = most_stages(problem, &self.schedule);
         let steps = self.schedule.len();
-        let window = || Window::new(pass.field, stages, steps, pass.differentiate);
+        let window = || {
+            Window::new(pass.field, stages, steps, pass.differentiate)
+                .compensating(problem.scheme.compensated)
+        };
         let each = |window: &mut Window<T>, tiles: &Vec<Tile<T>>| {
             let seed = Seed::Packed(&cotangent);
             pass.sweep(tiles, seed, window)
@@ -198,7 +201,7 @@ impl<T: Element> TilePass<'_, T> {
         };
         window.clear();
         let mut state = aligned(size);
-        let mut adj = aligned(size);
+        let mut adj = aligned(stepper.carried);
         let mut incoming = match schedule.outputs() {
             1 => aligned(0),
             _ => aligned(size),
@@ -224,6 +227,7 @@ impl<T: Element> TilePass<'_, T> {
             };
             stepper.clock.hold(rows.clone());
             seed(problem.outputs() - 1, &mut adj);
+            adj[size..].fill(T::default());
             let mut scaler = problem.scaler;
             // Steps that are known need no state, and no replay.
             let mut rewind = None;
@@ -283,7 +287,7 @@ impl<T: Element> TilePass<'_, T> {
                 }
                 let seeds = seeds.as_deref();
                 if scaler.is_dynamic() {
-                    scaler = scaler.aimed(magnitude(stepper.on, plan, batch, &adj, seeds));
+                    scaler = scaler.aimed(magnitude(stepper.on, plan, batch, &adj[..size], seeds));
                 }
                 scaler = pull
                     .step(

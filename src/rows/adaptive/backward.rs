@@ -20,6 +20,7 @@ use crate::rows::trajectory::{Snapshot, TileStore, TileTrajectory};
 use crate::rows::window::{KeptBy, Sums, Window};
 use crate::rows::{on_all_threads, Failure, TilePlan};
 use crate::schedule::{Inside, Step};
+use crate::simd::two_sum::two_sum;
 use crate::simd::{aligned, Aligned, Element};
 use crate::stats::Stats;
 use crate::trajectory::{Next, Rewind};
@@ -53,7 +54,9 @@ pub(super) fn pull_back<T: Element>(
         counted.join(&group.stats);
     };
     let differentiate = !theta.is_empty();
-    let window = || Window::new(&*solved.field, stages, usize::MAX, differentiate);
+    let compensated = problem.scheme.compensated;
+    let window =
+        || Window::new(&*solved.field, stages, usize::MAX, differentiate).compensating(compensated);
     let each = |window: &mut Window<T>, group: &SolvedGroup<T>| pass.sweep(group, window);
     on_all_threads(&solved.groups, &window, &each, &mut fold)?;
     stats.add(&counted);
@@ -131,7 +134,8 @@ impl<T: Element> RowsPass<'_, T> {
             walks.stepper.linearize(steps, &walks.y, window.next_kept());
             counted.recomputed += walks.stepper.stages(steps.is_dense()).len();
             if scaler.is_dynamic() {
-                scaler = scaler.aimed(magnitude(walks.stepper.on, plan, batch, &walks.adj, seeds));
+                let adj = &walks.adj[..walks.stepper.size];
+                scaler = scaler.aimed(magnitude(walks.stepper.on, plan, batch, adj, seeds));
             }
             scaler = pull
                 .step(
@@ -181,8 +185,9 @@ struct Walks<'a, T: Element> {
     steps: Vec<Step>,
     y: Aligned<T>,
     adj: Aligned<T>,
-    /// The numbers of one row; a tile that is replayed, and its slot.
+    /// The numbers of one row, and of what a step of it carries; a tile that is replayed, and its slot.
     row: Vec<T>,
+    carried: Vec<T>,
     tile: Aligned<T>,
     slot: Aligned<T>,
     /// Of outputs inside the steps.
@@ -202,9 +207,10 @@ impl<'a, T: Element> Walks<'a, T> {
             lanes: (0..batch).map(|_| None).collect(),
             steps: vec![],
             y: aligned(size),
-            adj: aligned(size),
+            adj: aligned(stepper.carried),
             row: vec![T::default(); pass.plan.layout.dim()],
-            tile: aligned(size),
+            carried: vec![T::default(); stepper.carried / batch],
+            tile: aligned(stepper.carried),
             slot: stepper.slot(),
             inside: LaneWeights::new(&stepper),
             y0: vec![T::default(); group.rows.len() * pass.plan.layout.dim()],
@@ -315,8 +321,8 @@ impl<'a, T: Element> Walks<'a, T> {
                     match next {
                         Next::State(state) => state.load(&mut self.row),
                         Next::Advance(m, state) => {
-                            state.load(&mut self.row);
-                            for (i, x) in self.row.iter().enumerate() {
+                            state.load(&mut self.carried);
+                            for (i, x) in self.carried.iter().enumerate() {
                                 tile[i * batch + at] = *x;
                             }
                             walk.replayed = Some(m);
@@ -359,9 +365,9 @@ impl<'a, T: Element> Walks<'a, T> {
                 continue;
             };
             let lane = tile.iter().skip(at).step_by(batch);
-            self.row.iter_mut().zip(lane).for_each(|(x, y)| *x = *y);
+            self.carried.iter_mut().zip(lane).for_each(|(x, y)| *x = *y);
             if let Some(rewind) = &mut walk.rewind {
-                rewind.answer(Snapshot::of(&self.row)?);
+                rewind.answer(Snapshot::of(&self.carried)?);
             }
         }
         Ok(())
@@ -427,14 +433,20 @@ impl<'a, T: Element> Walks<'a, T> {
     fn leave_steps(&mut self) -> std::result::Result<(), Failure> {
         let finite = self.stepper.on.is_finite(&self.adj);
         let (batch, dim) = (self.batch(), self.pass.plan.layout.dim());
+        let size = self.stepper.size;
         for at in 0..batch {
             let Some(walk) = &self.lanes[at] else {
                 continue;
             };
             let adj = &mut self.adj;
             if let Some(output) = walk.solve.steps.at_node(walk.n) {
+                let (sum, lost) = adj.split_at_mut(size);
                 for (i, y) in self.pass.seed(walk.row, output).enumerate() {
-                    adj[i * batch + at] += y;
+                    let place = i * batch + at;
+                    match lost.get_mut(place) {
+                        Some(lost) => [sum[place], *lost] = two_sum(sum[place], *lost + y),
+                        None => sum[place] += y,
+                    }
                 }
             }
             let mut lane = adj.iter().skip(at).step_by(batch);

@@ -143,7 +143,7 @@ impl<T: Element> Group<'_, T> {
         } = taken;
         let at = *at;
         let problem = self.pass.plan.problem;
-        let y = self.numbers(&self.y, at);
+        let (y, dim) = (self.numbers(&self.y, at), self.pass.plan.layout.dim());
         let Some(lane) = &mut self.lanes[at] else {
             return Ok(());
         };
@@ -160,7 +160,7 @@ impl<T: Element> Group<'_, T> {
             lane.returned += 1;
         }
         match met {
-            Some(met) => self.return_crossings(at, attempt, met, &y),
+            Some(met) => self.return_crossings(at, attempt, met, &y[..dim]),
             None => Ok(()),
         }
     }
@@ -229,7 +229,8 @@ impl<T: Element> Group<'_, T> {
             }
             let limit = lane.pace.precision_limit(control).filter(|_| is_done);
             if let Some(output) = node {
-                self.returned(row, output).copy_from_slice(&y);
+                let dim = self.pass.plan.layout.dim();
+                self.returned(row, output).copy_from_slice(&y[..dim]);
             }
             if let Some(reason) = limit {
                 self.stop(at, reason)?;

@@ -86,8 +86,8 @@ impl<'a, T: Element> Group<'a, T> {
             waiting: vec![],
             lanes: (0..batch).map(|_| None).collect(),
             steps: vec![],
-            y: aligned(size),
-            after: aligned(size),
+            y: aligned(stepper.carried),
+            after: aligned(stepper.carried),
             error: aligned(size),
             slot: stepper.slot(),
             inside: LaneWeights::new(&stepper),
@@ -118,6 +118,9 @@ impl<'a, T: Element> Group<'a, T> {
                 at += batch;
             }
         }
+        // Rounding has taken nothing from it yet.
+        let lost = y[self.stepper.size..].iter_mut().skip(lane);
+        lost.step_by(batch).for_each(|lost| *lost = T::default());
         self.norms.hold(lane, row);
         self.stepper.clock.rows_mut()[lane] = row;
     }
@@ -165,15 +168,17 @@ impl<'a, T: Element> Group<'a, T> {
     /// A row at its start, whose state is in this lane.
     fn row_at(&mut self, at: usize, row: usize) -> Result<Lane<T>> {
         let plan = self.pass.plan;
+        let dim = plan.layout.dim();
         let store = TileStore::new(
             plan.problem.scheme.roles[0].store.to,
             plan.problem.packing.len(),
+            dim,
         );
         let y = self.numbers(&self.y, at);
         let trajectory = TileTrajectory::online(plan.problem.checkpoint, store, &y)?;
         let mut lane = Lane::new(self.pass.control, row, trajectory);
         if let Some(output) = lane.node(plan.problem, self.pass.control.start)? {
-            self.returned(row, output).copy_from_slice(&y);
+            self.returned(row, output).copy_from_slice(&y[..dim]);
         }
         Ok(lane)
     }
@@ -301,7 +306,7 @@ impl<'a, T: Element> Group<'a, T> {
         self.stepper.sum_stage(i, &self.y, &mut self.slot);
         if begins {
             let stage = &mut self.slot[..size];
-            let y = &self.y;
+            let y = &self.y[..size];
             let k = &self.stepper.ks[..size];
             for (at, lane) in self.lanes.iter().enumerate() {
                 let h = match lane.as_ref().map(|lane| lane.phase) {
@@ -341,7 +346,7 @@ impl<'a, T: Element> Group<'a, T> {
     fn begin(&mut self, i: usize) -> Result<()> {
         let (batch, size, control) = (self.batch(), self.stepper.size, self.pass.control);
         for at in 0..batch {
-            let y = &self.y;
+            let y = &self.y[..size];
             let (k, rest) = self.stepper.ks.split_at_mut(size);
             let new = &rest[(i - 1) * size..][..size];
             let Some(lane) = &mut self.lanes[at] else {
