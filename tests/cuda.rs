@@ -230,6 +230,58 @@ fn closures_are_solved_as_on_the_cpu_in_f64() {
 }
 
 #[test]
+fn compensated_sums_lose_as_little_on_the_gpu_as_on_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let net = Net {
+        widths: &[2, 8, 2],
+        ..SPIRAL
+    };
+    let unit = 2f64.powi(-24);
+    let run = |device: &Device, precision: Precision, steps: usize, checkpoint| {
+        let options = OdeOptions {
+            method: EULER,
+            precision: Some(precision),
+            steps: Steps::PerInterval(steps),
+            checkpoint,
+            // Where one launch would do, it is left out: it sums without compensation.
+            fusion: device.is_cuda(),
+            ..Default::default()
+        };
+        outcome(device, &net, 3, &[0.0, 1.0], 1.0, &options).unwrap()
+    };
+    let compensated = Precision::f32().compensated();
+    for steps in [16, 600] {
+        let there = run(&gpu, compensated, steps, Checkpoint::All);
+        let here = run(&Device::Cpu, compensated, steps, Checkpoint::All);
+        assert_close(&there, &here, 16.0 * unit, &format!("{steps} steps"));
+        let again = run(&gpu, compensated, steps, Checkpoint::States(3));
+        assert_eq!(bits(&there.states), bits(&again.states));
+        assert_eq!(bits(&there.y0), bits(&again.y0));
+        for (a, b) in there.params.iter().zip(&again.params) {
+            assert_eq!(bits(a), bits(b));
+        }
+    }
+    // Without compensation it is another number.
+    let plain = run(&gpu, Precision::f32(), 600, Checkpoint::All);
+    let summed = run(&gpu, compensated, 600, Checkpoint::All);
+    assert!(distance(&plain.states, &summed.states) > 8.0 * unit);
+    // Adaptive steps of the whole batch.
+    let adaptive = |device: &Device| {
+        let steps = Adaptive::new(1e-1, 1e-1).max_step(1.0 / 200.0);
+        let options = OdeOptions {
+            method: BOSH3,
+            precision: Some(compensated),
+            steps: Steps::Adaptive(steps.first_step(1.0 / 200.0)),
+            fusion: false,
+            ..Default::default()
+        };
+        outcome(device, &net, 3, &TIMES, 1.0, &options).unwrap()
+    };
+    let what = "adaptive steps";
+    assert_close(&adaptive(&gpu), &adaptive(&Device::Cpu), 32.0 * unit, what);
+}
+
+#[test]
 fn noise_has_the_bits_of_the_cpu_and_moves_the_state_as_there() {
     let Some(gpu) = gpu() else { return };
     let on = |device: &Device| {

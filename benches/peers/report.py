@@ -13,8 +13,8 @@ LOW_BARS = [("W1", "bf16"), ("W1", "f16"), ("W2", "bf16"), ("W2", "f16")]
 ERROR_BARS = {"err_loss": ("loss", 1e-6), "err_grad_w": ("∂θ", 1e-6), "err_grad_y0": ("∂y0", 1e-5)}
 
 
-def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: int) -> str:
-    """All tables; keys are (workload, library, precision), values the lines of its rounds."""
+def render(results: dict[tuple, list[dict]], versions: dict[str, str], machine: str) -> str:
+    """All tables; keys are (workload, library, precision), values the lines of its rounds; `machine` says where."""
     failed = {key: lines[-1]["error"] for key, lines in results.items() if "error" in lines[-1]}
     good = {key: lines for key, lines in results.items() if key not in failed}
 
@@ -54,7 +54,7 @@ def render(results: dict[tuple, list[dict]], versions: dict[str, str], threads: 
         tables.append(table(adaptive, "Relative error of the states against the f64 reference",
                             lambda lines: f"{lines[-1]['err_y']:.1e}"))
     return "\n\n".join([
-        f"{cpu()}; threads: {threads}; {packages}; rounds in turn: {rounds}{undisturbed}.",
+        f"{machine}; {packages}; rounds in turn: {rounds}{undisturbed}.",
         bars(good),
         table(results, "Forward and backward, ms: median of rounds (least–most)", spread("fwdbwd_ms")),
         table(results, "Forward alone, ms", spread("fwd_ms")),
@@ -136,8 +136,3 @@ def figure(value: float) -> str:
     """Three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
-
-def cpu() -> str:
-    """The processor's name (Linux)."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown CPU")
