@@ -264,7 +264,7 @@ pub(crate) mod tests {
         #[test]
         fn compensated_sums_are_rounded_once_and_lose_nothing_else(terms in terms(), double in any::<bool>(), tiny in any::<bool>()) {
             let dtype = if double { DType::F64 } else { DType::F32 };
-            let shape = terms[0].1.shape();
+            let shape = &terms[0].1.shape().clone();
             let held = |x: &Tensor| !double && x.dtype() == DType::F64;
             // Coefficients that f32 does not hold, of numbers that are the larger for it.
             let c = |c: f64, x: &Tensor| if tiny && held(x) { c * 1e-40 } else { c };

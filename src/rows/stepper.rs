@@ -110,11 +110,13 @@ impl<'p, T: Element> Stepper<'p, T> {
                 Some((selection, kept)) => kept.slot_mut(selection, (step.index, at), self.batch),
                 None => None,
             };
+            // As the backward pass evaluates it again, from the state alone.
+            let state = &y[..self.size];
             if let Some(place) = place {
-                self.stage(i, y, place);
+                self.stage(i, state, place);
                 self.evaluate(steps, i, place);
             } else {
-                self.stage(i, y, slot);
+                self.stage(i, state, slot);
                 self.evaluate(steps, i, slot);
                 if let Some((selection, kept)) = &mut kept {
                     kept.save(self.on, selection, (step.index, at), slot, self.batch);
