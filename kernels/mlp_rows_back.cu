@@ -167,9 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     mlp_rows_backward(const __grid_constant__ Net net, const __grid_constant__ Method method, const __grid_constant__ RowsSolve solve) {
     DYNAMIC_SHARED(room);
     __shared__ Control control;
-    __shared__ Scaler scaler;
-    __shared__ unsigned largest, retries, attempts, gave_up;
-    __shared__ int lowest, highest;
+    __shared__ unsigned largest[ROWS], overflowed, retries, gave_up;
     load_control(*solve.control, control);
     const int l = lane(), stride = net.dim * PITCH;
     float *weights = room;
@@ -187,8 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     pack(net, weights);
     for (int i = threadIdx.x; i < net.weights; i += THREADS) parts[i] = totals[i] = 0;
     if (threadIdx.x == 0) {
-        retries = 0, lowest = SCALE_LIMIT + 1, highest = -SCALE_LIMIT - 1, gave_up = 0, attempts = 0;
-        scaler = solve.scaler;
+        retries = 0, gave_up = 0;
     }
     // Lanes without a row hold a state that the forward pass has met, and a cotangent of zero.
     for (int f = warp(); f < net.dim; f += WARPS) {
@@ -197,13 +194,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         y[f * PITCH + l] = x[0], adj[f * PITCH + l] = 0;
     }
     __syncthreads();
+    // S of the lane's row, so that a row does not depend on the rows beside it; the same in every warp.
+    Scaler scaler = solve.scaler;
+    int lowest = SCALE_LIMIT + 1, highest = -SCALE_LIMIT - 1;
     Walk walk{};
     walk.row = NO_ROW;
     uint64_t cursor = 0;
     unsigned long long recomputed = 0, pulls = 0;
     const int final_cotangent = net.layers[net.count - 1].cotangent, last = method.stages - 1;
     for (unsigned rounds = 1;; ++rounds) {
+        const auto before = walk.row;
         take_rows(net, solve, control, walk, cursor, adj);
+        if (walk.row != before) scaler = solve.scaler;
         const bool lives = walk.row != NO_ROW;
         const unsigned living = __ballot_sync(~0u, lives);
         if (living == 0) break;
@@ -232,17 +234,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
         if (dense) weigh(net, method, solve, control, walk, w);
         if (scaler.dynamic) {
-            if (threadIdx.x == 0) largest = 0;
+            if (threadIdx.x < ROWS) largest[threadIdx.x] = 0;
             __syncthreads();
             unsigned most = 0;
             for (int f = warp(); f < net.dim; f += WARPS) {
                 most = max(most, __float_as_uint(adj[f * PITCH + l]) & 0x7fffffffu);
                 for (int i = 0; dense && i <= last; ++i) most = max(most, __float_as_uint(w[i * stride + f * PITCH + l]) & 0x7fffffffu);
             }
-            atomicMax(&largest, most);
+            atomicMax(&largest[l], most);
             __syncthreads();
-            if (threadIdx.x == 0) aim_at(scaler, static_cast<double>(__uint_as_float(largest)));
-            __syncthreads();
+            aim_at(scaler, static_cast<double>(__uint_as_float(largest[l])));
         }
         for (int i = stages - 1; i >= 0; --i) {
             if (!method.active[i]) continue;
@@ -258,15 +259,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                 }
                 v[at] = sum;
             }
-            if (threadIdx.x == 0) attempts = 0;
-            for (;;) {
+            for (unsigned attempts = 1;; ++attempts) {
                 const float scale = static_cast<float>(scaler.scale), inverse = static_cast<float>(scaler.inverse);
                 for (int f = warp(); f < net.dim; f += WARPS) {
                     const int at = f * PITCH + l;
                     cotangents[final_cotangent * PITCH + at] = h * rounded(v[at] * scale, solve.compute);
                 }
-                if (threadIdx.x == 0 && scaler.exponent < lowest) lowest = scaler.exponent;
-                if (threadIdx.x == 0 && scaler.exponent > highest) highest = scaler.exponent;
+                if (lives && (scaler.aimed || !scaler.dynamic)) lowest = min(lowest, scaler.exponent), highest = max(highest, scaler.exponent);
+                if (threadIdx.x == 0) overflowed = 0;
                 __syncthreads();
                 pull(net, weights, slot, F32, cotangents, carried, wi);
                 bool bad = false;
@@ -277,17 +277,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                     bad |= lives && !is_finite(pulled);
                     wi[at] = pulled * inverse;
                 }
+                if (bad) atomicOr(&overflowed, 1u << l);
                 pulls += 1;
+                __syncthreads();
+                const unsigned lanes = overflowed;
                 // Without a dynamic scale, what overflowed shows in λ.
-                if (!__syncthreads_or(bad) || !solve.scaler.dynamic) {
-                    accumulate(net, slot, cotangents, inverse, parts);
+                if (lanes == 0 || !solve.scaler.dynamic) {
+                    if (solve.scaler.dynamic) {
+                        // The sums over rows have no scale of a row.
+                        for (int c = warp(); c < net.cotangents; c += WARPS) cotangents[c * PITCH + l] *= inverse;
+                        __syncthreads();
+                    }
+                    accumulate(net, slot, cotangents, solve.scaler.dynamic ? 1 : inverse, parts);
                     __syncthreads();
                     break;
                 }
-                if (threadIdx.x == 0) {
-                    ++attempts, ++retries;
+                if (threadIdx.x == 0) ++retries;
+                if (lanes >> l & 1) {
                     const int exponent = scaler.exponent;
-                    if (give_up(scaler, attempts, solve.most_attempts)) gave_up = 1 + static_cast<unsigned>(exponent + 256);
+                    // The first of the lanes that give up is reported.
+                    if (give_up(scaler, attempts, solve.most_attempts)) atomicMax(&gave_up, static_cast<unsigned>(ROWS - l) << 20 | (attempts & 0x7ff) << 9 | static_cast<unsigned>(exponent + 256));
                 }
                 __syncthreads();
                 if (gave_up) break;
@@ -295,14 +304,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             if (gave_up) break;
         }
         if (gave_up) {
-            if (warp() == 0 && l == __ffs(static_cast<int>(living)) - 1) {
+            if (warp() == 0 && l == ROWS - static_cast<int>(gave_up >> 20)) {
                 solve.reports[walk.row].bad_step = walk.left - 1, solve.reports[walk.row].bad_t = walk.t;
-                const unsigned detail = (attempts & 0x7ff) << 9 | (gave_up - 1);
-                atomicMin(&solve.report->failure, failure_key(walk.row + 1, detail, EXHAUSTED));
+                atomicMin(&solve.report->failure, failure_key(walk.row + 1, gave_up & 0xfffff, EXHAUSTED));
             }
             break;
         }
-        if (threadIdx.x == 0) scaler.clean += 1;
+        scaler.clean += 1;
         if (lives) leave_step(net, method, solve, control, walk, needs_last, adj, w);
         if (rounds % solve.flush == 0) {
             __syncthreads();
@@ -312,9 +320,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
     __syncthreads();
     for (int i = threadIdx.x; i < net.weights; i += THREADS) totals[i] += parts[i];
+    if (warp() == 0) atomicMin(&solve.report->smallest, lowest), atomicMax(&solve.report->largest, highest);
     if (threadIdx.x == 0) {
         atomicAdd(&solve.report->retries, retries);
-        atomicMin(&solve.report->smallest, lowest), atomicMax(&solve.report->largest, highest);
         atomicMax(&solve.report->recomputed, recomputed), atomicMax(&solve.report->pulls, pulls - retries);
     }
 }

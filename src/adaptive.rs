@@ -248,8 +248,8 @@ pub enum StepControl {
     /// chosen for the most difficult row.  Therefore compare the two settings at equal error, not at equal tolerance.
     /// [`Checkpoint::States`](crate::options::Checkpoint::States) and [`Bytes`](crate::options::Checkpoint::Bytes) are
     /// budgets of every row in the same way as of the batch: so many states of each.  Nothing is kept of evaluations
-    /// ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).  In f16 the rows of a tile share a
-    /// scale of the adjoint.
+    /// ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).  In f16 every row has its own adjoint
+    /// scale.
     Rows,
     /// All rows of the batch have the same steps, which are chosen by one error estimate of the whole batch; see
     /// [`Norm`].

@@ -10,10 +10,12 @@
 
 mod augmented;
 mod forward;
+mod instants;
 mod march;
 mod measure;
 mod quadrature;
 mod stages;
+mod stochastic;
 mod stops;
 
 use std::sync::Arc;
@@ -29,6 +31,7 @@ use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::schedule::{Output, Step};
 use crate::stats::Stats;
 use crate::time::Time;
+use crate::trajectory::Checkpoint;
 use augmented::Augmented;
 use forward::ForwardStates;
 use march::March;
@@ -65,13 +68,13 @@ pub(crate) fn over(
             None => forward.back.step_times(),
         },
     };
-    let y0 = problem.packing.split(&y0.detach().copy()?)?;
+    let y0 = problem.packing.split(&problem.start(y0)?.copy()?)?;
     let back = Backsolve {
         times,
         states: forward.packed.clone(),
         y0,
         steps: continuous.reads_states().then(|| Arc::clone(&forward.back)),
-        kept,
+        kept: kept && problem.checkpoint != Checkpoint::Nothing,
     };
     Ok(Forward {
         back: Arc::new(back),
@@ -82,10 +85,10 @@ pub(crate) fn over(
 /// What a continuous adjoint cannot be had of.
 pub(crate) fn check(problem: &Problem) -> Result<()> {
     let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
-    match &problem.continuous {
-        Some(_) if !problem.crossings.is_empty() => unavailable("events"),
-        Some(_) if problem.driven.is_some() => unavailable("noise"),
-        Some(_) if problem.scheme.compensated => unavailable("compensated sums"),
+    match (&problem.continuous, &problem.driven) {
+        (Some(_), _) if !problem.crossings.is_empty() => unavailable("events"),
+        (Some(_), _) if problem.scheme.compensated => unavailable("compensated sums"),
+        (Some(continuous), Some(driven)) => stochastic::check(problem, continuous, driven),
         _ => Ok(()),
     }
 }
@@ -121,6 +124,9 @@ impl Reversible for Backsolve {
         if problem.is_empty() {
             return self.nothing(back);
         }
+        if let Some(driven) = &problem.driven {
+            return stochastic::pull_back(self, back, (continuous, driven), stats);
+        }
         let steps = match &self.steps {
             Some(steps) => Some(steps.taken_steps().ok_or(Error::NothingKept)?),
             None => None,
@@ -141,7 +147,7 @@ impl Reversible for Backsolve {
 
 impl Backsolve {
     /// From the last time to the first; t̄.
-    fn solve(&self, back: &Backward<'_>, march: &mut March<'_>) -> Result<Vec<f64>> {
+    fn solve(&self, back: &Backward<'_>, march: &mut March<'_, '_>) -> Result<Vec<f64>> {
         let problem = back.problem;
         let points = problem.grid.points();
         let mut times = vec![
@@ -166,26 +172,62 @@ impl Backsolve {
             let Some(output) = output else { continue };
             let given = problem.packing.unpack(&back.cotangent.get(output)?)?;
             let y = problem.packing.unpack(&self.states.get(output)?)?;
-            let number = points.iter().position(|point| *point == t);
-            if let (true, false, Some(number)) = (back.differentiate_time, is_first, number) {
+            let moved = match back.differentiate_time && !is_first {
+                true => self.moved_by(problem, output),
+                false => vec![],
+            };
+            if !moved.is_empty() {
                 let f = self.slope(back, march, [t, stops[n + 1].0], &y)?;
-                times[number] += dot(&given, &f)?;
+                let change = dot(&given, &f)?;
+                for (number, derivative) in moved {
+                    times[number] += derivative * change;
+                }
             }
             march.meet(y, &given)?;
         }
-        Ok(times)
+        match times.iter().position(|t| !t.is_finite()) {
+            Some(number) => Err(Error::NonFiniteGradient {
+                step: march.steps(),
+                t: points[number],
+            }),
+            None => Ok(times),
+        }
     }
 
-    /// f(t, y) on the side of t on which another time lies.
+    /// The user's times that the time of a returned state depends on, with the derivatives.
+    fn moved_by(&self, problem: &Problem, output: usize) -> Vec<(usize, f64)> {
+        let points = problem.grid.points();
+        match (problem.output, problem.plan.known()) {
+            (Output::All, _) => vec![(output, 1.0)],
+            (Output::Final, _) => vec![(points.len() - 1, 1.0)],
+            (Output::Steps, Some(schedule)) => match output.checked_sub(1) {
+                Some(step) => schedule.step(step).nodes[1].derivatives().collect(),
+                None => vec![],
+            },
+            // Of adaptive steps only those that end at a time of the user move.
+            (Output::Steps, None) => {
+                let t = self.times[output];
+                let ascending = points[points.len() - 1] >= points[0];
+                let at = points.partition_point(|point| *point != t && (*point < t) == ascending);
+                match points.get(at) {
+                    Some(point) if *point == t => vec![(at, 1.0)],
+                    _ => vec![],
+                }
+            }
+        }
+    }
+
+    /// f(t, y) on the side of t on which another time lies, in a step that no jump is inside of.
     fn slope(
         &self,
         back: &Backward<'_>,
-        march: &March<'_>,
+        march: &March<'_, '_>,
         [t, towards]: [f64; 2],
         y: &[Tensor],
     ) -> Result<Vec<Tensor>> {
         let problem = back.problem;
-        let step = march.between(Step::free(0, t, towards - t, towards));
+        let end = march.until_jump(t, towards);
+        let step = march.between(Step::free(0, t, end - t, end));
         let time = Time::new(step.at(0.0), problem.state(), problem.device());
         let roles = &problem.scheme.roles;
         let y = y.iter().zip(roles).map(|(y, roles)| roles.compute.round(y));

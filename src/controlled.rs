@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::error::PathDefect;
-use crate::field::{autograd, Bound, Cotangents, FieldWithArgs, Offer, Pullback};
+use crate::field::{autograd, Bound, Cotangents, FieldWithArgs, LatePullback, Offer, Pullback};
 use crate::path::ControlPath;
 use crate::time::Time;
 
@@ -37,6 +37,18 @@ pub trait ControlledField {
         slope: &Tensor,
     ) -> candle_core::Result<Option<(Tensor, ControlledPullback<'f>)>> {
         let _ = (t, z, slope);
+        Ok(None)
+    }
+
+    /// As [`VectorField::vjp_late`](crate::VectorField::vjp_late), for a slope that is constant, of a field that does not
+    /// read time.
+    #[doc(hidden)]
+    fn vjp_late<'f>(
+        &'f self,
+        _t: &Time,
+        _z: &Tensor,
+        _slope: &Tensor,
+    ) -> candle_core::Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
         Ok(None)
     }
 
@@ -99,6 +111,17 @@ impl<F: ControlledField> FieldWithArgs<Tensor, ControlPath> for Driven<F> {
         path: &ControlPath,
     ) -> candle_core::Result<(Tensor, Pullback<'f, Tensor>)> {
         let slope = self.slope(t, z, path)?;
+        if !slope.track_op() {
+            // Nobody asks for the cotangent of the slope.
+            if let Some((k, pull)) = self.0.vjp_late(t, z, &slope)? {
+                let pull = move |v: &Tensor| {
+                    let (y, params) = pull(v)?;
+                    let (t, params) = (None, params()?);
+                    Ok(Cotangents { y, t, params })
+                };
+                return Ok((k, Box::new(pull)));
+            }
+        }
         let Some((k, pull)) = self.0.vjp(t, z, &slope.detach())? else {
             let args = path.clone();
             return autograd::vjp(&Bound { field: self, args }, t, z);
@@ -131,6 +154,19 @@ impl<F: ControlledField> FieldWithArgs<Tensor, ControlPath> for Driven<F> {
             Ok(pulled)
         };
         Ok((k, Box::new(pull)))
+    }
+
+    fn vjp_late<'f>(
+        &'f self,
+        t: &Time,
+        z: &Tensor,
+        path: &ControlPath,
+    ) -> candle_core::Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
+        let slope = self.slope(t, z, path)?;
+        match slope.track_op() {
+            true => Ok(None),
+            false => self.0.vjp_late(t, z, &slope),
+        }
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

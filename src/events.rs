@@ -29,7 +29,9 @@ use crate::state::State;
 use crate::time::{Time, Times};
 pub use hybrid::{Hybrid, HybridSolution, Jump};
 pub use rows::{odeint_row_event, RowEvent, RowEventSolution, RowOccurrences};
-use search::{Crossing, Search};
+pub(crate) use rows::{row_options, RowSearch};
+use search::Crossing;
+pub(crate) use search::Search;
 
 /// A function g(t, y) → number, tracked by candle in y and in what it captures.
 pub(crate) type EventFunction<S> = dyn Fn(&Time, &S) -> candle_core::Result<Tensor> + Send + Sync;
@@ -187,12 +189,7 @@ where
     F: VectorField<S> + Send + Sync + 'static,
     T: Times + ?Sized,
 {
-    if !matches!(options.steps, Steps::Adaptive(_)) {
-        return Err(Error::Adaptive(AdaptiveDefect::FixedSteps));
-    }
-    if options.output != Output::All {
-        return Err(Error::Adaptive(AdaptiveDefect::EventOutput));
-    }
+    check_options(options)?;
     let bind = |_| {
         let field: SharedField = Arc::new(Leaves::<Arc<F>, S>::new(field));
         Ok(field)
@@ -206,34 +203,52 @@ where
         bind,
         |problem, field, y0, keep| run_observed(problem, field, y0, keep, &mut search),
     )?;
-    let leaves = states.leaves();
-    let count = leaves[0].dim(0)?;
-    let is_event = |row: &usize| search.found.iter().any(|found| found.row == *row);
-    let rows: Vec<u32> = (0..count)
-        .filter(|row| !is_event(row))
-        .map(|row| row as u32)
-        .collect();
-    let outputs = rows.len();
-    let of_times = |x: &Tensor| match outputs == count {
-        true => Ok(x.clone()),
-        false => x.index_select(&Tensor::new(rows.as_slice(), x.device())?, 0),
-    };
-    let of_times = leaves.iter().map(of_times);
-    let states = S::from_leaves(of_times.collect::<candle_core::Result<_>>()?)?;
-    let occurrence = |found: &Crossing| {
-        let p = leaves.iter().map(|x| x.get(found.row));
-        let p = p.collect::<candle_core::Result<Vec<_>>>()?;
-        occurred(&events[found.event], found, p)
-    };
-    Ok(EventSolution {
-        states,
-        outputs,
-        events: search.found.iter().map(occurrence).collect::<Result<_>>()?,
-        ended: search
-            .found
-            .last()
-            .is_some_and(|found| events[found.event].terminal),
-    })
+    search.solution(states)
+}
+
+/// That a solve with these options can have events.
+pub(crate) fn check_options(options: &OdeOptions) -> Result<()> {
+    if !matches!(options.steps, Steps::Adaptive(_)) {
+        return Err(Error::Adaptive(AdaptiveDefect::FixedSteps));
+    }
+    if options.output != Output::All {
+        return Err(Error::Adaptive(AdaptiveDefect::EventOutput));
+    }
+    Ok(())
+}
+
+impl<S: State> Search<'_, S> {
+    /// What a solve returns, from the states at all times and events.
+    pub(crate) fn solution(&self, states: S) -> Result<EventSolution<S>> {
+        let leaves = states.leaves();
+        let count = leaves[0].dim(0)?;
+        let is_event = |row: &usize| self.found.iter().any(|found| found.row == *row);
+        let rows: Vec<u32> = (0..count)
+            .filter(|row| !is_event(row))
+            .map(|row| row as u32)
+            .collect();
+        let outputs = rows.len();
+        let of_times = |x: &Tensor| match outputs == count {
+            true => Ok(x.clone()),
+            false => x.index_select(&Tensor::new(rows.as_slice(), x.device())?, 0),
+        };
+        let of_times = leaves.iter().map(of_times);
+        let states = S::from_leaves(of_times.collect::<candle_core::Result<_>>()?)?;
+        let occurrence = |found: &Crossing| {
+            let p = leaves.iter().map(|x| x.get(found.row));
+            let p = p.collect::<candle_core::Result<Vec<_>>>()?;
+            occurred(&self.events[found.event], found, p)
+        };
+        Ok(EventSolution {
+            states,
+            outputs,
+            events: self.found.iter().map(occurrence).collect::<Result<_>>()?,
+            ended: self
+                .found
+                .last()
+                .is_some_and(|found| self.events[found.event].terminal),
+        })
+    }
 }
 
 /// An event at p, the state at its time as a fixed one.

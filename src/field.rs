@@ -7,6 +7,7 @@ pub(crate) mod parts;
 pub(crate) mod pullback;
 
 use std::any::Any;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
@@ -96,6 +97,17 @@ pub trait VectorField<S: State = Tensor> {
         autograd::vjp(self, t, y)
     }
 
+    /// As [`vjp`](Self::vjp) but for time, with gradients of the parameters formed later or never, of a field whose
+    /// pull-back can do this; otherwise `None`, before anything is evaluated.
+    #[doc(hidden)]
+    fn vjp_late<'f>(
+        &'f self,
+        _t: &Time,
+        _y: &S,
+    ) -> candle_core::Result<Option<(S, LatePullback<'f, S>)>> {
+        Ok(None)
+    }
+
     /// The parameters that [`vjp`](Self::vjp) returns gradients of, for fields that bring their
     /// own; `None` (the default) lets the solver find the variables in candle's graph, over all
     /// evaluations.  To be implemented together with `vjp`: without it the solver asks candle for paths
@@ -173,6 +185,13 @@ pub(crate) type OwnedField = Box<dyn VectorField<Vec<Tensor>>>;
 
 /// v ↦ vᵀ∂f at one evaluation; v and the cotangent of y in the dtypes of y.
 pub type Pullback<'f, S> = Box<dyn Fn(&S) -> candle_core::Result<Cotangents<S>> + 'f>;
+
+/// v ↦ vᵀ∂f/∂y, with vᵀ∂f/∂θ on request.
+pub(crate) type LatePullback<'f, S> =
+    Box<dyn Fn(&S) -> candle_core::Result<(S, LateGradients<'f>)> + 'f>;
+
+/// vᵀ∂f/∂θ by parameter, formed when it is called.
+pub(crate) type LateGradients<'f> = Rc<dyn Fn() -> candle_core::Result<GradStore> + 'f>;
 
 /// What a pull-back returns: vᵀ∂f/∂y, vᵀ∂f/∂t and vᵀ∂f/∂θ.
 #[derive(Debug)]
@@ -324,6 +343,17 @@ pub trait FieldWithArgs<S: State, A: State> {
             args: args.clone(),
         };
         autograd::vjp(&bound, t, y)
+    }
+
+    /// As [`VectorField::vjp_late`].
+    #[doc(hidden)]
+    fn vjp_late<'f>(
+        &'f self,
+        _t: &Time,
+        _y: &S,
+        _args: &A,
+    ) -> candle_core::Result<Option<(S, LatePullback<'f, S>)>> {
+        Ok(None)
     }
 
     /// As [`VectorField::parameters`]; arguments need not be listed.

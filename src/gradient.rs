@@ -11,9 +11,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::adaptive::{Adaptive, Control, StepControl};
+use crate::adaptive::{Adaptive, Control, OnFailure, StepControl};
 use crate::error::{ContinuousDefect, Result};
 use crate::schedule::{Output, Schedule, Steps};
 use crate::tableau::Tableau;
@@ -25,13 +25,21 @@ use crate::time::TimeGrid;
 /// | | y(t) in the backward pass | θ̄ | memory |
 /// |---|---|---|---|
 /// | `Discrete` | states that were kept | the exact sum over the steps that were taken | states by [`Checkpoint`](crate::options::Checkpoint) |
-/// | `Backsolve` | solved backward with λ | a sum over the stages of backward steps | the outputs |
-/// | `Interpolated` | the interpolant of the forward steps | a sum over the stages of backward steps | states by `Checkpoint` |
-/// | `Quadrature` | the interpolant of the forward steps | Gauss quadrature along λ | states by `Checkpoint` |
+/// | `Backsolve` | solved backward with λ | a sum over the stages of backward steps | the outputs, and the stages of one attempt |
+/// | `Interpolated` | the interpolant of the forward steps | a sum over the stages of backward steps | states by `Checkpoint`, the stages of one attempt and of the forward steps that it reaches into |
+/// | `Quadrature` | the interpolant of the forward steps | Gauss quadrature along λ | as `Interpolated` |
 ///
-/// `Discrete` is exact for the solution that was computed, and takes the fewest pull-backs.  The others are
-/// approximations of the gradient of the exact solution, up to the tolerance of their backward solve.  The page
-/// `docs/continuous.md` of the repository says when to use which, with measured memory, time and error.
+/// `Discrete` is exact for the solution that was computed, and as a rule takes the fewest pull-backs.  The others are
+/// approximations of the gradient of the exact solution, up to the tolerance of their backward solve.  `Interpolated` and
+/// `Quadrature` are also limited by the interpolant of the forward method: that of
+/// [`FEHLBERG45`](crate::tableau::FEHLBERG45) and of [`DOPRI8`](crate::tableau::DOPRI8) is less accurate than their steps,
+/// and no error estimate sees this.  The page `docs/continuous.md` of the repository says when to use which, with measured
+/// memory, time and error.
+///
+/// The field must be a function of (t, y): a backward step has a number, and ends, of its own, and a negative length
+/// where the forward steps have a positive one.  A field may look up a quantity that jumps by
+/// [`Time::interval`](crate::Time::interval), if the times of its jumps are declared
+/// ([`VectorField::jumps`](crate::VectorField::jumps) or [`Adaptive::jump_t`]): the interval does not go beyond a jump.
 ///
 /// ```
 /// use candle_core::{Device, Var};
@@ -69,7 +77,8 @@ pub enum Gradient {
     /// states that were kept.  Steps tile by tile are not available.
     Interpolated(AdjointSolve),
     /// As `Interpolated`, but θ̄ is integrated by a Gauss rule in every backward step, at states of the interpolants of y
-    /// and λ.  θ̄ takes no part in the error of a step: a norm that reads it sees zeros.
+    /// and λ.  θ̄ has no error estimate: a norm that reads it is an error
+    /// ([`ContinuousDefect::Unavailable`](crate::error::ContinuousDefect::Unavailable)).
     Quadrature(AdjointSolve),
 }
 
@@ -114,7 +123,8 @@ impl AdjointSolve {
 
     /// The steps of the backward solve: adaptive with their own tolerances and controller, or fixed.  Default: those of
     /// the forward pass; of adaptive ones everything but the first step and steps by row.  Every output time ends a
-    /// step; the step length is carried on beyond it.  `Steps::Adaptive` counts attempts over the whole backward pass.
+    /// step, and so does every time in the forward steps' `jump_t`; the step length is carried on beyond it.
+    /// `Steps::Adaptive` counts attempts over the whole backward pass.
     #[must_use]
     pub fn steps(self, steps: Steps) -> Self {
         Self {
@@ -123,7 +133,8 @@ impl AdjointSolve {
         }
     }
 
-    /// How the error of adaptive backward steps is measured.  Default: [`AdjointNorm::Seminorm`].
+    /// How the error of adaptive backward steps is measured.  Default: [`AdjointNorm::Seminorm`].  With
+    /// [`Gradient::Quadrature`] only norms of the state.
     #[must_use]
     pub fn norm(self, norm: AdjointNorm) -> Self {
         Self { norm, ..self }
@@ -228,7 +239,10 @@ impl OwnNorm {
     }
 }
 
-/// Errors of a backward step relative to their tolerances, of the shapes of what they belong to, in state dtype.
+/// Errors of a backward step relative to their tolerances, of the shapes of what they belong to, in state dtype.  An error
+/// of zero is 0 whatever its tolerance.  A norm is also given the state and its velocity at the last time, in the place of
+/// errors, to choose the length of the first step; and where there is a [noise floor](Adaptive::noise_floor), every error
+/// twice: relative to the tolerance with the floor, and without.
 #[derive(Clone, Debug, Default)]
 pub struct ErrorRatios {
     /// Of y by tensor; empty where y is interpolated.
@@ -281,6 +295,10 @@ pub(crate) struct Continuous {
     pub(crate) tolerance: AdjointTolerance,
     /// Points of the Gauss rule.
     pub(crate) points: usize,
+    /// The user's times at which the field jumps in the forward pass.
+    pub(crate) jumps: Vec<f64>,
+    /// Whether its method or its steps are not those of the forward pass.
+    pub(crate) is_own: bool,
 }
 
 impl Continuous {
@@ -302,6 +320,17 @@ impl Continuous {
         if !(1..=MOST_POINTS).contains(&points) {
             return Err(ContinuousDefect::Points { points }.into());
         }
+        let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
+        if kind == Kind::Quadrature && solve.norm.reads_sums() {
+            return unavailable("error of θ̄ where this is integrated by a Gauss rule");
+        }
+        let mut jumps = vec![];
+        if let Steps::Adaptive(adaptive) = steps {
+            if kind == Kind::Backsolve && adaptive.on_failure == OnFailure::Nan {
+                return unavailable("rows that failed and are NaN (OnFailure::Nan)");
+            }
+            jumps.extend(&adaptive.jump_t);
+        }
         let steps = match &solve.steps {
             Some(own) => own.clone(),
             None => inherited(steps),
@@ -313,20 +342,35 @@ impl Continuous {
             norm: solve.norm.clone(),
             tolerance: solve.tolerance,
             points,
+            jumps,
+            is_own: solve.method.is_some() || solve.steps.is_some(),
         };
         continuous.check(grid)?;
         Ok(Some(continuous))
     }
 
+    /// The tolerances of adaptive backward steps, for a state of these shapes, are wrong before the forward pass, too.
+    pub(crate) fn check_tolerances(
+        &self,
+        grid: &TimeGrid,
+        shapes: &[Shape],
+        (state, device): (DType, &Device),
+    ) -> Result<()> {
+        match (&self.steps, backward(grid)?) {
+            (Steps::Adaptive(adaptive), Some(back)) => {
+                let control = Control::new(adaptive, &self.method, &back, &[])?;
+                control.tolerances(shapes, state, device).map(|_| ())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What would be wrong in the backward solve is wrong before the forward pass.
     fn check(&self, grid: &TimeGrid) -> Result<()> {
-        let (Some(first), Some(last)) = (grid.points().first(), grid.points().last()) else {
+        let Some(back) = backward(grid)? else {
             return Ok(());
         };
-        if first == last {
-            return Ok(());
-        }
-        let back = TimeGrid::new(vec![*last, *first])?;
+        let [last, first] = [back.points()[0], back.points()[1]];
         match &self.steps {
             Steps::Adaptive(adaptive) if adaptive.control == Some(StepControl::Rows) => {
                 let what = "backward steps by row";
@@ -349,6 +393,14 @@ impl Continuous {
     /// Whether the backward pass reads the states of the forward steps.
     pub(crate) fn reads_states(&self) -> bool {
         self.kind != Kind::Backsolve
+    }
+}
+
+/// From the last time to the first, where there are two.
+fn backward(grid: &TimeGrid) -> Result<Option<TimeGrid>> {
+    match grid.points() {
+        [first, .., last] => TimeGrid::new(vec![*last, *first]).map(Some),
+        _ => Ok(None),
     }
 }
 

@@ -1,9 +1,9 @@
 //! Neural differential equations in mixed precision on [candle](candle_core).
 //!
 //! A neural ODE y' = f_θ(t, y) calls one network thousands of times.  Here the network runs in bf16 or f16, and
-//! everything that is summed over its calls is f32 or f64: the state, the adjoint, the gradients.  Gradients are
-//! exact for the steps that were run (only rounding is differentiated as the identity), need no autograd tape over
-//! steps, and reach the user's variables through candle's own `loss.backward()`.
+//! everything that is summed over its calls is f32 or f64: the state, the adjoint, the gradients.  Gradients are exact
+//! for the steps that were run (except that rounding is differentiated as the identity).  They need no autograd tape
+//! over steps, and reach the user's variables through candle's own `loss.backward()`.
 //!
 //! The [guide] explains the crate chapter by chapter.
 //!
@@ -13,12 +13,13 @@
 //! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
 //! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite
 //!   differences.  The first solves of a model do the same.
-//! * [`nn`]: layers and fields.  Perceptrons, continuous flows of perceptrons, convolutions, and perceptrons as
-//!   fields of a CDE are integrated tile by tile on the CPU, several times faster than through candle's operations.
+//! * [`nn`]: layers and fields.  Perceptrons, continuous flows of perceptrons, gradients of perceptrons, convolutions,
+//!   and perceptrons as fields of a CDE are integrated tile by tile on the CPU, several times faster than through candle's
+//!   operations.
 //! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian
 //!   networks.  They can be trained, although candle has no second derivatives: these are written by hand.
-//! * [`options::Gradient`]: gradients by continuous adjoints instead, with the seminorm, for comparison and if memory is
-//!   short.
+//! * [`options::Gradient`]: continuous adjoints in place of the exact gradients, for comparison or if memory is short.
+//!   Their errors are measured by the seminorm.
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that can be evaluated, after the solve, at any time t of their interval.
 //! * [`cde`]: neural controlled differential equations, which are driven by data along a [path](cde::ControlPath).
@@ -93,7 +94,7 @@
 //! * `rows`, `loss`: the forward and the backward pass, tile by tile; losses that are means over rows.
 //! * `offer`: how fields of this crate tell the solver that they can be solved tile by tile or in one GPU launch.
 //! * `integrate`, `link`, `parameters`: the forward loop; how gradients of θ reach candle; the parameters θ.
-//! * `backsolve`: continuous adjoints, which are solved backward in time.
+//! * `backsolve`: continuous adjoints, which are solved backward in time, and the stochastic adjoint.
 //! * `nn`: layers, and fields that can be integrated tile by tile.
 //! * `passes`, `node`, `solution`: the choice of a solver for both passes; a solve as a node of candle's graph; a
 //!   solve without this graph.
@@ -109,11 +110,12 @@
 //!
 //! # Limits
 //!
-//! Only explicit methods are available, with fixed or adaptive steps; stochastic equations have
-//! adaptive steps only in the sense of Stratonovich and without general noise.  Second derivatives are not supported: returned gradients are detached, so differentiating them gives no
+//! Only explicit methods are available, with fixed or adaptive steps.  Stochastic equations have adaptive steps only in
+//! the sense of Stratonovich, and only if their noise is scalar, additive, or diagonal with components that do not read
+//! each other.  Second derivatives are not supported: returned gradients are detached, so differentiating them gives no
 //! gradient and no error.  An error is returned only if the incoming cotangent is itself tracked by candle.  A field
-//! must be deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to
-//! time include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].
+//! must be deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to time
+//! include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].
 #![deny(missing_docs)]
 
 mod accumulator;

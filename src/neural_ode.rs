@@ -7,6 +7,7 @@
 //! built for the solve.
 
 mod display;
+mod events;
 mod model;
 mod run;
 

@@ -261,6 +261,10 @@ impl Problem {
         let moderate = common.state == DType::F64 || plan.known().is_none_or(far);
         let continuous =
             Continuous::new(&options.gradient, &options.method, &options.steps, &grid)?;
+        if let Some(continuous) = &continuous {
+            let place = (common.state, &device);
+            continuous.check_tolerances(&grid, packing.shapes(), place)?;
+        }
         let as_tensors = continuous.as_ref().is_some_and(Continuous::reads_states);
         let tiles = packing.len() > 0 && moderate && !as_tensors;
         Ok(Self {

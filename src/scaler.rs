@@ -145,6 +145,11 @@ impl Scaler {
         self.rule.is_some() || self.exponent.is_some()
     }
 
+    /// Whether S has been chosen.
+    pub(crate) fn is_aimed(&self) -> bool {
+        self.exponent.is_some()
+    }
+
     /// S.
     pub(crate) fn scale(&self) -> f64 {
         2f64.powi(self.exponent.unwrap_or(0))

@@ -33,8 +33,9 @@
 //! rtol^{2/3}.
 //!
 //! **Gradients** with respect to y0, to every variable that the equation reads, and to increments that candle tracks
-//! are exact for the steps that were run and for the given increments.  No noise is stored; the backward pass
+//! are by default exact for the steps that were run and for the given increments.  No noise is stored; the backward pass
 //! computes it again from the seed.  All plans of [`Checkpoint`](crate::options::Checkpoint) can be used.
+//! [`SdeOptions::gradient`] chooses the stochastic adjoint instead.
 //!
 //! **Speed.**  On the CPU, an equation is integrated tile by tile if its steps are fixed and of a moderate length
 //! (2^±24), its noise is diagonal or scalar and not given, its state is one tensor `(rows, features)`, and all of its parts

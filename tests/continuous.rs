@@ -18,20 +18,32 @@ mod oracle;
 mod outcome;
 
 use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 
 use adaptive::{Kind, PAIRS};
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
-use candle_diffeq::cde::{cdeint, Observations};
+use candle_diffeq::cde::{cdeint, ControlledField, ControlledPullback, Observations};
 use candle_diffeq::dense::odeint_dense;
-use candle_diffeq::error::ContinuousDefect;
+use candle_diffeq::error::{AdaptiveDefect, ContinuousDefect, StopReason};
+use candle_diffeq::fields::{Cotangents, FieldCheck, Pullback};
 use candle_diffeq::metrics::{Recorder, Stats};
-use candle_diffeq::nn::{Activation, Mlp, WithIntegral};
+use candle_diffeq::nn::{Activation, CdeMlp, Mlp, WithIntegral};
 use candle_diffeq::options::{
-    Adaptive, AdjointNorm, AdjointSolve, AdjointTolerance, Checkpoint, Gradient, Output, OwnNorm,
-    StepControl, Steps,
+    Adaptive, AdjointNorm, AdjointSolve, AdjointTolerance, Arithmetic, Checkpoint, Gradient, Norm,
+    OnFailure, Output, OwnNorm, StepControl, Steps,
 };
-use candle_diffeq::tableau::{DOPRI5, RK4};
-use candle_diffeq::{odeint, odeint_with, solution, Error, NeuralOde, OdeOptions, Precision, Time};
+use candle_diffeq::scaling::{OnOverflow, Scaling};
+use candle_diffeq::sde::{
+    ito, sdeint, stratonovich, BrownianTree, NeuralSde, Noise, OfField, SdeMethod, SdeOptions,
+    EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT, REVERSIBLE_HEUN,
+};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};
+use candle_diffeq::{
+    odeint, odeint_with, solution, Error, NeuralOde, OdeOptions, Precision, Time, VectorField,
+};
 use common::{bits, relative, scattered, values, var, worst, U_BF16, U_F16};
 use continuous::{has_gradients, BAR, WAYS};
 use oracle::Oracle;
@@ -65,6 +77,16 @@ fn kinds(solve: &AdjointSolve) -> [Gradient; 3] {
         Gradient::Interpolated(solve.clone()),
         Gradient::Quadrature(solve.clone()),
     ]
+}
+
+/// Those that can have a norm: a Gauss rule has no error that one could read.
+fn kinds_with(norm: AdjointNorm) -> Vec<Gradient> {
+    let reads_sums = !matches!(norm, AdjointNorm::Seminorm);
+    let [backsolve, interpolated, quadrature] = kinds(&AdjointSolve::new().norm(norm));
+    match reads_sums {
+        true => vec![backsolve, interpolated],
+        false => vec![backsolve, interpolated, quadrature],
+    }
 }
 
 fn adaptive_options(tol: f64, gradient: Gradient) -> OdeOptions {
@@ -159,7 +181,7 @@ fn tuple_states_weights_arguments_and_times_have_the_gradients_of_the_discrete_a
             AdjointNorm::Largest,
             AdjointNorm::Rms,
         ] {
-            for gradient in kinds(&AdjointSolve::new().norm(norm)) {
+            for gradient in kinds_with(norm) {
                 let got = problem.gradients(&of(gradient.clone())).unwrap();
                 let error = apart(&got, &exact);
                 assert!(error <= 1e-7, "{gradient:?} {output:?}: {error:e}");
@@ -484,10 +506,12 @@ fn a_solve_that_a_tile_makes_has_a_continuous_adjoint_too() {
     for (i, var) in vars.all_vars().iter().enumerate() {
         var.set(&scattered(var.dims(), 0.5, i)).unwrap();
     }
+    let recorder = Recorder::default();
     let of = |gradient| {
         let adaptive = Adaptive::new(1e-10, 1e-12);
         let ode = ode(OdeOptions {
             steps: Steps::Adaptive(adaptive),
+            recorder: Some(recorder.clone()),
             ..adaptive_options(1e-10, gradient)
         });
         let ys = ode.solve(&y0, &[0.0, 0.5, 1.0]).unwrap();
@@ -501,7 +525,13 @@ fn a_solve_that_a_tile_makes_has_a_continuous_adjoint_too() {
     };
     let exact = of(Gradient::Discrete);
     for gradient in kinds(&AdjointSolve::new()) {
+        recorder.take();
         let got = of(gradient.clone());
+        let stats = recorder.take();
+        assert!(stats.backward.steps > 0, "{gradient:?}");
+        if matches!(gradient, Gradient::Backsolve(_)) {
+            assert_eq!(stats.states_kept, 0);
+        }
         let error = worst(got.iter().zip(&exact).map(|(a, b)| a - b));
         assert!(
             error <= 1e-8 * worst(exact.iter().copied()),
@@ -533,6 +563,7 @@ fn a_solution_without_a_graph_has_the_same_gradients() {
 
 #[test]
 fn a_path_whose_slope_jumps_has_the_gradients_of_the_discrete_adjoint() {
+    let recorder = Recorder::default();
     let xs = var(&[2, 5, 3], 1.0, 1);
     let w = var(&[4, 12], 0.7, 2);
     let of = |gradient| {
@@ -542,6 +573,7 @@ fn a_path_whose_slope_jumps_has_the_gradients_of_the_discrete_adjoint() {
         let z0 = scattered(&[2, 4], 0.5, 3);
         let options = OdeOptions {
             output: Output::Final,
+            recorder: Some(recorder.clone()),
             ..adaptive_options(1e-9, gradient)
         };
         let z = cdeint(f, &z0, &path, path.knots(), &options).unwrap();
@@ -550,8 +582,9 @@ fn a_path_whose_slope_jumps_has_the_gradients_of_the_discrete_adjoint() {
     };
     let exact = of(Gradient::Discrete);
     for norm in [AdjointNorm::Seminorm, AdjointNorm::Largest] {
-        for gradient in kinds(&AdjointSolve::new().norm(norm)) {
+        for gradient in kinds_with(norm) {
             let got = of(gradient.clone());
+            assert!(recorder.take().backward.steps > 0, "{gradient:?}");
             let error = worst(got.iter().zip(&exact).map(|(g, e)| relative(g, e)));
             assert!(error <= 1e-7, "{gradient:?}: {error:e}");
         }
@@ -692,6 +725,48 @@ fn what_cannot_be_had_is_an_error_before_the_first_step() {
     ));
     let no_pair = run(adaptive(Adaptive::new(1e-3, 1e-3)), RK4);
     assert!(matches!(no_pair, Error::Adaptive(_)), "{no_pair}");
+    let tolerance = |adaptive: Adaptive| match run(
+        AdjointSolve::new()
+            .method(DOPRI5)
+            .steps(Steps::Adaptive(adaptive)),
+        RK4,
+    ) {
+        Error::Adaptive(defect) => defect,
+        error => panic!("{error}"),
+    };
+    assert!(matches!(
+        tolerance(Adaptive::new(-1e-3, 1e-3)),
+        AdaptiveDefect::Tolerance { which: "rtol", .. }
+    ));
+    assert!(matches!(
+        tolerance(Adaptive::new(0.0, 0.0)),
+        AdaptiveDefect::NoTolerance { leaf: 0 }
+    ));
+    assert!(matches!(
+        tolerance(Adaptive::new([1e-3, 1e-3], 1e-3)),
+        AdaptiveDefect::ToleranceCount { got: 2, .. }
+    ));
+    let solve_of = |gradient, adaptive| {
+        let options = OdeOptions {
+            steps: Steps::Adaptive(adaptive),
+            ..adaptive_options(1e-3, gradient)
+        };
+        let f = |_: &Time, y: &Tensor| y.neg();
+        odeint(f, &y0, &[0.0, 1.0], &options).unwrap_err()
+    };
+    let all = OwnNorm::of_all(|_| Ok(0.5));
+    for norm in [
+        AdjointNorm::Largest,
+        AdjointNorm::Rms,
+        AdjointNorm::Own(all),
+    ] {
+        let gradient = Gradient::Quadrature(AdjointSolve::new().norm(norm));
+        let error = solve_of(gradient, Adaptive::new(1e-3, 1e-3));
+        assert!(unavailable(&error), "{error}");
+    }
+    let nan = Adaptive::new(1e-3, 1e-3).on_failure(OnFailure::Nan);
+    let error = solve_of(Gradient::Backsolve(AdjointSolve::new()), nan);
+    assert!(unavailable(&error), "{error}");
     let outside = run(AdjointSolve::new().steps(Steps::At(vec![2.0])), RK4);
     assert!(matches!(
         outside,
@@ -742,4 +817,824 @@ fn one_time_has_no_backward_step() {
     );
     let grads = ys.unwrap().sum_all().unwrap().backward().unwrap();
     assert_eq!(values(grads.get(&y0).unwrap()), [1.0, 1.0]);
+}
+
+#[test]
+fn times_of_states_inside_intervals_move_with_the_times_that_were_given() {
+    let problem = Coupled::new();
+    let tight = Steps::Adaptive(Adaptive::new(1e-10, 1e-12));
+    let solve = AdjointSolve::new().method(DOPRI5).steps(tight);
+    for steps in [Steps::PerInterval(30), Steps::Size(0.011)] {
+        let of = |gradient| OdeOptions {
+            method: RK4,
+            steps: steps.clone(),
+            output: Output::Steps,
+            gradient,
+            ..Default::default()
+        };
+        let exact = problem.gradients(&of(Gradient::Discrete)).unwrap();
+        for gradient in kinds(&solve) {
+            // The forward error of RK4; a term that is missing is as large as t̄.
+            let error = apart(&problem.gradients(&of(gradient)).unwrap(), &exact);
+            assert!(error <= 1e-5, "{steps:?}: {error:e}");
+        }
+    }
+    // Adaptive steps: those that end at a time of the user move with it.
+    let of = |gradient| {
+        let adaptive = Adaptive::new(1e-9, 1e-11).step_on_outputs(true);
+        OdeOptions {
+            steps: Steps::Adaptive(adaptive.control(StepControl::Batch)),
+            output: Output::Steps,
+            ..adaptive_options(1e-9, gradient)
+        }
+    };
+    let exact = problem.gradients(&of(Gradient::Discrete)).unwrap();
+    for gradient in kinds(&AdjointSolve::new()) {
+        let error = apart(&problem.gradients(&of(gradient)).unwrap(), &exact);
+        assert!(error <= 1e-6, "{error:e}");
+    }
+}
+
+/// Gradients of w and of the times, and what was done, of y' = w c y^p with a c that is looked up by the middle of the step
+/// and jumps at unequal distances.
+fn looked_up(power: i32, options: &OdeOptions) -> ([Vec<f64>; 2], Stats) {
+    const JUMPS: [f64; 4] = [0.3, 1.3, 1.4, 2.2];
+    const SLOPES: [f64; 5] = [1.0, -0.5, 2.0, 0.25, -1.5];
+    let recorder = Recorder::default();
+    let steps = match &options.steps {
+        Steps::Adaptive(adaptive) => Steps::Adaptive(adaptive.clone().jump_t(JUMPS)),
+        steps => steps.clone(),
+    };
+    let options = OdeOptions {
+        steps,
+        recorder: Some(recorder.clone()),
+        ..options.clone()
+    };
+    let times = Tensor::new(&[0.0f64, 0.7, 1.35, 3.0], &Device::Cpu).unwrap();
+    let times = Var::from_tensor(&times).unwrap();
+    let w = Var::new(&[0.7f64], &Device::Cpu).unwrap();
+    let read = w.as_tensor().clone();
+    let f = move |t: &Time, y: &Tensor| {
+        let [start, end] = t.interval().unwrap();
+        let middle = 0.5 * (start + end);
+        let slope = SLOPES[JUMPS.iter().filter(|jump| **jump < middle).count()];
+        let y = if power == 0 {
+            y.ones_like()?
+        } else {
+            y.clone()
+        };
+        y.broadcast_mul(&read)? * slope
+    };
+    let y0 = Tensor::new(&[1f64, 2.0], &Device::Cpu).unwrap();
+    let ys = odeint(f, &y0, &times, &options).unwrap();
+    let weights = scattered(ys.dims(), 1.0, 1);
+    let grads = (ys * weights)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    let of = |v: &Var| values(grads.get(v).unwrap());
+    ([of(&w), of(&times)], recorder.take())
+}
+
+#[test]
+fn a_field_is_told_no_interval_that_a_jump_is_inside_of() {
+    for output in [Output::All, Output::Final] {
+        for (power, bar) in [(0, 1e-13), (1, 1e-8)] {
+            let of = |gradient| {
+                let options = OdeOptions {
+                    output,
+                    ..adaptive_options(1e-10, gradient)
+                };
+                looked_up(power, &options)
+            };
+            let (exact, stats) = of(Gradient::Discrete);
+            if power == 0 {
+                assert_eq!(stats.rejected, 0);
+            }
+            for gradient in kinds(&AdjointSolve::new()) {
+                let (got, stats) = of(gradient.clone());
+                for (got, exact) in got.iter().zip(&exact) {
+                    let error = worst(got.iter().zip(exact).map(|(g, e)| g - e));
+                    assert!(error <= bar, "{gradient:?} {output:?} {power}: {error:e}");
+                }
+                // Every step is exact where c is constant: none is rejected unless it read the wrong c.
+                if power == 0 {
+                    assert_eq!(stats.backward.rejected, 0, "{gradient:?} {output:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn backward_steps_of_their_own_end_where_the_forward_steps_said_that_the_field_jumps() {
+    let (exact, _) = looked_up(0, &adaptive_options(1e-10, Gradient::Discrete));
+    for steps in [Steps::PerInterval(1), Steps::Size(0.4)] {
+        let solve = AdjointSolve::new().method(RK4).steps(steps);
+        for gradient in kinds(&solve) {
+            let (got, _) = looked_up(0, &adaptive_options(1e-10, gradient));
+            let error = worst(got[0].iter().zip(&exact[0]).map(|(g, e)| g - e));
+            assert!(error <= 1e-13, "{error:e}");
+        }
+    }
+}
+
+#[test]
+fn nothing_is_evaluated_again_behind_the_last_cotangent() {
+    for checkpoint in [Checkpoint::All, Checkpoint::Every(4), Checkpoint::States(3)] {
+        for gradient in &kinds(&AdjointSolve::new())[1..] {
+            let of = |times: &[f64]| {
+                let recorder = Recorder::default();
+                let options = OdeOptions {
+                    steps: Steps::PerInterval(8),
+                    gradient: gradient.clone(),
+                    checkpoint,
+                    recorder: Some(recorder.clone()),
+                    ..Default::default()
+                };
+                let y0 = Var::new(&[1f64], &Device::Cpu).unwrap();
+                let f = |_: &Time, y: &Tensor| y.sin();
+                let ys = odeint(f, y0.as_tensor(), times, &options).unwrap();
+                let grads = ys.get(1).unwrap().sum_all().unwrap().backward().unwrap();
+                (values(grads.get(&y0).unwrap()), recorder.take())
+            };
+            let (short, long) = (of(&[0.0, 1.0]), of(&[0.0, 1.0, 5.0]));
+            assert_eq!(short.0, long.0);
+            let [short, long] = [short.1, long.1].map(|stats| stats.recomputed);
+            match checkpoint {
+                // Fewer of the states are kept where the steps are more.
+                Checkpoint::States(_) => assert!(long <= 3 * short, "{long} {short}"),
+                _ => assert_eq!(long, short, "{checkpoint:?}"),
+            }
+        }
+    }
+}
+
+/// The gradient of the weights of a perceptron in f16, of a loss times a number, and what was done.
+fn in_f16(
+    options: OdeOptions,
+    times: &[f64],
+    scale: f64,
+) -> candle_diffeq::Result<(Vec<f64>, Stats)> {
+    let vars = candle_nn::VarMap::new();
+    let build = |vb: candle_nn::VarBuilder<'_>| {
+        let (a, b) = (vb.get((2, 16), "a")?, vb.get((16, 2), "b")?);
+        Ok(move |_: &Time, y: &Tensor| y.matmul(&a)?.tanh()?.matmul(&b))
+    };
+    let recorder = Recorder::tracing();
+    let ode = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, build)?;
+    let ode = ode.options(OdeOptions {
+        precision: Some(Precision::f16()),
+        output: Output::Final,
+        recorder: Some(recorder.clone()),
+        ..options
+    });
+    let weights = ["f.a", "f.b"].map(|name| common::named(&vars, name));
+    for (i, w) in weights.iter().enumerate() {
+        w.set(&scattered(w.dims(), 0.9, i).to_dtype(DType::F32)?)?;
+    }
+    let y0 = scattered(&[8, 2], 1.0, 3).to_dtype(DType::F32)?;
+    let y = ode.solve(&y0, times)?;
+    let loss = (y.sqr()?.sum_all()? * scale)?;
+    let grads = loss.backward()?;
+    let all = weights.iter().flat_map(|w| values(grads.get(w).unwrap()));
+    Ok((all.collect(), recorder.take()))
+}
+
+#[test]
+fn gradients_that_overflow_are_nan_where_this_is_the_policy_and_otherwise_an_error() {
+    let fixed = AdjointSolve::new().method(RK4).steps(Steps::PerInterval(4));
+    for gradient in kinds(&AdjointSolve::new()).into_iter().chain(kinds(&fixed)) {
+        let of = |on_overflow| {
+            let options = OdeOptions {
+                scaling: Scaling::Off,
+                on_overflow,
+                ..adaptive_options(1e-3, gradient.clone())
+            };
+            in_f16(options, &[0.0, 1.0], 1e7)
+        };
+        let (grads, _) = of(OnOverflow::SkipUpdate).unwrap();
+        assert!(grads.iter().all(|g| g.is_nan()), "{gradient:?}");
+        let error = of(OnOverflow::Error).unwrap_err();
+        let is_overflow = matches!(error, Error::NonFiniteGradient { .. });
+        assert!(is_overflow, "{gradient:?}: {error}");
+    }
+}
+
+#[test]
+fn small_losses_take_the_same_steps_in_f16_too() {
+    for gradient in kinds(&AdjointSolve::new()) {
+        let small = 2f64.powi(-20);
+        let of = |scale| {
+            let options = adaptive_options(1e-4, gradient.clone());
+            in_f16(options, &[0.0, 6.0], scale).unwrap()
+        };
+        let [(one, stats), (less, of_less)] = [1.0, small].map(of);
+        assert!(stats.backward.attempts.len() > 4);
+        assert_eq!(stats.backward.attempts, of_less.backward.attempts);
+        assert_eq!(one.iter().map(|g| g * small).collect::<Vec<_>>(), less);
+    }
+}
+
+#[test]
+fn sums_over_many_steps_are_in_state_precision() {
+    // ∂y(1)/∂w of y' = w is a sum of 2¹² terms 2⁻¹²: bf16 would come to a stop at 2⁻⁴.
+    let w = Var::new(&[1f32], &Device::Cpu).unwrap();
+    for gradient in kinds(&AdjointSolve::new()) {
+        let options = OdeOptions {
+            method: candle_diffeq::tableau::EULER,
+            precision: Some(Precision::bf16()),
+            steps: Steps::PerInterval(1 << 12),
+            output: Output::Final,
+            gradient,
+            ..Default::default()
+        };
+        let read = w.as_tensor().clone();
+        let f = move |_: &Time, y: &Tensor| read.to_dtype(y.dtype())?.broadcast_as(y.shape());
+        let y0 = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
+        let y = odeint(f, &y0, &[0.0, 1.0], &options).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert_eq!(values(grads.get(&w).unwrap()), [1.0]);
+    }
+}
+
+#[test]
+fn options_of_the_forward_pass_hold_in_the_backward_pass() {
+    let problem = Coupled::new();
+    let exact = problem.gradients(&adaptive_options(1e-9, Gradient::Discrete));
+    let exact = exact.unwrap();
+    for gradient in kinds(&AdjointSolve::new()) {
+        let adaptive = Adaptive::new(1e-9, 1e-11).norm(Norm::WorstRow);
+        let worst_row = OdeOptions {
+            steps: Steps::Adaptive(adaptive.control(StepControl::Batch)),
+            ..adaptive_options(1e-9, gradient.clone())
+        };
+        let bytes = OdeOptions {
+            checkpoint: Checkpoint::Bytes(800),
+            ..adaptive_options(1e-9, gradient.clone())
+        };
+        for options in [worst_row, bytes] {
+            let error = apart(&problem.gradients(&options).unwrap(), &exact);
+            assert!(error <= 1e-7, "{gradient:?}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn tensors_of_the_state_may_have_precisions_of_their_own() {
+    let [x0, z0] = [1, 2].map(|seed| scattered(&[4, 2], 1.0, seed).to_dtype(DType::F32).unwrap());
+    let w = Var::new(&[0.7f32, 1.3], &Device::Cpu).unwrap();
+    let of = |leaf_precision: Vec<Precision>, gradient| {
+        let read = w.as_tensor().clone();
+        let f = move |_: &Time, (x, z): &(Tensor, Tensor)| {
+            Ok((x.broadcast_mul(&read)?.sin()?, (x * z)?.cos()?))
+        };
+        let options = OdeOptions {
+            leaf_precision,
+            output: Output::Final,
+            ..adaptive_options(1e-3, gradient)
+        };
+        let (_, z) = odeint(f, &(x0.clone(), z0.clone()), &[0.0, 1.0], &options).unwrap();
+        let grads = z.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        grads.get(&w).unwrap().clone()
+    };
+    let exact = of(vec![], Gradient::Discrete);
+    for gradient in kinds(&AdjointSolve::new()) {
+        let mixed = vec![Precision::f32(), Precision::bf16()];
+        let error = relative(&of(mixed, gradient.clone()), &exact);
+        // Of bf16, not of f32 nor of nothing.
+        assert!(
+            (U_BF16 / 64.0..=4.0 * U_BF16).contains(&error),
+            "{gradient:?}: {error:e}"
+        );
+    }
+}
+
+#[test]
+fn limits_of_backward_steps_are_counted() {
+    let of = |adaptive: Adaptive| {
+        let solve = AdjointSolve::new().steps(Steps::Adaptive(adaptive));
+        let options = adaptive_options(1e-8, Gradient::Backsolve(solve));
+        decay(-1.0, &[0.0, 2.0], 1.0, options).1.backward
+    };
+    let plain = of(Adaptive::new(1e-8, 1e-10));
+    assert_eq!((plain.forced, plain.limited), (0, 0));
+    assert!(plain.tolerance_factor <= 1.0);
+    let forced = of(Adaptive::new(1e-8, 1e-10).min_step(0.5));
+    assert!(forced.forced > 0 && forced.tolerance_factor > 1.0);
+    // Tolerances below the rounding of f16.
+    let limited = |is_error: bool| {
+        let adaptive = Adaptive::new(1e-6, 1e-8).precision_limit_is_error(is_error);
+        let solve = AdjointSolve::new().steps(Steps::Adaptive(adaptive));
+        let options = adaptive_options(1e-3, Gradient::Interpolated(solve));
+        in_f16(options, &[0.0, 2.0], 1.0)
+    };
+    assert!(limited(false).unwrap().1.backward.limited > 0);
+    let error = limited(true).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Continuous(ContinuousDefect::Stopped {
+            reason: StopReason::PrecisionLimited { .. },
+            ..
+        })
+    ));
+}
+
+#[test]
+fn norms_of_ones_own_are_given_numbers_in_state_dtype_that_are_finite() {
+    let own = OwnNorm::of_all(|ratios| {
+        let all = ratios.y.iter().chain(&ratios.adjoint).chain(&ratios.params);
+        let mut largest = 0f64;
+        for x in all {
+            assert_eq!(x.dtype(), DType::F32);
+            let rms = x.sqr()?.mean_all()?.sqrt()?.to_scalar::<f32>()?;
+            largest = largest.max(rms.into());
+        }
+        Ok(largest)
+    });
+    for norm in [AdjointNorm::Own(own), AdjointNorm::Largest] {
+        for arithmetic in [Arithmetic::Native, Arithmetic::Rounded] {
+            let recorder = Recorder::default();
+            // The second weight is unused, and its tolerance is zero.
+            let w = [0.5f32, 0.25].map(|w| Var::new(&[w], &Device::Cpu).unwrap());
+            let reads = w.clone().map(|w| w.as_tensor().clone());
+            let f = move |_: &Time, y: &Tensor| {
+                let [a, b] = [&reads[0], &reads[1]].map(|w| w.to_dtype(y.dtype()));
+                y.broadcast_mul(&a?)? + y.zeros_like()?.broadcast_mul(&b?)?
+            };
+            let options = OdeOptions {
+                precision: Some(Precision::bf16().arithmetic(arithmetic)),
+                steps: Steps::Adaptive(Adaptive::new(1e-2, 0.0)),
+                recorder: Some(recorder.clone()),
+                ..adaptive_options(
+                    1e-2,
+                    Gradient::Backsolve(AdjointSolve::new().norm(norm.clone())),
+                )
+            };
+            let y0 = Tensor::new(&[1f32, 2.0], &Device::Cpu).unwrap();
+            let y = odeint(f, &y0, &[0.0, 1.0], &options).unwrap();
+            let grads = y.get(1).unwrap().sum_all().unwrap().backward().unwrap();
+            let [used, unused] = [&w[0], &w[1]].map(|w| values(grads.get(w).unwrap())[0]);
+            let error = used / (3.0 * 0.5f64.exp()) - 1.0;
+            assert!(error.abs() <= 16.0 * U_BF16 && unused == 0.0, "{error:e}");
+        }
+    }
+}
+
+#[test]
+fn parameters_that_are_frozen_have_no_gradient_and_the_others_keep_theirs() {
+    let (a, b) = (var(&[2], 0.8, 1), scattered(&[2], 0.6, 2));
+    for gradient in kinds(&AdjointSolve::new()) {
+        let of = |b: &Tensor, gradient| {
+            let (a, b) = (a.as_tensor().clone(), b.clone());
+            let f = move |_: &Time, y: &Tensor| y.broadcast_mul(&a)?.sin()?.broadcast_mul(&b);
+            let y0 = scattered(&[3, 2], 1.0, 3);
+            let ys = odeint(f, &y0, &[0.0, 1.0], &adaptive_options(1e-9, gradient));
+            ys.unwrap()
+                .sqr()
+                .unwrap()
+                .sum_all()
+                .unwrap()
+                .backward()
+                .unwrap()
+        };
+        let tracked = Var::from_tensor(&b).unwrap();
+        let frozen = of(&b, gradient.clone());
+        let both = of(tracked.as_tensor(), Gradient::Discrete);
+        assert!(frozen.get(&b).is_none() && both.get(&tracked).is_some());
+        let error = relative(frozen.get(&a).unwrap(), both.get(&a).unwrap());
+        assert!(error <= 1e-7, "{error:e}");
+    }
+}
+
+#[test]
+fn a_solve_that_keeps_nothing_has_no_gradients_of_any_kind() {
+    let y0 = Var::new(&[1f64], &Device::Cpu).unwrap();
+    for gradient in kinds(&AdjointSolve::new()) {
+        let options = OdeOptions {
+            checkpoint: Checkpoint::Nothing,
+            ..adaptive_options(1e-3, gradient)
+        };
+        let f = |_: &Time, y: &Tensor| y.neg();
+        let ys = odeint(f, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+        let error: Error = ys.sum_all().unwrap().backward().unwrap_err().into();
+        assert!(matches!(error, Error::NothingKept), "{error}");
+    }
+}
+
+/// y' = w y, whose pull-back forms gradients of w when it is asked to, and counts how often.
+struct Late {
+    w: Var,
+    formed: Arc<AtomicUsize>,
+}
+
+impl VectorField for Late {
+    fn velocity(&self, _: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
+        y.broadcast_mul(&self.w.as_detached_tensor())
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &Tensor,
+    ) -> candle_core::Result<(Tensor, Pullback<'f, Tensor>)> {
+        let (k, y) = (self.velocity(t, y)?, y.clone());
+        let pull = move |v: &Tensor| {
+            self.formed.fetch_add(1, Ordering::Relaxed);
+            let mut pulled = Cotangents::of_state(v.broadcast_mul(&self.w.as_detached_tensor())?);
+            pulled
+                .params
+                .insert(self.w.as_tensor(), (v * &y)?.sum_all()?);
+            Ok(pulled)
+        };
+        Ok((k, Box::new(pull)))
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn vjp_late<'f>(
+        &'f self,
+        t: &Time,
+        y: &Tensor,
+    ) -> candle_core::Result<
+        Option<(
+            Tensor,
+            Box<
+                dyn Fn(
+                        &Tensor,
+                    ) -> candle_core::Result<(
+                        Tensor,
+                        Rc<dyn Fn() -> candle_core::Result<GradStore> + 'f>,
+                    )> + 'f,
+            >,
+        )>,
+    > {
+        let (k, y) = (self.velocity(t, y)?, y.clone());
+        let pull = move |v: &Tensor| {
+            let (v, y) = (v.clone(), y.clone());
+            let w = v.broadcast_mul(&self.w.as_detached_tensor())?;
+            let form = move || {
+                self.formed.fetch_add(1, Ordering::Relaxed);
+                let mut params = GradStore::default();
+                params.insert(self.w.as_tensor(), (&v * &y)?.sum_all()?);
+                Ok(params)
+            };
+            let form: Rc<dyn Fn() -> candle_core::Result<GradStore> + 'f> = Rc::new(form);
+            Ok((w, form))
+        };
+        Ok(Some((k, Box::new(pull))))
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        Some(vec![self.w.as_tensor().clone()])
+    }
+}
+
+#[test]
+fn gradients_of_parameters_are_formed_once_a_step_is_accepted() {
+    let bold = Adaptive::new(1e-9, 1e-11).first_step(1.9);
+    let solve = AdjointSolve::new().steps(Steps::Adaptive(bold));
+    let run = |gradient| {
+        let (w, formed) = (Var::new(-1f64, &Device::Cpu).unwrap(), Arc::default());
+        let recorder = Recorder::default();
+        let options = OdeOptions {
+            output: Output::Final,
+            recorder: Some(recorder.clone()),
+            check: FieldCheck::Never,
+            ..adaptive_options(1e-9, gradient)
+        };
+        let field = Late {
+            w: w.clone(),
+            formed: Arc::clone(&formed),
+        };
+        let y0 = Tensor::new(&[1f64, 0.5], &Device::Cpu).unwrap();
+        let y = odeint(field, &y0, &[0.0, 2.0], &options).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        let error = values(grads.get(&w).unwrap())[0] / (3.0 * (-2f64).exp()) - 1.0;
+        assert!(error.abs() <= 1e-7, "{error:e}");
+        (formed.load(Ordering::Relaxed), recorder.take().backward)
+    };
+    for gradient in &kinds(&solve)[..2] {
+        let (formed, backward) = run(gradient.clone());
+        assert!(backward.rejected > 0);
+        // Five of the seven stages of dopri5 have a weight.
+        assert_eq!(formed, 5 * backward.steps, "{gradient:?}");
+    }
+    let (formed, backward) = run(Gradient::Quadrature(solve.clone()));
+    assert_eq!(formed, backward.points);
+    // A norm that reads θ̄ needs them in every attempt.
+    let largest = solve.norm(AdjointNorm::Largest);
+    let (formed, backward) = run(Gradient::Backsolve(largest));
+    assert_eq!(formed, backward.evaluations);
+}
+
+/// A field that forms all of its gradients at once.
+struct AtOnce<F>(F);
+
+impl<F: VectorField> VectorField for AtOnce<F> {
+    fn velocity(&self, t: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
+        self.0.velocity(t, y)
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        y: &Tensor,
+    ) -> candle_core::Result<(Tensor, Pullback<'f, Tensor>)> {
+        self.0.vjp(t, y)
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        self.0.parameters()
+    }
+}
+
+impl<F: ControlledField> ControlledField for AtOnce<F> {
+    fn matrix(&self, t: &Time, z: &Tensor) -> candle_core::Result<Tensor> {
+        self.0.matrix(t, z)
+    }
+
+    fn vjp<'f>(
+        &'f self,
+        t: &Time,
+        z: &Tensor,
+        slope: &Tensor,
+    ) -> candle_core::Result<Option<(Tensor, ControlledPullback<'f>)>> {
+        self.0.vjp(t, z, slope)
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        self.0.parameters()
+    }
+}
+
+#[test]
+fn gradients_that_are_formed_later_have_the_same_bits() {
+    let vars = candle_nn::VarMap::new();
+    let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let mlp = Mlp::with_time(&[2, 8, 8, 2], Activation::Tanh, vb.pp("f")).unwrap();
+    let mlp = mlp.residual();
+    let cde = CdeMlp::new(&[2, 8], 3, Activation::Relu, vb.pp("g")).unwrap();
+    common::scatter(&vars);
+    let xs = scattered(&[4, 5, 3], 1.0, 1);
+    let path = Observations::new(&xs).unwrap().linear().unwrap();
+    let y0 = scattered(&[4, 2], 1.0, 2);
+    for gradient in kinds(&AdjointSolve::new()) {
+        let options = OdeOptions {
+            output: Output::Final,
+            fusion: false,
+            ..adaptive_options(1e-6, gradient)
+        };
+        let of = |y: candle_diffeq::Result<Tensor>| {
+            let grads = y.unwrap().sqr().unwrap().sum_all().unwrap().backward();
+            let grads = grads.unwrap();
+            let found = vars
+                .all_vars()
+                .into_iter()
+                .filter_map(|v| grads.get(&v).map(bits));
+            let mut found: Vec<_> = found.collect();
+            found.sort();
+            found
+        };
+        let late = of(odeint(mlp.clone(), &y0, &[0.0, 1.0], &options));
+        let at_once = of(odeint(AtOnce(mlp.clone()), &y0, &[0.0, 1.0], &options));
+        assert!(late == at_once && late.len() == 6);
+        let late = of(cdeint(cde.clone(), &y0, &path, path.knots(), &options));
+        let at_once = of(cdeint(
+            AtOnce(cde.clone()),
+            &y0,
+            &path,
+            path.knots(),
+            &options,
+        ));
+        assert!(late == at_once && late.len() == 4);
+    }
+}
+
+/// Gradients by y0, μ and σ of the mean of Σ Y(1)², where dY = μ Y dt + σ Y ∘ dW along a Brownian tree.
+fn geometric(method: SdeMethod, steps: usize, gradient: Gradient, output: Output) -> [Vec<f64>; 3] {
+    let y0 = Var::from_tensor(&scattered(&[40, 2], 1.0, 1)).unwrap();
+    let [mu, sigma] = [0.4f64, 0.5].map(|x| Var::new(x, &Device::Cpu).unwrap());
+    let (m, s) = (mu.as_tensor().clone(), sigma.as_tensor().clone());
+    let sde = stratonovich(
+        move |_: &Time, y: &Tensor| y.broadcast_mul(&m),
+        move |_: &Time, y: &Tensor| y.broadcast_mul(&s),
+    );
+    let options = SdeOptions {
+        method,
+        steps: Steps::PerInterval(steps),
+        output,
+        gradient,
+        ..Default::default()
+    };
+    let noise = BrownianTree::new(3, 12).unwrap().into();
+    let ys = sdeint(sde, y0.as_tensor(), &[0.0, 0.5, 1.0], &noise, &options).unwrap();
+    let y = match output {
+        Output::Final => ys,
+        _ => ys.get(ys.dim(0).unwrap() - 1).unwrap(),
+    };
+    let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    [&y0, &mu, &sigma].map(|v| values(grads.get(v).unwrap()))
+}
+
+/// The same exactly: Y(1) = y0 exp(μ + σ W(1)).
+fn geometric_exactly() -> [Vec<f64>; 3] {
+    let y0 = values(&scattered(&[40, 2], 1.0, 1));
+    let noise = Noise::from(BrownianTree::new(3, 12).unwrap());
+    let increments = noise
+        .increments(&[0.0, 1.0], (40, 2), DType::F64, &Device::Cpu)
+        .unwrap();
+    let w = values(increments.w());
+    let y: Vec<_> = y0
+        .iter()
+        .zip(&w)
+        .map(|(y0, w)| y0 * (0.4 + 0.5 * w).exp())
+        .collect();
+    let by_sigma: f64 = y.iter().zip(&w).map(|(y, w)| 2.0 * y * y * w).sum();
+    let by_y0 = y.iter().zip(&y0).map(|(y, y0)| 2.0 * y * y / y0);
+    [
+        by_y0.collect(),
+        vec![y.iter().map(|y| 2.0 * y * y).sum()],
+        vec![by_sigma],
+    ]
+}
+
+/// The largest error relative to the largest of its kind.
+fn furthest(a: &[Vec<f64>; 3], b: &[Vec<f64>; 3]) -> f64 {
+    worst(
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| worst(a.iter().zip(b).map(|(a, b)| a - b)) / worst(b.iter().copied())),
+    )
+}
+
+#[test]
+fn stochastic_adjoints_converge_to_the_exact_gradients_and_to_the_discrete_ones() {
+    let exact = geometric_exactly();
+    for (method, output) in [
+        (HEUN, Output::All),
+        (HEUN, Output::Final),
+        (MIDPOINT, Output::Final),
+        (EULER_HEUN, Output::Steps),
+    ] {
+        let backsolve = Gradient::Backsolve(AdjointSolve::new());
+        let [got, discrete] = [backsolve, Gradient::Discrete].map(|gradient| {
+            [16, 512].map(|steps| geometric(method, steps, gradient.clone(), output))
+        });
+        let errors = [0, 1].map(|i| furthest(&got[i], &exact));
+        let apart = [0, 1].map(|i| furthest(&got[i], &discrete[i]));
+        // Strong order one: 32, with room for the chance of 40 paths.
+        for [coarse, fine] in [errors, apart] {
+            assert!(coarse / fine > 8.0 && fine < 5e-3, "{errors:?} {apart:?}");
+        }
+    }
+}
+
+#[test]
+fn stochastic_adjoints_of_general_noise_models_and_samples_are_near_the_discrete_ones() {
+    // Two components and three channels that are mixed, so that no derivative of the diffusion is diagonal.
+    let (y0, w) = (var(&[6, 2], 0.7, 1), var(&[2, 6], 0.4, 2));
+    let of = |gradient, steps| {
+        let (a, b) = (w.as_tensor().clone(), w.as_tensor().clone());
+        let sde = stratonovich(
+            move |t: &Time, y: &Tensor| y.matmul(&a.narrow(1, 0, 2)?)? * t.value().cos(),
+            move |_: &Time, y: &Tensor| y.matmul(&b)?.tanh()?.reshape((12, 2, 3)),
+        )
+        .general(3);
+        let recorder = Recorder::default();
+        let options = SdeOptions {
+            method: MIDPOINT,
+            steps: Steps::PerInterval(steps),
+            samples: 2,
+            output: Output::Final,
+            gradient,
+            recorder: Some(recorder.clone()),
+            ..Default::default()
+        };
+        let noise = BrownianTree::new(5, 12).unwrap().into();
+        let y = sdeint(sde, y0.as_tensor(), &[0.0, 1.0], &noise, &options).unwrap();
+        let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let grads = [&y0, &w].map(|v| grads.get(v).unwrap().clone());
+        (grads, recorder.take())
+    };
+    let apart = [64, 1024].map(|steps| {
+        let (got, stats) = of(Gradient::Backsolve(AdjointSolve::new()), steps);
+        assert_eq!((stats.states_kept, stats.backward.steps), (0, steps));
+        let (exact, _) = of(Gradient::Discrete, steps);
+        worst(got.iter().zip(&exact).map(|(g, e)| relative(g, e)))
+    });
+    // Strong order ½: 4.
+    assert!(apart[0] / apart[1] > 2.0 && apart[1] < 0.02, "{apart:?}");
+}
+
+#[test]
+fn a_stochastic_model_in_low_precision_has_gradients_near_the_discrete_ones() {
+    let vars = candle_nn::VarMap::new();
+    let of = |gradient, precision| {
+        let sde = NeuralSde::new(&vars, "sde", DType::F32, &Device::Cpu, |vb| {
+            let drift = Mlp::new(&[2, 8, 2], Activation::Tanh, vb.pp("drift"))?;
+            let spread = Mlp::new(&[2, 8, 2], Activation::Tanh, vb.pp("spread"))?;
+            Ok(stratonovich(drift, OfField(spread)))
+        });
+        let sde = sde.unwrap().options(SdeOptions {
+            method: HEUN,
+            steps: Steps::PerInterval(200),
+            output: Output::Final,
+            precision: Some(precision),
+            gradient,
+            ..Default::default()
+        });
+        common::scatter(&vars);
+        let y0 = scattered(&[8, 2], 1.0, 1).to_dtype(DType::F32).unwrap();
+        let noise = Noise::seeded(4);
+        let y = sde.solve(&y0, &[0.0, 1.0], &noise).unwrap();
+        let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let all = common::all(&vars).into_iter();
+        let all = all.flat_map(|(_, v)| values(grads.get(&v).unwrap()));
+        all.collect::<Vec<_>>()
+    };
+    let exact = of(Gradient::Discrete, Precision::f32());
+    let size = worst(exact.iter().copied());
+    for (precision, bar) in [
+        (Precision::f32(), 0.02),
+        (Precision::bf16(), 16.0 * U_BF16),
+        (Precision::f16(), 0.02),
+    ] {
+        let got = of(Gradient::Backsolve(AdjointSolve::new()), precision);
+        let error = worst(got.iter().zip(&exact).map(|(g, e)| g - e)) / size;
+        assert!(error <= bar && error > 0.0, "{precision:?}: {error:e}");
+    }
+}
+
+#[test]
+fn stochastic_adjoints_that_do_not_exist_are_errors() {
+    let y0 = Tensor::ones((2, 1), DType::F64, &Device::Cpu).unwrap();
+    let f = |_: &Time, y: &Tensor| y.neg();
+    let backsolve = || Gradient::Backsolve(AdjointSolve::new());
+    let of = |is_ito: bool, options: SdeOptions| {
+        let noise = Noise::from(BrownianTree::new(1, 10).unwrap());
+        match is_ito {
+            true => sdeint(ito(f, f), &y0, &[0.0, 1.0], &noise, &options),
+            false => sdeint(stratonovich(f, f), &y0, &[0.0, 1.0], &noise, &options),
+        }
+    };
+    let with = |method, gradient, steps| SdeOptions {
+        method,
+        gradient,
+        steps,
+        ..Default::default()
+    };
+    let fixed = || Steps::PerInterval(4);
+    let own = Gradient::Backsolve(AdjointSolve::new().steps(Steps::PerInterval(9)));
+    let adaptive = Steps::Adaptive(Adaptive::new(1e-2, 1e-2));
+    let interpolated = Gradient::Interpolated(AdjointSolve::new());
+    for (is_ito, options) in [
+        (true, with(EULER_MARUYAMA, backsolve(), fixed())),
+        (false, with(REVERSIBLE_HEUN, backsolve(), fixed())),
+        (false, with(HEUN, own, fixed())),
+        (false, with(HEUN, interpolated, fixed())),
+        (false, with(HEUN, backsolve(), adaptive)),
+    ] {
+        let error = of(is_ito, options).unwrap_err();
+        let unavailable = matches!(
+            error,
+            Error::Continuous(ContinuousDefect::Unavailable { .. })
+        );
+        assert!(unavailable, "{error}");
+    }
+    assert!(of(false, with(HEUN, backsolve(), fixed())).is_ok());
+}
+
+#[test]
+fn an_interpolant_that_is_less_accurate_than_its_steps_shows_in_the_gradient() {
+    let problem = Coupled::new();
+    let exact = problem.gradients(&adaptive_options(1e-11, Gradient::Discrete));
+    let exact = exact.unwrap();
+    let of = |method: Tableau, tol, kind: fn(AdjointSolve) -> Gradient| {
+        // λ is solved by the same method everywhere: what differs is y between the steps.
+        let gradient = kind(AdjointSolve::new().method(DOPRI5));
+        let options = OdeOptions {
+            method,
+            ..adaptive_options(tol, gradient)
+        };
+        apart(&problem.gradients(&options).unwrap(), &exact)
+    };
+    for method in [DOPRI5, TSIT5, BOSH3] {
+        for tol in [1e-5, 1e-8] {
+            let error = of(method.clone(), tol, Gradient::Interpolated);
+            assert!(error <= 100.0 * tol, "{} {tol:e}: {error:e}", method.name());
+        }
+    }
+    for (method, tol) in [(FEHLBERG45, 1e-5), (DOPRI8, 1e-5), (DOPRI8, 1e-8)] {
+        let interpolated = of(method.clone(), tol, Gradient::Interpolated);
+        let backsolve = of(method.clone(), tol, Gradient::Backsolve);
+        println!("{} {tol:e}: {interpolated:e} {backsolve:e}", method.name());
+        if method == FEHLBERG45 {
+            assert!(
+                interpolated > 10.0 * backsolve,
+                "{interpolated:e} {backsolve:e}"
+            );
+        }
+    }
 }

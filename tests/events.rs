@@ -6,14 +6,15 @@ mod common;
 
 use std::collections::HashMap;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect};
-use candle_diffeq::events::{odeint_event, Direction, Event, Hybrid};
+use candle_diffeq::events::{odeint_event, Direction, Event, Hybrid, RowEvent};
 use candle_diffeq::fields::FieldCheck;
 use candle_diffeq::metrics::Recorder;
 use candle_diffeq::options::{Adaptive, Checkpoint, Output, Steps};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, TSIT5};
-use candle_diffeq::{odeint, OdeOptions, Time};
+use candle_diffeq::{odeint, NeuralOde, OdeOptions, Precision, Time};
+use candle_nn::{Init, VarBuilder, VarMap};
 use common::{bits, values, U_F64};
 
 fn options(method: &Tableau, tolerance: f64) -> OdeOptions {
@@ -647,4 +648,115 @@ fn every_evaluation_of_a_solve_with_events_is_counted_once() {
         lost > 0,
         "no crossing was lost: the test does not reach the case"
     );
+}
+
+/// Fields and events of these tests: a linear field whose matrix is a weight, and a plane whose place is a variable.
+fn turn(vb: VarBuilder<'_>) -> Result<impl Fn(&Time, &Tensor) -> Result<Tensor> + Send + Sync> {
+    let a = vb.get_with_hints((2, 2), "a", Init::Const(0.3))?;
+    Ok(move |_: &Time, y: &Tensor| y.matmul(&a.t()?.to_dtype(y.dtype())?)?.tanh())
+}
+
+fn plane(place: &Var) -> Event {
+    let place = place.as_tensor().clone();
+    Event::new(move |_: &Time, y: &Tensor| {
+        let place = place.to_dtype(y.dtype())?;
+        y.get(0)?.narrow(0, 0, 1)?.broadcast_sub(&place)
+    })
+}
+
+#[test]
+fn events_of_a_model_and_their_gradients_are_those_of_its_field() {
+    let vars = VarMap::new();
+    let place = variable(&Tensor::new(&[0.8f64], &Device::Cpu).unwrap());
+    let ode = NeuralOde::from_field(&vars, "", DType::F64, &Device::Cpu, turn).unwrap();
+    let ode = ode.options(options(&DOPRI5, 1e-8));
+    let of_weight = vars.all_vars().remove(0);
+    let field = turn(VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu)).unwrap();
+    let y0 = variable(&Tensor::new(&[[0.5f64, 0.6]], &Device::Cpu).unwrap());
+    let times = [0.0, 0.3, 5.0];
+    let ours = ode
+        .events(y0.as_tensor(), &times, &[plane(&place)])
+        .unwrap();
+    let of_field = odeint_event(
+        field,
+        y0.as_tensor(),
+        &times,
+        &[plane(&place)],
+        &options(&DOPRI5, 1e-8),
+    )
+    .unwrap();
+    assert!(ours.ended && ours.outputs == 2);
+    assert_eq!(bits(&ours.states), bits(&of_field.states));
+    let [ours, of_field] = [ours, of_field].map(|solved| {
+        let occurrence = &solved.events[0];
+        let sum = (occurrence.y.sum_all().unwrap() + &occurrence.t).unwrap();
+        let grads = sum.backward().unwrap();
+        let gradients = [&of_weight, &y0, &place].map(|var| values(grads.get(var).unwrap()));
+        (number(&occurrence.t), gradients)
+    });
+    assert_eq!(ours.0.to_bits(), of_field.0.to_bits());
+    for (ours, of_field) in ours.1.iter().flatten().zip(of_field.1.iter().flatten()) {
+        assert!((ours - of_field).abs() <= 64.0 * U_F64 * of_field.abs());
+        assert!(*ours != 0.0);
+    }
+}
+
+#[test]
+fn events_of_a_model_in_low_precision_are_near_those_in_f64() {
+    let device = Device::Cpu;
+    let of = |dtype: DType, precision: Option<Precision>, tolerance: f64| {
+        let vars = VarMap::new();
+        let ode = NeuralOde::from_field(&vars, "", dtype, &device, turn).unwrap();
+        let ode = ode.options(OdeOptions {
+            precision,
+            ..options(&DOPRI5, tolerance)
+        });
+        let place = variable(&Tensor::new(&[0.8f64], &device).unwrap());
+        let y0 = Tensor::new(&[[0.5f64, 0.6]], &device).unwrap();
+        let y0 = y0.to_dtype(dtype).unwrap();
+        let solved = ode.events(&y0, &[0.0, 5.0], &[plane(&place)]).unwrap();
+        let t = &solved.events[0].t;
+        let grads = t.backward().unwrap();
+        let of_weight = values(grads.get(&vars.all_vars()[0]).unwrap());
+        let of_place = values(grads.get(&place).unwrap());
+        [vec![number(t)], of_weight, of_place].concat()
+    };
+    let exact = of(DType::F64, None, 1e-10);
+    for (precision, u) in [
+        (Precision::bf16(), 2f64.powi(-8)),
+        (Precision::f16(), 2f64.powi(-11)),
+    ] {
+        for (x, exact) in of(DType::F32, Some(precision), 1e-3).iter().zip(&exact) {
+            let error = (x - exact).abs() / exact.abs();
+            assert!(error <= 8.0 * u, "{precision:?} {error:e}");
+        }
+    }
+}
+
+#[test]
+fn events_of_a_model_need_adaptive_steps_and_all_times() {
+    let vars = VarMap::new();
+    let ode = NeuralOde::from_field(&vars, "", DType::F64, &Device::Cpu, turn).unwrap();
+    let place = variable(&Tensor::new(&[0.8f64], &Device::Cpu).unwrap());
+    let y0 = Tensor::new(&[[0.5f64, 0.6]], &Device::Cpu).unwrap();
+    let fixed = ode.events(&y0, &[0.0, 1.0], &[plane(&place)]);
+    assert!(matches!(
+        fixed.unwrap_err(),
+        Error::Adaptive(AdaptiveDefect::FixedSteps)
+    ));
+    let ode = ode.options(OdeOptions {
+        output: Output::Final,
+        ..options(&DOPRI5, 1e-6)
+    });
+    let last = ode.events(&y0, &[0.0, 1.0], &[plane(&place)]);
+    assert!(matches!(
+        last.unwrap_err(),
+        Error::Adaptive(AdaptiveDefect::EventOutput)
+    ));
+    let ode = ode.options(options(&DOPRI5, 1e-6));
+    let rows = ode.row_events(&y0, &[0.0, 1.0], &[RowEvent::new(0, 0.8)]);
+    assert!(matches!(
+        rows.unwrap_err(),
+        Error::Adaptive(AdaptiveDefect::NoRows { .. })
+    ));
 }

@@ -12,13 +12,13 @@ use candle_diffeq::models::recurrent::{
     Cell, GruCell, GruOdeBayes, Hidden, LatentOde, LstmCell, OdeRnn, Order, RnnCell, Sporadic,
 };
 use candle_diffeq::models::shooting::Shooting;
-use candle_diffeq::nn::graph::{Csr, Gcn};
+use candle_diffeq::nn::graph::{Csr, Gcn, GcnField};
 use candle_diffeq::nn::{dropout_mask, Activation, GruField, Linear, Mlp, RowSpeed};
 use candle_diffeq::options::{Output, Steps, TimeGrid};
 use candle_diffeq::tableau::{EULER, MIDPOINT, RK4};
 use candle_diffeq::{odeint, predict, NeuralOde, OdeOptions, Precision, Time, VectorField};
 use candle_nn::{VarBuilder, VarMap};
-use common::{fill, scattered, values, var, U_F32, U_F64};
+use common::{all, error_of, fill, relative, scattered, values, var, U_F32, U_F64};
 
 fn cpu() -> Device {
     Device::Cpu
@@ -610,4 +610,112 @@ fn recurrent_models_run_in_low_precision_to_a_rounding_or_two() {
     let error = apart(&run(&single), &run(&low));
     // Four gaps of up to 1.6 with velocities below 2, each off by a few roundings of 2⁻⁸.
     assert!(error > U_F32 && error <= 4.0 * 2f64.powi(-8), "{error:e}");
+}
+
+/// Nodes of a graph, each joined to the next and to another.
+const NODES: usize = 150;
+
+/// A field of graph convolutions, and its layers.
+fn graph_field(dtype: DType, widths: &[usize]) -> (VarMap, GcnField, Vec<Gcn>) {
+    let n = NODES as u32;
+    let pairs = (0..n).flat_map(|i| [[i, (i + 1) % n], [i, (7 * i + 3) % n]]);
+    let edges: Vec<_> = pairs.filter(|[i, j]| i != j).collect();
+    let graph = Csr::normalised_adjacency(NODES, &edges, dtype, &cpu()).unwrap();
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, dtype, &cpu());
+    let field = GcnField::new(widths, Activation::Softplus, &graph, vb.clone()).unwrap();
+    fill(&vars);
+    let layer = |(i, w): (usize, &[usize])| Gcn::new(w[0], w[1], &graph, vb.pp(i)).unwrap();
+    let layers = widths.windows(2).enumerate().map(layer).collect();
+    (vars, field, layers)
+}
+
+/// The same in candle's operations.
+fn composed(layers: &[Gcn], y: &Tensor) -> candle_core::Result<Tensor> {
+    let first = layers[0].forward(y)?;
+    layers[1..].iter().try_fold(first, |z, layer| {
+        layer.forward(&Activation::Softplus.forward(&z)?)
+    })
+}
+
+#[test]
+fn a_field_of_graph_convolutions_has_the_velocity_and_pull_back_of_its_layers() {
+    // Several chunks of the wide layers and one of the thin, and a layer alone.
+    for widths in [&[5, 3, 7, 5][..], &[200, 300, 200], &[6, 6]] {
+        let (vars, field, layers) = graph_field(DType::F64, widths);
+        let y = var(&[NODES, widths[0]], 1.0, 19);
+        let v = scattered(y.dims(), 1.0, 18);
+        let t = Time::new(0.0, DType::F64, &cpu());
+        let k = composed(&layers, y.as_tensor()).unwrap();
+        let expected = (&k * &v).unwrap().sum_all().unwrap().backward().unwrap();
+        let (velocity, pull) = field.vjp(&t, y.as_tensor()).unwrap();
+        let got = pull(&v).unwrap();
+        let terms = widths.iter().sum::<usize>() + NODES;
+        assert!(relative(&velocity, &k) <= terms as f64 * U_F64);
+        assert!(relative(&got.y, expected.get(&y).unwrap()) <= terms as f64 * U_F64);
+        let error = error_of(&got.params, &expected, &all(&vars));
+        assert!(error <= terms as f64 * U_F64, "{widths:?}: {error:e}");
+        assert!(relative(&field.velocity(&t, y.as_tensor()).unwrap(), &k) <= terms as f64 * U_F64);
+    }
+}
+
+#[test]
+fn a_graph_neural_ode_is_that_of_its_layers() {
+    let widths = [6, 11, 6];
+    let y0 = scattered(&[NODES, 6], 1.0, 19)
+        .to_dtype(DType::F32)
+        .unwrap();
+    let gradients = |fused: bool| {
+        let (vars, field, layers) = graph_field(DType::F32, &widths);
+        let y0 = Var::from_tensor(&y0).unwrap();
+        let (times, options) = ([0.0, 0.3, 1.0], OdeOptions::default());
+        let ys = match fused {
+            true => odeint(field, y0.as_tensor(), &times, &options),
+            false => {
+                let field = move |_: &Time, y: &Tensor| composed(&layers, y);
+                odeint(field, y0.as_tensor(), &times, &options)
+            }
+        };
+        let loss = ys.unwrap().sqr().unwrap().sum_all().unwrap();
+        let grads = loss.backward().unwrap();
+        let of = |x: &Var| grads.get(x).unwrap().clone();
+        let mut found: Vec<_> = all(&vars).iter().map(|(_, var)| of(var)).collect();
+        found.push(of(&y0));
+        found
+    };
+    for (got, expected) in gradients(true).iter().zip(&gradients(false)) {
+        let error = relative(got, expected);
+        assert!(error <= 256.0 * U_F32, "{:?}: {error:e}", got.dims());
+    }
+}
+
+#[test]
+fn layers_that_are_no_field_over_one_graph_are_refused() {
+    let ring = |n: u32| {
+        let edges: Vec<_> = (0..n).map(|i| [i, (i + 1) % n]).collect();
+        Csr::normalised_adjacency(n as usize, &edges, DType::F64, &cpu()).unwrap()
+    };
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &cpu());
+    let layer = |inputs, outputs, nodes, name: &str| {
+        Gcn::new(inputs, outputs, &ring(nodes), vb.pp(name)).unwrap()
+    };
+    for layers in [
+        vec![],
+        vec![layer(3, 4, 5, "a")],
+        vec![layer(3, 4, 5, "b"), layer(4, 3, 6, "c")],
+        vec![layer(3, 4, 5, "d"), layer(5, 3, 5, "e")],
+    ] {
+        let error = GcnField::from_layers(layers, Activation::Tanh).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("do not map a state to its velocity"),
+            "{text}"
+        );
+    }
+    let (_, field, _) = graph_field(DType::F64, &[3, 3]);
+    let y = scattered(&[5, 3], 1.0, 1);
+    let text = field.velocity(&Time::new(0.0, DType::F64, &cpu()), &y);
+    let text = text.unwrap_err().to_string();
+    assert!(text.contains("150 nodes"), "{text}");
 }

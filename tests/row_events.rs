@@ -14,7 +14,7 @@ use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, Cnf, Mlp};
 use candle_diffeq::options::{Adaptive, Checkpoint, OnFailure, Output, Steps};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, TSIT5};
-use candle_diffeq::{odeint, OdeOptions, Precision, State, Time};
+use candle_diffeq::{odeint, NeuralOde, OdeOptions, Precision, State, Time};
 use candle_nn::{VarBuilder, VarMap};
 use common::{all, bits, fill, relative, scattered, values, worst, U_F64};
 
@@ -271,6 +271,59 @@ fn events_of_a_row_have_the_same_bits_alone_and_in_any_company() {
                 }
             }
         }
+    }
+}
+
+/// A solve with events of rows, from y0.
+type SolveRows<'a> = dyn Fn(&Tensor) -> RowEventSolution<Tensor> + 'a;
+
+#[test]
+fn events_of_the_rows_of_a_model_are_those_of_its_field() {
+    if without_tiles() {
+        return;
+    }
+    for dtype in [DType::F32, DType::F64] {
+        let options = options(&DOPRI5, 1e-5);
+        let vars = VarMap::new();
+        let build = |vb: VarBuilder<'_>| Mlp::with_time(&[3, 12, 9, 3], Activation::Tanh, vb);
+        let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build).unwrap();
+        let ode = ode.options(options.clone());
+        // The same variables.
+        let field = network(&vars, dtype);
+        let levels = levels(40);
+        let solves: [&SolveRows; 2] = [
+            &|y0| ode.row_events(y0, &TIMES, &events(&levels)).unwrap(),
+            &|y0| {
+                let field = field.clone();
+                odeint_row_event(field, y0, &TIMES, &events(&levels), &options).unwrap()
+            },
+        ];
+        let [model, closure] = solves.map(|solve| {
+            let y0 = Var::from_tensor(&start(40, dtype)).unwrap();
+            let solved = solve(y0.as_tensor());
+            let grads = loss(&solved).backward().unwrap();
+            let of_weights = all(&vars).into_iter();
+            let of_weights = of_weights.map(|(_, var)| bits(grads.get(&var).unwrap()));
+            let of_y0 = bits(grads.get(&y0).unwrap());
+            let of_rows = (0..40).map(|row| of_row(&solved, row));
+            let of_rows = of_rows.map(|row| {
+                (
+                    row.numbers
+                        .into_iter()
+                        .map(f64::to_bits)
+                        .collect::<Vec<_>>(),
+                    row.counts,
+                    row.ended,
+                )
+            });
+            (
+                of_rows.collect::<Vec<_>>(),
+                of_y0,
+                of_weights.collect::<Vec<_>>(),
+            )
+        });
+        assert!(model == closure, "{dtype:?}");
+        assert!(model.0.iter().any(|(_, _, ended)| ended.is_some()));
     }
 }
 

@@ -24,14 +24,16 @@ enum Inside {
     Relaxing,
     Cnf,
     Deep,
+    RelaxingDeep,
     Conv,
 }
 
-const INSIDES: [Inside; 5] = [
+const INSIDES: [Inside; 6] = [
     Inside::Mlp,
     Inside::Relaxing,
     Inside::Cnf,
     Inside::Deep,
+    Inside::RelaxingDeep,
     Inside::Conv,
 ];
 
@@ -41,7 +43,7 @@ fn mlp(vb: VarBuilder<'_>) -> Result<Mlp> {
 
 fn flow(inside: Inside, vb: VarBuilder<'_>) -> Result<Cnf> {
     let widths: &[usize] = match inside {
-        Inside::Deep => &[3, 18, 17, 9, 3],
+        Inside::Deep | Inside::RelaxingDeep => &[3, 18, 17, 9, 3],
         _ => &[3, 12, 9, 3],
     };
     Cnf::new(Mlp::with_time(widths, Activation::Softplus, vb)?)
@@ -58,6 +60,10 @@ fn faster(inside: Inside, vb: VarBuilder<'_>) -> Result<Box<dyn VectorField<Vec<
         Inside::Relaxing => Box::new(OfList(RowSpeed::new(Relaxation::new(mlp(vb)?)))),
         Inside::Conv => Box::new(OfList(RowSpeed::new(conv(vb)?))),
         Inside::Cnf | Inside::Deep => Box::new(OfTriple(RowSpeed::new(flow(inside, vb)?))),
+        Inside::RelaxingDeep => {
+            let field = Relaxation::new(flow(inside, vb)?);
+            Box::new(OfTriple(RowSpeed::new(field)))
+        }
     })
 }
 
@@ -104,7 +110,7 @@ of_leaves!(OfTriple, (Tensor, Tensor, Tensor));
 fn start(inside: Inside, rows: usize, dtype: DType) -> Vec<Tensor> {
     let shapes: &[&[usize]] = match inside {
         Inside::Mlp | Inside::Relaxing => &[&[3], &[1]],
-        Inside::Cnf | Inside::Deep => &[&[3], &[1], &[1]],
+        Inside::Cnf | Inside::Deep | Inside::RelaxingDeep => &[&[3], &[1], &[1]],
         Inside::Conv => &[&[2, 3, 2], &[1, 1, 1]],
     };
     let leaf = |(i, shape): (usize, &&[usize])| {
@@ -144,7 +150,7 @@ fn the_pull_back_is_that_of_autograd() {
         let error = error_of(&pulled.params, &tape, &all(&vars));
         assert!(error <= EXACT, "{inside:?}, parameters: {error:e}");
         for (leaf, (y, w)) in y.iter().zip(&pulled.y).enumerate() {
-            // A log-density is read by nothing.
+            // A log-density is read by nothing but its own relaxation.
             let Some(exact) = tape.get(y) else {
                 assert_eq!(worst(values(w)), 0.0);
                 continue;
@@ -180,6 +186,12 @@ fn solve(inside: Inside, y0: &[Tensor], options: &OdeOptions) -> candle_diffeq::
         }
         Inside::Cnf | Inside::Deep => {
             let build = move |vb: VarBuilder<'_>| Ok(RowSpeed::new(flow(inside, vb)?));
+            let ode = NeuralOde::from_field(&vars, "", dtype, device, build)?;
+            run::<(Tensor, Tensor, Tensor)>(ode, &vars, y0, options)
+        }
+        Inside::RelaxingDeep => {
+            let build =
+                move |vb: VarBuilder<'_>| Ok(RowSpeed::new(Relaxation::new(flow(inside, vb)?)));
             let ode = NeuralOde::from_field(&vars, "", dtype, device, build)?;
             run::<(Tensor, Tensor, Tensor)>(ode, &vars, y0, options)
         }
@@ -244,6 +256,23 @@ fn tiles_and_the_general_path_agree() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn a_trace_is_formed_in_every_stage_whose_log_density_is_read() {
+    // The second stage of DOPRI5 has no weight: other stages read the log-density there only where it relaxes.
+    for inside in INSIDES {
+        let y0 = start(inside, 37, DType::F64);
+        let [exact, tiles] = [false, true].map(|on| {
+            let options = OdeOptions {
+                method: DOPRI5,
+                ..fixed(on, Output::All)
+            };
+            solve(inside, &y0, &options).unwrap()
+        });
+        let error = distance(&tiles, &exact);
+        assert!(error <= EXACT, "{inside:?}: {error:e}");
     }
 }
 

@@ -207,10 +207,19 @@ fn a_row_is_solved_as_if_it_were_alone_to_the_bit() {
     if without_tiles() {
         return;
     }
-    for dtype in [DType::F32, DType::F64] {
+    let precisions = [
+        (DType::F32, None, 1e-5),
+        (DType::F64, None, 1e-5),
+        (DType::F32, Some(Precision::f16()), 1e-3),
+        (DType::F32, Some(Precision::bf16()), 1e-2),
+    ];
+    for (dtype, precision, rtol) in precisions {
         for kind in KINDS {
             let y0 = start(kind, 200, dtype);
-            let options = options(&DOPRI5, adaptive(1e-5, 1e-7));
+            let options = OdeOptions {
+                precision,
+                ..options(&DOPRI5, adaptive(rtol, 0.01 * rtol))
+            };
             let whole = on_threads(7, || solve(kind, &y0, &TIMES, &options).unwrap());
             let again = on_threads(1, || solve(kind, &y0, &TIMES, &options).unwrap());
             for (a, b) in whole.weights.iter().zip(&again.weights) {
@@ -245,6 +254,34 @@ fn a_row_is_solved_as_if_it_were_alone_to_the_bit() {
             }
         }
     }
+}
+
+#[test]
+fn in_f16_the_gradient_of_a_row_scales_with_its_loss_whatever_the_loss_of_other_rows() {
+    if without_tiles() {
+        return;
+    }
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'_>| Mlp::with_time(&[3, 12, 9, 3], Activation::Tanh, vb);
+    let ode = NeuralOde::from_field(&vars, "", DType::F32, &Device::Cpu, build).unwrap();
+    fill(&vars);
+    let ode = ode.options(OdeOptions {
+        precision: Some(Precision::f16()),
+        ..options(&DOPRI5, adaptive(1e-3, 1e-5))
+    });
+    // The weight of the first row is 1, that of the last one 2^-80: one scale for both does not fit into f16.
+    let weights: Vec<f32> = (0..41).map(|row| 2f32.powi(-2 * row)).collect();
+    let weights = Tensor::from_vec(weights, (41, 1), &Device::Cpu).unwrap();
+    let gradient = |w: &Tensor| {
+        let y0 = Var::from_tensor(&start(Kind::Timed, 41, DType::F32)[0]).unwrap();
+        let y = ode.solve(y0.as_tensor(), &TIMES).unwrap();
+        let loss = y.sqr().unwrap().broadcast_mul(w).unwrap().sum_all();
+        let grads = loss.unwrap().backward().unwrap();
+        grads.get(&y0).unwrap().clone()
+    };
+    let equal = gradient(&weights.ones_like().unwrap());
+    let ours = gradient(&weights).broadcast_div(&weights).unwrap();
+    assert_eq!(bits(&ours), bits(&equal));
 }
 
 #[test]

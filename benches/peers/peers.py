@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Times candle-diffeq and its peers in turn on workload files and writes a Markdown report.
 
-peers.py make DIR                                   # W0 … W5, A0 … A5, S1, S2, C1 with their f64 reference
+peers.py make DIR                                   # W0 … W5, A0 … A5, S1, S2, C1, H1 … H3 with their f64 reference
 peers.py run --workloads DIR --markdown README.md   # between <!-- peers --> and <!-- /peers -->
 peers.py run --workloads DIR --only A1 A2 A3 A4 A5  # adaptive steps
 peers.py run --workloads DIR --only S1 S2 C1        # driven by noise and data
 peers.py run --workloads DIR --unit avx2            # all held to AVX2
+peers.py run --workloads DIR --only H1 H2 H3        # torchdyn's models
 """
 
 import argparse
@@ -43,10 +44,12 @@ SOLVES = {
                  "diffrax rows", "torchode"],
     "sde": ["torchsde", "torchsde adjoint", "diffrax"],
     "cde": ["torchcde", "torchcde adjoint", "diffrax"],
+    "model": ["torchdyn", "torchdyn adjoint"],
 }
 #: Repetitions in one process, alike for all: about half a second of the best peer.
 REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3,
-           "A0": 100, "A1": 3, "A2": 5, "A3": 7, "A4": 3, "A5": 3, "S1": 3, "S2": 3, "C1": 15}
+           "A0": 100, "A1": 3, "A2": 5, "A3": 7, "A4": 3, "A5": 3, "S1": 3, "S2": 3, "C1": 15,
+           "H1": 15, "H2": 25, "H3": 9}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,6 +95,8 @@ def sort(work: workload.Workload) -> str:
     """What a workload is of."""
     if work.kind in ("sde", "cde"):
         return work.kind
+    if work.kind in ("hnn", "galerkin", "graph"):
+        return "model"
     return "adaptive" if work.tolerances else "fixed"
 
 
@@ -138,7 +143,7 @@ def one(args: argparse.Namespace) -> None:
     """Times one peer on one file and prints what the `workloads` example prints of ours."""
     work = workload.read(args.file)
     is_jax = PEERS[args.peer] in ("diffrax", "jax")
-    modules = {"fixed": ["torch_peers", "jax_peers"], "adaptive": ["adaptive_torch", "adaptive_jax"]}
+    modules = {"fixed": ["torch_peers", "jax_peers"], "adaptive": ["adaptive_torch", "adaptive_jax"], "model": ["zoo", ""]}
     module = modules.get(sort(work), ["driven_torch", "driven_jax"])[is_jax]
     build = importlib.import_module(module).build
     cell = build(args.peer, args.precision, work)
@@ -196,6 +201,7 @@ def main() -> None:
         workload.make(args.directory)
         adaptive.make(args.directory)
         driven.make(args.directory)
+        importlib.import_module("zoo").make(args.directory)
 
     add = command("make", "write workload files", make)
     add("directory", type=Path)

@@ -31,7 +31,7 @@ const FEATURES: usize = 16;
 /// States of a budget.
 const BUDGET: usize = 100;
 /// By how much memory may grow from the fewest steps to the most where it does not depend on them.
-const GROWTH: f64 = 2.0 * MEBIBYTE;
+const GROWTH: f64 = MEBIBYTE;
 const MEBIBYTE: f64 = 1024.0 * 1024.0;
 
 #[derive(Parser)]
@@ -151,11 +151,11 @@ fn measure(way: Way, steps: usize) -> Result<Cell> {
     // Whatever is made once is made now.
     gradient(way, options(10), DType::F32)?;
     let unknown = "this system does not tell how much memory a process holds";
-    let before = memory::peak().ok_or(unknown)?;
+    let before = memory::resident().ok_or(unknown)?;
     let cost = gradient(way, options(steps), DType::F32)?;
     let after = memory::peak().ok_or(unknown)?;
     Ok(Cell {
-        bytes: (after - before) as f64,
+        bytes: after.saturating_sub(before) as f64,
         seconds: cost.seconds,
     })
 }

@@ -17,6 +17,7 @@ pub(crate) mod idx;
 pub(crate) mod initial;
 pub(crate) mod jobs;
 pub(crate) mod memory;
+pub(crate) mod mnist;
 pub(crate) mod mode;
 pub(crate) mod model_equation;
 pub(crate) mod momentum;
@@ -35,7 +36,7 @@ pub(crate) use problem::{relative, values};
 /// Failures of an example, shown to its user.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Lets candle use every core unless RAYON_NUM_THREADS says otherwise.
+/// Lets candle use every core unless RAYON_NUM_THREADS says otherwise, and the allocator keep what is freed.
 ///
 /// Without that variable candle counts cores anew in every matrix product, which takes longer than
 /// the products of small networks.  To be called first, before there are threads.
@@ -44,6 +45,7 @@ pub(crate) fn use_every_core() {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         std::env::set_var(environment::THREADS, cores.to_string());
     }
+    memory::keep_freed();
 }
 
 /// A progress bar on standard error, which shows nothing when that is no terminal.

@@ -1,20 +1,23 @@
 //! Learns a field whose solutions keep to a circle, from a loss that is an integral along them.
 //!
-//! `cargo run --release --example integral_loss` (a minute; `--smoke`: seconds).  torchdyn's tutorial 05: starts around
+//! `cargo run --release --example integral_loss` (minutes; `--smoke`: seconds).  torchdyn's tutorial 05: starts around
 //! (1, 0), the track γ(s) = (cos 2πs, sin 2πs), the loss ∫ |x − γ|² ds over [0, 1] as one more tensor of the state, a
-//! perceptron 2-32-32-2; then solves to s = 5.  Prints a table, writes a picture and the figures as JSON beside it.  Exits with
-//! 1 when the track is left within training's time, or when the radius is lost beyond it.
+//! perceptron 2-32-32-2; then solves to s = 5.  It is trained by the discrete adjoint in every precision, and in f32 also by
+//! the three continuous ones, whose first gradients are compared with one of finer steps in f64.  Prints a table, writes a
+//! picture and the figures as JSON beside it.  Exits with 1 when the track is left within training's time, or when the radius
+//! is lost beyond it.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, D};
 use candle_diffeq::nn::{cost_precision, Activation, Mlp, WithIntegral};
-use candle_diffeq::options::{Output, Steps};
+use candle_diffeq::options::{AdjointSolve, Gradient, Output, Steps};
 use candle_diffeq::tableau::RK4;
-use candle_diffeq::{NeuralOde, OdeOptions, Time};
+use candle_diffeq::{NeuralOde, OdeOptions, Precision, Time};
 use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
@@ -27,7 +30,7 @@ use crate::common::plane::Window;
 use crate::common::random::{generator, normal};
 use crate::common::report::{self, Report};
 use crate::common::table::{sci, Table};
-use crate::common::{initial, progress, values, Result};
+use crate::common::{initial, progress, relative, values, Result};
 
 const STARTS: usize = 100;
 const SPREAD: f64 = 0.1;
@@ -48,8 +51,50 @@ struct Args {
 
 type Costly = NeuralOde<(Tensor, Tensor)>;
 
+/// How gradients are computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    Discrete,
+    Backsolve,
+    Interpolated,
+    Quadrature,
+}
+
+impl Way {
+    const ALL: [Self; 4] = [
+        Self::Discrete,
+        Self::Backsolve,
+        Self::Interpolated,
+        Self::Quadrature,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Discrete => "discrete",
+            Self::Backsolve => "backsolve",
+            Self::Interpolated => "interpolated",
+            Self::Quadrature => "quadrature",
+        }
+    }
+
+    fn gradient(self) -> Gradient {
+        let solve = AdjointSolve::new();
+        match self {
+            Self::Discrete => Gradient::Discrete,
+            Self::Backsolve => Gradient::Backsolve(solve),
+            Self::Interpolated => Gradient::Interpolated(solve),
+            Self::Quadrature => Gradient::Quadrature(solve),
+        }
+    }
+}
+
 struct Outcome {
     dtype: Dtype,
+    way: Way,
+    /// Of the first gradient, relative to the largest component of an exact one.
+    error: f64,
+    /// Of the forward and the backward pass of an update, and what the optimiser does.
+    milliseconds: f64,
     losses: Vec<f64>,
     /// Root mean squares: from the track over [0, 1], and of |x| − 1 at s = 5.
     track: f64,
@@ -68,7 +113,12 @@ fn cost(t: &Time, x: &Tensor) -> candle_core::Result<Tensor> {
         .sum_keepdim(D::Minus1)
 }
 
-fn model(dtype: Dtype, vars: &VarMap, device: &Device) -> Result<Costly> {
+fn model(
+    precision: Precision,
+    (way, steps): (Way, usize),
+    vars: &VarMap,
+    device: &Device,
+) -> Result<Costly> {
     let ode = NeuralOde::from_field(vars, "f", DType::F32, device, |vb| {
         Ok(WithIntegral::new(
             Mlp::new(&[2, 32, 32, 2], Activation::Tanh, vb)?,
@@ -77,27 +127,53 @@ fn model(dtype: Dtype, vars: &VarMap, device: &Device) -> Result<Costly> {
     })?;
     Ok(ode.options(OdeOptions {
         method: RK4,
-        steps: Steps::Size(1.0 / STEPS as f64),
-        leaf_precision: cost_precision(dtype.precision()),
+        steps: Steps::Size(1.0 / steps as f64),
+        leaf_precision: cost_precision(precision),
+        gradient: way.gradient(),
         output: Output::All,
         ..Default::default()
     }))
 }
 
-fn train(dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -> Result<Outcome> {
+/// The mean of ∫ |x − γ|² ds over [0, 1].
+fn loss(ode: &Costly, start: &(Tensor, Tensor)) -> Result<Tensor> {
+    let (_, costs) = ode.solve(start, &[0.0, 1.0])?;
+    Ok(costs.get(1)?.mean_all()?)
+}
+
+/// The error of the gradient of all weights, relative to the largest component of that of ten times as many steps in f64.
+fn error_of_gradient(
+    ode: &Costly,
+    start: &(Tensor, Tensor),
+    vars: &VarMap,
+    device: &Device,
+) -> Result<f64> {
+    let all = |ode: &Costly| -> Result<Vec<f64>> {
+        let grads = loss(ode, start)?.to_dtype(DType::F64)?.backward()?;
+        let mut flat = vec![];
+        for var in vars.all_vars() {
+            flat.extend(values(grads.get(&var).ok_or("a weight has no gradient")?)?);
+        }
+        Ok(flat)
+    };
+    let exact = model(Precision::f64(), (Way::Discrete, 10 * STEPS), vars, device)?;
+    Ok(relative(&all(ode)?, &all(&exact)?))
+}
+
+fn train((dtype, way): (Dtype, Way), (fit, seed): (&Fit, u64), device: &Device) -> Result<Outcome> {
     let vars = VarMap::new();
-    let ode = model(dtype, &vars, device)?;
+    let ode = model(dtype.precision(), (way, STEPS), &vars, device)?;
     let mut rng = generator(seed);
     initial::layers(&vars, &mut rng)?;
     let noise = (normal(&mut rng, (STARTS, 2), DType::F32, device)? * SPREAD)?;
     let x0 = noise.broadcast_add(&Tensor::new(&[[1f32, 0.0]], device)?)?;
     let none = Tensor::zeros((STARTS, 1), DType::F32, device)?;
     let start = (x0, none);
-    let bar = progress(dtype.name(), fit.iterations)?;
-    let losses = fit.run(&vars, &bar, |_| {
-        let (_, costs) = ode.solve(&start, &[0.0, 1.0])?;
-        Ok(costs.get(1)?.mean_all()?)
-    })?;
+    let error = error_of_gradient(&ode, &start, &vars, device)?;
+    let bar = progress(way.name(), fit.iterations)?;
+    let clock = Instant::now();
+    let losses = fit.run(&vars, &bar, |_| loss(&ode, &start))?;
+    let milliseconds = 1e3 * clock.elapsed().as_secs_f64() / fit.iterations as f64;
     bar.finish_and_clear();
     let times: Vec<f64> = (0..=100).map(|i| LONG * f64::from(i) / 100.0).collect();
     let (states, costs) = ode.predict(&start, &times)?;
@@ -106,6 +182,9 @@ fn train(dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -> Result<Outc
     let squares: Vec<f64> = radii.iter().map(|r| (r - 1.0).powi(2)).collect();
     Ok(Outcome {
         dtype,
+        way,
+        error,
+        milliseconds,
         losses,
         track: f64::from(within).sqrt(),
         radius: crate::common::mean(&squares).sqrt(),
@@ -125,19 +204,29 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let fit = FIT.iterations(args.flags.size().pick(5, FIT.iterations, 5000));
     let mut all = vec![];
     for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
-        all.push(train(dtype, (&fit, args.flags.seed), device)?);
+        for way in Way::ALL {
+            if way == Way::Discrete || dtype == Dtype::F32 {
+                all.push(train((dtype, way), (&fit, args.flags.seed), device)?);
+            }
+        }
     }
     let mut table = Table::new([
         "precision",
+        "gradient",
+        "its error at first",
+        "ms/update",
         "∫ |x − γ|² ds, first",
         "last",
         "from the track to s = 1",
         "|x| from 1 at s = 5",
     ]);
     for o in &all {
-        let name = o.dtype.name();
+        let name = format!("{}, {}", o.dtype.name(), o.way.name());
         table.row([
-            name.to_owned(),
+            o.dtype.name().to_owned(),
+            o.way.name().to_owned(),
+            sci(o.error),
+            format!("{:.1}", o.milliseconds),
             sci(o.losses[0]),
             sci(o.losses[o.losses.len() - 1]),
             format!("{:.3}", o.track),
@@ -157,6 +246,9 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let json = |o: &Outcome| {
         json!({
             "precision": o.dtype.name(),
+            "gradient": o.way.name(),
+            "error_of_the_first_gradient": o.error,
+            "milliseconds": o.milliseconds,
             "loss_first": o.losses[0],
             "loss_last": o.losses[o.losses.len() - 1],
             "from_track": o.track,

@@ -9,7 +9,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod data;
 mod network;
 mod picture;
 mod training;
@@ -23,18 +22,21 @@ use serde_json::json;
 
 use crate::common::dtype::Dtype;
 use crate::common::flags::{Flags, Size};
+use crate::common::mnist::Data;
 use crate::common::random::generator;
 use crate::common::report::{self, Report};
 use crate::common::table::Table;
 use crate::common::team::{Team, Together};
 use crate::common::{memory, progress, Result};
-use crate::data::Data;
 use crate::network::{Field, Layout};
 use crate::training::{train, Outcome, Setting};
 
 /// What the accuracy must be in f32, and how far below it may be in low precision.
 const ACCURACY: f64 = 0.96;
 const LOW: f64 = 0.005;
+
+/// One in so many of the test images is held out, where there are no others to train on.
+const HELD: usize = 10;
 
 /// The published stem has another convolution, of the whole image.
 const SMALL: Setting = Setting {
@@ -99,7 +101,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args, team: &Team, device: &Device, report: &mut Report) -> Result<()> {
     let flags = &args.flags;
-    let smoke = Setting {
+    let smallest = Setting {
         layout: Layout {
             channels: 8,
             steps: 2,
@@ -108,12 +110,14 @@ fn run(args: &Args, team: &Team, device: &Device, report: &mut Report) -> Result
         epochs: 1,
         ..SMALL
     };
-    let mut setting = flags.size().pick(smoke, SMALL, PUBLISHED);
+    let mut setting = flags.size().pick(smallest, SMALL, PUBLISHED);
     if let Some(epochs) = args.epochs {
         setting.epochs = epochs as usize;
     }
     setting.layout.tolerance = args.adaptive;
-    let data = load(args)?;
+    let mut rng = generator(flags.seed);
+    let smoke = flags.size() == Size::Smoke;
+    let data = Data::read_or_draw(&args.data, HELD, smoke, &mut rng)?;
     let mut outcomes = vec![];
     let can_be = [Dtype::F32, Dtype::Bf16, Dtype::F16];
     for dtype in flags.precisions_among(&can_be[..2], &can_be)? {
@@ -134,18 +138,6 @@ fn run(args: &Args, team: &Team, device: &Device, report: &mut Report) -> Result
     report.figure("runs", outcomes.iter().map(figures).collect::<Vec<_>>())?;
     demands(&outcomes, report);
     Ok(())
-}
-
-/// The files, or for a smoke test without them a stand-in.
-fn load(args: &Args) -> Result<Data> {
-    let mut rng = generator(args.flags.seed);
-    match (Data::read(&args.data, &mut rng), args.flags.size()) {
-        (Err(error), Size::Smoke) => {
-            eprintln!("{error}\n\nNOT MNIST: this smoke test runs on drawn digits.\n");
-            Ok(Data::stand_in(&mut rng))
-        }
-        (data, _) => data,
-    }
 }
 
 fn print(data: &Data, setting: &Setting, outcomes: &[Outcome]) {

@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 use crate::common::conv::Conv;
 use crate::common::dtype::Dtype;
 use crate::common::initial;
-use crate::data::CLASSES;
+use crate::common::mnist::CLASSES;
 
 /// Which vector field.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use crate::common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, SeriesLabelPosition};
+use crate::common::mnist::{Data, CLASSES};
 use crate::common::Result;
-use crate::data::{Data, CLASSES};
 use crate::training::{Epoch, Outcome};
 
 /// Writes the picture.

@@ -11,10 +11,10 @@ use indicatif::ProgressBar;
 use rand::seq::SliceRandom;
 
 use crate::common::dtype::Dtype;
+use crate::common::mnist::{shifts, Data, Images, CLASSES};
 use crate::common::momentum::{cosine, Config, Momentum};
 use crate::common::random::generator;
 use crate::common::{mean, median, Result};
-use crate::data::{shifts, Data, Images, CLASSES};
 use crate::network::{Layout, Network};
 
 /// Network and training.

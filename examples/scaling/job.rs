@@ -16,10 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::common::dtype::Dtype;
 use crate::common::flags::{Flags, Size};
+use crate::common::mnist::{shifts, Data};
 use crate::common::random::{generator, normal};
 use crate::common::team::Team;
 use crate::common::{median, use_every_core, Result};
-use crate::data::{shifts, Data};
 use crate::network::{Field, Layout, Network};
 
 /// What stands before the line with the outcome.

@@ -7,9 +7,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-#[path = "../ode_mnist/data.rs"]
-#[allow(dead_code)]
-mod data;
 mod job;
 mod model;
 #[path = "../ode_mnist/network.rs"]

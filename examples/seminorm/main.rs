@@ -17,6 +17,7 @@ mod picture;
 mod vowels;
 mod way;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use candle_core::Device;
@@ -37,6 +38,9 @@ const TRAINED: [Way; 3] = [Way::Default, Way::Seminorm, Way::Discrete];
 /// The tolerances of gradients that count as exact.
 const CONVERGED: Pair = Pair(1e-9, 1e-12);
 
+/// Further pairs at which only the discrete adjoint is run, to compare errors at equal work.
+const FURTHER: [Pair; 3] = [Pair(1e-6, 1e-9), Pair(1e-7, 1e-10), Pair(1e-8, 1e-11)];
+
 /// How far below the others the accuracy of a way may be.
 const SPREAD: f64 = 0.02;
 
@@ -51,6 +55,12 @@ struct Args {
     /// Updates of a training of the neural CDE.
     #[arg(long, default_value_t = 75)]
     updates: usize,
+    /// Only the gradients at the initial weights, no training.
+    #[arg(long)]
+    gradients: bool,
+    /// Writes the initial weights of the neural CDE, and their exact gradients, into this folder.
+    #[arg(long, value_name = "DIR")]
+    export: Option<PathBuf>,
     /// Updates of a training of the flow.
     #[arg(long, default_value_t = 60)]
     flow_updates: usize,
@@ -71,8 +81,27 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let pairs = &PAIRS[..size.pick(1, 3, 3)];
     let data = Data::read()?;
     let converged = size.pick(Pair(1e-6, 1e-9), CONVERGED, CONVERGED);
-    let gradients = gradients(&data, pairs, converged, &seeds, device)?;
-    print_gradients(pairs, &gradients);
+    let exact = seeds
+        .iter()
+        .map(|&seed| vowels::converged(&data, converged, seed, device));
+    let exact = exact.collect::<Result<Vec<_>>>()?;
+    if let Some(folder) = &args.export {
+        for (&seed, exact) in seeds.iter().zip(&exact) {
+            vowels::export(exact, seed, device, folder)?;
+        }
+    }
+    let further = &FURTHER[..size.pick(0, FURTHER.len(), FURTHER.len())];
+    let all = pairs.iter().map(|&pair| (pair, &Way::ALL[..]));
+    let further = further
+        .iter()
+        .map(|&pair| (pair, &Way::ALL[Way::ALL.len() - 1..]));
+    let work: Vec<_> = all.chain(further).collect();
+    let gradients = gradients(&data, &work, &exact, &seeds, device)?;
+    print_gradients(&gradients);
+    if args.gradients {
+        let figures = gradients.iter().map(Gradients::figures);
+        return report.figure("gradients", figures.collect::<Vec<_>>());
+    }
     let updates = size.pick(1, args.updates, args.updates);
     let mut trained = vec![];
     for way in TRAINED {
@@ -104,7 +133,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     }
     print_acrobot(&learnt);
     let of = |way: Way| -> Option<(Way, &Cost)> {
-        // At the smallest tolerances.
+        // At the smallest of its tolerances.
         let found = gradients.iter().rfind(|g| g.way == way);
         found.map(|g| (way, &g.costs[0]))
     };
@@ -180,6 +209,8 @@ struct Gradients {
     pair: Pair,
     costs: Vec<Cost>,
     errors: Vec<f64>,
+    /// Distances from the discrete gradient of the same forward steps.
+    apart: Vec<f64>,
 }
 
 impl Gradients {
@@ -191,49 +222,59 @@ impl Gradients {
         mean(&self.errors)
     }
 
+    /// All evaluations, with pull-backs or without.
+    fn work(&self) -> f64 {
+        self.mean(|c| (c.forward + c.backward) as f64)
+    }
+
     fn figures(&self) -> serde_json::Value {
         json!({
             "way": self.way.name(), "rtol": self.pair.0, "atol": self.pair.1,
             "forward": self.mean(|c| c.forward as f64), "backward": self.mean(|c| c.backward as f64),
             "accepted": self.mean(|c| c.accepted as f64), "rejected": self.mean(|c| c.rejected as f64),
-            "milliseconds": self.mean(|c| c.milliseconds), "error": self.error(),
+            "milliseconds": self.mean(|c| c.milliseconds), "error": self.error(), "apart": mean(&self.apart),
         })
     }
 }
 
-/// One gradient at the initial weights in every way, at every pair, from every seed.
+/// One gradient at the initial weights at every pair, in the ways that go with it, the last of which is the discrete one,
+/// from every seed.
 fn gradients(
     data: &Data,
-    pairs: &[Pair],
-    converged: Pair,
+    work: &[(Pair, &[Way])],
+    exact: &[Vec<f64>],
     seeds: &[u64],
     device: &Device,
 ) -> Result<Vec<Gradients>> {
-    let exact = seeds
-        .iter()
-        .map(|&seed| vowels::converged(data, converged, seed, device));
-    let exact = exact.collect::<Result<Vec<_>>>()?;
     let mut all = vec![];
-    for &pair in pairs {
-        for way in Way::ALL {
-            let (mut costs, mut errors) = (vec![], vec![]);
-            for (&seed, exact) in seeds.iter().zip(&exact) {
-                let (grad, cost) = vowels::gradient(data, way, pair, seed, device)?;
-                errors.push(relative(&grad, exact));
-                costs.push(cost);
-            }
-            all.push(Gradients {
+    for &(pair, ways) in work {
+        let of = |way, seed| vowels::gradient(data, way, pair, seed, device);
+        let discrete = seeds.iter().map(|&seed| of(Way::Discrete, seed));
+        let discrete = discrete.collect::<Result<Vec<_>>>()?;
+        for &way in ways {
+            let mut found = Gradients {
                 way,
                 pair,
-                costs,
-                errors,
-            });
+                costs: vec![],
+                errors: vec![],
+                apart: vec![],
+            };
+            for (i, &seed) in seeds.iter().enumerate() {
+                let (grad, cost) = match way {
+                    Way::Discrete => discrete[i].clone(),
+                    _ => of(way, seed)?,
+                };
+                found.errors.push(relative(&grad, &exact[i]));
+                found.apart.push(relative(&grad, &discrete[i].0));
+                found.costs.push(cost);
+            }
+            all.push(found);
         }
     }
     Ok(all)
 }
 
-fn print_gradients(pairs: &[Pair], all: &[Gradients]) {
+fn print_gradients(all: &[Gradients]) {
     println!("one gradient of a neural CDE at its initial weights, mean over seeds");
     let mut table = Table::new([
         "rtol, atol",
@@ -242,22 +283,24 @@ fn print_gradients(pairs: &[Pair], all: &[Gradients]) {
         "NFE backward",
         "accepted",
         "rejected",
+        "NFE, both",
         "ms",
         "error",
+        "from that of its steps",
     ]);
-    for &pair in pairs {
-        for g in all.iter().filter(|g| g.pair == pair) {
-            table.row([
-                pair.name(),
-                g.way.name().to_owned(),
-                format!("{:.0}", g.mean(|c| c.forward as f64)),
-                format!("{:.0}", g.mean(|c| c.backward as f64)),
-                format!("{:.0}", g.mean(|c| c.accepted as f64)),
-                format!("{:.0}", g.mean(|c| c.rejected as f64)),
-                format!("{:.0}", g.mean(|c| c.milliseconds)),
-                format!("{:.1e}", g.error()),
-            ]);
-        }
+    for g in all {
+        table.row([
+            g.pair.name(),
+            g.way.name().to_owned(),
+            format!("{:.0}", g.mean(|c| c.forward as f64)),
+            format!("{:.0}", g.mean(|c| c.backward as f64)),
+            format!("{:.0}", g.mean(|c| c.accepted as f64)),
+            format!("{:.0}", g.mean(|c| c.rejected as f64)),
+            format!("{:.0}", g.work()),
+            format!("{:.0}", g.mean(|c| c.milliseconds)),
+            format!("{:.1e}", g.error()),
+            format!("{:.1e}", mean(&g.apart)),
+        ]);
     }
     print!("{table}");
 }

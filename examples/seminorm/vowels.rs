@@ -1,6 +1,7 @@
 //! A neural controlled differential equation along utterances of nine speakers: straight lines, whose slopes jump at
 //! knots.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, D};
@@ -158,6 +159,39 @@ fn gradient_by(
         flat.extend(grad.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?);
     }
     Ok((flat, Cost::new(way, recorder.take(), milliseconds)))
+}
+
+/// Writes the initial weights of a seed, and the exact gradients of F's parameters there under `exact.` and their names,
+/// so that other libraries can begin with them.
+pub(crate) fn export(
+    exact: &[f64],
+    seed: u64,
+    device: &Device,
+    folder: &std::path::Path,
+) -> Result<()> {
+    let model = Model::new(seed, OdeOptions::default(), device)?;
+    let vars = model
+        .vars
+        .data()
+        .lock()
+        .map_err(|_| "the variables are locked")?;
+    let weights = vars
+        .iter()
+        .map(|(name, v)| (name.clone(), v.as_tensor().clone()));
+    let mut tensors: HashMap<String, Tensor> = weights.collect();
+    let mut rest = exact;
+    for name in model.cde.parameters() {
+        let shape = vars.get(name).ok_or("a parameter is missing")?.shape();
+        let (own, others) = rest.split_at(shape.elem_count());
+        tensors.insert(
+            format!("exact.{name}"),
+            Tensor::from_slice(own, shape, &Device::Cpu)?,
+        );
+        rest = others;
+    }
+    std::fs::create_dir_all(folder)?;
+    let file = folder.join(format!("seed{seed}.safetensors"));
+    Ok(candle_core::safetensors::save(&tensors, file)?)
 }
 
 /// What a training came to.

@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_diffeq::cde::{cdeint, ControlPath};
+use candle_diffeq::nn::graph::Csr;
 use candle_diffeq::nn::{
     self, Activation, CdeMlp, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowLoss, RowSpeed,
 };
@@ -14,6 +15,8 @@ use candle_diffeq::tableau::Tableau;
 use candle_diffeq::{NeuralOde, OdeOptions, State, Time, VectorField};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 
+use crate::models;
+
 /// A kind of field.
 pub(crate) struct Kind {
     pub(crate) name: &'static str,
@@ -24,7 +27,7 @@ pub(crate) struct Kind {
 }
 
 /// Every kind.
-pub(crate) const KINDS: [Kind; 8] = [
+pub(crate) const KINDS: [Kind; 11] = [
     Kind {
         name: "mlp",
         plain: mlp,
@@ -57,13 +60,28 @@ pub(crate) const KINDS: [Kind; 8] = [
     },
     Kind {
         name: "sde",
-        plain: driven,
+        plain: no_plain,
         ours: Some(our_sde),
     },
     Kind {
         name: "cde",
-        plain: driven,
+        plain: no_plain,
         ours: Some(our_cde),
+    },
+    Kind {
+        name: "hnn",
+        plain: no_plain,
+        ours: Some(models::hnn),
+    },
+    Kind {
+        name: "galerkin",
+        plain: no_plain,
+        ours: Some(models::galerkin),
+    },
+    Kind {
+        name: "graph",
+        plain: no_plain,
+        ours: Some(models::graph),
     },
 ];
 
@@ -86,10 +104,12 @@ pub(crate) enum Drive {
     Noise(SdeMethod, u64),
     /// A path through observations.
     Path(ControlPath),
+    /// Not driven, but over a graph.
+    Graph(Csr),
 }
 
 impl Place<'_> {
-    fn ode<S: State + 'static, F: VectorField<S> + Send + Sync + 'static>(
+    pub(crate) fn ode<S: State + 'static, F: VectorField<S> + Send + Sync + 'static>(
         &self,
         field: impl Fn(VarBuilder<'_>) -> Result<F> + Send + Sync + 'static,
         options: OdeOptions,
@@ -341,7 +361,7 @@ fn our_cde(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::R
     Ok(Ode::Cde(field, path.clone(), options))
 }
 
-fn undriven() -> candle_diffeq::Error {
+pub(crate) fn undriven() -> candle_diffeq::Error {
     candle_core::Error::Msg("the file does not say by what the equation is driven".into()).into()
 }
 
@@ -369,9 +389,9 @@ fn our_conv(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::
     Ok(Ode::One(place.ode(field, options)?))
 }
 
-/// Equations that are driven have no field of time and state alone.
-fn driven(_: Vec<Tensor>, _: Parts) -> Result<Field> {
-    candle_core::bail!("an equation that is driven is solved with the library's own fields only")
+/// Of kinds that have no field of time and state alone, or none without the library's layers.
+fn no_plain(_: Vec<Tensor>, _: Parts) -> Result<Field> {
+    candle_core::bail!("an equation of this kind is solved with the library's own fields only")
 }
 
 /// Layers with activations between them.

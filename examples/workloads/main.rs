@@ -10,6 +10,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod fields;
+mod models;
 mod peak;
 mod processor;
 mod workload;
@@ -89,7 +90,11 @@ impl From<Control> for StepControl {
 
 fn main() -> ExitCode {
     use_every_core();
-    match run(&Args::parse()) {
+    let args = Args::parse();
+    if args.field == Whose::Ours {
+        leave_cores_to_solves();
+    }
+    match run(&args) {
         Ok(line) => {
             println!("{line}");
             ExitCode::SUCCESS
@@ -98,6 +103,16 @@ fn main() -> ExitCode {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Forms the loss on one thread, unless CANDLE_NUM_THREADS says otherwise.
+///
+/// candle's own threads wait for the next operation in a loop, on the cores that the threads of a solve need by then.
+fn leave_cores_to_solves() {
+    const CANDLES: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(CANDLES).is_none() {
+        std::env::set_var(CANDLES, "1");
     }
 }
 
@@ -165,7 +180,7 @@ fn run(args: &Args) -> Result<serde_json::Value> {
         forward.push(milliseconds(clock));
         // Reading it takes as long as a small solve and leaves caches cold: outside of the clock, and only where it is
         // compared with that of peers.
-        let compared = workload.is_adaptive() || workload.is_driven();
+        let compared = workload.is_adaptive() || workload.is_driven() || workload.is_model();
         let before = compared.then(processor::milliseconds).flatten();
         let clock = Instant::now();
         solve()?.backward()?;

@@ -40,11 +40,21 @@ impl WithSimd for Chains {
     }
 }
 
+/// The unit that solves use: the machine's, or AVX2 where CANDLE_DIFFEQ_SIMD says so.
+fn unit() -> Arch {
+    #[cfg(target_arch = "x86_64")]
+    if std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "avx2") {
+        return pulp::x86::V3::try_new().map_or_else(Arch::new, Arch::V3);
+    }
+    Arch::new()
+}
+
 /// Multiply-adds of f32 that all threads together do in a second, now.
 pub(crate) fn rate() -> f64 {
+    let unit = unit();
     let clock = Instant::now();
     let done = rayon::broadcast(|_| {
-        let (count, sum) = Arch::new().dispatch(Chains);
+        let (count, sum) = unit.dispatch(Chains);
         black_box(sum);
         count
     });

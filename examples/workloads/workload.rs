@@ -1,12 +1,12 @@
 //! A workload file: weights p0, p1, …, y0, t, target, and the reference's loss and gradients in f64;
-//! in its header `kind` (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp, sde, cde) and `method`.
+//! in its header `kind` (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp, sde, cde, hnn, galerkin, graph) and `method`.
 //!
 //! Where the header has `rtol` and `atol`, steps are adaptive, the loss is of all outputs, and `ref.ys` is the state at
 //! the times of numbers `ref.index`; it may have an `activation`, too.
 //!
 //! In an `sde`, the first half of the weights belongs to the drift and the second half to the diffusion, and `noise` in
 //! the header is the seed of the increments.  A `cde` is driven by the Hermite path through the observations `x`, (rows,
-//! times, channels), at the times `t`.
+//! times, channels), at the times `t`.  A `graph` has `edges`, pairs of the rows of the state.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,6 +14,7 @@ use std::path::Path;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
 use candle_diffeq::cde::Observations;
+use candle_diffeq::nn::graph::Csr;
 use candle_diffeq::nn::Activation;
 use candle_diffeq::options::{Adaptive, Output, StepControl, Steps};
 use candle_diffeq::tableau::{Tableau, RK4};
@@ -111,9 +112,14 @@ impl Workload {
         self.tolerances.is_some()
     }
 
+    /// Whether it is one of torchdyn's models.
+    pub(crate) fn is_model(&self) -> bool {
+        matches!(self.kind.name, "hnn" | "galerkin" | "graph")
+    }
+
     /// Whether it is driven by noise or a path.
     pub(crate) fn is_driven(&self) -> bool {
-        !matches!(self.drive, Drive::Nothing)
+        !matches!(self.drive, Drive::Nothing | Drive::Graph(_))
     }
 
     /// Whether the loss reads the last state alone.
@@ -165,6 +171,14 @@ impl Workload {
             let observed = workload.tensor("x", DType::F32)?;
             let path = Observations::at(&workload.times[..], &observed)?.hermite()?;
             workload.drive = Drive::Path(path);
+        }
+        if kind.name == "graph" {
+            let edges = workload.tensor("edges", DType::U32)?.to_vec2::<u32>()?;
+            let edges: Vec<_> = edges.iter().map(|edge| [edge[0], edge[1]]).collect();
+            let nodes = workload.tensor("y0", DType::F32)?.dim(0)?;
+            let graph = Csr::normalised_adjacency(nodes, &edges, DType::F32, device)?;
+            workload.drive = Drive::Graph(graph);
+            workload.activation = Activation::Softplus;
         }
         Ok(workload)
     }

@@ -140,6 +140,13 @@ impl Control {
         steps.max(self.targets.len()).min(self.options.max_steps)
     }
 
+    /// The distance from a time to the next one at which a step must end.
+    pub(crate) fn room(&self, t: f64) -> f64 {
+        let met = |target: &Target| (target.t - t) * self.direction <= 0.0;
+        let next = self.targets.get(self.targets.partition_point(met));
+        next.map_or(f64::INFINITY, |target| (target.t - t).abs())
+    }
+
     /// The longest first step, and the furthest point at which the first length is looked for: neither is beyond a jump
     /// of the field.
     pub(crate) fn longest(&self) -> f64 {

@@ -23,7 +23,11 @@ pub(super) struct ForwardStates<'a> {
     /// What took the steps, with an interpolant.
     scheme: Scheme,
     schedule: &'a Schedule,
-    rewind: Rewind<'a, Vec<Tensor>, Vec<Roles>>,
+    trajectory: &'a Trajectory,
+    /// From the first step that is read.
+    rewind: Option<Rewind<'a, Vec<Tensor>, Vec<Roles>>>,
+    /// Where the solve is: steps that begin there or behind are not read any more.
+    here: f64,
     /// In the order of the backward pass.
     loaded: VecDeque<Loaded>,
     /// Steps that have not been loaded yet.
@@ -55,7 +59,9 @@ impl<'a> ForwardStates<'a> {
             field,
             scheme: Scheme::new(tableau, true, roles.clone(), device.clone()),
             schedule,
-            rewind: trajectory.rewind(),
+            trajectory,
+            rewind: None,
+            here: problem.grid.points()[problem.grid.points().len() - 1],
             loaded: VecDeque::new(),
             left: schedule.len(),
             stats: Stats::default(),
@@ -82,16 +88,37 @@ impl<'a> ForwardStates<'a> {
         }
     }
 
-    /// Drops the steps that begin at t or behind it.
+    /// The solve is at t: drops the steps that begin there or behind it.
     pub(super) fn release(&mut self, t: f64) {
-        let is_passed = |step: &Step| (step.t - t) * step.h.signum() >= 0.0;
-        while self.loaded.front().is_some_and(|l| is_passed(&l.step)) {
+        self.here = t;
+        while self.loaded.front().is_some_and(|l| is_passed(&l.step, t)) {
             self.loaded.pop_front();
         }
     }
 
-    /// The step before the first that is loaded.
+    /// How many of the first steps are still read.
+    fn read(&self) -> usize {
+        let (mut read, mut passed) = (0, self.left);
+        while read < passed {
+            let middle = read + (passed - read) / 2;
+            match is_passed(&self.schedule.step(middle), self.here) {
+                true => passed = middle,
+                false => read = middle + 1,
+            }
+        }
+        read
+    }
+
+    /// The step before the first that is loaded, if it is still read.
     fn load(&mut self) -> Result<()> {
+        if self.rewind.is_none() {
+            // Behind this step nothing is computed again, neither states nor stages.
+            self.left = self.read().max(1);
+            self.rewind = Some(self.trajectory.rewind_from(self.left - 1));
+        }
+        let Some(rewind) = &mut self.rewind else {
+            return Err(Error::NothingKept);
+        };
         let n = self.left - 1;
         let (mut watch, mut replayed, mut kept) = (Watch::default(), 0, Stats::default());
         let (scheme, schedule, field) = (&self.scheme, self.schedule, self.field);
@@ -102,7 +129,13 @@ impl<'a> ForwardStates<'a> {
                 .advance_and_store(field, step, y, false, &mut watch)?
                 .y)
         };
-        let y = self.rewind.state(n, &mut advance, &mut kept)?;
+        let y = rewind.state(n, &mut advance, &mut kept)?;
+        self.left = n;
+        if is_passed(&schedule.step(n), self.here) {
+            self.stats.recomputed += replayed;
+            self.stats.kept(kept.states_kept, kept.bytes_kept);
+            return watch.finish();
+        }
         let step = Step {
             dense: true,
             ..schedule.step(n)
@@ -114,8 +147,12 @@ impl<'a> ForwardStates<'a> {
         watch.finish()?;
         self.stats.recomputed += replayed;
         self.stats.kept(kept.states_kept, kept.bytes_kept);
-        self.left = n;
         self.loaded.push_back(Loaded { step, y, ks });
         Ok(())
     }
+}
+
+/// Whether a step begins at t or behind it.
+fn is_passed(step: &Step, t: f64) -> bool {
+    (step.t - t) * step.h.signum() >= 0.0
 }

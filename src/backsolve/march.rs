@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use super::augmented::{Augmented, Stage};
+use super::instants::Instants;
 use super::measure::{Floor, Measure};
 use super::quadrature::gauss;
 use super::stages::{Evaluated, Stages};
@@ -13,18 +14,20 @@ use crate::error::{ContinuousDefect, Error, Result};
 use crate::gradient::{Continuous, Kind};
 use crate::ops;
 use crate::schedule::{Output, Schedule, Step, Steps};
-use crate::stats::{BackwardStats, Stats};
+use crate::stats::{BackwardStats, Stats, StopReason};
 use crate::step::Scheme;
-use crate::time::{coincide, Time, TimeGrid};
+use crate::time::{Time, TimeGrid};
 
 /// A backward solve under way.
-pub(super) struct March<'a> {
-    augmented: &'a Augmented<'a>,
-    continuous: &'a Continuous,
+pub(super) struct March<'m, 'a> {
+    augmented: &'m Augmented<'a>,
+    continuous: &'m Continuous,
     scheme: Scheme,
-    /// Of adaptive steps.
-    measure: Option<Measure<'a>>,
-    jumps: Vec<f64>,
+    /// Of adaptive steps: how, but for the times at which they must end, and how their errors are measured.
+    adaptive: Option<(Adaptive, Measure<'m>)>,
+    /// Times at which the field jumps, and at which a step must end or, if they are given, ends.
+    jumps: Instants,
+    ends: Instants,
     t: f64,
     /// y and λ, or λ alone, in state precision.
     x: Vec<Tensor>,
@@ -32,7 +35,7 @@ pub(super) struct March<'a> {
     /// t̄ as an integral, where it is part of the error.
     time: f64,
     /// The first stage of the next step, where it is known.
-    first: Option<Evaluated>,
+    first: Option<Evaluated<'a>>,
     /// The length of the next adaptive step.
     h: Option<f64>,
     /// Where the last step began.
@@ -41,17 +44,17 @@ pub(super) struct March<'a> {
 }
 
 /// An attempt that was made: what it leads to, and its error with the noise floor and without.
-struct Tried {
+struct Tried<'a> {
     x: Vec<Tensor>,
-    stages: Stages,
+    stages: Stages<'a>,
     norms: [f64; 2],
 }
 
-impl<'a> March<'a> {
+impl<'m, 'a> March<'m, 'a> {
     /// From the last time, where nothing has come in yet; `largest` is the size of the cotangents.
     pub(super) fn new(
-        augmented: &'a Augmented<'a>,
-        continuous: &'a Continuous,
+        augmented: &'m Augmented<'a>,
+        continuous: &'m Continuous,
         largest: f64,
     ) -> Result<Self> {
         let problem = augmented.problem;
@@ -66,12 +69,24 @@ impl<'a> March<'a> {
         let x = problem.packing.shapes().iter().cycle().take(roles.len());
         let points = problem.grid.points();
         let mut jumps = augmented.jumps();
+        jumps.extend(&continuous.jumps);
         jumps.extend(adaptive.iter().flat_map(|adaptive| &adaptive.jump_t));
-        let measure = |adaptive: &&'a Adaptive| {
-            Measure::new(augmented, continuous, adaptive, &roles, largest)
+        let ends = match &continuous.steps {
+            Steps::Adaptive(adaptive) => adaptive.step_t.clone(),
+            Steps::At(times) => times.clone(),
+            _ => vec![],
+        };
+        let measured = |adaptive: &Adaptive| -> Result<_> {
+            let measure = Measure::new(augmented, continuous, adaptive, &roles, largest)?;
+            let adaptive = Adaptive {
+                step_t: vec![],
+                jump_t: vec![],
+                ..adaptive.clone()
+            };
+            Ok((adaptive, measure))
         };
         Ok(Self {
-            measure: adaptive.as_ref().map(measure).transpose()?,
+            adaptive: adaptive.map(measured).transpose()?,
             augmented,
             continuous,
             scheme: Scheme::new(
@@ -80,7 +95,8 @@ impl<'a> March<'a> {
                 roles.clone(),
                 problem.device().clone(),
             ),
-            jumps,
+            jumps: Instants::new(jumps),
+            ends: Instants::new(ends),
             t: points[points.len() - 1],
             x: x.map(zeros).collect::<candle_core::Result<_>>()?,
             theta: Accumulator::new(augmented.theta, problem.state())?,
@@ -100,6 +116,11 @@ impl<'a> March<'a> {
     pub(super) fn adjoint(&self) -> &[Tensor] {
         let leaves = self.augmented.problem.packing.shapes().len();
         &self.x[self.x.len() - leaves..]
+    }
+
+    /// Steps so far.
+    pub(super) fn steps(&self) -> usize {
+        self.counts.steps
     }
 
     /// Where the last step began.
@@ -131,20 +152,26 @@ impl<'a> March<'a> {
         if size == 0.0 {
             return Ok(());
         }
+        self.augmented.begin_at(from);
         match &self.continuous.steps {
-            Steps::Adaptive(adaptive) => self.adaptive(adaptive, [from, end]),
+            Steps::Adaptive(_) => self.adaptive([from, end]),
             steps => self.fixed(steps, [from, end]),
         }
     }
 
     /// The step, evaluated on its own side of jumps.
     pub(super) fn between(&self, step: Step) -> Step {
-        let jumps = |t: f64| self.jumps.iter().any(|jump| coincide(*jump, t));
-        step.between_jumps([jumps(step.t), jumps(step.end)])
+        step.between_jumps([step.t, step.end].map(|t| self.jumps.has(t)))
+    }
+
+    /// The first jump on the way from one time to another, or this other one.
+    pub(super) fn until_jump(&self, t: f64, towards: f64) -> f64 {
+        self.jumps.until(t, towards)
     }
 
     /// λ_0 and θ̄.
     pub(super) fn finish(self) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+        self.check_precision()?;
         let adj = self.adjoint().to_vec();
         let theta = self.theta.finish()?;
         for grad in &theta {
@@ -155,9 +182,25 @@ impl<'a> March<'a> {
         Ok((adj, theta))
     }
 
-    pub(super) fn count(&mut self, stats: &mut Stats) {
+    /// That more than a tenth of the steps were limited by the compute precision, where this is to be an error.
+    fn check_precision(&self) -> Result<()> {
+        let Some((adaptive, _)) = &self.adaptive else {
+            return Ok(());
+        };
+        let counts = &self.counts;
+        let (limited, factor) = (counts.limited, counts.tolerance_factor);
+        match adaptive.limited_is_error && 10 * limited > counts.steps {
+            true => {
+                let reason = StopReason::PrecisionLimited { limited, factor };
+                Err(self.stopped_by(reason, self.t))
+            }
+            false => Ok(()),
+        }
+    }
+
+    pub(super) fn count(&self, stats: &mut Stats) {
         stats.recomputed += self.counts.evaluations;
-        stats.backward = std::mem::take(&mut self.counts);
+        stats.backward = self.counts.clone();
     }
 
     fn note(&mut self, step: &Step, accepted: bool) {
@@ -170,9 +213,9 @@ impl<'a> March<'a> {
         let points = self.augmented.problem.grid.points();
         let schedule = Schedule::new(
             &TimeGrid::new(ends.to_vec())?,
-            &cut(steps, ends, points),
+            &cut(steps, ends, points, &self.ends),
             Output::Final,
-            &self.jumps,
+            self.jumps.within(ends),
         )?;
         for n in 0..schedule.len() {
             let step = Step {
@@ -196,9 +239,17 @@ impl<'a> March<'a> {
     }
 
     /// Adaptive steps.
-    fn adaptive(&mut self, adaptive: &Adaptive, ends: [f64; 2]) -> Result<()> {
+    fn adaptive(&mut self, ends: [f64; 2]) -> Result<()> {
+        let Some((adaptive, _)) = &self.adaptive else {
+            return Err(Error::NothingKept);
+        };
+        let adaptive = &Adaptive {
+            step_t: self.ends.within(ends).to_vec(),
+            ..adaptive.clone()
+        };
         let grid = TimeGrid::new(ends.to_vec())?;
-        let control = Control::new(adaptive, &self.continuous.method, &grid, &self.jumps)?;
+        let jumps = self.jumps.within(ends);
+        let control = Control::new(adaptive, &self.continuous.method, &grid, jumps)?;
         let mut floor = self.start_anew(&control, ends[0], self.h)?;
         let h = match self.h.or(adaptive.first_step) {
             Some(h) => h,
@@ -235,6 +286,9 @@ impl<'a> March<'a> {
             }
         }
         self.h = Some(pace.h);
+        self.counts.forced += pace.forced;
+        self.counts.limited += pace.limited;
+        self.counts.tolerance_factor = self.counts.tolerance_factor.max(pace.factor);
         Ok(())
     }
 
@@ -245,28 +299,36 @@ impl<'a> March<'a> {
 
     /// Evaluates the first stage of steps of about this length.
     fn start_anew(&mut self, control: &Control, t: f64, h: Option<f64>) -> Result<Floor> {
-        let h = control.direction * h.unwrap_or_else(|| control.longest());
+        // No attempt goes on beyond what the field is told here.
+        let h = h.unwrap_or_else(|| control.longest());
+        let h = control.direction * h.min(control.room(t));
         let step = self.between(Step::free(self.counts.steps, t, h, t + h));
         let mut stages = Stages::default();
         self.evaluate(step, &mut stages, &[true])?;
         self.first = stages.first();
+        for k in self.first.iter().flat_map(|(k, _)| k) {
+            if !ops::magnitude(k)?.is_finite() {
+                let step = self.counts.steps;
+                return Err(Error::NonFiniteGradient { step, t });
+            }
+        }
         self.floor()
     }
 
     fn floor(&self) -> Result<Floor> {
-        match (&self.measure, &self.first) {
-            (Some(measure), Some((k, _))) => measure.floor(&self.x, k),
+        match (&self.adaptive, &self.first) {
+            (Some((_, measure)), Some((k, _))) => measure.floor(&self.x, k),
             _ => Ok(None),
         }
     }
 
     /// The length of the first attempt.
     fn first_length(&mut self, control: &Control) -> Result<f64> {
-        let (Some(measure), Some((k, stage))) = (&self.measure, &self.first) else {
+        let (Some((_, measure)), Some((k, stage))) = (&self.adaptive, &self.first) else {
             return Ok(control.longest());
         };
-        let all = measure.reads_sums();
-        let extended = |x: &[Tensor], sums: Option<&Stage>| match all {
+        let all = measure.begins_with_sums();
+        let extended = |x: &[Tensor], sums: Option<&Stage<'_>>| match all {
             true => self.extended(x, sums),
             false => Ok(x.to_vec()),
         };
@@ -284,16 +346,14 @@ impl<'a> March<'a> {
     }
 
     /// Velocities, or zeros of a state, with those of θ̄ and t̄ behind them.
-    fn extended(&self, x: &[Tensor], stage: Option<&Stage>) -> Result<Vec<Tensor>> {
+    fn extended(&self, x: &[Tensor], stage: Option<&Stage<'_>>) -> Result<Vec<Tensor>> {
         let mut all = x.to_vec();
         let state = self.scheme.roles[0].state();
         for (i, p) in self.augmented.theta.iter().enumerate() {
-            all.push(
-                match stage.and_then(|s| Some((s.unscale, s.theta[i].as_ref()?))) {
-                    Some((unscale, grad)) => ops::combine(&[(-unscale, grad)], 1.0, state)?,
-                    None => Tensor::zeros(p.shape(), state.to, p.device())?,
-                },
-            );
+            all.push(match stage.and_then(|s| Some((s.unscale, s.known(i)?))) {
+                Some((unscale, grad)) => ops::combine(&[(-unscale, grad)], 1.0, state)?,
+                None => Tensor::zeros(p.shape(), state.to, p.device())?,
+            });
         }
         if self.augmented.reads_time() {
             let t = stage.map_or(Ok(0.0), Stage::slope_of_time)?;
@@ -303,7 +363,7 @@ impl<'a> March<'a> {
     }
 
     /// All stages but one that was appended, what they lead to, and its error.
-    fn attempt(&mut self, control: &Control, step: Step, floor: &Floor) -> Result<Tried> {
+    fn attempt(&mut self, control: &Control, step: Step, floor: &Floor) -> Result<Tried<'a>> {
         let mut stages = Stages::after(self.first.as_ref());
         let count = self.scheme.tableau.stages() - usize::from(control.appended);
         self.evaluate(step, &mut stages, &vec![true; count])?;
@@ -312,7 +372,7 @@ impl<'a> March<'a> {
             .scheme
             .weighted(step.h, &control.estimate, &stages.ks)?;
         let mut ends = [self.x.clone(), x.clone()];
-        let Some(measure) = &self.measure else {
+        let Some((_, measure)) = &self.adaptive else {
             return Err(Error::NothingKept);
         };
         if measure.reads_sums() {
@@ -337,7 +397,7 @@ impl<'a> March<'a> {
     }
 
     /// A step that was accepted: what it adds, and where it leads to.
-    fn accept(&mut self, step: Step, mut tried: Tried) -> Result<()> {
+    fn accept(&mut self, step: Step, mut tried: Tried<'a>) -> Result<()> {
         if self.continuous.kind == Kind::Quadrature {
             // The interpolant may read a stage that the attempt could do without.
             let all = vec![true; self.scheme.tableau.stages()];
@@ -355,10 +415,11 @@ impl<'a> March<'a> {
     }
 
     /// Adds to θ̄ what the stages of a step give, and goes to its end.
-    fn take(&mut self, step: Step, x: Vec<Tensor>, stages: &Stages) -> Result<()> {
+    fn take(&mut self, step: Step, x: Vec<Tensor>, stages: &Stages<'a>) -> Result<()> {
+        let b = self.scheme.tableau.b();
         match self.continuous.kind {
             Kind::Quadrature => self.integrate(step, stages)?,
-            _ => stages.add_to(&mut self.theta, step.h, self.scheme.tableau.b())?,
+            _ => stages.add_to(&mut self.theta, self.augmented, step.h, b)?,
         }
         self.x = x;
         self.last_start = Some(step.t);
@@ -367,20 +428,21 @@ impl<'a> March<'a> {
     }
 
     /// ∫ (∂f/∂θ)ᵀ λ dt over a step by a Gauss rule.
-    fn integrate(&mut self, step: Step, stages: &Stages) -> Result<()> {
+    fn integrate(&mut self, step: Step, stages: &Stages<'a>) -> Result<()> {
         for (x, w) in gauss(self.continuous.points) {
             let adj = self.scheme.interpolated((&step, x), &self.x, &stages.ks)?;
             let (state, device) = (self.scheme.roles[0].state, &self.scheme.device);
             let time = step.within(Time::new(step.at(x), state, device));
             let stage = self.augmented.at_point(&time, &adj)?;
-            stage.add_to(&mut self.theta, -step.h * w * stage.unscale)?;
+            let weight = -step.h * w * stage.unscale;
+            stage.add_to(&mut self.theta, self.augmented, weight)?;
             self.counts.points += 1;
         }
         Ok(())
     }
 
     /// Evaluates those of the next stages that are wanted.
-    fn evaluate(&mut self, step: Step, stages: &mut Stages, wanted: &[bool]) -> Result<()> {
+    fn evaluate(&mut self, step: Step, stages: &mut Stages<'a>, wanted: &[bool]) -> Result<()> {
         let Stages { ks, parts } = stages;
         let before = ks.len();
         let see = |_: usize, _: &[Tensor]| Ok(());
@@ -400,11 +462,22 @@ impl<'a> March<'a> {
         Ok(Tensor::new(x, device)?.to_dtype(state)?)
     }
 
+    /// Numbers that are not finite are those of gradients, whatever takes the steps.
     fn stopped(&self, halt: Halt, control: &Control, pace: &Pace) -> Error {
+        match halt {
+            Halt::NonFinite => Error::NonFiniteGradient {
+                step: self.counts.steps,
+                t: pace.t,
+            },
+            halt => self.stopped_by(halt.reason(control), pace.t),
+        }
+    }
+
+    fn stopped_by(&self, reason: StopReason, t: f64) -> Error {
         let (accepted, rejected) = (self.counts.steps, self.counts.rejected);
         let defect = ContinuousDefect::Stopped {
-            reason: halt.reason(control),
-            t: pace.t,
+            reason,
+            t,
             accepted,
             rejected,
         };

@@ -7,7 +7,7 @@ use crate::adaptive::{Adaptive, Control, Norm, OfLeaf};
 use crate::error::Result;
 use crate::gradient::{AdjointNorm, AdjointTolerance, Continuous, ErrorRatios};
 use crate::integrate::first_length;
-use crate::ops::ratio::{error_norms, row_rms, Estimated};
+use crate::ops::ratio::{error_norms, row_rms, rows_of, Estimated};
 use crate::precision::{unit_roundoff, Roles};
 use crate::time::TimeGrid;
 
@@ -69,9 +69,15 @@ impl<'a> Measure<'a> {
             rtol.extend((0..sums).map(|_| OfLeaf::Number(least[0])));
             atol.extend((0..sums).map(|_| OfLeaf::Number(least[1])));
         }
-        // λ is rounded to compute precision where the field sees it.
+        // λ is rounded to compute precision where the field sees it, multiplied by S: what is below κ/S is lost.
         let of_y = problem.scheme.roles.iter().map(|r| r.compute.roundoff());
-        let precisions: Vec<_> = of_y.cycle().take(roles.len()).collect();
+        let unscale = match problem.scaler.is_dynamic() {
+            true if largest > 0.0 => largest,
+            true => 1.0,
+            false => 1.0 / problem.scaler.scale(),
+        };
+        let of_adjoint = of_y.clone().map(|(u, least)| (u, least * unscale));
+        let precisions: Vec<_> = of_y.take(carried).chain(of_adjoint).collect();
         let roundoff = |i: usize| match precisions.get(i) {
             Some((u, _)) => *u,
             None => unit_roundoff(state),
@@ -90,6 +96,13 @@ impl<'a> Measure<'a> {
     /// Whether θ̄ and t̄ are part of the error.
     pub(super) fn reads_sums(&self) -> bool {
         self.norm.reads_sums()
+    }
+
+    /// Whether they take part in the choice of the first length: at first they are zero, and so is their tolerance unless
+    /// it has an absolute part.
+    pub(super) fn begins_with_sums(&self) -> bool {
+        let has_tolerance = |atol: &OfLeaf| matches!(atol, OfLeaf::Number(atol) if *atol > 0.0);
+        self.reads_sums() && self.atol[self.parts[1]..].iter().all(has_tolerance)
     }
 
     /// The floor of attempts from x with first velocity k.
@@ -130,8 +143,11 @@ impl<'a> Measure<'a> {
         let (state, sums) = parts.split_at(self.parts[1]);
         match self.norm {
             AdjointNorm::Own(own) => {
-                let r = own.of(&self.ratios(error, ends)?)?;
-                Ok([r; 2])
+                let of = |with_floor| own.of(&self.ratios(&parts, with_floor)?);
+                match parts.iter().any(|part| part.floor.is_some()) {
+                    true => Ok([of(true)?, of(false)?]),
+                    false => Ok([of(false)?; 2]),
+                }
             }
             AdjointNorm::Rms => {
                 let (mut squares, mut count) = ([0.0; 2], 0);
@@ -152,21 +168,35 @@ impl<'a> Measure<'a> {
     }
 
     /// Errors relative to their tolerances, for a norm of the user's.
-    fn ratios(&self, error: &[Tensor], ends: [&[Tensor]; 2]) -> Result<ErrorRatios> {
-        let ratio = |i: usize| -> Result<Tensor> {
-            let larger = ends[0][i].abs()?.maximum(&ends[1][i].abs()?)?;
-            let scaled = match &self.rtol[i] {
-                OfLeaf::Number(value) => (larger * *value)?,
-                OfLeaf::Elements(x) => (larger * x)?,
+    fn ratios(&self, parts: &[Estimated<'_>], with_floor: bool) -> Result<ErrorRatios> {
+        let ratio = |part: &Estimated<'_>| -> Result<Tensor> {
+            let larger = part.y[0].abs()?.maximum(&part.y[1].abs()?)?;
+            let scaled = match part.rtol {
+                OfLeaf::Number(value) => (&larger * *value)?,
+                OfLeaf::Elements(x) => (&larger * x)?,
             };
-            let tolerance = match &self.atol[i] {
+            let mut tolerance = match part.atol {
                 OfLeaf::Number(value) => (scaled + *value)?,
                 OfLeaf::Elements(x) => (scaled + x)?,
             };
-            Ok((&error[i] / tolerance)?)
+            if let Some(floor) = part.floor.as_ref().filter(|_| with_floor) {
+                let (rows, _) = rows_of(part.error);
+                let ones = vec![1; larger.rank().saturating_sub(1)];
+                let shape = if larger.rank() > 0 {
+                    [&[rows], &ones[..]].concat()
+                } else {
+                    vec![]
+                };
+                let floor = floor.to_dtype(larger.dtype())?.reshape(shape)?;
+                tolerance = tolerance.broadcast_add(&floor)?;
+            }
+            // Velocities come in compute dtype.
+            let error = part.error.to_dtype(larger.dtype())?;
+            let none = error.zeros_like()?;
+            Ok(error.eq(&none)?.where_cond(&none, &(&error / tolerance)?)?)
         };
         let [y, state, params] = self.parts;
-        let all = (0..error.len()).map(ratio).collect::<Result<Vec<_>>>()?;
+        let all = parts.iter().map(ratio).collect::<Result<Vec<_>>>()?;
         let behind = all.get(state..).unwrap_or_default();
         Ok(ErrorRatios {
             y: all[..y].to_vec(),

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::augmented::Stage;
+use super::augmented::{Augmented, Stage, Theta};
 use crate::accumulator::Accumulator;
 use crate::error::Result;
 use crate::ops;
@@ -10,18 +10,18 @@ use crate::precision::Rounding;
 use crate::step::Increments;
 
 /// A velocity of what is solved, and the parts of θ̄' and t̄' that came with it.
-pub(super) type Evaluated = (Vec<Tensor>, Stage);
+pub(super) type Evaluated<'a> = (Vec<Tensor>, Stage<'a>);
 
 /// The stages of an attempt; `None` where one was not evaluated.
 #[derive(Default)]
-pub(super) struct Stages {
+pub(super) struct Stages<'a> {
     pub(super) ks: Increments,
-    pub(super) parts: Vec<Option<Stage>>,
+    pub(super) parts: Vec<Option<Stage<'a>>>,
 }
 
-impl Stages {
+impl<'a> Stages<'a> {
     /// Of a step whose first stage is known, if it is.
-    pub(super) fn after(first: Option<&Evaluated>) -> Self {
+    pub(super) fn after(first: Option<&Evaluated<'a>>) -> Self {
         match first {
             Some((k, stage)) => Self {
                 ks: vec![Some(k.clone())],
@@ -32,22 +32,22 @@ impl Stages {
     }
 
     /// The only stage.
-    pub(super) fn first(self) -> Option<Evaluated> {
+    pub(super) fn first(self) -> Option<Evaluated<'a>> {
         let (k, stage) = self.ks.into_iter().zip(self.parts).next()?;
         k.zip(stage)
     }
 
     /// The last stage of all of them.
-    pub(super) fn last(mut self) -> Option<Evaluated> {
+    pub(super) fn last(mut self) -> Option<Evaluated<'a>> {
         self.ks.pop().flatten().zip(self.parts.pop().flatten())
     }
 
     /// The stages that have a weight, with −h c_i / S.
-    fn weighted<'a>(
-        &'a self,
+    fn weighted<'s>(
+        &'s self,
         h: f64,
-        weights: &'a [f64],
-    ) -> impl Iterator<Item = (f64, &'a Stage)> {
+        weights: &'s [f64],
+    ) -> impl Iterator<Item = (f64, &'s Stage<'a>)> {
         let parts = self.parts.iter().zip(weights).filter(|(_, c)| **c != 0.0);
         parts.filter_map(move |(stage, c)| {
             let stage = stage.as_ref()?;
@@ -65,7 +65,7 @@ impl Stages {
         state: Rounding,
     ) -> Result<Tensor> {
         let terms = self.weighted(h, weights);
-        let terms = terms.filter_map(|(c, stage)| Some((c, stage.theta[i].as_ref()?)));
+        let terms = terms.filter_map(|(c, stage)| Some((c, stage.known(i)?)));
         let terms: Vec<_> = terms.collect();
         match terms.as_slice() {
             [] => Ok(like.zeros_like()?),
@@ -80,19 +80,38 @@ impl Stages {
         terms.map(|(c, t)| Ok(c * number(t)?)).sum()
     }
 
-    /// θ̄ −= h Σ c_i (∂f/∂θ)ᵀ λ_i, in state precision.
-    pub(super) fn add_to(&self, theta: &mut Accumulator, h: f64, weights: &[f64]) -> Result<()> {
+    /// θ̄ −= h Σ c_i (∂f/∂θ)ᵀ λ_i, in state precision.  What is not known is formed here.
+    pub(super) fn add_to(
+        &self,
+        theta: &mut Accumulator,
+        augmented: &Augmented<'_>,
+        h: f64,
+        weights: &[f64],
+    ) -> Result<()> {
         for (c, stage) in self.weighted(h, weights) {
-            stage.add_to(theta, c)?;
+            stage.add_to(theta, augmented, c)?;
         }
         Ok(())
     }
 }
 
-impl Stage {
+impl Stage<'_> {
+    /// (∂f/∂θ)ᵀ λ of parameter number i, where it is known and not zero.
+    pub(super) fn known(&self, i: usize) -> Option<&Tensor> {
+        match &self.theta {
+            Theta::Known(grads) => grads[i].as_ref(),
+            Theta::Later(_) => None,
+        }
+    }
+
     /// θ̄ += c S (∂f/∂θ)ᵀ λ.
-    pub(super) fn add_to(&self, theta: &mut Accumulator, c: f64) -> Result<()> {
-        for (i, grad) in self.theta.iter().enumerate() {
+    pub(super) fn add_to(
+        &self,
+        theta: &mut Accumulator,
+        augmented: &Augmented<'_>,
+        c: f64,
+    ) -> Result<()> {
+        for (i, grad) in augmented.theta_of(self)?.iter().enumerate() {
             if let Some(grad) = grad {
                 theta.add(i, c, grad)?;
             }

@@ -1,5 +1,6 @@
 //! Where a backward solve stops, and the fixed steps between two stops.
 
+use super::instants::Instants;
 use crate::schedule::Steps;
 use crate::time::coincide;
 
@@ -30,28 +31,33 @@ pub(super) fn stops(outputs: &[f64], points: &[f64], steps: &Steps) -> Vec<(f64,
     stops
 }
 
-/// Steps between two stops, which lie in one interval of the user's times.
-pub(super) fn cut(steps: &Steps, [from, to]: [f64; 2], points: &[f64]) -> Steps {
+/// Steps between two stops, which lie in one interval of the user's times; `given` are the times of [`Steps::At`].
+pub(super) fn cut(steps: &Steps, [from, to]: [f64; 2], points: &[f64], given: &Instants) -> Steps {
     let length = (from - to).abs();
     let pieces = |of: f64| ((length / of - 1e-9).ceil().max(1.0)) as usize;
     match steps {
         Steps::PerInterval(m) => {
             let middle = 0.5 * (from + to);
-            let inside = |w: &&[f64]| (w[0] - middle) * (w[1] - middle) <= 0.0;
-            let whole = points.windows(2).find(inside);
-            let whole = whole.map_or(length, |w| (w[1] - w[0]).abs());
+            let ascending = points[points.len() - 1] >= points[0];
+            let after = points.partition_point(|t| (*t <= middle) == ascending);
+            let ends = after.checked_sub(1).map(|i| (points[i], points.get(after)));
+            let whole = match ends {
+                Some((start, Some(end))) => (end - start).abs(),
+                _ => length,
+            };
             Steps::PerInterval(pieces(whole / (*m).max(1) as f64))
         }
         Steps::Size(size) => Steps::PerInterval(pieces(*size)),
-        Steps::At(times) => {
+        Steps::At(_) => {
             let is_inside = |t: &&f64| {
                 let apart = !coincide(**t, from) && !coincide(**t, to);
                 apart && (**t - from) * (**t - to) < 0.0
             };
-            let mut inside: Vec<f64> = times.iter().filter(is_inside).copied().collect();
-            inside.sort_by(|a, b| (a - from).abs().total_cmp(&(b - from).abs()));
-            inside.dedup();
-            Steps::At(inside)
+            let inside = given.within([from, to]).iter().filter(is_inside).copied();
+            Steps::At(match to < from {
+                true => inside.rev().collect(),
+                false => inside.collect(),
+            })
         }
         steps => steps.clone(),
     }
@@ -78,7 +84,8 @@ mod tests {
 
     #[test]
     fn an_interval_that_is_cut_by_outputs_has_its_steps_shared_among_the_pieces() {
-        let count = |steps: Steps, ends| match cut(&steps, ends, &[0.0, 1.0, 3.0]) {
+        let none = Instants::default();
+        let count = |steps: Steps, ends| match cut(&steps, ends, &[0.0, 1.0, 3.0], &none) {
             Steps::PerInterval(n) => n,
             _ => 0,
         };
@@ -86,8 +93,11 @@ mod tests {
         assert_eq!(count(Steps::PerInterval(4), [1.5, 1.0]), 1);
         assert_eq!(count(Steps::PerInterval(4), [2.6, 1.0]), 4);
         assert_eq!(count(Steps::Size(0.3), [1.0, 0.0]), 4);
-        let times = Steps::At(vec![0.5, 1.0, 2.0, 2.5]);
-        let Steps::At(inside) = cut(&times, [3.0, 1.0], &[0.0, 1.0, 3.0]) else {
+        let down = cut(&Steps::PerInterval(4), [1.0, 1.5], &[3.0, 1.0, 0.0], &none);
+        assert!(matches!(down, Steps::PerInterval(1)));
+        let times = vec![0.5, 1.0, 2.0, 2.5];
+        let (steps, given) = (Steps::At(times.clone()), Instants::new(times));
+        let Steps::At(inside) = cut(&steps, [3.0, 1.0], &[0.0, 1.0, 3.0], &given) else {
             panic!();
         };
         assert_eq!(inside, [2.5, 2.0]);

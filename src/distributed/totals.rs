@@ -61,21 +61,22 @@ pub fn total(group: &dyn Group, stats: &Stats) -> Result<Stats> {
     let [steps, scales] = [stats.step_range, stats.scale_range].map(ends);
     let kept = [stats.states_kept, stats.bytes_kept, stats.activation_bytes];
     let kept = kept.map(|n| n as f64);
-    let given = [&steps[..], &scales, &kept, &[stats.tolerance_factor]].concat();
+    let factors = [stats.tolerance_factor, stats.backward.tolerance_factor];
+    let given = [&steps[..], &scales, &kept, &factors].concat();
     let most = maxima(group, &given)?;
     stats.step_range = range(&most[0..2]);
     stats.scale_range = range(&most[2..4]);
     stats.states_kept = most[4] as usize;
     stats.bytes_kept = most[5] as usize;
     stats.activation_bytes = most[6] as usize;
-    stats.tolerance_factor = most[7];
+    [stats.tolerance_factor, stats.backward.tolerance_factor] = [most[7], most[8]];
     let first = of_first(group, stats.first_step.unwrap_or(f64::NAN))?;
     stats.first_step = (!first.is_nan()).then_some(first);
     Ok(stats)
 }
 
 /// What is added.
-fn counts(stats: &mut Stats) -> [&mut usize; 16] {
+fn counts(stats: &mut Stats) -> [&mut usize; 18] {
     [
         &mut stats.steps,
         &mut stats.rejected,
@@ -91,6 +92,8 @@ fn counts(stats: &mut Stats) -> [&mut usize; 16] {
         &mut stats.replayed,
         &mut stats.backward.steps,
         &mut stats.backward.rejected,
+        &mut stats.backward.forced,
+        &mut stats.backward.limited,
         &mut stats.backward.evaluations,
         &mut stats.backward.points,
     ]

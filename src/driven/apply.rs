@@ -7,7 +7,7 @@ use crate::error::Result;
 
 impl Driven {
     /// An evaluation times a weight.
-    pub(super) fn product(&self, part: Part, value: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    pub(crate) fn product(&self, part: Part, value: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let value = value.to_dtype(self.state())?;
         Ok(match (part, self.drive.equation.noise) {
             (Part::Diffusion, NoiseType::General { .. }) => {

@@ -8,17 +8,20 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
+use super::check_options;
 use crate::adaptive::{OnFailure, StepControl};
 use crate::crossing::{is_steep, Direction, RowCrossing, RowFound};
 use crate::error::{AdaptiveDefect, Error, EventDefect, Result};
-use crate::field::{Leaves, SharedField, VectorField};
+use crate::field::{Field, Leaves, SharedField, VectorField};
+use crate::integrate::Forward;
 use crate::memory::zeros;
 use crate::node::{node, Source};
-use crate::odeint::{solved_in_graph, InGraph};
+use crate::odeint::solved_in_graph;
 use crate::offer::Offered;
+use crate::parameters::Theta;
 use crate::passes::run;
-use crate::problem::{OdeOptions, Problem};
-use crate::schedule::{Output, Steps};
+use crate::problem::{OdeOptions, Plan, Problem};
+use crate::schedule::Steps;
 use crate::state::{RowLayout, State};
 use crate::time::Times;
 
@@ -167,8 +170,8 @@ pub struct RowOccurrences<S> {
 ///
 /// The field must be one that is integrated tile by tile ([`StepControl::Rows`]); events of other fields are
 /// functions of the whole state, see [`odeint_event`](super::odeint_event).  The events of a row and their times do
-/// not depend on the other rows: they have the same bits alone and in any batch.  This is also true of the gradients
-/// of y0 and of the values, except in f16, where the rows of a tile share a scale of the adjoint.
+/// not depend on the other rows: they have the same bits alone and in any batch, and so have the gradients of y0 and
+/// of the values.
 ///
 /// If a row touches a value without crossing it, the time of this event has no derivative.  If gradients are
 /// required, this is an error.  With [`OnFailure::Nan`] the event is counted, but its time and state are NaN; the
@@ -220,97 +223,141 @@ where
     F: VectorField<S> + Send + Sync + 'static,
     T: Times + ?Sized,
 {
-    let Steps::Adaptive(adaptive) = &options.steps else {
-        return Err(Error::Adaptive(AdaptiveDefect::FixedSteps));
-    };
-    if options.output != Output::All {
-        return Err(Error::Adaptive(AdaptiveDefect::EventOutput));
-    }
-    let options = OdeOptions {
-        steps: Steps::Adaptive(adaptive.clone().control(StepControl::Rows)),
-        ..options.clone()
-    };
+    let options = row_options(options)?;
     let bind = |_| {
         let field: SharedField = Arc::new(Leaves::<Box<F>, S>::new(Box::new(field)));
         Ok(field)
     };
     let start = (y0.leaves(), vec![], times.to_grid()?);
-    let points = start.2.points().len();
-    let (mut crossings, mut layout) = (Arc::default(), None);
+    let mut search = RowSearch::new(events);
     let solved = solved_in_graph(
         start,
         &options,
         TypeId::of::<F>(),
         bind,
-        |problem, field, y0, keep| {
-            let offered = Offered::from(field.offer()).and_then(|offered| offered.rows);
-            let rows = offered.and_then(|rows| rows.layout(problem.packing.shapes()));
-            let no_rows = Error::Adaptive(AdaptiveDefect::NoRows { row_wise: false });
-            let of_rows = rows.ok_or(no_rows)?;
-            let each = events.iter().enumerate();
-            let each = each.map(|(i, event)| event.crossing(i, &of_rows, problem.state()));
-            let each = each.collect::<Result<Vec<_>>>()?;
-            check_count(points, &each, problem)?;
-            // Where there is no step there is nothing to be crossed.
-            if points > 1 && !problem.is_empty() {
-                crossings = each.into();
-            }
-            layout = Some(of_rows);
-            let problem = Problem {
-                crossings: Arc::clone(&crossings),
-                ..problem.clone()
-            };
-            run(&problem, field, y0, None, keep)
-        },
+        |problem, field, y0, keep| search.advance(problem, field, y0, keep),
     )?;
-    let InGraph {
-        problem,
-        field,
-        theta,
-        mut forward,
-        joined,
-    } = solved;
-    let Some(layout) = layout else {
-        return Err(Error::NothingKept);
-    };
-    let found = std::mem::take(&mut forward.found);
-    let problem = Problem {
-        crossings: Arc::clone(&crossings),
-        ..problem
-    };
-    let all: S = node(problem, Source::Shared(field), theta, forward, &joined)?;
-    let leaves = all.leaves();
-    let part = |at: usize, count: usize| -> Result<Vec<Tensor>> {
-        let part = leaves.iter().map(|x| match at < x.dim(0)? {
-            true => Ok(x.narrow(0, at, count)?),
-            false => nowhere(x, count),
-        });
-        part.collect()
-    };
-    let (mut at, mut occurrences) = (points, vec![]);
-    for (i, event) in events.iter().enumerate() {
-        let of_event = OfEvent {
-            event,
-            number: i,
-            found: found.iter().filter(|found| found.event == i).collect(),
-            on_failure: adaptive.on_failure,
-            layout: &layout,
+    search.solution(
+        solved.problem,
+        Source::Shared(solved.field),
+        solved.theta,
+        solved.forward,
+        &solved.joined,
+    )
+}
+
+/// The same options with steps of every row.
+pub(crate) fn row_options(options: &OdeOptions) -> Result<OdeOptions> {
+    check_options(options)?;
+    let mut options = options.clone();
+    if let Steps::Adaptive(adaptive) = &mut options.steps {
+        adaptive.control = Some(StepControl::Rows);
+    }
+    Ok(options)
+}
+
+/// The search for events of rows in a solve.
+pub(crate) struct RowSearch<'a> {
+    events: &'a [RowEvent],
+    crossings: Arc<[RowCrossing]>,
+    layout: Option<RowLayout>,
+}
+
+impl<'a> RowSearch<'a> {
+    pub(crate) fn new(events: &'a [RowEvent]) -> Self {
+        Self {
+            events,
+            crossings: Arc::default(),
+            layout: None,
+        }
+    }
+
+    /// The forward pass from y0, joined.
+    pub(crate) fn advance(
+        &mut self,
+        problem: &Problem,
+        field: &Field<'_>,
+        y0: &Tensor,
+        keep: &dyn Fn() -> bool,
+    ) -> Result<Forward> {
+        let offered = Offered::from(field.offer()).and_then(|offered| offered.rows);
+        let rows = offered.and_then(|rows| rows.layout(problem.packing.shapes()));
+        let no_rows = Error::Adaptive(AdaptiveDefect::NoRows { row_wise: false });
+        let layout = rows.ok_or(no_rows)?;
+        let each = self.events.iter().enumerate();
+        let each = each.map(|(i, event)| event.crossing(i, &layout, problem.state()));
+        let each = each.collect::<Result<Vec<_>>>()?;
+        let points = problem.grid.points().len();
+        check_count(points, &each, problem)?;
+        // Where there is no step there is nothing to be crossed.
+        if points > 1 && !problem.is_empty() {
+            self.crossings = each.into();
+        }
+        self.layout = Some(layout);
+        run(&self.crossed(problem.clone()), field, y0, None, keep)
+    }
+
+    /// The problem with its crossings.
+    fn crossed(&self, problem: Problem) -> Problem {
+        Problem {
+            crossings: Arc::clone(&self.crossings),
+            ..problem
+        }
+    }
+
+    /// What the solve returns.
+    pub(crate) fn solution<S: State>(
+        self,
+        problem: Problem,
+        source: Source,
+        theta: Theta,
+        mut forward: Forward,
+        joined: &Tensor,
+    ) -> Result<RowEventSolution<S>> {
+        let Some(layout) = &self.layout else {
+            return Err(Error::NothingKept);
         };
-        let states = part(at, event.most)?;
-        occurrences.push(of_event.occurrences(states)?);
-        at += event.most;
+        let on_failure = match &problem.plan {
+            Plan::Adaptive(control) => control.options.on_failure,
+            _ => OnFailure::Error,
+        };
+        let points = problem.grid.points().len();
+        let found = std::mem::take(&mut forward.found);
+        let all: S = node(self.crossed(problem), source, theta, forward, joined)?;
+        let leaves = all.leaves();
+        let part = |at: usize, count: usize| -> Result<Vec<Tensor>> {
+            let part = leaves.iter().map(|x| match at < x.dim(0)? {
+                true => Ok(x.narrow(0, at, count)?),
+                false => nowhere(x, count),
+            });
+            part.collect()
+        };
+        let (mut at, mut occurrences) = (points, vec![]);
+        for (i, event) in self.events.iter().enumerate() {
+            let of_event = OfEvent {
+                event,
+                number: i,
+                found: found.iter().filter(|found| found.event == i).collect(),
+                on_failure,
+                layout,
+            };
+            let states = part(at, event.most)?;
+            occurrences.push(of_event.occurrences(states)?);
+            at += event.most;
+        }
+        let mut ended = vec![None; layout.rows];
+        let terminal = |found: &&RowFound| self.crossings[found.event].terminal;
+        for found in found.iter().filter(terminal) {
+            ended[found.row] = Some(found.event);
+        }
+        let states = part(0, points)?;
+        Ok(RowEventSolution {
+            outputs: reached(&states[0], points, layout)?,
+            states: S::from_leaves(states)?,
+            events: occurrences,
+            ended,
+        })
     }
-    let mut ended = vec![None; layout.rows];
-    for found in found.iter().filter(|found| crossings[found.event].terminal) {
-        ended[found.row] = Some(found.event);
-    }
-    let states = part(0, points)?;
-    Ok(RowEventSolution {
-        outputs: reached(&states[0], points, &layout)?,
-        states: S::from_leaves(states)?,
-        events: occurrences,
-        ended,
-    })
 }
 
 /// That the states at all times and events can be counted.

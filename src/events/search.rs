@@ -22,8 +22,8 @@ pub(super) struct Crossing {
 }
 
 /// The search for all crossings of a solve.
-pub(super) struct Search<'a, S> {
-    events: &'a [Event<S>],
+pub(crate) struct Search<'a, S> {
+    pub(super) events: &'a [Event<S>],
     /// The event that has led to the start, whose sign there is rounding.
     fired: Option<usize>,
     /// The sign of each event function where the solve is, once it has one.
@@ -35,7 +35,7 @@ pub(super) struct Search<'a, S> {
 }
 
 impl<'a, S: State> Search<'a, S> {
-    pub(super) fn new(events: &'a [Event<S>], fired: Option<usize>) -> Self {
+    pub(crate) fn new(events: &'a [Event<S>], fired: Option<usize>) -> Self {
         Self {
             events,
             fired,

@@ -1,10 +1,12 @@
 //! Fields as the solver holds them: with their arguments bound, over lists of tensors.
 
+use std::rc::Rc;
+
 use candle_core::Tensor;
 
 #[cfg(feature = "cuda")]
 use super::OnDevice;
-use super::{Cotangents, FieldWithArgs, Offer, Pullback, VectorField};
+use super::{Cotangents, FieldWithArgs, LateGradients, LatePullback, Offer, Pullback, VectorField};
 use crate::state::State;
 use crate::time::Time;
 
@@ -18,6 +20,15 @@ impl<S: State, F: VectorField<S>> FieldWithArgs<S, ()> for Free<F> {
 
     fn vjp<'f>(&'f self, t: &Time, y: &S, (): &()) -> candle_core::Result<(S, Pullback<'f, S>)> {
         self.0.vjp(t, y)
+    }
+
+    fn vjp_late<'f>(
+        &'f self,
+        t: &Time,
+        y: &S,
+        (): &(),
+    ) -> candle_core::Result<Option<(S, LatePullback<'f, S>)>> {
+        self.0.vjp_late(t, y)
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
@@ -60,6 +71,14 @@ where
 
     fn vjp<'f>(&'f self, t: &Time, y: &S) -> candle_core::Result<(S, Pullback<'f, S>)> {
         self.field.vjp(t, y, &self.args)
+    }
+
+    fn vjp_late<'f>(
+        &'f self,
+        t: &Time,
+        y: &S,
+    ) -> candle_core::Result<Option<(S, LatePullback<'f, S>)>> {
+        self.field.vjp_late(t, y, &self.args)
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
@@ -151,6 +170,33 @@ where
             })
         };
         Ok((k.leaves(), Box::new(pull)))
+    }
+
+    fn vjp_late<'f>(
+        &'f self,
+        t: &Time,
+        y: &Vec<Tensor>,
+    ) -> candle_core::Result<Option<(Vec<Tensor>, LatePullback<'f, Vec<Tensor>>)>> {
+        #[cfg(feature = "cuda")]
+        if self.on_device().is_some_and(|field| field.takes(y)) {
+            return Ok(None);
+        }
+        let Some((k, pull)) = self.field.vjp_late(t, &S::from_leaves(y.clone())?)? else {
+            return Ok(None);
+        };
+        let pull = move |v: &Vec<Tensor>| {
+            let (y, later) = pull(&S::from_leaves(v.clone())?)?;
+            let params = move || {
+                let mut params = later()?;
+                for argument in &self.constants {
+                    params.remove(argument);
+                }
+                Ok(params)
+            };
+            let params: LateGradients<'f> = Rc::new(params);
+            Ok((y.leaves(), params))
+        };
+        Ok(Some((k.leaves(), Box::new(pull))))
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -65,8 +65,13 @@ pub(crate) fn check(v: &[Tensor], theta: &[Tensor], pulled: &Cotangents<Vec<Tens
         same_device(of, v, t)?;
         floating(of, DType::F32, t)?;
     }
+    check_parameters(theta, &pulled.params)
+}
+
+/// Cotangents of parameters have their shapes and lie where these do.
+pub(crate) fn check_parameters(theta: &[Tensor], params: &GradStore) -> Found {
     for (index, p) in theta.iter().enumerate() {
-        let Some(grad) = pulled.params.get(p) else {
+        let Some(grad) = params.get(p) else {
             continue;
         };
         let of = Argument::Parameter(index);

@@ -117,7 +117,8 @@ impl<'a> AdaptivePass<'a> {
 
     /// Evaluates the first velocity, for attempts of about this length.
     fn start_anew(&mut self, h: f64) -> Result<()> {
-        let h = self.control.direction * h;
+        // No attempt goes on beyond what the field is told here.
+        let h = self.control.direction * h.min(self.control.room(self.pace.t));
         let step = self.step(h, self.pace.t + h, false);
         let mut ks = vec![];
         self.problem

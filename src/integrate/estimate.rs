@@ -129,16 +129,17 @@ pub(crate) fn first_length(
     (y, k, roundoffs): (&[Tensor], &[Tensor], &[f64]),
     probe: impl FnOnce(f64) -> Result<Vec<Tensor>>,
 ) -> Result<f64> {
-    let (d0, d1) = (norm(y)?, norm(k)?);
+    // Velocities come in compute dtype.
+    let wide = |x: &Tensor| -> Result<Tensor> { Ok(x.to_dtype(y[0].dtype())?) };
+    let k = k.iter().map(wide).collect::<Result<Vec<_>>>()?;
+    let (d0, d1) = (norm(y)?, norm(&k)?);
     let most = control.longest();
     let length = Control::probe(d0, d1).min(most);
     let further = probe(control.direction * length)?;
     let difference = |((a, b), u): ((&Tensor, &Tensor), &f64)| -> Result<Tensor> {
-        let state = y[0].dtype();
-        let (a, b) = (a.to_dtype(state)?, b.to_dtype(state)?);
         let noise = (a.abs()? * (2.0 * u))?;
-        let change = ((b - a)?.abs()? - noise)?;
-        let zero = Tensor::zeros((), state, change.device())?;
+        let change = ((wide(b)? - a)?.abs()? - noise)?;
+        let zero = Tensor::zeros((), change.dtype(), change.device())?;
         Ok(change.broadcast_maximum(&zero)?)
     };
     let pairs = k.iter().zip(&further).zip(roundoffs);

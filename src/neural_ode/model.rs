@@ -8,7 +8,7 @@ use candle_nn::{Init, VarBuilder, VarMap};
 
 #[cfg(feature = "cuda")]
 use crate::field::OnDevice;
-use crate::field::{autograd, Offer, OwnedField, Pullback, VectorField};
+use crate::field::{autograd, LatePullback, Offer, OwnedField, Pullback, VectorField};
 use crate::nn;
 use crate::time::Time;
 
@@ -66,6 +66,17 @@ impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
         match self.ours() {
             Some(field) => field.vjp(t, y),
             None => autograd::vjp(self, t, y),
+        }
+    }
+
+    fn vjp_late<'f>(
+        &'f self,
+        t: &Time,
+        y: &Tensor,
+    ) -> candle_core::Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
+        match self.ours() {
+            Some(field) => field.vjp_late(t, y),
+            None => Ok(None),
         }
     }
 

@@ -20,7 +20,7 @@ use crate::node::Source;
 use crate::odeint::states;
 use crate::parameters::{self, Observed, Theta};
 use crate::passes::{run, run_tiles};
-use crate::problem::Problem;
+use crate::problem::{OdeOptions, Problem};
 use crate::state::{Packing, State};
 use crate::stats::Recorder;
 use crate::time::Times;
@@ -33,12 +33,13 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         times: &T,
         loss: Option<&RowLoss>,
         untracked_too: bool,
+        options: &OdeOptions,
     ) -> Result<Inputs> {
-        let problem = Problem::new(y0, times.to_grid()?, &self.options)?;
+        let problem = Problem::new(y0, times.to_grid()?, options)?;
         if let Some(loss) = loss {
             loss.check(&problem)?;
         }
-        let options = options_with(args, &self.options);
+        let options = options_with(args, options);
         let masters = self.masters()?;
         let all = masters.iter().map(|var| var.as_tensor());
         let name = |i: usize| self.names[i].clone();
@@ -61,7 +62,20 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         drive: Option<&Drive>,
     ) -> Result<Solve> {
         let before = self.recorded();
-        let solve = self.solved(given, times, loss, in_graph, drive)?;
+        let solve = self.solved(given, times, loss, in_graph, drive, None)?;
+        self.note(&solve.problem, before);
+        Ok(solve)
+    }
+
+    /// The same with another forward pass, in the graph.
+    pub(crate) fn run_with<T: Times + ?Sized>(
+        &self,
+        given: (&S, &A),
+        times: &T,
+        pass: Pass<'_>,
+    ) -> Result<Solve> {
+        let before = self.recorded();
+        let solve = self.solved(given, times, None, true, None, Some(pass))?;
         self.note(&solve.problem, before);
         Ok(solve)
     }
@@ -85,19 +99,21 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         loss: Option<&RowLoss>,
         in_graph: bool,
         drive: Option<&Drive>,
+        pass: Option<Pass<'_>>,
     ) -> Result<Solve> {
+        let options = pass.as_ref().map_or(&self.options, |pass| pass.options);
         let given = y0.leaves();
         let Inputs {
             problem,
             masters,
             args,
             y0,
-        } = self.prepare((&given, args), times, loss, !in_graph)?;
+        } = self.prepare((&given, args), times, loss, !in_graph, options)?;
         let increments = drive.map_or_else(Vec::new, |drive| drive.masters(!in_graph));
         let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
         let tracked = tracked || !increments.is_empty();
         let keep = !in_graph || tracked || !masters.is_empty();
-        if let Some(field) = self.packable(&problem, &masters) {
+        if let Some(field) = self.packable(&problem, &masters).filter(|_| pass.is_none()) {
             let by_noise = driven_of(&problem, drive)?;
             let of_tiles = by_noise.as_ref().unwrap_or(&problem);
             if let Some(forward) = run_tiles(of_tiles, &*field, &y0, loss.map(|loss| loss as _))? {
@@ -117,7 +133,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let (leaves, origin) = self.leaves(&problem, masters, &args)?;
         let builder = self.builder(&problem);
         let field = builder.build(&leaves, &args.leaves)?;
-        let problem = problem.meeting(&field.jumps(), &self.options)?;
+        let problem = problem.meeting(&field.jumps(), options)?;
         let problem = driven(problem, drive)?;
         let plain = match field.offer() {
             // It lists its parameters, and is hardly ever evaluated as tensors.
@@ -134,7 +150,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         };
         let graph = (problem.theta.to as usize, problem.grid.is_tracked());
         let kind = check::key(TypeId::of::<Self>(), graph, &[&given, &args.leaves]);
-        let wanted = match self.options.check {
+        let wanted = match options.check {
             FieldCheck::Never => false,
             FieldCheck::Once => self.checks_left(kind) > 0,
             FieldCheck::Always => true,
@@ -144,13 +160,13 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         if let Some(listed) = observed.parameters() {
             with_masters(listed, &origin)?;
         }
-        let forward = run(
-            &problem,
-            &observed,
-            &y0,
-            loss.map(|loss| loss as _),
-            &|| keep,
-        )?;
+        let forward = match pass {
+            Some(pass) => (pass.advance)(&problem, &observed, &y0, &|| keep)?,
+            None => {
+                let loss = loss.map(|loss| loss as _);
+                run(&problem, &observed, &y0, loss, &|| keep)?
+            }
+        };
         if let (true, Some(plain)) = (wanted, &plain) {
             let fields: [&Field<'_>; 2] = [&*field, &**plain];
             let sound = self.is_sound(fields, &observed, &builder, &leaves, &args, &problem)?;
@@ -266,7 +282,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         drive: Option<&Drive>,
     ) -> Result<S> {
         let before = self.recorded();
-        let prepared = self.prepare((&y0.leaves(), args), times, None, false)?;
+        let prepared = self.prepare((&y0.leaves(), args), times, None, false, &self.options)?;
         let Inputs {
             masters, args, y0, ..
         } = prepared;
@@ -292,6 +308,16 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         states(&problem, forward)
     }
 }
+
+/// A forward pass that is not that of [`run`], and the options of the solve.
+pub(crate) struct Pass<'a> {
+    pub(crate) options: &'a OdeOptions,
+    pub(crate) advance: &'a mut Advance<'a>,
+}
+
+/// From y0, joined; keeps what a backward pass needs, if it is told so.
+type Advance<'a> =
+    dyn FnMut(&Problem, &Field<'_>, &Tensor, &dyn Fn() -> bool) -> Result<Forward> + 'a;
 
 /// What a solve was given, checked.
 struct Inputs {

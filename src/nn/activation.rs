@@ -229,7 +229,7 @@ impl<T: Element, S: Simd> Kernel<S> for Pull<'_, T, S> {
 
 /// σ'(z) g of h = σ(z), for activations whose slope follows from the value; g for others.
 #[inline(always)]
-fn pulled<T: Element, S: Simd>(
+pub(super) fn pulled<T: Element, S: Simd>(
     s: S,
     activation: Activation,
     h: T::Vector<S>,
@@ -360,7 +360,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Bend<'_, T, S, V> {
 
 /// σ'' of value and slope, where it follows from them.
 #[inline(always)]
-fn curvature_of<T: Element, S: Simd>(
+pub(super) fn curvature_of<T: Element, S: Simd>(
     s: S,
     activation: Activation,
     value: T::Vector<S>,

@@ -2,6 +2,8 @@
 
 mod tiles;
 
+use std::rc::Rc;
+
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
@@ -11,7 +13,7 @@ use super::mlp::Affine;
 use super::{add_gradient, Activation, Checked};
 use crate::controlled::{product, ControlledField, ControlledPullback};
 use crate::error::PathDefect;
-use crate::field::{Cotangents, Offer};
+use crate::field::{Cotangents, LateGradients, LatePullback, Offer};
 use crate::path::ControlPath;
 use crate::time::Time;
 
@@ -167,6 +169,74 @@ impl CdeMlp {
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.layers.iter().flat_map(|l| [&l.weight, &l.bias])
     }
+
+    /// F(z) times a slope, and what the pull-back needs.
+    fn linearised(&self, z: &Tensor, slope: &Tensor) -> Result<(Tensor, Linearised)> {
+        self.check(z)?;
+        if slope.dims() != [z.dim(0)?, self.channels] {
+            let (needs, channels) = (self.channels, slope.dims().last().copied().unwrap_or(0));
+            return Err(crate::Error::from(PathDefect::Channels { needs, channels }).into());
+        }
+        let layers = self.like(z, false)?;
+        let (flat, inputs, outputs) = self.run(&layers, &z.detach())?;
+        let matrix = flat.reshape((z.dim(0)?, self.features(), self.channels))?;
+        let k = product(&matrix, slope)?;
+        let linear = Linearised {
+            layers,
+            inputs,
+            outputs,
+            matrix,
+            slope: slope.detach(),
+        };
+        Ok((k, linear))
+    }
+
+    /// The cotangents of what the layers put out before their activations, and that of z.
+    fn pull(&self, linear: &Linearised, v: &Tensor) -> Result<(Vec<Tensor>, Tensor)> {
+        // The cotangent of F: v_i X'_c.
+        let seed = v.unsqueeze(2)?.broadcast_mul(&linear.slope.unsqueeze(1)?)?;
+        let mut g = seed.reshape((v.dim(0)?, self.features() * self.channels))?;
+        let mut seeds = Vec::with_capacity(linear.layers.len());
+        for (l, layer) in linear.layers.iter().enumerate().rev() {
+            let activation = match l + 1 == linear.layers.len() {
+                true => self.output.as_ref(),
+                false => Some(&self.activation),
+            };
+            if let Some(activation) = activation {
+                g = activation.pull(&linear.outputs[l], &g)?;
+            }
+            let next = matmul(&g, &layer.weight)?;
+            seeds.push(std::mem::replace(&mut g, next));
+        }
+        seeds.reverse();
+        Ok((seeds, g))
+    }
+
+    /// The gradients of the parameters from these cotangents.
+    fn gradients(&self, linear: &Linearised, seeds: &[Tensor]) -> Result<GradStore> {
+        let mut params = GradStore::default();
+        for (l, g) in seeds.iter().enumerate().rev() {
+            let Affine { weight, bias } = &self.layers[l];
+            if weight.track_op() {
+                let grad = transposed_matmul(g, &linear.inputs[l])?;
+                add_gradient(&mut params, weight, grad)?;
+            }
+            if bias.track_op() {
+                add_gradient(&mut params, bias, sum_of_rows(g)?)?;
+            }
+        }
+        Ok(params)
+    }
+}
+
+/// An evaluation: the layers without history, what every layer read and put out before its activation, F(z), and the
+/// slope.
+struct Linearised {
+    layers: Vec<Affine>,
+    inputs: Vec<Tensor>,
+    outputs: Vec<Tensor>,
+    matrix: Tensor,
+    slope: Tensor,
 }
 
 impl ControlledField for CdeMlp {
@@ -182,48 +252,33 @@ impl ControlledField for CdeMlp {
         z: &Tensor,
         slope: &Tensor,
     ) -> Result<Option<(Tensor, ControlledPullback<'f>)>> {
-        self.check(z)?;
-        if slope.dims() != [z.dim(0)?, self.channels] {
-            let (needs, channels) = (self.channels, slope.dims().last().copied().unwrap_or(0));
-            return Err(crate::Error::from(PathDefect::Channels { needs, channels }).into());
-        }
-        let layers = self.like(z, false)?;
-        let (flat, inputs, outputs) = self.run(&layers, &z.detach())?;
-        let shape = (z.dim(0)?, self.features(), self.channels);
-        let matrix = flat.reshape(shape)?;
-        let k = product(&matrix, slope)?;
-        let slope = slope.detach();
+        let (k, linear) = self.linearised(z, slope)?;
         let pull = move |v: &Tensor| {
-            let mut params = GradStore::default();
             let v = v.detach();
             // v_i F_ic, summed over i.
-            let slope_bar = pulled_to_slope(&matrix, &v)?;
-            // The cotangent of F: v_i X'_c.
-            let seed = v.unsqueeze(2)?.broadcast_mul(&slope.unsqueeze(1)?)?;
-            let mut g = seed.reshape((shape.0, shape.1 * shape.2))?;
-            for (l, layer) in layers.iter().enumerate().rev() {
-                let activation = match l + 1 == layers.len() {
-                    true => self.output.as_ref(),
-                    false => Some(&self.activation),
-                };
-                if let Some(activation) = activation {
-                    g = activation.pull(&outputs[l], &g)?;
-                }
-                let Affine { weight, bias } = &self.layers[l];
-                if weight.track_op() {
-                    add_gradient(&mut params, weight, transposed_matmul(&g, &inputs[l])?)?;
-                }
-                if bias.track_op() {
-                    add_gradient(&mut params, bias, sum_of_rows(&g)?)?;
-                }
-                g = matmul(&g, &layer.weight)?;
-            }
-            let pulled = Cotangents {
-                y: g,
-                t: None,
-                params,
-            };
-            Ok((pulled, slope_bar))
+            let slope_bar = pulled_to_slope(&linear.matrix, &v)?;
+            let (seeds, y) = self.pull(&linear, &v)?;
+            let params = self.gradients(&linear, &seeds)?;
+            let t = None;
+            Ok((Cotangents { y, t, params }, slope_bar))
+        };
+        Ok(Some((k, Box::new(pull))))
+    }
+
+    fn vjp_late<'f>(
+        &'f self,
+        _: &Time,
+        z: &Tensor,
+        slope: &Tensor,
+    ) -> Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
+        let (k, linear) = self.linearised(z, slope)?;
+        let linear = Rc::new(linear);
+        let pull = move |v: &Tensor| {
+            let (seeds, y) = self.pull(&linear, &v.detach())?;
+            let linear = Rc::clone(&linear);
+            let params = move || self.gradients(&linear, &seeds);
+            let params: LateGradients<'f> = Rc::new(params);
+            Ok((y, params))
         };
         Ok(Some((k, Box::new(pull))))
     }

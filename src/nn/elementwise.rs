@@ -102,32 +102,49 @@ fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Result<V
         unit.dispatch(ElementJob {
             activation,
             x: &x[at..][..out.len()],
-            g: g.map(|g| &g[at..][..out.len()]),
+            of: match g {
+                Some(g) => Of::Cotangent(&g[at..][..out.len()]),
+                None => Of::Value,
+            },
             out,
         });
     });
     Ok(out)
 }
 
+/// What is computed of x.
+pub(super) enum Of<'a, T> {
+    /// σ(x).
+    Value,
+    /// σ'(x) g.
+    Cotangent(&'a [T]),
+    /// σ(x) in place of x, and σ'(x) beside it.
+    Both(&'a mut [T]),
+}
+
 /// One chunk.
-struct ElementJob<'a, T> {
-    activation: Activation,
-    x: &'a [T],
-    g: Option<&'a [T]>,
-    out: &'a mut [T],
+pub(super) struct ElementJob<'a, T> {
+    pub(super) activation: Activation,
+    pub(super) x: &'a [T],
+    pub(super) of: Of<'a, T>,
+    pub(super) out: &'a mut [T],
 }
 
 impl<T: Element> WithSimd for ElementJob<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) {
+    fn with_simd<S: Simd>(mut self, s: S) {
         let size = BLOCK * T::lanes::<S>();
         let mut values = vectors::<T, S>(BLOCK);
         let mut slopes = vectors::<T, S>(BLOCK);
         for (b, out) in self.out.chunks_mut(size).enumerate() {
             let range = b * size..b * size + out.len();
-            scalars_mut::<T, S>(&mut values)[..out.len()].copy_from_slice(&self.x[range.clone()]);
+            let x = match self.of {
+                Of::Both(_) => &*out,
+                Of::Value | Of::Cotangent(_) => &self.x[range.clone()],
+            };
+            scalars_mut::<T, S>(&mut values)[..x.len()].copy_from_slice(x);
             let used = out.len().div_ceil(T::lanes::<S>());
             let block = Apply::<T, S> {
                 activation: self.activation,
@@ -135,10 +152,12 @@ impl<T: Element> WithSimd for ElementJob<'_, T> {
                 slope: &mut slopes[..used],
             };
             enter(s, block);
-            let Some(g) = self.g else {
+            if !matches!(self.of, Of::Cotangent(_)) {
                 out.copy_from_slice(&scalars::<T, S>(&values)[..out.len()]);
+            }
+            if matches!(self.of, Of::Value) {
                 continue;
-            };
+            }
             if !self.activation.keeps_slope() {
                 slopes[..used].fill(T::splat(s, T::of(1.0)));
                 let pull = super::activation::Pull::<T, S> {
@@ -149,8 +168,14 @@ impl<T: Element> WithSimd for ElementJob<'_, T> {
                 enter(s, pull);
             }
             let slopes = scalars::<T, S>(&slopes);
-            for ((out, d), g) in out.iter_mut().zip(slopes).zip(&g[range]) {
-                *out = *d * *g;
+            match &mut self.of {
+                Of::Value => {}
+                Of::Cotangent(g) => {
+                    for ((out, d), g) in out.iter_mut().zip(slopes).zip(&g[range]) {
+                        *out = *d * *g;
+                    }
+                }
+                Of::Both(slope) => slope[range].copy_from_slice(&slopes[..out.len()]),
             }
         }
     }

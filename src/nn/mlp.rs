@@ -2,8 +2,10 @@
 
 pub(super) mod tiles;
 
+use std::rc::Rc;
+
 use candle_core::backprop::GradStore;
-use candle_core::{Module, Result, Tensor};
+use candle_core::{Module, Result, Shape, Tensor};
 use candle_nn::{Linear, VarBuilder};
 
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
@@ -11,7 +13,7 @@ use super::Activation;
 use super::{add_gradient, coefficients, wrong_state, Checked};
 #[cfg(feature = "cuda")]
 use crate::field::OnDevice;
-use crate::field::{Cotangents, Offer, Pullback, VectorField};
+use crate::field::{Cotangents, LateGradients, LatePullback, Offer, Pullback, VectorField};
 use crate::offer::Offered;
 use crate::time::Time;
 
@@ -249,6 +251,37 @@ impl Mlp {
         Ok(Some(of_time))
     }
 
+    /// One evaluation, and what its pull-back needs.
+    fn linearised(&self, t: &Time, y: &Tensor) -> Result<(Tensor, Linearised)> {
+        self.check(y)?;
+        let (at, t) = (self.detached().at(t)?.detached(), self.time_of(t)?);
+        let at = at.like(y)?;
+        let (k, inputs, hidden) = at.run(&y.detach())?;
+        let linear = Linearised {
+            at,
+            t,
+            inputs,
+            hidden,
+            shape: y.shape().clone(),
+        };
+        Ok((k, linear))
+    }
+
+    /// The gradients of the parameters from the cotangents of z by layer, and the cotangent of time.
+    fn gradients(
+        &self,
+        linear: &Linearised,
+        seeds: &[Tensor],
+    ) -> Result<(GradStore, Option<Tensor>)> {
+        let (mut params, mut of_time) = (GradStore::default(), None);
+        for (l, g) in seeds.iter().enumerate().rev() {
+            let weight_bar = || transposed_matmul(g, &linear.inputs[l]);
+            let sums = || sum_of_rows(g);
+            of_time = self.add_gradients(l, sums, weight_bar, linear.t.as_ref(), &mut params)?;
+        }
+        Ok((params, of_time))
+    }
+
     pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.layers.iter().flat_map(|l| [&l.weight, &l.bias])
     }
@@ -280,6 +313,38 @@ impl Mlp {
     }
 }
 
+/// An evaluation: the perceptron at its time, what every layer read, and z of every hidden one.
+struct Linearised {
+    at: Mlp,
+    t: Option<Tensor>,
+    inputs: Vec<Tensor>,
+    hidden: Vec<Tensor>,
+    shape: Shape,
+}
+
+impl Linearised {
+    /// The cotangents of z by layer, and that of y.
+    fn pull(&self, v: &Tensor) -> Result<(Vec<Tensor>, Tensor)> {
+        let at = &self.at;
+        let mut seeds = Vec::with_capacity(at.layers.len());
+        let mut g = v.reshape(((), at.features()))?;
+        for (l, layer) in at.layers.iter().enumerate().rev() {
+            let mut skipped = None;
+            if let Some(z) = self.hidden.get(l) {
+                skipped = at.skips(l).then(|| g.clone());
+                g = at.activation.pull(z, &g)?;
+            }
+            let mut next = matmul(&g, &layer.weight)?;
+            if let Some(skipped) = skipped {
+                next = (next + skipped)?;
+            }
+            seeds.push(std::mem::replace(&mut g, next));
+        }
+        seeds.reverse();
+        Ok((seeds, g.reshape(&self.shape)?))
+    }
+}
+
 impl Module for Mlp {
     fn forward(&self, y: &Tensor) -> Result<Tensor> {
         if self.time {
@@ -299,35 +364,30 @@ impl VectorField<Tensor> for Mlp {
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
-        self.check(y)?;
-        let (at, t) = (self.detached().at(t)?.detached(), self.time_of(t)?);
-        let at = at.like(y)?;
-        let (k, inputs, hidden) = at.run(&y.detach())?;
-        let shape = y.shape().clone();
+        let (k, linear) = self.linearised(t, y)?;
         let pull = move |v: &Tensor| {
-            let (mut params, mut of_time) = (GradStore::default(), None);
-            let mut g = v.reshape(((), self.features()))?;
-            for (l, layer) in at.layers.iter().enumerate().rev() {
-                let mut skipped = None;
-                if let Some(z) = hidden.get(l) {
-                    skipped = at.skips(l).then(|| g.clone());
-                    g = at.activation.pull(z, &g)?;
-                }
-                let weight_bar = || transposed_matmul(&g, &inputs[l]);
-                let sums = || sum_of_rows(&g);
-                of_time = self.add_gradients(l, sums, weight_bar, t.as_ref(), &mut params)?;
-                g = matmul(&g, &layer.weight)?;
-                if let Some(skipped) = skipped {
-                    g = (g + skipped)?;
-                }
-            }
-            Ok(Cotangents {
-                y: g.reshape(&shape)?,
-                t: of_time,
-                params,
-            })
+            let (seeds, y) = linear.pull(v)?;
+            let (params, t) = self.gradients(&linear, &seeds)?;
+            Ok(Cotangents { y, t, params })
         };
         Ok((k, Box::new(pull)))
+    }
+
+    fn vjp_late<'f>(
+        &'f self,
+        t: &Time,
+        y: &Tensor,
+    ) -> Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
+        let (k, linear) = self.linearised(t, y)?;
+        let linear = Rc::new(linear);
+        let pull = move |v: &Tensor| {
+            let (seeds, y) = linear.pull(v)?;
+            let linear = Rc::clone(&linear);
+            let params = move || Ok(self.gradients(&linear, &seeds)?.0);
+            let params: LateGradients<'f> = Rc::new(params);
+            Ok((y, params))
+        };
+        Ok(Some((k, Box::new(pull))))
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -5,7 +5,8 @@
 //! the state, as `Cnf` does, and run in candle's operations.
 //!
 //! [`EnergyMlp`] is a potential, and [`energy`] has the fields that are built from its gradient: Hamiltonian and
-//! Lagrangian systems, flows along a gradient, and flows orthogonal to it.  [`Perceptron`] is a network with its
+//! Lagrangian systems, flows along a gradient, and flows orthogonal to it.  Hamiltonian systems and flows along a gradient
+//! are integrated tile by tile, too.  [`Perceptron`] is a network with its
 //! derivatives as values.
 //!
 //! [`HigherOrder`] gives fields of second and higher order.  [`DataControl`] and [`depth_cat`] give fields that read

@@ -70,6 +70,11 @@ impl<T: Element> Tiled<T> for Relaxing<T> {
     }
 
     fn velocity(&self, at: &At<'_, T>, kept: &mut [T], k: Option<&mut [T]>) {
+        // Every feature of y is read here.
+        let at = &At {
+            is_weighed: true,
+            ..*at
+        };
         let Some(out) = k else {
             return self.0.velocity(at, kept, None);
         };

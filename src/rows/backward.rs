@@ -7,15 +7,14 @@ use candle_core::{Shape, Tensor, TensorId};
 use super::activations::Selection;
 use super::forward::{each_leaf, Tile};
 use super::lanes::LaneSteps;
-use super::lanewise::Lanewise;
 use super::pulls::{DenseSeeds, StagePulls};
+use super::scales::Scales;
 use super::stepper::Stepper;
 use super::tile::Tiled;
 use super::trajectory::TileTrajectory;
 use super::window::{KeptBy, Sums, Window};
 use super::{gradient_of, numbers, on_all_threads, Failure, TilePlan};
 use crate::error::{Error, Result};
-use crate::precision::Low;
 use crate::problem::Problem;
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::schedule::{Schedule, Step};
@@ -228,7 +227,7 @@ impl<T: Element> TilePass<'_, T> {
             stepper.clock.hold(rows.clone());
             seed(problem.outputs() - 1, &mut adj);
             adj[size..].fill(T::default());
-            let mut scaler = problem.scaler;
+            let mut scales = Scales::shared(problem.scaler, batch);
             // Steps that are known need no state, and no replay.
             let mut rewind = None;
             let mut counted = Stats::default();
@@ -286,21 +285,18 @@ impl<T: Element> TilePass<'_, T> {
                     }
                 }
                 let seeds = seeds.as_deref();
-                if scaler.is_dynamic() {
-                    scaler = scaler.aimed(magnitude(stepper.on, plan, batch, &adj[..size], seeds));
-                }
-                scaler = pull
-                    .step(
-                        &stepper,
-                        LaneSteps::All(step),
-                        &mut adj,
-                        seeds,
-                        window,
-                        &kept,
-                        scaler,
-                        &mut counted,
-                    )
-                    .map_err(failed)?;
+                scales.aim(stepper.on, plan, &adj[..size], seeds);
+                pull.step(
+                    &stepper,
+                    LaneSteps::All(step),
+                    &mut adj,
+                    seeds,
+                    window,
+                    &kept,
+                    &mut scales,
+                    &mut counted,
+                )
+                .map_err(failed)?;
                 if let Some(output) = schedule.at_node(n) {
                     seed(output, &mut incoming);
                     pull.add(stepper.on, batch, &mut adj, &incoming);
@@ -332,36 +328,5 @@ pub(super) fn most_stages(problem: &Problem, schedule: &Schedule) -> usize {
     match schedule.is_dense() {
         true => problem.scheme.dense_stages().len(),
         false => problem.scheme.evaluations(),
-    }
-}
-
-/// max|λ|, and that of what enters from outputs inside the step, over the leaves whose cotangents can overflow, or
-/// over all where these are zero.
-pub(super) fn magnitude<T: Element>(
-    on: &dyn Lanewise<T>,
-    plan: &TilePlan<'_>,
-    batch: usize,
-    adj: &[T],
-    dense: Option<&DenseSeeds<T>>,
-) -> f64 {
-    let (mut low, mut all) = (0.0, 0.0f64);
-    let size = adj.len();
-    let stages = dense.map_or(&[][..], |dense| &dense.stages);
-    for tile in std::iter::once(adj).chain(stages.chunks_exact(size)) {
-        let mut rest = tile;
-        for (features, rounds_to) in plan.layout.features.iter().zip(&plan.low) {
-            let x;
-            (x, rest) = rest.split_at(features * batch);
-            let max = on.largest(x).wide();
-            all = all.max(max);
-            if *rounds_to == Low::F16 {
-                low = f64::max(low, max);
-            }
-        }
-    }
-    if low > 0.0 {
-        low
-    } else {
-        all
     }
 }

@@ -17,11 +17,11 @@ pub(super) enum LaneSteps<'a> {
 }
 
 impl LaneSteps<'_> {
-    /// The first one, which stands for all where an error or a place in memory is named.
-    pub(super) fn first(&self) -> Option<&Step> {
+    /// The step of a lane.
+    pub(super) fn of(&self, lane: usize) -> Option<&Step> {
         match self {
             Self::All(step) => Some(step),
-            Self::Each(steps) => steps.first(),
+            Self::Each(steps) => steps.get(lane),
         }
     }
 
@@ -59,6 +59,8 @@ pub(super) struct LaneClock<T: Element> {
     /// Whether all lanes are at the first instant.
     together: bool,
     rows: Vec<usize>,
+    /// Whether the field reads times; otherwise they need not be right.
+    pub(super) is_read: bool,
 }
 
 impl<T: Element> LaneClock<T> {
@@ -68,6 +70,7 @@ impl<T: Element> LaneClock<T> {
             instants: vec![Instant::default(); batch],
             together: true,
             rows: vec![0; batch],
+            is_read: true,
         }
     }
 
@@ -97,11 +100,12 @@ impl<T: Element> LaneClock<T> {
                 self.instants[0] = instant;
                 self.together = true;
             }
-            LaneSteps::Each(steps) => {
+            LaneSteps::Each(steps) if self.is_read => {
                 for (lane, step) in steps.iter().enumerate() {
                     self.set(lane, instant(step));
                 }
             }
+            LaneSteps::Each(_) => {}
         }
         self.now()
     }
@@ -125,6 +129,7 @@ impl<T: Element> LaneClock<T> {
                 true => &self.instants[..1],
                 false => &self.instants,
             },
+            is_weighed: true,
         }
     }
 }

@@ -19,6 +19,7 @@ mod lanes;
 mod lanewise;
 mod plan;
 mod pulls;
+mod scales;
 mod stepper;
 #[cfg(test)]
 mod tests;

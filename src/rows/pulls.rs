@@ -14,11 +14,11 @@
 
 use super::lanes::{add, add_carried, combine, Coefficients, Factor, First, LaneSteps, Row};
 use super::lanewise::Lanewise;
+use super::scales::{Exhausted, Scales};
 use super::stepper::Stepper;
 use super::window::{power, KeptBy, OpenSlot, Window};
 use crate::error::{Error, Result};
 use crate::precision::Low;
-use crate::scaler::{Outcome, Scaler};
 use crate::simd::{aligned, Aligned, Element};
 use crate::stats::Stats;
 
@@ -68,12 +68,16 @@ pub(super) struct StagePulls<T: Element> {
     /// Rows of ones: for every active stage, for every stage of a step with outputs inside, and for one vector.
     ones: Coefficients<T>,
     factors: Vec<f64>,
+    /// The scales that the factors below belong to; none at the start of a step.
+    scales: Vec<f64>,
     /// m of all lanes or of each, and p.
     mantissas: Vec<f64>,
     power: f64,
     m: Factor<T>,
     inverse: Factor<T>,
     unscale: Factor<T>,
+    /// 1/S of each lane, if scales differ.
+    common: Factor<T>,
 }
 
 /// λ, and what enters the step from outputs inside it.
@@ -107,16 +111,17 @@ impl<T: Element> StagePulls<T> {
             coefficients: Coefficients::new(batch, &rows),
             ones: Coefficients::plain(batch, &ones),
             factors: vec![],
+            scales: vec![],
             mantissas: vec![],
             power: 1.0,
             m: Factor::new(batch),
             inverse: Factor::new(batch),
             unscale: Factor::new(batch),
+            common: Factor::new(batch),
         }
     }
 
-    /// λ_n but for what is returned at the node, in place of λ_{n+1}, with the cotangents left in the window; the
-    /// scaler after it.
+    /// λ_n but for what is returned at the node, in place of λ_{n+1}, with the cotangents left in the window.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn step(
         &mut self,
@@ -126,22 +131,23 @@ impl<T: Element> StagePulls<T> {
         dense: Option<&DenseSeeds<T>>,
         window: &mut Window<T>,
         kept: &KeptBy<'_, T>,
-        mut scaler: Scaler,
+        scales: &mut Scales,
         stats: &mut Stats,
-    ) -> Result<Scaler> {
+    ) -> Result<()> {
         let (on, batch) = (stepper.on, stepper.batch);
         self.measure(steps);
         let stages = stepper.stages(steps.is_dense());
         for (at, &i) in stages.iter().enumerate().rev() {
             let seeds = TileSeeds { adj: &*adj, dense };
-            scaler = self.stage(stepper, steps, (i, at), seeds, window, kept, scaler, stats)?;
+            self.stage(stepper, steps, (i, at), seeds, window, kept, scales, stats)?;
         }
         let all = self.ones.row(usize::from(steps.is_dense()));
         add_carried::<T>(on, batch, stepper.size, adj, all, &self.ws);
         if let Some(dense) = dense {
             self.add(on, batch, adj, &dense.state);
         }
-        Ok(scaler.after_step())
+        scales.end_step();
+        Ok(())
     }
 
     /// λ + ȳ, λ with what rounding has taken from it if that is carried.
@@ -161,31 +167,41 @@ impl<T: Element> StagePulls<T> {
         for h in &mut self.mantissas {
             *h /= self.power;
         }
+        self.scales.clear();
     }
 
-    /// Prepares for a scale.
-    fn scale_by(&mut self, rounds: bool, scale: f64) {
-        let (mantissas, p) = (&self.mantissas, self.power);
-        let factors = &mut self.factors;
-        let mut set = |of: &dyn Fn(f64) -> f64, factor: &mut Factor<T>| {
+    /// Prepares for these scales: one for all lanes, or one for each.
+    fn scale_by(&mut self, rounds: bool, scales: &[f64]) {
+        if self.scales == scales {
+            return;
+        }
+        self.scales.clear();
+        self.scales.extend_from_slice(scales);
+        let (mantissas, p, factors) = (&self.mantissas[..], self.power, &mut self.factors);
+        let mut set = |of: &dyn Fn(f64, f64) -> f64, set: &mut dyn FnMut(&[f64])| {
+            let lanes = mantissas.len().max(scales.len());
+            let pairs = mantissas.iter().cycle().zip(scales.iter().cycle());
             factors.clear();
-            factors.extend(mantissas.iter().map(|m| of(*m)));
-            factor.set(factors);
+            factors.extend(pairs.take(lanes).map(|(m, scale)| of(*m, *scale)));
+            set(factors);
         };
         if rounds {
-            self.coefficients.multiply(&[scale]);
-            set(&|m| m, &mut self.m);
-            set(&|m| 1.0 / m, &mut self.inverse);
-            set(&|m| m * p / scale, &mut self.unscale);
+            set(&|_, scale| scale, &mut |of| self.coefficients.multiply(of));
+            set(&|m, _| m, &mut |of| self.m.set(of));
+            set(&|m, _| 1.0 / m, &mut |of| self.inverse.set(of));
+            set(&|m, scale| m * p / scale, &mut |of| self.unscale.set(of));
         } else {
-            factors.clear();
-            factors.extend(mantissas.iter().map(|m| scale * m));
-            self.coefficients.multiply(factors);
-            self.unscale.set(&[p / scale]);
+            set(&|m, scale| scale * m, &mut |of| {
+                self.coefficients.multiply(of);
+            });
+            set(&|_, scale| p / scale, &mut |of| self.unscale.set(of));
+        }
+        if scales.len() > 1 {
+            set(&|_, scale| 1.0 / scale, &mut |of| self.common.set(of));
         }
     }
 
-    /// w'_i, with the cotangents left in the window; the scaler after it.
+    /// w'_i, with the cotangents left in the window.
     #[allow(clippy::too_many_arguments)]
     fn stage(
         &mut self,
@@ -195,23 +211,20 @@ impl<T: Element> StagePulls<T> {
         seeds: TileSeeds<'_, T>,
         window: &mut Window<T>,
         kept: &KeptBy<'_, T>,
-        mut scaler: Scaler,
+        scales: &mut Scales,
         stats: &mut Stats,
-    ) -> Result<Scaler> {
+    ) -> Result<()> {
         let (on, size, batch) = (stepper.on, stepper.size, stepper.batch);
         let stages = stepper.plan.problem.scheme.tableau.stages();
         let rounds = stepper.plan.low.iter().any(|low| *low != Low::None);
         let place = (steps.index(), at);
         let mut attempts = 0;
         loop {
-            let scale = scaler.scale();
             stats.vjps += 1;
-            if scaler.is_on() {
-                stats.used_scale(scale);
-            }
             attempts += 1;
-            self.scale_by(rounds, scale);
-            window.scaled_by(stepper.field, kept, scale / self.power);
+            scales.used().for_each(|scale| stats.used_scale(scale));
+            self.scale_by(rounds, scales.numbers());
+            window.scaled_by(stepper.field, kept, scales.of_sums() / self.power);
             let OpenSlot {
                 kept: values,
                 cotangents,
@@ -236,26 +249,26 @@ impl<T: Element> StagePulls<T> {
                 self.inverse.apply(on, w);
                 stepper.round(w);
             }
-            let outcome = match scaler.is_dynamic() && !on.is_finite(w) {
-                true => Outcome::StateOverflow,
-                false => Outcome::Clean,
-            };
-            if outcome == Outcome::Clean {
-                self.unscale.apply(on, w);
-                window.push(stepper.field, place, kept);
-                return Ok(scaler);
-            }
-            scaler = scaler.after(outcome);
-            stats.retries += 1;
-            if scaler.is_exhausted(attempts) {
-                let step = steps.first();
-                return Err(Error::ScaleExhausted {
+            let fit = scales.fit(on, w, attempts);
+            let fit = fit.map_err(|Exhausted { lane, scale }| {
+                let step = steps.of(lane);
+                Error::ScaleExhausted {
                     step: step.map_or(0, |step| step.index),
                     t: step.map_or(f64::NAN, |step| step.t),
                     scale,
                     attempts,
-                });
+                }
+            })?;
+            if fit {
+                self.unscale.apply(on, w);
+                if scales.differ() {
+                    // The sums over rows that a window collects have no scale of a row.
+                    self.common.apply(on, cotangents);
+                }
+                window.push(stepper.field, place, kept);
+                return Ok(());
             }
+            stats.retries += 1;
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::activations::{KeptEvaluations, Selection};
 use super::lanes::{add, add_carried, combine, Coefficients, First, LaneClock, LaneSteps, Row};
 use super::lanewise::Lanewise;
-use super::tile::Tiled;
+use super::tile::{At, Tiled};
 use super::trajectory::Snapshot;
 use super::{Failure, TilePlan};
 use crate::error::Error;
@@ -25,6 +25,8 @@ pub(super) struct Stepper<'p, T: Element> {
     /// Active stages, ascending: those that the solution reads, and those that outputs inside a step read.
     stages: [Vec<usize>; 2],
     c: Vec<f64>,
+    /// Of every stage, whether more than other stages reads it; see [`At::is_weighed`].
+    weighed: Vec<bool>,
     pub(super) clock: LaneClock<T>,
     /// h of all lanes, or of each.
     lengths: Vec<f64>,
@@ -74,6 +76,9 @@ impl<'p, T: Element> Stepper<'p, T> {
             batch,
             size,
             c: tableau.c().to_vec(),
+            weighed: (0..tableau.stages())
+                .map(|i| tableau.is_weighed(i))
+                .collect(),
             clock: LaneClock::new(batch),
             lengths: vec![],
             coefficients: Coefficients::new(batch, &rows),
@@ -162,7 +167,8 @@ impl<'p, T: Element> Stepper<'p, T> {
                 self.evaluate(steps, i, slot);
             } else {
                 let at = self.clock.at(steps, self.c[i]);
-                self.field.velocity(&at, slot, None);
+                let is_weighed = self.weighed[i];
+                self.field.velocity(&At { is_weighed, ..at }, slot, None);
             }
         }
     }
@@ -181,7 +187,8 @@ impl<'p, T: Element> Stepper<'p, T> {
         for ((at, &i), slot) in stages.iter().enumerate().zip(slots.chunks_exact_mut(size)) {
             kept.load(self.on, selection, (step.index, at), slot, self.batch);
             let at = self.clock.at(LaneSteps::All(step), self.c[i]);
-            self.field.recall(&at, slot, &known);
+            let is_weighed = self.weighed[i];
+            self.field.recall(&At { is_weighed, ..at }, slot, &known);
         }
     }
 
@@ -229,16 +236,19 @@ impl<'p, T: Element> Stepper<'p, T> {
 
     /// k_i = Q(f(t_i, Y_i)).
     pub(super) fn evaluate(&mut self, steps: LaneSteps<'_>, i: usize, slot: &mut [T]) {
-        let k = &mut self.ks[i * self.size..][..self.size];
-        let at = self.clock.at(steps, self.c[i]);
-        self.field.velocity(&at, slot, Some(k));
-        round::<T>(self.on, self.plan, self.batch, k);
+        self.clock.at(steps, self.c[i]);
+        self.evaluate_now(i, self.weighed[i], slot);
     }
 
-    /// The same at the times that the clock shows.
-    pub(super) fn evaluate_now(&mut self, i: usize, slot: &mut [T]) {
+    /// The same at the times that the clock shows; `is_weighed` as in [`At`], at least where the method says so.
+    pub(super) fn evaluate_now(&mut self, i: usize, is_weighed: bool, slot: &mut [T]) {
         let k = &mut self.ks[i * self.size..][..self.size];
-        self.field.velocity(&self.clock.now(), slot, Some(k));
+        let is_weighed = is_weighed || self.weighed[i];
+        let at = At {
+            is_weighed,
+            ..self.clock.now()
+        };
+        self.field.velocity(&at, slot, Some(k));
         round::<T>(self.on, self.plan, self.batch, k);
     }
 

@@ -9,7 +9,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use proptest::prelude::*;
 
-use crate::nn::{Activation, Cnf, ConvField, Mlp, RowLoss};
+use crate::nn::energy::{Energy, GradientFlow, Hamiltonian};
+use crate::nn::{Activation, Cnf, ConvField, EnergyMlp, Mlp, RowLoss};
 use crate::options::{ActivationCache, Adaptive, Checkpoint, Output, StepControl, Steps};
 use crate::simd::unit::{allowed, Cap};
 use crate::tableau::{DOPRI5, EULER, HEUN, RK4};
@@ -45,6 +46,7 @@ enum Kind {
     Mlp { residual: bool },
     Cnf,
     Conv { size: usize, image: [usize; 2] },
+    Energy { energy: Energy, symplectic: bool },
 }
 
 #[derive(Clone, Debug)]
@@ -111,6 +113,19 @@ impl Case {
         [&[self.state], &self.hidden[..], &[self.state]].concat()
     }
 
+    /// A potential of one output, or of as many as features.
+    fn energy(&self, energy: Energy, vb: VarBuilder<'_>) -> candle_core::Result<EnergyMlp> {
+        let outputs = match energy {
+            Energy::Output => 1,
+            Energy::SumOfSquares => self.state,
+        };
+        let widths = [&[self.state], &self.hidden[..], &[outputs]].concat();
+        match self.time {
+            true => EnergyMlp::with_time(&widths, self.activation, energy, vb),
+            false => EnergyMlp::new(&widths, self.activation, energy, vb),
+        }
+    }
+
     fn mlp(&self, vb: VarBuilder<'_>) -> candle_core::Result<Mlp> {
         match self.time {
             true => Mlp::with_time(&self.widths(), self.activation, vb),
@@ -154,6 +169,19 @@ impl Case {
                 };
                 let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build);
                 let y0 = [start(&[self.rows, self.state, image[0], image[1]])];
+                self.solved::<Tensor>(ode.unwrap(), &vars, &y0, fusion)
+            }
+            Kind::Energy { energy, symplectic } => {
+                let (device, y0) = (Device::Cpu, [start(&[self.rows, self.state])]);
+                let ode = if symplectic {
+                    NeuralOde::from_field(&vars, "", dtype, &device, move |vb| {
+                        Ok(Hamiltonian::new(case.energy(energy, vb)?))
+                    })
+                } else {
+                    NeuralOde::from_field(&vars, "", dtype, &device, move |vb| {
+                        Ok(GradientFlow::new(case.energy(energy, vb)?))
+                    })
+                };
                 self.solved::<Tensor>(ode.unwrap(), &vars, &y0, fusion)
             }
         }
@@ -327,6 +355,13 @@ fn convolutions() -> BoxedStrategy<Kind> {
         .boxed()
 }
 
+fn gradients() -> BoxedStrategy<Kind> {
+    let energies = prop::sample::select(vec![Energy::Output, Energy::SumOfSquares]);
+    (energies, any::<bool>())
+        .prop_map(|(energy, symplectic)| Kind::Energy { energy, symplectic })
+        .boxed()
+}
+
 /// Products that a case may cost an evaluation, lest candle's convolutions take minutes.
 const MOST: usize = 4_000_000;
 
@@ -340,6 +375,19 @@ proptest! {
 
     #[test]
     fn flows_are_solved_alike_on_every_unit(case in cases(flows, 1..3)) {
+        case.check();
+    }
+
+    #[test]
+    fn gradients_of_potentials_are_solved_alike_on_every_unit(mut case in cases(gradients, 1..4)) {
+        let Kind::Energy { symplectic, .. } = case.kind else { unreachable!() };
+        if symplectic {
+            // Coordinates and as many momenta.
+            case.state += case.state % 2;
+        }
+        if case.activation == Activation::Relu {
+            case.activation = Activation::Tanh;
+        }
         case.check();
     }
 

@@ -14,6 +14,9 @@ pub(crate) struct At<'a, X> {
     pub(crate) rows: &'a [usize],
     /// For fields that jump: the time of every lane and its step, or one for all.
     pub(super) instants: &'a [Instant],
+    /// Whether the state, its error, or an output inside the step reads this velocity.  Otherwise only other stages
+    /// do, and features of y that f does not depend on need no velocity.
+    pub(crate) is_weighed: bool,
 }
 
 impl<X> At<'_, X> {
@@ -55,7 +58,8 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     fn parameters(&self) -> usize;
 
     /// Computes f(t, y) into `k`, with t by lane, where y is the first features of `kept`, and fills the rest of `kept`; without
-    /// `k`, only `kept` is filled.  Features of y that f does not depend on may be written over.
+    /// `k`, only `kept` is filled.  Features of y that f does not depend on may be written over, and their velocity and
+    /// what is kept for it may be anything finite where nothing but other stages reads them ([`At::is_weighed`]).
     fn velocity<S: Simd, const V: usize>(
         &self,
         s: S,
@@ -254,6 +258,7 @@ impl<T: Element> At<'_, T> {
             times: T::vectors::<S>(self.times),
             rows: self.rows,
             instants: self.instants,
+            is_weighed: self.is_weighed,
         }
     }
 }

@@ -172,6 +172,11 @@ impl Recorded {
         self.steps.len()
     }
 
+    /// The signed length of step n < len.
+    pub(crate) fn length(&self, n: usize) -> f64 {
+        self.steps[n].1
+    }
+
     /// Step n < len.
     pub(crate) fn step(&self, n: usize) -> Step {
         let (t, h) = self.steps[n];

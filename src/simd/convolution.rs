@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::product::{block, has_block, largest_block, Packed};
+use super::product::{block, has_block, has_many_registers, Packed};
 use super::{Element, Kernel};
 
 /// Size of an image.
@@ -101,6 +101,9 @@ impl<T: Element, S: Simd, const V: usize> Convolution<'_, T, S, V> {
             match height {
                 8 if const { has_block::<T, S, 8>() } => {
                     self.line::<8, 2>(s, size, first, weights);
+                }
+                6 if const { has_block::<T, S, 6>() } => {
+                    self.line::<6, 2>(s, size, first, weights);
                 }
                 4 if const { has_block::<T, S, 4>() } => {
                     self.line::<4, 2>(s, size, first, weights);
@@ -214,7 +217,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Correlation<'_, T, S, V>
     fn run(mut self, s: S) {
         let height = self.image.height;
         let line = self.image.width * V * size_of::<T::Vector<S>>();
-        let band = (BAND / (largest_block::<S>() * line)).max(1);
+        let band = (BAND / (tallest::<S>() * line)).max(1);
         let mut top = 0;
         while top < height {
             let rows = top..height.min(top + band);
@@ -231,7 +234,7 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
         let columns = self.inputs * self.size;
         let mut output = 0;
         while output < self.outputs {
-            let height = block::<T, S>(self.outputs - output);
+            let height = height::<T, S>(self.outputs - output);
             self.add_biases(s, output..output + height, &rows);
             let mut column = 0;
             while column < columns {
@@ -239,22 +242,22 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
                 for ky in 0..self.size {
                     let at = [output, column, ky];
                     match (height, width) {
-                        (8, 3) if const { has_block::<T, S, 8>() } => {
+                        (8, 3) if const { correlates::<T, S, 8>() } => {
                             self.block::<8, 3>(s, at, &rows);
                         }
-                        (8, _) if const { has_block::<T, S, 8>() } => {
+                        (8, _) if const { correlates::<T, S, 8>() } => {
                             self.block::<8, 1>(s, at, &rows);
                         }
-                        (4, 3) if const { has_block::<T, S, 4>() } => {
+                        (4, 3) if const { correlates::<T, S, 4>() } => {
                             self.block::<4, 3>(s, at, &rows);
                         }
-                        (4, _) if const { has_block::<T, S, 4>() } => {
+                        (4, _) if const { correlates::<T, S, 4>() } => {
                             self.block::<4, 1>(s, at, &rows);
                         }
-                        (2, 3) if const { has_block::<T, S, 2>() } => {
+                        (2, 3) if const { correlates::<T, S, 2>() } => {
                             self.block::<2, 3>(s, at, &rows);
                         }
-                        (2, _) if const { has_block::<T, S, 2>() } => {
+                        (2, _) if const { correlates::<T, S, 2>() } => {
                             self.block::<2, 1>(s, at, &rows);
                         }
                         (_, 3) => self.block::<1, 3>(s, at, &rows),
@@ -326,6 +329,31 @@ impl<T: Element, S: Simd, const V: usize> Correlation<'_, T, S, V> {
     }
 }
 
+/// Outputs of the largest block: three accumulators for each must leave registers free.
+const fn tallest<S: Simd>() -> usize {
+    if has_many_registers::<S>() {
+        8
+    } else {
+        4
+    }
+}
+
+/// Whether there is code for blocks of R outputs.
+const fn correlates<T: Element, S: Simd, const R: usize>() -> bool {
+    let most = tallest::<S>();
+    R == most || R == 1 || R < most && T::WIDE
+}
+
+/// Outputs of a block where `left` are left: 8, 4, 2 or 1.
+fn height<T: Element, S: Simd>(left: usize) -> usize {
+    match left {
+        8.. if const { correlates::<T, S, 8>() } => 8,
+        4.. if const { correlates::<T, S, 4>() } => 4,
+        2.. if const { correlates::<T, S, 2>() } => 2,
+        _ => 1,
+    }
+}
+
 /// Columns of a block where `left` are left.
 fn width(left: usize) -> usize {
     if left >= 3 {
@@ -356,7 +384,7 @@ pub(crate) fn filter_totals<T: Element, S: Simd>(
     let mut totals = vec![T::default(); outputs * columns * size];
     let mut output = 0;
     while output < outputs {
-        let height = block::<T, S>(outputs - output);
+        let height = height::<T, S>(outputs - output);
         let mut column = 0;
         while column < columns {
             let width = width(columns - column);

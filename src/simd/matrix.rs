@@ -4,7 +4,7 @@
 //! every block of rows of the product is a block of accumulators, one row of a in a register each.
 //! Nothing of a is copied, whether it is transposed or not.
 
-use pulp::{Simd, WithSimd};
+use pulp::{Arch, Simd, WithSimd};
 
 use super::pieces::by_piece;
 use super::product::{block, has_block};
@@ -73,7 +73,7 @@ pub(crate) fn product<T: Element>(
         return Ok(out);
     }
     // Whole blocks of rows, as many as are worth a thread, and a copy of b.
-    let rows = (PIECE / (a.columns * b.columns).max(1)).max(64);
+    let rows = (PIECE / (a.columns * b.columns).max(1)).max(16);
     by_piece(
         &mut out,
         rows.next_multiple_of(8) * b.columns,
@@ -89,6 +89,23 @@ pub(crate) fn product<T: Element>(
         },
     );
     Ok(out)
+}
+
+/// `out = a b + start` on this thread, with `start` as for [`product`]; without one `out` is zero before.
+pub(crate) fn product_of_rows<T: Element>(
+    unit: Arch,
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    start: &[T],
+    out: &mut [T],
+) {
+    unit.dispatch(RowBlock {
+        a,
+        b,
+        start,
+        first: 0,
+        out,
+    });
 }
 
 /// Σ over the rows.
@@ -222,6 +239,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Panel<'_, T, S, V> {
             let height = block::<T, S>(rows - row);
             match height {
                 8 if const { has_block::<T, S, 8>() } => self.rows::<8>(s, row),
+                6 if const { has_block::<T, S, 6>() } => self.rows::<6>(s, row),
                 4 if const { has_block::<T, S, 4>() } => self.rows::<4>(s, row),
                 2 if const { has_block::<T, S, 2>() } => self.rows::<2>(s, row),
                 _ => self.rows::<1>(s, row),

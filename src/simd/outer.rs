@@ -2,7 +2,7 @@
 
 use pulp::Simd;
 
-use super::product::{add_product, block, has_block};
+use super::product::{add_product, block, has_block, has_many_registers};
 use super::{scalars, Element, Kernel};
 
 /// The x and g of one evaluation in a window: tiles `[feature][B]`.
@@ -78,6 +78,7 @@ impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
             let height = block::<T, S>(self.inputs - input);
             match height {
                 8 if const { has_block::<T, S, 8>() } => self.block::<8, W>(s, input, output),
+                6 if const { has_block::<T, S, 6>() } => self.block::<6, W>(s, input, output),
                 4 if const { has_block::<T, S, 4>() } => self.block::<4, W>(s, input, output),
                 2 if const { has_block::<T, S, 2>() } => self.block::<2, W>(s, input, output),
                 _ => self.block::<1, W>(s, input, output),
@@ -134,22 +135,30 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Dot<'_, T, S, V> {
     fn run(mut self, s: S) {
         let mut output = 0;
         while output < self.outputs {
-            // Sixteen accumulators at most: eight by two, or two by eight.
-            let height = part(self.outputs - output, T::WIDE);
+            // Accumulators for half of the registers, or for twelve of sixteen: eight or six by two, or the reverse.
+            let height = part::<T, S>(self.outputs - output, T::WIDE);
             let mut input = 0;
             while input < self.inputs {
                 let left = self.inputs - input;
                 let width = match height {
-                    8 if left >= 2 && T::WIDE => 2,
-                    8 => 1,
-                    _ => part(left, false),
+                    6.. if left >= 2 && T::WIDE => 2,
+                    6.. => 1,
+                    _ => part::<T, S>(left, false),
                 };
                 match (height, width) {
-                    (8, 2) if const { T::WIDE } => self.block::<8, 2>(s, output, input),
-                    (8, _) => self.block::<8, 1>(s, output, input),
-                    (2, 8) if const { T::WIDE } => self.block::<2, 8>(s, output, input),
+                    (8, 2) if const { is_tall::<T, S>() && T::WIDE } => {
+                        self.block::<8, 2>(s, output, input);
+                    }
+                    (8, _) if const { is_tall::<T, S>() } => self.block::<8, 1>(s, output, input),
+                    (6, 2) if const { !is_tall::<T, S>() } => self.block::<6, 2>(s, output, input),
+                    (6, _) if const { !is_tall::<T, S>() } => self.block::<6, 1>(s, output, input),
+                    (2, 8) if const { is_tall::<T, S>() && T::WIDE } => {
+                        self.block::<2, 8>(s, output, input);
+                    }
+                    (2, 6) if const { !is_tall::<T, S>() } => self.block::<2, 6>(s, output, input),
                     (2, _) if const { T::WIDE } => self.block::<2, 1>(s, output, input),
-                    (_, 8) => self.block::<1, 8>(s, output, input),
+                    (_, 8) if const { is_tall::<T, S>() } => self.block::<1, 8>(s, output, input),
+                    (_, 6) if const { !is_tall::<T, S>() } => self.block::<1, 6>(s, output, input),
                     _ => self.block::<1, 1>(s, output, input),
                 }
                 input += width;
@@ -159,10 +168,16 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Dot<'_, T, S, V> {
     }
 }
 
-/// Eight of those that are left, or two if there are such blocks, or one.
-fn part(left: usize, twos: bool) -> usize {
+/// Whether blocks have eight rows or columns, and not six.
+const fn is_tall<T: Element, S: Simd>() -> bool {
+    has_many_registers::<S>() || !T::WIDE
+}
+
+/// Eight or six of those that are left, or two if there are such blocks, or one.
+fn part<T: Element, S: Simd>(left: usize, twos: bool) -> usize {
     match left {
-        8.. => 8,
+        8.. if is_tall::<T, S>() => 8,
+        6.. if !is_tall::<T, S>() => 6,
         2.. if twos => 2,
         _ => 1,
     }

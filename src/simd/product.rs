@@ -21,25 +21,32 @@ pub(crate) struct Packed<T> {
     pub(super) data: Vec<T>,
 }
 
-/// Rows of the largest block: two vectors of accumulators for each must leave registers free.
+/// Rows of the largest block: two vectors of accumulators for each must leave registers free.  Two multiply-adds a cycle,
+/// each of which takes four, need eight accumulators; with no more than these, every delay is lost.
 pub(crate) const fn largest_block<S: Simd>() -> usize {
-    if S::REGISTER_COUNT >= 32 {
+    if has_many_registers::<S>() {
         8
     } else {
-        4
+        6
     }
+}
+
+/// Whether there are 32 vector registers, and not 16.
+pub(super) const fn has_many_registers<S: Simd>() -> bool {
+    S::REGISTER_COUNT >= 32
 }
 
 /// Whether there is code for blocks of R rows: of f64, which is for studies, for the largest and for single rows only.
 pub(super) const fn has_block<T: Element, S: Simd, const R: usize>() -> bool {
     let most = largest_block::<S>();
-    R == most || R == 1 || R < most && T::WIDE
+    R == most || R == 1 || R < most && R.is_power_of_two() && T::WIDE
 }
 
-/// Rows that a block has where `left` are left: 8, 4, 2 or 1.
+/// Rows that a block has where `left` are left: 8 or 6, 4, 2 or 1.
 pub(super) fn block<T: Element, S: Simd>(left: usize) -> usize {
     match left {
         8.. if const { has_block::<T, S, 8>() } => 8,
+        6.. if const { has_block::<T, S, 6>() } => 6,
         4.. if const { has_block::<T, S, 4>() } => 4,
         2.. if const { has_block::<T, S, 2>() } => 2,
         _ => 1,
@@ -70,6 +77,9 @@ impl<T: Element> Packed<T> {
                 8 if const { has_block::<T, S, 8>() } => {
                     enter(s, TransposeRows::<T, 8> { matrix, block });
                 }
+                6 if const { has_block::<T, S, 6>() } => {
+                    enter(s, TransposeRows::<T, 6> { matrix, block });
+                }
                 4 if const { has_block::<T, S, 4>() } => {
                     enter(s, TransposeRows::<T, 4> { matrix, block });
                 }
@@ -94,6 +104,7 @@ impl<T: Element> Packed<T> {
             let matrix = &matrix[first..];
             match height {
                 8 => take::<T, 8>(all, matrix, block),
+                6 => take::<T, 6>(all, matrix, block),
                 4 => take::<T, 4>(all, matrix, block),
                 2 => take::<T, 2>(all, matrix, block),
                 _ => take::<T, 1>(all, matrix, block),
@@ -348,11 +359,17 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
                 8 if const { has_block::<T, S, 8>() } => {
                     self.blocks::<8, 1>(s, epilogue, rows, weights, columns);
                 }
+                6 if const { has_block::<T, S, 6>() } => {
+                    self.blocks::<6, 1>(s, epilogue, rows, weights, columns);
+                }
                 4 if const { has_block::<T, S, 4>() } => {
                     self.blocks::<4, 1>(s, epilogue, rows, weights, columns);
                 }
-                2 if const { has_block::<T, S, 2>() } => {
+                2 if const { has_block::<T, S, 2>() && has_many_registers::<S>() } => {
                     self.blocks::<2, 4>(s, epilogue, rows, weights, columns);
+                }
+                2 if const { has_block::<T, S, 2>() && !has_many_registers::<S>() } => {
+                    self.blocks::<2, 3>(s, epilogue, rows, weights, columns);
                 }
                 _ => self.blocks::<1, 4>(s, epilogue, rows, weights, columns),
             }

@@ -8,6 +8,14 @@ pub struct BackwardStats {
     pub steps: usize,
     /// Attempts of adaptive steps that were rejected.
     pub rejected: usize,
+    /// Adaptive steps that were accepted although their error was larger than the tolerance, since they could not be
+    /// shorter ([`Adaptive::min_step`](crate::options::Adaptive::min_step)).
+    pub forced: usize,
+    /// Adaptive steps that were accepted only because of the noise floor
+    /// ([`Adaptive::noise_floor`](crate::options::Adaptive::noise_floor)).
+    pub limited: usize,
+    /// The largest error of an accepted adaptive step, relative to the tolerance without a noise floor.
+    pub tolerance_factor: f64,
     /// Evaluations of the equation that is solved backward, each one evaluation of the field with one pull-back
     /// (the NFE of a backward pass).  Those of rejected attempts and for the first step are among them; stages of
     /// forward steps that are computed again, and points of a Gauss rule, are not.
@@ -37,6 +45,9 @@ impl BackwardStats {
         self.rejected += other.rejected;
         self.evaluations += other.evaluations;
         self.points += other.points;
+        self.forced += other.forced;
+        self.limited += other.limited;
+        self.tolerance_factor = self.tolerance_factor.max(other.tolerance_factor);
     }
 
     /// Counts an attempt, and keeps it if it is wanted.

@@ -98,12 +98,41 @@ impl Tableau {
         self.read_by((0..self.stages()).map(read).collect())
     }
 
+    /// Whether the state at the end of a step, the embedded one, or an output inside the step reads stage i itself, and
+    /// not only through other stages.
+    pub(crate) fn is_weighed(&self, i: usize) -> bool {
+        let row = self
+            .interpolant
+            .as_ref()
+            .map_or(&[][..], |rows| rows.row(i));
+        let embedded = self.embedded().and_then(|b| b.get(i));
+        let weights = row.iter().chain(self.b.get(i)).chain(embedded);
+        weights.into_iter().any(|b| *b != 0.0)
+    }
+
     /// b_i(x) of every stage; none where there is no interpolant.
     pub(crate) fn weights_at(&self, x: f64) -> Vec<f64> {
         if x == 1.0 {
             return self.b.to_vec();
         }
         self.polynomials(|row| row.iter().rev().fold(0.0, |sum, c| (sum + c) * x))
+    }
+
+    /// b_i(x) of one stage at several x.
+    pub(crate) fn weights_of_stage(&self, i: usize, xs: &[f64], weights: &mut [f64]) {
+        let row = self
+            .interpolant
+            .as_ref()
+            .map_or(&[][..], |rows| rows.row(i));
+        weights.fill(0.0);
+        for c in row.iter().rev() {
+            for (weight, x) in weights.iter_mut().zip(xs) {
+                *weight = (*weight + c) * x;
+            }
+        }
+        for (weight, _) in weights.iter_mut().zip(xs).filter(|(_, x)| **x == 1.0) {
+            *weight = self.b[i];
+        }
     }
 
     /// The coefficients of x, x², … in b_i(x); none where there is no interpolant.
@@ -220,6 +249,31 @@ mod tests {
             assert!(near(dense.slopes_at(0.0), &unit(0)) <= 1e-10, "{name}");
             assert!(near(dense.slopes_at(1.0), &unit(last)) <= 1e-10, "{name}");
         }
+    }
+
+    #[test]
+    fn weights_are_the_same_one_by_one_and_stage_by_stage() {
+        let xs = [0.0, 0.3, 1.0, 0.75];
+        for (method, ..) in &ORDERS {
+            let method = method.dense();
+            let mut weights = [0.0; 4];
+            for i in 0..method.stages() {
+                method.weights_of_stage(i, &xs, &mut weights);
+                assert_eq!(weights, xs.map(|x| method.weights_at(x)[i]));
+            }
+        }
+    }
+
+    #[test]
+    fn only_other_stages_read_the_second_stage_of_dopri5() {
+        let unread = |method: &Tableau| -> Vec<_> {
+            let all = 0..method.stages();
+            all.filter(|&i| !method.is_weighed(i)).collect()
+        };
+        assert_eq!(unread(&DOPRI5.dense()), [1]);
+        assert_eq!(unread(&DOPRI8.dense()), [1, 2, 3, 4]);
+        assert_eq!(unread(&TSIT5.dense()), [0; 0]);
+        assert_eq!(unread(&RK4), [0; 0]);
     }
 
     #[test]

@@ -238,9 +238,11 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
             enter(s, expand);
             x = z;
         }
-        match &self.trace {
-            Trace::Coupling(trace) => trace.evaluate::<S, V>(s, slopes, of_trace),
-            Trace::Chain(trace) => trace.evaluate::<S, V>(s, &self.layers, slopes, of_trace),
+        if at.is_weighed {
+            match &self.trace {
+                Trace::Coupling(trace) => trace.evaluate::<S, V>(s, slopes, of_trace),
+                Trace::Chain(trace) => trace.evaluate::<S, V>(s, &self.layers, slopes, of_trace),
+            }
         }
         if let Some(k) = k {
             let (velocity, trace) = k.split_at_mut(self.features * V);
@@ -251,6 +253,10 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
                 out: velocity,
             };
             enter(s, product);
+            if !at.is_weighed {
+                trace.fill(T::zeros::<S>());
+                return;
+            }
             let minus = match &self.trace {
                 Trace::Coupling(of) => of.minus_trace::<S, V>(s, slopes, of_trace),
                 Trace::Chain(of) => of.minus_trace::<S, V>(s, slopes, of_trace),

@@ -2,9 +2,10 @@
 
 use candle_core::{Module, Result, Tensor};
 
+use super::tiles::Turn;
 use super::{through, Curved, Potential};
 use crate::error::Error;
-use crate::field::{autograd, Pullback, VectorField};
+use crate::field::{autograd, Offer, Pullback, VectorField};
 use crate::nn::{add_gradient, wrong_state, Jvp, Perceptron};
 use crate::time::Time;
 
@@ -59,6 +60,10 @@ impl<P: Potential> VectorField<Tensor> for GradientFlow<P> {
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.energy.parameters()
+    }
+
+    fn offer(&self) -> Option<Offer> {
+        self.energy.offer(Turn::Down)
     }
 }
 

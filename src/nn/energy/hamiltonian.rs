@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Result, Tensor, D};
 
+use super::tiles::Turn;
 use super::{half, through, Curved, Potential};
-use crate::field::{autograd, Cotangents, Pullback, VectorField};
+use crate::field::{autograd, Cotangents, Offer, Pullback, VectorField};
 use crate::nn::linear::sum_of_rows;
 use crate::nn::perceptron::part;
 use crate::nn::{add_gradient, Jvp};
@@ -77,6 +78,10 @@ impl<P: Potential> VectorField<Tensor> for Hamiltonian<P> {
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.energy.parameters()
+    }
+
+    fn offer(&self) -> Option<Offer> {
+        self.energy.offer(Turn::Symplectic)
     }
 }
 

@@ -5,9 +5,10 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::laplacian::laplacian;
+use super::tiles::Turn;
 use super::{Curved, Potential};
 use crate::error::{Error, PotentialDefect};
-use crate::field::{Cotangents, Pullback};
+use crate::field::{Cotangents, Offer, Pullback};
 use crate::nn::linear::{matmul, sum_of_rows, transposed_matmul};
 use crate::nn::perceptron::{check_widths, Pass, Perceptron, Pulled};
 use crate::nn::{add_gradient, coefficients, wrong_state, Activation, Linear};
@@ -55,7 +56,7 @@ pub enum Energy {
 pub struct EnergyMlp {
     pub(super) net: Perceptron,
     pub(super) energy: Energy,
-    time: bool,
+    pub(super) time: bool,
 }
 
 impl EnergyMlp {
@@ -178,6 +179,11 @@ impl EnergyMlp {
         net.like(x)
     }
 
+    /// Whether the bias of the last layer only shifts Φ, so that no gradient reads it.
+    pub(super) fn shifts(&self) -> bool {
+        self.energy == Energy::Output
+    }
+
     /// δ_L.
     fn seed(&self, output: &Tensor) -> Result<Tensor> {
         match self.energy {
@@ -218,8 +224,8 @@ impl EnergyMlp {
                 add_gradient(params, weight, weight_bar()?)?;
             }
             // A number that is added to Φ has no gradient.
-            let shifts = l + 1 == self.net.layers.len() && self.energy == Energy::Output;
-            if let Some(bias) = bias.filter(|_| !shifts) {
+            let last = l + 1 == self.net.layers.len();
+            if let Some(bias) = bias.filter(|_| !(last && self.shifts())) {
                 add_gradient(params, bias, sum_of_rows(bend)?)?;
             }
             return Ok(None);
@@ -320,13 +326,12 @@ impl Potential for EnergyMlp {
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
-        let shift = match (self.energy, self.net.layers.last()) {
-            (Energy::Output, Some(last)) => last.bias.as_ref().map(Tensor::id),
-            _ => None,
-        };
-        // The bias that only shifts the potential is read by no gradient.
-        let read = |p: &&Tensor| p.track_op() && Some(p.id()) != shift;
-        Some(self.net.tensors().filter(read).cloned().collect())
+        let tracked = self.read().filter(|p| p.track_op());
+        Some(tracked.cloned().collect())
+    }
+
+    fn offer(&self, turn: Turn) -> Option<Offer> {
+        self.offered(turn)
     }
 }
 

@@ -12,7 +12,8 @@
 //! | [`PortHamiltonian`] | (∂H/∂p, −∂H/∂q − r ∘ ∂H/∂p) | H falls |
 //! | [`Lagrangian`] | (q̇, M⁻¹(∂L/∂q − (∂²L/∂q̇∂q) q̇)), M = ∂²L/∂q̇∂q̇, x = (q, q̇) | the energy is constant |
 //!
-//! [`EnergyMlp`](super::EnergyMlp) is a potential with a pull-back of its gradient written by hand.  A closure that returns
+//! [`EnergyMlp`](super::EnergyMlp) is a potential with a pull-back of its gradient written by hand.  [`Hamiltonian`] and
+//! [`GradientFlow`] of one are integrated tile by tile, if it has a hidden layer and none is residual.  A closure that returns
 //! Φ and ∇Φ is a potential too:
 //!
 //! ```
@@ -40,6 +41,7 @@ mod lagrangian;
 mod laplacian;
 pub(super) mod mlp;
 mod solve;
+pub(super) mod tiles;
 
 pub use flow::{GradientFlow, Skew};
 pub use hamiltonian::{Hamiltonian, PortHamiltonian};
@@ -49,8 +51,9 @@ pub use mlp::Energy;
 use candle_core::{Result, Tensor, D};
 
 use super::wrong_state;
-use crate::field::{autograd, Cotangents, Pullback};
+use crate::field::{autograd, Cotangents, Offer, Pullback};
 use crate::time::Time;
+use tiles::Turn;
 
 /// A scalar function Φ(t, x) of every row of x, with its gradient in x as a value.
 ///
@@ -80,6 +83,12 @@ pub trait Potential {
     /// The parameters that [`gradient_vjp`](Self::gradient_vjp) returns gradients of, as
     /// [`VectorField::parameters`](crate::VectorField::parameters); `None` (the default) lets the solver find them.
     fn parameters(&self) -> Option<Vec<Tensor>> {
+        None
+    }
+
+    /// What the field x' = A ∇Φ offers to the solver, for potentials of this crate.
+    #[doc(hidden)]
+    fn offer(&self, _turn: Turn) -> Option<Offer> {
         None
     }
 }

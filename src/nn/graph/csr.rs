@@ -120,6 +120,11 @@ impl Csr {
         &self.values
     }
 
+    /// Where the entries are.
+    pub(super) fn pattern(&self) -> &Arc<Pattern> {
+        &self.pattern
+    }
+
     /// Rows and columns.
     pub fn dims(&self) -> (usize, usize) {
         (self.pattern.by_row.lines(), self.columns)

@@ -4,17 +4,19 @@ use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Csr;
+use crate::nn::linear::affine;
+use crate::nn::spread::spread;
 use crate::nn::Linear;
 
-/// y = A (x Wᵀ) + b: a linear layer of every node, averaged over its neighbours (Kipf & Welling, "Semi-supervised
+/// y = A x Wᵀ + b: a linear layer of every node, averaged over its neighbours (Kipf & Welling, "Semi-supervised
 /// classification with graph convolutional networks", arXiv 1609.02907).
 ///
 /// x `(nodes, inputs)`, y `(nodes, outputs)`; A is a [`Csr`], mostly [`Csr::normalised_adjacency`].
 #[derive(Clone, Debug)]
 pub struct Gcn {
-    graph: Csr,
-    linear: Linear,
-    bias: Tensor,
+    pub(super) graph: Csr,
+    pub(super) linear: Linear,
+    pub(super) bias: Tensor,
 }
 
 impl Gcn {
@@ -50,6 +52,29 @@ impl Gcn {
         })
     }
 
+    /// Inputs and outputs.
+    pub(super) fn widths(&self) -> (usize, usize) {
+        let dims = self.linear.weight.dims();
+        (dims[1], dims[0])
+    }
+
+    /// W and b.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.linear.weight, &self.bias].into_iter()
+    }
+
+    /// The same with weights in the dtype of x.
+    pub(super) fn like(&self, x: &Tensor) -> Result<Self> {
+        Ok(Self {
+            graph: self.graph.clone(),
+            linear: Linear {
+                weight: self.linear.weight.to_dtype(x.dtype())?,
+                bias: None,
+            },
+            bias: self.bias.to_dtype(x.dtype())?,
+        })
+    }
+
     /// The same weights over another graph.
     pub fn over(&self, graph: &Csr) -> Self {
         Self {
@@ -61,7 +86,16 @@ impl Gcn {
 
 impl Module for Gcn {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (inputs, outputs) = self.widths();
+        if inputs <= outputs {
+            // The product adds the bias in the same pass.
+            return affine(
+                &self.graph.matmul(x)?,
+                &self.linear.weight,
+                Some(&self.bias),
+            );
+        }
         let y = self.graph.matmul(&self.linear.forward(x)?)?;
-        y + crate::nn::spread::spread(&self.bias, self.graph.dims().0)?
+        y + spread(&self.bias, self.graph.dims().0)?
     }
 }

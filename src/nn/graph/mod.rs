@@ -1,7 +1,8 @@
 //! Layers over the nodes of a graph, and the sparse matrices that join them.
 //!
 //! A row of a state is a node here, and nodes read their neighbours: a field of [`Gcn`] layers is a *graph neural ODE*
-//! ("Graph Neural Ordinary Differential Equations", arXiv 1911.07532).  Dropout inside such a field must be the same at
+//! ("Graph Neural Ordinary Differential Equations", arXiv 1911.07532).  [`GcnField`] is one with a pull-back written by hand.
+//! Dropout inside such a field must be the same at
 //! every evaluation of a solve: [`dropout_mask`](super::dropout_mask) draws a mask once, and the solve is given it as an
 //! argument.
 //!
@@ -25,9 +26,12 @@
 //! ```
 
 mod csr;
+mod field;
+mod fused;
 mod gcn;
 mod pattern;
 mod product;
 
 pub use csr::Csr;
+pub use field::GcnField;
 pub use gcn::Gcn;

@@ -182,13 +182,13 @@ fn product<T: Element>(
 }
 
 /// Lines from the `first` on.
-struct Lines<'a, T, V> {
-    side: &'a Side,
-    value: &'a V,
-    x: &'a [T],
-    width: usize,
-    first: usize,
-    out: &'a mut [T],
+pub(super) struct Lines<'a, T, V> {
+    pub(super) side: &'a Side,
+    pub(super) value: V,
+    pub(super) x: &'a [T],
+    pub(super) width: usize,
+    pub(super) first: usize,
+    pub(super) out: &'a mut [T],
 }
 
 impl<T: Element, V: Fn(usize) -> T> WithSimd for Lines<'_, T, V> {
@@ -218,6 +218,7 @@ impl<T: Element, V: Fn(usize) -> T> WithSimd for Lines<'_, T, V> {
             if rest.is_empty() {
                 continue;
             }
+            rest.fill(T::default());
             for e in entries {
                 let (v, at) = ((self.value)(e), self.side.across[e] as usize * self.width);
                 let x = &self.x[at + from..at + self.width];

@@ -5,16 +5,17 @@
 //! backward pass has already pulled back.  The cotangent that the outputs inside step n give to this stage is
 //! therefore passed to step n + 1: κ = h_n Σ_m b_s(x_m) ȳ_m is added to v_1 of step n + 1 as κ / h_{n+1}.
 //!
-//! All lanes of a tile share one adjoint scale, which is chosen from the largest cotangent in the tile.
+//! In f16 every row has its own adjoint scale, so that its gradient does not depend on the rows beside it.
 
-use super::inside::LaneWeights;
+use super::inside::{put, take, LaneOutputs};
 use super::{keeps_no_evaluations, RowSolve, RowTrajectories, SolvedGroup};
 use crate::error::{Error, Result};
 use crate::reverse::{Adjoint, Backward};
 use crate::rows::activations::{KeptEvaluations, Selection};
-use crate::rows::backward::{adjoint, magnitude, SweptGroup};
+use crate::rows::backward::{adjoint, SweptGroup};
 use crate::rows::lanes::LaneSteps;
 use crate::rows::pulls::{DenseSeeds, StagePulls};
+use crate::rows::scales::Scales;
 use crate::rows::stepper::Stepper;
 use crate::rows::trajectory::{Snapshot, TileStore, TileTrajectory};
 use crate::rows::window::{KeptBy, Sums, Window};
@@ -78,14 +79,12 @@ struct RowsPass<'a, T: Element> {
 }
 
 impl<T: Element> RowsPass<'_, T> {
-    /// The cotangents of an output of a row, feature after feature.
-    fn seed(&self, row: usize, output: usize) -> impl Iterator<Item = T> + '_ {
+    /// The cotangents of an output of a row, leaf by leaf.
+    fn seed(&self, row: usize, output: usize) -> impl Iterator<Item = &[T]> + '_ {
         let layout = self.plan.layout;
         let all = &self.cotangent[output * self.plan.problem.packing.len()..];
         let leaves = layout.features.iter().enumerate();
-        leaves.flat_map(move |(leaf, &features)| {
-            all[layout.offset(leaf, row)..][..features].iter().copied()
-        })
+        leaves.map(move |(leaf, &features)| &all[layout.offset(leaf, row)..][..features])
     }
 
     /// That the cotangents of every row that has reached the end are finite.
@@ -99,7 +98,10 @@ impl<T: Element> RowsPass<'_, T> {
             {
                 // What the row has not reached is none of its outputs.
                 for output in solve.steps.numbers() {
-                    if !self.seed(row, output).all(|y| y.wide().is_finite()) {
+                    // Without a branch for every number.
+                    let finite = |all: bool, y: &T| all & y.wide().is_finite();
+                    let mut leaves = self.seed(row, output);
+                    if !leaves.all(|leaf| leaf.iter().fold(true, finite)) {
                         return Err(Error::NonFiniteCotangent);
                     }
                 }
@@ -125,7 +127,6 @@ impl<T: Element> RowsPass<'_, T> {
         let mut walks = Walks::new(self, group);
         let mut pull = StagePulls::<T>::new(&walks.stepper);
         let mut dense = DenseSeeds::new(&walks.stepper);
-        let (batch, mut scaler) = (walks.stepper.batch, plan.problem.scaler);
         let mut counted = Stats::default();
         while walks.enter_steps(&mut counted).map_err(anywhere)? {
             let seeds = walks.weigh(&mut dense).then_some(&dense);
@@ -133,22 +134,19 @@ impl<T: Element> RowsPass<'_, T> {
             window.begin_step(field, &kept);
             walks.stepper.linearize(steps, &walks.y, window.next_kept());
             counted.recomputed += walks.stepper.stages(steps.is_dense()).len();
-            if scaler.is_dynamic() {
-                let adj = &walks.adj[..walks.stepper.size];
-                scaler = scaler.aimed(magnitude(walks.stepper.on, plan, batch, adj, seeds));
-            }
-            scaler = pull
-                .step(
-                    &walks.stepper,
-                    steps,
-                    &mut walks.adj,
-                    seeds,
-                    window,
-                    &kept,
-                    scaler,
-                    &mut counted,
-                )
-                .map_err(anywhere)?;
+            let adj = &walks.adj[..walks.stepper.size];
+            walks.scales.aim(walks.stepper.on, plan, adj, seeds);
+            pull.step(
+                &walks.stepper,
+                steps,
+                &mut walks.adj,
+                seeds,
+                window,
+                &kept,
+                &mut walks.scales,
+                &mut counted,
+            )
+            .map_err(anywhere)?;
             walks.leave_steps()?;
             window.end_step();
         }
@@ -167,10 +165,32 @@ struct Walk<'a, T> {
     solve: &'a RowSolve<T>,
     /// The step that it is in, or before which it has arrived.
     n: usize,
+    /// Outputs inside that step, and inside the step before it.
+    inside: [&'a [Inside]; 2],
+    /// What the last stage of that step is also the first stage of: whether of the step after it; of the step before,
+    /// whose last stage is the first one of that step, the length over that of the step.
+    joins: bool,
+    ratio: Option<f64>,
     rewind: Option<Rewind<'a, Snapshot<T>, TileStore>>,
     /// The step that is replayed, until the state is there.
     replayed: Option<usize>,
     arrived: bool,
+}
+
+impl<T: Element> Walk<'_, T> {
+    /// Enters the step before; the step.
+    fn enter(&mut self) -> Step {
+        let steps = &self.solve.steps;
+        let of_step_before = |n: usize| n.checked_sub(1).map_or(&[][..], |n| steps.inside(n));
+        self.n -= 1;
+        self.arrived = false;
+        self.joins = steps.is_joined(self.n + 1);
+        self.inside = [self.inside[1], of_step_before(self.n)];
+        let step = steps.step(self.n);
+        self.ratio = (steps.is_joined(self.n) && !self.inside[1].is_empty())
+            .then(|| steps.length(self.n - 1) / step.h);
+        step
+    }
 }
 
 /// The lanes of a tile on their ways.
@@ -185,20 +205,22 @@ struct Walks<'a, T: Element> {
     steps: Vec<Step>,
     y: Aligned<T>,
     adj: Aligned<T>,
+    scales: Scales,
     /// The numbers of one row, and of what a step of it carries; a tile that is replayed, and its slot.
     row: Vec<T>,
     carried: Vec<T>,
     tile: Aligned<T>,
     slot: Aligned<T>,
     /// Of outputs inside the steps.
-    inside: LaneWeights<T>,
+    inside: LaneOutputs<T>,
     /// λ_0, `[row][feature]`.
     y0: Vec<T>,
 }
 
 impl<'a, T: Element> Walks<'a, T> {
     fn new(pass: &'a RowsPass<'a, T>, group: &'a SolvedGroup<T>) -> Self {
-        let stepper = Stepper::new(&*pass.solved.field, pass.plan);
+        let mut stepper = Stepper::new(&*pass.solved.field, pass.plan);
+        stepper.clock.is_read = pass.solved.reads_time;
         let (size, batch) = (stepper.size, stepper.batch);
         let mut waiting: Vec<_> = (0..group.solves.len()).rev().collect();
         waiting.sort_by_key(|&place| group.solves[place].steps.len());
@@ -208,11 +230,12 @@ impl<'a, T: Element> Walks<'a, T> {
             steps: vec![],
             y: aligned(size),
             adj: aligned(stepper.carried),
+            scales: Scales::by_lane(pass.plan.problem.scaler, batch),
             row: vec![T::default(); pass.plan.layout.dim()],
             carried: vec![T::default(); stepper.carried / batch],
             tile: aligned(stepper.carried),
             slot: stepper.slot(),
-            inside: LaneWeights::new(&stepper),
+            inside: LaneOutputs::new(&stepper),
             y0: vec![T::default(); group.rows.len() * pass.plan.layout.dim()],
             pass,
             group,
@@ -233,6 +256,7 @@ impl<'a, T: Element> Walks<'a, T> {
         let batch = self.batch();
         let adj = &mut self.adj;
         self.lanes[at] = None;
+        self.scales.begin(at);
         for i in (at..adj.len()).step_by(batch) {
             adj[i] = T::default();
         }
@@ -243,18 +267,19 @@ impl<'a, T: Element> Walks<'a, T> {
             let output = solve.steps.at_node(n).filter(|_| solve.stopped.is_none());
             let seed = output.into_iter().flat_map(|o| self.pass.seed(row, o));
             if n == 0 || solve.stopped.is_some() {
-                let y0 = &mut self.y0[place * dim..][..dim];
-                y0.iter_mut().zip(seed).for_each(|(y0, seed)| *y0 = seed);
+                let y0 = self.y0[place * dim..][..dim].iter_mut();
+                y0.zip(seed.flatten()).for_each(|(y0, seed)| *y0 = *seed);
                 continue;
             }
-            for (i, y) in seed.enumerate() {
-                adj[i * batch + at] = y;
-            }
+            put(seed, batch, at, adj);
             self.stepper.clock.rows_mut()[at] = row;
             self.lanes[at] = Some(Walk {
                 row,
                 solve,
                 n,
+                inside: [&[], solve.steps.inside(n - 1)],
+                joins: false,
+                ratio: None,
                 rewind: None,
                 replayed: None,
                 arrived: false,
@@ -269,20 +294,16 @@ impl<'a, T: Element> Walks<'a, T> {
         let Some(live) = self.lanes.iter().position(Option::is_some) else {
             return Ok(false);
         };
-        for walk in self.lanes.iter_mut().flatten() {
-            walk.n -= 1;
-            walk.arrived = false;
-        }
-        while self.find_states(stats)? {
-            self.replay(stats)?;
-        }
-        for (at, walk) in self.lanes.iter().enumerate() {
+        for (at, walk) in self.lanes.iter_mut().enumerate() {
             let Some(walk) = walk else { continue };
-            let step = walk.solve.steps.step(walk.n);
+            let step = walk.enter();
             if self.steps.is_empty() {
                 self.steps = vec![step; batch];
             }
             self.steps[at] = step;
+        }
+        while self.find_states(stats)? {
+            self.replay(stats)?;
         }
         // Lanes without a row do what another does, with cotangents of zero.
         let y = &mut self.y;
@@ -322,9 +343,7 @@ impl<'a, T: Element> Walks<'a, T> {
                         Next::State(state) => state.load(&mut self.row),
                         Next::Advance(m, state) => {
                             state.load(&mut self.carried);
-                            for (i, x) in self.carried.iter().enumerate() {
-                                tile[i * batch + at] = *x;
-                            }
+                            put(std::iter::once(&*self.carried), batch, at, tile);
                             walk.replayed = Some(m);
                             replays = true;
                             continue;
@@ -332,9 +351,7 @@ impl<'a, T: Element> Walks<'a, T> {
                     }
                 }
             }
-            for (i, x) in self.row.iter().enumerate() {
-                y[i * batch + at] = *x;
-            }
+            put(std::iter::once(&*self.row), batch, at, y);
             walk.arrived = true;
         }
         Ok(replays)
@@ -364,8 +381,7 @@ impl<'a, T: Element> Walks<'a, T> {
             let Some(walk) = walk.as_mut().filter(|walk| walk.replayed.is_some()) else {
                 continue;
             };
-            let lane = tile.iter().skip(at).step_by(batch);
-            self.carried.iter_mut().zip(lane).for_each(|(x, y)| *x = *y);
+            take(tile, batch, at, &mut self.carried);
             if let Some(rewind) = &mut walk.rewind {
                 rewind.answer(Snapshot::of(&self.carried)?);
             }
@@ -375,56 +391,49 @@ impl<'a, T: Element> Walks<'a, T> {
 
     /// What enters the steps from outputs inside them and inside those before, if there are any.
     fn weigh(&mut self, dense: &mut DenseSeeds<T>) -> bool {
-        let (tableau, lanes) = (&self.pass.plan.problem.scheme.tableau, &self.lanes);
+        let tableau = &self.pass.plan.problem.scheme.tableau;
         let (on, last) = (self.stepper.on, tableau.stages() - 1);
-        let walks = lanes.iter().enumerate();
+        let walks = self.lanes.iter().enumerate();
         let walks = walks.filter_map(|(at, walk)| Some((at, walk.as_ref()?)));
-        let own = |walk: &Walk<'a, T>| walk.solve.steps.inside(walk.n);
-        let before = |walk: &Walk<'a, T>| match walk.solve.steps.is_joined(walk.n) {
-            true => walk.solve.steps.inside(walk.n - 1),
-            false => &[],
-        };
-        let rounds = |of: &dyn Fn(&Walk<'a, T>) -> &'a [Inside]| {
-            let lengths = lanes.iter().flatten().map(|walk| of(walk).len());
-            lengths.max().unwrap_or(0)
-        };
-        let (rounds, rounds_before) = (rounds(&own), rounds(&before));
-        if rounds + rounds_before == 0 {
+        let rounds =
+            |of: &dyn Fn(&Walk<'a, T>) -> usize| walks.clone().map(|(_, walk)| of(walk)).max();
+        let own = rounds(&|walk| walk.inside[0].len()).unwrap_or(0);
+        let before = |walk: &Walk<'a, T>| walk.ratio.map_or(0, |_| walk.inside[1].len());
+        let before = rounds(&before).unwrap_or(0);
+        if own + before == 0 {
             return false;
         }
         dense.clear();
-        for round in 0..rounds {
+        for round in 0..own {
             self.inside.clear();
             for (at, walk) in walks.clone() {
-                let Some(output) = own(walk).get(round) else {
-                    continue;
-                };
-                let mut weights = tableau.weights_at(output.x);
-                if walk.solve.steps.is_joined(walk.n + 1) {
-                    weights[last] = 0.0;
+                if let Some(output) = walk.inside[0].get(round) {
+                    self.inside.set(at, output.x, 1.0);
+                    self.inside
+                        .hold(at, self.pass.seed(walk.row, output.output));
                 }
-                self.inside.set(at, weights.into_iter());
-                let seed = self.pass.seed(walk.row, output.output);
-                self.inside.hold(at, seed);
             }
-            self.inside.weigh(on, dense);
+            for i in 0..=last {
+                self.inside.weights(tableau, i, i);
+            }
+            for (at, _) in walks.clone().filter(|(_, walk)| walk.joins) {
+                self.inside.leave_out(last, at);
+            }
+            self.inside.weigh(on, last + 1, dense);
             self.inside.pass(on, dense);
         }
         // κ / h of the outputs inside the step before.
-        for round in 0..rounds_before {
+        for round in 0..before {
             self.inside.clear();
             for (at, walk) in walks.clone() {
-                let Some(output) = before(walk).get(round) else {
-                    continue;
-                };
-                let steps = &walk.solve.steps;
-                let ratio = steps.step(walk.n - 1).h / steps.step(walk.n).h;
-                let weight = ratio * tableau.weights_at(output.x)[last];
-                self.inside.set(at, std::iter::once(weight));
-                let seed = self.pass.seed(walk.row, output.output);
-                self.inside.hold(at, seed);
+                if let (Some(ratio), Some(output)) = (walk.ratio, walk.inside[1].get(round)) {
+                    self.inside.set(at, output.x, ratio);
+                    self.inside
+                        .hold(at, self.pass.seed(walk.row, output.output));
+                }
             }
-            self.inside.weigh(on, dense);
+            self.inside.weights(tableau, last, 0);
+            self.inside.weigh(on, 1, dense);
         }
         true
     }
@@ -441,11 +450,11 @@ impl<'a, T: Element> Walks<'a, T> {
             let adj = &mut self.adj;
             if let Some(output) = walk.solve.steps.at_node(walk.n) {
                 let (sum, lost) = adj.split_at_mut(size);
-                for (i, y) in self.pass.seed(walk.row, output).enumerate() {
+                for (i, y) in self.pass.seed(walk.row, output).flatten().enumerate() {
                     let place = i * batch + at;
                     match lost.get_mut(place) {
-                        Some(lost) => [sum[place], *lost] = two_sum(sum[place], *lost + y),
-                        None => sum[place] += y,
+                        Some(lost) => [sum[place], *lost] = two_sum(sum[place], *lost + *y),
+                        None => sum[place] += *y,
                     }
                 }
             }
@@ -463,9 +472,7 @@ impl<'a, T: Element> Walks<'a, T> {
             }
             if walk.n == 0 {
                 let place = walk.row - self.group.rows.start;
-                let lane = adj.iter().skip(at).step_by(batch);
-                let y0 = &mut self.y0[place * dim..][..dim];
-                y0.iter_mut().zip(lane).for_each(|(y0, adj)| *y0 = *adj);
+                take(adj, batch, at, &mut self.y0[place * dim..][..dim]);
                 self.refill(at);
             }
         }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::events::Met;
 use super::forward::Group;
+use super::inside::take;
 use super::lane::Phase;
 use super::norms::Attempted;
 use crate::adaptive::{Attempt, OnFailure, Verdict};
@@ -143,12 +144,13 @@ impl<T: Element> Group<'_, T> {
         } = taken;
         let at = *at;
         let problem = self.pass.plan.problem;
-        let (y, dim) = (self.numbers(&self.y, at), self.pass.plan.layout.dim());
+        take(&self.y, self.lanes.len(), at, &mut self.row);
+        let y = &self.row;
         let Some(lane) = &mut self.lanes[at] else {
             return Ok(());
         };
         let before = lane.trajectory.held(y.len());
-        lane.trajectory.keep(lane.record.len(), &y)?;
+        lane.trajectory.keep(lane.record.len(), y)?;
         let after = lane.trajectory.held(y.len());
         if let Some([need, available]) = self.pass.growth.grows(before, after) {
             return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
@@ -160,7 +162,10 @@ impl<T: Element> Group<'_, T> {
             lane.returned += 1;
         }
         match met {
-            Some(met) => self.return_crossings(at, attempt, met, &y[..dim]),
+            Some(met) => {
+                let y = self.row[..self.pass.plan.layout.dim()].to_vec();
+                self.return_crossings(at, attempt, met, &y)
+            }
             None => Ok(()),
         }
     }
@@ -211,7 +216,6 @@ impl<T: Element> Group<'_, T> {
             let Taken { at, attempt, .. } = taken;
             let at = *at;
             let end = taken.met.as_ref().and_then(Met::end);
-            let y = self.numbers(&self.y, at);
             let problem = self.pass.plan.problem;
             let Some(lane) = &mut self.lanes[at] else {
                 continue;
@@ -229,8 +233,8 @@ impl<T: Element> Group<'_, T> {
             }
             let limit = lane.pace.precision_limit(control).filter(|_| is_done);
             if let Some(output) = node {
-                let dim = self.pass.plan.layout.dim();
-                self.returned(row, output).copy_from_slice(&y[..dim]);
+                let place = self.place(row, output);
+                take(&self.y, batch, at, &mut self.states[place]);
             }
             if let Some(reason) = limit {
                 self.stop(at, reason)?;

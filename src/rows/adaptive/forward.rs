@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::inside::LaneWeights;
+use super::inside::{put, take, LaneOutputs};
 use super::lane::{Lane, Phase};
 use super::norms::{Norms, Tolerances};
 use super::{RowSolve, SolvedGroup};
@@ -67,7 +67,9 @@ pub(super) struct Group<'a, T: Element> {
     pub(super) error: Aligned<T>,
     pub(super) slot: Aligned<T>,
     /// Of outputs inside the steps.
-    pub(super) inside: LaneWeights<T>,
+    pub(super) inside: LaneOutputs<T>,
+    /// The numbers of one row.
+    pub(super) row: Vec<T>,
     pub(super) solves: Vec<Option<RowSolve<T>>>,
     /// `[row][output][feature]`.
     pub(super) states: Vec<T>,
@@ -78,7 +80,8 @@ pub(super) struct Group<'a, T: Element> {
 impl<'a, T: Element> Group<'a, T> {
     fn new(pass: IntegrateRows<'a, T>, rows: Range<usize>) -> Result<Self> {
         let IntegrateRows { plan, control, .. } = pass;
-        let stepper = Stepper::estimating(pass.field, plan, &control.estimate);
+        let mut stepper = Stepper::estimating(pass.field, plan, &control.estimate);
+        stepper.clock.is_read = pass.reads_time;
         let (size, batch) = (stepper.size, stepper.batch);
         let numbers = plan.problem.outputs().saturating_mul(plan.layout.dim());
         let mut group = Self {
@@ -90,7 +93,8 @@ impl<'a, T: Element> Group<'a, T> {
             after: aligned(stepper.carried),
             error: aligned(size),
             slot: stepper.slot(),
-            inside: LaneWeights::new(&stepper),
+            inside: LaneOutputs::new(&stepper),
+            row: vec![T::default(); stepper.carried / batch],
             solves: rows.clone().map(|_| None).collect(),
             states: zeros("returned states", numbers.saturating_mul(rows.len()))?,
             failure: None,
@@ -110,16 +114,11 @@ impl<'a, T: Element> Group<'a, T> {
     /// Puts a row's y0 into a lane.
     fn load(&mut self, lane: usize, row: usize) {
         let (layout, batch) = (self.pass.plan.layout, self.batch());
-        let y = &mut self.y;
-        let mut at = lane;
-        for (leaf, &features) in layout.features.iter().enumerate() {
-            for x in &self.pass.y0[layout.offset(leaf, row)..][..features] {
-                y[at] = *x;
-                at += batch;
-            }
-        }
+        let leaves = layout.features.iter().enumerate();
+        let leaves = leaves.map(|(leaf, &n)| &self.pass.y0[layout.offset(leaf, row)..][..n]);
+        put(leaves, batch, lane, &mut self.y);
         // Rounding has taken nothing from it yet.
-        let lost = y[self.stepper.size..].iter_mut().skip(lane);
+        let lost = self.y[self.stepper.size..].iter_mut().skip(lane);
         lost.step_by(batch).for_each(|lost| *lost = T::default());
         self.norms.hold(lane, row);
         self.stepper.clock.rows_mut()[lane] = row;
@@ -188,18 +187,18 @@ impl<'a, T: Element> Group<'a, T> {
         self.lanes[at] = None;
         if let Some(Waiting { lane, k }) = self.waiting.pop() {
             self.load(at, lane.row);
-            let batch = self.batch();
-            let first = self.stepper.ks[..self.stepper.size].iter_mut();
-            let first = first.skip(at).step_by(batch);
-            first.zip(k).for_each(|(to, k)| *to = k);
+            let (batch, size) = (self.batch(), self.stepper.size);
+            let first = &mut self.stepper.ks[..size];
+            put(std::iter::once(&*k), batch, at, first);
             self.lanes[at] = Some(lane);
         }
     }
 
     /// The numbers of one lane.
     pub(super) fn numbers(&self, tile: &[T], lane: usize) -> Vec<T> {
-        let numbers = tile.iter().skip(lane);
-        numbers.step_by(self.batch()).copied().collect()
+        let mut row = vec![T::default(); tile.len() / self.batch()];
+        take(tile, self.batch(), lane, &mut row);
+        row
     }
 
     /// Where an output of a row is, among the states.
@@ -335,7 +334,8 @@ impl<'a, T: Element> Group<'a, T> {
                 self.stepper.clock.set(at, Instant { t, step });
             }
         }
-        self.stepper.evaluate_now(i, &mut self.slot);
+        // A lane that begins takes the velocity for itself.
+        self.stepper.evaluate_now(i, begins, &mut self.slot);
         match begins {
             true => self.begin(i),
             false => Ok(()),

@@ -8,11 +8,17 @@ use crate::rows::lanewise::Lanewise;
 use crate::rows::pulls::DenseSeeds;
 use crate::rows::stepper::Stepper;
 use crate::simd::{aligned, Aligned, Element};
+use crate::tableau::Tableau;
 
-/// Weights of the stages of every lane, each for an output of its own, and a tile for these outputs or for their
-/// cotangents.
-pub(super) struct LaneWeights<T: Element> {
-    /// `[stage][B]`; zeros where a lane has no output.
+/// Outputs of the lanes, at most one of each: where they are in the steps, and a tile for them or for their cotangents.
+pub(super) struct LaneOutputs<T: Element> {
+    /// The fraction of the step, by lane, and what the weights of the stages are multiplied by: zero where a lane has
+    /// no output.
+    x: Vec<f64>,
+    factors: Vec<f64>,
+    /// The weights of one stage.
+    weights_of_stage: Vec<f64>,
+    /// `[stage][B]`.
     weights: Aligned<T>,
     /// The stages, 0, 1, 2 ….
     stages: Vec<usize>,
@@ -20,12 +26,16 @@ pub(super) struct LaneWeights<T: Element> {
     ones: Aligned<T>,
 }
 
-impl<T: Element> LaneWeights<T> {
+impl<T: Element> LaneOutputs<T> {
     pub(super) fn new(stepper: &Stepper<'_, T>) -> Self {
         let (stages, batch) = (stepper.plan.problem.scheme.tableau.stages(), stepper.batch);
         let mut ones = aligned(batch);
         ones.fill(T::of(1.0));
+        let by_lane = vec![0.0; batch];
         Self {
+            x: by_lane.clone(),
+            factors: by_lane.clone(),
+            weights_of_stage: by_lane,
             weights: aligned(stages * batch),
             stages: (0..stages).collect(),
             tile: aligned(stepper.size),
@@ -38,26 +48,39 @@ impl<T: Element> LaneWeights<T> {
     }
 
     pub(super) fn clear(&mut self) {
-        self.weights.fill(T::default());
+        self.factors.fill(0.0);
         self.tile.fill(T::default());
     }
 
-    /// The weights of a lane, stage by stage.
-    pub(super) fn set(&mut self, lane: usize, weights: impl Iterator<Item = f64>) {
+    /// The output of a lane at the fraction x of its step, with weights that are multiplied by a factor.
+    pub(super) fn set(&mut self, lane: usize, x: f64, factor: f64) {
+        self.x[lane] = x;
+        self.factors[lane] = factor;
+    }
+
+    /// The numbers of a lane, leaf by leaf.
+    pub(super) fn hold<'a>(&mut self, lane: usize, leaves: impl Iterator<Item = &'a [T]>) {
+        put(leaves, self.batch(), lane, &mut self.tile);
+    }
+
+    /// Computes the weights b_i(x) of stage i, as those of `to`.
+    pub(super) fn weights(&mut self, tableau: &Tableau, i: usize, to: usize) {
         let batch = self.batch();
-        let places = self.weights.iter_mut().skip(lane).step_by(batch);
-        for (place, weight) in places.zip(weights) {
-            *place = T::of(weight);
+        tableau.weights_of_stage(i, &self.x, &mut self.weights_of_stage);
+        let places = self.weights[to * batch..][..batch].iter_mut();
+        let products = self.weights_of_stage.iter().zip(&self.factors);
+        for (place, (weight, factor)) in places.zip(products) {
+            *place = match *factor {
+                0.0 => T::default(),
+                factor => T::of(factor * weight),
+            };
         }
     }
 
-    /// The numbers of a lane, feature by feature.
-    pub(super) fn hold(&mut self, lane: usize, numbers: impl Iterator<Item = T>) {
+    /// The weight of a stage of one lane is zero.
+    pub(super) fn leave_out(&mut self, i: usize, lane: usize) {
         let batch = self.batch();
-        let places = self.tile.iter_mut().skip(lane).step_by(batch);
-        for (place, number) in places.zip(numbers) {
-            *place = number;
-        }
+        self.weights[i * batch + lane] = T::default();
     }
 
     /// y + Σ_i b_i k_i in the tile.
@@ -70,10 +93,10 @@ impl<T: Element> LaneWeights<T> {
         combine(on, batch, &mut self.tile, First::plain(y), terms, ks);
     }
 
-    /// Adds b_i ȳ to the cotangent of every stage, ȳ in the tile.
-    pub(super) fn weigh(&self, on: &dyn Lanewise<T>, seeds: &mut DenseSeeds<T>) {
+    /// Adds b_i ȳ to the cotangents of the first stages, ȳ in the tile.
+    pub(super) fn weigh(&self, on: &dyn Lanewise<T>, stages: usize, seeds: &mut DenseSeeds<T>) {
         let (batch, size) = (self.batch(), self.tile.len());
-        let stages = seeds.stages.chunks_exact_mut(size);
+        let stages = seeds.stages.chunks_exact_mut(size).take(stages);
         for (stage, weights) in stages.zip(self.weights.chunks_exact(batch)) {
             if weights.iter().any(|b| *b != T::default()) {
                 let terms = Terms {
@@ -95,21 +118,48 @@ impl<T: Element> LaneWeights<T> {
     }
 }
 
+/// Puts the leaves of a row into a lane of a tile.
+pub(super) fn put<'a, T: Element>(
+    leaves: impl Iterator<Item = &'a [T]>,
+    batch: usize,
+    lane: usize,
+    tile: &mut [T],
+) {
+    let mut rest = tile;
+    for leaf in leaves {
+        let of_leaf;
+        (of_leaf, rest) = rest.split_at_mut(leaf.len() * batch);
+        for (feature, number) in of_leaf.chunks_exact_mut(batch).zip(leaf) {
+            feature[lane] = *number;
+        }
+    }
+}
+
+/// Takes the row out of a lane of a tile.
+pub(super) fn take<T: Element>(tile: &[T], batch: usize, lane: usize, row: &mut [T]) {
+    for (number, feature) in row.iter_mut().zip(tile.chunks_exact(batch)) {
+        *number = feature[lane];
+    }
+}
+
 impl<T: Element> Group<'_, T> {
     /// Returns the states at the given times inside these steps.
     pub(super) fn return_inside(&mut self, taken: &[Taken]) {
         let rounds = taken.iter().map(|taken| taken.inside.len()).max();
         let (problem, batch) = (self.pass.plan.problem, self.batch());
+        let (tableau, points) = (&problem.scheme.tableau, problem.grid.points());
         for round in 0..rounds.unwrap_or(0) {
-            let now = taken
-                .iter()
-                .filter_map(|taken| Some((taken, taken.inside.clone().nth(round)?)));
+            let now = taken.iter().filter_map(|taken| {
+                let output = taken.inside.start + round;
+                (output < taken.inside.end).then_some((taken, output))
+            });
             self.inside.clear();
             for (taken, output) in now.clone() {
-                let x = taken.fraction(problem.grid.points()[output]);
-                let weights = self.stepper.interpolant(x).into_iter();
-                let weights = weights.map(|b| taken.attempt.h * b);
-                self.inside.set(taken.at, weights);
+                let x = taken.fraction(points[output]);
+                self.inside.set(taken.at, x, taken.attempt.h);
+            }
+            for i in 0..tableau.stages() {
+                self.inside.weights(tableau, i, i);
             }
             let ks = &self.stepper.ks;
             self.inside.interpolate(self.stepper.on, &self.y, ks);
@@ -118,9 +168,7 @@ impl<T: Element> Group<'_, T> {
                     continue;
                 };
                 let place = self.place(row, output);
-                let tile = self.inside.tile.iter().skip(taken.at).step_by(batch);
-                let returned = &mut self.states[place];
-                returned.iter_mut().zip(tile).for_each(|(to, y)| *to = *y);
+                take(&self.inside.tile, batch, taken.at, &mut self.states[place]);
             }
         }
     }

@@ -128,6 +128,7 @@ pub(super) fn run<T: Element>(
             shapes: weights.iter().map(|w| w.shape().clone()).collect(),
             layout: layout.clone(),
             groups: done,
+            reads_time,
             has_events,
         }),
         found,
@@ -170,6 +171,8 @@ struct RowTrajectories<T: Element> {
     shapes: Vec<Shape>,
     layout: RowLayout,
     groups: Vec<SolvedGroup<T>>,
+    /// Whether velocities depend on time.
+    reads_time: bool,
     /// Whether states of events are among the returned ones; a row need not have all of them.
     has_events: bool,
 }

@@ -131,20 +131,23 @@ impl<'a> Norms<'a> {
             let [sums, plain] = &mut self.sums;
             sums.fill(0.0);
             plain.fill(0.0);
+            // Of a length that the compiler knows to be the same, so that many lanes are looked at at a time.
+            let (sums, plain) = (&mut sums[..batch], &mut plain[..batch]);
+            let floor = &self.floor[..batch];
             let tolerances = self.rtol[tile.clone()].chunks_exact(batch);
             let tolerances = tolerances.zip(self.atol[tile.clone()].chunks_exact(batch));
             let states = attempt.y[tile.clone()].chunks_exact(batch);
             let states = states.zip(attempt.next[tile.clone()].chunks_exact(batch));
             let errors = attempt.error[tile].chunks_exact(batch);
             for (((rtol, atol), (y, next)), error) in tolerances.zip(states).zip(errors) {
+                let (rtol, atol, error) = (&rtol[..batch], &atol[..batch], &error[..batch]);
+                let (y, next) = (&y[..batch], &next[..batch]);
                 for lane in 0..batch {
                     let (a, b) = (y[lane].wide().abs(), next[lane].wide().abs());
                     let tolerance = atol[lane] + rtol[lane] * if a > b { a } else { b };
                     let error = error[lane].wide();
-                    let both = [tolerance + self.floor[lane], tolerance];
-                    let both = both.map(|tolerance| square(error, tolerance, b));
-                    sums[lane] += both[0];
-                    plain[lane] += both[1];
+                    sums[lane] += square(error, tolerance + floor[lane], b);
+                    plain[lane] += square(error, tolerance, b);
                 }
             }
             let count = features.max(1) as f64;
@@ -164,9 +167,11 @@ impl<'a> Norms<'a> {
     fn raise<T: Element>(&mut self, y: &[T], k: &[T], h: &[f64], (u, least): (f64, f64)) {
         let batch = self.batch;
         let [alpha, beta] = &mut self.sums;
+        let (alpha, beta) = (&mut alpha[..batch], &mut beta[..batch]);
         alpha.fill(0.0);
         beta.fill(0.0);
         for (y, k) in y.chunks_exact(batch).zip(k.chunks_exact(batch)) {
+            let (y, k) = (&y[..batch], &k[..batch]);
             for lane in 0..batch {
                 let (y, k) = (y[lane].wide(), k[lane].wide().abs());
                 let k = if k < least { least } else { k };

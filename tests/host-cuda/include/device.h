@@ -67,6 +67,7 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class T, class X> T atomicAdd(T *p, X given) { T old = *p, x = given; *p = old + x; return old; }
 template <class T, class X> T atomicMin(T *p, X given) { T old = *p, x = given; if (x < old) *p = x; return old; }
 template <class T, class X> T atomicMax(T *p, X given) { T old = *p, x = given; if (old < x) *p = x; return old; }
+template <class T> T atomicOr(T *p, T x) { T old = *p; *p = old | x; return old; }
 template <class T> T atomicCAS(T *p, T expected, T x) { T old = *p; if (old == expected) *p = x; return old; }
 
 struct alignas(8) float2 { float x, y; };

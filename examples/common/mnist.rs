@@ -7,8 +7,8 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::Rng;
 
-use crate::common::idx::{self, Idx};
-use crate::common::Result;
+use super::idx::{self, Idx};
+use super::Result;
 
 pub(crate) const SIDE: usize = 28;
 const PIXELS: usize = SIDE * SIDE;
@@ -109,9 +109,9 @@ impl Images {
 }
 
 impl Data {
-    /// The files of `dir`: the full set where it is there, otherwise nine tenths of the test images
-    /// to train on and one to validate.
-    pub(crate) fn read(dir: &Path, rng: &mut StdRng) -> Result<Self> {
+    /// The files of `dir`: the full set where it is there, otherwise the test images, one in `part` to validate and the
+    /// others to train on.
+    pub(crate) fn read(dir: &Path, part: usize, rng: &mut StdRng) -> Result<Self> {
         let test = pair(dir, "t10k")?.ok_or_else(|| missing(dir))?;
         Ok(match pair(dir, "train")? {
             Some(training) => Self {
@@ -120,7 +120,7 @@ impl Data {
                 validation: test,
             },
             None => {
-                let (training, validation) = test.split(test.len() / 10, rng);
+                let (training, validation) = test.split(test.len() / part.max(1), rng);
                 let (m, n) = (training.len(), validation.len());
                 Self {
                     name: format!("{m} and {n} of MNIST's test images"),
@@ -129,6 +129,22 @@ impl Data {
                 }
             }
         })
+    }
+
+    /// The same, or drawn digits where `smoke` asks for a smoke test and there is no MNIST.
+    pub(crate) fn read_or_draw(
+        dir: &Path,
+        part: usize,
+        smoke: bool,
+        rng: &mut StdRng,
+    ) -> Result<Self> {
+        match Self::read(dir, part, rng) {
+            Err(error) if smoke => {
+                eprintln!("{error}\n\nNOT MNIST: this smoke test runs on drawn digits.\n");
+                Ok(Self::stand_in(rng))
+            }
+            data => data,
+        }
     }
 
     /// Drawn digits of seven segments with noise, where there is no MNIST.

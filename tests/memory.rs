@@ -1,20 +1,57 @@
-//! Memory of a stochastic solve. The only test of its binary, because what it reads is the memory of the whole process.
+//! Memory of solves of many steps.  The only test of its binary, because what it reads is the memory of the whole process.
 //!
-//! `cargo test --release --test sde_memory`, a second.
+//! `cargo test --release --test memory`, seconds.
 
 mod common;
+#[allow(dead_code)] // The examples use more of it.
 #[path = "../examples/common/memory.rs"]
 mod memory;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::metrics::Recorder;
-use candle_diffeq::options::{Checkpoint, Output, Steps};
+use candle_diffeq::options::{AdjointSolve, Checkpoint, Gradient, Output, Steps};
 use candle_diffeq::sde::{ito, sdeint, Noise, SdeOptions};
 use candle_diffeq::{odeint, OdeOptions, Time};
 use common::relative;
 
 #[test]
-fn a_solve_keeps_what_an_ordinary_one_does_and_no_noise() {
+fn a_backsolve_keeps_no_step_and_a_stochastic_solve_what_an_ordinary_one_does() {
+    a_backsolve_keeps_no_step();
+    a_stochastic_solve_keeps_what_an_ordinary_one_does_and_no_noise();
+}
+
+/// First, for the most that was ever held is not told apart later.
+fn a_backsolve_keeps_no_step() {
+    let y0 = Var::ones((64, 16), DType::F64, &Device::Cpu).unwrap();
+    let run = |steps| {
+        let options = OdeOptions {
+            method: candle_diffeq::tableau::EULER,
+            steps: Steps::PerInterval(steps),
+            output: Output::Final,
+            gradient: Gradient::Backsolve(AdjointSolve::new()),
+            ..Default::default()
+        };
+        let y = odeint(
+            |_: &Time, y: &Tensor| y * -0.5,
+            y0.as_tensor(),
+            &[0.0, 1.0],
+            &options,
+        );
+        let grads = y.unwrap().sum_all().unwrap().backward().unwrap();
+        let exact = (1.0 - 0.5 / steps as f64).powi(steps as i32);
+        let exact = Tensor::full(exact, (64, 16), &Device::Cpu).unwrap();
+        assert!(relative(grads.get(&y0).unwrap(), &exact) <= steps as f64 * common::U_F64);
+    };
+    run(10);
+    let before = memory::resident();
+    run(20_000);
+    // All of the states would be 164 MB.
+    if let (Some(before), Some(most)) = (before, memory::peak()) {
+        assert!(most - before < 1_000_000, "{before} bytes, then {most}");
+    }
+}
+
+fn a_stochastic_solve_keeps_what_an_ordinary_one_does_and_no_noise() {
     const STEPS: usize = 100_000;
     let plan = Checkpoint::Every(316);
     let y0 = Var::ones((64, 4), DType::F64, &Device::Cpu).unwrap();

@@ -1,0 +1,77 @@
+//! Fields of torchdyn's models: a Hamiltonian network, a perceptron whose first layer depends on time, and two convolutions
+//! over a graph.
+
+use candle_core::{Module, Tensor};
+use candle_diffeq::nn::energy::{Energy, Hamiltonian};
+use candle_diffeq::nn::graph::{Gcn, GcnField};
+use candle_diffeq::nn::{Basis, EnergyMlp, Galerkin, GalerkinLinear, Linear, Perceptron};
+use candle_diffeq::{OdeOptions, Time};
+use candle_nn::VarBuilder;
+
+use crate::fields::{undriven, Ask, Drive, Ode, Place};
+
+/// J ∇H of a perceptron H, whose last layer has no bias.
+pub(crate) fn hnn(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
+    let activation = place.activation;
+    let field = move |vb: VarBuilder<'_>| {
+        let weights = ask(vb)?;
+        let layer = |l: &[Tensor]| linear(&l[0], l.get(1));
+        let layers = weights.chunks(2).map(layer).collect();
+        let net = Perceptron::from_layers(layers, activation)?;
+        Ok(Hamiltonian::new(EnergyMlp::of(net, Energy::Output)?))
+    };
+    Ok(Ode::One(place.ode(field, options)?))
+}
+
+/// Weights: coefficients, dilation and shift of the first layer, weight and bias of the last one.
+pub(crate) fn galerkin(
+    place: &Place<'_>,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let (activation, features) = (place.activation, place.features);
+    let field = move |vb: VarBuilder<'_>| {
+        let weights = ask(vb)?;
+        let [coeffs, dilation, shift, weight, bias] = weights.as_slice() else {
+            candle_core::bail!("two layers of five weights, not of {}", weights.len())
+        };
+        // torchdyn's orders, which are not whole numbers.
+        let terms = coeffs.dim(0)? / 2;
+        let order = |i: usize| (i * terms) as f64 / terms.saturating_sub(1).max(1) as f64;
+        let basis = Basis::Fourier {
+            orders: (0..terms).map(order).collect(),
+        };
+        let of_time = [dilation.clone(), shift.clone()];
+        let numbers = Galerkin::from_tensors(basis, coeffs.clone(), of_time, None)?;
+        let first = GalerkinLinear::of(numbers, features, weight.dim(1)?)?;
+        let last = linear(weight, Some(bias));
+        Ok(move |t: &Time, y: &Tensor| last.forward(&activation.forward(&first.forward(t, y)?)?))
+    };
+    Ok(Ode::One(place.ode(field, options)?))
+}
+
+/// Two convolutions with an activation between them.
+pub(crate) fn graph(
+    place: &Place<'_>,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let Drive::Graph(graph) = place.drive.clone() else {
+        return Err(undriven());
+    };
+    let activation = place.activation;
+    let field = move |vb: VarBuilder<'_>| {
+        let weights = ask(vb)?;
+        let [w0, b0, w1, b1] = weights.as_slice() else {
+            candle_core::bail!("two layers of four weights, not of {}", weights.len())
+        };
+        let first = Gcn::from_tensors(&graph, w0.clone(), b0.clone())?;
+        let last = Gcn::from_tensors(&graph, w1.clone(), b1.clone())?;
+        GcnField::from_layers(vec![first, last], activation)
+    };
+    Ok(Ode::One(place.ode(field, options)?))
+}
+
+fn linear(weight: &Tensor, bias: Option<&Tensor>) -> Linear {
+    candle_nn::Linear::new(weight.clone(), bias.cloned()).into()
+}

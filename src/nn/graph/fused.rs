@@ -1,0 +1,324 @@
+//! A stack of graph convolutions on the CPU: each layer is one pass over the nodes, forward and backward, and a chunk of nodes
+//! stays in the cache of a core from the sparse product to the activation.
+//!
+//! The chunks depend on the layers alone, and the sums over them are formed in order: results do not depend on the number of
+//! threads.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Result, Tensor};
+use rayon::prelude::*;
+
+use super::field::Found;
+use super::pattern::Pattern;
+use super::product::Lines;
+use super::Gcn;
+use crate::nn::elementwise::{ElementJob, Of};
+use crate::nn::weights::{numbers, with_numbers};
+use crate::nn::Activation;
+use crate::simd::matrix::{column_sums, product_of_rows, Matrix};
+use crate::simd::scratch::Scratch;
+use crate::simd::{unit, Element};
+
+/// Products of a chunk of nodes, which takes some tens of microseconds.
+const CHUNK: usize = 1 << 20;
+/// Nodes of a chunk at least.
+const FEWEST: usize = 32;
+
+/// Memory of evaluations that are over.
+#[derive(Default)]
+pub(super) struct Pool(Mutex<Vec<Scratch>>);
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pool")
+    }
+}
+
+/// So many numbers, which go back to the pool; they hold what was there before.
+struct Buffer {
+    scratch: Option<Scratch>,
+    pool: Arc<Pool>,
+}
+
+impl Buffer {
+    fn new<T: Element>(count: usize, pool: &Arc<Pool>) -> Self {
+        let mut free = pool.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |s: &Scratch| s.numbers::<T>().len() == count;
+        let scratch = match free.iter().position(fits) {
+            Some(at) => free.swap_remove(at),
+            None => Scratch::new(count * size_of::<T>()),
+        };
+        Self {
+            scratch: Some(scratch),
+            pool: Arc::clone(pool),
+        }
+    }
+
+    fn numbers<T: Element>(&self) -> &[T] {
+        self.scratch.as_ref().map_or(&[], Scratch::numbers)
+    }
+
+    fn numbers_mut<T: Element>(&mut self) -> &mut [T] {
+        self.scratch.as_mut().map_or(&mut [], Scratch::numbers_mut)
+    }
+}
+
+/// Buffers that wait for the next evaluation at most: of more, memory goes back.
+const WAITING: usize = 64;
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let mut free = self.pool.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(scratch) = self.scratch.take().filter(|_| free.len() < WAITING) {
+            free.push(scratch);
+        }
+    }
+}
+
+/// A layer in numbers of T.
+struct Layer<T> {
+    pattern: Arc<Pattern>,
+    values: Vec<T>,
+    /// `[output][input]`, and the same transposed: a product copies its right operand faster by rows.
+    weight: Vec<T>,
+    transposed: Vec<T>,
+    bias: Vec<T>,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl<T: Element> Layer<T> {
+    fn nodes(&self) -> usize {
+        self.pattern.by_row.lines()
+    }
+
+    /// Nodes of a chunk.
+    fn chunk(&self) -> usize {
+        let nodes = CHUNK / (self.inputs * self.outputs).max(1);
+        nodes.max(FEWEST).next_multiple_of(8)
+    }
+
+    fn weights(&self) -> Matrix<'_, T> {
+        Matrix::new(&self.weight, self.outputs, self.inputs)
+    }
+
+    fn transposed_weights(&self) -> Matrix<'_, T> {
+        Matrix::new(&self.transposed, self.inputs, self.outputs)
+    }
+}
+
+pub(super) struct Stack<T> {
+    layers: Vec<Layer<T>>,
+    activation: Activation,
+    pool: Arc<Pool>,
+}
+
+/// What an evaluation keeps of a layer.
+struct Kept {
+    /// A a, `(nodes, inputs)`.
+    gathered: Buffer,
+    /// σ'(z), `(nodes, outputs)`, of a hidden layer.
+    slope: Option<Buffer>,
+}
+
+pub(super) struct Evaluation<T> {
+    stack: Arc<Stack<T>>,
+    kept: Vec<Kept>,
+}
+
+impl<T: Element> Stack<T> {
+    pub(super) fn new(layers: &[Gcn], activation: Activation, pool: &Arc<Pool>) -> Result<Self> {
+        let layer = |layer: &Gcn| {
+            let (inputs, outputs) = layer.widths();
+            Ok(Layer {
+                pattern: Arc::clone(layer.graph.pattern()),
+                values: numbers(layer.graph.values())?,
+                weight: numbers(&layer.linear.weight)?,
+                transposed: numbers(&layer.linear.weight.detach().t()?.contiguous()?)?,
+                bias: numbers(&layer.bias)?,
+                inputs,
+                outputs,
+            })
+        };
+        Ok(Self {
+            layers: layers.iter().map(layer).collect::<Result<_>>()?,
+            activation,
+            pool: Arc::clone(pool),
+        })
+    }
+
+    fn tensor(&self, x: Vec<T>, l: usize) -> Result<Tensor> {
+        let layer = &self.layers[l];
+        Tensor::from_vec(x, (layer.nodes(), layer.inputs), &Device::Cpu)
+    }
+
+    /// The velocity at y, `(nodes, features)`.
+    pub(super) fn velocity(&self, y: &[T]) -> Result<Vec<T>> {
+        Ok(self.run(y)?.0)
+    }
+
+    /// The same, and what its pull-back reads.
+    pub(super) fn evaluate(self: &Arc<Self>, y: &Tensor) -> Result<(Tensor, Evaluation<T>)> {
+        let (velocity, kept) = with_numbers(y, |y| self.run(y))??;
+        let stack = Arc::clone(self);
+        Ok((self.tensor(velocity, 0)?, Evaluation { stack, kept }))
+    }
+
+    fn run(&self, y: &[T]) -> Result<(Vec<T>, Vec<Kept>)> {
+        let unit = unit()?;
+        let (mut kept, mut velocity) = (vec![], vec![]);
+        let mut hidden: Option<Buffer> = None;
+        for (l, layer) in self.layers.iter().enumerate() {
+            let (inputs, outputs, nodes) = (layer.inputs, layer.outputs, layer.nodes());
+            let last = l + 1 == self.layers.len();
+            let x = hidden.as_ref().map_or(y, Buffer::numbers);
+            let mut gathered = Buffer::new::<T>(nodes * inputs, &self.pool);
+            let buffer = || Buffer::new::<T>(nodes * outputs, &self.pool);
+            let (mut slope, mut value) = (None, None);
+            let z: &mut [T] = match last {
+                true => {
+                    velocity = vec![T::default(); nodes * outputs];
+                    &mut velocity
+                }
+                false => value.insert(buffer()).numbers_mut(),
+            };
+            let slopes: &mut [T] = match last {
+                true => &mut [],
+                false => slope.insert(buffer()).numbers_mut(),
+            };
+            let chunk = layer.chunk();
+            let work = |c: usize, s: &mut [T], z: &mut [T], slope: &mut [T]| {
+                unit.dispatch(Lines {
+                    side: &layer.pattern.by_row,
+                    value: &|e| layer.values[e],
+                    x,
+                    width: inputs,
+                    first: c * chunk,
+                    out: s,
+                });
+                let s = Matrix::new(s, z.len() / outputs, inputs);
+                product_of_rows(unit, s, layer.transposed_weights(), &layer.bias, z);
+                if !last {
+                    unit.dispatch(ElementJob {
+                        activation: self.activation,
+                        x: &[],
+                        of: Of::Both(slope),
+                        out: z,
+                    });
+                }
+            };
+            let gather = gathered.numbers_mut().par_chunks_mut(chunk * inputs);
+            let both = gather.zip(z.par_chunks_mut(chunk * outputs)).enumerate();
+            if last {
+                both.for_each(|(c, (s, z))| work(c, s, z, &mut []));
+            } else {
+                let slopes = slopes.par_chunks_mut(chunk * outputs);
+                both.zip(slopes)
+                    .for_each(|((c, (s, z)), slope)| work(c, s, z, slope));
+            }
+            kept.push(Kept { gathered, slope });
+            hidden = value;
+        }
+        Ok((velocity, kept))
+    }
+}
+
+impl<T: Element> Evaluation<T> {
+    /// vᵀ ∂f/∂y, and the gradients of the layers.
+    pub(super) fn pull(&self, v: &Tensor) -> Result<Found> {
+        with_numbers(v, |v| self.pulled(v))?
+    }
+
+    fn pulled(&self, v: &[T]) -> Result<Found> {
+        let (unit, stack) = (unit()?, &*self.stack);
+        // The cotangent of A a of the layer after, of which Aᵀ makes that of a.
+        let mut after: Option<Buffer> = None;
+        let mut gradients = vec![];
+        for (l, layer) in stack.layers.iter().enumerate().rev() {
+            let (inputs, outputs, nodes) = (layer.inputs, layer.outputs, layer.nodes());
+            let chunk = layer.chunk();
+            let mut to_gathered = Buffer::new::<T>(nodes * inputs, &stack.pool);
+            let Kept { gathered, slope } = &self.kept[l];
+            let (gathered, next) = (gathered.numbers::<T>(), stack.layers.get(l + 1));
+            let work = |(c, out): (usize, &mut [T])| -> [Vec<T>; 2] {
+                let rows = out.len() / inputs;
+                let places = c * chunk * outputs..(c * chunk + rows) * outputs;
+                let mut from_next = None;
+                if let (Some(next), Some(after), Some(slope)) = (next, &after, slope) {
+                    let mut g = Buffer::new::<T>(rows * outputs, &stack.pool);
+                    let x = after.numbers();
+                    unit.dispatch(transposed(next, x, c * chunk, g.numbers_mut()));
+                    let slopes = &slope.numbers::<T>()[places.clone()];
+                    for (g, slope) in g.numbers_mut::<T>().iter_mut().zip(slopes) {
+                        *g = *g * *slope;
+                    }
+                    from_next = Some(g);
+                }
+                let g = from_next
+                    .as_ref()
+                    .map_or_else(|| &v[places], Buffer::numbers);
+                let to_bias = column_sums(g, outputs);
+                let g = Matrix::new(g, rows, outputs);
+                out.fill(T::default());
+                product_of_rows(unit, g, layer.weights(), &[], out);
+                let s = &gathered[c * chunk * inputs..][..rows * inputs];
+                let mut to_weight = vec![T::default(); outputs * inputs];
+                let s = Matrix::new(s, rows, inputs);
+                product_of_rows(unit, g.t(), s, &[], &mut to_weight);
+                [to_weight, to_bias]
+            };
+            let chunks = to_gathered.numbers_mut().par_chunks_mut(chunk * inputs);
+            let parts: Vec<_> = chunks.enumerate().map(work).collect();
+            let mut sums = [
+                vec![T::default(); outputs * inputs],
+                vec![T::default(); outputs],
+            ];
+            for part in parts {
+                for (sum, part) in sums.iter_mut().zip(part) {
+                    for (sum, x) in sum.iter_mut().zip(part) {
+                        *sum += x;
+                    }
+                }
+            }
+            let [weight, bias] = sums;
+            gradients.push([
+                Tensor::from_vec(weight, (outputs, inputs), &Device::Cpu)?,
+                Tensor::from_vec(bias, outputs, &Device::Cpu)?,
+            ]);
+            after = Some(to_gathered);
+        }
+        gradients.reverse();
+        let (first, after) = (&stack.layers[0], after.as_ref());
+        let mut state = vec![T::default(); first.nodes() * first.inputs];
+        if let Some(after) = after {
+            let chunk = first.chunk();
+            let chunks = state.par_chunks_mut(chunk * first.inputs).enumerate();
+            chunks.for_each(|(c, out)| {
+                unit.dispatch(transposed(first, after.numbers(), c * chunk, out));
+            });
+        }
+        Ok(Found {
+            state: stack.tensor(state, 0)?,
+            layers: gradients,
+        })
+    }
+}
+
+/// Lines of Aᵀ x of a layer, from the `first` on.
+fn transposed<'a, T: Element>(
+    layer: &'a Layer<T>,
+    x: &'a [T],
+    first: usize,
+    out: &'a mut [T],
+) -> Lines<'a, T, impl Fn(usize) -> T + 'a> {
+    let names = &layer.pattern.numbers;
+    Lines {
+        side: &layer.pattern.by_column,
+        value: move |e: usize| layer.values[names[e] as usize],
+        x,
+        width: layer.inputs,
+        first,
+        out,
+    }
+}
