@@ -37,7 +37,7 @@ pub(crate) fn draw(path: &Path, all: &[Series]) -> Result<()> {
                     scales: [Scale::Doublings, Scale::Decades],
                     curves: of_panel.map(|s| curve(s, q, named)).collect(),
                     // Room for the legend.
-                    ranges: [None, (q == 0).then_some(5e-8..0.1)],
+                    ranges: [None, (q == 0).then_some(1e-8..1.0)],
                     legend: SeriesLabelPosition::UpperLeft,
                     ..Panel::new(
                         format!("{quantity}, {}", method.name()),
