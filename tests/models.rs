@@ -705,6 +705,7 @@ fn layers_that_are_no_field_over_one_graph_are_refused() {
         vec![layer(3, 4, 5, "a")],
         vec![layer(3, 4, 5, "b"), layer(4, 3, 6, "c")],
         vec![layer(3, 4, 5, "d"), layer(5, 3, 5, "e")],
+        vec![layer(3, 0, 5, "f"), layer(0, 3, 5, "g")],
     ] {
         let error = GcnField::from_layers(layers, Activation::Tanh).unwrap_err();
         let text = error.to_string();

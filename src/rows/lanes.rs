@@ -59,7 +59,7 @@ pub(super) struct LaneClock<T: Element> {
     /// Whether all lanes are at the first instant.
     together: bool,
     rows: Vec<usize>,
-    /// Whether the field reads times; otherwise they need not be right.
+    /// Whether the field's tiles read times; otherwise they need not be right.
     pub(super) is_read: bool,
 }
 

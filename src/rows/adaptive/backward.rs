@@ -220,7 +220,7 @@ struct Walks<'a, T: Element> {
 impl<'a, T: Element> Walks<'a, T> {
     fn new(pass: &'a RowsPass<'a, T>, group: &'a SolvedGroup<T>) -> Self {
         let mut stepper = Stepper::new(&*pass.solved.field, pass.plan);
-        stepper.clock.is_read = pass.solved.reads_time;
+        stepper.clock.is_read = pass.solved.reads_clock;
         let (size, batch) = (stepper.size, stepper.batch);
         let mut waiting: Vec<_> = (0..group.solves.len()).rev().collect();
         waiting.sort_by_key(|&place| group.solves[place].steps.len());

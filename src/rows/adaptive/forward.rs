@@ -27,6 +27,8 @@ pub(super) struct IntegrateRows<'a, T: Element> {
     pub(super) y0: &'a [T],
     /// Whether velocities depend on time.
     pub(super) reads_time: bool,
+    /// Whether tiles read the times of the lanes.
+    pub(super) reads_clock: bool,
     /// Whether steps end behind crossings, since the interpolant is less accurate.
     pub(super) refines: bool,
     /// Bytes that are kept of the states of all rows.
@@ -81,7 +83,7 @@ impl<'a, T: Element> Group<'a, T> {
     fn new(pass: IntegrateRows<'a, T>, rows: Range<usize>) -> Result<Self> {
         let IntegrateRows { plan, control, .. } = pass;
         let mut stepper = Stepper::estimating(pass.field, plan, &control.estimate);
-        stepper.clock.is_read = pass.reads_time;
+        stepper.clock.is_read = pass.reads_clock;
         let (size, batch) = (stepper.size, stepper.batch);
         let numbers = plan.problem.outputs().saturating_mul(plan.layout.dim());
         let mut group = Self {
