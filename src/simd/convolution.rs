@@ -96,7 +96,7 @@ impl<T: Element, S: Simd, const V: usize> Convolution<'_, T, S, V> {
         } = self.filters;
         let (mut first, mut at) = (0, 0);
         while first < *rows {
-            let height = block::<T, S>(rows - first);
+            let height = block::<T, S>(*rows, first);
             let weights = &data[at..at + height * columns];
             match height {
                 8 if const { has_block::<T, S, 8>() } => {

@@ -236,7 +236,7 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Panel<'_, T, S, V> {
         let rows = self.out.len() / self.columns;
         let mut row = 0;
         while row < rows {
-            let height = block::<T, S>(rows - row);
+            let height = block::<T, S>(rows, row);
             match height {
                 8 if const { has_block::<T, S, 8>() } => self.rows::<8>(s, row),
                 6 if const { has_block::<T, S, 6>() } => self.rows::<6>(s, row),

@@ -75,7 +75,7 @@ impl<T: Element, S: Simd, const V: usize> Outer<'_, T, S, V> {
         }
         let mut input = 0;
         while input < self.inputs {
-            let height = block::<T, S>(self.inputs - input);
+            let height = block::<T, S>(self.inputs, input);
             match height {
                 8 if const { has_block::<T, S, 8>() } => self.block::<8, W>(s, input, output),
                 6 if const { has_block::<T, S, 6>() } => self.block::<6, W>(s, input, output),

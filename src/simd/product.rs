@@ -23,11 +23,11 @@ pub(crate) struct Packed<T> {
 
 /// Rows of the largest block: two vectors of accumulators for each must leave registers free.  Two multiply-adds a cycle,
 /// each of which takes four, need eight accumulators; with no more than these, every delay is lost.
-pub(crate) const fn largest_block<S: Simd>() -> usize {
-    if has_many_registers::<S>() {
-        8
-    } else {
-        6
+const fn largest_block<T: Element, S: Simd>() -> usize {
+    match (has_many_registers::<S>(), T::WIDE) {
+        (true, _) => 8,
+        (false, true) => 6,
+        (false, false) => 4,
     }
 }
 
@@ -38,19 +38,31 @@ pub(super) const fn has_many_registers<S: Simd>() -> bool {
 
 /// Whether there is code for blocks of R rows: of f64, which is for studies, for the largest and for single rows only.
 pub(super) const fn has_block<T: Element, S: Simd, const R: usize>() -> bool {
-    let most = largest_block::<S>();
+    let most = largest_block::<T, S>();
     R == most || R == 1 || R < most && R.is_power_of_two() && T::WIDE
 }
 
-/// Rows that a block has where `left` are left: 8 or 6, 4, 2 or 1.
-pub(super) fn block<T: Element, S: Simd>(left: usize) -> usize {
+/// Rows of the block that begins at row `first` of so many, 8 or 6, 4, 2 or 1, and how many such blocks follow on each
+/// other.  Blocks of one or two rows, whose sums are in parts, have the same rows on every unit, so that these have the
+/// same bits: in f32 the rows behind the last multiple of four.
+fn blocks<T: Element, S: Simd>(rows: usize, first: usize) -> (usize, usize) {
+    let left = rows - first;
+    let whole = (rows / 4 * 4).saturating_sub(first);
     match left {
-        8.. if const { has_block::<T, S, 8>() } => 8,
-        6.. if const { has_block::<T, S, 6>() } => 6,
-        4.. if const { has_block::<T, S, 4>() } => 4,
-        2.. if const { has_block::<T, S, 2>() } => 2,
-        _ => 1,
+        8.. if const { has_block::<T, S, 8>() } => (8, left / 8),
+        // Of what is left before that multiple, 4 or 8 are blocks of four.
+        6.. if const { has_block::<T, S, 6>() } && whole >= 6 && whole != 8 => {
+            (6, whole / 6 - usize::from(whole % 6 == 2))
+        }
+        4.. if const { has_block::<T, S, 4>() } => (4, left / 4),
+        2.. if const { has_block::<T, S, 2>() } => (2, left / 2),
+        _ => (1, left),
     }
+}
+
+/// Rows of the block that begins at row `first` of so many.
+pub(super) fn block<T: Element, S: Simd>(rows: usize, first: usize) -> usize {
+    blocks::<T, S>(rows, first).0
 }
 
 impl<T: Element> Packed<T> {
@@ -121,7 +133,7 @@ impl<T: Element> Packed<T> {
         let mut data = vec![T::default(); rows * columns];
         let (mut first, mut rest) = (0, data.as_mut_slice());
         while first < rows && columns > 0 {
-            let height = block::<T, S>(rows - first);
+            let height = block::<T, S>(rows, first);
             let place;
             (place, rest) = rest.split_at_mut(height * columns);
             fill(first, height, place);
@@ -271,7 +283,8 @@ pub(crate) struct WithEpilogue<'a, T: Element, S: Simd, const V: usize, E> {
 
 impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
     /// The products with some of the columns, in blocks of R of these rows, `weights` theirs; each sum in U
-    /// parts, so that the products of a small block need not wait for each other.
+    /// parts, so that the products of a small block need not wait for each other.  U is the same on every unit, so that
+    /// rows have the same bits on all.
     #[inline(always)]
     fn blocks<const R: usize, const U: usize>(
         &mut self,
@@ -351,8 +364,8 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
         } = self.weights;
         let mut first = 0;
         while first < *rows {
-            let height = block::<T, S>(rows - first);
-            let last = first + (rows - first) / height * height;
+            let (height, count) = blocks::<T, S>(*rows, first);
+            let last = first + count * height;
             let weights = &data[first * all..last * all];
             let (rows, columns) = (first..last, columns.clone());
             match height {
@@ -365,11 +378,8 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
                 4 if const { has_block::<T, S, 4>() } => {
                     self.blocks::<4, 1>(s, epilogue, rows, weights, columns);
                 }
-                2 if const { has_block::<T, S, 2>() && has_many_registers::<S>() } => {
+                2 if const { has_block::<T, S, 2>() } => {
                     self.blocks::<2, 4>(s, epilogue, rows, weights, columns);
-                }
-                2 if const { has_block::<T, S, 2>() && !has_many_registers::<S>() } => {
-                    self.blocks::<2, 3>(s, epilogue, rows, weights, columns);
                 }
                 _ => self.blocks::<1, 4>(s, epilogue, rows, weights, columns),
             }

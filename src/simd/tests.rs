@@ -636,3 +636,24 @@ impl Check for Tiles {
 fn a_tile_holds_rows_in_its_lanes_and_copies_or_zeros_in_the_others() {
     everywhere(Tiles);
 }
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn blocks_of_less_than_four_rows_have_the_same_rows_on_every_unit() {
+    fn small<S: Simd>(rows: usize) -> Vec<(usize, usize)> {
+        let (mut first, mut small) = (0, vec![]);
+        while first < rows {
+            let height = super::product::block::<f32, S>(rows, first);
+            if height < 4 {
+                small.push((first, height));
+            }
+            first += height;
+        }
+        assert_eq!(first, rows);
+        small
+    }
+    for rows in 0..100 {
+        let [a, b] = [small::<pulp::x86::V3>(rows), small::<pulp::x86::V4>(rows)];
+        assert_eq!(a, b, "{rows}");
+    }
+}
