@@ -40,7 +40,7 @@ use candle_diffeq::sde::{
     ito, sdeint, stratonovich, BrownianTree, NeuralSde, Noise, OfField, SdeMethod, SdeOptions,
     EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT, REVERSIBLE_HEUN,
 };
-use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, FEHLBERG45, RK4, TSIT5};
 use candle_diffeq::{
     odeint, odeint_with, solution, Error, NeuralOde, OdeOptions, Precision, Time, VectorField,
 };
@@ -1626,15 +1626,10 @@ fn an_interpolant_that_is_less_accurate_than_its_steps_shows_in_the_gradient() {
             assert!(error <= 100.0 * tol, "{} {tol:e}: {error:e}", method.name());
         }
     }
-    for (method, tol) in [(FEHLBERG45, 1e-5), (DOPRI8, 1e-5), (DOPRI8, 1e-8)] {
-        let interpolated = of(method.clone(), tol, Gradient::Interpolated);
-        let backsolve = of(method.clone(), tol, Gradient::Backsolve);
-        println!("{} {tol:e}: {interpolated:e} {backsolve:e}", method.name());
-        if method == FEHLBERG45 {
-            assert!(
-                interpolated > 10.0 * backsolve,
-                "{interpolated:e} {backsolve:e}"
-            );
-        }
-    }
+    let [interpolated, backsolve] = [Gradient::Interpolated, Gradient::Backsolve]
+        .map(|kind: fn(AdjointSolve) -> Gradient| of(FEHLBERG45, 1e-5, kind));
+    assert!(
+        interpolated > 2.0 * backsolve,
+        "{interpolated:e} {backsolve:e}"
+    );
 }

@@ -251,7 +251,7 @@ impl<T: Element> Evaluation<T> {
                     unit.dispatch(transposed(next, x, c * chunk, g.numbers_mut()));
                     let slopes = &slope.numbers::<T>()[places.clone()];
                     for (g, slope) in g.numbers_mut::<T>().iter_mut().zip(slopes) {
-                        *g = *g * *slope;
+                        *g *= *slope;
                     }
                     from_next = Some(g);
                 }
