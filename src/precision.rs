@@ -109,7 +109,8 @@ impl Precision {
     /// for each element of the state, which is much less than an evaluation of most networks.  States that are kept
     /// to restart from ([`Checkpoint`](crate::options::Checkpoint)) take twice the memory; those that are kept to
     /// linearise at do not.  The whole state is compensated if the precision of one of its tensors asks for it.
-    /// Stochastic equations and continuous adjoints refuse it.
+    /// Stochastic equations and continuous adjoints refuse it.  On CUDA, no solve in one launch has it, so that adaptive
+    /// steps have one length for the batch.
     ///
     /// Source: W. Kahan, "Further remarks on reducing truncation errors", CACM 8 (1965), with the exact sum of two
     /// numbers of D. E. Knuth, "The Art of Computer Programming" 2, §4.2.2.

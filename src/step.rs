@@ -8,8 +8,8 @@
 //!
 //! With compensated sums a step carries e_n beside y_n, which is what rounding has taken from y_n: y_{n+1} and e_{n+1}
 //! are the rounded sum and the rest of y_n + (e_n + h Σ b_i k_i).  No stage reads e_n, since a rounding of Y_i changes k_i
-//! by a rounding, so that what the backward pass linearises at needs y_n only.  A stage at the end of a step is an
-//! exception: it is the first one of the next step, which begins at y_{n+1}.
+//! by a rounding, so that what the backward pass linearises at needs y_n only.  With adaptive steps
+//! a stage at the end of a step is an exception: it is the first one of the next step, which begins at y_{n+1}.
 
 #[cfg(feature = "cuda")]
 mod fixture;
@@ -159,7 +159,9 @@ impl Scheme {
         watch: &mut Watch,
     ) -> Result<Taken> {
         let mut ks = vec![];
-        self.evaluate(field, step, y, &mut ks, self.active(&step), |i, k| {
+        // Stages read the state alone: the backward pass linearises them at ŷ_n.
+        let state = &y[..self.roles.len()];
+        self.evaluate(field, step, state, &mut ks, self.active(&step), |i, k| {
             watch.see(k, || Error::NonFiniteVelocity {
                 step: step.index,
                 stage: i,

@@ -104,6 +104,23 @@ fn errors_of_rounding_do_not_grow_with_the_number_of_steps() {
 }
 
 #[test]
+fn sums_of_parameter_gradients_in_tiles_do_not_drift_in_a_hundred_thousand_steps() {
+    if !has_tiles() {
+        return;
+    }
+    // Windows of four steps, and 64 windows in a block: 512 blocks are summed.
+    let run = |precision| {
+        let options = OdeOptions {
+            checkpoint: Checkpoint::Every(256),
+            ..options(&EULER, Steps::PerInterval(1 << 17), precision)
+        };
+        solve(Way::Tiles, &options, &[0.0, 1.0])
+    };
+    let found = errors(&run(COMPENSATED), &run(Precision::f64()));
+    assert!(found.iter().all(|error| *error <= 8.0 * U_F32), "{found:?}");
+}
+
+#[test]
 fn errors_of_rounding_do_not_grow_with_the_number_of_adaptive_steps() {
     for control in [StepControl::Batch, StepControl::Rows] {
         if control == StepControl::Rows && !has_tiles() {

@@ -37,7 +37,7 @@ use candle_diffeq::options::{
 };
 use candle_diffeq::scaling::{OnOverflow, Scaling};
 use candle_diffeq::sde::{
-    ito, sdeint, solution, stratonovich, BrownianTree, Increments, NeuralSde, Noise, OfField,
+    self, ito, sdeint, stratonovich, BrownianTree, Increments, NeuralSde, Noise, OfField,
     SdeMethod, SdeOptions, EULER_HEUN, EULER_MARUYAMA, HEUN, MIDPOINT, REVERSIBLE_HEUN,
 };
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, FEHLBERG45, RK4, TSIT5};
@@ -1709,7 +1709,7 @@ fn noise_that_is_not_additive_as_declared_is_an_error_of_the_stochastic_adjoint(
 fn increments_that_are_given_have_no_gradient_by_a_stochastic_adjoint() {
     let y0 = var(&[4, 2], 1.0, 1);
     let times = [0.0, 0.5, 1.0];
-    let sde = || {
+    let equation = || {
         stratonovich(
             |_: &Time, y: &Tensor| y.neg(),
             |_: &Time, y: &Tensor| y * 0.3,
@@ -1725,16 +1725,16 @@ fn increments_that_are_given_have_no_gradient_by_a_stochastic_adjoint() {
     let given = Noise::seeded(2).increments(&times, (4, 2), DType::F64, &Device::Cpu);
     let w = given.unwrap().w().clone();
     let noise = Noise::from(Increments::new(w.clone()));
-    let y = sdeint(sde(), y0.as_tensor(), &times, &noise, &options).unwrap();
+    let y = sdeint(equation(), y0.as_tensor(), &times, &noise, &options).unwrap();
     let grads = y.sum_all().unwrap().backward().unwrap();
-    let equation = sde();
-    let solved = solution(&equation, y0.as_tensor(), &times, &noise, &options).unwrap();
+    let borrowed = equation();
+    let solved = sde::solution(&borrowed, y0.as_tensor(), &times, &noise, &options).unwrap();
     let ours = solved.vjp(&solved.states().ones_like().unwrap()).unwrap();
     assert_eq!(bits(&ours.y0), bits(grads.get(&y0).unwrap()));
     assert!(ours.params.get(&w).is_none());
     let tracked = Var::from_tensor(&w).unwrap().into_inner();
     let tracked = Noise::from(Increments::new(tracked));
-    let error = sdeint(sde(), y0.as_tensor(), &times, &tracked, &options).unwrap_err();
+    let error = sdeint(equation(), y0.as_tensor(), &times, &tracked, &options).unwrap_err();
     assert!(matches!(
         error,
         Error::Continuous(ContinuousDefect::Unavailable { .. })
