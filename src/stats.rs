@@ -56,10 +56,10 @@ pub struct Stats {
     pub recomputed: usize,
     /// Pull-backs, repeated ones included: steps × stages + `retries`.
     pub vjps: usize,
-    /// Pull-backs repeated with a smaller adjoint scale.  Each tile has its own scale and repeats its own pull-backs.
-    /// This number is the sum over all tiles, and may differ from the number for a batch that has one common scale.
+    /// Pull-backs repeated with a smaller adjoint scale.  Each tile has its own scale (each row, if it has its own steps)
+    /// and repeats its own pull-backs.  This number is the sum over all tiles, and may differ from the number for a batch that has one common scale.
     pub retries: usize,
-    /// Smallest and largest adjoint scale that a pull-back used, of any tile; `None` where scaling is off.
+    /// Smallest and largest adjoint scale that a pull-back used, of any tile or row; `None` where scaling is off.
     pub scale_range: Option<(f64, f64)>,
     /// (t, S) at the stages at which the adjoint scale S changed, in the order of the backward pass.  Filled only by
     /// a [`Recorder::tracing`], and not for fields that are integrated tile by tile, because there every tile has its

@@ -621,6 +621,10 @@ fn graph_field(dtype: DType, widths: &[usize]) -> (VarMap, GcnField, Vec<Gcn>) {
     let pairs = (0..n).flat_map(|i| [[i, (i + 1) % n], [i, (7 * i + 3) % n]]);
     let edges: Vec<_> = pairs.filter(|[i, j]| i != j).collect();
     let graph = Csr::normalised_adjacency(NODES, &edges, dtype, &cpu()).unwrap();
+    // A matrix that is not its transpose.
+    let change = (scattered(graph.values().dims(), 0.5, 23) + 1.0).unwrap();
+    let values = (graph.values() * change.to_dtype(dtype).unwrap()).unwrap();
+    let graph = graph.with_values(values).unwrap();
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &cpu());
     let field = GcnField::new(widths, Activation::Softplus, &graph, vb.clone()).unwrap();

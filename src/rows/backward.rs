@@ -296,7 +296,7 @@ impl<T: Element> TilePass<'_, T> {
                     &mut scales,
                     &mut counted,
                 )
-                .map_err(failed)?;
+                .map_err(|exhausted| failed(exhausted.error(LaneSteps::All(step))))?;
                 if let Some(output) = schedule.at_node(n) {
                     seed(output, &mut incoming);
                     pull.add(stepper.on, batch, &mut adj, &incoming);

@@ -17,7 +17,6 @@ use super::lanewise::Lanewise;
 use super::scales::{Exhausted, Scales};
 use super::stepper::Stepper;
 use super::window::{power, KeptBy, OpenSlot, Window};
-use crate::error::{Error, Result};
 use crate::precision::Low;
 use crate::simd::{aligned, Aligned, Element};
 use crate::stats::Stats;
@@ -133,7 +132,7 @@ impl<T: Element> StagePulls<T> {
         kept: &KeptBy<'_, T>,
         scales: &mut Scales,
         stats: &mut Stats,
-    ) -> Result<()> {
+    ) -> std::result::Result<(), Exhausted> {
         let (on, batch) = (stepper.on, stepper.batch);
         self.measure(steps);
         let stages = stepper.stages(steps.is_dense());
@@ -213,7 +212,7 @@ impl<T: Element> StagePulls<T> {
         kept: &KeptBy<'_, T>,
         scales: &mut Scales,
         stats: &mut Stats,
-    ) -> Result<()> {
+    ) -> std::result::Result<(), Exhausted> {
         let (on, size, batch) = (stepper.on, stepper.size, stepper.batch);
         let stages = stepper.plan.problem.scheme.tableau.stages();
         let rounds = stepper.plan.low.iter().any(|low| *low != Low::None);
@@ -249,17 +248,7 @@ impl<T: Element> StagePulls<T> {
                 self.inverse.apply(on, w);
                 stepper.round(w);
             }
-            let fit = scales.fit(on, w, attempts);
-            let fit = fit.map_err(|Exhausted { lane, scale }| {
-                let step = steps.of(lane);
-                Error::ScaleExhausted {
-                    step: step.map_or(0, |step| step.index),
-                    t: step.map_or(f64::NAN, |step| step.t),
-                    scale,
-                    attempts,
-                }
-            })?;
-            if fit {
+            if scales.fit(on, w, attempts)? {
                 self.unscale.apply(on, w);
                 if scales.differ() {
                     // The sums over rows that a window collects have no scale of a row.

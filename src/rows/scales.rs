@@ -4,10 +4,12 @@
 //! its own steps, the scale of a lane belongs to the row that it holds, so that the gradient of a row does not depend
 //! on the rows beside it.
 
+use crate::error::Error;
 use crate::precision::Low;
 use crate::scaler::{Outcome, Scaler};
 use crate::simd::Element;
 
+use super::lanes::LaneSteps;
 use super::lanewise::Lanewise;
 use super::plan::TilePlan;
 use super::pulls::DenseSeeds;
@@ -18,15 +20,30 @@ pub(super) struct Scales {
     first: Scaler,
     scalers: Vec<Scaler>,
     batch: usize,
+    by_lane: bool,
     /// The S that the scalers hold now.
     numbers: Vec<f64>,
 }
 
-/// A scale that no smaller one can replace: the lane, and S.
+/// A scale that no smaller one can replace: the lane, S, and the attempts that were made.
 #[derive(Clone, Copy)]
 pub(super) struct Exhausted {
     pub(super) lane: usize,
-    pub(super) scale: f64,
+    scale: f64,
+    attempts: usize,
+}
+
+impl Exhausted {
+    /// The error, in these steps.
+    pub(super) fn error(&self, steps: LaneSteps<'_>) -> Error {
+        let step = steps.of(self.lane);
+        Error::ScaleExhausted {
+            step: step.map_or(0, |step| step.index),
+            t: step.map_or(f64::NAN, |step| step.t),
+            scale: self.scale,
+            attempts: self.attempts,
+        }
+    }
 }
 
 impl Scales {
@@ -36,6 +53,7 @@ impl Scales {
             first,
             scalers: vec![first],
             batch,
+            by_lane: false,
             numbers: vec![first.scale()],
         }
     }
@@ -46,13 +64,14 @@ impl Scales {
         if first.is_dynamic() {
             scales.scalers = vec![first; batch];
             scales.numbers = vec![first.scale(); batch];
+            scales.by_lane = true;
         }
         scales
     }
 
     /// Whether every lane has its own.
     pub(super) fn differ(&self) -> bool {
-        self.scalers.len() > 1
+        self.by_lane
     }
 
     /// A lane takes another row.
@@ -134,17 +153,18 @@ impl Scales {
         }
         for (lane, scaler) in self.scalers.iter_mut().enumerate() {
             let lanes = w.chunks_exact(self.batch);
-            let overflowed = match self.numbers.len() {
-                1 => true,
-                _ => lanes.into_iter().any(|x| !x[lane].wide().is_finite()),
-            };
-            if !overflowed {
+            let overflowed = || lanes.into_iter().any(|x| !x[lane].wide().is_finite());
+            if self.by_lane && !overflowed() {
                 continue;
             }
             let scale = scaler.scale();
             *scaler = scaler.after(Outcome::StateOverflow);
             if scaler.is_exhausted(attempts) {
-                return Err(Exhausted { lane, scale });
+                return Err(Exhausted {
+                    lane,
+                    scale,
+                    attempts,
+                });
             }
         }
         Ok(false)

@@ -43,12 +43,14 @@ struct Buffer {
 
 impl Buffer {
     fn new<T: Element>(count: usize, pool: &Arc<Pool>) -> Self {
-        let mut free = pool.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |s: &Scratch| s.numbers::<T>().len() == count;
-        let scratch = match free.iter().position(fits) {
-            Some(at) => free.swap_remove(at),
-            None => Scratch::new(count * size_of::<T>()),
+        let found = {
+            let mut free = pool.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let at = free.iter().position(fits);
+            at.map(|at| free.swap_remove(at))
         };
+        // Other threads do not wait for an allocation.
+        let scratch = found.unwrap_or_else(|| Scratch::new(count * size_of::<T>()));
         Self {
             scratch: Some(scratch),
             pool: Arc::clone(pool),

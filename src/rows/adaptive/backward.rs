@@ -146,7 +146,13 @@ impl<T: Element> RowsPass<'_, T> {
                 &mut walks.scales,
                 &mut counted,
             )
-            .map_err(anywhere)?;
+            .map_err(|exhausted| {
+                let walk = walks.lanes[exhausted.lane].as_ref();
+                Failure {
+                    at: (walk.map_or(0, |walk| walk.row), 0),
+                    error: exhausted.error(steps),
+                }
+            })?;
             walks.leave_steps()?;
             window.end_step();
         }
