@@ -19,12 +19,10 @@ struct Terms {
     int scaled_from;
 };
 
-// The sums of `count` elements from i on, formed in A in the order of the terms.
+// Adds the terms from `first` on to the sums of `count` elements from i on, in A and in the order of the terms.
 template <class A>
-__device__ inline void sum(const Terms &terms, double inverse, uint64_t i, int count, A (&sums)[FOUR]) {
-#pragma unroll
-    for (int e = 0; e < FOUR; ++e) sums[e] = 0;
-    for (int j = 0; j < terms.count; ++j) {
+__device__ inline void add(const Terms &terms, int first, double inverse, uint64_t i, int count, A (&sums)[FOUR]) {
+    for (int j = first; j < terms.count; ++j) {
         A x[FOUR];
         load<A>(terms.x[j], terms.type[j], i, count, x);
         // In the order in which the host multiplies, so that a replay gives the same bits.
@@ -35,4 +33,35 @@ __device__ inline void sum(const Terms &terms, double inverse, uint64_t i, int c
 #pragma unroll
         for (int e = 0; e < FOUR; ++e) sums[e] = fused(c, x[e], sums[e]);
     }
+}
+
+// The sums of `count` elements from i on.
+template <class A>
+__device__ inline void sum(const Terms &terms, double inverse, uint64_t i, int count, A (&sums)[FOUR]) {
+#pragma unroll
+    for (int e = 0; e < FOUR; ++e) sums[e] = 0;
+    add<A>(terms, 0, inverse, i, count, sums);
+}
+
+// Rounded, and never contracted with what follows.
+__device__ inline float plus(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline double plus(double a, double b) { return __dadd_rn(a, b); }
+__device__ inline float minus(float a, float b) { return __fsub_rn(a, b); }
+__device__ inline double minus(double a, double b) { return __dsub_rn(a, b); }
+
+// sum ← fl(sum + lost), and lost ← what rounding has taken from it: exact, in any order of magnitude (Knuth).
+template <class A> __device__ inline void two_sum(A &sum, A &lost) {
+    const A a = sum, b = lost;
+    sum = plus(a, b);
+    const A of_b = minus(sum, a);
+    lost = plus(minus(a, minus(sum, of_b)), minus(b, of_b));
+}
+
+// The first term, of type A with a factor of one, is itself a sum, and `lost` what rounding has taken from it.  The
+// other terms are to be in `lost` already; afterwards `sums` and `lost` are the whole and what it has lost.
+template <class A>
+__device__ inline void compensate(const Terms &terms, uint64_t i, int count, A (&sums)[FOUR], A (&lost)[FOUR]) {
+    load<A>(terms.x[0], terms.type[0], i, count, sums);
+#pragma unroll
+    for (int e = 0; e < FOUR; ++e) two_sum(sums[e], lost[e]);
 }

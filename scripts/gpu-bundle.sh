@@ -29,7 +29,7 @@ done
 git describe --always --dirty --abbrev=12 > "$folder/commit" 2> /dev/null || true
 mkdir -p "$folder/tests/data" "$folder/peers"
 cp -r tests/data/discrete tests/data/demo_f16 "$folder/tests/data"
-cp benches/peers/{gpu,gpu_report,report,workload,field,torch_peers}.py "$folder/peers"
+cp benches/peers/{gpu,gpu_report,report,machine,workload,field,torch_peers}.py "$folder/peers"
 if [ -n "${RAMPDE:-}" ]; then
     mkdir -p "$folder/python/rampde"
     cp "$RAMPDE"/rampde/*.py "$folder/python/rampde"

@@ -9,6 +9,8 @@
 //!
 //! t̄_{n+1} += Σ v_iᵀ(k_i + c_i h ∂_t f_i),  t̄_n += Σ v_iᵀ(−k_i + (1−c_i) h ∂_t f_i).
 //!
+//! With compensated sums λ carries what rounding has taken from it, as y does in the forward pass; v_i does not read it.
+//!
 //! v_i carries no factor h, so it stays of the size of λ.  Only the pull-back is in compute
 //! precision: it is fed Q(S·v_i), and its results are divided by S in state precision.
 
@@ -209,7 +211,7 @@ impl Sweep<'_> {
         }
         let steps = schedule.len();
         let mut sums = Sums {
-            theta: Accumulator::new(self.theta, self.scheme.roles[0].state)?,
+            theta: self.accumulator()?,
             times: TimeGradients::new(self.times),
             scaler: self.scaler,
             after: None,
@@ -246,6 +248,12 @@ impl Sweep<'_> {
             theta,
             times: times.finish()?,
         })
+    }
+
+    /// θ̄ before the first term.
+    fn accumulator(&self) -> Result<Accumulator> {
+        Accumulator::new(self.theta, self.scheme.roles[0].state)?
+            .compensating(self.scheme.compensated)
     }
 
     /// The gradients of a state without an element, which nothing depends on.

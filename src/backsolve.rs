@@ -87,6 +87,7 @@ pub(crate) fn check(problem: &Problem) -> Result<()> {
     let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
     match (&problem.continuous, &problem.driven) {
         (Some(_), _) if !problem.crossings.is_empty() => unavailable("events"),
+        (Some(_), _) if problem.scheme.compensated => unavailable("compensated sums"),
         (Some(continuous), Some(driven)) => stochastic::check(problem, continuous, driven),
         _ => Ok(()),
     }

@@ -23,6 +23,7 @@ use crate::schedule::{Schedule, Step};
 use crate::step::located;
 use crate::time::{Time, TimeGrid};
 use crate::watch::Watch;
+pub(crate) use apply::is_any;
 pub(crate) use attempt::Attempted;
 pub(crate) use equation::Equation;
 pub use equation::{Calculus, NoiseType};

@@ -25,7 +25,7 @@ use crate::time::TimeGrid;
 /// | | y(t) in the backward pass | θ̄ | memory |
 /// |---|---|---|---|
 /// | `Discrete` | states that were kept | the exact sum over the steps that were taken | states by [`Checkpoint`](crate::options::Checkpoint) |
-/// | `Backsolve` | solved backward with λ | a sum over the stages of backward steps | the outputs, and the stages of one attempt |
+/// | `Backsolve` | solved backward with λ | a sum over the stages of backward steps | the outputs, and the stages of one attempt (of perceptrons with the activations of their layers) |
 /// | `Interpolated` | the interpolant of the forward steps | a sum over the stages of backward steps | states by `Checkpoint`, the stages of one attempt and of the forward steps that it reaches into |
 /// | `Quadrature` | the interpolant of the forward steps | Gauss quadrature along λ | as `Interpolated` |
 ///

@@ -82,10 +82,11 @@ fn need(problem: &Problem, steps: usize, checkpoint: Checkpoint) -> MemoryNeed {
         roles.len() as u128 * TENSOR + if here { numbers } else { 0 }
     };
     let (state, store) = (bytes(|roles| roles.state), bytes(|roles| roles.store.to));
-    let whole = problem.packing.len() * problem.state().size_in_bytes();
+    let carried = state * problem.scheme.carried() as u128;
+    let whole = problem.packing.len() * problem.state().size_in_bytes() * problem.scheme.carried();
     let (restart, stored) = checkpoint.most(steps, whole);
     MemoryNeed {
-        states: restart as u128 * state + stored as u128 * store,
+        states: restart as u128 * carried + stored as u128 * store,
         returned: problem.outputs() as u128 * state,
         ..Default::default()
     }
@@ -186,7 +187,7 @@ fn pass(
     let driven = problem.driven.as_deref();
     let (y0, roles) = match driven {
         Some(driven) => (driven.begin(y0), driven.carried_roles()),
-        None => (y0, scheme.roles.clone()),
+        None => (scheme.begin(y0)?, scheme.roles.clone()),
     };
     let mut trajectory = Trajectory::new(problem.checkpoint, steps, roles.clone(), &y0)?;
     let mut outputs = vec![];

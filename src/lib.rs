@@ -56,7 +56,8 @@
 //!
 //! Only f and its pull-back run in compute precision.  So if f is evaluated with a rounding error u, the solution and
 //! the gradients change by at most C u, where C depends on f and on the interval, but not on the number of steps.
-//! The rounding of the sums, in state precision, is added to this.  In f16 the input of the pull-back is S·v_i, where
+//! The rounding of the sums, in state precision, is added to this, and grows with the number of steps unless the sums
+//! are [compensated](Precision::compensated).  In f16 the input of the pull-back is S·v_i, where
 //! S is a power of two that is chosen from max|λ|.  The results of the pull-back are converted to state precision and
 //! then divided by S.
 //!

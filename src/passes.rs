@@ -123,7 +123,9 @@ fn advance_tiles(
     let packed = y0.detach().flatten_all()?;
     #[cfg(feature = "cuda")]
     if problem.device().is_cuda() {
-        let solved = match &offered.launch {
+        // One launch sums without compensation.
+        let launch = offered.launch.as_ref();
+        let solved = match launch.filter(|_| !problem.scheme.compensated) {
             Some(launch) => launch.solve(problem, &packed, stats)?,
             None => None,
         };

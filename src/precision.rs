@@ -49,6 +49,9 @@ pub struct Precision {
     pub store: DType,
     /// How `compute` is realised when it is f16 or bf16.
     pub arithmetic: Arithmetic,
+    /// Whether the state and its adjoint are summed over the steps with compensation, see
+    /// [`compensated`](Self::compensated).
+    pub compensated: bool,
 }
 
 impl Precision {
@@ -59,6 +62,7 @@ impl Precision {
             compute,
             store: state,
             arithmetic: Arithmetic::Auto,
+            compensated: false,
         }
     }
 
@@ -92,6 +96,47 @@ impl Precision {
     /// Another [`Arithmetic`].
     pub const fn arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.arithmetic = arithmetic;
+        self
+    }
+
+    /// With compensated sums of the state.  Each step adds h Σ b_i k_i to y, and what the rounding of this sum takes
+    /// away is kept in a second tensor and added in the next step; λ and the sum of θ̄ are treated in the same way.  So
+    /// the rounding errors of the sums no longer grow with the number of steps N: the errors of the solution and of the
+    /// gradients are those of a few roundings to state precision, for any N.
+    ///
+    /// It is for f32 and many steps: without it, the errors of f32 are about N times 6e-8 in the worst case, while f16
+    /// and bf16 evaluations usually hide them.  It costs one more tensor like the state in memory and a few operations
+    /// for each element of the state, which is much less than an evaluation of most networks.  States that are kept
+    /// to restart from ([`Checkpoint`](crate::options::Checkpoint)) take twice the memory; those that are kept to
+    /// linearise at do not.  The whole state is compensated if the precision of one of its tensors asks for it.
+    /// Stochastic equations and continuous adjoints refuse it.  On CUDA, no solve in one launch has it, so that adaptive
+    /// steps have one length for the batch.
+    ///
+    /// Source: W. Kahan, "Further remarks on reducing truncation errors", CACM 8 (1965), with the exact sum of two
+    /// numbers of D. E. Knuth, "The Art of Computer Programming" 2, §4.2.2.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_diffeq::options::{Output, Steps};
+    /// use candle_diffeq::{odeint, OdeOptions, Precision, Time};
+    /// // y' = y/16 from 1: after 20 000 steps of f32, the error is that of about one rounding.
+    /// let error = |precision| -> candle_diffeq::Result<f64> {
+    ///     let options = OdeOptions {
+    ///         precision: Some(precision),
+    ///         steps: Steps::PerInterval(20_000),
+    ///         output: Output::Final,
+    ///         ..Default::default()
+    ///     };
+    ///     let y0 = Tensor::ones(1, DType::F32, &Device::Cpu)?;
+    ///     let y = odeint(|_: &Time, y: &Tensor| y * 0.0625, &y0, &[0.0, 1.0], &options)?;
+    ///     Ok((f64::from(y.to_vec1::<f32>()?[0]) - 0.0625f64.exp()).abs())
+    /// };
+    /// assert!(error(Precision::f32().compensated())? < 1.5e-7);
+    /// assert!(error(Precision::f32())? > 1e-5);
+    /// # Ok::<(), candle_diffeq::Error>(())
+    /// ```
+    pub const fn compensated(mut self) -> Self {
+        self.compensated = true;
         self
     }
 

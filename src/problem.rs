@@ -228,6 +228,8 @@ impl Problem {
                     .fold(Precision::of(first.dtype()), widest)
             });
         let theta = common.roles(&device)?.compute;
+        let mut each = options.leaf_precision.iter();
+        let compensated = common.compensated || each.any(|p| p.compensated);
         let roles = match options.leaf_precision.as_slice() {
             [] => y0
                 .iter()
@@ -267,7 +269,7 @@ impl Problem {
         let tiles = packing.len() > 0 && moderate && !as_tensors;
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
-            scheme: Scheme::new(&options.method, dense, roles, device),
+            scheme: Scheme::new(&options.method, dense, roles, device).compensating(compensated),
             driven: None,
             plan,
             grid,

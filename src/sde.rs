@@ -91,6 +91,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::field::parts::Parts;
 use crate::field::{Field, SharedField, VectorField};
+use crate::gradient::Gradient;
 use crate::node::{node, Source};
 use crate::odeint::{solved_in_graph, states, without_graph_by, InGraph};
 use crate::passes::run;
@@ -179,7 +180,8 @@ where
 
 /// Solves like [`sdeint`], but without candle's graph.  The equation may be borrowed and need not cross threads, and
 /// gradients are computed on request.  Gradients with respect to given increments are in
-/// [`Gradients::params`](crate::Gradients::params), under the tensors that were given.
+/// [`Gradients::params`](crate::Gradients::params), under the tensors that were given; with
+/// [`Gradient::Backsolve`](crate::options::Gradient::Backsolve) they have none.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -214,7 +216,7 @@ where
     T: Times + ?Sized,
 {
     let drive = sde.drive(noise, options);
-    let increments = drive.masters(true);
+    let increments = drive.masters(matches!(options.gradient, Gradient::Discrete));
     let bind = |_| -> Result<Box<Field<'f>>> {
         Ok(Box::new(Parts::new(equation::borrowed::<S, F, G, M>(sde))))
     };

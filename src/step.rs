@@ -4,7 +4,12 @@
 //!
 //! Y_i = Q(y_n + h Σ_{j<i} a_ij k_j),  k_i = Q(f(t_n + c_i h, Y_i)),  y_{n+1} = y_n + h Σ b_i k_i.
 //!
-//! Every sum is formed in state precision from the state-precision y_n, so nothing piles up.
+//! Every sum is formed in state precision from the state-precision y_n, so nothing piles up but the roundings of y_{n+1}.
+//!
+//! With compensated sums a step carries e_n beside y_n, which is what rounding has taken from y_n: y_{n+1} and e_{n+1}
+//! are the rounded sum and the rest of y_n + (e_n + h Σ b_i k_i).  No stage reads e_n, since a rounding of Y_i changes k_i
+//! by a rounding, so that what the backward pass linearises at needs y_n only.  With adaptive steps
+//! a stage at the end of a step is an exception: it is the first one of the next step, which begins at y_{n+1}.
 
 #[cfg(feature = "cuda")]
 mod fixture;
@@ -48,6 +53,8 @@ pub(crate) struct Scheme {
     dense_active: Vec<bool>,
     /// Roles of each leaf.
     pub(crate) roles: Vec<Roles>,
+    /// Whether y and λ are summed with compensation.
+    pub(crate) compensated: bool,
     pub(crate) device: Device,
     /// Where steps read h and t if they are replayed.
     #[cfg(feature = "cuda")]
@@ -75,10 +82,38 @@ impl Scheme {
             dense_active: tableau.dense_active(),
             tableau,
             roles,
+            compensated: false,
             device,
             #[cfg(feature = "cuda")]
             fixture: None,
         }
+    }
+
+    /// The same with compensated sums, or without.
+    pub(crate) fn compensating(self, compensated: bool) -> Self {
+        Self {
+            compensated,
+            ..self
+        }
+    }
+
+    /// How many tensors a step carries for each leaf.
+    pub(crate) fn carried(&self) -> usize {
+        1 + usize::from(self.compensated)
+    }
+
+    /// What the first step is given: y, of which rounding has taken nothing yet.  So is λ at the end.
+    pub(crate) fn begin(&self, mut y: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        if self.compensated {
+            let zeros = y.iter().map(Tensor::zeros_like);
+            y.extend(zeros.collect::<candle_core::Result<Vec<_>>>()?);
+        }
+        Ok(y)
+    }
+
+    /// What rounding has taken from a leaf, in what a step carries.
+    pub(crate) fn lost<'a>(&self, y: &'a [Tensor], leaf: usize) -> Option<&'a Tensor> {
+        y.get(self.roles.len() + leaf).filter(|_| self.compensated)
     }
 
     /// The same, whose steps read h and t from a fixture.
@@ -124,7 +159,9 @@ impl Scheme {
         watch: &mut Watch,
     ) -> Result<Taken> {
         let mut ks = vec![];
-        self.evaluate(field, step, y, &mut ks, self.active(&step), |i, k| {
+        // Stages read the state alone: the backward pass linearises them at ŷ_n.
+        let state = &y[..self.roles.len()];
+        self.evaluate(field, step, state, &mut ks, self.active(&step), |i, k| {
             watch.see(k, || Error::NonFiniteVelocity {
                 step: step.index,
                 stage: i,
@@ -192,12 +229,16 @@ impl Scheme {
             &mut dyn FnMut(&mut cuda::Looks) -> Result<(Tensor, Option<Tensor>)>,
         ) -> Result<(Tensor, Option<Tensor>)>,
     ) -> Result<(Vec<Tensor>, Option<Vec<Tensor>>)> {
-        let (mut next, mut stored) = (vec![], vec![]);
+        let (mut next, mut lost, mut stored) = (vec![], vec![], vec![]);
         for (leaf, roles) in self.roles.iter().enumerate() {
             let terms = terms(leaf, self.pace(h), y, self.tableau.b(), ks);
             let store = (copies && roles.store != roles.state()).then_some(roles.store);
+            let before = self.lost(y, leaf);
             let (y, copy) = look(&y[leaf], &mut |looks| {
-                cuda::update(&terms, roles.state(), store, looks, self.clock())
+                let to = (roles.state(), store);
+                let updated = cuda::update(&terms, before, to, looks, self.clock())?;
+                lost.extend(updated.lost);
+                Ok((updated.y, updated.stored))
             })?;
             stored.push(match copy {
                 Some(copy) => copy,
@@ -205,6 +246,7 @@ impl Scheme {
             });
             next.push(y);
         }
+        next.append(&mut lost);
         Ok((next, copies.then_some(stored)))
     }
 
@@ -325,8 +367,13 @@ impl Scheme {
         y: &[Tensor],
         ks: &[Option<Vec<Tensor>>],
     ) -> Result<Vec<Tensor>> {
+        let ends = self.tableau.ends_step(i);
         let of_leaf = |(leaf, roles): (usize, &Roles)| {
             let terms = terms(leaf, self.pace(h), y, self.tableau.a(i), ks);
+            if let Some(lost) = self.lost(y, leaf).filter(|_| ends) {
+                let [y, _] = ops::add_compensated([&y[leaf], lost], &terms[1..])?;
+                return roles.compute.round(&y);
+            }
             match terms.as_slice() {
                 [(_, y)] => roles.compute.round(y),
                 terms => self.sum(terms, roles.compute),
@@ -372,17 +419,27 @@ impl Scheme {
         self.roles.iter().enumerate().map(of_leaf).collect()
     }
 
-    /// y + h Σ b_j k_j in state precision.
+    /// y + h Σ b_j k_j in state precision, with what rounding has taken from it if that is carried.
     pub(crate) fn update(
         &self,
         h: f64,
         y: &[Tensor],
         ks: &[Option<Vec<Tensor>>],
     ) -> Result<Vec<Tensor>> {
-        let of_leaf = |(leaf, roles): (usize, &Roles)| {
-            ops::combine(&terms(leaf, h, y, self.tableau.b(), ks), 1.0, roles.state())
-        };
-        self.roles.iter().enumerate().map(of_leaf).collect()
+        let (mut next, mut rests) = (vec![], vec![]);
+        for (leaf, roles) in self.roles.iter().enumerate() {
+            let terms = terms(leaf, h, y, self.tableau.b(), ks);
+            match self.lost(y, leaf) {
+                Some(lost) => {
+                    let [y, lost] = ops::add_compensated([&y[leaf], lost], &terms[1..])?;
+                    next.push(y);
+                    rests.push(lost);
+                }
+                None => next.push(ops::combine(&terms, 1.0, roles.state())?),
+            }
+        }
+        next.append(&mut rests);
+        Ok(next)
     }
 
     /// y(t_n + x h) from the stages of the step.

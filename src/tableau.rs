@@ -219,6 +219,12 @@ impl Tableau {
         self.read_by(self.b.iter().map(|&b| b != 0.0).collect())
     }
 
+    /// Whether stage i is y_{n+1}, so that it is also the first stage of the next step.
+    pub(crate) fn ends_step(&self, i: usize) -> bool {
+        let (read, others) = self.b.split_at(i);
+        self.a(i) == read && others.iter().all(|b| *b == 0.0)
+    }
+
     /// The stages that these are computed from, and these.
     fn read_by(&self, mut active: Vec<bool>) -> Vec<bool> {
         for i in (0..self.stages()).rev() {

@@ -3,7 +3,8 @@
 //!
 //! Backward needs ŷ_n = Q_store(y_n) for n = N−1 … 0.  A plan keeps all of them, or restart states
 //! y_n in **state** precision from which the steps between are taken again; ŷ_n is formed from the
-//! same y_n either way, so every plan gives the same bits.
+//! same y_n either way, so every plan gives the same bits.  A restart state is everything that a step carries: with
+//! compensated sums also what rounding has taken from y_n, which ŷ_n does without.
 //!
 //! The budget plan is binomial checkpointing: Griewank & Walther, "Algorithm 799: revolve", ACM
 //! Trans. Math. Software 26 (2000): with s states and at most r replays of each step,
@@ -33,7 +34,8 @@ pub enum Checkpoint {
     /// solve computes all steps again from y_0, with the same bits.
     States(usize),
     /// As many states as fit into this many bytes, placed as with [`Checkpoint::States`].  The bytes are those of the
-    /// numbers in the states of the whole batch, as in [`Stats::bytes_kept`](crate::metrics::Stats::bytes_kept).
+    /// numbers in the states of the whole batch, as in [`Stats::bytes_kept`](crate::metrics::Stats::bytes_kept); with
+    /// [compensated sums](crate::Precision::compensated) a state has twice as many.
     Bytes(usize),
     /// Nothing: the solution has no gradients, and its backward pass is an error.
     Nothing,
@@ -69,7 +71,7 @@ enum Placement {
 
 /// How states of type Y are kept.
 pub(crate) trait Store<Y> {
-    /// ŷ = Q_store(y).
+    /// ŷ = Q_store(y), without what a step carries beside it.
     fn stored(&self, y: &Y) -> Result<Y>;
 
     /// Size of a state.

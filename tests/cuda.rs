@@ -230,6 +230,56 @@ fn closures_are_solved_as_on_the_cpu_in_f64() {
 }
 
 #[test]
+fn compensated_sums_lose_as_little_on_the_gpu_as_on_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let net = Net {
+        widths: &[2, 8, 2],
+        ..SPIRAL
+    };
+    let unit = 2f64.powi(-24);
+    let run = |device: &Device, fusion: bool, steps: usize, checkpoint| {
+        let options = OdeOptions {
+            method: EULER,
+            precision: Some(Precision::f32().compensated()),
+            steps: Steps::PerInterval(steps),
+            checkpoint,
+            fusion,
+            ..Default::default()
+        };
+        outcome(device, &net, 3, &[0.0, 1.0], 1.0, &options).unwrap()
+    };
+    let alike = |a: &Outcome, b: &Outcome| {
+        assert_eq!(bits(&a.states), bits(&b.states));
+        assert_eq!(bits(&a.y0), bits(&b.y0));
+        for (a, b) in a.params.iter().zip(&b.params) {
+            assert_eq!(bits(a), bits(b));
+        }
+    };
+    for steps in [16, 600] {
+        let there = run(&gpu, false, steps, Checkpoint::All);
+        let here = run(&Device::Cpu, false, steps, Checkpoint::All);
+        assert_close(&there, &here, 16.0 * unit, &format!("{steps} steps"));
+        alike(&run(&gpu, false, steps, Checkpoint::States(3)), &there);
+        // One launch, which sums without compensation, is not taken.
+        alike(&run(&gpu, true, steps, Checkpoint::All), &there);
+    }
+    // Adaptive steps of the whole batch.
+    let adaptive = |device: &Device| {
+        let steps = Adaptive::new(1e-1, 1e-1).max_step(1.0 / 200.0);
+        let options = OdeOptions {
+            method: BOSH3,
+            precision: Some(Precision::f32().compensated()),
+            steps: Steps::Adaptive(steps.first_step(1.0 / 200.0)),
+            fusion: false,
+            ..Default::default()
+        };
+        outcome(device, &net, 3, &TIMES, 1.0, &options).unwrap()
+    };
+    let what = "adaptive steps";
+    assert_close(&adaptive(&gpu), &adaptive(&Device::Cpu), 32.0 * unit, what);
+}
+
+#[test]
 fn noise_has_the_bits_of_the_cpu_and_moves_the_state_as_there() {
     let Some(gpu) = gpu() else { return };
     let on = |device: &Device| {

@@ -157,6 +157,8 @@ fn replayed_passes_give_the_bits_of_launched_ones() {
         Precision::bf16(),
         Precision::bf16().store(DType::BF16),
         Precision::f16(),
+        Precision::f32().compensated(),
+        Precision::bf16().store(DType::BF16).compensated(),
     ];
     for precision in precisions {
         for (checkpoint, output, time) in [

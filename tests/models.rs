@@ -700,11 +700,16 @@ fn layers_that_are_no_field_over_one_graph_are_refused() {
     let layer = |inputs, outputs, nodes, name: &str| {
         Gcn::new(inputs, outputs, &ring(nodes), vb.pp(name)).unwrap()
     };
+    let empty = |inputs, outputs| {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F64, &cpu()).unwrap();
+        Gcn::from_tensors(&ring(5), zeros(&[outputs, inputs]), zeros(&[outputs])).unwrap()
+    };
     for layers in [
         vec![],
         vec![layer(3, 4, 5, "a")],
         vec![layer(3, 4, 5, "b"), layer(4, 3, 6, "c")],
         vec![layer(3, 4, 5, "d"), layer(5, 3, 5, "e")],
+        vec![empty(3, 0), empty(0, 3)],
     ] {
         let error = GcnField::from_layers(layers, Activation::Tanh).unwrap_err();
         let text = error.to_string();

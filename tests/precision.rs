@@ -121,6 +121,8 @@ fn recomputed_velocities_are_the_forward_ones_bit_for_bit() {
         native(Precision::f16()),
         native(Precision::bf16()),
         Precision::new(DType::F64, DType::F32),
+        Precision::f32().compensated(),
+        Precision::bf16().compensated(),
     ] {
         for method in [RK4, DOPRI5] {
             let log = Log::default();

@@ -284,12 +284,27 @@ fn in_f16_the_gradient_of_a_row_scales_with_its_loss_whatever_the_loss_of_other_
     assert_eq!(bits(&ours), bits(&equal));
 }
 
+/// Heun's method with Euler's as the embedded one: its last stage is not the first one of the next step, which is
+/// therefore appended, and neither pair nor interpolant gives that stage a weight.
+fn own_pair() -> Tableau {
+    let heun = Tableau::new(
+        "own",
+        2,
+        vec![vec![], vec![1.0]],
+        vec![0.5, 0.5],
+        vec![0.0, 1.0],
+    );
+    let pair = heun.unwrap().with_embedded(vec![1.0, 0.0]).unwrap();
+    pair.with_interpolant(vec![vec![1.0, -0.5], vec![0.0, 0.5]])
+        .unwrap()
+}
+
 #[test]
 fn one_row_is_solved_as_a_batch_of_one_is() {
     if without_tiles() {
         return;
     }
-    for method in &PAIRS {
+    for method in PAIRS.iter().chain([&own_pair()]) {
         for kind in KINDS {
             for row in [0, 5] {
                 let y0 = rows(&start(kind, 8, DType::F64), &[row]);

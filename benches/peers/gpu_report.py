@@ -3,7 +3,8 @@
 import subprocess
 
 import workload
-from report import cpu, figure, table
+from machine import processor
+from report import figure, table
 
 PRECISIONS = ["f32", "bf16", "f16"]
 #: Their time over ours, at least, in the same precision: launch-bound problems, and those full of work.
@@ -46,7 +47,7 @@ def header(said: dict[str, dict]) -> str:
     run, ours = said.get("run", {}), said.get("environment", {})
     versions = {"candle-diffeq": ours.get("version", "?"), "candle": ours.get("candle", "?")} | said.get("peers", {})
     problems = "; **small problems, to try this out**" if run.get("small") else ""
-    return (f"{run.get('date')}, commit {run.get('commit')}, {card() if run.get('device') == 'cuda' else 'no GPU'}; {cpu()}; "
+    return (f"{run.get('date')}, commit {run.get('commit')}, {card() if run.get('device') == 'cuda' else 'no GPU'}; {processor()}; "
             + ", ".join(f"{name} {number}" for name, number in versions.items()) + f"{problems}.\n\n`{run.get('command')}`")
 
 

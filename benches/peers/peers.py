@@ -5,6 +5,7 @@ peers.py make DIR                                   # W0 … W5, A0 … A5, S1, 
 peers.py run --workloads DIR --markdown README.md   # between <!-- peers --> and <!-- /peers -->
 peers.py run --workloads DIR --only A1 A2 A3 A4 A5  # adaptive steps
 peers.py run --workloads DIR --only S1 S2 C1        # driven by noise and data
+peers.py run --workloads DIR --unit avx2            # all held to AVX2
 peers.py run --workloads DIR --only H1 H2 H3        # torchdyn's models
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 
 import adaptive
 import driven
+import machine
 import report
 import workload
 
@@ -52,6 +54,8 @@ REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3,
 
 def run(args: argparse.Namespace) -> None:
     """Every cell once a round, each time in a process of its own; then the report."""
+    if args.unit:
+        machine.hold_to(args.unit)  # inherited
     cpus = sorted(os.sched_getaffinity(0))[: args.threads]
     os.sched_setaffinity(0, cpus)  # inherited, and what every library counts its threads by
     os.environ.pop("RAYON_NUM_THREADS", None)
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     ours = re.search('version = "(.*)"', (ROOT / "Cargo.toml").read_text())[1]
     versions = {"candle-diffeq": ours} | {PEERS[name]: version(PEERS[name]) for name in peers}
     versions |= {name: version(name) for name in ("torch", "jax") if util.find_spec(name)}  # what others rest on
-    text = report.render(results, versions, len(cpus))
+    text = report.render(results, versions, f"{machine.described(args.unit)}; threads: {len(cpus)}")
     report.insert(args.markdown, text) if args.markdown else print(text)
 
 
@@ -157,6 +161,8 @@ def one(args: argparse.Namespace) -> None:
     line["fwd_ms"], line["fwdbwd_ms"] = map(median, zip(*times))
     line["fwdbwd_cpu_ms"] = min(processor)
     line |= {"rss_mb": memory("VmHWM:") - before, "buffers_mb": cell.buffers_mb()}
+    if torch := sys.modules.get("torch"):
+        line["unit"] = torch.backends.cpu.get_cpu_capability()
     print(json.dumps(line))
 
 
@@ -211,6 +217,7 @@ def main() -> None:
     add("--quiet", type=float, default=0.0, metavar="SECONDS", help="repeats a cell for so long until no other job disturbs it")
     add("--timeout", type=float, default=120.0, help="seconds for one process")
     add("--threads", type=int, help="all that this process may use, unless given")
+    add("--unit", choices=machine.UNITS, help="holds every library to this vector unit")
     add("--markdown", type=Path, metavar="FILE", help="standard output if not given")
 
     add = command("one", "time one peer on one file, as a line of JSON", one)

@@ -20,6 +20,7 @@ fn status(key: &str) -> Option<u64> {
 /// Lets glibc keep memory that is freed.  By default it gives the end of the heap back to the system when more than a hundred
 /// kilobytes of it are free, and asks for them again at the next operation on a tensor, page by page.  The limit follows the
 /// largest block that was freed, if that is below 32 MB; the block itself is never touched.
+#[allow(dead_code)] // tests read this file, too, and leave the allocator alone
 pub(crate) fn keep_freed() {
     const BLOCK: usize = 24 << 20;
     drop(std::hint::black_box(Vec::<u8>::with_capacity(BLOCK)));

@@ -150,6 +150,8 @@ pub(crate) struct Numbers {
     pub(crate) explicit: bool,
     /// Whether variables are f64.
     pub(crate) wide_masters: bool,
+    /// Whether the state is summed with compensation.
+    pub(crate) compensated: bool,
 }
 
 impl Numbers {
@@ -165,6 +167,7 @@ impl Numbers {
             last: None,
             explicit: true,
             wide_masters: matches!(state, Dt::F64),
+            compensated: false,
         }
     }
 
@@ -319,6 +322,7 @@ impl Case {
         if !n.explicit {
             n.state = if n.y0 == Dt::F64 { Dt::F64 } else { Dt::F32 };
             (n.compute, n.store, n.last) = (n.y0, n.state, None);
+            n.compensated = false;
         }
         if n.state != Dt::F64 {
             let narrow = |dt: Dt| if dt == Dt::F64 { Dt::F32 } else { dt };

@@ -284,6 +284,7 @@ fn numbers(rng: &mut StdRng) -> Numbers {
         last: one_in(rng, 4).then(|| pick(rng, &all)),
         explicit: !one_in(rng, 4),
         wide_masters: !one_in(rng, 3),
+        compensated: one_in(rng, 4),
         ..Numbers::of(state, compute)
     }
 }

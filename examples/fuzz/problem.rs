@@ -370,7 +370,8 @@ impl Problem {
     /// Bytes of a plan.
     pub(crate) fn bytes(&self, states: usize) -> usize {
         let numbers: usize = self.y0.iter().map(Balls::len).sum();
-        states * numbers * if self.numbers.state == Dt::F64 { 8 } else { 4 }
+        let carried = if self.numbers.compensated { 2 } else { 1 };
+        states * carried * numbers * if self.numbers.state == Dt::F64 { 8 } else { 4 }
     }
 }
 

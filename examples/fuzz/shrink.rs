@@ -71,6 +71,7 @@ fn smaller(case: &Case) -> Vec<Case> {
     with(&|c| c.numbers = Numbers::F64);
     with(&|c| c.numbers = Numbers::F32);
     with(&|c| c.numbers = Numbers::of(c.numbers.state, c.numbers.compute));
+    with(&|c| c.numbers.compensated = false);
     with(&|c| c.entry = Entry::Solve);
     with(&|c| c.entry = Entry::Odeint);
     with(&|c| c.entry = Entry::Neural);

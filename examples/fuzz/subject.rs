@@ -322,8 +322,13 @@ impl<'p> Inputs<'p> {
 
 fn options(p: &Problem, plan: Plan) -> Result<OdeOptions> {
     let (case, n) = (&p.case, p.numbers);
-    let precision =
-        |compute: Dt| Precision::new(n.state.candle(), compute.candle()).store(n.store.candle());
+    let precision = |compute: Dt| {
+        let plain = Precision::new(n.state.candle(), compute.candle()).store(n.store.candle());
+        match n.compensated {
+            true => plain.compensated(),
+            false => plain,
+        }
+    };
     let leaves = 0..p.y0.len();
     Ok(OdeOptions {
         method: case.method.tableau()?,

@@ -17,6 +17,9 @@ mod common;
 #[path = "../workloads/fields.rs"]
 mod fields;
 #[allow(dead_code)]
+#[path = "../workloads/models.rs"]
+mod models;
+#[allow(dead_code)]
 #[path = "../workloads/workload.rs"]
 mod workload;
 

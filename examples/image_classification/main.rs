@@ -172,7 +172,7 @@ fn loss(kind: Kind, logits: &[Tensor], classes: &Tensor) -> Result<Tensor> {
 
 /// The share of images that are right, read after each step.
 fn right(model: &Model, images: &Images, device: &Device) -> Result<Vec<f64>> {
-    let mut counts = vec![0.0; STEPS + 1];
+    let mut counts = [0.0; STEPS + 1];
     let all: Vec<usize> = (0..images.len()).collect();
     for some in all.chunks(LOOKED) {
         let (x, classes) = images.batch(some, &vec![[0, 0]; some.len()], device)?;

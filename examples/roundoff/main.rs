@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use candle_core::Device;
 use candle_diffeq::scaling::Scaling;
 use candle_diffeq::tableau::{Tableau, EULER, RK4};
-use candle_diffeq::{Error, OdeOptions};
+use candle_diffeq::{Error, OdeOptions, Precision};
 use clap::Parser;
 use serde_json::json;
 
@@ -46,6 +46,8 @@ struct Args {
 enum Kind {
     /// Ours; dynamic adjoint scaling in f16, otherwise none.
     Scaled,
+    /// Ours, with compensated sums of the state.
+    Compensated,
     /// Ours, in f16 without scaling.
     Unscaled,
     /// Ours, in f16 under the largest constant scale that does not overflow.
@@ -59,13 +61,15 @@ impl Kind {
         match dtype {
             Dtype::F16 => &[Self::Scaled, Self::Unscaled, Self::Constant, Self::Tape],
             Dtype::Bf16 => &[Self::Scaled, Self::Tape],
-            Dtype::F32 | Dtype::F64 => &[Self::Scaled],
+            Dtype::F32 => &[Self::Scaled, Self::Compensated],
+            Dtype::F64 => &[Self::Scaled],
         }
     }
 
     fn name(self) -> &'static str {
         match self {
             Self::Scaled => "ours",
+            Self::Compensated => "ours, compensated",
             Self::Unscaled => "ours, unscaled",
             Self::Constant => "ours, constant scale",
             Self::Tape => "tape",
@@ -112,7 +116,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             })
             .collect();
         for &n in &steps {
-            let reference = ours(&problem, &method, Dtype::F64, Scaling::Off, n)?;
+            let reference = ours(&problem, &method, Precision::f64(), Scaling::Off, n)?;
             bar.inc(n as u64);
             for one in &mut series {
                 let gradients = solve(&problem, one, n)?;
@@ -124,7 +128,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         all.extend(series);
     }
     bar.finish_and_clear();
-    let exact = ours(&problem, &RK4, Dtype::F64, Scaling::Off, steps[0])?;
+    let exact = ours(&problem, &RK4, Precision::f64(), Scaling::Off, steps[0])?;
     let moved = relative(&exact.state, &values(&problem.y0)?);
     println!("the flow moves the points by {moved:.2} of their size\n");
     report.figure("moved", moved)?;
@@ -136,17 +140,20 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
 }
 
 fn solve(problem: &Problem, series: &Series, steps: usize) -> Result<Gradients> {
-    let (method, dtype) = (&series.method, series.dtype);
-    let precision = dtype.precision();
+    let (method, precision) = (&series.method, series.dtype.precision());
     Ok(match series.kind {
-        Kind::Scaled => ours(problem, method, dtype, Scaling::Auto, steps)?,
-        Kind::Unscaled => ours(problem, method, dtype, Scaling::Off, steps)?,
+        Kind::Scaled => ours(problem, method, precision, Scaling::Auto, steps)?,
+        Kind::Compensated => {
+            let precision = precision.compensated();
+            ours(problem, method, precision, Scaling::Auto, steps)?
+        }
+        Kind::Unscaled => ours(problem, method, precision, Scaling::Off, steps)?,
         Kind::Tape => problem.tape(method, (precision.state, precision.compute), steps)?,
         Kind::Constant => {
             // A loss scaler's search: from 2¹⁶ down.
             for exponent in (-4..=16).rev() {
                 let scaling = Scaling::Fixed(2f64.powi(exponent));
-                match ours(problem, method, dtype, scaling, steps) {
+                match ours(problem, method, precision, scaling, steps) {
                     Err(Error::NonFiniteGradient { .. } | Error::NonFiniteParameterGradient) => {}
                     other => return Ok(other?),
                 }
@@ -159,13 +166,13 @@ fn solve(problem: &Problem, series: &Series, steps: usize) -> Result<Gradients> 
 fn ours(
     problem: &Problem,
     method: &Tableau,
-    dtype: Dtype,
+    precision: Precision,
     scaling: Scaling,
     steps: usize,
 ) -> candle_diffeq::Result<Gradients> {
     let options = OdeOptions {
         method: method.clone(),
-        precision: Some(dtype.precision()),
+        precision: Some(precision),
         scaling,
         ..Default::default()
     };
@@ -230,10 +237,13 @@ fn json(series: &Series) -> serde_json::Value {
     })
 }
 
-/// Of low precisions: in f32 the state rounds as f does, and its errors add up.
+/// Of low precisions, and of compensated sums: without them, in f32 the state rounds as f does, and its errors add up.
 fn demands(all: &[Series], report: &mut Report) {
-    let low = |s: &&Series| matches!(s.dtype, Dtype::Bf16 | Dtype::F16) && s.kind != Kind::Tape;
-    for series in all.iter().filter(low) {
+    let flat = |s: &&Series| match s.dtype {
+        Dtype::Bf16 | Dtype::F16 => s.kind != Kind::Tape,
+        Dtype::F32 | Dtype::F64 => s.kind == Kind::Compensated,
+    };
+    for series in all.iter().filter(flat) {
         let (Some(few), Some(many)) = (series.errors.first(), series.errors.last()) else {
             continue;
         };

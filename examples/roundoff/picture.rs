@@ -21,7 +21,13 @@ pub(crate) fn draw(path: &Path, all: &[Series]) -> Result<()> {
         for (row, method) in [EULER, RK4].iter().enumerate() {
             for (q, quantity) in QUANTITIES[..DRAWN].iter().enumerate() {
                 // What lies under the others comes first.
-                let layers = [Kind::Unscaled, Kind::Constant, Kind::Tape, Kind::Scaled];
+                let layers = [
+                    Kind::Unscaled,
+                    Kind::Constant,
+                    Kind::Tape,
+                    Kind::Scaled,
+                    Kind::Compensated,
+                ];
                 let of_panel = layers.iter().flat_map(|kind| {
                     let of = |s: &&Series| s.kind == *kind && s.method == *method;
                     all.iter().filter(of)
@@ -31,7 +37,7 @@ pub(crate) fn draw(path: &Path, all: &[Series]) -> Result<()> {
                     scales: [Scale::Doublings, Scale::Decades],
                     curves: of_panel.map(|s| curve(s, q, named)).collect(),
                     // Room for the legend.
-                    ranges: [None, (q == 0).then_some(1e-7..0.1)],
+                    ranges: [None, (q == 0).then_some(1e-8..1.0)],
                     legend: SeriesLabelPosition::UpperLeft,
                     ..Panel::new(
                         format!("{quantity}, {}", method.name()),
@@ -60,6 +66,7 @@ fn curve(series: &Series, q: usize, named: bool) -> Curve {
     });
     match series.kind {
         Kind::Scaled => Curve::new(name, of_dtype, points).mark(Mark::DottedLine),
+        Kind::Compensated => Curve::new(name, colour(4), points).mark(Mark::DottedLine),
         Kind::Unscaled => Curve::new(name, TRUTH, points).width(4),
         Kind::Constant => Curve::new(name, colour(3), points).mark(Mark::Dots(5)),
         Kind::Tape => Curve::new(name, of_dtype, points).mark(Mark::Dashed),

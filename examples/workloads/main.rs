@@ -40,6 +40,9 @@ struct Args {
     /// Compute precision.
     #[arg(long, default_value = "f32")]
     precision: Dtype,
+    /// Sums the state with compensation.
+    #[arg(long)]
+    compensated: bool,
     /// What the forward pass keeps: all, every:K, states:B or bytes:N.
     #[arg(long, default_value = "all", value_parser = checkpoint)]
     checkpoint: Checkpoint,
@@ -135,7 +138,10 @@ fn run(args: &Args) -> Result<serde_json::Value> {
     workload.fill(&vars, state)?;
     let recorder = Recorder::default();
     let options = OdeOptions {
-        precision: Some(args.precision.precision()),
+        precision: Some(match args.compensated {
+            true => args.precision.precision().compensated(),
+            false => args.precision.precision(),
+        }),
         checkpoint: args.checkpoint,
         activation_cache: match ActivationCache::within(args.activations << 20) {
             kept if args.activations_bf16 => kept.in_bf16(),
@@ -225,6 +231,7 @@ fn line(
         "workload": workload.name,
         "field": format!("{:?}", args.field).to_lowercase(),
         "precision": args.precision.name(),
+        "compensated": args.compensated,
         "checkpoint": format!("{:?}", args.checkpoint),
         "threads": std::env::var("RAYON_NUM_THREADS").ok(),
         "fwd_ms": forward,

@@ -32,7 +32,7 @@ struct Start {
 
 /// What a sweep takes from step to step.
 pub(super) struct Way<'a> {
-    /// λ, updated in place: the cotangent is the caller's.
+    /// λ, updated in place with what else the sweep carries of it: the cotangent is the caller's.
     pub(super) adj: Vec<Tensor>,
     pub(super) state: SweepState,
     pub(super) theta: Accumulator,
@@ -63,10 +63,12 @@ impl Sweep<'_> {
     ) -> Result<Adjoint> {
         let adj = last.iter().map(Tensor::force_contiguous);
         let adj = adj.collect::<candle_core::Result<Vec<_>>>()?;
-        let (steps, can_overflow) = (self.schedule.len(), self.can_overflow());
+        let sweep_state = SweepState::new(self.scaler, &adj, &self.can_overflow())?;
+        let adj = self.scheme.cotangents_at_end(adj)?;
+        let steps = self.schedule.len();
         let mut way = Way {
-            state: SweepState::new(self.scaler, &adj, &can_overflow)?,
-            theta: Accumulator::new(self.theta, self.scheme.roles[0].state)?,
+            state: sweep_state,
+            theta: self.accumulator()?,
             stepper: StepSequence::new(self.scheme, false, self.graphs, steps),
             replay: SweepReplay::new(self.graphs, steps),
             adj,
@@ -99,7 +101,7 @@ impl Sweep<'_> {
             way.state.resume(start.scaler)?;
         }
         Ok(Adjoint {
-            y0: way.adj,
+            y0: self.scheme.cotangents_at_start(way.adj)?,
             theta: way.theta.finish()?,
             times: vec![],
         })
@@ -214,10 +216,12 @@ impl Sweep<'_> {
         let linear = self.scheme.linearize(self.field, step, back.y, false)?;
         stats.recomputed += self.scheme.evaluations_of(&step);
         let (ws, waiting) = self.pull_stages(back, adj, &linear, state, theta, stats)?;
+        let carried = adj;
         for (leaf, (adj, can_overflow)) in adj.iter().zip(self.can_overflow()).enumerate() {
             let ws: Vec<_> = ws.iter().flatten().map(|w| (h, &w[leaf])).collect();
             let incoming = back.incoming.map(|y| &y[leaf]);
-            state.update(adj, &ws, incoming, back.look, can_overflow, clock)?;
+            let of_leaf = (adj, self.scheme.lost(carried, leaf));
+            state.update(of_leaf, &ws, incoming, back.look, can_overflow, clock)?;
         }
         for grads in &waiting {
             theta.add_all(h, grads, state, clock)?;
@@ -296,5 +300,6 @@ fn seeds(
         terms.extend(later);
         state.seed(&terms, scaled_from, scheme.roles[leaf].compute, clock)
     };
-    adj.iter().enumerate().map(of_leaf).collect()
+    let leaves = scheme.roles.len();
+    adj[..leaves].iter().enumerate().map(of_leaf).collect()
 }

@@ -8,10 +8,9 @@
 
 use candle_core::Tensor;
 
-use super::runge_kutta::Grads;
 use super::{Method, StepBack, Sums};
-use crate::driven::{Driven, Evaluated, Functional, NoiseType, Part, StepNoise, Sum, Term};
-use crate::error::{Error, Result, SdeDefect};
+use crate::driven::{is_any, Driven, Evaluated, Functional, NoiseType, Part, StepNoise, Sum, Term};
+use crate::error::Result;
 use crate::field::{Field, Pullback};
 use crate::ops;
 use crate::precision::Rounding;
@@ -96,7 +95,9 @@ impl Method for Driven {
                 let part = (parts[evaluation.part as usize], evaluation.at.as_slice());
                 sweep.pull(step, (i, evaluation.t), &v, part, &evaluation.linear)
             })?;
-            back.must_be_additive(i, &grads)?;
+            let has_derivative = || is_any(&grads.y);
+            back.driven
+                .must_be_additive(evaluation.part, &step, has_derivative)?;
             let factor = evaluation.part.scale(step.h) / scaler.scale();
             for (p, grad) in grads.theta.iter().enumerate() {
                 if let Some(grad) = grad {
@@ -198,23 +199,6 @@ impl Pass<'_, '_> {
             ops::combine(&terms, scale, self.driven.roles[leaf].compute)
         };
         seeds.iter().enumerate().map(of_leaf).collect()
-    }
-
-    /// Where the noise is declared additive, the diffusion has no derivative with respect to the state.
-    fn must_be_additive(&self, i: usize, grads: &Grads) -> Result<()> {
-        let declared = self.driven.drive.equation.additive;
-        if !declared || self.linear[i].part != Part::Diffusion {
-            return Ok(());
-        }
-        for w in &grads.y {
-            if ops::magnitude(w)? != 0.0 {
-                return Err(Error::Sde(SdeDefect::NotAdditive {
-                    step: self.step.index,
-                    t: self.step.t,
-                }));
-            }
-        }
-        Ok(())
     }
 
     /// λ_n of everything that is carried.

@@ -125,7 +125,7 @@ impl SweepSteps {
                 scheme: scheme.replayed(&fixture),
                 fixture,
                 y: like(y)?,
-                incoming: like(adj)?,
+                incoming: like(&adj[..scheme.roles.len()])?,
                 graphs: [None, None],
                 counts: Stats::default(),
                 terms: vec![],

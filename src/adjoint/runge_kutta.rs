@@ -55,6 +55,15 @@ impl Method for Scheme {
         let incoming = sweep.outputs.at_node(sweep.schedule, n)?;
         sweep.update(step, &seeds, &ws, incoming.as_deref())
     }
+
+    fn cotangents_at_end(&self, adj: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        self.begin(adj)
+    }
+
+    fn cotangents_at_start(&self, mut adj: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        adj.truncate(self.roles.len());
+        Ok(adj)
+    }
 }
 
 /// w_i as the pull-back left it, and what it still has to be multiplied with.
@@ -243,7 +252,8 @@ impl Sweep<'_> {
             }
             ops::combine(&terms, scale, rounding(leaf))
         };
-        adj.iter().enumerate().map(of_leaf).collect()
+        let leaves = self.scheme.roles.len();
+        adj[..leaves].iter().enumerate().map(of_leaf).collect()
     }
 
     /// One pull-back of a stage of the field, or of a part of it, which was evaluated at a state like `y`; the cotangent of
@@ -276,7 +286,7 @@ impl Sweep<'_> {
         })
     }
 
-    /// λ + h Σ w_i + ȳ.
+    /// λ + h Σ w_i + ȳ, with what rounding has taken from it if that is carried.
     fn update(
         &self,
         step: Step,
@@ -284,18 +294,27 @@ impl Sweep<'_> {
         ws: &[Option<Pulled>],
         incoming: Option<&[Tensor]>,
     ) -> Result<Vec<Tensor>> {
-        let of_leaf = |(leaf, adj): (usize, &Tensor)| {
+        let (mut before, mut rests) = (vec![], vec![]);
+        for (leaf, roles) in self.scheme.roles.iter().enumerate() {
             let ws = ws.iter().flatten();
             let ws = ws.map(|(w, unscale)| (step.h * unscale, &w[leaf]));
             let incoming = incoming.map(|y| (1.0, &y[leaf]));
-            let terms: Vec<_> = std::iter::once((1.0, adj))
+            let terms: Vec<_> = std::iter::once((1.0, &adj[leaf]))
                 .chain(ws)
                 .chain(incoming)
                 .chain(dense.of_state(leaf))
                 .collect();
-            ops::combine(&terms, 1.0, self.scheme.roles[leaf].state())
-        };
-        adj.iter().enumerate().map(of_leaf).collect()
+            match self.scheme.lost(adj, leaf) {
+                Some(lost) => {
+                    let [adj, lost] = ops::add_compensated([&adj[leaf], lost], &terms[1..])?;
+                    before.push(adj);
+                    rests.push(lost);
+                }
+                None => before.push(ops::combine(&terms, 1.0, roles.state())?),
+            }
+        }
+        before.append(&mut rests);
+        Ok(before)
     }
 
     /// The contributions of stage i to t̄: h depends on both ends of the step, the stage's time too.

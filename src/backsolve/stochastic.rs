@@ -14,7 +14,7 @@ use candle_core::Tensor;
 use super::augmented::{Augmented, Stage};
 use super::Backsolve;
 use crate::accumulator::Accumulator;
-use crate::driven::{Calculus, Driven, Evaluated, Functional, Part, StepNoise, Sum, Term};
+use crate::driven::{is_any, Calculus, Driven, Evaluated, Functional, Part, StepNoise, Sum, Term};
 use crate::error::{ContinuousDefect, Error, Result};
 use crate::field::Field;
 use crate::gradient::{Continuous, Kind};
@@ -81,11 +81,6 @@ pub(super) fn pull_back(
     let Some(schedule) = problem.plan.known() else {
         return Err(Error::NothingKept);
     };
-    let given = driven.drive.noise.given();
-    if given.is_some_and(|given| back.theta.iter().any(|p| p.id() == given.w().id())) {
-        let what = "gradient of increments that are given";
-        return Err(ContinuousDefect::Unavailable { what }.into());
-    }
     let augmented = Augmented::new(back, None, continuous);
     let zeros = |y: &Tensor| Ok(y.zeros_like()?);
     let mut way = Return {
@@ -165,6 +160,9 @@ impl<'a> Return<'_, 'a> {
             ));
             let part = self.parts[evaluation.part as usize];
             let (value, pull) = self.augmented.linearised(part, &time, &y)?;
+            let value = value.iter().zip(&driven.roles);
+            let value = value.map(|(k, roles)| roles.compute.round(k));
+            let value = value.collect::<Result<Vec<_>>>()?;
             done.push(Evaluated {
                 part: evaluation.part,
                 t,
@@ -182,6 +180,7 @@ impl<'a> Return<'_, 'a> {
             let last = done.len() - 1;
             let at = &done[last].at;
             let (w, stage) = self.augmented.pulled(&pull, &time, at, &seeds)?;
+            driven.must_be_additive(evaluation.part, &step, || is_any(&w))?;
             let stage = Some(stage);
             done[last].linear = Pulled { w, stage };
         }

@@ -3,9 +3,28 @@
 use candle_core::{Tensor, D};
 
 use super::{Driven, NoiseType, Part};
-use crate::error::Result;
+use crate::error::{Error, Result, SdeDefect};
+use crate::ops;
+use crate::schedule::Step;
 
 impl Driven {
+    /// Where the noise is declared additive, the diffusion has no derivative with respect to the state.
+    pub(crate) fn must_be_additive(
+        &self,
+        part: Part,
+        step: &Step,
+        has_derivative: impl FnOnce() -> Result<bool>,
+    ) -> Result<()> {
+        let declared = self.drive.equation.additive && part == Part::Diffusion;
+        match declared && has_derivative()? {
+            true => Err(Error::Sde(SdeDefect::NotAdditive {
+                step: step.index,
+                t: step.t,
+            })),
+            false => Ok(()),
+        }
+    }
+
     /// An evaluation times a weight.
     pub(crate) fn product(&self, part: Part, value: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let value = value.to_dtype(self.state())?;
@@ -67,4 +86,14 @@ impl Driven {
             _ => (s * value)?.reshape((rows, ()))?,
         })
     }
+}
+
+/// Whether any number is not zero.
+pub(crate) fn is_any(tensors: &[Tensor]) -> Result<bool> {
+    for x in tensors {
+        if ops::magnitude(x)? != 0.0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -174,6 +174,9 @@ pub enum SdeDefect {
         /// What was asked for.
         what: &'static str,
     },
+    /// Compensated sums of the state.
+    #[error("compensated sums of the state: the errors that noise leaves at affordable steps are far above those of rounding; take Precision without compensated, or an f64 state")]
+    Compensated,
     /// The number of samples is zero.
     #[error("a solve takes at least one sample of each initial state: SdeOptions::samples is 0")]
     NoSamples,

@@ -82,7 +82,7 @@ impl<'a> AdaptivePass<'a> {
         y: Vec<Tensor>,
         keep: &dyn Fn() -> bool,
     ) -> Result<Self> {
-        let roles = problem.scheme.roles.clone();
+        let (y, roles) = (problem.scheme.begin(y)?, problem.scheme.roles.clone());
         let mut pass = Self {
             problem,
             control,
@@ -147,9 +147,8 @@ impl<'a> AdaptivePass<'a> {
             let scheme = &self.problem.scheme;
             scheme.after_euler(self.field, step, &self.y, &self.k)
         };
-        let h = self
-            .estimate
-            .first_length(control, &self.y, &self.k, probe)?;
+        let y = &self.y[..self.problem.scheme.roles.len()];
+        let h = self.estimate.first_length(control, y, &self.k, probe)?;
         self.evaluations += 1;
         Ok(h)
     }
@@ -294,7 +293,7 @@ impl<'a> AdaptivePass<'a> {
         let within = InStep {
             scheme: &self.problem.scheme,
             step: &taken.step,
-            y: &self.y,
+            y: &self.y[..self.problem.scheme.roles.len()],
             ks: &taken.tried.ks,
         };
         let others: Vec<f64> = taken.inside.iter().map(|(x, _)| *x).collect();

@@ -130,7 +130,12 @@ impl<'a> Kept<'a> {
         };
         let (elements, leaves) = (self.problem.packing.len(), y.len());
         let outputs = self.outputs.len() as u64 * of(elements, 1);
-        let kept = self.trajectory.kept_states() as u64 * of(elements, leaves);
+        // Everything that a step carries, except where states are kept to linearise at only.
+        let carried = match self.trajectory.keeps_copies() {
+            true => elements,
+            false => elements * (leaves / self.problem.scheme.roles.len()),
+        };
+        let kept = self.trajectory.kept_states() as u64 * of(carried, leaves);
         let held = outputs + kept + others;
         // Outputs are joined at the end, which takes their memory once more.
         let Some([need, available]) = self.growth.reaches(held, outputs) else {

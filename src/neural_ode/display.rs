@@ -38,12 +38,15 @@ impl<S: State + 'static, A: State + 'static> fmt::Display for NeuralOde<S, A> {
             _ => write!(f, "fixed steps")?,
         }
         match self.options.precision {
-            Some(p) => write!(
-                f,
-                "; computes in {}, sums in {}",
-                name(p.compute),
-                name(p.state)
-            )?,
+            Some(p) => {
+                let with = if p.compensated {
+                    " with compensation"
+                } else {
+                    ""
+                };
+                let [compute, state] = [p.compute, p.state].map(name);
+                write!(f, "; computes in {compute}, sums in {state}{with}")?;
+            }
             None => write!(f, "; computes in the dtype of its state")?,
         }
         let numbers: usize = match self.masters() {

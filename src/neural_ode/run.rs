@@ -109,7 +109,9 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             args,
             y0,
         } = self.prepare((&given, args), times, loss, !in_graph, options)?;
-        let increments = drive.map_or_else(Vec::new, |drive| drive.masters(!in_graph));
+        let increments = drive.map_or_else(Vec::new, |drive| {
+            drive.masters(!in_graph && problem.continuous.is_none())
+        });
         let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
         let tracked = tracked || !increments.is_empty();
         let keep = !in_graph || tracked || !masters.is_empty();

@@ -33,6 +33,22 @@ pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
     Ok(if alone { result.copy()? } else { result })
 }
 
+pub(super) fn add_compensated(
+    [sum, lost]: [&Tensor; 2],
+    terms: &[(f64, &Tensor)],
+) -> Result<[Tensor; 2]> {
+    let all: Vec<_> = std::iter::once((1.0, lost))
+        .chain(terms.iter().copied())
+        .collect();
+    let added = combine(&all, 1.0, Rounding::cast(sum.dtype()))?;
+    let before = sum.detach();
+    let sum = (&before + &added)?;
+    let of_added = (&sum - &before)?;
+    let of_before = (&sum - &of_added)?;
+    let lost = ((before - of_before)? + (added - of_added)?)?;
+    Ok([sum, lost])
+}
+
 pub(super) fn accumulate(acc: &mut Tensor, c: f64, x: &Tensor) -> Result<()> {
     let x = x.detach().to_dtype(acc.dtype())?;
     *acc = (&*acc + (x * c)?)?;

@@ -9,7 +9,8 @@ use pulp::{Simd, WithSimd};
 
 use crate::error::{Error, Result};
 use crate::precision::Rounding;
-use crate::simd::pieces::by_piece;
+use crate::simd::pieces::{by_piece, by_pieces_of_two};
+use crate::simd::two_sum::two_sum;
 use crate::simd::unit;
 use numbers::{Held, Real, Slice};
 
@@ -149,6 +150,84 @@ pub(super) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
     } else {
         sum::<f32>(&pairs, scale, out, like)
     }
+}
+
+/// `sum + Σ c_j x_j` of one piece, and what rounding has taken from it.
+struct CompensatedSum<'a, A> {
+    sum: Slice<'a>,
+    terms: &'a [(A, Slice<'a>)],
+    /// Where in the operands the piece starts.
+    at: usize,
+    out: [&'a mut [A]; 2],
+}
+
+impl<A: Real> WithSimd for CompensatedSum<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let [sums, lost] = self.out;
+        let blocks = sums.chunks_mut(BLOCK).zip(lost.chunks_mut(BLOCK));
+        for (i, (sums, lost)) in blocks.enumerate() {
+            let (at, n) = (self.at + i * BLOCK, sums.len());
+            A::axpy(sums, A::of(1.0), self.sum.part(at, n));
+            for &(c, x) in self.terms {
+                A::axpy(lost, c, x.part(at, n));
+            }
+            for (sum, lost) in sums.iter_mut().zip(lost) {
+                [*sum, *lost] = two_sum(*sum, *lost);
+            }
+        }
+    }
+}
+
+pub(super) fn add_compensated(
+    [sum, lost]: [&Tensor; 2],
+    terms: &[(f64, &Tensor)],
+) -> Result<[Tensor; 2]> {
+    let all: Vec<_> = std::iter::once((1.0, lost))
+        .chain(terms.iter().copied())
+        .collect();
+    match sum.dtype() {
+        DType::F64 => added::<f64>(sum, &all),
+        DType::F32 => {
+            let wide = |(c, x): &(f64, &Tensor)| x.dtype() == DType::F64 || !is_single(*c);
+            if all.iter().any(wide) {
+                let all = combine(&all, 1.0, Rounding::cast(DType::F32))?;
+                return added::<f32>(sum, &[(1.0, &all)]);
+            }
+            added::<f32>(sum, &all)
+        }
+        dtype => Err(Error::UnsupportedState { leaf: 0, dtype }),
+    }
+}
+
+/// `sum + Σ c_j x_j` and what rounding has taken from it, in the dtype of both.
+fn added<A: Real>(sum: &Tensor, terms: &[(f64, &Tensor)]) -> Result<[Tensor; 2]> {
+    let tensors = std::iter::once(sum).chain(terms.iter().map(|(_, x)| *x));
+    let tensors = tensors
+        .map(Tensor::contiguous)
+        .collect::<candle_core::Result<Vec<_>>>()?;
+    let operands = Operands::new(&tensors);
+    let slices = operands.slices()?;
+    let n = sum.elem_count();
+    if slices.iter().any(|x| x.len() != n) {
+        return Err(candle_core::Error::Msg("a sum of tensors of different sizes".into()).into());
+    }
+    let coefficients = terms.iter().map(|&(c, _)| A::of(c));
+    let terms: Vec<_> = coefficients.zip(slices[1..].iter().copied()).collect();
+    let unit = unit()?;
+    let (mut sums, mut lost) = (vec![A::ZERO; n], vec![A::ZERO; n]);
+    by_pieces_of_two([&mut sums, &mut lost], PIECE, &|at, out| {
+        unit.dispatch(CompensatedSum {
+            sum: slices[0],
+            terms: &terms,
+            at,
+            out,
+        });
+    });
+    let tensor = |numbers: Vec<A>| Tensor::from_vec(numbers, sum.shape(), sum.device());
+    Ok([tensor(sums)?, tensor(lost)?])
 }
 
 /// Whether f32 holds a coefficient to its precision: not those of steps of 1e-39.

@@ -32,6 +32,22 @@ pub(crate) fn combine(terms: &[(f64, &Tensor)], scale: f64, out: Rounding) -> Re
     chain::combine(terms, scale, out)
 }
 
+/// `sum + lost + Σ c_j x_j` as two tensors: the rounded sum, and what rounding has taken from it.  `sum` and `lost` are
+/// f32 or f64 both, and so is the result; they and all x_j have one shape.
+pub(crate) fn add_compensated(
+    [sum, lost]: [&Tensor; 2],
+    terms: &[(f64, &Tensor)],
+) -> Result<[Tensor; 2]> {
+    if sum.device().is_cpu() {
+        return cpu::add_compensated([sum, lost], terms);
+    }
+    #[cfg(feature = "cuda")]
+    if sum.device().is_cuda() {
+        return cuda::add_compensated([sum, lost], terms);
+    }
+    chain::add_compensated([sum, lost], terms)
+}
+
 impl Rounding {
     /// Rounds x; the result carries no history.
     pub(crate) fn round(&self, x: &Tensor) -> Result<Tensor> {
@@ -241,6 +257,38 @@ pub(crate) mod tests {
                     let bound = (terms.len() + 2) as f64 * roundoff(sum) * size
                         + roundoff(to) * exact.abs() * 1.01 + 2f64.powi(-25);
                     prop_assert!((got - exact).abs() <= bound, "{} for {} at {}", got, exact, i);
+                }
+            }
+        }
+
+        #[test]
+        fn compensated_sums_are_rounded_once_and_lose_nothing_else(terms in terms(), double in any::<bool>(), tiny in any::<bool>()) {
+            let dtype = if double { DType::F64 } else { DType::F32 };
+            let shape = &terms[0].1.shape().clone();
+            let held = |x: &Tensor| !double && x.dtype() == DType::F64;
+            // Coefficients that f32 does not hold, of numbers that are the larger for it.
+            let c = |c: f64, x: &Tensor| if tiny && held(x) { c * 1e-40 } else { c };
+            let terms: Vec<_> = terms.into_iter().map(|(k, x)| {
+                let x = if tiny && held(&x) { (x * 1e40).unwrap() } else { x };
+                (c(k, &x), x)
+            }).collect();
+            let start = |seed: f64| Tensor::full(seed, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let (sum, lost) = (start(1e3), start(0.3 * roundoff(dtype) * 1e3));
+            let terms = borrowed(&terms);
+            for result in [cpu::add_compensated([&sum, &lost], &terms), chain::add_compensated([&sum, &lost], &terms)] {
+                let [after, rest] = result.unwrap();
+                prop_assert_eq!((after.dtype(), rest.dtype()), (dtype, dtype));
+                prop_assert_eq!((after.shape(), rest.shape()), (shape, shape));
+                let x: Vec<_> = terms.iter().map(|(_, x)| values(x)).collect();
+                let (after, rest, before) = (values(&after), values(&rest), [values(&sum)[0], values(&lost)[0]]);
+                for i in 0..after.len().min(1500) {
+                    let added: f64 = terms.iter().zip(&x).map(|((c, _), x)| c * x[i]).sum();
+                    let size: f64 = terms.iter().zip(&x).map(|((c, _), x)| (c * x[i]).abs()).sum();
+                    // The roundings of the small terms; none of the large sum.
+                    let bound = (terms.len() + 3) as f64 * roundoff(dtype) * (size + before[1]);
+                    let error = (after[i] - before[0]) + rest[i] - (before[1] + added);
+                    prop_assert!(error.abs() <= bound + 1e-13 * size, "{} at {}", error, i);
+                    prop_assert!(rest[i].abs() <= roundoff(dtype) * after[i].abs());
                 }
             }
         }

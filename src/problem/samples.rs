@@ -6,12 +6,15 @@ use candle_core::{Shape, Tensor};
 
 use super::{Plan, Problem};
 use crate::driven::{Drive, Driven};
-use crate::error::Result;
+use crate::error::{Error, Result, SdeDefect};
 use crate::state::Packing;
 
 impl Problem {
     /// The same problem driven by noise.
     pub(crate) fn driven_by(self, drive: Drive) -> Result<Self> {
+        if self.scheme.compensated {
+            return Err(Error::Sde(SdeDefect::Compensated));
+        }
         let samples = drive.samples;
         let rows = self
             .given

@@ -65,7 +65,10 @@ impl<T: Element> Reversible for Trajectories<T> {
         };
         let stages = most_stages(problem, &self.schedule);
         let steps = self.schedule.len();
-        let window = || Window::new(pass.field, stages, steps, pass.differentiate);
+        let window = || {
+            Window::new(pass.field, stages, steps, pass.differentiate)
+                .compensating(problem.scheme.compensated)
+        };
         let each = |window: &mut Window<T>, tiles: &Vec<Tile<T>>| {
             let seed = Seed::Packed(&cotangent);
             pass.sweep(tiles, seed, window)
@@ -197,7 +200,7 @@ impl<T: Element> TilePass<'_, T> {
         };
         window.clear();
         let mut state = aligned(size);
-        let mut adj = aligned(size);
+        let mut adj = aligned(stepper.carried);
         let mut incoming = match schedule.outputs() {
             1 => aligned(0),
             _ => aligned(size),
@@ -223,6 +226,7 @@ impl<T: Element> TilePass<'_, T> {
             };
             stepper.clock.hold(rows.clone());
             seed(problem.outputs() - 1, &mut adj);
+            adj[size..].fill(T::default());
             let mut scales = Scales::shared(problem.scaler, batch);
             // Steps that are known need no state, and no replay.
             let mut rewind = None;
@@ -281,7 +285,7 @@ impl<T: Element> TilePass<'_, T> {
                     }
                 }
                 let seeds = seeds.as_deref();
-                scales.aim(stepper.on, plan, &adj, seeds);
+                scales.aim(stepper.on, plan, &adj[..size], seeds);
                 pull.step(
                     &stepper,
                     LaneSteps::All(step),

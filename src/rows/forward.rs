@@ -152,7 +152,7 @@ impl<T: Element> Integrate<'_, T> {
         } = plan;
         let mut stepper = Stepper::<T>::new(field, plan);
         let mut slot = stepper.slot();
-        let mut y = aligned(stepper.size);
+        let mut y = aligned(stepper.carried);
         // The state at the start of a step that outputs are inside of, and such an output.
         let between = if schedule.is_dense() { stepper.size } else { 0 };
         let (mut start, mut output) = (aligned(between), aligned(between));
@@ -174,7 +174,9 @@ impl<T: Element> Integrate<'_, T> {
                 let numbers = &self.y0[from..from + rows.len() * features];
                 load(numbers, features, batch, Idle::Copies, &mut y[range]);
             });
-            let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
+            y[stepper.size..].fill(T::default());
+            let dtype = problem.scheme.roles[0].store.to;
+            let store = TileStore::new(dtype, elements, stepper.size);
             let steps = schedule.len();
             let trajectory = TileTrajectory::new(problem.checkpoint, steps, store, &y);
             let mut trajectory = trajectory.map_err(anywhere)?;
@@ -198,7 +200,7 @@ impl<T: Element> Integrate<'_, T> {
                 let wanted = Some((selection, &mut kept));
                 let inside = schedule.inside(n);
                 if !inside.is_empty() {
-                    start.copy_from_slice(&y);
+                    start.copy_from_slice(&y[..stepper.size]);
                 }
                 stepper.advance(step, &mut y, &mut slot, wanted)?;
                 for at in inside {

@@ -119,7 +119,8 @@ pub(super) fn run<T: Element>(
     };
     // Pages cost more than what is written to them: the scratch of one tile is the next one's.
     let scratch = || {
-        let window = Window::<T>::new(field, stages, steps, pass.differentiate);
+        let window = Window::<T>::new(field, stages, steps, pass.differentiate)
+            .compensating(problem.scheme.compensated);
         (window, vec![])
     };
     let tile = |(window, spare): &mut (Window<T>, Vec<KeptEvaluations<T>>), first: &usize| {

@@ -59,7 +59,7 @@ pub(super) struct LaneClock<T: Element> {
     /// Whether all lanes are at the first instant.
     together: bool,
     rows: Vec<usize>,
-    /// Whether the field reads times; otherwise they need not be right.
+    /// Whether the field's tiles read times; otherwise they need not be right.
     pub(super) is_read: bool,
 }
 
@@ -297,6 +297,24 @@ pub(super) fn add<T: Element>(
     xs: &[T],
 ) {
     on.sum(batch, out, None, terms, xs);
+}
+
+/// The same for a state of `size` numbers, with what rounding has taken from it behind them if that is carried: this
+/// is added first, and taken anew.
+pub(super) fn add_carried<T: Element>(
+    on: &dyn Lanewise<T>,
+    batch: usize,
+    size: usize,
+    state: &mut [T],
+    terms: Terms<'_, T>,
+    xs: &[T],
+) {
+    let (sum, lost) = state.split_at_mut(size);
+    if lost.is_empty() {
+        return add(on, batch, sum, terms, xs);
+    }
+    add(on, batch, lost, terms, xs);
+    on.two_sums(sum, lost);
 }
 
 /// `out = first + Σ c_j x_j`.

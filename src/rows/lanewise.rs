@@ -8,6 +8,7 @@ use super::adaptive::{Attempted, Norms};
 use super::driven::Mixed;
 use super::lanes::{First, Terms};
 use crate::precision::Low;
+use crate::simd::two_sum::TwoSums;
 use crate::simd::{enter, Element, Kernel};
 
 /// Operations on tiles `[feature][B]`, lane by lane.
@@ -22,6 +23,9 @@ pub(super) trait Lanewise<T: Element>: Send + Sync {
         terms: Terms<'_, T>,
         xs: &[T],
     );
+
+    /// `[sum, lost] ← [fl(sum + lost), sum + lost − fl(sum + lost)]`.
+    fn two_sums(&self, sum: &mut [T], lost: &mut [T]);
 
     /// A sum whose coefficients are combinations of functionals of noise.
     fn mix(&self, mixed: Mixed<'_, T>);
@@ -97,6 +101,10 @@ impl<T: Element, S: Simd> Lanewise<T> for On<S> {
                 },
             ),
         }
+    }
+
+    fn two_sums(&self, sum: &mut [T], lost: &mut [T]) {
+        enter(self.0, TwoSums { sum, lost });
     }
 
     fn mix(&self, mixed: Mixed<'_, T>) {

@@ -65,6 +65,11 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
     /// Whether velocities depend on time.
     fn reads_time(&self) -> bool;
 
+    /// Whether its tiles read the times of the lanes, in whatever precision.
+    fn reads_clock(&self) -> bool {
+        self.reads_time()
+    }
+
     /// The first and the last time at which the field is defined, if it is not everywhere.
     fn domain(&self) -> Option<[f64; 2]> {
         None
@@ -241,6 +246,7 @@ impl Rows {
             y0: forward::start::<T>(plan.problem, y0)?,
             weights: self.weights(),
             reads_time: self.field.reads_time(),
+            reads_clock: self.field.reads_clock(),
         })
     }
 }
@@ -258,6 +264,8 @@ trait AnyRows: Send + Sync {
     fn weights(&self) -> Vec<Tensor>;
 
     fn reads_time(&self) -> bool;
+
+    fn reads_clock(&self) -> bool;
 
     fn domain(&self) -> Option<[f64; 2]>;
 
@@ -277,6 +285,10 @@ impl<F: RowField> AnyRows for F {
 
     fn reads_time(&self) -> bool {
         RowField::reads_time(self)
+    }
+
+    fn reads_clock(&self) -> bool {
+        RowField::reads_clock(self)
     }
 
     fn domain(&self) -> Option<[f64; 2]> {
@@ -335,6 +347,8 @@ struct Task<'a, T> {
     weights: Vec<Tensor>,
     /// Whether velocities depend on time.
     reads_time: bool,
+    /// Whether tiles read the times of the lanes.
+    reads_clock: bool,
 }
 
 /// Packs the weights of a field for the vector unit; `None` without a unit.

@@ -59,13 +59,16 @@ impl<'p> TilePlan<'p> {
         const STATE: usize = 64;
         let problem = self.problem;
         let bytes = elements.saturating_mul(size_of::<T>());
-        let (restart, stored) = problem.checkpoint.most(steps, bytes);
+        let carried = problem.scheme.carried();
+        let (restart, stored) = problem
+            .checkpoint
+            .most(steps, bytes.saturating_mul(carried));
         // Kept with the lanes that fill up the last tile.
         let numbers = rows as u128 * self.layout.dim() as u128;
         let tiles = rows.div_ceil(batch);
         let state = numbers * size_of::<T>() as u128;
         let store = problem.scheme.roles[0].store.to.size_in_bytes();
-        let single = state + (tiles * STATE) as u128;
+        let single = state * carried as u128 + (tiles * STATE) as u128;
         MemoryNeed {
             states: restart as u128 * single + stored as u128 * numbers * store as u128,
             // As tiles leave them, and as they are handed over.

@@ -5,12 +5,14 @@
 //! v_i = b_i λ + Σ_m b_i(x_m) ȳ_m + Σ_{j>i} a_ji w'_j,  w'_i = (∂f/∂y)ᵀ (h v_i),  θ̄ += (∂f/∂θ)ᵀ (h v_i),
 //! λ ← λ + Σ_m ȳ_m + Σ_i w'_i + ȳ_n,
 //!
+//! With compensated sums λ carries what rounding has taken from it, as y does in the forward pass.
+//!
 //! where ȳ_m are the cotangents of outputs at fractions x_m of the step, and h may differ from lane to lane.  So the
 //! contribution of a step to θ̄ needs no further factor, and a window may span several steps.  A very
 //! small or very large h is factored as m p, where p is a power of two: v_i is multiplied by m only, so that it
 //! stays in the range of f32, and p is part of the scale of the window and of w'_i.
 
-use super::lanes::{add, combine, Coefficients, Factor, First, LaneSteps, Row};
+use super::lanes::{add, add_carried, combine, Coefficients, Factor, First, LaneSteps, Row};
 use super::lanewise::Lanewise;
 use super::scales::{Exhausted, Scales};
 use super::stepper::Stepper;
@@ -140,7 +142,7 @@ impl<T: Element> StagePulls<T> {
             self.stage(stepper, steps, (i, at), seeds, window, kept, scales, stats)?;
         }
         let all = self.ones.row(usize::from(steps.is_dense()));
-        add::<T>(on, batch, adj, all, &self.ws);
+        add_carried::<T>(on, batch, stepper.size, adj, all, &self.ws);
         if let Some(dense) = dense {
             self.add(on, batch, adj, &dense.state);
         }
@@ -148,9 +150,10 @@ impl<T: Element> StagePulls<T> {
         Ok(())
     }
 
-    /// λ + ȳ.
+    /// λ + ȳ, λ with what rounding has taken from it if that is carried.
     pub(super) fn add(&self, on: &dyn Lanewise<T>, batch: usize, adj: &mut [T], incoming: &[T]) {
-        add::<T>(on, batch, adj, self.ones.row(2), incoming);
+        let one = self.ones.row(2);
+        add_carried::<T>(on, batch, incoming.len(), adj, one, incoming);
     }
 
     /// Takes the lengths of the steps as m p.

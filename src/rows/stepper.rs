@@ -1,7 +1,7 @@
 //! Steps of one tile.
 
 use super::activations::{KeptEvaluations, Selection};
-use super::lanes::{add, combine, Coefficients, First, LaneClock, LaneSteps, Row};
+use super::lanes::{add, add_carried, combine, Coefficients, First, LaneClock, LaneSteps, Row};
 use super::lanewise::Lanewise;
 use super::tile::{At, Tiled};
 use super::trajectory::Snapshot;
@@ -20,6 +20,8 @@ pub(super) struct Stepper<'p, T: Element> {
     pub(super) batch: usize,
     /// Numbers of a state.
     pub(super) size: usize,
+    /// Numbers of what a step carries: the state, and what rounding has taken from it if sums are compensated.
+    pub(super) carried: usize,
     /// Active stages, ascending: those that the solution reads, and those that outputs inside a step read.
     stages: [Vec<usize>; 2],
     c: Vec<f64>,
@@ -32,6 +34,8 @@ pub(super) struct Stepper<'p, T: Element> {
     coefficients: Coefficients<T>,
     /// k_j.
     pub(super) ks: Aligned<T>,
+    /// Scratch for what rounding takes from a stage.
+    lost: Aligned<T>,
 }
 
 impl<'p, T: Element> Stepper<'p, T> {
@@ -48,6 +52,7 @@ impl<'p, T: Element> Stepper<'p, T> {
         let scheme = &plan.problem.scheme;
         let (tableau, batch) = (&scheme.tableau, field.batch());
         let size = plan.layout.dim() * batch;
+        let carried = size * scheme.carried();
         let stages = [scheme.stages(), scheme.dense_stages()];
         let terms = |row: &[f64], stages: &[usize]| -> Row {
             let of = stages.iter().filter_map(|&j| Some((*row.get(j)?, j)));
@@ -78,6 +83,8 @@ impl<'p, T: Element> Stepper<'p, T> {
             lengths: vec![],
             coefficients: Coefficients::new(batch, &rows),
             ks: aligned(tableau.stages() * size),
+            lost: aligned(carried - size),
+            carried,
             stages,
         }
     }
@@ -92,7 +99,7 @@ impl<'p, T: Element> Stepper<'p, T> {
         aligned(self.field.kept() * self.batch)
     }
 
-    /// y_{n+1} in place of y_n; what is wanted of the evaluations is kept.
+    /// y_{n+1} in place of y_n, with what else a step carries; what is wanted of the evaluations is kept.
     pub(super) fn advance(
         &mut self,
         step: Step,
@@ -108,11 +115,13 @@ impl<'p, T: Element> Stepper<'p, T> {
                 Some((selection, kept)) => kept.slot_mut(selection, (step.index, at), self.batch),
                 None => None,
             };
+            // As the backward pass evaluates it again, from the state alone.
+            let state = &y[..self.size];
             if let Some(place) = place {
-                self.stage(i, y, place);
+                self.stage(i, state, place);
                 self.evaluate(steps, i, place);
             } else {
-                self.stage(i, y, slot);
+                self.stage(i, state, slot);
                 self.evaluate(steps, i, slot);
                 if let Some((selection, kept)) = &mut kept {
                     kept.save(self.on, selection, (step.index, at), slot, self.batch);
@@ -195,14 +204,23 @@ impl<'p, T: Element> Stepper<'p, T> {
     }
 
     /// Y_i = Q(y + h Σ a_ij k_j), the first features of the slot.
-    pub(super) fn stage(&self, i: usize, y: &[T], slot: &mut [T]) {
+    pub(super) fn stage(&mut self, i: usize, y: &[T], slot: &mut [T]) {
         self.sum_stage(i, y, slot);
         self.round(&mut slot[..self.size]);
     }
 
     /// The same before it is rounded.
-    pub(super) fn sum_stage(&self, i: usize, y: &[T], slot: &mut [T]) {
+    pub(super) fn sum_stage(&mut self, i: usize, y: &[T], slot: &mut [T]) {
         let (stage, terms) = (&mut slot[..self.size], self.coefficients.row(i));
+        let (state, lost) = y.split_at(self.size);
+        let tableau = &self.plan.problem.scheme.tableau;
+        if !lost.is_empty() && tableau.ends_step(i) {
+            // The first stage of the next step: the state there to the bit.
+            stage.copy_from_slice(state);
+            self.lost.copy_from_slice(lost);
+            add::<T>(self.on, self.batch, &mut self.lost, terms, &self.ks);
+            return self.on.two_sums(stage, &mut self.lost);
+        }
         combine::<T>(self.on, self.batch, stage, First::plain(y), terms, &self.ks);
     }
 
@@ -234,17 +252,17 @@ impl<'p, T: Element> Stepper<'p, T> {
         round::<T>(self.on, self.plan, self.batch, k);
     }
 
-    /// y + h Σ b_i k_i in place of y.
+    /// y + h Σ b_i k_i in place of y, with what else a step carries.
     pub(super) fn update(&self, y: &mut [T]) {
         let b = self.coefficients.row(self.c.len());
-        add::<T>(self.on, self.batch, y, b, &self.ks);
+        add_carried::<T>(self.on, self.batch, self.size, y, b, &self.ks);
     }
 
     /// y + h Σ b_i k_i, and the error estimate h Σ (b_i − b̂_i) k_i.
     pub(super) fn finish(&self, y: &[T], after: &mut [T], error: &mut [T]) {
-        let (b, e) = (self.c.len(), self.c.len() + 1);
-        let terms = self.coefficients.row(b);
-        combine::<T>(self.on, self.batch, after, First::plain(y), terms, &self.ks);
+        let e = self.c.len() + 1;
+        after.copy_from_slice(y);
+        self.update(after);
         error.fill(T::default());
         add::<T>(
             self.on,
@@ -271,7 +289,7 @@ impl<'p, T: Element> Stepper<'p, T> {
         combine::<T>(self.on, self.batch, out, First::plain(y), terms, &self.ks);
     }
 
-    /// y_{n+1} in place of y_n where each lane takes a step of its own, none with outputs inside.
+    /// The same as [`advance`](Self::advance) where each lane takes a step of its own, none with outputs inside.
     pub(super) fn advance_lanes(&mut self, steps: &[Step], y: &mut [T], slot: &mut [T]) {
         let steps = LaneSteps::Each(steps);
         self.begin(steps);
@@ -295,7 +313,7 @@ impl<'p, T: Element> Stepper<'p, T> {
         y: &Snapshot<T>,
         slot: &mut [T],
     ) -> Result<Snapshot<T>, Failure> {
-        let mut tile = aligned(self.size);
+        let mut tile = aligned(self.carried);
         y.load(&mut tile);
         self.advance(step, &mut tile, slot, None)?;
         let failed = |error| Failure {

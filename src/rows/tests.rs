@@ -14,7 +14,7 @@ use crate::nn::{Activation, Cnf, ConvField, EnergyMlp, Mlp, RowLoss};
 use crate::options::{ActivationCache, Adaptive, Checkpoint, Output, StepControl, Steps};
 use crate::simd::unit::{allowed, Cap};
 use crate::tableau::{DOPRI5, EULER, HEUN, RK4};
-use crate::{NeuralOde, OdeOptions, State};
+use crate::{NeuralOde, OdeOptions, Precision, State};
 
 /// Tiles of another width than the batch would choose, for this thread.
 pub(super) mod width {
@@ -62,6 +62,7 @@ struct Case {
     options: OdeOptions,
     /// Whether it is a loss inside the solve.
     graded: bool,
+    compensated: bool,
 }
 
 /// Numbers in (−size, size) that look random, of f32, so that both dtypes see the same.  Sines of
@@ -200,8 +201,10 @@ impl Case {
             let x = scattered(var.dims(), size, 3 + seed, var.dtype());
             var.set(&x).unwrap();
         }
+        let plain = Precision::new(y0[0].dtype(), y0[0].dtype());
         let ode = ode.options(OdeOptions {
             fusion,
+            precision: self.compensated.then(|| plain.compensated()),
             ..self.options.clone()
         });
         let y0: Vec<_> = y0.iter().map(|y| Var::from_tensor(y).unwrap()).collect();
@@ -321,13 +324,14 @@ prop_compose! {
         backwards in any::<bool>(),
         options in options(),
         graded in any::<bool>(),
+        compensated in any::<bool>(),
     ) -> Case {
         let mut options = options;
         if graded && matches!(kind, Kind::Cnf) {
             options.output = Output::Final;
         }
         let times = if backwards { vec![0.5, 0.3, 0.2] } else { vec![0.0, 0.1, 0.4] };
-        Case { kind, state, hidden, activation: Activation::ALL[which], time, rows, times, options, graded }
+        Case { kind, state, hidden, activation: Activation::ALL[which], time, rows, times, options, graded, compensated }
     }
 }
 
@@ -420,6 +424,7 @@ fn thin_flows_have_gradients_on_every_unit() {
                 times: vec![0.0, 1.0],
                 options: OdeOptions::default(),
                 graded: false,
+                compensated: false,
             };
             case.check();
         }
@@ -456,6 +461,7 @@ fn adaptive_rows_have_the_same_bits_on_every_unit_and_in_tiles_of_every_width() 
                 ..Default::default()
             },
             graded: false,
+            compensated: matches!(kind, Kind::Cnf),
         };
         let bits = |x: &[f64]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         let alike = dtype == DType::F64 || activation == Activation::Relu;

@@ -20,7 +20,7 @@ pub(super) enum TileTrajectory<T> {
 }
 
 impl<T: Element> TileTrajectory<T> {
-    /// An empty one for so many steps from y, which is in state precision.
+    /// An empty one for so many steps from y, everything that a step carries in state precision.
     pub(super) fn new(
         checkpoint: Checkpoint,
         steps: usize,
@@ -28,7 +28,7 @@ impl<T: Element> TileTrajectory<T> {
         y: &[T],
     ) -> Result<Self> {
         Ok(match checkpoint {
-            Checkpoint::All => Self::All(States::new(store, steps, y.len())?),
+            Checkpoint::All => Self::All(States::new(store, steps)?),
             plan => Self::Planned(Trajectory::new(plan, steps, store, &Snapshot::of(y)?)?),
         })
     }
@@ -36,7 +36,7 @@ impl<T: Element> TileTrajectory<T> {
     /// An empty one for a number of steps that is not known yet, of one row.
     pub(super) fn online(checkpoint: Checkpoint, store: TileStore, y: &[T]) -> Result<Self> {
         Ok(match checkpoint {
-            Checkpoint::All => Self::All(States::new(store, 0, y.len())?),
+            Checkpoint::All => Self::All(States::new(store, 0)?),
             plan => Self::Planned(Trajectory::online(plan, store, &Snapshot::of(y)?)?),
         })
     }
@@ -49,10 +49,10 @@ impl<T: Element> TileTrajectory<T> {
         }
     }
 
-    /// Keeps y_n, of one row or of all lanes, at the start of step n if it is wanted; n ascends from 0.
+    /// Keeps what a step carries, y_n first, of one row or of all lanes, at the start of step n if it is wanted; n ascends from 0.
     pub(super) fn keep(&mut self, n: usize, y: &[T]) -> Result<()> {
         match self {
-            Self::All(states) => states.push(y)?,
+            Self::All(states) => states.push(&y[..states.store.size])?,
             Self::Planned(trajectory) if trajectory.wants(n) => {
                 trajectory.offer(n, &Snapshot::of(y)?)?;
             }
@@ -61,7 +61,7 @@ impl<T: Element> TileTrajectory<T> {
         Ok(())
     }
 
-    /// Bytes of what is kept of states of so many numbers.
+    /// Bytes of what is kept where steps carry so many numbers.
     pub(super) fn held(&self, numbers: usize) -> u64 {
         let bytes = match self {
             // With the room that more states will take first.
@@ -75,7 +75,9 @@ impl<T: Element> TileTrajectory<T> {
     pub(super) fn record(&self, stats: &mut Stats) {
         match self {
             Self::All(states) => {
-                let TileStore { dtype, elements } = states.store;
+                let TileStore {
+                    dtype, elements, ..
+                } = states.store;
                 let bytes = elements * dtype.size_in_bytes();
                 stats.kept(states.count(), states.count() * bytes);
             }
@@ -88,8 +90,6 @@ impl<T: Element> TileTrajectory<T> {
 pub(super) struct States<T> {
     store: TileStore,
     numbers: Numbers<T>,
-    /// Numbers of a state.
-    size: usize,
 }
 
 enum Numbers<T> {
@@ -99,8 +99,8 @@ enum Numbers<T> {
 }
 
 impl<T: Element> States<T> {
-    fn new(store: TileStore, steps: usize, size: usize) -> Result<Self> {
-        let (what, scratch) = ("kept states", steps.saturating_mul(size));
+    fn new(store: TileStore, steps: usize) -> Result<Self> {
+        let (what, scratch) = ("kept states", steps.saturating_mul(store.size));
         Ok(Self {
             numbers: match store.dtype {
                 DType::BF16 => Numbers::Bf16(room_for(what, scratch)?),
@@ -108,7 +108,6 @@ impl<T: Element> States<T> {
                 _ => Numbers::State(room_for(what, scratch)?),
             },
             store,
-            size,
         })
     }
 
@@ -128,7 +127,7 @@ impl<T: Element> States<T> {
             Numbers::Bf16(all) => all.len(),
             Numbers::F16(all) => all.len(),
         };
-        numbers / self.size.max(1)
+        numbers / self.store.size.max(1)
     }
 
     fn push(&mut self, y: &[T]) -> Result<()> {
@@ -142,7 +141,8 @@ impl<T: Element> States<T> {
 
     /// ŷ_n back into a tile or a row; `None` if it is not there.
     pub(super) fn load(&self, n: usize, y: &mut [T]) -> Option<()> {
-        let place = n * self.size..(n + 1) * self.size;
+        let size = self.store.size;
+        let place = n * size..(n + 1) * size;
         match &self.numbers {
             Numbers::State(all) => y.copy_from_slice(all.get(place)?),
             Numbers::Bf16(all) => widen(y, all.get(place)?),
@@ -203,12 +203,18 @@ pub(super) struct TileStore {
     dtype: DType,
     /// Of the whole batch: what is counted is what all tiles keep together.
     elements: usize,
+    /// Numbers of a state of the tile or the row; what a step carries may be a multiple.
+    size: usize,
 }
 
 impl TileStore {
-    /// For states of so many elements, of the whole batch.
-    pub(super) fn new(dtype: DType, elements: usize) -> Self {
-        Self { dtype, elements }
+    /// For states of so many elements, of the whole batch, and of so many numbers in what is kept here.
+    pub(super) fn new(dtype: DType, elements: usize, size: usize) -> Self {
+        Self {
+            dtype,
+            elements,
+            size,
+        }
     }
 }
 
@@ -218,8 +224,9 @@ impl<T: Element> Store<Snapshot<T>> for TileStore {
             return Ok(y.clone());
         };
         Ok(match self.dtype {
-            DType::BF16 => Snapshot::Bf16(narrowed(state).into()),
-            DType::F16 => Snapshot::F16(narrowed(state).into()),
+            DType::BF16 => Snapshot::Bf16(narrowed(&state[..self.size]).into()),
+            DType::F16 => Snapshot::F16(narrowed(&state[..self.size]).into()),
+            _ if state.len() > self.size => Snapshot::of(&state[..self.size])?,
             _ => y.clone(),
         })
     }
@@ -227,7 +234,7 @@ impl<T: Element> Store<Snapshot<T>> for TileStore {
     fn bytes(&self, y: &Snapshot<T>) -> usize {
         self.elements
             * match y {
-                Snapshot::State(_) => size_of::<T>(),
+                Snapshot::State(y) => y.len() / self.size.max(1) * size_of::<T>(),
                 Snapshot::Bf16(_) | Snapshot::F16(_) => 2,
             }
     }

@@ -65,6 +65,9 @@ pub(super) struct Window<T: Element> {
     scale: f64,
     /// The sum of the blocks before, once there is one.
     total: Option<Scratch>,
+    /// What rounding has taken from it, if sums are compensated.
+    lost: Option<Scratch>,
+    compensated: bool,
 }
 
 impl<T: Element> Window<T> {
@@ -104,6 +107,16 @@ impl<T: Element> Window<T> {
             windows: 0,
             scale: 1.0,
             total: None,
+            lost: None,
+            compensated: false,
+        }
+    }
+
+    /// The same with compensated sums of blocks, or without.
+    pub(super) fn compensating(self, compensated: bool) -> Self {
+        Self {
+            compensated,
+            ..self
         }
     }
 
@@ -113,7 +126,7 @@ impl<T: Element> Window<T> {
         if self.windows > 0 {
             self.part = None;
         }
-        self.total = None;
+        (self.total, self.lost) = (None, None);
         (self.base, self.windows, self.scale) = (0, 0, 1.0);
     }
 
@@ -204,7 +217,15 @@ impl<T: Element> Window<T> {
             .total
             .get_or_insert_with(|| Scratch::new(size_of_val(part)));
         let (a, b) = in_range::<T>(1.0 / self.scale);
-        on.promote([T::of(a), T::of(b)], part, total.numbers_mut());
+        let factors = [T::of(a), T::of(b)];
+        if self.compensated {
+            let bytes = size_of_val(part);
+            let lost = self.lost.get_or_insert_with(|| Scratch::new(bytes));
+            on.promote(factors, part, lost.numbers_mut());
+            on.two_sums(total.numbers_mut(), lost.numbers_mut());
+        } else {
+            on.promote(factors, part, total.numbers_mut());
+        }
         self.windows = 0;
     }
 
@@ -216,6 +237,7 @@ impl<T: Element> Window<T> {
         if self.scale != 1.0 || self.total.is_some() {
             self.promote(field.lanewise());
         }
+        self.lost = None;
         let sums = self.total.take().or_else(|| {
             self.windows = 0;
             self.part.take()

@@ -15,6 +15,7 @@ pub(crate) mod scratch;
 mod tests;
 pub(crate) mod tiles;
 mod transpose;
+pub(crate) mod two_sum;
 pub(crate) mod unit;
 
 use std::marker::PhantomData;
@@ -37,6 +38,8 @@ pub(crate) trait Element:
     + Sync
     + candle_core::WithDType
     + std::ops::AddAssign
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
     + std::ops::Mul<Output = Self>
 {
     /// Whether tiles of two vectors are worth their code; f64 is for studies, in tiles of one.

@@ -17,6 +17,23 @@ pub(crate) fn by_piece<X: Send>(
     });
 }
 
+/// The same for the pieces of two slices of one length.
+pub(crate) fn by_pieces_of_two<X: Send>(
+    [first, second]: [&mut [X]; 2],
+    size: usize,
+    each: &(dyn Fn(usize, [&mut [X]; 2]) + Sync),
+) {
+    if first.len() <= size {
+        return each(0, [first, second]);
+    }
+    rayon::scope(|scope| {
+        let pieces = first.chunks_mut(size).zip(second.chunks_mut(size));
+        for (i, (first, second)) in pieces.enumerate() {
+            scope.spawn(move |_| each(i * size, [first, second]));
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -31,6 +48,14 @@ mod tests {
                 }
             });
             assert_eq!(all, (1..=n).collect::<Vec<_>>());
+            let (mut first, mut second) = (vec![0; n], vec![0; n]);
+            by_pieces_of_two([&mut first, &mut second], 4, &|at, [first, second]| {
+                for ((i, x), y) in (at..).zip(first).zip(second) {
+                    (*x, *y) = (*x + i + 1, *y + 2 * i);
+                }
+            });
+            assert_eq!(first, (1..=n).collect::<Vec<_>>());
+            assert_eq!(second, (0..n).map(|i| 2 * i).collect::<Vec<_>>());
         }
     }
 }

@@ -98,9 +98,14 @@ impl Tableau {
         self.read_by((0..self.stages()).map(read).collect())
     }
 
-    /// Whether the state at the end of a step, the embedded one, or an output inside the step reads stage i itself, and
-    /// not only through other stages.
+    /// Whether the state at the end of a step, the embedded one, an output inside the step, the control of the step
+    /// length, or the next step reads stage i itself, and not only through other stages.
     pub(crate) fn is_weighed(&self, i: usize) -> bool {
+        let is_handed_on = i + 1 == self.stages() && self.is_fsal();
+        let is_first_of_pair = i == 0 && self.embedded().is_some();
+        if is_handed_on || is_first_of_pair {
+            return true;
+        }
         let row = self
             .interpolant
             .as_ref()

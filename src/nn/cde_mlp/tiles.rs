@@ -70,6 +70,10 @@ impl RowField for Along {
         false
     }
 
+    fn reads_clock(&self) -> bool {
+        true
+    }
+
     fn domain(&self) -> Option<[f64; 2]> {
         Some(self.path.ends())
     }

@@ -72,7 +72,8 @@ impl GcnField {
         let nodes = |layer: &Gcn| layer.graph.dims();
         let square = layers.iter().all(|l| nodes(l) == nodes(&layers[0]))
             && layers.iter().all(|l| nodes(l).0 == nodes(l).1);
-        if !(follows && closed && square) {
+        let none = widths.iter().any(|(inputs, outputs)| inputs * outputs == 0);
+        if !(follows && closed && square) || none {
             let graphs: Vec<_> = layers.iter().map(nodes).collect();
             candle_core::bail!(
                 "graph convolutions of widths (in, out) {widths:?} over matrices {graphs:?} do not map a state to its velocity"

@@ -272,6 +272,15 @@ pub(super) struct Look {
 // SAFETY: plain numbers, laid out as in kernels/common.cuh.
 unsafe impl DeviceRepr for Look {}
 
+impl Look {
+    /// None.
+    pub(super) const NONE: Self = Self {
+        first: 0,
+        from: 0,
+        index: 0,
+    };
+}
+
 /// Tensors that one launch looks at.
 const MOST_TENSORS: usize = 64;
 

@@ -139,24 +139,69 @@ fn sum_in_one(
     Ok(buffer.into_tensor(first.shape()))
 }
 
+/// A state after a step.
+pub(crate) struct Updated {
+    pub(crate) y: Tensor,
+    /// What rounding has taken from it, if that is carried.
+    pub(crate) lost: Option<Tensor>,
+    /// As it is stored, if that was asked for.
+    pub(crate) stored: Option<Tensor>,
+}
+
 /// `Σ c_j x_j` in state precision and, where asked for, as it is stored, looked at for NaN on the way.
-/// With a clock, all c_j but the first are multiplied by the h that it shows.
+/// With a clock, all c_j but the first are multiplied by the h that it shows.  The first term is a sum with a factor of
+/// one, of which rounding has taken `lost`, if that is carried.
 pub(crate) fn update(
     terms: &[(f64, &Tensor)],
-    state: Rounding,
-    store: Option<Rounding>,
+    lost: Option<&Tensor>,
+    (state, store): (Rounding, Option<Rounding>),
     looks: &mut Looks,
     clock: Option<&Clock>,
-) -> Result<(Tensor, Option<Tensor>)> {
+) -> Result<Updated> {
     if !fits(terms) {
         if clock.is_some() {
             return Err(too_many(terms));
         }
-        let y = chain::combine(terms, 1.0, state)?;
+        let (y, lost) = match lost {
+            Some(lost) => {
+                let [y, lost] = chain::add_compensated([terms[0].1, lost], &terms[1..])?;
+                (y, Some(lost))
+            }
+            None => (chain::combine(terms, 1.0, state)?, None),
+        };
         looks.see(std::slice::from_ref(&y))?;
         let stored = store.map(|store| store.round(&y)).transpose()?;
-        return Ok((y, stored));
+        return Ok(Updated { y, lost, stored });
     }
+    update_in_one(terms, lost, (state, store), looks.next(), clock)
+}
+
+/// `sum + lost + Σ c_j x_j`, rounded, and what rounding has taken from it.
+pub(crate) fn add_compensated(
+    [sum, lost]: [&Tensor; 2],
+    terms: &[(f64, &Tensor)],
+) -> Result<[Tensor; 2]> {
+    let all: Vec<_> = std::iter::once((1.0, sum))
+        .chain(terms.iter().copied())
+        .collect();
+    // In numbers of their own dtype, or by the chain.
+    let alike = all.iter().all(|(_, x)| x.dtype() != DType::F64) || sum.dtype() == DType::F64;
+    if !(fits(&all) && alike) {
+        return chain::add_compensated([sum, lost], terms);
+    }
+    let to = (Rounding::cast(sum.dtype()), None);
+    let Updated { y, lost: left, .. } = update_in_one(&all, Some(lost), to, Look::NONE, None)?;
+    Ok([y, left.map_or_else(|| lost.zeros_like(), Ok)?])
+}
+
+/// [`update`] in one launch.
+fn update_in_one(
+    terms: &[(f64, &Tensor)],
+    lost: Option<&Tensor>,
+    (state, store): (Rounding, Option<Rounding>),
+    look: Look,
+    clock: Option<&Clock>,
+) -> Result<Updated> {
     let (first, (coefficients, xs)) = (terms[0].1, split(terms)?);
     let device = device_of(first)?;
     let sum = Sum::new(&coefficients, &xs)?.stepped_from(1, clock);
@@ -170,7 +215,14 @@ pub(crate) fn update(
         Some((buffer, store)) => Sink::new(buffer, *store)?,
         None => Sink::NONE,
     };
-    let look: Look = looks.next();
+    let lost = lost.map(Tensor::contiguous).transpose()?;
+    let lost = lost.as_ref().map(Operand::new).transpose()?;
+    if lost.as_ref().is_some_and(|lost| lost.n != sum.n) {
+        return Err(candle_core::Error::Msg("a sum that has lost another size".into()).into());
+    }
+    let left = lost.as_ref().map(|_| buffer(state)).transpose()?;
+    let from = lost.as_ref().map_or(0, |lost| lost.pointer);
+    let to = left.as_ref().map_or(0, |left| left.pointer);
     let kernel = load(
         device,
         &UPDATE,
@@ -181,12 +233,18 @@ pub(crate) fn update(
         .arg(&sum.terms)
         .arg(&y_sink)
         .arg(&stored_sink)
+        .arg(&from)
+        .arg(&to)
         .arg(&look)
         .arg(&sum.n);
-    // SAFETY: all operands and both results have n elements, of the dtypes given.
+    // SAFETY: all operands and all results have n elements, of the dtypes given; what was lost and what is left are of
+    // the entry's dtype, which is that of the state.
     unsafe { arguments.launch(grid(blocks(sum.n as usize))) }.w()?;
-    let stored = stored.map(|(buffer, _)| buffer.into_tensor(first.shape()));
-    Ok((y.into_tensor(first.shape()), stored))
+    Ok(Updated {
+        y: y.into_tensor(first.shape()),
+        lost: left.map(|left| left.into_tensor(first.shape())),
+        stored: stored.map(|(buffer, _)| buffer.into_tensor(first.shape())),
+    })
 }
 
 /// Pairs of one launch.

@@ -212,11 +212,11 @@ impl SweepState {
         look(&self.device, xs, Look { first, from, index })
     }
 
-    /// λ + Σ c_j/S w_j + ȳ in place, unless the sweep has stopped, with look `index`.  With a clock the
+    /// λ + Σ c_j/S w_j + ȳ in place, with what rounding has taken from λ if that is carried, unless the sweep has stopped, with look `index`.  With a clock the
     /// c_j are multiplied by its h, and looks count from the one that it shows.
     pub(crate) fn update(
         &self,
-        adj: &Tensor,
+        (adj, lost): (&Tensor, Option<&Tensor>),
         ws: &[(f64, &Tensor)],
         incoming: Option<&Tensor>,
         index: usize,
@@ -240,6 +240,11 @@ impl SweepState {
         let (given, given_dtype) = incoming.as_ref().map_or((0, 0), |y| (y.pointer, y.dtype));
         let wide = adj.dtype() == DType::F64;
         let to = Operand::new(adj)?;
+        let lost = lost.map(Operand::new).transpose()?;
+        if lost.as_ref().is_some_and(|lost| lost.n != sum.n) {
+            return Err(candle_core::Error::Msg("λ has lost another size".into()).into());
+        }
+        let lost_at = lost.as_ref().map_or(0, |lost| lost.pointer);
         let (at, index, can_overflow) = (self.pointer(), index as u32, i32::from(can_overflow));
         let clock = clock.map_or(0, Clock::pointer);
         let kernel = load(
@@ -250,14 +255,15 @@ impl SweepState {
         let mut arguments = kernel.builder();
         arguments.arg(&sum.terms).arg(&at).arg(&to.pointer);
         arguments
+            .arg(&lost_at)
             .arg(&given)
             .arg(&given_dtype)
             .arg(&index)
             .arg(&clock)
             .arg(&can_overflow)
             .arg(&sum.n);
-        // SAFETY: all operands have n elements of the dtypes given, and λ is of the entry's dtype;
-        // each thread reads its own elements of λ before it writes them.
+        // SAFETY: all operands have n elements of the dtypes given, and λ and what it has lost are of the entry's
+        // dtype; each thread reads its own elements of them before it writes them.
         unsafe { arguments.launch(grid(blocks(sum.n as usize))) }.w()?;
         Ok(())
     }

@@ -41,10 +41,12 @@ fn an_update_is_summed_once_and_stored_from_the_sum() {
             terms.extend(ks.iter().map(|k| (0.17, k)));
             let mut looks = Looks::new(&y).unwrap();
             let store = Some(Rounding::cast(DType::BF16));
-            let (next, stored) =
-                update(&terms, Rounding::cast(state), store, &mut looks, None).unwrap();
+            let to = (Rounding::cast(state), store);
+            let updated = update(&terms, None, to, &mut looks, None).unwrap();
+            assert!(updated.lost.is_none());
+            let next = updated.y;
             assert_eq!(looks.read().unwrap(), None);
-            let stored = stored.unwrap();
+            let stored = updated.stored.unwrap();
             assert_eq!(stored.dtype(), DType::BF16);
             let host: Vec<_> = terms.iter().map(|(c, x)| (*c, on_host(x))).collect();
             let (next, stored) = (on_host(&next), on_host(&stored));
@@ -61,6 +63,62 @@ fn an_update_is_summed_once_and_stored_from_the_sum() {
 }
 
 #[test]
+fn a_compensated_update_loses_nothing() {
+    let Some(gpu) = gpu() else { return };
+    for n in SIZES {
+        for state in [DType::F32, DType::F64] {
+            let y = (numbers(n, 0.1, state, &gpu) * 1e4).unwrap();
+            let lost = (numbers(n, 2.1, state, &gpu) * (1e3 * roundoff(state))).unwrap();
+            let ks: Vec<_> = (0..3)
+                .map(|j| numbers(n, 1.3 * f64::from(j), DType::BF16, &gpu))
+                .collect();
+            let mut terms = vec![(1.0, &y)];
+            terms.extend(ks.iter().map(|k| (0.25, k)));
+            let mut looks = Looks::new(&y).unwrap();
+            let to = (Rounding::cast(state), None);
+            let updated = update(&terms, Some(&lost), to, &mut looks, None).unwrap();
+            assert_eq!(looks.read().unwrap(), None);
+            let (next, rest) = (updated.y, updated.lost.unwrap());
+            // The same by the operation for itself, and on the CPU, which rounds products of k by themselves.
+            let again = crate::ops::add_compensated([&y, &lost], &terms[1..]).unwrap();
+            assert_eq!(on_host(&again[0]), on_host(&next));
+            assert_eq!(on_host(&again[1]), on_host(&rest));
+            let host: Vec<_> = terms.iter().map(|(c, x)| (*c, on_host(x))).collect();
+            let (lost, next, rest) = (on_host(&lost), on_host(&next), on_host(&rest));
+            for i in 0..n {
+                let others: f64 = host[1..].iter().map(|(c, x)| c * x[i]).sum();
+                let exact = host[0].1[i] + (lost[i] + others);
+                // Roundings of the small terms only, not of the sum.
+                if state == DType::F32 {
+                    let bound = 4.0 * roundoff(state) * 3.0;
+                    assert!((next[i] + rest[i] - exact).abs() <= bound, "{n} {i}");
+                }
+                assert!(rest[i].abs() <= roundoff(state) * next[i].abs());
+            }
+            // In place, in the backward sweep.
+            let scaler = Scaler::new(Scaling::Off, false).unwrap();
+            let sweep = SweepState::new(scaler, std::slice::from_ref(&y), &[false]).unwrap();
+            let own = [&y, &again[1]].map(|x| x.force_contiguous().unwrap());
+            let before = on_host(&own[1]);
+            let carried = (&own[0], Some(&own[1]));
+            sweep
+                .update(carried, &terms[1..3], Some(&ks[2]), 0, false, None)
+                .unwrap();
+            let (next, rest) = (on_host(&own[0]), on_host(&own[1]));
+            let k = on_host(&ks[2]);
+            for i in 0..n {
+                let others: f64 = host[1..3].iter().map(|(c, x)| c * x[i]).sum();
+                let exact = host[0].1[i] + (before[i] + others + k[i]);
+                if state == DType::F32 {
+                    let bound = 4.0 * roundoff(state) * 3.0;
+                    assert!((next[i] + rest[i] - exact).abs() <= bound, "{n} {i}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn the_first_look_that_found_something_is_reported() {
     let Some(gpu) = gpu() else { return };
     for bad in [0, 1023, 1024, 4999] {
@@ -69,10 +127,10 @@ fn the_first_look_that_found_something_is_reported() {
         let bad = Tensor::from_vec(data, 5000, &gpu).unwrap();
         let good = Tensor::ones(5000, DType::F32, &gpu).unwrap();
         let mut looks = Looks::new(&good).unwrap();
-        let state = Rounding::cast(DType::F32);
+        let to = (Rounding::cast(DType::F32), None);
         looks.see(&[good.clone(), good.clone()]).unwrap();
-        update(&[(1.0, &good)], state, None, &mut looks, None).unwrap();
-        update(&[(1.0, &bad)], state, None, &mut looks, None).unwrap();
+        update(&[(1.0, &good)], None, to, &mut looks, None).unwrap();
+        update(&[(1.0, &bad)], Some(&good), to, &mut looks, None).unwrap();
         looks.see(&[good, bad]).unwrap();
         assert_eq!(looks.read().unwrap(), Some(2));
     }
@@ -246,7 +304,7 @@ fn the_scaler_on_the_device_decides_as_the_one_on_the_host() {
         assert_eq!(on_host(&seed)[0], f64::from(size) * before.scale());
         state
             .update(
-                &adj,
+                (&adj, None),
                 &[(0.5, &seed)],
                 Some(&fine.get(0).unwrap().broadcast_as(3).unwrap()),
                 0,

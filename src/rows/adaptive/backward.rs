@@ -21,6 +21,7 @@ use crate::rows::trajectory::{Snapshot, TileStore, TileTrajectory};
 use crate::rows::window::{KeptBy, Sums, Window};
 use crate::rows::{on_all_threads, Failure, TilePlan};
 use crate::schedule::{Inside, Step};
+use crate::simd::two_sum::two_sum;
 use crate::simd::{aligned, Aligned, Element};
 use crate::stats::Stats;
 use crate::trajectory::{Next, Rewind};
@@ -54,7 +55,9 @@ pub(super) fn pull_back<T: Element>(
         counted.join(&group.stats);
     };
     let differentiate = !theta.is_empty();
-    let window = || Window::new(&*solved.field, stages, usize::MAX, differentiate);
+    let compensated = problem.scheme.compensated;
+    let window =
+        || Window::new(&*solved.field, stages, usize::MAX, differentiate).compensating(compensated);
     let each = |window: &mut Window<T>, group: &SolvedGroup<T>| pass.sweep(group, window);
     on_all_threads(&solved.groups, &window, &each, &mut fold)?;
     stats.add(&counted);
@@ -131,7 +134,8 @@ impl<T: Element> RowsPass<'_, T> {
             window.begin_step(field, &kept);
             walks.stepper.linearize(steps, &walks.y, window.next_kept());
             counted.recomputed += walks.stepper.stages(steps.is_dense()).len();
-            walks.scales.aim(walks.stepper.on, plan, &walks.adj, seeds);
+            let adj = &walks.adj[..walks.stepper.size];
+            walks.scales.aim(walks.stepper.on, plan, adj, seeds);
             pull.step(
                 &walks.stepper,
                 steps,
@@ -202,8 +206,9 @@ struct Walks<'a, T: Element> {
     y: Aligned<T>,
     adj: Aligned<T>,
     scales: Scales,
-    /// The numbers of one row; a tile that is replayed, and its slot.
+    /// The numbers of one row, and of what a step of it carries; a tile that is replayed, and its slot.
     row: Vec<T>,
+    carried: Vec<T>,
     tile: Aligned<T>,
     slot: Aligned<T>,
     /// Of outputs inside the steps.
@@ -215,7 +220,7 @@ struct Walks<'a, T: Element> {
 impl<'a, T: Element> Walks<'a, T> {
     fn new(pass: &'a RowsPass<'a, T>, group: &'a SolvedGroup<T>) -> Self {
         let mut stepper = Stepper::new(&*pass.solved.field, pass.plan);
-        stepper.clock.is_read = pass.solved.reads_time;
+        stepper.clock.is_read = pass.solved.reads_clock;
         let (size, batch) = (stepper.size, stepper.batch);
         let mut waiting: Vec<_> = (0..group.solves.len()).rev().collect();
         waiting.sort_by_key(|&place| group.solves[place].steps.len());
@@ -224,10 +229,11 @@ impl<'a, T: Element> Walks<'a, T> {
             lanes: (0..batch).map(|_| None).collect(),
             steps: vec![],
             y: aligned(size),
-            adj: aligned(size),
+            adj: aligned(stepper.carried),
             scales: Scales::by_lane(pass.plan.problem.scaler, batch),
             row: vec![T::default(); pass.plan.layout.dim()],
-            tile: aligned(size),
+            carried: vec![T::default(); stepper.carried / batch],
+            tile: aligned(stepper.carried),
             slot: stepper.slot(),
             inside: LaneOutputs::new(&stepper),
             y0: vec![T::default(); group.rows.len() * pass.plan.layout.dim()],
@@ -336,8 +342,8 @@ impl<'a, T: Element> Walks<'a, T> {
                     match next {
                         Next::State(state) => state.load(&mut self.row),
                         Next::Advance(m, state) => {
-                            state.load(&mut self.row);
-                            put(std::iter::once(&*self.row), batch, at, tile);
+                            state.load(&mut self.carried);
+                            put(std::iter::once(&*self.carried), batch, at, tile);
                             walk.replayed = Some(m);
                             replays = true;
                             continue;
@@ -375,9 +381,9 @@ impl<'a, T: Element> Walks<'a, T> {
             let Some(walk) = walk.as_mut().filter(|walk| walk.replayed.is_some()) else {
                 continue;
             };
-            take(tile, batch, at, &mut self.row);
+            take(tile, batch, at, &mut self.carried);
             if let Some(rewind) = &mut walk.rewind {
-                rewind.answer(Snapshot::of(&self.row)?);
+                rewind.answer(Snapshot::of(&self.carried)?);
             }
         }
         Ok(())
@@ -436,15 +442,20 @@ impl<'a, T: Element> Walks<'a, T> {
     fn leave_steps(&mut self) -> std::result::Result<(), Failure> {
         let finite = self.stepper.on.is_finite(&self.adj);
         let (batch, dim) = (self.batch(), self.pass.plan.layout.dim());
+        let size = self.stepper.size;
         for at in 0..batch {
             let Some(walk) = &self.lanes[at] else {
                 continue;
             };
             let adj = &mut self.adj;
             if let Some(output) = walk.solve.steps.at_node(walk.n) {
-                let features = adj.chunks_exact_mut(batch);
-                for (feature, y) in features.zip(self.pass.seed(walk.row, output).flatten()) {
-                    feature[at] += *y;
+                let (sum, lost) = adj.split_at_mut(size);
+                for (i, y) in self.pass.seed(walk.row, output).flatten().enumerate() {
+                    let place = i * batch + at;
+                    match lost.get_mut(place) {
+                        Some(lost) => [sum[place], *lost] = two_sum(sum[place], *lost + *y),
+                        None => sum[place] += *y,
+                    }
                 }
             }
             let mut lane = adj.iter().skip(at).step_by(batch);

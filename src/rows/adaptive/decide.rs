@@ -163,7 +163,7 @@ impl<T: Element> Group<'_, T> {
         }
         match met {
             Some(met) => {
-                let y = self.row.clone();
+                let y = self.row[..self.pass.plan.layout.dim()].to_vec();
                 self.return_crossings(at, attempt, met, &y)
             }
             None => Ok(()),

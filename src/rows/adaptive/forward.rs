@@ -27,6 +27,8 @@ pub(super) struct IntegrateRows<'a, T: Element> {
     pub(super) y0: &'a [T],
     /// Whether velocities depend on time.
     pub(super) reads_time: bool,
+    /// Whether tiles read the times of the lanes.
+    pub(super) reads_clock: bool,
     /// Whether steps end behind crossings, since the interpolant is less accurate.
     pub(super) refines: bool,
     /// Bytes that are kept of the states of all rows.
@@ -81,7 +83,7 @@ impl<'a, T: Element> Group<'a, T> {
     fn new(pass: IntegrateRows<'a, T>, rows: Range<usize>) -> Result<Self> {
         let IntegrateRows { plan, control, .. } = pass;
         let mut stepper = Stepper::estimating(pass.field, plan, &control.estimate);
-        stepper.clock.is_read = pass.reads_time;
+        stepper.clock.is_read = pass.reads_clock;
         let (size, batch) = (stepper.size, stepper.batch);
         let numbers = plan.problem.outputs().saturating_mul(plan.layout.dim());
         let mut group = Self {
@@ -89,12 +91,12 @@ impl<'a, T: Element> Group<'a, T> {
             waiting: vec![],
             lanes: (0..batch).map(|_| None).collect(),
             steps: vec![],
-            y: aligned(size),
-            after: aligned(size),
+            y: aligned(stepper.carried),
+            after: aligned(stepper.carried),
             error: aligned(size),
             slot: stepper.slot(),
             inside: LaneOutputs::new(&stepper),
-            row: vec![T::default(); plan.layout.dim()],
+            row: vec![T::default(); stepper.carried / batch],
             solves: rows.clone().map(|_| None).collect(),
             states: zeros("returned states", numbers.saturating_mul(rows.len()))?,
             failure: None,
@@ -117,6 +119,9 @@ impl<'a, T: Element> Group<'a, T> {
         let leaves = layout.features.iter().enumerate();
         let leaves = leaves.map(|(leaf, &n)| &self.pass.y0[layout.offset(leaf, row)..][..n]);
         put(leaves, batch, lane, &mut self.y);
+        // Rounding has taken nothing from it yet.
+        let lost = self.y[self.stepper.size..].iter_mut().skip(lane);
+        lost.step_by(batch).for_each(|lost| *lost = T::default());
         self.norms.hold(lane, row);
         self.stepper.clock.rows_mut()[lane] = row;
     }
@@ -164,15 +169,17 @@ impl<'a, T: Element> Group<'a, T> {
     /// A row at its start, whose state is in this lane.
     fn row_at(&mut self, at: usize, row: usize) -> Result<Lane<T>> {
         let plan = self.pass.plan;
+        let dim = plan.layout.dim();
         let store = TileStore::new(
             plan.problem.scheme.roles[0].store.to,
             plan.problem.packing.len(),
+            dim,
         );
         let y = self.numbers(&self.y, at);
         let trajectory = TileTrajectory::online(plan.problem.checkpoint, store, &y)?;
         let mut lane = Lane::new(self.pass.control, row, trajectory);
         if let Some(output) = lane.node(plan.problem, self.pass.control.start)? {
-            self.returned(row, output).copy_from_slice(&y);
+            self.returned(row, output).copy_from_slice(&y[..dim]);
         }
         Ok(lane)
     }
@@ -300,7 +307,7 @@ impl<'a, T: Element> Group<'a, T> {
         self.stepper.sum_stage(i, &self.y, &mut self.slot);
         if begins {
             let stage = &mut self.slot[..size];
-            let y = &self.y;
+            let y = &self.y[..size];
             let k = &self.stepper.ks[..size];
             for (at, lane) in self.lanes.iter().enumerate() {
                 let h = match lane.as_ref().map(|lane| lane.phase) {
@@ -341,7 +348,7 @@ impl<'a, T: Element> Group<'a, T> {
     fn begin(&mut self, i: usize) -> Result<()> {
         let (batch, size, control) = (self.batch(), self.stepper.size, self.pass.control);
         for at in 0..batch {
-            let y = &self.y;
+            let y = &self.y[..size];
             let (k, rest) = self.stepper.ks.split_at_mut(size);
             let new = &rest[(i - 1) * size..][..size];
             let Some(lane) = &mut self.lanes[at] else {

@@ -238,7 +238,7 @@ mod tests {
         for (times, behind) in [([1.0, 2.0], 1f64.next_up()), ([1.0, 0.0], 1f64.next_down())] {
             let grid = TimeGrid::new(times.to_vec()).unwrap();
             let control = Control::new(&Adaptive::new(1e-3, 1e-3), &DOPRI5, &grid, &[]).unwrap();
-            let store = TileStore::new(DType::F64, 1);
+            let store = TileStore::new(DType::F64, 1, 1);
             let kept = TileTrajectory::online(Checkpoint::All, store, &[0.0]).unwrap();
             let mut lane = Lane::new(&control, 0, kept);
             assert_eq!(lane.standing().at(0.0), 1.0);

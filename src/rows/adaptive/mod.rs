@@ -80,6 +80,7 @@ pub(super) fn run<T: Element>(
         y0,
         weights,
         reads_time,
+        reads_clock,
     } = task;
     let (problem, layout) = (plan.problem, plan.layout);
     let tolerances = Tolerances::new(problem, control)?;
@@ -95,6 +96,7 @@ pub(super) fn run<T: Element>(
         tolerances: &tolerances,
         y0: &y0,
         reads_time,
+        reads_clock,
         refines: has_events && !problem.scheme.tableau.interpolates_well(),
         growth: &Growth::default(),
     };
@@ -128,7 +130,7 @@ pub(super) fn run<T: Element>(
             shapes: weights.iter().map(|w| w.shape().clone()).collect(),
             layout: layout.clone(),
             groups: done,
-            reads_time,
+            reads_clock,
             has_events,
         }),
         found,
@@ -171,8 +173,8 @@ struct RowTrajectories<T: Element> {
     shapes: Vec<Shape>,
     layout: RowLayout,
     groups: Vec<SolvedGroup<T>>,
-    /// Whether velocities depend on time.
-    reads_time: bool,
+    /// Whether tiles read the times of the lanes.
+    reads_clock: bool,
     /// Whether states of events are among the returned ones; a row need not have all of them.
     has_events: bool,
 }

@@ -126,7 +126,8 @@ impl<T: Element> Integrate<'_, T> {
             });
             stepper.begin();
             let elements = carried * problem.packing.len();
-            let store = TileStore::new(problem.scheme.roles[0].store.to, elements);
+            let dtype = problem.scheme.roles[0].store.to;
+            let store = TileStore::new(dtype, elements, stepper.carried().len());
             let trajectory =
                 TileTrajectory::new(problem.checkpoint, steps, store, stepper.carried());
             let mut trajectory = trajectory.map_err(anywhere)?;

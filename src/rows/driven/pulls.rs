@@ -9,8 +9,7 @@
 use super::mix::{Mix, Mixed};
 use super::noise::{coefficients, functionals};
 use super::stepper::{constant, DrivenStepper};
-use crate::driven::Part;
-use crate::error::{Error, Result, SdeDefect};
+use crate::error::{Error, Result};
 use crate::precision::Low;
 use crate::rows::lanes::Factor;
 use crate::rows::window::{KeptBy, OpenSlot, Window};
@@ -193,12 +192,10 @@ impl<T: Element> DrivenPulls<T> {
                 let left = if rounds { factor } else { 1.0 };
                 self.unscale.set(&[left / scale]);
                 self.unscale.apply(on, w);
-                must_be_additive(
-                    stepper,
-                    step,
-                    evaluation.part,
-                    on.largest(w) != T::default(),
-                )?;
+                let has_derivative = || Ok(on.largest(w) != T::default());
+                stepper
+                    .driven
+                    .must_be_additive(evaluation.part, &step, has_derivative)?;
                 window.push(&**field, place, kept);
                 return Ok(scaler);
             }
@@ -230,22 +227,5 @@ impl<T: Element> DrivenPulls<T> {
             };
             seed.multiply(|_| scale * factor);
         }
-    }
-}
-
-/// Where the noise is declared additive, the diffusion has no derivative with respect to the state.
-fn must_be_additive<T: Element>(
-    stepper: &DrivenStepper<'_, T>,
-    step: Step,
-    part: Part,
-    has_derivative: bool,
-) -> Result<()> {
-    let declared = stepper.driven.drive.equation.additive;
-    match declared && part == Part::Diffusion && has_derivative {
-        true => Err(Error::Sde(SdeDefect::NotAdditive {
-            step: step.index,
-            t: step.t,
-        })),
-        false => Ok(()),
     }
 }

@@ -92,7 +92,10 @@ inline long long __double_as_longlong(double x) { return bits_as<long long>(x); 
 inline double __longlong_as_double(long long x) { return bits_as<double>(x); }
 // One operation each, for the host compiler contracts none.
 inline double __dadd_rn(double x, double y) { return x + y; }
+inline double __dsub_rn(double x, double y) { return x - y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
 template <class T> T __ldg(const T *p) { return *p; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float normcdff(float x) { return 0.5f * erfcf(-x * 0.70710678f); }
