@@ -181,7 +181,7 @@ where
 /// Solves like [`sdeint`], but without candle's graph.  The equation may be borrowed and need not cross threads, and
 /// gradients are computed on request.  Gradients with respect to given increments are in
 /// [`Gradients::params`](crate::Gradients::params), under the tensors that were given; with
-/// [`Gradient::Backsolve`](crate::options::Gradient::Backsolve) they have none.
+/// [`Gradient::Backsolve`] they have none.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
