@@ -6,7 +6,7 @@
 mod common;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
-use candle_diffeq::fields::check_field;
+use candle_diffeq::fields::{check_field, FieldCheck};
 use candle_diffeq::models::hypersolver::{residuals, Hypersolver};
 use candle_diffeq::models::recurrent::{
     Cell, GruCell, GruOdeBayes, Hidden, LatentOde, LstmCell, OdeRnn, Order, RnnCell, Sporadic,
@@ -615,16 +615,20 @@ fn recurrent_models_run_in_low_precision_to_a_rounding_or_two() {
 /// Nodes of a graph, each joined to the next and to another.
 const NODES: usize = 150;
 
-/// A field of graph convolutions, and its layers.
-fn graph_field(dtype: DType, widths: &[usize]) -> (VarMap, GcnField, Vec<Gcn>) {
+/// A matrix over the nodes that is not its transpose.
+fn graph_of(dtype: DType) -> Csr {
     let n = NODES as u32;
     let pairs = (0..n).flat_map(|i| [[i, (i + 1) % n], [i, (7 * i + 3) % n]]);
     let edges: Vec<_> = pairs.filter(|[i, j]| i != j).collect();
     let graph = Csr::normalised_adjacency(NODES, &edges, dtype, &cpu()).unwrap();
-    // A matrix that is not its transpose.
     let change = (scattered(graph.values().dims(), 0.5, 23) + 1.0).unwrap();
     let values = (graph.values() * change.to_dtype(dtype).unwrap()).unwrap();
-    let graph = graph.with_values(values).unwrap();
+    graph.with_values(values).unwrap()
+}
+
+/// A field of graph convolutions, and its layers.
+fn graph_field(dtype: DType, widths: &[usize]) -> (VarMap, GcnField, Vec<Gcn>) {
+    let graph = graph_of(dtype);
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &cpu());
     let field = GcnField::new(widths, Activation::Softplus, &graph, vb.clone()).unwrap();
@@ -690,6 +694,56 @@ fn a_graph_neural_ode_is_that_of_its_layers() {
     for (got, expected) in gradients(true).iter().zip(&gradients(false)) {
         let error = relative(got, expected);
         assert!(error <= 256.0 * U_F32, "{:?}: {error:e}", got.dims());
+    }
+}
+
+#[test]
+fn a_model_of_graph_convolutions_has_the_gradients_of_a_closure_of_its_layers() {
+    let (vars, _, layers) = graph_field(DType::F32, &[6, 11, 6]);
+    let graph = graph_of(DType::F32);
+    let build =
+        move |vb: VarBuilder<'_>| GcnField::new(&[6, 11, 6], Activation::Softplus, &graph, vb);
+    // The field is compared with a second one that is built of weights without history: both have the same bits.
+    let ode = NeuralOde::from_field(&vars, "", DType::F32, &cpu(), build).unwrap();
+    let ode = ode.options(OdeOptions {
+        check: FieldCheck::Always,
+        ..Default::default()
+    });
+    let y0 = scattered(&[NODES, 6], 1.0, 19)
+        .to_dtype(DType::F32)
+        .unwrap();
+    let times = [0.0, 0.3, 1.0];
+    let ours = ode.solve(&y0, &times).unwrap();
+    let closure = move |_: &Time, y: &Tensor| composed(&layers, y);
+    let theirs = odeint(closure, &y0, &times, &OdeOptions::default()).unwrap();
+    let [ours, theirs] = [ours, theirs].map(|ys| {
+        let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let of = |(_, var): &(String, Var)| grads.get(var).unwrap().clone();
+        all(&vars).iter().map(of).collect::<Vec<_>>()
+    });
+    for (got, expected) in ours.iter().zip(&theirs) {
+        let error = relative(got, expected);
+        assert!(error <= 256.0 * U_F32, "{:?}: {error:e}", got.dims());
+    }
+}
+
+#[test]
+fn the_velocity_of_graph_convolutions_is_differentiable_in_weights_and_state() {
+    let (vars, field, layers) = graph_field(DType::F64, &[5, 3, 7, 5]);
+    let y = var(&[NODES, 5], 1.0, 19);
+    let t = Time::new(0.0, DType::F64, &cpu());
+    let of = |k: Tensor| {
+        let grads = k.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let weights = all(&vars).into_iter().map(|(_, var)| var);
+        let vars = weights.chain([y.clone()]);
+        vars.map(|var| grads.get(&var).unwrap().clone())
+            .collect::<Vec<_>>()
+    };
+    let ours = of(field.velocity(&t, y.as_tensor()).unwrap());
+    let theirs = of(composed(&layers, y.as_tensor()).unwrap());
+    for (got, expected) in ours.iter().zip(&theirs) {
+        let error = relative(got, expected);
+        assert!(error <= 1e-13, "{:?}: {error:e}", got.dims());
     }
 }
 

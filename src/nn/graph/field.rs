@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Module, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use super::fused::{Pool, Stack};
@@ -140,7 +140,30 @@ enum AnyStack {
     Double(Arc<Stack<f64>>),
 }
 
-/// One evaluation of constant weights, differentiable in y.
+impl AnyStack {
+    fn velocity(&self, y: &CpuStorage, at: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = match (self, y) {
+            (Self::Single(stack), CpuStorage::F32(y)) => {
+                CpuStorage::F32(stack.velocity(numbers(y, at)?)?)
+            }
+            (Self::Double(stack), CpuStorage::F64(y)) => {
+                CpuStorage::F64(stack.velocity(numbers(y, at)?)?)
+            }
+            _ => candle_core::bail!("graph convolutions of a state of another dtype"),
+        };
+        Ok((out, at.shape().clone()))
+    }
+
+    fn pull(&self, y: &Tensor, v: &Tensor) -> Result<Found> {
+        let (v, y) = (v.contiguous()?, y.detach().contiguous()?);
+        match self {
+            Self::Single(stack) => stack.evaluate(&y)?.1.pull(&v),
+            Self::Double(stack) => stack.evaluate(&y)?.1.pull(&v),
+        }
+    }
+}
+
+/// One evaluation, differentiable in y.
 struct Evaluate(AnyStack);
 
 impl CustomOp1 for Evaluate {
@@ -149,39 +172,60 @@ impl CustomOp1 for Evaluate {
     }
 
     fn cpu_fwd(&self, y: &CpuStorage, at: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = match (&self.0, y) {
-            (AnyStack::Single(stack), CpuStorage::F32(y)) => {
-                CpuStorage::F32(stack.velocity(numbers(y, at)?)?)
-            }
-            (AnyStack::Double(stack), CpuStorage::F64(y)) => {
-                CpuStorage::F64(stack.velocity(numbers(y, at)?)?)
-            }
-            _ => candle_core::bail!("graph convolutions of a state of another dtype"),
-        };
-        Ok((out, at.shape().clone()))
+        self.0.velocity(y, at)
     }
 
     fn bwd(&self, y: &Tensor, _: &Tensor, v: &Tensor) -> Result<Option<Tensor>> {
-        let (v, y) = (v.contiguous()?, y.detach().contiguous()?);
-        let pulled = match &self.0 {
-            AnyStack::Single(stack) => stack.evaluate(&y)?.1.pull(&v)?.state,
-            AnyStack::Double(stack) => stack.evaluate(&y)?.1.pull(&v)?.state,
-        };
-        Ok(Some(pulled))
+        Ok(Some(self.0.pull(y, v)?.state))
+    }
+}
+
+/// The same, also differentiable in the weights and biases, one after the other in one vector.
+struct EvaluateAll(AnyStack);
+
+impl CustomOp2 for EvaluateAll {
+    fn name(&self) -> &'static str {
+        "graph convolutions"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &CpuStorage,
+        at: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.0.velocity(y, at)
+    }
+
+    fn bwd(
+        &self,
+        y: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        v: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let found = self.0.pull(y, v)?;
+        let flat = found.layers.iter().flatten().map(Tensor::flatten_all);
+        let flat = Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?;
+        Ok((Some(found.state), Some(flat)))
     }
 }
 
 impl VectorField<Tensor> for GcnField {
     fn velocity(&self, _: &Time, y: &Tensor) -> Result<Tensor> {
         self.check(y)?;
-        let constant = self
-            .layers
-            .iter()
-            .all(|l| l.tensors().all(|p| !p.track_op()));
-        match self.is_fused(y) && constant {
-            true => y.contiguous()?.apply_op1(Evaluate(self.stack(y.dtype())?)),
-            false => self.composed(y),
+        if !self.is_fused(y) {
+            return self.composed(y);
         }
+        let (y, stack) = (y.contiguous()?, self.stack(y.dtype())?);
+        let tensors = || self.layers.iter().flat_map(Gcn::tensors);
+        if tensors().all(|p| !p.track_op()) {
+            return y.apply_op1(Evaluate(stack));
+        }
+        let flat = tensors().map(|p| p.flatten_all()?.to_dtype(y.dtype()));
+        let flat = Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?;
+        y.apply_op2(&flat, EvaluateAll(stack))
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
