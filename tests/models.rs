@@ -660,9 +660,12 @@ fn a_field_of_graph_convolutions_has_the_velocity_and_pull_back_of_its_layers() 
         let got = pull(&v).unwrap();
         let terms = widths.iter().sum::<usize>() + NODES;
         assert!(relative(&velocity, &k) <= terms as f64 * U_F64);
-        assert!(relative(&got.y, expected.get(&y).unwrap()) <= terms as f64 * U_F64);
+        // A cotangent has passed through the sums of the layers twice: slopes forward, itself backward.
+        let bar = 2.0 * terms as f64 * U_F64;
+        let error = relative(&got.y, expected.get(&y).unwrap());
+        assert!(error <= bar, "{widths:?}: {error:e}");
         let error = error_of(&got.params, &expected, &all(&vars));
-        assert!(error <= terms as f64 * U_F64, "{widths:?}: {error:e}");
+        assert!(error <= bar, "{widths:?}: {error:e}");
         assert!(relative(&field.velocity(&t, y.as_tensor()).unwrap(), &k) <= terms as f64 * U_F64);
     }
 }
