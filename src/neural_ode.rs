@@ -418,13 +418,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     /// As [`NeuralOde::solve`], and [`Error::ArgsPrecisionCount`](crate::Error::ArgsPrecisionCount).
     pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T) -> Result<S> {
         let solve = self.ode.run((y0, self.args), times, None, true, None)?;
-        node(
-            solve.problem,
-            solve.source,
-            solve.theta,
-            solve.forward,
-            &solve.y0,
-        )
+        solve.in_graph()
     }
 
     /// As [`NeuralOde::loss`]; differentiable in the arguments, too.

@@ -760,3 +760,22 @@ fn events_of_a_model_need_adaptive_steps_and_all_times() {
         Error::Adaptive(AdaptiveDefect::NoRows { .. })
     ));
 }
+
+#[test]
+fn events_of_a_model_are_differentiable_in_its_arguments() {
+    // y' = c, so that y crosses 1 from 0 at t = 1/c, and ∂t/∂c = −1/c².
+    let vars = VarMap::new();
+    let build =
+        |_: VarBuilder<'_>| Ok(|_: &Time, y: &Tensor, c: &Tensor| y.zeros_like()?.broadcast_add(c));
+    let ode = NeuralOde::with_args(&vars, "", DType::F64, &Device::Cpu, build).unwrap();
+    let ode = ode.options(options(&DOPRI5, 1e-8));
+    let c = variable(&Tensor::new(&[1.6f64], &Device::Cpu).unwrap());
+    let y0 = Tensor::zeros(1, DType::F64, &Device::Cpu).unwrap();
+    let event = Event::new(|_: &Time, y: &Tensor| y - 1.0);
+    let solved = ode.given(c.as_tensor()).events(&y0, &[0.0, 2.0], &[event]);
+    let t = solved.unwrap().events[0].t.clone();
+    assert!((number(&t) - 1.0 / 1.6).abs() <= 16.0 * U_F64);
+    let grads = t.backward().unwrap();
+    let by_c = number(grads.get(&c).unwrap());
+    assert!((by_c + 1.0 / (1.6 * 1.6)).abs() <= 64.0 * U_F64);
+}

@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::events::{
     check_options, row_options, Event, EventSolution, RowEvent, RowEventSolution, RowSearch, Search,
 };
-use crate::node::node;
 use crate::passes::run_observed;
 use crate::state::State;
 use crate::time::Times;
@@ -90,13 +89,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
             },
         };
         let solve = self.ode.run_with((y0, self.args), times, pass)?;
-        search.solution(node(
-            solve.problem,
-            solve.source,
-            solve.theta,
-            solve.forward,
-            &solve.y0,
-        )?)
+        search.solution(solve.in_graph()?)
     }
 
     /// As [`NeuralOde::row_events`]; differentiable in the arguments, too.

@@ -16,7 +16,7 @@ use crate::field::check::{self, FieldCheck, Parameter, Rebuilt, Subject};
 use crate::field::{Field, Leaves, SharedField, VectorField};
 use crate::integrate::Forward;
 use crate::loss::RowLoss;
-use crate::node::Source;
+use crate::node::{node, Source};
 use crate::odeint::states;
 use crate::parameters::{self, Observed, Theta};
 use crate::passes::{run, run_tiles};
@@ -337,6 +337,21 @@ pub(crate) struct Solve {
     pub(crate) theta: Theta,
     pub(crate) forward: Forward,
     pub(crate) y0: Tensor,
+}
+
+impl Solve {
+    /// The returned states, as part of candle's graph.
+    pub(crate) fn in_graph<S: State>(self) -> Result<S> {
+        let Self {
+            problem,
+            source,
+            theta,
+            forward,
+            y0,
+            ..
+        } = self;
+        node(problem, source, theta, forward, &y0)
+    }
 }
 
 /// The problem driven by noise, if it is to be.

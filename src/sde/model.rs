@@ -11,7 +11,6 @@ use crate::error::{Error, Result};
 use crate::field::parts::Parts;
 use crate::field::{OwnedField, VectorField};
 use crate::neural_ode::NeuralOde;
-use crate::node::node;
 use crate::noise::Noise;
 use crate::solution::Solution;
 use crate::state::State;
@@ -135,13 +134,7 @@ impl<S: State + 'static> NeuralSde<S> {
     pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T, noise: &Noise) -> Result<S> {
         let drive = self.drive(noise);
         let solve = self.model.run((y0, &()), times, None, true, Some(&drive))?;
-        node(
-            solve.problem,
-            solve.source,
-            solve.theta,
-            solve.forward,
-            &solve.y0,
-        )
+        solve.in_graph()
     }
 
     /// Solves without candle's graph; gradients are computed by [`Solution::vjp`].
