@@ -1,57 +1,58 @@
 //! Neural differential equations in mixed precision on [candle](candle_core).
 //!
-//! A neural ODE y' = f_θ(t, y) calls one network thousands of times.  Here the network runs in bf16 or f16, and
-//! everything that is summed over its calls is f32 or f64: the state, the adjoint, the gradients.  Gradients are exact
-//! for the steps that were run (except that rounding is differentiated as the identity).  They need no autograd tape
-//! over steps, and reach the user's variables through candle's own `loss.backward()`.
+//! A neural ODE y' = f_θ(t, y) calls one network thousands of times.  Here the network runs in bf16 or f16.  The state,
+//! the adjoint and the gradients, which are sums over its calls, are f32 or f64.  Gradients are the exact derivatives
+//! of the steps that the solver has taken, with one exception: the derivative of a rounding counts as 1.  No autograd
+//! tape records the steps.  The gradients reach the user's variables through candle's own `loss.backward()`.
 //!
 //! The [guide] explains the crate chapter by chapter.
 //!
-//! * [`odeint`] solves a closure as part of candle's graph.  [`solution`] solves without that graph, and gives
-//!   gradients on request.  [`predict`] solves without gradients.
+//! * [`odeint`] solves y' = f(t, y) for a closure f, as part of candle's graph.  [`solution`] solves without that
+//!   graph, and gives gradients on request.  [`predict`] solves without gradients.
 //! * [`NeuralOde`]: a model built from a `VarBuilder`, in any [`Precision`], with f32 master weights.
 //! * [`FieldWithArgs`](fields::FieldWithArgs): fields with arguments, such as the output of an encoder.
 //! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite
 //!   differences.  The first solves of a model do the same.
-//! * [`nn`]: layers and fields.  Perceptrons, continuous flows of perceptrons, gradients of perceptrons, convolutions,
-//!   and perceptrons as fields of a CDE are integrated tile by tile on the CPU, several times faster than through candle's
-//!   operations.
+//! * [`nn`]: layers and fields.  On the CPU, some of the fields are integrated in tiles (groups of rows of the batch),
+//!   several times faster than through candle's operations: perceptrons, continuous flows of perceptrons, gradients of
+//!   perceptrons, convolutions, and perceptrons as fields of a CDE.
 //! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian
 //!   networks.  They can be trained, although candle has no second derivatives: these are written by hand.
 //! * [`options::Gradient`]: continuous adjoints in place of the exact gradients, for comparison or if memory is short.
-//!   Their errors are measured by the seminorm.
+//!   By default, the norm of their errors leaves out the gradients of the parameters and of the times (the seminorm).
 //! * [`events`]: times at which a function of time and state crosses zero, and systems whose state jumps there.
 //!   [`dense`]: solutions that can be evaluated, after the solve, at any time t of their interval.
 //! * [`cde`]: neural controlled differential equations, which are driven by data along a [path](cde::ControlPath).
-//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2.  They are driven by
+//! * [`sde`]: stochastic differential equations, by methods from Euler–Maruyama to SRI2.  The equations are driven by
 //!   [increments](sde::Noise) of Brownian motion, computed from a seed.
 //! * [`models::recurrent`]: hidden states that follow an ODE between observations: ODE-RNN, GRU-ODE-Bayes, latent ODE.
 //!   [`nn::graph`]: graph neural ODEs.
 //! * [`models::shooting`]: parareal and Newton's multiple shooting.  [`models::hypersolver`]: methods with a learnt
 //!   correction.
-//! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (behind a feature): densities, points
-//!   with classes, and systems of physics to learn from.
+//! * [`mmd`](metrics::mmd()): a measure of the quality of continuous flows.  `datasets` (only with the feature
+//!   `datasets`): densities, points with classes, and systems of physics to learn from.
 //! * [`distributed`]: data-parallel training, on one machine or many.
 //! * [`OdeOptions`]: the method ([`Tableau`](tableau::Tableau)), fixed or adaptive steps and what is kept
 //!   ([`options`]), [scaling](mod@scaling), and [statistics](metrics::Recorder).
 //!
 //! # Theory
 //!
-//! Let (a, b, c) be an explicit tableau, h the step length, and Q the rounding to compute precision.  The forward
-//! pass is
+//! Let (a, b, c) be an explicit tableau, h the step length, and Q the rounding to the compute precision, in which f is
+//! evaluated.  The state precision is that of y, of λ and of all sums.  The forward pass is
 //!
 //! Y_i = Q(y_n + h Σ_j a_ij k_j),  k_i = f(t_n + c_i h, Y_i),  y_{n+1} = y_n + h Σ_i b_i k_i,
 //!
-//! where every sum is in state precision.  The backward pass is the exact discrete adjoint of these steps, except
-//! that Q is differentiated as the identity.  Let ȳ_n be the cotangent of the output at t_n (zero if there is none),
-//! and ŷ_n the kept copy of y_n.  The adjoint λ of y starts as ȳ_N.  For n = N−1, …, 0 the stages are recomputed from
-//! ŷ_n, and for each stage i from the last to the first
+//! where every sum is in state precision.  The backward pass is the exact discrete adjoint of these steps, except that
+//! Q is differentiated as the identity.  Let ȳ_n be the cotangent of the output at t_n (zero if there is none), and ŷ_n
+//! the kept copy of y_n.  The adjoint λ of y starts as ȳ_N, and the gradient θ̄ of the parameters as zero.  For n =
+//! N−1, …, 0 the stages are recomputed from ŷ_n.  Then, for each stage i from the last to the first, the cotangents v_i
+//! of the velocity k_i (without the factor h) and w_i of the stage state Y_i are computed, and θ̄ is updated:
 //!
 //! v_i = b_i λ + h Σ_{j>i} a_ji w_j,  w_i = (∂f/∂y)ᵀ v_i,  θ̄ ← θ̄ + h (∂f/∂θ)ᵀ v_i;
 //! then λ ← λ + h Σ_i w_i + ȳ_n.
 //!
 //! An output inside a step, at a fraction x of it, is y_n + h Σ_i b_i(x) k_i with the method's interpolant b(x).  Its
-//! cotangent is added to λ_n, and, multiplied by b_i(x), to v_i.  With adaptive steps, the backward pass uses the
+//! cotangent ȳ is added to the new λ, and b_i(x) ȳ is added to v_i.  With adaptive steps, the backward pass uses the
 //! accepted steps and treats their lengths as constants.
 //!
 //! Only f and its pull-back run in compute precision.  So if f is evaluated with a rounding error u, the solution and
@@ -63,20 +64,19 @@
 //!
 //! # Layout
 //!
-//! Dependencies go in one direction: a module uses only modules before it in this list.  A test checks that every
-//! module obeys this list; unit tests are excepted.
+//! Dependencies go in one direction: a module uses only modules before it in this list.  A test checks this.  It does
+//! not check the imports of unit tests.
 //!
 //! * `stats`, `error`: what a solve has done, and what can go wrong.
 //! * `tableau`: coefficients of methods, and their interpolants.
 //! * `state`, `memory`, `time`: the state and its rows; the memory that a solve needs; the time grid, and the time at
 //!   which a field is evaluated.
-//! * `intervals`, `path`: the search for the interval, between two jump times, in which a stage lies; control paths
-//!   through observations.
-//! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, computed from
-//!   numbers only.
-//! * `schedule`: the steps of a solve as data, and which states it returns.
-//! * `gradient`: how gradients are computed, as options.
-//! * `precision`: dtype roles, and rounding.
+//! * `intervals`, `path`: in which interval between two jump times a stage lies; control paths through observations.
+//! * `adaptive`: tolerances and step-size controllers, and the decision about each adaptive step, which is computed
+//!   from plain numbers and no tensors.
+//! * `schedule`: the list of the steps of a solve, and which states the solve returns.
+//! * `gradient`: the options that say how gradients are computed.
+//! * `precision`: the dtypes of the state, of evaluations and of kept states; rounding.
 //! * `crossing`: where a scalar function of time crosses zero inside a step.
 //! * `field`: f, its default pull-back, and the check of a pull-back against differences.
 //! * `controlled`: fields F(z) that return a matrix, which is multiplied by the slope of a control path.
@@ -110,12 +110,13 @@
 //!
 //! # Limits
 //!
-//! Only explicit methods are available, with fixed or adaptive steps.  Stochastic equations have adaptive steps only in
-//! the sense of Stratonovich, and only if their noise is scalar, additive, or diagonal with components that do not read
-//! each other.  Second derivatives are not supported: returned gradients are detached, so differentiating them gives no
-//! gradient and no error.  An error is returned only if the incoming cotangent is itself tracked by candle.  A field
-//! must be deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect to time
-//! include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].
+//! Only explicit methods are available, with fixed or adaptive steps.  Stochastic equations can have adaptive steps if
+//! their noise is additive.  In the sense of Stratonovich they can also have them if their noise is scalar, or if it is
+//! diagonal and the diffusion of each component depends on no other component that has noise.  Second derivatives are
+//! not supported: returned gradients are detached, so differentiating them gives no gradient and no error.  There is an
+//! error in one case only: if the gradient that the solve receives in `backward` is itself tracked by candle's graph.
+//! A field must be deterministic: dropout inside it is an error ([`Error::NotDeterministic`]).  Gradients with respect
+//! to time include what a field computes from [`Time::tensor`], but not what it computes from [`Time::value`].
 #![deny(missing_docs)]
 
 mod accumulator;
