@@ -31,6 +31,7 @@ use crate::accumulator::Accumulator;
 use crate::driven::Driven;
 use crate::error::{Error, Result};
 use crate::field::Field;
+use crate::linearized::Linearized;
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::scaler::Scaler;
 use crate::schedule::{Schedule, Step};
@@ -46,6 +47,8 @@ use times::TimeGradients;
 /// A solve step by step over the whole batch: what it kept, and the steps that it took.
 pub(crate) struct StepByStep {
     pub(crate) trajectory: Arc<Trajectory>,
+    /// Steps whose evaluations were kept.
+    pub(crate) linearized: Option<Arc<Linearized>>,
     pub(crate) schedule: Arc<Schedule>,
     /// What took the steps, if they are driven by noise.
     pub(crate) driven: Option<Arc<Driven>>,
@@ -76,6 +79,7 @@ impl Reversible for StepByStep {
         self.can_rewind().then(|| {
             Arc::new(Self {
                 trajectory: Arc::clone(&self.trajectory),
+                linearized: None,
                 schedule: Arc::new(schedule),
                 driven: self.driven.clone(),
             }) as _
@@ -95,6 +99,7 @@ impl Reversible for StepByStep {
             driven: self.driven.as_deref(),
             schedule: &self.schedule,
             trajectory: &self.trajectory,
+            linearized: self.linearized.as_deref(),
             field: back.field,
             theta: back.theta,
             outputs: Outputs {
@@ -173,6 +178,8 @@ pub(crate) struct Sweep<'a> {
     pub(crate) driven: Option<&'a Driven>,
     pub(crate) schedule: &'a Schedule,
     pub(crate) trajectory: &'a Trajectory,
+    /// Steps whose evaluations were kept.
+    pub(crate) linearized: Option<&'a Linearized>,
     pub(crate) field: &'a Field<'a>,
     /// The tensors that the field reads as parameters.
     pub(crate) theta: &'a [Tensor],

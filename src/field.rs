@@ -108,6 +108,21 @@ pub trait VectorField<S: State = Tensor> {
         Ok(None)
     }
 
+    /// Whether the pull-back is that of candle's graph of a velocity: then
+    /// [`ActivationCache`](crate::options::ActivationCache) can keep the graphs of evaluations for the backward pass.
+    /// True of closures and of candle's modules; by default false, since a field may bring its own
+    /// [`vjp`](Self::vjp).
+    fn is_traced(&self) -> bool {
+        false
+    }
+
+    /// f(t, y) with a pull-back that lives as long as the solution and the bytes that it holds, of a field whose
+    /// evaluations can be kept; otherwise `None`, before anything is evaluated.
+    #[doc(hidden)]
+    fn vjp_kept(&self, _t: &Time, _y: &S) -> candle_core::Result<Option<KeptVjp<S>>> {
+        Ok(None)
+    }
+
     /// The parameters that [`vjp`](Self::vjp) returns gradients of, for fields that bring their
     /// own; `None` (the default) lets the solver find the variables in candle's graph, over all
     /// evaluations.  To be implemented together with `vjp`: without it the solver asks candle for paths
@@ -186,6 +201,13 @@ pub(crate) type OwnedField = Box<dyn VectorField<Vec<Tensor>>>;
 /// v ↦ vᵀ∂f at one evaluation; v and the cotangent of y in the dtypes of y.
 pub type Pullback<'f, S> = Box<dyn Fn(&S) -> candle_core::Result<Cotangents<S>> + 'f>;
 
+/// The same of an evaluation that is kept.
+pub(crate) type KeptPullback<S> =
+    Box<dyn Fn(&S) -> candle_core::Result<Cotangents<S>> + Send + Sync>;
+
+/// A velocity with its pull-back, and the bytes that this holds.
+pub(crate) type KeptVjp<S> = (S, KeptPullback<S>, usize);
+
 /// v ↦ vᵀ∂f/∂y, with vᵀ∂f/∂θ on request.
 pub(crate) type LatePullback<'f, S> =
     Box<dyn Fn(&S) -> candle_core::Result<(S, LateGradients<'f>)> + 'f>;
@@ -225,6 +247,10 @@ where
     fn velocity(&self, t: &Time, y: &S) -> candle_core::Result<S> {
         self(t, y)
     }
+
+    fn is_traced(&self) -> bool {
+        true
+    }
 }
 
 /// A candle module as a field without time; see [`autonomous`].
@@ -251,6 +277,10 @@ pub fn autonomous<M: Module>(module: M) -> Autonomous<M> {
 impl<M: Module> VectorField<Tensor> for Autonomous<M> {
     fn velocity(&self, _: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
         self.0.forward(y)
+    }
+
+    fn is_traced(&self) -> bool {
+        true
     }
 }
 
@@ -288,6 +318,10 @@ where
         (self.0)(t, y)
     }
 
+    fn is_traced(&self) -> bool {
+        true
+    }
+
     fn is_constant_in(&self, _: usize) -> bool {
         true
     }
@@ -301,6 +335,10 @@ where
 {
     fn velocity(&self, t: &Time, y: &S, args: &A) -> candle_core::Result<S> {
         (self.0)(t, y, args)
+    }
+
+    fn is_traced(&self) -> bool {
+        true
     }
 
     fn is_constant_in(&self, _: usize) -> bool {
@@ -356,6 +394,11 @@ pub trait FieldWithArgs<S: State, A: State> {
         Ok(None)
     }
 
+    /// As [`VectorField::is_traced`].
+    fn is_traced(&self) -> bool {
+        false
+    }
+
     /// As [`VectorField::parameters`]; arguments need not be listed.
     fn parameters(&self) -> Option<Vec<Tensor>> {
         None
@@ -401,5 +444,9 @@ where
 {
     fn velocity(&self, t: &Time, y: &S, args: &A) -> candle_core::Result<S> {
         self(t, y, args)
+    }
+
+    fn is_traced(&self) -> bool {
+        true
     }
 }

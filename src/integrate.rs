@@ -15,6 +15,7 @@ use crate::crossing::RowFound;
 use crate::driven::Driven;
 use crate::error::{Error, MemoryNeed, Result};
 use crate::field::Field;
+use crate::linearized::Linearized;
 use crate::memory::TENSOR;
 use crate::precision::Roles;
 use crate::problem::{Plan, Problem};
@@ -45,20 +46,22 @@ pub(crate) struct Forward {
 impl Forward {
     /// States that were integrated step by step over the whole batch.
     fn by_steps(packed: Tensor, trajectory: Trajectory, schedule: Arc<Schedule>) -> Self {
-        Self::by_steps_of(None, packed, trajectory, schedule)
+        Self::by_steps_of(None, packed, trajectory, None, schedule)
     }
 
-    /// The same by steps that may be driven by noise.
+    /// The same by steps that may be driven by noise, or linearised on the way.
     fn by_steps_of(
         driven: Option<Arc<Driven>>,
         packed: Tensor,
         trajectory: Trajectory,
+        linearized: Option<Linearized>,
         schedule: Arc<Schedule>,
     ) -> Self {
         Self {
             packed,
             back: Arc::new(StepByStep {
                 trajectory: Arc::new(trajectory),
+                linearized: linearized.map(Arc::new),
                 schedule,
                 driven,
             }),
@@ -90,6 +93,16 @@ fn need(problem: &Problem, steps: usize, checkpoint: Checkpoint) -> MemoryNeed {
         returned: problem.outputs() as u128 * state,
         ..Default::default()
     }
+}
+
+/// A place for linearised steps, where they are wanted and the backward pass can use them.
+fn linearized(problem: &Problem, steps: usize) -> Option<Linearized> {
+    let budget = problem.activation_cache.bytes;
+    let same_points = problem.stores_state() && !problem.scheme.compensated;
+    let here = problem.device().is_cpu() && problem.driven.is_none();
+    let discrete = problem.continuous.is_none();
+    let wanted = budget > 0 && same_points && here && discrete;
+    wanted.then(|| Linearized::new(budget, steps))
 }
 
 /// A state without an element: its solution has none, and no step is taken.  The field is evaluated once,
@@ -201,29 +214,51 @@ fn pass(
         returns(&y)?;
     }
     let copies = trajectory.keeps_copies();
+    let mut linearized = linearized(problem, steps).filter(|_| !known || trajectory.can_rewind());
     let mut stepper = StepSequence::new(scheme, copies, problem.graphs, steps);
     for n in 0..steps {
         let step = schedule.step(n);
         trajectory.offer_stored(n, &y, stored)?;
         let is_returned = schedule.at_node(n + 1).is_some();
         let kept = is_returned || n + 1 == steps || !copies && trajectory.wants(n + 1);
-        let taken = match driven {
-            Some(driven) => Taken {
+        let kept_graphs = match &mut linearized {
+            Some(linearized) if linearized.wants(n) => {
+                let timed = problem.grid.is_tracked();
+                let taken = scheme.advance_and_linearize(field, step, &y, timed, &mut watch)?;
+                match taken {
+                    Some((taken, linear)) => {
+                        linearized.keep(n, linear);
+                        Some(taken)
+                    }
+                    None => {
+                        linearized.close();
+                        None
+                    }
+                }
+            }
+            _ => None,
+        };
+        let taken = match (kept_graphs, driven) {
+            (Some(taken), _) => taken,
+            (None, Some(driven)) => Taken {
                 y: driven.advance(field, step, &y, &mut watch)?,
                 stored: None,
                 ks: vec![],
             },
-            None => stepper.advance(field, step, &y, kept, &mut watch, stats)?,
+            (None, None) => stepper.advance(field, step, &y, kept, &mut watch, stats)?,
         };
         stats.steps += 1;
         stats.evaluations += match driven {
             Some(driven) => driven.evaluations_of(&step),
             None => scheme.evaluations_of(&step),
         };
-        if n == 0 && !known && keep() {
-            need(problem, steps, problem.checkpoint).check()?;
-        } else if n == 0 && !known {
+        if n == 0 && !known && !keep() {
             trajectory = Trajectory::new(Checkpoint::Nothing, steps, roles.clone(), &y)?;
+            linearized = None;
+        } else if n == 0 && (!known || linearized.is_some()) {
+            let mut need = need(problem, steps, problem.checkpoint);
+            need.evaluations = linearized.as_ref().map_or(0, Linearized::expected);
+            need.check()?;
         }
         for inside in schedule.inside(n) {
             returns(&scheme.interpolated((&step, inside.x), &y, &taken.ks)?)?;
@@ -235,8 +270,12 @@ fn pass(
     }
     watch.finish()?;
     trajectory.record(stats);
+    let bytes = linearized.as_ref().map_or(0, Linearized::bytes);
+    stats.activation_bytes = stats.activation_bytes.max(bytes);
     let packed = Tensor::stack(&outputs, 0)?;
     let driven = problem.driven.clone();
     let schedule = Arc::clone(schedule);
-    Ok(Forward::by_steps_of(driven, packed, trajectory, schedule))
+    Ok(Forward::by_steps_of(
+        driven, packed, trajectory, linearized, schedule,
+    ))
 }

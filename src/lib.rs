@@ -87,7 +87,8 @@
 //!   solve.
 //! * `step`: one step and its linearisation.
 //! * `driven`: one step of an equation with noise, and its linearisation.
-//! * `replay`, `trajectory`: the sequence of forward steps; which states are kept for the backward pass.
+//! * `replay`, `trajectory`, `linearized`: the sequence of forward steps; which states and which evaluations are kept
+//!   for the backward pass.
 //! * `problem`, `arguments`: what the forward and the backward pass both need; the arguments of a field.
 //! * `reverse`: the common interface by which every kind of forward pass hands its results to its backward pass.
 //! * `accumulator`, `adjoint`: sums of gradients, the backward sweep.
@@ -140,6 +141,7 @@ mod gradient;
 pub mod guide;
 mod integrate;
 mod intervals;
+mod linearized;
 mod link;
 mod loss;
 mod loss_scaler;

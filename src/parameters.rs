@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor, TensorId, Var};
 use crate::arguments::Args;
 use crate::error::{Error, Result};
 use crate::field::check::{self, Point};
-use crate::field::{pullback::alike, Field, Offer, Pullback, VectorField};
+use crate::field::{autograd, pullback::alike, Field, KeptVjp, Offer, Pullback, VectorField};
 use crate::ops;
 use crate::problem::Problem;
 use crate::time::Time;
@@ -187,22 +187,29 @@ impl<'f> Observed<'f> {
         t: &Time,
         y: &[Tensor],
     ) -> candle_core::Result<Vec<Tensor>> {
-        let leaf = |y: &Tensor| Ok(Var::from_tensor(y)?.into_inner());
-        let leaves = y
-            .iter()
-            .map(leaf)
-            .collect::<candle_core::Result<Vec<_>>>()?;
+        let leaves = own_leaves(y)?;
         let mut k = field.velocity(t, &leaves)?;
         self.check_like(y, &k)?;
         if self.plain.is_some() && !k.iter().any(Tensor::track_op) {
             k = self.tracked.velocity(t, &leaves)?;
             self.check_like(y, &k)?;
         }
-        let own: Vec<_> = leaves.iter().map(Tensor::id).collect();
-        let connected = self.note(t, &k, &own)?;
-        self.look_at_new_graphs(t, y);
-        self.verify(t, y, connected)?;
+        self.look_at(t, y, &leaves, &k)?;
         Ok(k)
+    }
+
+    /// Notes what a velocity that was computed from these leaves at y depends on.
+    fn look_at(
+        &self,
+        t: &Time,
+        y: &[Tensor],
+        leaves: &[Tensor],
+        k: &[Tensor],
+    ) -> candle_core::Result<()> {
+        let own: Vec<_> = leaves.iter().map(Tensor::id).collect();
+        let connected = self.note(t, k, &own)?;
+        self.look_at_new_graphs(t, y);
+        self.verify(t, y, connected)
     }
 
     /// A velocity is like the state.
@@ -269,6 +276,9 @@ impl<'f> Observed<'f> {
             let nodes = k.sorted_nodes();
             nodes_of_all += nodes.len();
             for variable in nodes.into_iter().filter(|node| node.is_variable()) {
+                if t.leaf().is_some_and(|time| time.id() == variable.id()) {
+                    continue;
+                }
                 if let Some(leaf) = own.iter().position(|id| *id == variable.id()) {
                     connected[row * own.len() + leaf] = true;
                     continue;
@@ -346,6 +356,24 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
         self.tracked.vjp(t, y)
     }
 
+    fn vjp_kept(
+        &self,
+        t: &Time,
+        y: &Vec<Tensor>,
+    ) -> candle_core::Result<Option<KeptVjp<Vec<Tensor>>>> {
+        if !self.tracked.is_traced() || !self.parts.is_empty() {
+            return Ok(None);
+        }
+        self.count(t, y);
+        let (leaves, listed) = (own_leaves(y)?, self.tracked.parameters());
+        let k = self.tracked.velocity(t, &leaves)?;
+        self.check_like(y, &k)?;
+        if listed.is_none() {
+            self.look_at(t, y, &leaves, &k)?;
+        }
+        autograd::kept(leaves, t, &k, listed).map(Some)
+    }
+
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.tracked.parameters()
     }
@@ -357,6 +385,12 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
     fn offer(&self) -> Option<Offer> {
         self.tracked.offer()
     }
+}
+
+/// Copies that candle traces.
+fn own_leaves(y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
+    let leaf = |y: &Tensor| Ok(Var::from_tensor(y)?.into_inner());
+    y.iter().map(leaf).collect()
 }
 
 /// θ of one solve: what the field read, parameters and arguments, and the user's tensors behind it, one to

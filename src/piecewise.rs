@@ -95,6 +95,10 @@ impl<S: State, F: VectorField<S>> VectorField<S> for PiecewiseConstant<F> {
         self.fields[self.intervals.stage(t)].velocity(t, y)
     }
 
+    fn is_traced(&self) -> bool {
+        self.fields.iter().all(F::is_traced)
+    }
+
     fn vjp<'f>(&'f self, t: &Time, y: &S) -> Result<(S, Pullback<'f, S>)> {
         self.fields[self.intervals.stage(t)].vjp(t, y)
     }

@@ -50,9 +50,8 @@ pub struct Stats {
     /// Statistics of each row in such a solve, in the order of the rows.  Filled only by a [`Recorder::tracing`].
     pub rows: Vec<RowStats>,
     /// Velocities evaluated again by the backward pass, to linearise steps and to replay segments between checkpoints.
-    /// If an [`ActivationCache`](crate::options::ActivationCache) keeps evaluations, which is possible only in tiles, a
-    /// step that is kept completely adds nothing to this count, and a step that is kept in part adds all of its
-    /// evaluations.
+    /// If an [`ActivationCache`](crate::options::ActivationCache) keeps evaluations, a step that is kept completely adds
+    /// nothing to this count, and a step that is kept in part adds all of its evaluations.
     pub recomputed: usize,
     /// Pull-backs, repeated ones included: steps × stages + `retries`.
     pub vjps: usize,
@@ -76,7 +75,7 @@ pub struct Stats {
     /// Largest number of bytes of evaluations that any one solve kept, see
     /// [`ActivationCache`](crate::options::ActivationCache).  All tiles are counted, including the unused lanes of the
     /// last tile; for [`NeuralOde::loss`](crate::NeuralOde::loss), only the tiles that are integrated at the same time
-    /// are counted.  Zero on the general path.
+    /// are counted.  On the general path these are the bytes of the tensors in candle's graphs.
     pub activation_bytes: usize,
     /// The number of times that the solver waited for a device and read from its memory; reads by fields are not
     /// counted.

@@ -13,6 +13,7 @@
 
 #[cfg(feature = "cuda")]
 mod fixture;
+mod linear;
 
 #[cfg(feature = "cuda")]
 use std::sync::Arc;
@@ -31,6 +32,7 @@ use crate::time::Time;
 use crate::watch::Watch;
 #[cfg(feature = "cuda")]
 pub(crate) use fixture::Fixture;
+pub(crate) use linear::KeptStep;
 
 /// k_i of every stage, `None` where a stage was not evaluated.
 pub(crate) type Increments = Vec<Option<Vec<Tensor>>>;
@@ -162,16 +164,9 @@ impl Scheme {
         // Stages read the state alone: the backward pass linearises them at ŷ_n.
         let state = &y[..self.roles.len()];
         self.evaluate(field, step, state, &mut ks, self.active(&step), |i, k| {
-            watch.see(k, || Error::NonFiniteVelocity {
-                step: step.index,
-                stage: i,
-                t: step.at(self.tableau.c()[i]),
-            })
+            watch.see(k, || self.bad_velocity(step, i))
         })?;
-        let bad = || Error::NonFiniteSolution {
-            step: step.index,
-            t: step.end,
-        };
+        let bad = || bad_solution(step);
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() {
             let (y, stored) = self.update_and_store(step.h, y, &ks, copies, |x, update| {
@@ -184,6 +179,14 @@ impl Scheme {
         watch.see(&y, bad)?;
         let stored = None;
         Ok(Taken { y, stored, ks })
+    }
+
+    fn bad_velocity(&self, step: Step, stage: usize) -> Error {
+        Error::NonFiniteVelocity {
+            step: step.index,
+            stage,
+            t: step.at(self.tableau.c()[stage]),
+        }
     }
 
     /// Evaluates those of the next stages that are `wanted`, one after the other; `see` looks at each velocity.
@@ -338,15 +341,8 @@ impl Scheme {
     #[cfg(feature = "cuda")]
     pub(crate) fn meanings(&self, step: Step) -> Vec<Error> {
         let active = (0..self.tableau.stages()).filter(|&i| self.active(&step)[i]);
-        let velocities = active.map(|i| Error::NonFiniteVelocity {
-            step: step.index,
-            stage: i,
-            t: step.at(self.tableau.c()[i]),
-        });
-        let states = self.roles.iter().map(|_| Error::NonFiniteSolution {
-            step: step.index,
-            t: step.end,
-        });
+        let velocities = active.map(|i| self.bad_velocity(step, i));
+        let states = self.roles.iter().map(|_| bad_solution(step));
         velocities.chain(states).collect()
     }
 
@@ -459,6 +455,13 @@ impl Scheme {
     /// What a field returns must be like what it was given: as many tensors, shapes, dtypes, device.
     pub(crate) fn check(&self, y: &[Tensor], k: &[Tensor]) -> Result<()> {
         alike(y, k)
+    }
+}
+
+fn bad_solution(step: Step) -> Error {
+    Error::NonFiniteSolution {
+        step: step.index,
+        t: step.end,
     }
 }
 

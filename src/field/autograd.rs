@@ -3,12 +3,14 @@
 //! No tape ever spans more than one stage, so neither stack nor graph grows with the number of
 //! steps.
 
+use std::collections::HashMap;
+
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Tensor, Var};
 
 use crate::error::Error;
-use crate::field::{check, Cotangents, Leaves, Pullback, VectorField};
+use crate::field::{check, Cotangents, KeptVjp, Leaves, Pullback, VectorField};
 use crate::state::State;
 use crate::time::Time;
 
@@ -72,6 +74,27 @@ pub(crate) fn vjp<'f, S: State, F: VectorField<S> + ?Sized>(
     traced.pullback(field.parameters())
 }
 
+/// A velocity that was computed from these leaves, with its graph.
+pub(crate) fn kept(
+    leaves: Vec<Tensor>,
+    t: &Time,
+    k: &[Tensor],
+    listed: Option<Vec<Tensor>>,
+) -> candle_core::Result<KeptVjp<Vec<Tensor>>> {
+    let nodes = k.iter().flat_map(Tensor::sorted_nodes);
+    let of = |node: &Tensor| (node.id(), node.elem_count() * node.dtype().size_in_bytes());
+    let sizes: HashMap<_, _> = nodes.map(of).collect();
+    let bytes = sizes.values().sum();
+    let traced = Traced {
+        leaves,
+        time: t.leaf().cloned(),
+        k: k.to_vec(),
+    };
+    let velocity = k.iter().map(Tensor::detach).collect();
+    let pull = move |v: &Vec<Tensor>| traced.pull_listed(v, listed.as_deref());
+    Ok((velocity, Box::new(pull), bytes))
+}
+
 /// One evaluation on leaves of our own.
 struct Traced {
     leaves: Vec<Tensor>,
@@ -99,27 +122,33 @@ fn trace<S: State, F: VectorField<S> + ?Sized>(
 }
 
 impl Traced {
-    /// `listed`: the parameters that the field says it has; candle also stores gradients of constants
-    /// that it met.
+    /// `listed`: the parameters that the field says it has.
     fn pullback<'f, S: State>(
         self,
         listed: Option<Vec<Tensor>>,
     ) -> candle_core::Result<(S, Pullback<'f, S>)> {
         let velocity = S::from_leaves(self.k.iter().map(Tensor::detach).collect())?;
-        let pull = move |v: &S| {
-            let mut pulled = self.pull(v)?;
-            if let Some(listed) = &listed {
-                let mut params = GradStore::default();
-                for p in listed {
-                    if let Some(grad) = pulled.params.remove(p) {
-                        params.insert(p, grad);
-                    }
-                }
-                pulled.params = params;
-            }
-            Ok(pulled)
-        };
+        let pull = move |v: &S| self.pull_listed(v, listed.as_deref());
         Ok((velocity, Box::new(pull)))
+    }
+
+    /// The same without gradients of constants, which candle also stores if it has met them.
+    fn pull_listed<S: State>(
+        &self,
+        v: &S,
+        listed: Option<&[Tensor]>,
+    ) -> candle_core::Result<Cotangents<S>> {
+        let mut pulled = self.pull(v)?;
+        if let Some(listed) = listed {
+            let mut params = GradStore::default();
+            for p in listed {
+                if let Some(grad) = pulled.params.remove(p) {
+                    params.insert(p, grad);
+                }
+            }
+            pulled.params = params;
+        }
+        Ok(pulled)
     }
 
     /// vᵀ∂f.

@@ -31,6 +31,10 @@ impl<S: State, F: VectorField<S>> FieldWithArgs<S, ()> for Free<F> {
         self.0.vjp_late(t, y)
     }
 
+    fn is_traced(&self) -> bool {
+        self.0.is_traced()
+    }
+
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.0.parameters()
     }
@@ -79,6 +83,10 @@ where
         y: &S,
     ) -> candle_core::Result<Option<(S, LatePullback<'f, S>)>> {
         self.field.vjp_late(t, y, &self.args)
+    }
+
+    fn is_traced(&self) -> bool {
+        self.field.is_traced()
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
@@ -197,6 +205,10 @@ where
             Ok((y.leaves(), params))
         };
         Ok(Some((k.leaves(), Box::new(pull))))
+    }
+
+    fn is_traced(&self) -> bool {
+        self.field.is_traced()
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -161,6 +161,7 @@ impl<'a> Kept<'a> {
             driven,
             packed,
             self.trajectory,
+            None,
             schedule,
         ))
     }

@@ -80,6 +80,10 @@ impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
         }
     }
 
+    fn is_traced(&self) -> bool {
+        self.ours().is_none_or(|field| field.is_traced())
+    }
+
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.ours()?.parameters()
     }

@@ -91,4 +91,8 @@ impl<M: Module> FieldWithArgs<Tensor, Tensor> for DataControl<M> {
         };
         self.module.forward(&joined)
     }
+
+    fn is_traced(&self) -> bool {
+        true
+    }
 }

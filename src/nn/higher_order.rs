@@ -78,6 +78,10 @@ impl<F: VectorField<Tensor>> VectorField<Tensor> for HigherOrder<F> {
         self.join(x, self.field.velocity(t, x)?, d)
     }
 
+    fn is_traced(&self) -> bool {
+        self.field.parameters().is_none()
+    }
+
     fn vjp<'f>(&'f self, t: &Time, x: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
         if self.field.parameters().is_none() {
             return autograd::vjp(self, t, x);

@@ -72,6 +72,10 @@ where
         Ok((k, l.to_dtype(cost.dtype())?))
     }
 
+    fn is_traced(&self) -> bool {
+        true
+    }
+
     fn jumps(&self) -> Vec<f64> {
         self.field.jumps()
     }

@@ -91,7 +91,7 @@ pub(crate) fn product<T: Element>(
     Ok(out)
 }
 
-/// `out = a b + start` on this thread, with `start` as for [`product`]; without one `out` is zero before.
+/// `out = a b + start` on this thread, with `start` as for [`product`].
 pub(crate) fn product_of_rows<T: Element>(
     unit: Arch,
     a: Matrix<'_, T>,
@@ -135,7 +135,7 @@ const BLOCK: usize = 256;
 /// Columns of a that are read at a time.
 const AHEAD: usize = 8;
 
-/// Some rows of a product, from the first on; `out` is zero.
+/// Some rows of a product, from the first on; what `out` holds before does not matter.
 pub(super) struct RowBlock<'a, T> {
     pub(super) a: Matrix<'a, T>,
     pub(super) b: Matrix<'a, T>,
@@ -165,9 +165,12 @@ impl<T: Element> RowBlock<'_, T> {
         let (inner, columns) = (self.a.columns, self.b.columns);
         let width = V * T::lanes::<S>();
         let mut panel = vectors::<T, S>(V * inner.min(BLOCK));
-        if !self.start.is_empty() {
+        if inner == 0 {
             for out in self.out.chunks_exact_mut(columns) {
-                out.copy_from_slice(self.start);
+                match self.start {
+                    [] => out.fill(T::default()),
+                    start => out.copy_from_slice(start),
+                }
             }
         }
         for column in (0..columns).step_by(width) {
@@ -180,6 +183,7 @@ impl<T: Element> RowBlock<'_, T> {
                     first: self.first,
                     depth,
                     panel: &panel[..V * n],
+                    start: self.start.get(column..).unwrap_or_default(),
                     column,
                     columns,
                     out: self.out,
@@ -215,7 +219,8 @@ fn pack<T: Element, S: Simd, const V: usize>(
     }
 }
 
-/// `out += a b` of a panel of b and the part of a that meets it.
+/// `out += a b` of a panel of b and the part of a that is multiplied with it; the first panel of some columns writes
+/// `start + a b`.
 struct Panel<'a, T: Element, S: Simd, const V: usize> {
     a: Matrix<'a, T>,
     /// The row of a that belongs to the first one of `out`.
@@ -223,6 +228,8 @@ struct Panel<'a, T: Element, S: Simd, const V: usize> {
     /// The column of a, and row of b, that the panel starts with.
     depth: usize,
     panel: &'a [T::Vector<S>],
+    /// From the first column on, or empty.
+    start: &'a [T],
     column: usize,
     columns: usize,
     out: &'a mut [T],
@@ -267,12 +274,24 @@ impl<T: Element, S: Simd, const V: usize> Panel<'_, T, S, V> {
         for r in 0..R {
             let at = (row + r) * self.columns + self.column;
             let out = &mut self.out[at..][..width];
+            let start = self.start.get(..width);
             if width == V * T::lanes::<S>() {
+                let start: Option<&[T::Vector<S>]> = start.map(bytemuck::cast_slice);
                 let out: &mut [T::Vector<S>] = bytemuck::cast_slice_mut(out);
                 for v in 0..V {
-                    out[v] = T::plus(s, out[v], sums[r][v]);
+                    let before = match (self.depth, start) {
+                        (0, Some(start)) => start[v],
+                        (0, None) => T::zeros::<S>(),
+                        _ => out[v],
+                    };
+                    out[v] = T::plus(s, before, sums[r][v]);
                 }
             } else {
+                match (self.depth, start) {
+                    (0, Some(start)) => out.copy_from_slice(start),
+                    (0, None) => out.fill(T::default()),
+                    _ => {}
+                }
                 let sums = sums[r];
                 for (out, sum) in out.iter_mut().zip(scalars::<T, S>(&sums)) {
                     *out += *sum;

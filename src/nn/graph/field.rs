@@ -1,12 +1,12 @@
 //! Graph convolutions as a vector field.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
-use super::fused::{Pool, Stack};
+use super::fused::{Evaluation, Pool, Stack};
 use super::{Csr, Gcn};
 use crate::field::{autograd, Cotangents, Pullback, VectorField};
 use crate::nn::elementwise::{is_for, numbers};
@@ -140,31 +140,59 @@ enum AnyStack {
     Double(Arc<Stack<f64>>),
 }
 
+/// What an evaluation over numbers of either precision keeps for its pull-back.
+enum AnyEvaluation {
+    Single(Evaluation<f32>),
+    Double(Evaluation<f64>),
+}
+
 impl AnyStack {
-    fn velocity(&self, y: &CpuStorage, at: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = match (self, y) {
+    fn evaluate(&self, y: &CpuStorage, at: &Layout) -> Result<(CpuStorage, AnyEvaluation)> {
+        Ok(match (self, y) {
             (Self::Single(stack), CpuStorage::F32(y)) => {
-                CpuStorage::F32(stack.velocity(numbers(y, at)?)?)
+                let (k, kept) = stack.evaluate(numbers(y, at)?)?;
+                (CpuStorage::F32(k), AnyEvaluation::Single(kept))
             }
             (Self::Double(stack), CpuStorage::F64(y)) => {
-                CpuStorage::F64(stack.velocity(numbers(y, at)?)?)
+                let (k, kept) = stack.evaluate(numbers(y, at)?)?;
+                (CpuStorage::F64(k), AnyEvaluation::Double(kept))
             }
             _ => candle_core::bail!("graph convolutions of a state of another dtype"),
-        };
-        Ok((out, at.shape().clone()))
-    }
-
-    fn pull(&self, y: &Tensor, v: &Tensor) -> Result<Found> {
-        let (v, y) = (v.contiguous()?, y.detach().contiguous()?);
-        match self {
-            Self::Single(stack) => stack.evaluate(&y)?.1.pull(&v),
-            Self::Double(stack) => stack.evaluate(&y)?.1.pull(&v),
-        }
+        })
     }
 }
 
 /// One evaluation, differentiable in y.
-struct Evaluate(AnyStack);
+struct Evaluate {
+    stack: AnyStack,
+    /// What it has kept, once it has been made.
+    kept: OnceLock<AnyEvaluation>,
+}
+
+impl Evaluate {
+    fn new(stack: AnyStack) -> Self {
+        Self {
+            stack,
+            kept: OnceLock::new(),
+        }
+    }
+
+    fn velocity(&self, y: &CpuStorage, at: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (k, kept) = self.stack.evaluate(y, at)?;
+        // An operation is applied once; of a second time, the first one's is as good.
+        let _ = self.kept.set(kept);
+        Ok((k, at.shape().clone()))
+    }
+
+    fn pull(&self, v: &Tensor) -> Result<Found> {
+        let v = v.contiguous()?;
+        match self.kept.get() {
+            Some(AnyEvaluation::Single(kept)) => kept.pull(&v),
+            Some(AnyEvaluation::Double(kept)) => kept.pull(&v),
+            None => candle_core::bail!("graph convolutions that were not evaluated"),
+        }
+    }
+}
 
 impl CustomOp1 for Evaluate {
     fn name(&self) -> &'static str {
@@ -172,16 +200,16 @@ impl CustomOp1 for Evaluate {
     }
 
     fn cpu_fwd(&self, y: &CpuStorage, at: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.0.velocity(y, at)
+        self.velocity(y, at)
     }
 
-    fn bwd(&self, y: &Tensor, _: &Tensor, v: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.pull(y, v)?.state))
+    fn bwd(&self, _: &Tensor, _: &Tensor, v: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.pull(v)?.state))
     }
 }
 
 /// The same, also differentiable in the weights and biases, one after the other in one vector.
-struct EvaluateAll(AnyStack);
+struct EvaluateAll(Evaluate);
 
 impl CustomOp2 for EvaluateAll {
     fn name(&self) -> &'static str {
@@ -200,12 +228,12 @@ impl CustomOp2 for EvaluateAll {
 
     fn bwd(
         &self,
-        y: &Tensor,
+        _: &Tensor,
         _: &Tensor,
         _: &Tensor,
         v: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let found = self.0.pull(y, v)?;
+        let found = self.0.pull(v)?;
         let flat = found.layers.iter().flatten().map(Tensor::flatten_all);
         let flat = Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?;
         Ok((Some(found.state), Some(flat)))
@@ -218,14 +246,14 @@ impl VectorField<Tensor> for GcnField {
         if !self.is_fused(y) {
             return self.composed(y);
         }
-        let (y, stack) = (y.contiguous()?, self.stack(y.dtype())?);
+        let (y, op) = (y.contiguous()?, Evaluate::new(self.stack(y.dtype())?));
         let tensors = || self.layers.iter().flat_map(Gcn::tensors);
         if tensors().all(|p| !p.track_op()) {
-            return y.apply_op1(Evaluate(stack));
+            return y.apply_op1(op);
         }
         let flat = tensors().map(|p| p.flatten_all()?.to_dtype(y.dtype()));
         let flat = Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?;
-        y.apply_op2(&flat, EvaluateAll(stack))
+        y.apply_op2(&flat, EvaluateAll(op))
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
@@ -236,20 +264,24 @@ impl VectorField<Tensor> for GcnField {
         let y = y.detach().contiguous()?;
         match self.stack(y.dtype())? {
             AnyStack::Single(stack) => {
-                let (k, kept) = stack.evaluate(&y)?;
+                let (k, kept) = stack.evaluate_tensor(&y)?;
                 Ok((
                     k,
                     Box::new(move |v: &Tensor| self.found(kept.pull(&v.contiguous()?)?)),
                 ))
             }
             AnyStack::Double(stack) => {
-                let (k, kept) = stack.evaluate(&y)?;
+                let (k, kept) = stack.evaluate_tensor(&y)?;
                 Ok((
                     k,
                     Box::new(move |v: &Tensor| self.found(kept.pull(&v.contiguous()?)?)),
                 ))
             }
         }
+    }
+
+    fn is_traced(&self) -> bool {
+        true
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -155,16 +155,17 @@ impl<T: Element> Stack<T> {
         Tensor::from_vec(x, (layer.nodes(), layer.inputs), &Device::Cpu)
     }
 
-    /// The velocity at y, `(nodes, features)`.
-    pub(super) fn velocity(&self, y: &[T]) -> Result<Vec<T>> {
-        Ok(self.run(y)?.0)
+    /// The velocity at y, `(nodes, features)`, and what its pull-back reads.
+    pub(super) fn evaluate(self: &Arc<Self>, y: &[T]) -> Result<(Vec<T>, Evaluation<T>)> {
+        let (velocity, kept) = self.run(y)?;
+        let stack = Arc::clone(self);
+        Ok((velocity, Evaluation { stack, kept }))
     }
 
-    /// The same, and what its pull-back reads.
-    pub(super) fn evaluate(self: &Arc<Self>, y: &Tensor) -> Result<(Tensor, Evaluation<T>)> {
-        let (velocity, kept) = with_numbers(y, |y| self.run(y))??;
-        let stack = Arc::clone(self);
-        Ok((self.tensor(velocity, 0)?, Evaluation { stack, kept }))
+    /// The same of a tensor.
+    pub(super) fn evaluate_tensor(self: &Arc<Self>, y: &Tensor) -> Result<(Tensor, Evaluation<T>)> {
+        let (velocity, kept) = with_numbers(y, |y| self.evaluate(y))??;
+        Ok((self.tensor(velocity, 0)?, kept))
     }
 
     fn run(&self, y: &[T]) -> Result<(Vec<T>, Vec<Kept>)> {
@@ -262,7 +263,6 @@ impl<T: Element> Evaluation<T> {
                     .map_or_else(|| &v[places], Buffer::numbers);
                 let to_bias = column_sums(g, outputs);
                 let g = Matrix::new(g, rows, outputs);
-                out.fill(T::default());
                 product_of_rows(unit, g, layer.weights(), &[], out);
                 let s = &gathered[c * chunk * inputs..][..rows * inputs];
                 let mut to_weight = vec![T::default(); outputs * inputs];

@@ -1,0 +1,82 @@
+//! Linearised steps: steps of the forward pass whose graphs are kept, so that the backward pass need not evaluate them
+//! again.
+//!
+//! The backward pass linearises at ŷ_n, so steps are kept only where ŷ_n = y_n; then gradients have the same bits as those
+//! of stages that are evaluated again.
+
+use crate::step::{KeptStep, LinearStage};
+
+/// The last steps of a solve, as many as a number of bytes permits.
+pub(crate) struct Linearized {
+    /// Bytes that it may hold.
+    budget: usize,
+    /// Steps of the solve, and the first one that is kept.
+    steps: usize,
+    from: usize,
+    kept: Vec<KeptStep>,
+    bytes: usize,
+}
+
+impl Linearized {
+    /// None yet, of so many bytes and of a solve of so many steps.
+    pub(crate) fn new(budget: usize, steps: usize) -> Self {
+        Self {
+            budget,
+            steps,
+            from: 0,
+            kept: vec![],
+            bytes: 0,
+        }
+    }
+
+    /// Whether step n is to be linearised; n ascends from 0.
+    pub(crate) fn wants(&self, n: usize) -> bool {
+        self.budget > 0 && n == self.from + self.kept.len()
+    }
+
+    /// Keeps step n, which was wanted.  The first step tells how many fit, and is dropped if not all do.
+    pub(crate) fn keep(&mut self, n: usize, step: KeptStep) {
+        let bytes = bytes_of(&step);
+        if n == 0 {
+            let fit = (self.budget / bytes.max(1)).min(self.steps);
+            self.from = self.steps - fit;
+        }
+        if n < self.from {
+            return;
+        }
+        if bytes > self.budget - self.bytes {
+            // Larger than the first step: this one and those after it are evaluated again.
+            self.close();
+            return;
+        }
+        self.bytes += bytes;
+        self.kept.push(step);
+    }
+
+    /// Keeps nothing any more.
+    pub(crate) fn close(&mut self) {
+        self.budget = 0;
+    }
+
+    /// Bytes of all steps that are to be kept, if they are like the first one.
+    pub(crate) fn expected(&self) -> u128 {
+        let first = self.kept.first().map_or(0, bytes_of);
+        first as u128 * (self.steps - self.from) as u128
+    }
+
+    /// Bytes of the tensors in the graphs.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The stages of step n, if it was kept.
+    pub(crate) fn step(&self, n: usize) -> Option<Vec<Option<LinearStage<'_>>>> {
+        let step = self.kept.get(n.checked_sub(self.from)?)?;
+        let linear = step.iter().map(|stage| Some(stage.as_ref()?.linear()));
+        Some(linear.collect())
+    }
+}
+
+fn bytes_of(step: &KeptStep) -> usize {
+    step.iter().flatten().map(|stage| stage.bytes).sum()
+}
