@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use candle_core::{DType, Device, Tensor, TensorId, Var};
+use candle_core::{DType, Device, Tensor, TensorId};
 
 use crate::arguments::Args;
 use crate::error::{Error, Result};
@@ -187,7 +187,7 @@ impl<'f> Observed<'f> {
         t: &Time,
         y: &[Tensor],
     ) -> candle_core::Result<Vec<Tensor>> {
-        let leaves = own_leaves(y)?;
+        let leaves = autograd::copies(y)?;
         let mut k = field.velocity(t, &leaves)?;
         self.check_like(y, &k)?;
         if self.plain.is_some() && !k.iter().any(Tensor::track_op) {
@@ -365,7 +365,7 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
             return Ok(None);
         }
         self.count(t, y);
-        let (leaves, listed) = (own_leaves(y)?, self.tracked.parameters());
+        let (leaves, listed) = (autograd::copies(y)?, self.tracked.parameters());
         let k = self.tracked.velocity(t, &leaves)?;
         self.check_like(y, &k)?;
         if listed.is_none() {
@@ -385,12 +385,6 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
     fn offer(&self) -> Option<Offer> {
         self.tracked.offer()
     }
-}
-
-/// Copies that candle traces.
-fn own_leaves(y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
-    let leaf = |y: &Tensor| Ok(Var::from_tensor(y)?.into_inner());
-    y.iter().map(leaf).collect()
 }
 
 /// θ of one solve: what the field read, parameters and arguments, and the user's tensors behind it, one to

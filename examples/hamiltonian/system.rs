@@ -16,8 +16,9 @@ use crate::common::Result;
 pub(crate) struct Task {
     pub(crate) name: &'static str,
     pub(crate) system: System,
-    /// A start.
+    /// A start of a trajectory, and of a roll-out.
     start: fn(&mut StdRng) -> Vec<f64>,
+    rolled: fn(&mut StdRng) -> Vec<f64>,
     /// Trajectories for training, and as many for testing.
     trajectories: usize,
     /// In each trajectory, on [0, end].
@@ -45,6 +46,20 @@ fn circle(rng: &mut StdRng, [low, high]: [f64; 2]) -> Vec<f64> {
     vec![radius * cos, radius * sin]
 }
 
+/// Both coordinates of a size in [0.2, 1), of either sign: where the authors begin their roll-outs of the spring, some of
+/// them outside the trajectories that were learnt.
+fn corners(rng: &mut StdRng) -> Vec<f64> {
+    let coordinate = |_| {
+        let size = rng.random_range(0.2..1.0);
+        if rng.random() {
+            size
+        } else {
+            -size
+        }
+    };
+    (0..2).map(coordinate).collect()
+}
+
 /// Two bodies on orbits that are nearly circles about their middle, at a distance of r from it: |q'| = 1/(2 √r).
 fn orbits(rng: &mut StdRng) -> Vec<f64> {
     let q = circle(rng, [0.5, 1.5]);
@@ -64,6 +79,7 @@ pub(crate) const TASKS: [Task; 3] = [
             stiffness: 2.0,
         },
         start: |rng| circle(rng, [0.1, 1.0]),
+        rolled: corners,
         trajectories: 25,
         points: 30,
         end: 3.0,
@@ -78,6 +94,7 @@ pub(crate) const TASKS: [Task; 3] = [
             weight: 3.0,
         },
         start: |rng| circle(rng, [1.3, 2.3]),
+        rolled: |rng| circle(rng, [1.3, 2.3]),
         trajectories: 25,
         points: 45,
         end: 3.0,
@@ -89,6 +106,7 @@ pub(crate) const TASKS: [Task; 3] = [
         name: "two bodies",
         system: System::TwoBodies,
         start: orbits,
+        rolled: orbits,
         trajectories: 400,
         points: 40,
         end: 20.0,
@@ -98,7 +116,7 @@ pub(crate) const TASKS: [Task; 3] = [
     },
 ];
 
-/// Trajectories that are rolled out at most.
+/// Roll-outs.
 const ROLLED: usize = 25;
 /// Length of roll-outs, and distance of their points.
 const LONG: f64 = 20.0;
@@ -110,7 +128,7 @@ pub(crate) struct Data {
     pub(crate) train: [Tensor; 2],
     pub(crate) test: [Tensor; 2],
     pub(crate) times: TimeGrid,
-    /// `(times, trajectories, features)` in f64, from the starts of the test set.
+    /// `(times, trajectories, features)` in f64.
     pub(crate) truth: Tensor,
 }
 
@@ -128,8 +146,9 @@ impl Data {
     pub(crate) fn new(task: &'static Task, seed: u64, device: &Device) -> Result<Self> {
         let mut rng = generator(seed);
         let grid = TimeGrid::linspace(0.0, task.end, task.points)?;
-        let (train, _) = points(task, &grid, &mut rng)?;
-        let (test, starts) = points(task, &grid, &mut rng)?;
+        let train = points(task, &grid, &mut rng)?;
+        let test = points(task, &grid, &mut rng)?;
+        let starts = starts(task, task.rolled, ROLLED, &mut rng)?;
         let times = TimeGrid::linspace(0.0, LONG, (LONG / STEP) as usize + 1)?;
         let there = |[x, k]: [Tensor; 2]| {
             Ok::<_, candle_core::Error>([x.to_device(device)?, k.to_device(device)?])
@@ -138,27 +157,31 @@ impl Data {
             task,
             train: there(train)?,
             test: there(test)?,
-            truth: exact(
-                task.system,
-                &starts.narrow(0, 0, ROLLED.min(task.trajectories))?,
-                &times,
-            )?,
+            truth: exact(task.system, &starts, &times)?,
             times,
         })
     }
 }
 
-/// Noisy states of trajectories with their exact velocities, and the starts.
-fn points(task: &Task, times: &TimeGrid, rng: &mut StdRng) -> Result<([Tensor; 2], Tensor)> {
-    let starts: Vec<f64> = (0..task.trajectories)
-        .flat_map(|_| (task.start)(rng))
-        .collect();
-    let shape = (task.trajectories, task.features());
-    let starts = Tensor::from_vec(starts, shape, &Device::Cpu)?;
+/// So many starts, `(rows, features)`.
+fn starts(
+    task: &Task,
+    start: fn(&mut StdRng) -> Vec<f64>,
+    rows: usize,
+    rng: &mut StdRng,
+) -> Result<Tensor> {
+    let starts: Vec<f64> = (0..rows).flat_map(|_| start(rng)).collect();
+    let shape = (rows, task.features());
+    Ok(Tensor::from_vec(starts, shape, &Device::Cpu)?)
+}
+
+/// Noisy states of trajectories with their exact velocities.
+fn points(task: &Task, times: &TimeGrid, rng: &mut StdRng) -> Result<[Tensor; 2]> {
+    let starts = starts(task, task.start, task.trajectories, rng)?;
     let states = exact(task.system, &starts, times)?.flatten(0, 1)?;
     let t = candle_diffeq::Time::new(0.0, DType::F64, &Device::Cpu);
     let velocities = task.system.velocity(&t, &states)?;
     let noise = (normal(rng, states.shape(), DType::F64, &Device::Cpu)? * task.noise)?;
     let single = |x: Tensor| x.to_dtype(DType::F32);
-    Ok(([single((states + noise)?)?, single(velocities)?], starts))
+    Ok([single((states + noise)?)?, single(velocities)?])
 }

@@ -102,17 +102,18 @@ struct Traced {
     k: Vec<Tensor>,
 }
 
+/// Copies from which candle traces a velocity.
+pub(crate) fn copies(y: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
+    let copy = |y: &Tensor| Ok(Var::from_tensor(&y.detach())?.into_inner());
+    y.iter().map(copy).collect()
+}
+
 fn trace<S: State, F: VectorField<S> + ?Sized>(
     field: &F,
     t: &Time,
     y: &S,
 ) -> candle_core::Result<Traced> {
-    let leaf = |y: &Tensor| Ok(Var::from_tensor(&y.detach())?.into_inner());
-    let y = y.leaves();
-    let leaves = y
-        .iter()
-        .map(leaf)
-        .collect::<candle_core::Result<Vec<_>>>()?;
+    let leaves = copies(&y.leaves())?;
     let k = field.velocity(t, &S::from_leaves(leaves.clone())?)?;
     Ok(Traced {
         leaves,
