@@ -119,7 +119,7 @@ pub trait VectorField<S: State = Tensor> {
     /// f(t, y) with a pull-back that lives as long as the solution and the bytes that it holds, of a field whose
     /// evaluations can be kept; otherwise `None`, before anything is evaluated.
     #[doc(hidden)]
-    fn vjp_kept(&self, _t: &Time, _y: &S) -> candle_core::Result<Option<KeptVjp<S>>> {
+    fn vjp_kept(&self, _t: &Time, _y: &S) -> candle_core::Result<Option<KeptVjp>> {
         Ok(None)
     }
 
@@ -201,12 +201,12 @@ pub(crate) type OwnedField = Box<dyn VectorField<Vec<Tensor>>>;
 /// v ↦ vᵀ∂f at one evaluation; v and the cotangent of y in the dtypes of y.
 pub type Pullback<'f, S> = Box<dyn Fn(&S) -> candle_core::Result<Cotangents<S>> + 'f>;
 
-/// The same of an evaluation that is kept.
-pub(crate) type KeptPullback<S> =
-    Box<dyn Fn(&S) -> candle_core::Result<Cotangents<S>> + Send + Sync>;
+/// The same over the leaves of the state, of an evaluation that is kept.
+pub(crate) type KeptPullback =
+    Box<dyn Fn(&Vec<Tensor>) -> candle_core::Result<Cotangents<Vec<Tensor>>> + Send + Sync>;
 
-/// A velocity with its pull-back, and the bytes that this holds.
-pub(crate) type KeptVjp<S> = (S, KeptPullback<S>, usize);
+/// The leaves of a velocity with their pull-back, and the bytes that this holds.
+pub(crate) type KeptVjp = (Vec<Tensor>, KeptPullback, usize);
 
 /// v ↦ vᵀ∂f/∂y, with vᵀ∂f/∂θ on request.
 pub(crate) type LatePullback<'f, S> =
@@ -397,6 +397,12 @@ pub trait FieldWithArgs<S: State, A: State> {
     /// As [`VectorField::is_traced`].
     fn is_traced(&self) -> bool {
         false
+    }
+
+    /// As [`VectorField::vjp_kept`].
+    #[doc(hidden)]
+    fn vjp_kept(&self, _t: &Time, _y: &S, _args: &A) -> candle_core::Result<Option<KeptVjp>> {
+        Ok(None)
     }
 
     /// As [`VectorField::parameters`]; arguments need not be listed.

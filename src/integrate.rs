@@ -214,7 +214,7 @@ fn pass(
         returns(&y)?;
     }
     let copies = trajectory.keeps_copies();
-    let mut linearized = linearized(problem, steps).filter(|_| !known || trajectory.can_rewind());
+    let mut linearized = linearized(problem, steps).filter(|_| trajectory.can_rewind());
     let mut stepper = StepSequence::new(scheme, copies, problem.graphs, steps);
     for n in 0..steps {
         let step = schedule.step(n);

@@ -356,15 +356,15 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
         self.tracked.vjp(t, y)
     }
 
-    fn vjp_kept(
-        &self,
-        t: &Time,
-        y: &Vec<Tensor>,
-    ) -> candle_core::Result<Option<KeptVjp<Vec<Tensor>>>> {
-        if !self.tracked.is_traced() || !self.parts.is_empty() {
+    fn vjp_kept(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Option<KeptVjp>> {
+        let own = self.tracked.vjp_kept(t, y)?;
+        if own.is_none() && !(self.tracked.is_traced() && self.parts.is_empty()) {
             return Ok(None);
         }
         self.count(t, y);
+        if own.is_some() {
+            return Ok(own);
+        }
         let (leaves, listed) = (autograd::copies(y)?, self.tracked.parameters());
         let k = self.tracked.velocity(t, &leaves)?;
         self.check_like(y, &k)?;

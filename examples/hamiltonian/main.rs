@@ -23,7 +23,7 @@ use crate::common::flags::Flags;
 use crate::common::report::{self, Report};
 use crate::common::table::{sci, Table};
 use crate::common::{progress, Result};
-use crate::system::{Data, TASKS};
+use crate::system::{Data, Task, TASKS};
 use crate::training::{train, Kind, Outcome};
 
 /// Trains Hamiltonian networks and perceptrons on three systems.
@@ -34,6 +34,9 @@ struct Args {
     /// Iterations of each model [default: of the size].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     iters: Option<u32>,
+    /// One of the systems alone, by its name.
+    #[arg(long)]
+    system: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -53,7 +56,8 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let both: &[Dtype] = &[Dtype::F32, Dtype::Bf16];
     let precisions = size.pick(both, &both[..1], both);
     let mut outcomes = vec![];
-    for task in &TASKS {
+    let wanted = |task: &&Task| args.system.as_ref().is_none_or(|name| name == task.name);
+    for task in TASKS.iter().filter(wanted) {
         let data = Data::new(task, args.flags.seed, device)?;
         for dtype in args.flags.precisions(precisions) {
             for kind in [Kind::Hamiltonian, Kind::Perceptron] {
@@ -62,6 +66,10 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
                 bar.finish_and_clear();
             }
         }
+    }
+    if outcomes.is_empty() {
+        let names = TASKS.map(|task| task.name).join(", ");
+        return Err(format!("--system is one of: {names}").into());
     }
     print(&outcomes);
     picture::draw(&report.picture(""), &outcomes, device)?;

@@ -10,18 +10,17 @@ use candle_diffeq::tableau::{EULER, RK4};
 use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::VarMap;
 use indicatif::ProgressBar;
+use rand::rngs::StdRng;
 use rand::Rng;
 
 use crate::common::dtype::Dtype;
 use crate::common::fit::Fit;
 use crate::common::random::generator;
-use crate::common::{initial, mean, Result};
+use crate::common::{initial, Result};
 use crate::system::{Data, Task};
 
 /// Units of a hidden layer, of which there are two.
 const WIDTH: usize = 200;
-/// Losses that are averaged.
-const LAST: usize = 50;
 
 /// What is learnt.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -108,7 +107,7 @@ pub(crate) fn train(
     let error = |[x, k]: &[Tensor; 2]| -> Result<Tensor> {
         Ok((velocity(&ode, x)? - k)?.sqr()?.mean_all()?)
     };
-    let losses = fit.run(&vars, bar, |_| match data.task.batch {
+    let of_batch = |rng: &mut StdRng| match data.task.batch {
         None => error(&data.train),
         Some(rows) => {
             let all = data.train[0].dim(0)? as u32;
@@ -117,8 +116,10 @@ pub(crate) fn train(
             let [x, k] = &data.train;
             error(&[x.index_select(&numbers, 0)?, k.index_select(&numbers, 0)?])
         }
-    })?;
-    let test = f64::from(error(&data.test)?.to_scalar::<f32>()?);
+    };
+    fit.run(&vars, bar, |_| of_batch(&mut rng))?;
+    let of_set = |set| -> Result<f64> { Ok(f64::from(error(set)?.to_scalar::<f32>()?)) };
+    let (train, test) = (of_set(&data.train)?, of_set(&data.test)?);
     let ode = ode.options(OdeOptions {
         method: RK4,
         ..options
@@ -142,7 +143,7 @@ pub(crate) fn train(
         task: data.task,
         kind,
         dtype,
-        train: mean(&losses[losses.len().saturating_sub(LAST)..]),
+        train,
         test,
         energy: square((energy(&rolled)? - energy(&data.truth)?)?)?,
         state: square((&rolled - &data.truth)?)?,

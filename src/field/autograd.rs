@@ -80,7 +80,7 @@ pub(crate) fn kept(
     t: &Time,
     k: &[Tensor],
     listed: Option<Vec<Tensor>>,
-) -> candle_core::Result<KeptVjp<Vec<Tensor>>> {
+) -> candle_core::Result<KeptVjp> {
     let nodes = k.iter().flat_map(Tensor::sorted_nodes);
     let of = |node: &Tensor| (node.id(), node.elem_count() * node.dtype().size_in_bytes());
     let sizes: HashMap<_, _> = nodes.map(of).collect();

@@ -6,7 +6,10 @@ use candle_core::Tensor;
 
 #[cfg(feature = "cuda")]
 use super::OnDevice;
-use super::{Cotangents, FieldWithArgs, LateGradients, LatePullback, Offer, Pullback, VectorField};
+use super::{
+    Cotangents, FieldWithArgs, KeptPullback, KeptVjp, LateGradients, LatePullback, Offer, Pullback,
+    VectorField,
+};
 use crate::state::State;
 use crate::time::Time;
 
@@ -33,6 +36,10 @@ impl<S: State, F: VectorField<S>> FieldWithArgs<S, ()> for Free<F> {
 
     fn is_traced(&self) -> bool {
         self.0.is_traced()
+    }
+
+    fn vjp_kept(&self, t: &Time, y: &S, (): &()) -> candle_core::Result<Option<KeptVjp>> {
+        self.0.vjp_kept(t, y)
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
@@ -87,6 +94,10 @@ where
 
     fn is_traced(&self) -> bool {
         self.field.is_traced()
+    }
+
+    fn vjp_kept(&self, t: &Time, y: &S) -> candle_core::Result<Option<KeptVjp>> {
+        self.field.vjp_kept(t, y, &self.args)
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
@@ -167,15 +178,10 @@ where
         }
         let (k, pull) = self.field.vjp(t, &S::from_leaves(y.clone())?)?;
         let pull = move |v: &Vec<Tensor>| {
-            let Cotangents { y, t, mut params } = pull(&S::from_leaves(v.clone())?)?;
-            for argument in &self.constants {
-                params.remove(argument);
-            }
-            Ok(Cotangents {
-                y: y.leaves(),
-                t,
-                params,
-            })
+            let pulled = pull(&S::from_leaves(v.clone())?)?;
+            let Cotangents { y, t, params } = without(&self.constants, pulled);
+            let y = y.leaves();
+            Ok(Cotangents { y, t, params })
         };
         Ok((k.leaves(), Box::new(pull)))
     }
@@ -211,6 +217,15 @@ where
         self.field.is_traced()
     }
 
+    fn vjp_kept(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Option<KeptVjp>> {
+        let kept = self.field.vjp_kept(t, &S::from_leaves(y.clone())?)?;
+        let constants = self.constants.clone();
+        Ok(kept.map(|(k, pull, bytes)| {
+            let pull = move |v: &Vec<Tensor>| Ok(without(&constants, pull(v)?));
+            (k, Box::new(pull) as KeptPullback, bytes)
+        }))
+    }
+
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.field.parameters()
     }
@@ -235,4 +250,12 @@ where
     fn is_constant_in(&self, leaf: usize) -> bool {
         self.field.is_constant_in(leaf)
     }
+}
+
+/// The same without gradients of constant arguments.
+fn without<S>(constants: &[Tensor], mut pulled: Cotangents<S>) -> Cotangents<S> {
+    for argument in constants {
+        pulled.params.remove(argument);
+    }
+    pulled
 }

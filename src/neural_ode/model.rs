@@ -8,7 +8,7 @@ use candle_nn::{Init, VarBuilder, VarMap};
 
 #[cfg(feature = "cuda")]
 use crate::field::OnDevice;
-use crate::field::{autograd, LatePullback, Offer, OwnedField, Pullback, VectorField};
+use crate::field::{autograd, KeptVjp, LatePullback, Offer, OwnedField, Pullback, VectorField};
 use crate::nn;
 use crate::time::Time;
 
@@ -76,6 +76,13 @@ impl<M: Module + 'static> VectorField<Tensor> for OfModule<M> {
     ) -> candle_core::Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
         match self.ours() {
             Some(field) => field.vjp_late(t, y),
+            None => Ok(None),
+        }
+    }
+
+    fn vjp_kept(&self, t: &Time, y: &Tensor) -> candle_core::Result<Option<KeptVjp>> {
+        match self.ours() {
+            Some(field) => field.vjp_kept(t, y),
             None => Ok(None),
         }
     }

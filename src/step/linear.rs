@@ -13,7 +13,7 @@ pub(crate) struct KeptStage {
     /// Time of the stage.
     t: f64,
     k: Vec<Tensor>,
-    pull: KeptPullback<Vec<Tensor>>,
+    pull: KeptPullback,
     /// Of the tensors in the graph.
     pub(crate) bytes: usize,
 }

@@ -6,9 +6,9 @@ use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
-use super::fused::{Evaluation, Pool, Stack};
+use super::fused::{Evaluation, Stack};
 use super::{Csr, Gcn};
-use crate::field::{autograd, Cotangents, Pullback, VectorField};
+use crate::field::{autograd, Cotangents, KeptVjp, Pullback, VectorField};
 use crate::nn::elementwise::{is_for, numbers};
 use crate::nn::{add_gradient, wrong_state, Activation};
 use crate::time::Time;
@@ -37,7 +37,6 @@ use crate::time::Time;
 pub struct GcnField {
     layers: Vec<Gcn>,
     activation: Activation,
-    pool: Arc<Pool>,
 }
 
 impl GcnField {
@@ -79,11 +78,7 @@ impl GcnField {
                 "graph convolutions of widths (in, out) {widths:?} over matrices {graphs:?} do not map a state to its velocity"
             )
         }
-        Ok(Self {
-            layers,
-            activation,
-            pool: Arc::default(),
-        })
+        Ok(Self { layers, activation })
     }
 
     /// Features of a node.
@@ -120,10 +115,10 @@ impl GcnField {
 
     /// The weights in the dtype of y.
     fn stack(&self, dtype: DType) -> Result<AnyStack> {
-        let (layers, activation, pool) = (&self.layers, self.activation, &self.pool);
+        let (layers, activation) = (&self.layers, self.activation);
         Ok(match dtype {
-            DType::F64 => AnyStack::Double(Arc::new(Stack::new(layers, activation, pool)?)),
-            _ => AnyStack::Single(Arc::new(Stack::new(layers, activation, pool)?)),
+            DType::F64 => AnyStack::Double(Arc::new(Stack::new(layers, activation)?)),
+            _ => AnyStack::Single(Arc::new(Stack::new(layers, activation)?)),
         })
     }
 
@@ -160,6 +155,39 @@ impl AnyStack {
             _ => candle_core::bail!("graph convolutions of a state of another dtype"),
         })
     }
+
+    fn evaluate_tensor(&self, y: &Tensor) -> Result<(Tensor, AnyEvaluation)> {
+        let y = y.detach().contiguous()?;
+        Ok(match self {
+            Self::Single(stack) => {
+                let (k, kept) = stack.evaluate_tensor(&y)?;
+                (k, AnyEvaluation::Single(kept))
+            }
+            Self::Double(stack) => {
+                let (k, kept) = stack.evaluate_tensor(&y)?;
+                (k, AnyEvaluation::Double(kept))
+            }
+        })
+    }
+}
+
+impl AnyEvaluation {
+    /// vᵀ ∂f/∂y, and the gradients of the layers.
+    fn pull(&self, v: &Tensor) -> Result<Found> {
+        let v = v.contiguous()?;
+        match self {
+            Self::Single(kept) => kept.pull(&v),
+            Self::Double(kept) => kept.pull(&v),
+        }
+    }
+
+    /// What it holds.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Single(kept) => kept.bytes(),
+            Self::Double(kept) => kept.bytes(),
+        }
+    }
 }
 
 /// One evaluation, differentiable in y.
@@ -185,10 +213,8 @@ impl Evaluate {
     }
 
     fn pull(&self, v: &Tensor) -> Result<Found> {
-        let v = v.contiguous()?;
         match self.kept.get() {
-            Some(AnyEvaluation::Single(kept)) => kept.pull(&v),
-            Some(AnyEvaluation::Double(kept)) => kept.pull(&v),
+            Some(kept) => kept.pull(v),
             None => candle_core::bail!("graph convolutions that were not evaluated"),
         }
     }
@@ -261,27 +287,26 @@ impl VectorField<Tensor> for GcnField {
         if !self.is_fused(y) {
             return autograd::vjp(self, t, y);
         }
-        let y = y.detach().contiguous()?;
-        match self.stack(y.dtype())? {
-            AnyStack::Single(stack) => {
-                let (k, kept) = stack.evaluate_tensor(&y)?;
-                Ok((
-                    k,
-                    Box::new(move |v: &Tensor| self.found(kept.pull(&v.contiguous()?)?)),
-                ))
-            }
-            AnyStack::Double(stack) => {
-                let (k, kept) = stack.evaluate_tensor(&y)?;
-                Ok((
-                    k,
-                    Box::new(move |v: &Tensor| self.found(kept.pull(&v.contiguous()?)?)),
-                ))
-            }
-        }
+        let (k, kept) = self.stack(y.dtype())?.evaluate_tensor(y)?;
+        Ok((k, Box::new(move |v: &Tensor| self.found(kept.pull(v)?))))
     }
 
-    fn is_traced(&self) -> bool {
-        true
+    fn vjp_kept(&self, _: &Time, y: &Tensor) -> Result<Option<KeptVjp>> {
+        self.check(y)?;
+        if !self.is_fused(y) {
+            return Ok(None);
+        }
+        let (k, kept) = self.stack(y.dtype())?.evaluate_tensor(y)?;
+        let (bytes, field) = (kept.bytes(), self.clone());
+        let pull = move |v: &Vec<Tensor>| {
+            let Cotangents { y, t, params } = match v.as_slice() {
+                [v] => field.found(kept.pull(v)?)?,
+                _ => candle_core::bail!("graph convolutions of a state of {} tensors", v.len()),
+            };
+            let y = vec![y];
+            Ok(Cotangents { y, t, params })
+        };
+        Ok(Some((vec![k], Box::new(pull), bytes)))
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -4,79 +4,26 @@
 //! The chunks depend on the layers alone, and the sums over them are formed in order: results do not depend on the number of
 //! threads.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::field::Found;
 use super::pattern::Pattern;
+use super::pool::{Buffer, Pool};
 use super::product::Lines;
 use super::Gcn;
 use crate::nn::elementwise::{ElementJob, Of};
 use crate::nn::weights::{numbers, with_numbers};
 use crate::nn::Activation;
 use crate::simd::matrix::{column_sums, product_of_rows, Matrix};
-use crate::simd::scratch::Scratch;
 use crate::simd::{unit, Element};
 
 /// Products of a chunk of nodes, which takes some tens of microseconds.
 const CHUNK: usize = 1 << 20;
 /// Nodes of a chunk at least.
 const FEWEST: usize = 32;
-
-/// Memory of evaluations that are over.
-#[derive(Default)]
-pub(super) struct Pool(Mutex<Vec<Scratch>>);
-
-impl std::fmt::Debug for Pool {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Pool")
-    }
-}
-
-/// So many numbers, which go back to the pool; they hold what was there before.
-struct Buffer {
-    scratch: Option<Scratch>,
-    pool: Arc<Pool>,
-}
-
-impl Buffer {
-    fn new<T: Element>(count: usize, pool: &Arc<Pool>) -> Self {
-        let fits = |s: &Scratch| s.numbers::<T>().len() == count;
-        let found = {
-            let mut free = pool.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let at = free.iter().position(fits);
-            at.map(|at| free.swap_remove(at))
-        };
-        // Other threads do not wait for an allocation.
-        let scratch = found.unwrap_or_else(|| Scratch::new(count * size_of::<T>()));
-        Self {
-            scratch: Some(scratch),
-            pool: Arc::clone(pool),
-        }
-    }
-
-    fn numbers<T: Element>(&self) -> &[T] {
-        self.scratch.as_ref().map_or(&[], Scratch::numbers)
-    }
-
-    fn numbers_mut<T: Element>(&mut self) -> &mut [T] {
-        self.scratch.as_mut().map_or(&mut [], Scratch::numbers_mut)
-    }
-}
-
-/// Buffers that wait for the next evaluation at most: of more, memory goes back.
-const WAITING: usize = 64;
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        let mut free = self.pool.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(scratch) = self.scratch.take().filter(|_| free.len() < WAITING) {
-            free.push(scratch);
-        }
-    }
-}
 
 /// A layer in numbers of T.
 struct Layer<T> {
@@ -130,7 +77,7 @@ pub(super) struct Evaluation<T> {
 }
 
 impl<T: Element> Stack<T> {
-    pub(super) fn new(layers: &[Gcn], activation: Activation, pool: &Arc<Pool>) -> Result<Self> {
+    pub(super) fn new(layers: &[Gcn], activation: Activation) -> Result<Self> {
         let layer = |layer: &Gcn| {
             let (inputs, outputs) = layer.widths();
             Ok(Layer {
@@ -146,7 +93,7 @@ impl<T: Element> Stack<T> {
         Ok(Self {
             layers: layers.iter().map(layer).collect::<Result<_>>()?,
             activation,
-            pool: Arc::clone(pool),
+            pool: layers.first().map_or_else(Arc::default, Gcn::pool),
         })
     }
 
@@ -228,6 +175,18 @@ impl<T: Element> Stack<T> {
 }
 
 impl<T: Element> Evaluation<T> {
+    /// What it holds.
+    pub(super) fn bytes(&self) -> usize {
+        let of = |kept: &Kept| {
+            let slope = kept
+                .slope
+                .as_ref()
+                .map_or(0, |slope| slope.numbers::<T>().len());
+            kept.gathered.numbers::<T>().len() + slope
+        };
+        self.kept.iter().map(of).sum::<usize>() * size_of::<T>()
+    }
+
     /// vᵀ ∂f/∂y, and the gradients of the layers.
     pub(super) fn pull(&self, v: &Tensor) -> Result<Found> {
         with_numbers(v, |v| self.pulled(v))?

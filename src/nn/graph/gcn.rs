@@ -1,8 +1,11 @@
 //! Graph convolution.
 
+use std::sync::Arc;
+
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
+use super::pool::Pool;
 use super::Csr;
 use crate::nn::linear::affine;
 use crate::nn::spread::spread;
@@ -56,6 +59,11 @@ impl Gcn {
     pub(super) fn widths(&self) -> (usize, usize) {
         let dims = self.linear.weight.dims();
         (dims[1], dims[0])
+    }
+
+    /// Memory for evaluations over its graph.
+    pub(super) fn pool(&self) -> Arc<Pool> {
+        Arc::clone(&self.graph.pattern().pool)
     }
 
     /// W and b.

@@ -30,6 +30,7 @@ mod field;
 mod fused;
 mod gcn;
 mod pattern;
+mod pool;
 mod product;
 
 pub use csr::Csr;

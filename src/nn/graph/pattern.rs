@@ -1,6 +1,10 @@
 //! Where the entries of a sparse matrix are.
 
+use std::sync::Arc;
+
 use candle_core::Result;
+
+use super::pool::Pool;
 
 /// Places of the entries, row by row, and the same by columns.
 #[derive(Debug)]
@@ -10,6 +14,8 @@ pub(super) struct Pattern {
     /// Those of column j, with the number that each has among the entries by row.
     pub(super) by_column: Side,
     pub(super) numbers: Vec<u32>,
+    /// Memory of evaluations over this graph: models are built anew for each solve, and the graph is not.
+    pub(super) pool: Arc<Pool>,
 }
 
 /// The entries of one line after the other, and in which line of the other direction each is.
@@ -86,6 +92,7 @@ impl Pattern {
                 across: rows_of,
             },
             numbers,
+            pool: Arc::default(),
         })
     }
 }

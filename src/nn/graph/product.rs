@@ -200,9 +200,9 @@ impl<T: Element, V: Fn(usize) -> T> WithSimd for Lines<'_, T, V> {
     fn with_simd<S: Simd>(self, _: S) {
         for (i, out) in self.out.chunks_exact_mut(self.width).enumerate() {
             let entries = self.side.line(self.first + i);
-            let mut blocks = out.chunks_exact_mut(BLOCK);
+            let (blocks, rest) = out.as_chunks_mut::<BLOCK>();
             let mut from = 0;
-            for block in &mut blocks {
+            for block in blocks {
                 let mut sums = [T::default(); BLOCK];
                 for e in entries.clone() {
                     let (v, at) = ((self.value)(e), self.side.across[e] as usize * self.width);
@@ -211,10 +211,9 @@ impl<T: Element, V: Fn(usize) -> T> WithSimd for Lines<'_, T, V> {
                         *sum += v * *x;
                     }
                 }
-                block.copy_from_slice(&sums);
+                *block = sums;
                 from += BLOCK;
             }
-            let rest = blocks.into_remainder();
             if rest.is_empty() {
                 continue;
             }
