@@ -22,7 +22,9 @@ pub(crate) fn draw(path: &Path, outcomes: &[Outcome], device: &Device) -> Result
     picture(path, (1300, 430 * names.len() as u32), |area| {
         let rows = area.split_evenly((names.len(), 1));
         for (name, row) in names.iter().zip(&rows) {
-            let own: Vec<_> = outcomes.iter().filter(|o| o.task.name == *name).collect();
+            let all = outcomes.iter().filter(|o| o.task.name == *name);
+            let seed = all.clone().map(|o| o.seed).min();
+            let own: Vec<_> = all.filter(|o| Some(o.seed) == seed).collect();
             let (left, right) = row.split_horizontally(620);
             portrait(&own, device)?.draw(&left)?;
             energies(&own)?.draw(&right)?;

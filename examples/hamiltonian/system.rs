@@ -28,6 +28,8 @@ pub(crate) struct Task {
     noise: f64,
     /// Points of an update; `None` for all.
     pub(crate) batch: Option<usize>,
+    /// Trainings of each model, of whose energy errors the mean is compared.
+    pub(crate) trainings: u64,
     /// By how much more the energy of the perceptron's trajectories must be off, squared.
     pub(crate) factor: f64,
 }
@@ -85,6 +87,7 @@ pub(crate) const TASKS: [Task; 3] = [
         end: 3.0,
         noise: 0.1,
         batch: None,
+        trainings: 3,
         factor: 100.0,
     },
     Task {
@@ -100,6 +103,7 @@ pub(crate) const TASKS: [Task; 3] = [
         end: 3.0,
         noise: 0.1,
         batch: None,
+        trainings: 1,
         factor: 1.0,
     },
     Task {
@@ -112,6 +116,7 @@ pub(crate) const TASKS: [Task; 3] = [
         end: 20.0,
         noise: 0.0,
         batch: Some(400),
+        trainings: 1,
         factor: 100.0,
     },
 ];

@@ -61,6 +61,7 @@ impl Kind {
 /// What a run came to.
 pub(crate) struct Outcome {
     pub(crate) task: &'static Task,
+    pub(crate) seed: u64,
     pub(crate) kind: Kind,
     pub(crate) dtype: Dtype,
     /// Mean squares of the velocity's errors, noise included.
@@ -141,6 +142,7 @@ pub(crate) fn train(
     };
     Ok(Outcome {
         task: data.task,
+        seed,
         kind,
         dtype,
         train,

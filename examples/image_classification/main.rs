@@ -37,7 +37,10 @@ const HELD: usize = 5;
 const BATCH: usize = 64;
 const RATE: f64 = 5e-3;
 /// Epochs of a training set of 8000 images; torchdyn takes two of 60 000.
-const EPOCHS: usize = 4;
+/// Of the full set, and of a part of the test images.
+const EPOCHS: [usize; 2] = [4, 10];
+/// Images of the full set at least.
+const FULL: usize = 50_000;
 /// Images that are looked at together.
 const LOOKED: usize = 250;
 const ACCURACY: f64 = 0.95;
@@ -95,7 +98,8 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let flags = &args.flags;
     let smoke = flags.size() == Size::Smoke;
     let data = Data::read_or_draw(&args.data, HELD, smoke, &mut generator(flags.seed))?;
-    let epochs = flags.size().pick(1, EPOCHS, 2 * EPOCHS);
+    let many = EPOCHS[usize::from(data.training.len() < FULL)];
+    let epochs = flags.size().pick(1, many, 2 * many);
     let epochs = args.epochs.map_or(epochs, |epochs| epochs as usize);
     let mut outcomes = vec![];
     for dtype in flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
