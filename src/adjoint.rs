@@ -157,7 +157,7 @@ pub(crate) trait Method {
 pub(crate) struct StepBack<'a> {
     pub(crate) sweep: &'a Sweep<'a>,
     pub(crate) step: Step,
-    /// ŷ_n.
+    /// ŷ_n; nothing for a step that is linearised already.
     pub(crate) y: &'a [Tensor],
 }
 
@@ -225,13 +225,19 @@ impl Sweep<'_> {
         };
         let method = self.method();
         adj = method.cotangents_at_end(adj)?;
-        let mut rewind = self.trajectory.rewind();
+        // Steps that are linearised already need no state.
+        let linear_from = self.linearized.map_or(steps, Linearized::from);
+        let mut rewind = None;
         for n in (0..steps).rev() {
             let step = schedule.step(n);
-            let replay = |m, y: &Vec<Tensor>| self.replay(m, y, &mut watch, stats);
-            let mut kept = Stats::default();
-            let y = rewind.state(n, &mut { replay }, &mut kept)?;
-            stats.kept(kept.states_kept, kept.bytes_kept);
+            let mut y = vec![];
+            if n < linear_from {
+                let rewind = rewind.get_or_insert_with(|| self.trajectory.rewind_from(n));
+                let replay = |m, y: &Vec<Tensor>| self.replay(m, y, &mut watch, stats);
+                let mut kept = Stats::default();
+                y = rewind.state(n, &mut { replay }, &mut kept)?;
+                stats.kept(kept.states_kept, kept.bytes_kept);
+            }
             let at = StepBack {
                 sweep: self,
                 step,

@@ -108,10 +108,11 @@ pub trait VectorField<S: State = Tensor> {
         Ok(None)
     }
 
-    /// Whether the pull-back is that of candle's graph of a velocity: then
+    /// Whether the pull-back is that of candle's graph of a velocity, so that
     /// [`ActivationCache`](crate::options::ActivationCache) can keep the graphs of evaluations for the backward pass.
-    /// True of closures and of candle's modules; by default false, since a field may bring its own
-    /// [`vjp`](Self::vjp).
+    /// True of closures and of candle's modules.  The default is false, because a field may have its own
+    /// [`vjp`](Self::vjp); a field that has none, and lists no [`parameters`](Self::parameters), may return true, at all
+    /// times.
     fn is_traced(&self) -> bool {
         false
     }

@@ -95,13 +95,12 @@ fn need(problem: &Problem, steps: usize, checkpoint: Checkpoint) -> MemoryNeed {
     }
 }
 
-/// A place for linearised steps, where they are wanted and the backward pass can use them.
-fn linearized(problem: &Problem, steps: usize) -> Option<Linearized> {
+/// A place for linearised steps, where they are wanted and the backward pass can use them: where ŷ_n = y_n.
+fn place_for_linearized(problem: &Problem, steps: usize) -> Option<Linearized> {
     let budget = problem.activation_cache.bytes;
-    let same_points = problem.stores_state() && !problem.scheme.compensated;
     let here = problem.device().is_cpu() && problem.driven.is_none();
     let discrete = problem.continuous.is_none();
-    let wanted = budget > 0 && same_points && here && discrete;
+    let wanted = budget > 0 && problem.stores_state() && here && discrete;
     wanted.then(|| Linearized::new(budget, steps))
 }
 
@@ -214,14 +213,14 @@ fn pass(
         returns(&y)?;
     }
     let copies = trajectory.keeps_copies();
-    let mut linearized = linearized(problem, steps).filter(|_| trajectory.can_rewind());
+    let mut linearized = place_for_linearized(problem, steps).filter(|_| trajectory.can_rewind());
     let mut stepper = StepSequence::new(scheme, copies, problem.graphs, steps);
     for n in 0..steps {
         let step = schedule.step(n);
         trajectory.offer_stored(n, &y, stored)?;
         let is_returned = schedule.at_node(n + 1).is_some();
         let kept = is_returned || n + 1 == steps || !copies && trajectory.wants(n + 1);
-        let kept_graphs = match &mut linearized {
+        let with_graphs = match &mut linearized {
             Some(linearized) if linearized.wants(n) => {
                 let timed = problem.grid.is_tracked();
                 let taken = scheme.advance_and_linearize(field, step, &y, timed, &mut watch)?;
@@ -238,7 +237,7 @@ fn pass(
             }
             _ => None,
         };
-        let taken = match (kept_graphs, driven) {
+        let taken = match (with_graphs, driven) {
             (Some(taken), _) => taken,
             (None, Some(driven)) => Taken {
                 y: driven.advance(field, step, &y, &mut watch)?,
@@ -255,10 +254,12 @@ fn pass(
         if n == 0 && !known && !keep() {
             trajectory = Trajectory::new(Checkpoint::Nothing, steps, roles.clone(), &y)?;
             linearized = None;
-        } else if n == 0 && (!known || linearized.is_some()) {
+        } else if n == 0 {
             let mut need = need(problem, steps, problem.checkpoint);
             need.evaluations = linearized.as_ref().map_or(0, Linearized::expected);
-            need.check()?;
+            if !known || need.evaluations > 0 {
+                need.check()?;
+            }
         }
         for inside in schedule.inside(n) {
             returns(&scheme.interpolated((&step, inside.x), &y, &taken.ks)?)?;
@@ -270,8 +271,7 @@ fn pass(
     }
     watch.finish()?;
     trajectory.record(stats);
-    let bytes = linearized.as_ref().map_or(0, Linearized::bytes);
-    stats.activation_bytes = stats.activation_bytes.max(bytes);
+    stats.kept_evaluations(linearized.as_ref().map_or(0, Linearized::bytes) as u128);
     let packed = Tensor::stack(&outputs, 0)?;
     let driven = problem.driven.clone();
     let schedule = Arc::clone(schedule);

@@ -4,6 +4,8 @@
 //! The backward pass linearises at ŷ_n, so steps are kept only where ŷ_n = y_n; then gradients have the same bits as those
 //! of stages that are evaluated again.
 
+use std::collections::VecDeque;
+
 use crate::step::{KeptStep, LinearStage};
 
 /// The last steps of a solve, as many as a number of bytes permits.
@@ -13,8 +15,11 @@ pub(crate) struct Linearized {
     /// Steps of the solve, and the first one that is kept.
     steps: usize,
     from: usize,
-    kept: Vec<KeptStep>,
+    kept: VecDeque<KeptStep>,
     bytes: usize,
+    /// The most that was held at once, and bytes of the first step.
+    most: usize,
+    first: usize,
 }
 
 impl Linearized {
@@ -24,8 +29,10 @@ impl Linearized {
             budget,
             steps,
             from: 0,
-            kept: vec![],
+            kept: VecDeque::new(),
             bytes: 0,
+            most: 0,
+            first: 0,
         }
     }
 
@@ -34,39 +41,46 @@ impl Linearized {
         self.budget > 0 && n == self.from + self.kept.len()
     }
 
-    /// Keeps step n, which was wanted.  The first step tells how many fit, and is dropped if not all do.
+    /// Keeps step n, which was wanted.  The first step tells how many fit, and is dropped if not all do; if later ones are
+    /// larger, those before them are dropped.
     pub(crate) fn keep(&mut self, n: usize, step: KeptStep) {
         let bytes = bytes_of(&step);
         if n == 0 {
             let fit = (self.budget / bytes.max(1)).min(self.steps);
-            self.from = self.steps - fit;
+            (self.first, self.from) = (bytes, self.steps - fit);
         }
         if n < self.from {
             return;
         }
-        if bytes > self.budget - self.bytes {
-            // Larger than the first step: this one and those after it are evaluated again.
-            self.close();
-            return;
+        self.kept.push_back(step);
+        self.bytes = self.bytes.saturating_add(bytes);
+        while self.bytes > self.budget {
+            let dropped = self.kept.pop_front().map_or(0, |step| bytes_of(&step));
+            self.bytes -= dropped.min(self.bytes);
+            self.from += 1;
         }
-        self.bytes += bytes;
-        self.kept.push(step);
+        self.most = self.most.max(self.bytes);
     }
 
-    /// Keeps nothing any more.
+    /// Keeps nothing, now and later: the graphs of the field cannot be kept.
     pub(crate) fn close(&mut self) {
-        self.budget = 0;
+        *self = Self::new(0, self.steps);
+        self.from = self.steps;
     }
 
     /// Bytes of all steps that are to be kept, if they are like the first one.
     pub(crate) fn expected(&self) -> u128 {
-        let first = self.kept.first().map_or(0, bytes_of);
-        first as u128 * (self.steps - self.from) as u128
+        self.first as u128 * (self.steps - self.from) as u128
     }
 
-    /// Bytes of the tensors in the graphs.
+    /// The most bytes that were held at once.
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes
+        self.most
+    }
+
+    /// The first step that was kept; all behind it were.
+    pub(crate) fn from(&self) -> usize {
+        self.from
     }
 
     /// The stages of step n, if it was kept.

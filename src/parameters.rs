@@ -358,20 +358,20 @@ impl VectorField<Vec<Tensor>> for Observed<'_> {
 
     fn vjp_kept(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Option<KeptVjp>> {
         let own = self.tracked.vjp_kept(t, y)?;
-        if own.is_none() && !(self.tracked.is_traced() && self.parts.is_empty()) {
+        // What a field lists is not looked for in graphs; without candle's graph nothing is looked for.
+        let listed = self.tracked.parameters().is_some() || !self.parts.is_empty();
+        if own.is_none() && (listed || !self.in_graph || !self.tracked.is_traced()) {
             return Ok(None);
         }
         self.count(t, y);
         if own.is_some() {
             return Ok(own);
         }
-        let (leaves, listed) = (autograd::copies(y)?, self.tracked.parameters());
+        let leaves = autograd::copies(y)?;
         let k = self.tracked.velocity(t, &leaves)?;
         self.check_like(y, &k)?;
-        if listed.is_none() {
-            self.look_at(t, y, &leaves, &k)?;
-        }
-        autograd::kept(leaves, t, &k, listed).map(Some)
+        self.look_at(t, y, &leaves, &k)?;
+        autograd::kept(leaves, t, &k).map(Some)
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -28,15 +28,16 @@ use crate::trajectory::Checkpoint;
 /// and needs much memory.
 ///
 /// If the bytes are not enough for everything, the last steps have priority over the first.  Tile by tile, for an
-/// [`nn::Mlp`](crate::nn::Mlp), the stages come first, then the hidden layers that save the most work per byte.  On the
-/// general path, on the CPU and with fixed steps, candle's graphs of whole steps are kept, of fields whose graphs are
-/// their pull-backs ([`VectorField::is_traced`](crate::VectorField::is_traced)): closures, candle's modules and
-/// [`nn::graph::GcnField`](crate::nn::graph::GcnField).  The bytes are those of the tensors in the graphs; what an
-/// operation holds inside is not known.
+/// [`nn::Mlp`](crate::nn::Mlp), the stages come first, then the hidden layers that save the most work per byte.
+///
+/// On the general path whole steps are kept, on the CPU, with fixed steps and in candle's graph: the graphs of closures,
+/// of candle's modules, and of fields whose [`is_traced`](crate::VectorField::is_traced) is true, and what
+/// [`nn::graph::GcnField`](crate::nn::graph::GcnField) keeps of its evaluations.  The bytes are those of the tensors in
+/// the graphs, without the parameters; what candle's operations hold beside these is not known.
 ///
 /// Nothing is kept if the store precision is lower than the state precision, because the backward pass then linearises
-/// at the stored states; nothing on the general path with [compensated sums](crate::Precision::compensated), noise,
-/// adaptive steps or a continuous adjoint.  [`NeuralOde::loss`](crate::NeuralOde::loss) has its own plan.
+/// at the stored states; nothing on the general path with noise, adaptive steps or a continuous adjoint.
+/// [`NeuralOde::loss`](crate::NeuralOde::loss) has its own plan.
 ///
 /// ```
 /// use candle_diffeq::OdeOptions;
@@ -55,8 +56,8 @@ pub struct ActivationCache {
 impl ActivationCache {
     /// Nothing: the backward pass evaluates every stage again.
     pub const NONE: Self = Self::within(0);
-    /// Everything.  If the machine does not have enough memory for it, the solve fails before its first step
-    /// ([`Error::OutOfMemory`]).
+    /// Everything.  If the machine does not have enough memory for it, the solve fails before its first step, on the
+    /// general path after it ([`Error::OutOfMemory`]).
     pub const ALL: Self = Self::within(usize::MAX);
 
     /// As much as fits into this number of bytes, for the whole batch.

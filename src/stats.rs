@@ -75,7 +75,7 @@ pub struct Stats {
     /// Largest number of bytes of evaluations that any one solve kept, see
     /// [`ActivationCache`](crate::options::ActivationCache).  All tiles are counted, including the unused lanes of the
     /// last tile; for [`NeuralOde::loss`](crate::NeuralOde::loss), only the tiles that are integrated at the same time
-    /// are counted.  On the general path these are the bytes of the tensors in candle's graphs.
+    /// are counted.  On the general path these are the bytes of the tensors in candle's graphs, or of what a field keeps.
     pub activation_bytes: usize,
     /// The number of times that the solver waited for a device and read from its memory; reads by fields are not
     /// counted.

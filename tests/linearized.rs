@@ -4,6 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_diffeq::fields::PiecewiseConstant;
 use candle_diffeq::fields::{Cotangents, Pullback};
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::graph::{Csr, GcnField};
@@ -120,10 +121,15 @@ fn a_model_with_arguments_a_state_of_two_tensors_and_times_has_the_same_gradient
 }
 
 #[test]
-fn low_precision_with_scaled_adjoints_and_a_checkpoint_plan_has_the_same_gradients_with_kept_graphs(
-) {
+fn low_precision_compensated_sums_and_checkpoint_plans_have_the_same_gradients_with_kept_graphs() {
     let vars = VarMap::new();
-    for precision in [Precision::f16(), Precision::bf16()] {
+    let precisions = [
+        (Precision::f16(), Checkpoint::States(2)),
+        (Precision::bf16(), Checkpoint::Every(3)),
+        (Precision::f32().compensated(), Checkpoint::All),
+        (Precision::f64(), Checkpoint::Bytes(400)),
+    ];
+    for (precision, checkpoint) in precisions {
         let ode = |options| {
             NeuralOde::new(&vars, "f", &Device::Cpu, |vb| linear(4, 4, vb))
                 .unwrap()
@@ -137,13 +143,83 @@ fn low_precision_with_scaled_adjoints_and_a_checkpoint_plan_has_the_same_gradien
         let stats = compare(&all, |options| {
             let options = OdeOptions {
                 precision: Some(precision),
-                checkpoint: Checkpoint::States(2),
+                checkpoint,
                 steps: Steps::Size(0.1),
                 ..options
             };
             (ode(options).solve(&y0, &TIMES).unwrap() * 1e-3).unwrap()
         });
-        assert!(stats[2].recomputed < stats[0].recomputed);
+        assert!(stats[0].recomputed > 0);
+        assert_eq!(stats[2].recomputed, 0);
+    }
+}
+
+#[test]
+fn outputs_inside_steps_have_the_same_gradients_with_kept_graphs() {
+    let (y0, w) = (var(&[6, 3], 13), var(&[3, 3], 14));
+    let stats = compare(&[y0.clone(), w.clone()], |options| {
+        let w = w.as_tensor().clone();
+        let fields = [0.5, -2.0].map(|c| {
+            let w = w.clone();
+            move |_: &Time, y: &Tensor| y.matmul(&w)?.tanh()? * c
+        });
+        let field = PiecewiseConstant::new(&[0.0, 0.4, 1.0], fields.to_vec()).unwrap();
+        // The second step has outputs inside and more stages than the first.
+        let options = OdeOptions {
+            method: DOPRI5,
+            steps: Steps::At(vec![0.0, 0.1, 0.6, 0.9]),
+            ..options
+        };
+        odeint(field, &y0, &TIMES, &options).unwrap()
+    });
+    assert!(stats[0].recomputed > 0);
+    assert_eq!(stats[2].recomputed, 0);
+}
+
+#[test]
+fn a_budget_below_the_parameters_holds_graphs_because_these_are_not_counted() {
+    // 64 kB of weights; of a step less than 4 kB for each stage.
+    let (y0, w) = (var(&[1, 128], 15), var(&[128, 128], 16));
+    let recorder = Recorder::default();
+    let options = options(ActivationCache::within(60_000), &recorder);
+    let w = w.as_tensor().clone();
+    let f = move |_: &Time, y: &Tensor| y.matmul(&w.t()?)?.tanh();
+    odeint(f, &y0, &TIMES, &options).unwrap();
+    let bytes = recorder.take().activation_bytes;
+    assert!((1..60_000).contains(&bytes), "{bytes}");
+}
+
+/// y' = −y whose graph does not say so, with a list of parameters that says that nothing is to be looked for.
+#[derive(Clone)]
+struct Cut;
+
+impl VectorField for Cut {
+    fn velocity(&self, _: &Time, y: &Tensor) -> Result<Tensor> {
+        y.detach().neg()
+    }
+
+    fn is_traced(&self) -> bool {
+        true
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        Some(vec![])
+    }
+}
+
+#[test]
+fn a_graph_that_does_not_reach_the_state_is_an_error_with_a_cache_too() {
+    let y0 = var(&[3], 17);
+    for cache in caches() {
+        let options = options(cache, &Recorder::default());
+        let solved = odeint(Cut, &y0, &TIMES, &options);
+        let error = solved
+            .and_then(|ys| Ok(ys.sum_all()?.backward()?))
+            .unwrap_err();
+        assert!(
+            matches!(error, Error::UntrackedVelocity { .. }),
+            "{error:?}"
+        );
     }
 }
 

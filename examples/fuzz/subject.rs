@@ -421,6 +421,10 @@ impl Closure {
 }
 
 impl VectorField<Vec<Tensor>> for Closure {
+    fn is_traced(&self) -> bool {
+        true
+    }
+
     fn velocity(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Vec<Tensor>> {
         let of = &self.program;
         let mut all: Vec<Tensor> = Vec::with_capacity(of.ops.len());

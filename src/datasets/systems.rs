@@ -243,4 +243,8 @@ impl VectorField<Tensor> for System {
     fn velocity(&self, _: &Time, x: &Tensor) -> Result<Tensor> {
         Tensor::cat(&self.velocities(&self.columns(x)?)?, D::Minus1)
     }
+
+    fn is_traced(&self) -> bool {
+        true
+    }
 }

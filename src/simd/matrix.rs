@@ -163,6 +163,10 @@ impl<T: Element> RowBlock<'_, T> {
     #[inline(always)]
     fn panels<S: Simd, const V: usize>(self, s: S) {
         let (inner, columns) = (self.a.columns, self.b.columns);
+        debug_assert!(self.start.is_empty() || self.start.len() == columns);
+        if self.out.is_empty() {
+            return;
+        }
         let width = V * T::lanes::<S>();
         let mut panel = vectors::<T, S>(V * inner.min(BLOCK));
         if inner == 0 {
@@ -266,7 +270,7 @@ impl<T: Element, S: Simd, const V: usize> Panel<'_, T, S, V> {
         }
     }
 
-    /// Adds sums to what belongs to them.  Indices that the compiler knows: a reference into the sums
+    /// Adds sums to what belongs to them, or to the start in the first panel of their columns.  Indices that the compiler knows: a reference into the sums
     /// would keep them out of registers.
     #[inline(always)]
     fn add<const R: usize>(&mut self, s: S, row: usize, sums: [[T::Vector<S>; V]; R]) {

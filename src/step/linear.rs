@@ -34,7 +34,7 @@ pub(crate) type KeptStep = Vec<Option<KeptStage>>;
 
 impl Scheme {
     /// y_{n+1} and the graphs of the stages, of a field whose graphs can be kept; otherwise `None`, before anything is
-    /// evaluated.
+    /// evaluated: the answer of a field does not depend on t and y.
     pub(crate) fn advance_and_linearize(
         &self,
         field: &Field<'_>,
@@ -44,6 +44,7 @@ impl Scheme {
         watch: &mut Watch,
     ) -> Result<Option<(Taken, KeptStep)>> {
         let (mut linear, mut ks): (KeptStep, Increments) = (vec![], vec![]);
+        let state = &y[..self.roles.len()];
         for (i, &active) in self.active(&step).iter().enumerate() {
             if !active {
                 linear.push(None);
@@ -51,7 +52,7 @@ impl Scheme {
                 continue;
             }
             let t = step.at(self.tableau.c()[i]);
-            let stage = self.stage(i, step.h, y, &ks)?;
+            let stage = self.stage(i, step.h, state, &ks)?;
             let time = self.time(i, step, differentiate_time)?;
             let kept = field.vjp_kept(&time, &stage);
             let Some((k, pull, bytes)) = kept.map_err(|e| located(e.into(), step, i, t))? else {

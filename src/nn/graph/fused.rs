@@ -175,7 +175,7 @@ impl<T: Element> Stack<T> {
 }
 
 impl<T: Element> Evaluation<T> {
-    /// What it holds.
+    /// Bytes that it holds, its copies of the layers included.
     pub(super) fn bytes(&self) -> usize {
         let of = |kept: &Kept| {
             let slope = kept
@@ -184,7 +184,11 @@ impl<T: Element> Evaluation<T> {
                 .map_or(0, |slope| slope.numbers::<T>().len());
             kept.gathered.numbers::<T>().len() + slope
         };
-        self.kept.iter().map(of).sum::<usize>() * size_of::<T>()
+        let weights =
+            |layer: &Layer<T>| layer.values.len() + 2 * layer.weight.len() + layer.bias.len();
+        let kept: usize = self.kept.iter().map(of).sum();
+        let layers: usize = self.stack.layers.iter().map(weights).sum();
+        (kept + layers) * size_of::<T>()
     }
 
     /// vᵀ ∂f/∂y, and the gradients of the layers.
