@@ -1,10 +1,10 @@
 //! Arrays of normal numbers, each a function of its counter only.
 
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
 use super::{normal, philox};
 use crate::error::Result;
+use crate::simd::pieces::by_pieces_of_two;
 use crate::simd::unit;
 
 /// Counters that are computed at once.
@@ -54,21 +54,13 @@ impl Place {
         let unit = unit()?;
         let mut out = [0, 1].map(|_| vec![0.0; rows * self.blocks]);
         let [first, second] = &mut out;
-        let piece = |at: usize, first: &mut [f64], second: &mut [f64]| {
+        by_pieces_of_two([first, second], PIECE, &|at, out| {
             unit.dispatch(Piece {
                 place: self,
                 at,
-                out: [first, second],
+                out,
             });
-        };
-        match first.len() <= PIECE {
-            true => piece(0, first, second),
-            false => first
-                .par_chunks_mut(PIECE)
-                .zip(second.par_chunks_mut(PIECE))
-                .enumerate()
-                .for_each(|(i, (first, second))| piece(i * PIECE, first, second)),
-        }
+        });
         Ok(out)
     }
 

@@ -1,5 +1,40 @@
 //! Work on the pieces of a slice, on all threads.
 
+use std::sync::{Mutex, PoisonError};
+
+/// Runs `work` on the calling thread and on others, `threads` in all at most.  The calling thread does not wait until
+/// another one has woken up: it begins, and the others join it.
+pub(crate) fn together(threads: usize, work: &(dyn Fn() + Sync)) {
+    let others = threads.min(rayon::current_num_threads()).saturating_sub(1);
+    if others == 0 {
+        return work();
+    }
+    rayon::in_place_scope(|scope| {
+        for _ in 0..others {
+            scope.spawn(|_| work());
+        }
+        work();
+    });
+}
+
+/// Calls `each` for every piece, on all threads if there are several; a thread takes the next piece when it has done one.
+pub(crate) fn for_each<I>(pieces: I, each: &(dyn Fn(I::Item) + Sync))
+where
+    I: ExactSizeIterator<Item: Send> + Send,
+{
+    let threads = pieces.len();
+    let pieces = Mutex::new(pieces);
+    let next = || {
+        let mut pieces = pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        pieces.next()
+    };
+    together(threads, &|| {
+        while let Some(piece) = next() {
+            each(piece);
+        }
+    });
+}
+
 /// Calls `each` for every piece of so many elements, with the place where it begins, on all threads if there are
 /// several pieces.  It is compiled once for each type of element, and not once more for each kind of work.
 pub(crate) fn by_piece<X: Send>(
@@ -10,11 +45,8 @@ pub(crate) fn by_piece<X: Send>(
     if all.len() <= size {
         return each(0, all);
     }
-    rayon::scope(|scope| {
-        for (i, piece) in all.chunks_mut(size).enumerate() {
-            scope.spawn(move |_| each(i * size, piece));
-        }
-    });
+    let pieces = all.chunks_mut(size).enumerate();
+    for_each(pieces, &|(i, piece)| each(i * size, piece));
 }
 
 /// The same for the pieces of two slices of one length.
@@ -26,11 +58,9 @@ pub(crate) fn by_pieces_of_two<X: Send>(
     if first.len() <= size {
         return each(0, [first, second]);
     }
-    rayon::scope(|scope| {
-        let pieces = first.chunks_mut(size).zip(second.chunks_mut(size));
-        for (i, (first, second)) in pieces.enumerate() {
-            scope.spawn(move |_| each(i * size, [first, second]));
-        }
+    let pieces = first.chunks_mut(size).zip(second.chunks_mut(size));
+    for_each(pieces.enumerate(), &|(i, (first, second))| {
+        each(i * size, [first, second]);
     });
 }
 

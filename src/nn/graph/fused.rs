@@ -6,9 +6,6 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor};
-use rayon::prelude::*;
-
 use super::field::Found;
 use super::pattern::Pattern;
 use super::pool::{Buffer, Pool};
@@ -18,7 +15,9 @@ use crate::nn::elementwise::{ElementJob, Of};
 use crate::nn::weights::{numbers, with_numbers};
 use crate::nn::Activation;
 use crate::simd::matrix::{column_sums, product_of_rows, Matrix};
+use crate::simd::pieces::for_each;
 use crate::simd::{unit, Element};
+use candle_core::{Device, Result, Tensor};
 
 /// Products of a chunk of nodes, which takes some tens of microseconds.
 const CHUNK: usize = 1 << 20;
@@ -158,14 +157,15 @@ impl<T: Element> Stack<T> {
                     });
                 }
             };
-            let gather = gathered.numbers_mut().par_chunks_mut(chunk * inputs);
-            let both = gather.zip(z.par_chunks_mut(chunk * outputs)).enumerate();
+            let gather = gathered.numbers_mut().chunks_mut(chunk * inputs);
+            let both = gather.zip(z.chunks_mut(chunk * outputs)).enumerate();
             if last {
-                both.for_each(|(c, (s, z))| work(c, s, z, &mut []));
+                for_each(both, &|(c, (s, z))| work(c, s, z, &mut []));
             } else {
-                let slopes = slopes.par_chunks_mut(chunk * outputs);
-                both.zip(slopes)
-                    .for_each(|((c, (s, z)), slope)| work(c, s, z, slope));
+                let slopes = slopes.chunks_mut(chunk * outputs);
+                for_each(both.zip(slopes), &|((c, (s, z)), slope)| {
+                    work(c, s, z, slope)
+                });
             }
             kept.push(Kept { gathered, slope });
             hidden = value;
@@ -207,7 +207,7 @@ impl<T: Element> Evaluation<T> {
             let mut to_gathered = Buffer::new::<T>(nodes * inputs, &stack.pool);
             let Kept { gathered, slope } = &self.kept[l];
             let (gathered, next) = (gathered.numbers::<T>(), stack.layers.get(l + 1));
-            let work = |(c, out): (usize, &mut [T])| -> [Vec<T>; 2] {
+            let work = |c: usize, out: &mut [T]| -> [Vec<T>; 2] {
                 let rows = out.len() / inputs;
                 let places = c * chunk * outputs..(c * chunk + rows) * outputs;
                 let mut from_next = None;
@@ -233,13 +233,17 @@ impl<T: Element> Evaluation<T> {
                 product_of_rows(unit, g.t(), s, &[], &mut to_weight);
                 [to_weight, to_bias]
             };
-            let chunks = to_gathered.numbers_mut().par_chunks_mut(chunk * inputs);
-            let parts: Vec<_> = chunks.enumerate().map(work).collect();
+            let mut parts: Vec<Option<[Vec<T>; 2]>> = vec![];
+            parts.resize_with(nodes.div_ceil(chunk), || None);
+            let chunks = to_gathered.numbers_mut().chunks_mut(chunk * inputs);
+            for_each(chunks.zip(&mut parts).enumerate(), &|(c, (out, part))| {
+                *part = Some(work(c, out));
+            });
             let mut sums = [
                 vec![T::default(); outputs * inputs],
                 vec![T::default(); outputs],
             ];
-            for part in parts {
+            for part in parts.into_iter().flatten() {
                 for (sum, part) in sums.iter_mut().zip(part) {
                     for (sum, x) in sum.iter_mut().zip(part) {
                         *sum += x;
@@ -258,8 +262,8 @@ impl<T: Element> Evaluation<T> {
         let mut state = vec![T::default(); first.nodes() * first.inputs];
         if let Some(after) = after {
             let chunk = first.chunk();
-            let chunks = state.par_chunks_mut(chunk * first.inputs).enumerate();
-            chunks.for_each(|(c, out)| {
+            let chunks = state.chunks_mut(chunk * first.inputs).enumerate();
+            for_each(chunks, &|(c, out)| {
                 unit.dispatch(transposed(first, after.numbers(), c * chunk, out));
             });
         }

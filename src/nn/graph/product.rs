@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
 use super::pattern::{Pattern, Side};
 use crate::nn::elementwise::numbers;
+use crate::simd::pieces::for_each;
 use crate::simd::{unit, Element};
 
 /// Products that one thread takes: tens of microseconds of work, as waking another costs ten.
@@ -161,7 +161,7 @@ fn product<T: Element>(
         return Ok(out);
     }
     let lines = lines_in_a_chunk(side, width);
-    let chunk = |(c, out): (usize, &mut [T])| {
+    for_each(out.chunks_mut(lines * width).enumerate(), &|(c, out)| {
         unit.dispatch(Lines {
             side,
             value: &value,
@@ -170,14 +170,7 @@ fn product<T: Element>(
             first: c * lines,
             out,
         });
-    };
-    match side.lines() <= lines {
-        true => chunk((0, &mut out)),
-        false => out
-            .par_chunks_mut(lines * width)
-            .enumerate()
-            .for_each(chunk),
-    }
+    });
     Ok(out)
 }
 
@@ -235,7 +228,7 @@ fn sampled<T: Element>(side: &Side, [g, x]: [&[T]; 2], width: usize) -> Result<V
     let lines = side.line_of_each();
     let mut out = vec![T::default(); lines.len()];
     let entries = (CHUNK / width).max(1);
-    let chunk = |(c, out): (usize, &mut [T])| {
+    for_each(out.chunks_mut(entries).enumerate(), &|(c, out)| {
         let range = c * entries..c * entries + out.len();
         unit.dispatch(Dots {
             places: lines[range.clone()].iter().zip(&side.across[range]),
@@ -243,8 +236,7 @@ fn sampled<T: Element>(side: &Side, [g, x]: [&[T]; 2], width: usize) -> Result<V
             width,
             out,
         });
-    };
-    out.par_chunks_mut(entries).enumerate().for_each(chunk);
+    });
     Ok(out)
 }
 
