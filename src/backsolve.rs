@@ -13,6 +13,7 @@ mod forward;
 mod instants;
 mod march;
 mod measure;
+mod pullback;
 mod quadrature;
 mod stages;
 mod stochastic;

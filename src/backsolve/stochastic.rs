@@ -11,7 +11,8 @@
 
 use candle_core::Tensor;
 
-use super::augmented::{Augmented, Stage};
+use super::augmented::Augmented;
+use super::stages::Stage;
 use super::Backsolve;
 use crate::accumulator::Accumulator;
 use crate::driven::{is_any, Calculus, Driven, Evaluated, Functional, Part, StepNoise, Sum, Term};
