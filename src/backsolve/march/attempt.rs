@@ -42,9 +42,18 @@ impl<'a> March<'_, 'a> {
     }
 
     pub(super) fn floor(&self) -> Result<Floor> {
-        match (&self.adaptive, &self.first) {
-            (Some((_, measure)), Some((k, _))) => measure.floor(&self.x, k),
-            _ => Ok(None),
+        let (Some((adaptive, measure)), Some((k, stage))) = (&self.adaptive, &self.first) else {
+            return Ok(None);
+        };
+        match measure.reads_sums() && adaptive.noise_floor {
+            true => {
+                let (x, k) = (
+                    self.extended(&self.x, None)?,
+                    self.extended(k, Some(stage))?,
+                );
+                measure.floor(&x, &k)
+            }
+            false => measure.floor(&self.x, k),
         }
     }
 
