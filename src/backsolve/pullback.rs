@@ -62,6 +62,9 @@ pub(super) fn linearised<'a>(
         _ => t,
     };
     let (k, pull) = field.vjp(time, y)?;
+    if time.was_shown() {
+        t.show();
+    }
     Ok((k, Pull::Whole(pull)))
 }
 
