@@ -5,6 +5,7 @@ mod attempt;
 use candle_core::Tensor;
 
 use super::augmented::Augmented;
+use super::drift;
 use super::instants::Instants;
 use super::measure::Measure;
 use super::quadrature::gauss;
@@ -43,6 +44,8 @@ pub(super) struct March<'m, 'a> {
     h: Option<f64>,
     /// Where the last step began.
     last_start: Option<f64>,
+    /// Whether steps led here from where y last started anew.
+    stepped: bool,
     counts: BackwardStats,
 }
 
@@ -100,6 +103,7 @@ impl<'m, 'a> March<'m, 'a> {
             first: None,
             h: None,
             last_start: None,
+            stepped: false,
             counts: BackwardStats::default(),
         })
     }
@@ -137,6 +141,16 @@ impl<'m, 'a> March<'m, 'a> {
             false => adj,
         };
         self.first = None;
+        self.stepped = false;
+        Ok(())
+    }
+
+    /// Looks at how far the y that was solved back to here is from the kept one.
+    pub(super) fn compare(&mut self, kept: &[Tensor]) -> Result<()> {
+        if self.augmented.carries_y() && self.stepped {
+            let drift = drift(&self.x, kept)?;
+            self.counts.drift = self.counts.drift.max(drift);
+        }
         Ok(())
     }
 
@@ -145,7 +159,8 @@ impl<'m, 'a> March<'m, 'a> {
         let sizes = self.adjoint().iter().map(ops::magnitude);
         let size = sizes.sum::<Result<f64>>()?;
         let from = std::mem::replace(&mut self.t, end);
-        if size == 0.0 {
+        self.stepped = size != 0.0;
+        if !self.stepped {
             return Ok(());
         }
         self.augmented.begin_at(from);

@@ -13,7 +13,7 @@ use candle_core::Tensor;
 
 use super::augmented::Augmented;
 use super::stages::Stage;
-use super::Backsolve;
+use super::{drift, Backsolve};
 use crate::accumulator::Accumulator;
 use crate::driven::{is_any, Calculus, Driven, Evaluated, Functional, Part, StepNoise, Sum, Term};
 use crate::error::{ContinuousDefect, Error, Result};
@@ -69,6 +69,9 @@ struct Return<'m, 'a> {
     y: Vec<Tensor>,
     adj: Vec<Tensor>,
     theta: Accumulator,
+    /// Whether steps led here from where y last started anew.
+    stepped: bool,
+    drift: f64,
 }
 
 /// From the last step to the first.
@@ -91,16 +94,19 @@ pub(super) fn pull_back(
         y: solved.y0.clone(),
         adj: solved.y0.iter().map(zeros).collect::<Result<_>>()?,
         theta: Accumulator::new(back.theta, problem.state())?,
+        stepped: false,
+        drift: 0.0,
     };
     let (mut taken, mut result) = (0, Ok(()));
     for n in (0..schedule.len()).rev() {
         if let Some(output) = schedule.at_node(n + 1) {
             let given = problem.packing.unpack(&back.cotangent.get(output)?)?;
-            way.y = problem.packing.unpack(&solved.states.get(output)?)?;
+            way.start_from(problem.packing.unpack(&solved.states.get(output)?)?)?;
             way.meet(&given)?;
         }
         let sizes = way.adj.iter().map(ops::magnitude);
         if sizes.sum::<Result<f64>>()? == 0.0 {
+            way.stepped = false;
             continue;
         }
         taken += 1;
@@ -109,10 +115,14 @@ pub(super) fn pull_back(
             break;
         }
     }
+    if result.is_ok() {
+        result = way.start_from(solved.y0.clone());
+    }
     let evaluations = taken * driven.table().evaluations.len();
     stats.recomputed += evaluations;
     stats.backward.steps += taken;
     stats.backward.evaluations += evaluations;
+    stats.backward.drift = stats.backward.drift.max(way.drift);
     augmented.count(stats);
     result?;
     if let Some(output) = schedule.at_node(0) {
@@ -132,6 +142,15 @@ pub(super) fn pull_back(
 }
 
 impl<'a> Return<'_, 'a> {
+    /// y starts anew from a kept state, which it is compared with.
+    fn start_from(&mut self, kept: Vec<Tensor>) -> Result<()> {
+        if self.stepped {
+            self.drift = self.drift.max(drift(&self.y, &kept)?);
+        }
+        (self.y, self.stepped) = (kept, false);
+        Ok(())
+    }
+
     /// A cotangent comes in.
     fn meet(&mut self, given: &[Tensor]) -> Result<()> {
         let state = |leaf: usize| self.driven.roles[leaf].state();
@@ -200,7 +219,7 @@ impl<'a> Return<'_, 'a> {
                 stage.add_to(&mut self.theta, self.augmented, weight)?;
             }
         }
-        (self.y, self.adj) = (y, adj);
+        (self.y, self.adj, self.stepped) = (y, adj, true);
         self.augmented.passed(step.t);
         Ok(())
     }
