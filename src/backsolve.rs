@@ -85,10 +85,15 @@ pub(crate) fn over(
 
 /// What a continuous adjoint cannot be had of.
 pub(crate) fn check(problem: &Problem) -> Result<()> {
-    let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
+    let unavailable = ContinuousDefect::unavailable;
     match (&problem.continuous, &problem.driven) {
-        (Some(_), _) if !problem.crossings.is_empty() => unavailable("events"),
-        (Some(_), _) if problem.scheme.compensated => unavailable("compensated sums"),
+        (Some(_), _) if !problem.crossings.is_empty() => {
+            unavailable("events of rows", "Gradient::Discrete")
+        }
+        (Some(_), _) if problem.scheme.compensated => unavailable(
+            "compensated sums",
+            "Precision without compensated, or Gradient::Discrete",
+        ),
         (Some(continuous), Some(driven)) => stochastic::check(problem, continuous, driven),
         _ => Ok(()),
     }

@@ -51,11 +51,11 @@ impl<'a> Augmented<'a> {
                 theta: match continuous.kind {
                     Kind::Quadrature => When::Never,
                     // Their error is estimated, or they are looked at for overflow.
-                    _ if continuous.norm.reads_sums() => When::Now,
+                    _ if continuous.reads_sums() => When::Now,
                     _ if back.problem.scaler.is_dynamic() => When::Now,
                     _ => When::Later,
                 },
-                t: back.differentiate_time && continuous.norm.reads_sums(),
+                t: back.differentiate_time && continuous.reads_sums(),
             },
             work: RefCell::new(Work {
                 scaler: back.problem.scaler,

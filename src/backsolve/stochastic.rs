@@ -28,7 +28,7 @@ use crate::time::Time;
 
 /// What a stochastic adjoint cannot be had of.
 pub(super) fn check(problem: &Problem, continuous: &Continuous, driven: &Driven) -> Result<()> {
-    let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
+    let unavailable = ContinuousDefect::unavailable;
     let (table, equation) = (driven.table(), &driven.drive.equation);
     let mut sums = table.evaluations.iter().map(|e| &e.at).chain(table.next);
     let is_plain = |sum: &Sum| {
@@ -41,17 +41,29 @@ pub(super) fn check(problem: &Problem, continuous: &Continuous, driven: &Driven)
             })
     };
     match &problem.plan {
-        _ if continuous.kind != Kind::Backsolve => unavailable("noise but by Backsolve"),
-        _ if continuous.is_own => unavailable("steps of its own along noise"),
-        Plan::Adaptive(_) => unavailable("adaptive steps along noise"),
-        _ if table.calculus != Calculus::Stratonovich && !equation.additive => {
-            unavailable("noise in the sense of Itô")
-        }
-        _ if !sums.all(is_plain) => {
-            unavailable("stochastic method but sde::{EULER_HEUN, HEUN, MIDPOINT} and, for additive noise, EULER_MARUYAMA")
-        }
+        _ if continuous.kind != Kind::Backsolve => unavailable(
+            "noise where y is interpolated",
+            "Gradient::Backsolve or Gradient::Discrete",
+        ),
+        // Every forward step is taken back by itself, with its own method and length.
+        _ if continuous.is_own => unavailable(
+            "options of its own along noise",
+            "AdjointSolve::new() or Gradient::Discrete",
+        ),
+        Plan::Adaptive(_) => unavailable(
+            "adaptive steps along noise",
+            "fixed steps or Gradient::Discrete",
+        ),
+        _ if table.calculus != Calculus::Stratonovich && !equation.additive => unavailable(
+            "noise in the sense of Itô that is not additive",
+            "the sense of Stratonovich (f − ½ g ∂g/∂y) or Gradient::Discrete",
+        ),
+        _ if !sums.all(is_plain) => unavailable(
+            table.name,
+            "sde::{EULER_HEUN, HEUN, MIDPOINT}, for additive noise EULER_MARUYAMA, or Gradient::Discrete",
+        ),
         _ if driven.drive.masters(false).is_empty() => Ok(()),
-        _ => unavailable("gradient of increments that are given"),
+        _ => unavailable("gradients of increments that are given", "Gradient::Discrete"),
     }
 }
 
