@@ -13,6 +13,7 @@ mod forward;
 mod instants;
 mod march;
 mod measure;
+mod pullback;
 mod quadrature;
 mod stages;
 mod stochastic;
@@ -84,10 +85,15 @@ pub(crate) fn over(
 
 /// What a continuous adjoint cannot be had of.
 pub(crate) fn check(problem: &Problem) -> Result<()> {
-    let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
+    let unavailable = ContinuousDefect::unavailable;
     match (&problem.continuous, &problem.driven) {
-        (Some(_), _) if !problem.crossings.is_empty() => unavailable("events"),
-        (Some(_), _) if problem.scheme.compensated => unavailable("compensated sums"),
+        (Some(_), _) if !problem.crossings.is_empty() => {
+            unavailable("events of rows", "Gradient::Discrete")
+        }
+        (Some(_), _) if problem.scheme.compensated => unavailable(
+            "compensated sums",
+            "Precision without compensated, or Gradient::Discrete",
+        ),
         (Some(continuous), Some(driven)) => stochastic::check(problem, continuous, driven),
         _ => Ok(()),
     }
@@ -164,14 +170,22 @@ impl Backsolve {
                 march.to(t)?;
             }
             let is_first = n + 1 == stops.len();
+            let kept = match output {
+                Some(output) => Some(problem.packing.unpack(&self.states.get(output)?)?),
+                None => is_first.then(|| self.y0.clone()),
+            };
+            if let Some(kept) = &kept {
+                march.compare(kept)?;
+            }
             if is_first && back.differentiate_time {
                 let towards = march.last_start().unwrap_or(t);
                 let f = self.slope(back, march, [t, towards], &self.y0)?;
                 times[0] -= dot(march.adjoint(), &f)?;
             }
-            let Some(output) = output else { continue };
+            let Some((output, y)) = output.zip(kept) else {
+                continue;
+            };
             let given = problem.packing.unpack(&back.cotangent.get(output)?)?;
-            let y = problem.packing.unpack(&self.states.get(output)?)?;
             let moved = match back.differentiate_time && !is_first {
                 true => self.moved_by(problem, output),
                 false => vec![],
@@ -247,6 +261,19 @@ impl Backsolve {
             },
         })
     }
+}
+
+/// The largest difference of a number of x and of y, relative to the largest number of y, over the tensors of y.
+fn drift(x: &[Tensor], y: &[Tensor]) -> Result<f64> {
+    let (mut apart, mut size) = (0f64, 0f64);
+    for (x, y) in x.iter().zip(y) {
+        apart = apart.max(ops::magnitude(&(x - y)?)?);
+        size = size.max(ops::magnitude(y)?);
+    }
+    Ok(match apart {
+        0.0 => 0.0,
+        apart => apart / size,
+    })
 }
 
 /// Σ of the products of two lists of tensors.

@@ -71,7 +71,7 @@ pub enum Gradient {
     /// y and λ are solved backward together, from output to output; y starts anew from the kept output each time.
     /// Memory does not depend on the number of steps.  Solving y backward is unstable where the equation is
     /// dissipative: the error grows like e^{|μ| T}, where μ < 0 is its fastest rate, and the gradient may be wrong by
-    /// any amount without an error.  Compare it with `Interpolated` once.
+    /// any amount without an error.  [`BackwardStats::drift`](crate::metrics::BackwardStats::drift) shows it.
     Backsolve(AdjointSolve),
     /// λ alone is solved backward; y(t) is interpolated in the forward steps, whose stages are computed again from the
     /// states that were kept.  Steps tile by tile are not available.
@@ -134,7 +134,7 @@ impl AdjointSolve {
     }
 
     /// How the error of adaptive backward steps is measured.  Default: [`AdjointNorm::Seminorm`].  With
-    /// [`Gradient::Quadrature`] only norms of the state.
+    /// [`Gradient::Quadrature`] only norms of the state.  Fixed steps have no error, and read neither norm nor tolerance.
     #[must_use]
     pub fn norm(self, norm: AdjointNorm) -> Self {
         Self { norm, ..self }
@@ -146,14 +146,29 @@ impl AdjointSolve {
         Self { tolerance, ..self }
     }
 
-    /// Points of the Gauss rule of [`Gradient::Quadrature`] in each backward step, 1 to 16.  Default: as many as have the
-    /// order of the method, half of it.
+    /// Points of the Gauss rule of [`Gradient::Quadrature`] in each backward step, 1 to 16; the other kinds have none.
+    /// Default: as many as have the order of the method, half of it.
     #[must_use]
     pub fn points(self, points: usize) -> Self {
         Self {
             points: Some(points),
             ..self
         }
+    }
+
+    /// Whether any of it is not the default.
+    fn is_own(&self) -> bool {
+        let Self {
+            method,
+            steps,
+            norm,
+            tolerance,
+            points,
+        } = self;
+        let of_steps = method.is_some() || steps.is_some() || points.is_some();
+        let of_errors =
+            !matches!(norm, AdjointNorm::Seminorm) || *tolerance != AdjointTolerance::default();
+        of_steps || of_errors
     }
 }
 
@@ -297,7 +312,7 @@ pub(crate) struct Continuous {
     pub(crate) points: usize,
     /// The user's times at which the field jumps in the forward pass.
     pub(crate) jumps: Vec<f64>,
-    /// Whether its method or its steps are not those of the forward pass.
+    /// Whether an option of the backward solve was set to anything but its default.
     pub(crate) is_own: bool,
 }
 
@@ -320,14 +335,15 @@ impl Continuous {
         if !(1..=MOST_POINTS).contains(&points) {
             return Err(ContinuousDefect::Points { points }.into());
         }
-        let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
         if kind == Kind::Quadrature && solve.norm.reads_sums() {
-            return unavailable("error of θ̄ where this is integrated by a Gauss rule");
+            let take = "AdjointNorm::Seminorm, OwnNorm::of_state or Gradient::Interpolated";
+            return ContinuousDefect::unavailable("a norm of θ̄ and a Gauss rule", take);
         }
         let mut jumps = vec![];
         if let Steps::Adaptive(adaptive) = steps {
             if kind == Kind::Backsolve && adaptive.on_failure == OnFailure::Nan {
-                return unavailable("rows that failed and are NaN (OnFailure::Nan)");
+                let take = "OnFailure::Error or Gradient::Discrete";
+                return ContinuousDefect::unavailable("rows that are NaN (OnFailure::Nan)", take);
             }
             jumps.extend(&adaptive.jump_t);
         }
@@ -343,7 +359,7 @@ impl Continuous {
             tolerance: solve.tolerance,
             points,
             jumps,
-            is_own: solve.method.is_some() || solve.steps.is_some(),
+            is_own: solve.is_own(),
         };
         continuous.check(grid)?;
         Ok(Some(continuous))
@@ -373,8 +389,8 @@ impl Continuous {
         let [last, first] = [back.points()[0], back.points()[1]];
         match &self.steps {
             Steps::Adaptive(adaptive) if adaptive.control == Some(StepControl::Rows) => {
-                let what = "backward steps by row";
-                Err(ContinuousDefect::Unavailable { what }.into())
+                let take = "StepControl::Batch in AdjointSolve::steps";
+                ContinuousDefect::unavailable("backward steps by row", take)
             }
             Steps::Adaptive(adaptive) => {
                 Control::new(adaptive, &self.method, &back, &[]).map(|_| ())
@@ -388,6 +404,11 @@ impl Continuous {
             }
             steps => Schedule::new(&back, steps, Output::Final, &[]).map(|_| ()),
         }
+    }
+
+    /// Whether the error of a backward step is measured, and θ̄ and t̄ are part of it.
+    pub(crate) fn reads_sums(&self) -> bool {
+        matches!(self.steps, Steps::Adaptive(_)) && self.norm.reads_sums()
     }
 
     /// Whether the backward pass reads the states of the forward steps.

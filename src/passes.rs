@@ -80,8 +80,8 @@ pub(crate) fn run_observed(
     observer: &mut dyn Observer,
 ) -> Result<Forward> {
     if problem.continuous.is_some() {
-        let what = "events, and no solution between steps";
-        return Err(ContinuousDefect::Unavailable { what }.into());
+        let what = "events or solutions between steps";
+        return ContinuousDefect::unavailable(what, "Gradient::Discrete");
     }
     counted(problem, |stats| {
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;

@@ -165,6 +165,11 @@ impl Time {
         self.differentiable
     }
 
+    /// Notes that a field has been shown this time by another `Time`.
+    pub(crate) fn show(&self) {
+        self.shown.set(true);
+    }
+
     /// Whether [`tensor`](Self::tensor) has been asked for.
     pub(crate) fn was_shown(&self) -> bool {
         self.shown.get()

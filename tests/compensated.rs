@@ -375,7 +375,7 @@ fn what_cannot_be_compensated_is_refused() {
             )
         };
         let refused = odeint(|_: &Time, y: &Tensor| y.neg(), &y0, &[0.0, 1.0], &options);
-        let Err(Error::Continuous(ContinuousDefect::Unavailable { what })) = refused else {
+        let Err(Error::Continuous(ContinuousDefect::Unavailable { what, .. })) = refused else {
             panic!("{refused:?}");
         };
         assert_eq!(what, "compensated sums");

@@ -11,7 +11,8 @@ use candle_diffeq::error::{AdaptiveDefect, StopReason};
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::options::{
-    Adaptive, Arithmetic, Checkpoint, Controller, OnFailure, Output, StepControl, Steps,
+    Adaptive, AdjointNorm, AdjointSolve, Arithmetic, Checkpoint, Controller, Gradient, OnFailure,
+    Output, StepControl, Steps,
 };
 use candle_diffeq::scaling::{DynamicScaling, Scaling};
 use candle_diffeq::sde::{sdeint, stratonovich, Noise, SdeOptions, HEUN};
@@ -277,6 +278,198 @@ fn compensated_sums_lose_as_little_on_the_gpu_as_on_the_cpu() {
     };
     let what = "adaptive steps";
     assert_close(&adaptive(&gpu), &adaptive(&Device::Cpu), 32.0 * unit, what);
+}
+
+#[test]
+fn steps_by_row_with_compensated_sums_are_refused_and_those_of_the_batch_are_the_default() {
+    let Some(gpu) = gpu() else { return };
+    let net = Net {
+        widths: &[2, 8, 2],
+        ..SPIRAL
+    };
+    let of = |device: &Device, control: Option<StepControl>| {
+        let steps = Adaptive::new(1e-3, 1e-5);
+        let options = OdeOptions {
+            method: DOPRI5,
+            precision: Some(Precision::f32().compensated()),
+            steps: Steps::Adaptive(match control {
+                Some(control) => steps.control(control),
+                None => steps,
+            }),
+            ..Default::default()
+        };
+        outcome(device, &net, 3, &TIMES, 1.0, &options)
+    };
+    let Err(refused) = of(&gpu, Some(StepControl::Rows)) else {
+        panic!("steps by row without a launch");
+    };
+    let no_rows = matches!(refused, Error::Adaptive(AdaptiveDefect::NoRows { .. }));
+    assert!(
+        no_rows && refused.to_string().contains("compensated"),
+        "{refused}"
+    );
+    let default = of(&gpu, None).unwrap();
+    let batch = of(&gpu, Some(StepControl::Batch)).unwrap();
+    assert_eq!(bits(&default.states), bits(&batch.states));
+    assert_eq!(default.stats[0].row_evaluations, 0);
+    let here = of(&Device::Cpu, Some(StepControl::Batch)).unwrap();
+    assert_close(&default, &here, 64.0 * 2f64.powi(-24), "of the batch");
+}
+
+/// The three kinds of continuous adjoints with one backward solve.
+fn kinds(solve: &AdjointSolve) -> [Gradient; 3] {
+    [
+        Gradient::Backsolve(solve.clone()),
+        Gradient::Interpolated(solve.clone()),
+        Gradient::Quadrature(solve.clone()),
+    ]
+}
+
+/// Fixed steps, and adaptive steps of the batch.
+fn ways() -> [(Tableau, Steps); 2] {
+    let adaptive = Adaptive::new(1e-4, 1e-6).control(StepControl::Batch);
+    [
+        (RK4, Steps::PerInterval(3)),
+        (DOPRI5, Steps::Adaptive(adaptive)),
+    ]
+}
+
+#[test]
+fn continuous_adjoints_of_a_closure_are_those_of_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let unit = 2f64.powi(-24);
+    // Also a norm that reads θ̄ and t̄, which a Gauss rule does not have.
+    let [largest, interpolated, _] = kinds(&AdjointSolve::new().norm(AdjointNorm::Largest));
+    let seminorm = kinds(&AdjointSolve::new());
+    for gradient in seminorm.into_iter().chain([largest, interpolated]) {
+        for (method, steps) in ways() {
+            let on = |device: &Device| {
+                let recorder = Recorder::default();
+                let times = Var::new(&TIMES, device).unwrap();
+                let a = Var::from_tensor(&scattered((3, 3), DType::F32, device)).unwrap();
+                let y0 = Var::from_tensor(&scattered((5, 3), DType::F32, device)).unwrap();
+                let inside = a.as_tensor().clone();
+                let field = move |t: &Time, y: &Tensor| {
+                    let pace = t.tensor()?.cos()?.to_dtype(y.dtype())?;
+                    y.matmul(&inside)?.tanh()?.broadcast_mul(&pace)
+                };
+                let options = OdeOptions {
+                    method: method.clone(),
+                    steps: steps.clone(),
+                    gradient: gradient.clone(),
+                    recorder: Some(recorder.clone()),
+                    ..Default::default()
+                };
+                let ys = odeint(field, y0.as_tensor(), times.as_tensor(), &options).unwrap();
+                let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                let found = [&y0, &a, &times].map(|v| grads.get(v).unwrap().clone());
+                (found, recorder.take().backward)
+            };
+            let ((there, counts), (here, counts_here)) = (on(&gpu), on(&Device::Cpu));
+            assert_eq!(
+                (counts.steps, counts.rejected, counts.evaluations),
+                (
+                    counts_here.steps,
+                    counts_here.rejected,
+                    counts_here.evaluations
+                )
+            );
+            for (name, (there, here)) in ["y0", "a", "t"].iter().zip(there.iter().zip(&here)) {
+                let error = distance(there, here) / unit;
+                let what = format!("{gradient:?}, {}, {name}", method.name());
+                assert!(error <= 32.0, "{what}: {error:.1} u");
+            }
+        }
+    }
+}
+
+#[test]
+fn continuous_adjoints_of_a_perceptron_are_those_of_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let unit = 2f64.powi(-24);
+    let net = Net {
+        widths: &[3, 16, 3],
+        time: true,
+        ..SPIRAL
+    };
+    for gradient in kinds(&AdjointSolve::new()) {
+        for (method, steps) in ways() {
+            // A backsolve begins with the outputs of one launch where there is one.
+            for fusion in [true, false] {
+                let options = OdeOptions {
+                    method: method.clone(),
+                    steps: steps.clone(),
+                    gradient: gradient.clone(),
+                    fusion,
+                    ..Default::default()
+                };
+                let on = |device: &Device| outcome(device, &net, 5, &TIMES, 1.0, &options);
+                let (there, here) = (on(&gpu).unwrap(), on(&Device::Cpu).unwrap());
+                let what = format!("{gradient:?}, {}, fusion {fusion}", method.name());
+                assert_close(&there, &here, 64.0 * unit, &what);
+                let counts = [&there, &here].map(|o| &o.stats[1].backward);
+                assert!(counts[0].steps > 0, "{what}");
+                assert_eq!(counts[0].steps, counts[1].steps, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn continuous_adjoints_in_low_precision_are_those_of_the_cpu_to_its_roundoff() {
+    let Some(gpu) = gpu() else { return };
+    let net = Net {
+        widths: &[2, 16, 2],
+        ..SPIRAL
+    };
+    for gradient in kinds(&AdjointSolve::new()) {
+        for (precision, unit) in [
+            (Precision::bf16(), 2f64.powi(-8)),
+            (Precision::f16(), 2f64.powi(-11)),
+        ] {
+            let of = |device: &Device, precision| {
+                let options = OdeOptions {
+                    precision,
+                    steps: Steps::PerInterval(2),
+                    gradient: gradient.clone(),
+                    ..Default::default()
+                };
+                // A loss whose cotangents are below the numbers of f16.
+                outcome(device, &net, 5, &TIMES, 1e-8, &options).unwrap()
+            };
+            let exact = of(&Device::Cpu, None);
+            let what = format!("{gradient:?} {precision:?}");
+            assert_close(&of(&gpu, Some(precision)), &exact, 12.0 * unit, &what);
+        }
+    }
+}
+
+#[test]
+fn the_stochastic_adjoint_is_that_of_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let on = |device: &Device| {
+        let a = Var::from_tensor(&scattered((3, 3), DType::F32, device)).unwrap();
+        let y0 = Var::from_tensor(&scattered((7, 3), DType::F32, device)).unwrap();
+        let inside = a.as_tensor().clone();
+        let sde = stratonovich(
+            move |_: &Time, y: &Tensor| y.matmul(&inside)?.tanh(),
+            |_: &Time, y: &Tensor| (y.sqr()? + 1.0)?.sqrt()? * 0.3,
+        );
+        let options = SdeOptions {
+            method: HEUN,
+            steps: Steps::PerInterval(4),
+            gradient: Gradient::Backsolve(AdjointSolve::new()),
+            ..Default::default()
+        };
+        let noise = Noise::seeded(5);
+        let ys = sdeint(sde, y0.as_tensor(), &TIMES, &noise, &options).unwrap();
+        let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        [&y0, &a].map(|v| grads.get(v).unwrap().clone())
+    };
+    for (there, here) in on(&gpu).iter().zip(&on(&Device::Cpu)) {
+        let error = distance(there, here) * 2f64.powi(24);
+        assert!(error <= 32.0, "{error:.1} u");
+    }
 }
 
 #[test]

@@ -11,12 +11,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use candle_core::{Context, DType, Device, IndexOp, Shape, Tensor, Var};
-use candle_diffeq::error::{Argument, PullbackDefect, TableauDefect};
+use candle_diffeq::error::{
+    AdaptiveDefect, Argument, ContinuousDefect, PullbackDefect, StopReason, TableauDefect,
+};
 use candle_diffeq::fields::{constant, Cotangents, FieldCheck, Pullback};
 use candle_diffeq::metrics::Recorder;
-use candle_diffeq::options::{Checkpoint, Output, Steps, TimeGrid, Times};
+use candle_diffeq::options::{
+    Adaptive, AdjointNorm, AdjointSolve, Checkpoint, Gradient, OnFailure, Output, OwnNorm,
+    StepControl, Steps, TimeGrid, Times,
+};
 use candle_diffeq::scaling::{DynamicScaling, LossScaler, OnOverflow, Scaling, Stepped};
-use candle_diffeq::tableau::{Tableau, EULER, HEUN, RK4};
+use candle_diffeq::tableau::{Tableau, DOPRI5, EULER, HEUN, RK4};
 use candle_diffeq::{
     odeint, solution, Error, NeuralOde, OdeOptions, Precision, Result, State, Time, VectorField,
 };
@@ -135,6 +140,23 @@ fn every_error_has_a_test() {
     let untested: Vec<_> = names.filter(untested).collect();
     // Other devices' are of the CUDA build.
     assert_eq!(untested, ["TooLarge", "DeviceMismatch"]);
+}
+
+#[test]
+fn every_defect_of_a_continuous_adjoint_has_a_test_here() {
+    let defects = include_str!("../src/error/continuous.rs");
+    let body = defects.split("pub enum ContinuousDefect {").nth(1).unwrap();
+    let body = body.split("\n}\n").next().unwrap();
+    let named = body.lines().filter_map(|l| l.strip_prefix("    "));
+    let names: Vec<_> = named
+        .filter(|l| l.starts_with(|c: char| c.is_ascii_uppercase()))
+        .map(|l| l.split(|c: char| !c.is_alphanumeric()).next().unwrap())
+        .collect();
+    assert!(names.len() >= 4, "{names:?}");
+    for name in names {
+        let named = format!("ContinuousDefect::{name}");
+        assert!(include_str!("errors.rs").contains(&named), "{name}");
+    }
 }
 
 #[test]
@@ -377,6 +399,127 @@ fn options_out_of_range_are_refused_before_any_evaluation() {
             Error::InvalidScaling { what, value },
         );
     }
+}
+
+#[test]
+fn what_does_not_go_with_a_continuous_adjoint_is_refused_with_what_does() {
+    let of = |precision, steps, gradient| OdeOptions {
+        method: DOPRI5,
+        precision,
+        steps,
+        gradient,
+        ..Default::default()
+    };
+    let tight = || Adaptive::new(1e-3, 1e-3);
+    let by_row = Steps::Adaptive(tight().control(StepControl::Rows));
+    let nan = Steps::Adaptive(tight().on_failure(OnFailure::Nan));
+    let adaptive = || Steps::Adaptive(tight());
+    let compensated = Some(Precision::f32().compensated());
+    let plain = Gradient::Backsolve(AdjointSolve::new());
+    let mut cases = vec![
+        (
+            of(compensated, adaptive(), plain.clone()),
+            "compensated sums",
+            "Precision without compensated, or Gradient::Discrete",
+        ),
+        (
+            of(None, nan, plain),
+            "rows that are NaN (OnFailure::Nan)",
+            "OnFailure::Error or Gradient::Discrete",
+        ),
+        (
+            of(
+                None,
+                adaptive(),
+                Gradient::Backsolve(AdjointSolve::new().steps(by_row)),
+            ),
+            "backward steps by row",
+            "StepControl::Batch in AdjointSolve::steps",
+        ),
+    ];
+    let all = OwnNorm::of_all(|_| Ok(0.5));
+    for norm in [
+        AdjointNorm::Largest,
+        AdjointNorm::Rms,
+        AdjointNorm::Own(all),
+    ] {
+        let gradient = Gradient::Quadrature(AdjointSolve::new().norm(norm));
+        cases.push((
+            of(None, adaptive(), gradient),
+            "a norm of θ̄ and a Gauss rule",
+            "AdjointNorm::Seminorm, OwnNorm::of_state or Gradient::Interpolated",
+        ));
+    }
+    for (options, what, take) in cases {
+        let expected = ContinuousDefect::Unavailable { what, take };
+        assert_is(refused_options(options), expected.into());
+    }
+}
+
+#[test]
+fn a_backward_solve_that_cannot_be_made_is_refused_before_the_forward_pass() {
+    let refused = |solve: AdjointSolve| {
+        refused_options(OdeOptions {
+            method: RK4,
+            steps: Steps::PerInterval(2),
+            gradient: Gradient::Backsolve(solve),
+            ..Default::default()
+        })
+    };
+    for points in [0, 17] {
+        let got = refused(AdjointSolve::new().points(points));
+        assert_is(got, ContinuousDefect::Points { points }.into());
+    }
+    for t in [2.0, -1e-3, f64::INFINITY] {
+        let got = refused(AdjointSolve::new().steps(Steps::At(vec![0.5, t])));
+        assert_is(got, ContinuousDefect::Outside { t }.into());
+    }
+    let adaptive = |adaptive| AdjointSolve::new().steps(Steps::Adaptive(adaptive));
+    // RK4 has no error estimate.
+    let no_pair = refused(adaptive(Adaptive::new(1e-3, 1e-3)));
+    assert!(matches!(no_pair, Error::Adaptive(_)), "{no_pair}");
+    let tolerances = |a| match refused(adaptive(a).method(DOPRI5)) {
+        Error::Adaptive(defect) => defect,
+        error => panic!("{error}"),
+    };
+    assert!(matches!(
+        tolerances(Adaptive::new(-1e-3, 1e-3)),
+        AdaptiveDefect::Tolerance { which: "rtol", .. }
+    ));
+    assert!(matches!(
+        tolerances(Adaptive::new(0.0, 0.0)),
+        AdaptiveDefect::NoTolerance { leaf: 0 }
+    ));
+    assert!(matches!(
+        tolerances(Adaptive::new([1e-3, 1e-3, 1e-3], 1e-3)),
+        AdaptiveDefect::ToleranceCount { got: 3, .. }
+    ));
+}
+
+#[test]
+fn a_backward_solve_that_cannot_go_on_says_where() {
+    let few = Adaptive::new(1e-9, 1e-11).max_steps(3);
+    let options = OdeOptions {
+        method: DOPRI5,
+        steps: Steps::Adaptive(Adaptive::new(1e-9, 1e-11)),
+        gradient: Gradient::Backsolve(AdjointSolve::new().steps(Steps::Adaptive(few))),
+        ..Default::default()
+    };
+    let y0 = Var::new(&[1f64], &Device::Cpu).unwrap();
+    let f = |_: &Time, y: &Tensor| y.neg();
+    let ys = odeint(f, y0.as_tensor(), &[0.0, 5.0], &options).unwrap();
+    let error = unchanged(&[&y0], || ys.sum_all().unwrap().backward().unwrap_err());
+    let Error::Continuous(ContinuousDefect::Stopped {
+        reason,
+        t,
+        accepted,
+        rejected,
+    }) = error.into()
+    else {
+        panic!();
+    };
+    assert_eq!(reason, StopReason::Attempts { max_steps: 3 });
+    assert!((0.0..5.0).contains(&t) && accepted + rejected == 3);
 }
 
 #[test]

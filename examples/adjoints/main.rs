@@ -3,7 +3,7 @@
 //! `cargo run --release --example adjoints` (minutes; `--smoke`: seconds; `--full`: a million steps).  A field
 //! y' = tanh(y W) of 16 features in 64 rows.  Memory: Euler's method in 10³, 10⁴, … steps, each figure from a process of
 //! its own, as the most that it held beyond what it held before the solve.  Error: dopri5 at four tolerances, against a
-//! gradient in f64 at 10⁻¹².  The tables are those of docs/continuous.md.
+//! gradient in f64 at 10⁻¹².  The tables and the picture are those of docs/continuous.md.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -20,7 +20,8 @@ use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::common::flags::Flags;
+use crate::common::chart::{self, colour, Curve, Mark, Panel, Scale, SeriesLabelPosition};
+use crate::common::flags::{Flags, Size};
 use crate::common::random::{generator, normal};
 use crate::common::report::{self, Report};
 use crate::common::table::Table;
@@ -33,6 +34,8 @@ const BUDGET: usize = 100;
 /// By how much memory may grow from the fewest steps to the most where it does not depend on them.
 const GROWTH: f64 = MEBIBYTE;
 const MEBIBYTE: f64 = 1024.0 * 1024.0;
+/// The least that is drawn on a logarithmic axis.
+const LEAST: f64 = 0.01;
 
 #[derive(Parser)]
 struct Args {
@@ -179,8 +182,33 @@ fn main() -> ExitCode {
 
 fn run(args: &Args, report: &mut Report) -> Result<()> {
     let size = args.flags.size();
-    let most = size.pick(3, 5, 6);
-    let steps: Vec<usize> = (3..=most).map(|p| 10usize.pow(p)).collect();
+    let panels = [
+        memory_of_steps(size, report)?,
+        errors_of_tolerances(size, report)?,
+    ];
+    chart::picture(&report.picture(""), (900, 420), |area| {
+        let areas = area.split_evenly((1, 2));
+        areas
+            .iter()
+            .zip(&panels)
+            .try_for_each(|(area, panel)| panel.draw(area))
+    })
+}
+
+/// A curve of a way, with a colour of its own.
+fn curve(way: Way, points: impl IntoIterator<Item = (f64, f64)>) -> Curve {
+    let number = Way::ALL.iter().position(|w| *w == way).unwrap_or(0);
+    // Some lie on each other.
+    let width = 1 + (Way::ALL.len() - number) as u32;
+    let curve = Curve::new(way.name(), colour(number), points);
+    curve.mark(Mark::DottedLine).width(width)
+}
+
+/// Memory of forward and backward pass over the number of steps.
+fn memory_of_steps(size: Size, report: &mut Report) -> Result<Panel> {
+    let [least, most] = size.pick([2, 3], [3, 5], [3, 6]);
+    let steps: Vec<usize> = (least..=most).map(|p| 10usize.pow(p)).collect();
+    let mut curves = vec![];
     let mut table = Table::of(
         std::iter::once("gradient".to_owned()).chain(steps.iter().map(|n| format!("{n} steps"))),
     );
@@ -190,6 +218,8 @@ fn run(args: &Args, report: &mut Report) -> Result<()> {
         let text = |c: &Cell| format!("{:.1} MiB, {:.2} s", c.bytes / MEBIBYTE, c.seconds);
         table.line(std::iter::once(way.name().to_owned()).chain(cells.iter().map(text)));
         report.figure(&format!("memory, {}", way.name()), &cells)?;
+        let point = |(n, c): (&usize, &Cell)| (*n as f64, (c.bytes / MEBIBYTE).max(LEAST));
+        curves.push(curve(way, steps.iter().zip(&cells).map(point)));
         if let (Way::Backsolve, [first, .., last]) = (way, cells.as_slice()) {
             report.demand(last.bytes - first.bytes <= GROWTH, || {
                 "the memory of a backsolve grows with the steps".to_owned()
@@ -197,24 +227,38 @@ fn run(args: &Args, report: &mut Report) -> Result<()> {
         }
     }
     println!("memory of forward and backward pass, and their time\n{table}");
+    Ok(Panel {
+        scales: [Scale::Decades; 2],
+        curves,
+        legend: SeriesLabelPosition::UpperLeft,
+        ..Panel::new("memory", "steps", "MiB, 0.01 for less")
+    })
+}
+
+/// Errors of gradients by adaptive steps over the tolerance.
+fn errors_of_tolerances(size: Size, report: &mut Report) -> Result<Panel> {
     let exact = gradient(Way::Discrete, adaptive(1e-12, true), DType::F64)?;
     let mut table = Table::new(["rtol", "gradient", "forward", "backward", "ms", "error"]);
+    let tolerances = size.pick(
+        &[1e-3, 1e-4][..],
+        &[1e-3, 1e-4, 1e-5, 1e-6],
+        &[1e-3, 1e-4, 1e-5, 1e-6],
+    );
+    let ways = [
+        Way::Discrete,
+        Way::Backsolve,
+        Way::Interpolated,
+        Way::Quadrature,
+    ];
     let mut figures = vec![];
-    for &tol in size.pick(
-        &[1e-3][..],
-        &[1e-3, 1e-4, 1e-5, 1e-6],
-        &[1e-3, 1e-4, 1e-5, 1e-6],
-    ) {
-        for way in [
-            Way::Discrete,
-            Way::Backsolve,
-            Way::Interpolated,
-            Way::Quadrature,
-        ] {
+    let mut points = ways.map(|_| vec![]);
+    for &tol in tolerances {
+        for (way, points) in ways.into_iter().zip(&mut points) {
             // The first solve also checks the field.
             gradient(way, adaptive(tol, false), DType::F32)?;
             let cost = gradient(way, adaptive(tol, false), DType::F32)?;
             let error = relative(&cost.grad, &exact.grad);
+            points.push((tol, error));
             let backward = match way {
                 Way::Discrete => cost.stats.vjps,
                 _ => cost.stats.backward.evaluations,
@@ -234,7 +278,21 @@ fn run(args: &Args, report: &mut Report) -> Result<()> {
         }
     }
     println!("\nerrors against a converged gradient\n{table}");
-    report.figure("errors", figures)
+    report.figure("errors", figures)?;
+    let curves = ways
+        .into_iter()
+        .zip(points)
+        .map(|(way, points)| curve(way, points));
+    Ok(Panel {
+        scales: [Scale::Decades; 2],
+        curves: curves.collect(),
+        legend: SeriesLabelPosition::UpperLeft,
+        ..Panel::new(
+            "error against a converged gradient",
+            "rtol",
+            "relative error",
+        )
+    })
 }
 
 /// dopri5, atol a thousandth of rtol.

@@ -1,10 +1,13 @@
 //! The steps of a backward solve, from one stop to the next, and what they add to θ̄.
 
+mod attempt;
+
 use candle_core::Tensor;
 
-use super::augmented::{Augmented, Stage};
+use super::augmented::Augmented;
+use super::drift;
 use super::instants::Instants;
-use super::measure::{Floor, Measure};
+use super::measure::Measure;
 use super::quadrature::gauss;
 use super::stages::{Evaluated, Stages};
 use super::stops::cut;
@@ -17,6 +20,7 @@ use crate::schedule::{Output, Schedule, Step, Steps};
 use crate::stats::{BackwardStats, Stats, StopReason};
 use crate::step::Scheme;
 use crate::time::{Time, TimeGrid};
+use attempt::Tried;
 
 /// A backward solve under way.
 pub(super) struct March<'m, 'a> {
@@ -40,14 +44,9 @@ pub(super) struct March<'m, 'a> {
     h: Option<f64>,
     /// Where the last step began.
     last_start: Option<f64>,
+    /// Whether steps led here from where y last started anew.
+    stepped: bool,
     counts: BackwardStats,
-}
-
-/// An attempt that was made: what it leads to, and its error with the noise floor and without.
-struct Tried<'a> {
-    x: Vec<Tensor>,
-    stages: Stages<'a>,
-    norms: [f64; 2],
 }
 
 impl<'m, 'a> March<'m, 'a> {
@@ -104,6 +103,7 @@ impl<'m, 'a> March<'m, 'a> {
             first: None,
             h: None,
             last_start: None,
+            stepped: false,
             counts: BackwardStats::default(),
         })
     }
@@ -141,6 +141,16 @@ impl<'m, 'a> March<'m, 'a> {
             false => adj,
         };
         self.first = None;
+        self.stepped = false;
+        Ok(())
+    }
+
+    /// Looks at how far the y that was solved back to here is from the kept one.
+    pub(super) fn compare(&mut self, kept: &[Tensor]) -> Result<()> {
+        if self.augmented.carries_y() && self.stepped {
+            let drift = drift(&self.x, kept)?;
+            self.counts.drift = self.counts.drift.max(drift);
+        }
         Ok(())
     }
 
@@ -149,7 +159,8 @@ impl<'m, 'a> March<'m, 'a> {
         let sizes = self.adjoint().iter().map(ops::magnitude);
         let size = sizes.sum::<Result<f64>>()?;
         let from = std::mem::replace(&mut self.t, end);
-        if size == 0.0 {
+        self.stepped = size != 0.0;
+        if !self.stepped {
             return Ok(());
         }
         self.augmented.begin_at(from);
@@ -297,105 +308,6 @@ impl<'m, 'a> March<'m, 'a> {
         self.between(Step::free(self.counts.steps, t, h, end))
     }
 
-    /// Evaluates the first stage of steps of about this length.
-    fn start_anew(&mut self, control: &Control, t: f64, h: Option<f64>) -> Result<Floor> {
-        // No attempt goes on beyond what the field is told here.
-        let h = h.unwrap_or_else(|| control.longest());
-        let h = control.direction * h.min(control.room(t));
-        let step = self.between(Step::free(self.counts.steps, t, h, t + h));
-        let mut stages = Stages::default();
-        self.evaluate(step, &mut stages, &[true])?;
-        self.first = stages.first();
-        for k in self.first.iter().flat_map(|(k, _)| k) {
-            if !ops::magnitude(k)?.is_finite() {
-                let step = self.counts.steps;
-                return Err(Error::NonFiniteGradient { step, t });
-            }
-        }
-        self.floor()
-    }
-
-    fn floor(&self) -> Result<Floor> {
-        match (&self.adaptive, &self.first) {
-            (Some((_, measure)), Some((k, _))) => measure.floor(&self.x, k),
-            _ => Ok(None),
-        }
-    }
-
-    /// The length of the first attempt.
-    fn first_length(&mut self, control: &Control) -> Result<f64> {
-        let (Some((_, measure)), Some((k, stage))) = (&self.adaptive, &self.first) else {
-            return Ok(control.longest());
-        };
-        let all = measure.begins_with_sums();
-        let extended = |x: &[Tensor], sums: Option<&Stage<'_>>| match all {
-            true => self.extended(x, sums),
-            false => Ok(x.to_vec()),
-        };
-        let y = extended(&self.x, None)?;
-        let first = extended(k, Some(stage))?;
-        let probe = |h: f64| {
-            let step = self.between(Step::free(0, control.start, h, control.start + h));
-            let further = self.scheme.after_euler(self.augmented, step, &self.x, k)?;
-            let stage = self.augmented.take_stages().pop();
-            extended(&further, stage.as_ref())
-        };
-        let h = measure.first_length(control, &y, &first, probe)?;
-        self.counts.evaluations += 1;
-        Ok(h)
-    }
-
-    /// Velocities, or zeros of a state, with those of θ̄ and t̄ behind them.
-    fn extended(&self, x: &[Tensor], stage: Option<&Stage<'_>>) -> Result<Vec<Tensor>> {
-        let mut all = x.to_vec();
-        let state = self.scheme.roles[0].state();
-        for (i, p) in self.augmented.theta.iter().enumerate() {
-            all.push(match stage.and_then(|s| Some((s.unscale, s.known(i)?))) {
-                Some((unscale, grad)) => ops::combine(&[(-unscale, grad)], 1.0, state)?,
-                None => Tensor::zeros(p.shape(), state.to, p.device())?,
-            });
-        }
-        if self.augmented.reads_time() {
-            let t = stage.map_or(Ok(0.0), Stage::slope_of_time)?;
-            all.push(self.number(t)?);
-        }
-        Ok(all)
-    }
-
-    /// All stages but one that was appended, what they lead to, and its error.
-    fn attempt(&mut self, control: &Control, step: Step, floor: &Floor) -> Result<Tried<'a>> {
-        let mut stages = Stages::after(self.first.as_ref());
-        let count = self.scheme.tableau.stages() - usize::from(control.appended);
-        self.evaluate(step, &mut stages, &vec![true; count])?;
-        let x = self.scheme.update(step.h, &self.x, &stages.ks)?;
-        let mut error = self
-            .scheme
-            .weighted(step.h, &control.estimate, &stages.ks)?;
-        let mut ends = [self.x.clone(), x.clone()];
-        let Some((_, measure)) = &self.adaptive else {
-            return Err(Error::NothingKept);
-        };
-        if measure.reads_sums() {
-            let state = self.scheme.roles[0].state();
-            let before = self.theta.so_far()?.to_vec();
-            for (i, before) in before.into_iter().enumerate() {
-                let change = |weights: &[f64]| stages.change(step.h, weights, i, &before, state);
-                error.push(change(&control.estimate)?);
-                let change = change(self.scheme.tableau.b())?;
-                ends[1].push((&before + change)?);
-                ends[0].push(before);
-            }
-            if self.augmented.reads_time() {
-                error.push(self.number(stages.time_change(step.h, &control.estimate)?)?);
-                let change = stages.time_change(step.h, self.scheme.tableau.b())?;
-                ends[0].push(self.number(self.time)?);
-                ends[1].push(self.number(self.time + change)?);
-            }
-        }
-        let norms = measure.norms(&error, [&ends[0], &ends[1]], floor, step.h)?;
-        Ok(Tried { x, stages, norms })
-    }
-
     /// A step that was accepted: what it adds, and where it leads to.
     fn accept(&mut self, step: Step, mut tried: Tried<'a>) -> Result<()> {
         if self.continuous.kind == Kind::Quadrature {
@@ -454,12 +366,6 @@ impl<'m, 'a> March<'m, 'a> {
             self.counts.evaluations += usize::from(k.is_some());
         }
         Ok(())
-    }
-
-    /// A number in state precision on the device.
-    fn number(&self, x: f64) -> Result<Tensor> {
-        let (state, device) = (self.scheme.roles[0].state, &self.scheme.device);
-        Ok(Tensor::new(x, device)?.to_dtype(state)?)
     }
 
     /// Numbers that are not finite are those of gradients, whatever takes the steps.

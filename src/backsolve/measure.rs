@@ -19,13 +19,13 @@ pub(super) struct Measure<'a> {
     parts: [usize; 3],
     rtol: Vec<OfLeaf>,
     atol: Vec<OfLeaf>,
-    /// u ‖b − b̂‖₂ and κ by tensor of y and λ, where there is a floor.
+    /// u ‖b − b̂‖₂ and κ by part, where there is a floor.
     noise: Option<Vec<(f64, f64)>>,
     /// u by part.
     roundoffs: Vec<f64>,
 }
 
-/// α and β of the floor α + |h| β of y and λ.
+/// α and β of the floor α + |h| β by part.
 pub(super) type Floor = Option<Vec<(Tensor, Tensor)>>;
 
 impl<'a> Measure<'a> {
@@ -77,7 +77,13 @@ impl<'a> Measure<'a> {
             false => 1.0 / problem.scaler.scale(),
         };
         let of_adjoint = of_y.clone().map(|(u, least)| (u, least * unscale));
+        // θ̄ and t̄ are sums of products of what the field has rounded in its lowest precision.
+        let of_sums = of_adjoint
+            .clone()
+            .fold((0.0, 0.0), |a: (f64, f64), b| (a.0.max(b.0), a.1.max(b.1)));
+        let sums = rtol.len() - parts[1];
         let precisions: Vec<_> = of_y.take(carried).chain(of_adjoint).collect();
+        let noise = [&precisions[..], &vec![of_sums; sums]].concat();
         let roundoff = |i: usize| match precisions.get(i) {
             Some((u, _)) => *u,
             None => unit_roundoff(state),
@@ -86,7 +92,7 @@ impl<'a> Measure<'a> {
             norm: &continuous.norm,
             worst_row: adaptive.norm == Norm::WorstRow,
             parts,
-            noise: control.noise(&precisions)?,
+            noise: control.noise(&noise)?,
             roundoffs: (0..rtol.len()).map(roundoff).collect(),
             rtol,
             atol,
@@ -105,7 +111,8 @@ impl<'a> Measure<'a> {
         self.reads_sums() && self.atol[self.parts[1]..].iter().all(has_tolerance)
     }
 
-    /// The floor of attempts from x with first velocity k.
+    /// The floor of attempts from x with first velocity k; θ̄ and t̄ behind them are zero in x: of a sum only what is
+    /// added to it is in its error.
     pub(super) fn floor(&self, x: &[Tensor], k: &[Tensor]) -> Result<Floor> {
         let Some(noise) = &self.noise else {
             return Ok(None);

@@ -2,15 +2,42 @@
 
 use candle_core::{DType, Tensor};
 
-use super::augmented::{Augmented, Stage, Theta};
+use super::augmented::Augmented;
 use crate::accumulator::Accumulator;
-use crate::error::Result;
+use crate::error::{Error, PullbackDefect, Result};
+use crate::field::{pullback, LateGradients};
 use crate::ops;
 use crate::precision::Rounding;
 use crate::step::Increments;
 
 /// A velocity of what is solved, and the parts of θ̄' and t̄' that came with it.
 pub(super) type Evaluated<'a> = (Vec<Tensor>, Stage<'a>);
+
+/// (∂f/∂θ)ᵀ λ and (∂f/∂t)ᵀ λ of one evaluation, still multiplied by S.
+#[derive(Clone)]
+pub(super) struct Stage<'a> {
+    pub(super) theta: Theta<'a>,
+    pub(super) t: Option<Tensor>,
+    /// 1 / S.
+    pub(super) unscale: f64,
+    /// Where it was evaluated.
+    pub(super) at: Place,
+}
+
+/// (∂f/∂θ)ᵀ λ by parameter, or how it is formed.
+#[derive(Clone)]
+pub(super) enum Theta<'a> {
+    Known(Vec<Option<Tensor>>),
+    Later(LateGradients<'a>),
+}
+
+/// A stage of a step.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) step: usize,
+    pub(super) stage: usize,
+    pub(super) t: f64,
+}
 
 /// The stages of an attempt; `None` where one was not evaluated.
 #[derive(Default)]
@@ -104,6 +131,22 @@ impl Stage<'_> {
         }
     }
 
+    /// (∂f/∂θ)ᵀ λ by parameter.
+    fn theta(&self, augmented: &Augmented<'_>) -> Result<Vec<Option<Tensor>>> {
+        match &self.theta {
+            Theta::Known(grads) => Ok(grads.clone()),
+            Theta::Later(form) => {
+                let invalid = |defect| self.at.invalid(defect);
+                let mut params = form()?;
+                pullback::check_parameters(augmented.theta, &params).map_err(invalid)?;
+                let grads = augmented.theta.iter().map(|p| params.remove(p));
+                let grads = grads.map(|grad| grad.map(|grad| grad.detach())).collect();
+                pullback::check_rest(augmented.field, &params).map_err(invalid)?;
+                Ok(grads)
+            }
+        }
+    }
+
     /// θ̄ += c S (∂f/∂θ)ᵀ λ.
     pub(super) fn add_to(
         &self,
@@ -111,7 +154,7 @@ impl Stage<'_> {
         augmented: &Augmented<'_>,
         c: f64,
     ) -> Result<()> {
-        for (i, grad) in augmented.theta_of(self)?.iter().enumerate() {
+        for (i, grad) in self.theta(augmented)?.iter().enumerate() {
             if let Some(grad) = grad {
                 theta.add(i, c, grad)?;
             }
@@ -124,6 +167,18 @@ impl Stage<'_> {
         match &self.t {
             Some(t) => Ok(-self.unscale * number(t)?),
             None => Ok(0.0),
+        }
+    }
+}
+
+impl Place {
+    pub(super) fn invalid(self, defect: PullbackDefect) -> Error {
+        let Self { step, stage, t } = self;
+        Error::InvalidPullback {
+            step,
+            stage,
+            t,
+            defect,
         }
     }
 }

@@ -11,8 +11,9 @@
 
 use candle_core::Tensor;
 
-use super::augmented::{Augmented, Stage};
-use super::Backsolve;
+use super::augmented::Augmented;
+use super::stages::Stage;
+use super::{drift, Backsolve};
 use crate::accumulator::Accumulator;
 use crate::driven::{is_any, Calculus, Driven, Evaluated, Functional, Part, StepNoise, Sum, Term};
 use crate::error::{ContinuousDefect, Error, Result};
@@ -27,7 +28,7 @@ use crate::time::Time;
 
 /// What a stochastic adjoint cannot be had of.
 pub(super) fn check(problem: &Problem, continuous: &Continuous, driven: &Driven) -> Result<()> {
-    let unavailable = |what| Err(ContinuousDefect::Unavailable { what }.into());
+    let unavailable = ContinuousDefect::unavailable;
     let (table, equation) = (driven.table(), &driven.drive.equation);
     let mut sums = table.evaluations.iter().map(|e| &e.at).chain(table.next);
     let is_plain = |sum: &Sum| {
@@ -40,17 +41,29 @@ pub(super) fn check(problem: &Problem, continuous: &Continuous, driven: &Driven)
             })
     };
     match &problem.plan {
-        _ if continuous.kind != Kind::Backsolve => unavailable("noise but by Backsolve"),
-        _ if continuous.is_own => unavailable("steps of its own along noise"),
-        Plan::Adaptive(_) => unavailable("adaptive steps along noise"),
-        _ if table.calculus != Calculus::Stratonovich && !equation.additive => {
-            unavailable("noise in the sense of Itô")
-        }
-        _ if !sums.all(is_plain) => {
-            unavailable("stochastic method but sde::{EULER_HEUN, HEUN, MIDPOINT} and, for additive noise, EULER_MARUYAMA")
-        }
+        _ if continuous.kind != Kind::Backsolve => unavailable(
+            "noise where y is interpolated",
+            "Gradient::Backsolve or Gradient::Discrete",
+        ),
+        // Every forward step is taken back by itself, with its own method and length.
+        _ if continuous.is_own => unavailable(
+            "options of its own along noise",
+            "AdjointSolve::new() or Gradient::Discrete",
+        ),
+        Plan::Adaptive(_) => unavailable(
+            "adaptive steps along noise",
+            "fixed steps or Gradient::Discrete",
+        ),
+        _ if table.calculus != Calculus::Stratonovich && !equation.additive => unavailable(
+            "noise in the sense of Itô that is not additive",
+            "the sense of Stratonovich (f − ½ g ∂g/∂y) or Gradient::Discrete",
+        ),
+        _ if !sums.all(is_plain) => unavailable(
+            table.name,
+            "sde::{EULER_HEUN, HEUN, MIDPOINT}, for additive noise EULER_MARUYAMA, or Gradient::Discrete",
+        ),
         _ if driven.drive.masters(false).is_empty() => Ok(()),
-        _ => unavailable("gradient of increments that are given"),
+        _ => unavailable("gradients of increments that are given", "Gradient::Discrete"),
     }
 }
 
@@ -68,6 +81,9 @@ struct Return<'m, 'a> {
     y: Vec<Tensor>,
     adj: Vec<Tensor>,
     theta: Accumulator,
+    /// Whether steps led here from where y last started anew.
+    stepped: bool,
+    drift: f64,
 }
 
 /// From the last step to the first.
@@ -90,16 +106,19 @@ pub(super) fn pull_back(
         y: solved.y0.clone(),
         adj: solved.y0.iter().map(zeros).collect::<Result<_>>()?,
         theta: Accumulator::new(back.theta, problem.state())?,
+        stepped: false,
+        drift: 0.0,
     };
     let (mut taken, mut result) = (0, Ok(()));
     for n in (0..schedule.len()).rev() {
         if let Some(output) = schedule.at_node(n + 1) {
             let given = problem.packing.unpack(&back.cotangent.get(output)?)?;
-            way.y = problem.packing.unpack(&solved.states.get(output)?)?;
+            way.start_from(problem.packing.unpack(&solved.states.get(output)?)?)?;
             way.meet(&given)?;
         }
         let sizes = way.adj.iter().map(ops::magnitude);
         if sizes.sum::<Result<f64>>()? == 0.0 {
+            way.stepped = false;
             continue;
         }
         taken += 1;
@@ -108,10 +127,14 @@ pub(super) fn pull_back(
             break;
         }
     }
+    if result.is_ok() {
+        result = way.start_from(solved.y0.clone());
+    }
     let evaluations = taken * driven.table().evaluations.len();
     stats.recomputed += evaluations;
     stats.backward.steps += taken;
     stats.backward.evaluations += evaluations;
+    stats.backward.drift = stats.backward.drift.max(way.drift);
     augmented.count(stats);
     result?;
     if let Some(output) = schedule.at_node(0) {
@@ -131,6 +154,15 @@ pub(super) fn pull_back(
 }
 
 impl<'a> Return<'_, 'a> {
+    /// y starts anew from a kept state, which it is compared with.
+    fn start_from(&mut self, kept: Vec<Tensor>) -> Result<()> {
+        if self.stepped {
+            self.drift = self.drift.max(drift(&self.y, &kept)?);
+        }
+        (self.y, self.stepped) = (kept, false);
+        Ok(())
+    }
+
     /// A cotangent comes in.
     fn meet(&mut self, given: &[Tensor]) -> Result<()> {
         let state = |leaf: usize| self.driven.roles[leaf].state();
@@ -199,7 +231,7 @@ impl<'a> Return<'_, 'a> {
                 stage.add_to(&mut self.theta, self.augmented, weight)?;
             }
         }
-        (self.y, self.adj) = (y, adj);
+        (self.y, self.adj, self.stepped) = (y, adj, true);
         self.augmented.passed(step.t);
         Ok(())
     }

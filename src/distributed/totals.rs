@@ -61,7 +61,8 @@ pub fn total(group: &dyn Group, stats: &Stats) -> Result<Stats> {
     let [steps, scales] = [stats.step_range, stats.scale_range].map(ends);
     let kept = [stats.states_kept, stats.bytes_kept, stats.activation_bytes];
     let kept = kept.map(|n| n as f64);
-    let factors = [stats.tolerance_factor, stats.backward.tolerance_factor];
+    let back = &stats.backward;
+    let factors = [stats.tolerance_factor, back.tolerance_factor, back.drift];
     let given = [&steps[..], &scales, &kept, &factors].concat();
     let most = maxima(group, &given)?;
     stats.step_range = range(&most[0..2]);
@@ -69,7 +70,8 @@ pub fn total(group: &dyn Group, stats: &Stats) -> Result<Stats> {
     stats.states_kept = most[4] as usize;
     stats.bytes_kept = most[5] as usize;
     stats.activation_bytes = most[6] as usize;
-    [stats.tolerance_factor, stats.backward.tolerance_factor] = [most[7], most[8]];
+    stats.tolerance_factor = most[7];
+    [stats.backward.tolerance_factor, stats.backward.drift] = [most[8], most[9]];
     let first = of_first(group, stats.first_step.unwrap_or(f64::NAN))?;
     stats.first_step = (!first.is_nan()).then_some(first);
     Ok(stats)

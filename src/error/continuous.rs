@@ -1,17 +1,19 @@
 //! What can be wrong with a continuous adjoint.
 
-use super::Error;
+use super::{Error, Result};
 use crate::stats::StopReason;
 
 /// Backward solves that cannot be made, and how one ended.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ContinuousDefect {
-    /// What a continuous adjoint does not have.
-    #[error("a continuous adjoint has no {what}: take Gradient::Discrete")]
+    /// What cannot be had together with a continuous adjoint, or with one of this kind.
+    #[error("a continuous adjoint does not go with {what}: take {take}")]
     Unavailable {
         /// What was asked for.
         what: &'static str,
+        /// What can be had in its place.
+        take: &'static str,
     },
     /// Points of a Gauss rule.
     #[error("a Gauss rule of {points} points: 1 to 16 can be had")]
@@ -37,6 +39,13 @@ pub enum ContinuousDefect {
         /// Attempts that were rejected.
         rejected: usize,
     },
+}
+
+impl ContinuousDefect {
+    /// The error of asking for what cannot be had.
+    pub(crate) fn unavailable<R>(what: &'static str, take: &'static str) -> Result<R> {
+        Err(Self::Unavailable { what, take }.into())
+    }
 }
 
 impl From<ContinuousDefect> for Error {

@@ -170,8 +170,8 @@ impl CdeMlp {
         self.layers.iter().flat_map(|l| [&l.weight, &l.bias])
     }
 
-    /// F(z) times a slope, and what the pull-back needs.
-    fn linearised(&self, z: &Tensor, slope: &Tensor) -> Result<(Tensor, Linearised)> {
+    /// F(z) times a slope, F(z), and what the pull-back needs.
+    fn linearised(&self, z: &Tensor, slope: &Tensor) -> Result<([Tensor; 2], Linearised)> {
         self.check(z)?;
         if slope.dims() != [z.dim(0)?, self.channels] {
             let (needs, channels) = (self.channels, slope.dims().last().copied().unwrap_or(0));
@@ -185,10 +185,9 @@ impl CdeMlp {
             layers,
             inputs,
             outputs,
-            matrix,
             slope: slope.detach(),
         };
-        Ok((k, linear))
+        Ok(([k, matrix], linear))
     }
 
     /// The cotangents of what the layers put out before their activations, and that of z.
@@ -212,13 +211,13 @@ impl CdeMlp {
         Ok((seeds, g))
     }
 
-    /// The gradients of the parameters from these cotangents.
-    fn gradients(&self, linear: &Linearised, seeds: &[Tensor]) -> Result<GradStore> {
+    /// The gradients of the parameters from what every layer read and these cotangents.
+    fn gradients(&self, inputs: &[Tensor], seeds: &[Tensor]) -> Result<GradStore> {
         let mut params = GradStore::default();
         for (l, g) in seeds.iter().enumerate().rev() {
             let Affine { weight, bias } = &self.layers[l];
             if weight.track_op() {
-                let grad = transposed_matmul(g, &linear.inputs[l])?;
+                let grad = transposed_matmul(g, &inputs[l])?;
                 add_gradient(&mut params, weight, grad)?;
             }
             if bias.track_op() {
@@ -229,13 +228,11 @@ impl CdeMlp {
     }
 }
 
-/// An evaluation: the layers without history, what every layer read and put out before its activation, F(z), and the
-/// slope.
+/// An evaluation: the layers without history, what every layer read and put out before its activation, and the slope.
 struct Linearised {
     layers: Vec<Affine>,
     inputs: Vec<Tensor>,
     outputs: Vec<Tensor>,
-    matrix: Tensor,
     slope: Tensor,
 }
 
@@ -252,13 +249,13 @@ impl ControlledField for CdeMlp {
         z: &Tensor,
         slope: &Tensor,
     ) -> Result<Option<(Tensor, ControlledPullback<'f>)>> {
-        let (k, linear) = self.linearised(z, slope)?;
+        let ([k, matrix], linear) = self.linearised(z, slope)?;
         let pull = move |v: &Tensor| {
             let v = v.detach();
             // v_i F_ic, summed over i.
-            let slope_bar = pulled_to_slope(&linear.matrix, &v)?;
+            let slope_bar = pulled_to_slope(&matrix, &v)?;
             let (seeds, y) = self.pull(&linear, &v)?;
-            let params = self.gradients(&linear, &seeds)?;
+            let params = self.gradients(&linear.inputs, &seeds)?;
             let t = None;
             Ok((Cotangents { y, t, params }, slope_bar))
         };
@@ -271,12 +268,12 @@ impl ControlledField for CdeMlp {
         z: &Tensor,
         slope: &Tensor,
     ) -> Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
-        let (k, linear) = self.linearised(z, slope)?;
-        let linear = Rc::new(linear);
+        let ([k, _], linear) = self.linearised(z, slope)?;
         let pull = move |v: &Tensor| {
             let (seeds, y) = self.pull(&linear, &v.detach())?;
-            let linear = Rc::clone(&linear);
-            let params = move || self.gradients(&linear, &seeds);
+            // What is kept of the evaluation is what the layers read, and neither their outputs nor F(z).
+            let inputs = linear.inputs.clone();
+            let params = move || self.gradients(&inputs, &seeds);
             let params: LateGradients<'f> = Rc::new(params);
             Ok((y, params))
         };

@@ -267,17 +267,19 @@ impl Mlp {
         Ok((k, linear))
     }
 
-    /// The gradients of the parameters from the cotangents of z by layer, and the cotangent of time.
+    /// The gradients of the parameters from what every layer read and the cotangents of z by layer, and the cotangent
+    /// of time.
     fn gradients(
         &self,
-        linear: &Linearised,
+        inputs: &[Tensor],
         seeds: &[Tensor],
+        t: Option<&Tensor>,
     ) -> Result<(GradStore, Option<Tensor>)> {
         let (mut params, mut of_time) = (GradStore::default(), None);
         for (l, g) in seeds.iter().enumerate().rev() {
-            let weight_bar = || transposed_matmul(g, &linear.inputs[l]);
+            let weight_bar = || transposed_matmul(g, &inputs[l]);
             let sums = || sum_of_rows(g);
-            of_time = self.add_gradients(l, sums, weight_bar, linear.t.as_ref(), &mut params)?;
+            of_time = self.add_gradients(l, sums, weight_bar, t, &mut params)?;
         }
         Ok((params, of_time))
     }
@@ -367,7 +369,7 @@ impl VectorField<Tensor> for Mlp {
         let (k, linear) = self.linearised(t, y)?;
         let pull = move |v: &Tensor| {
             let (seeds, y) = linear.pull(v)?;
-            let (params, t) = self.gradients(&linear, &seeds)?;
+            let (params, t) = self.gradients(&linear.inputs, &seeds, linear.t.as_ref())?;
             Ok(Cotangents { y, t, params })
         };
         Ok((k, Box::new(pull)))
@@ -379,11 +381,11 @@ impl VectorField<Tensor> for Mlp {
         y: &Tensor,
     ) -> Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
         let (k, linear) = self.linearised(t, y)?;
-        let linear = Rc::new(linear);
         let pull = move |v: &Tensor| {
             let (seeds, y) = linear.pull(v)?;
-            let linear = Rc::clone(&linear);
-            let params = move || Ok(self.gradients(&linear, &seeds)?.0);
+            // What is kept of the evaluation is what the layers read, and neither z nor the weights.
+            let (inputs, t) = (linear.inputs.clone(), linear.t.clone());
+            let params = move || Ok(self.gradients(&inputs, &seeds, t.as_ref())?.0);
             let params: LateGradients<'f> = Rc::new(params);
             Ok((y, params))
         };

@@ -75,6 +75,7 @@ pub struct SdeOptions {
     /// the forward pass (X. Li and others, AISTATS 2020).  It can be had in the sense of Stratonovich, or with additive
     /// noise, with fixed steps of [`EULER_HEUN`](super::EULER_HEUN), [`HEUN`](super::HEUN) or
     /// [`MIDPOINT`](super::MIDPOINT) ([`EULER_MARUYAMA`] for additive noise), and without gradients of given increments.
+    /// Its [`AdjointSolve`](crate::options::AdjointSolve) has no options of its own.
     /// Its error falls with the strong order of the method; that of the discrete adjoint is zero with respect to the steps.
     ///
     /// ```

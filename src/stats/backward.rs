@@ -22,6 +22,11 @@ pub struct BackwardStats {
     pub evaluations: usize,
     /// Points at which parameter gradients were evaluated for a Gauss rule.
     pub points: usize,
+    /// How far a y that a [`Backsolve`](crate::options::Gradient::Backsolve) solved backward was from the states of the
+    /// forward pass, where it starts anew from them and at the first time: the largest difference of a number, relative
+    /// to the largest number of that state.  λ was solved along this y.  If the drift is far above the tolerance, or
+    /// above the error of fixed steps, the gradient is wrong.  Zero for the other kinds, which do not solve y again.
+    pub drift: f64,
     /// Every attempt in its order, from the last time to the first.  Filled only by a
     /// [`Recorder::tracing`](crate::metrics::Recorder::tracing).
     pub attempts: Vec<BackwardAttempt>,
@@ -48,6 +53,7 @@ impl BackwardStats {
         self.forced += other.forced;
         self.limited += other.limited;
         self.tolerance_factor = self.tolerance_factor.max(other.tolerance_factor);
+        self.drift = self.drift.max(other.drift);
     }
 
     /// Counts an attempt, and keeps it if it is wanted.

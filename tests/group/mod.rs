@@ -600,6 +600,8 @@ pub(crate) fn losses_and_statistics_are_those_of_all_ranks(group: &dyn Group) {
         backward.rejected = of(13);
         backward.evaluations = of(14);
         backward.points = of(15);
+        backward.forced = of(16);
+        backward.limited = of(17);
         Stats {
             steps: of(0),
             rejected: of(1),
@@ -617,7 +619,7 @@ pub(crate) fn losses_and_statistics_are_those_of_all_ranks(group: &dyn Group) {
             ..Default::default()
         }
     };
-    let stats = Stats {
+    let mut stats = Stats {
         states_kept: 100 * (rank + 1),
         bytes_kept: 200 * (size - rank),
         activation_bytes: 300 * (rank + 1),
@@ -627,9 +629,11 @@ pub(crate) fn losses_and_statistics_are_those_of_all_ranks(group: &dyn Group) {
         first_step: Some(1.0 + rank as f64),
         ..counts(&|i| 10 * i + rank)
     };
+    stats.backward.tolerance_factor = 2.0 * rank as f64;
+    stats.backward.drift = 3.0 * rank as f64;
     let all = total(group, &stats).unwrap();
     let ranks = size * (size - 1) / 2;
-    let expected = Stats {
+    let mut expected = Stats {
         states_kept: 100 * size,
         bytes_kept: 200 * size,
         activation_bytes: 300 * size,
@@ -639,6 +643,8 @@ pub(crate) fn losses_and_statistics_are_those_of_all_ranks(group: &dyn Group) {
         first_step: Some(1.0),
         ..counts(&|i| 10 * i * size + ranks)
     };
+    expected.backward.tolerance_factor = 2.0 * (size - 1) as f64;
+    expected.backward.drift = 3.0 * (size - 1) as f64;
     assert_eq!(all, expected);
     // Those of solves.
     let recorder = Recorder::default();
