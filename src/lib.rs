@@ -14,8 +14,9 @@
 //! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite
 //!   differences.  The first solves of a model do the same.
 //! * [`nn`]: layers and fields.  On the CPU, some of the fields are integrated in tiles (groups of rows of the batch),
-//!   several times faster than through candle's operations: perceptrons, continuous flows of perceptrons, gradients of
-//!   perceptrons, convolutions, and perceptrons as fields of a CDE.
+//!   several times faster than through candle's operations: perceptrons, continuous flows (also those of
+//!   OT-Flow, and with weights that depend on time), gradients of perceptrons, convolutions, and perceptrons as fields of
+//!   a CDE.
 //! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian
 //!   networks.  They can be trained, although candle has no second derivatives: these are written by hand.
 //! * [`options::Gradient`]: continuous adjoints in place of the exact gradients, for comparison or if memory is short.

@@ -62,7 +62,8 @@ fn steps(
             // Without a row there is no step, of rows or of the batch.
             let by_row = control.options.control == Some(StepControl::Rows);
             if by_row && !problem.is_empty() {
-                let row_wise = offered.is_some_and(|offered| offered.rows.is_some());
+                let rows = offered.and_then(|offered| offered.rows);
+                let row_wise = rows.is_some_and(|rows| rows.may_part());
                 return Err(Error::Adaptive(AdaptiveDefect::NoRows { row_wise }));
             }
         }

@@ -7,12 +7,17 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_diffeq::datasets::Density;
+use candle_diffeq::error::{AdaptiveDefect, Error};
 use candle_diffeq::metrics::mmd;
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, Cnf, Hutchinson, HyperCnf, Mlp, OtFlow, Probe};
-use candle_diffeq::options::{Arithmetic, Output, Steps};
+use candle_diffeq::options::{Adaptive, Arithmetic, Output, StepControl, Steps};
+use candle_diffeq::tableau::{DOPRI5, EULER};
 use candle_diffeq::{NeuralOde, OdeOptions, Precision, Time, VectorField};
 use candle_nn::{VarBuilder, VarMap};
-use common::{all, error_of, relative, scatter, scattered, values, worst, U_BF16, U_F16, U_F64};
+use common::{
+    all, error_of, relative, scatter, scattered, values, worst, U_BF16, U_F16, U_F32, U_F64,
+};
 use proptest::prelude::*;
 
 fn at(t: f64) -> Time {
@@ -333,6 +338,118 @@ fn flows_run_in_native_low_precision_with_sums_in_f32() {
         for errors in [hyper, potential] {
             assert!(worst(errors) <= 32.0 * u, "{errors:?}");
         }
+    }
+}
+
+/// Solves a field of (z, costs) with fusion or without: states, gradients of y0, and of the parameters.
+fn solved<F, B>(
+    build: B,
+    columns: usize,
+    rows: usize,
+    times: &[f64],
+    options: OdeOptions,
+) -> candle_diffeq::Result<Vec<Tensor>>
+where
+    F: VectorField<(Tensor, Tensor)> + Send + Sync + 'static,
+    B: Fn(VarBuilder<'_>) -> Result<F> + Send + Sync + Copy + 'static,
+{
+    let vars = VarMap::new();
+    let ode = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, build)?;
+    scatter(&vars);
+    let f32 = |x: Tensor| x.to_dtype(DType::F32);
+    let z0 = Var::from_tensor(&f32(scattered(&[rows, 2], 1.0, 1))?)?;
+    let l0 = Var::from_tensor(&f32(zeros(rows, columns))?)?;
+    let y0 = (z0.as_tensor().clone(), l0.as_tensor().clone());
+    let (z, l) = ode.options(options).solve(&y0, times)?;
+    // Of one sign, lest gradients cancel.
+    let weighted =
+        |x: &Tensor, seed| (f32((scattered(x.dims(), 0.5, seed) + 1.0)?)? * x)?.sum_all();
+    let loss = (weighted(&z, 7)? + weighted(&l, 9)?)?;
+    let grads = loss.backward()?;
+    let variables = all(&vars).into_iter().map(|(_, var)| var);
+    let of = |var: Var| grads.get(&var).unwrap().clone();
+    let gradients = [z0, l0].into_iter().chain(variables).map(of);
+    Ok([z, l].into_iter().chain(gradients).collect())
+}
+
+#[test]
+fn tiles_round_where_the_general_path_rounds() {
+    let check = |of: &dyn Fn(OdeOptions) -> candle_diffeq::Result<Vec<Tensor>>| {
+        for (low, u) in [(Precision::bf16(), U_BF16), (Precision::f16(), U_F16)] {
+            let [general, tiles] = [false, true].map(|fusion| {
+                of(OdeOptions {
+                    fusion,
+                    leaf_precision: vec![low, Precision::f32()],
+                    ..Default::default()
+                })
+                .unwrap()
+            });
+            // Where a roundoff of f32 moves a number over the middle between two of low precision, it is rounded the
+            // other way.
+            let errors = tiles.iter().zip(&general).map(|(x, y)| relative(x, y));
+            assert!(worst(errors) <= u, "{low:?}");
+        }
+    };
+    let times = [0.0, 0.25, 0.5];
+    check(&|options| solved(|vb| HyperCnf::new(2, 20, 9, vb), 1, 37, &times, options));
+    check(&|options| solved(|vb| OtFlow::new(2, 19, 3, vb), 3, 37, &times, options));
+}
+
+#[test]
+fn weights_of_very_many_times_are_computed_when_they_are_needed() {
+    // More times than are listed before the first step, and the same in two solves of fewer.
+    let steps = 70_000;
+    let solve = |times: &[f64], steps, y0: &(Tensor, Tensor)| {
+        let vars = VarMap::new();
+        let ode = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, |vb| {
+            HyperCnf::new(2, 5, 3, vb)
+        });
+        scatter(&vars);
+        let options = OdeOptions {
+            method: EULER,
+            steps: Steps::PerInterval(steps),
+            output: Output::Final,
+            ..Default::default()
+        };
+        ode.unwrap().options(options).predict(y0, times).unwrap()
+    };
+    let f32 = |x: Tensor| x.to_dtype(DType::F32).unwrap();
+    let y0 = (f32(scattered(&[3, 2], 1.0, 1)), f32(zeros(3, 1)));
+    let whole = solve(&[0.0, 1.0], steps, &y0);
+    let half = solve(&[0.0, 0.5], steps / 2, &y0);
+    let parts = solve(&[0.5, 1.0], steps / 2, &half);
+    for (x, y) in [(&whole.0, &parts.0), (&whole.1, &parts.1)] {
+        let error = relative(x, y);
+        assert!(error <= 16.0 * U_F32, "{error:e}");
+    }
+}
+
+#[test]
+fn rows_that_share_the_weights_of_a_time_have_no_steps_of_their_own() {
+    let build = |vb: VarBuilder<'_>| HyperCnf::new(2, 6, 4, vb);
+    let solve = |control: Option<StepControl>, fusion| {
+        let adaptive = Adaptive::new(1e-4, 1e-6);
+        let recorder = Recorder::default();
+        let options = OdeOptions {
+            method: DOPRI5,
+            steps: Steps::Adaptive(match control {
+                Some(control) => adaptive.control(control),
+                None => adaptive,
+            }),
+            recorder: Some(recorder.clone()),
+            fusion,
+            ..Default::default()
+        };
+        let answers = solved(build, 1, 20, &[0.0, 0.4], options)?;
+        Ok::<_, Error>((answers, recorder.take()))
+    };
+    let refused = solve(Some(StepControl::Rows), true).unwrap_err();
+    let own = AdaptiveDefect::NoRows { row_wise: false };
+    assert!(matches!(refused, Error::Adaptive(defect) if defect == own));
+    let [(tiles, stats), (general, _)] = [true, false].map(|on| solve(None, on).unwrap());
+    assert_eq!(stats.row_evaluations, 0);
+    for (x, y) in tiles.iter().zip(&general) {
+        assert_eq!(values(x), values(y));
     }
 }
 

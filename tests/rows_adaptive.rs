@@ -8,7 +8,7 @@ mod common;
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_diffeq::error::{AdaptiveDefect, Error, StopReason};
 use candle_diffeq::metrics::{Recorder, Stats};
-use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp, Relaxation, RowSpeed};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp, OtFlow, Relaxation, RowSpeed};
 use candle_diffeq::options::{
     Adaptive, Checkpoint, Controller, OnFailure, Output, StepControl, Steps,
 };
@@ -36,11 +36,13 @@ enum Kind {
     /// A flow to which the state relaxes.
     Relaxed,
     Conv,
+    /// With its costs.
+    Potential,
     /// Not bounded: large states move without bounds.
     Relu,
 }
 
-const KINDS: [Kind; 7] = [
+const KINDS: [Kind; 8] = [
     Kind::Mlp,
     Kind::Timed,
     Kind::Cnf,
@@ -48,6 +50,7 @@ const KINDS: [Kind; 7] = [
     Kind::Speed,
     Kind::Relaxed,
     Kind::Conv,
+    Kind::Potential,
 ];
 
 /// Where each row begins: the later ones move faster.
@@ -56,6 +59,7 @@ fn start(kind: Kind, rows: usize, dtype: DType) -> Vec<Tensor> {
         Kind::Mlp | Kind::Timed | Kind::Relu => &[&[3]],
         Kind::Cnf | Kind::Deep | Kind::Speed | Kind::Relaxed => &[&[3], &[1]],
         Kind::Conv => &[&[2, 3, 2]],
+        Kind::Potential => &[&[3], &[3]],
     };
     let leaf = |(i, shape): (usize, &&[usize])| {
         let x = scattered(&[&[rows], *shape].concat(), 1.5, 11 + i);
@@ -133,6 +137,11 @@ fn solve(
             let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
             run::<(Tensor, Tensor)>(ode, &vars, y0, times, options)
         }
+        Kind::Potential => {
+            let build = move |vb: VarBuilder<'_>| OtFlow::new(3, 12, 2, vb);
+            let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
+            run::<(Tensor, Tensor)>(ode, &vars, y0, times, options)
+        }
         Kind::Conv => {
             let build = move |vb: VarBuilder<'_>| ConvField::new(&[2, 3, 2], 3, tanh, vb);
             let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build)?;
@@ -149,8 +158,14 @@ fn run<S: State + 'static>(
     options: &OdeOptions,
 ) -> candle_diffeq::Result<Answers> {
     fill(vars);
-    for (_, var) in all(vars) {
+    for (name, var) in all(vars) {
         var.set(&(var.as_tensor() * 1.5)?)?;
+        if name == "c" {
+            // Of a potential: ∂Φ/∂t − ½‖∇Φ‖² is far from its kink at 0, where gradients depend on each step length.
+            let of_x = var.narrow(0, 0, var.elem_count() - 1)?;
+            let of_time = Tensor::full(-40f32, 1, &Device::Cpu)?.to_dtype(var.dtype())?;
+            var.set(&Tensor::cat(&[of_x, of_time], 0)?)?;
+        }
     }
     let recorder = Recorder::tracing();
     let ode = ode.options(OdeOptions {

@@ -7,8 +7,8 @@ zeros_like, and `time(t, like)`, t as a 1 × 1 matrix.
 from typing import Any, Callable, NamedTuple
 
 
-#: Kinds whose state is (z, log p).
-DENSITIES = ("cnf", "hyper")
+#: Kinds whose state is (z, log p) or (z, log p and two further costs), and the columns of the second part.
+DENSITIES = {"cnf": 1, "hyper": 1, "ot_flow": 3}
 
 
 class Cell(NamedTuple):
@@ -31,6 +31,8 @@ def velocity(kind: str, ops, weights: list, t, y, activation: str = "tanh"):
         x, s = y[..., :-1], y[..., -1:]
         towards = velocity("mlp", ops, weights, t, x, activation)
         return ops.cat([ops.exp(s) * (towards - x), ops.zeros_like(s)])
+    if kind == "ot_flow":
+        return ot_flow(ops, weights, t, y[0])
     *hidden, last = zip(weights[::2], weights[1::2])
     if kind == "hyper":
         return hyper(ops, [*hidden, last], t, y[0])
@@ -67,15 +69,34 @@ def hyper(ops, layers: list, t, z):
     return h @ u, (h * h - 1) @ (u * w).sum(axis=-1, keepdims=True)
 
 
+def ot_flow(ops, weights: list, t, x):
+    """Minus the gradient of w·(u + σ(K₁u + b₁)) + ½ ‖As‖² + c·s, u = σ(K₀s + b₀), s = (x, t), σ(x) = log 2 cosh x, with the
+    trace of its Hessian and the costs of OT-Flow, by the formulas of its authors."""
+    k0, b0, k1, b1, w, a, c = weights
+    d = x.shape[-1]
+    s = ops.cat([x, ops.zeros_like(x[:, :1]) + ops.time(t, x)])
+    before = ops.linear(s, k0, b0)
+    t0, u = ops.tanh(before), ops.softplus(2 * before) - before
+    t1 = ops.tanh(ops.linear(u, k1, b1))
+    z = w + (t1 * w) @ k1
+    gradient = (t0 * z) @ k0 + ops.linear(ops.linear(s, a, None), a.T, None) + c
+    columns = k0[:, :d]
+    tangents = (t0[:, None, :] * columns.T) @ k1.T
+    trace = (((1 - t0 * t0) * z) @ (columns * columns).sum(-1)
+             + ((1 - t1 * t1) * (tangents * tangents).sum(1)) @ w + (a[:, :d] ** 2).sum())[:, None]
+    transport = 0.5 * (gradient[:, :d] ** 2).sum(axis=-1, keepdims=True)
+    return -gradient[:, :d], ops.cat([trace, transport, abs(gradient[:, d:] - transport)])
+
+
 def initial(kind: str, ops, y0):
     """The state at the start."""
-    return (y0, ops.zeros_like(y0[:, :1])) if kind in DENSITIES else y0
+    return (y0, ops.cat(DENSITIES[kind] * [ops.zeros_like(y0[:, :1])])) if kind in DENSITIES else y0
 
 
 def loss(kind: str, y, target):
-    """Mean square distance, or mean negative log-likelihood up to a constant."""
+    """Mean square distance, or mean negative log-likelihood up to a constant, with the further costs."""
     if kind in DENSITIES:
-        return (0.5 * (y[0] ** 2).sum(axis=-1, keepdims=True) + y[1]).mean()
+        return (0.5 * (y[0] ** 2).sum(axis=-1) + y[1].sum(axis=-1)).mean()
     return ((y - target) ** 2).mean()
 
 

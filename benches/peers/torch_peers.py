@@ -36,7 +36,8 @@ class Field(torch.nn.Module):
         """torchdyn, which knows no tuples, gives `args` and has the parts side by side."""
         if args is None or self.kind not in DENSITIES:
             return velocity(self.kind, OPS, self.weights, t, y)
-        return torch.cat(velocity(self.kind, OPS, self.weights, t, (y[:, :-1], y[:, -1:])), -1)
+        parts = y.tensor_split([-DENSITIES[self.kind]], -1)
+        return torch.cat(velocity(self.kind, OPS, self.weights, t, parts), -1)
 
 
 def solver(peer: str, field: Field, method: str, times: torch.Tensor) -> Callable:
@@ -58,7 +59,7 @@ def solver(peer: str, field: Field, method: str, times: torch.Tensor) -> Callabl
                         return_t_eval=False).to(times.dtype)
         if field.kind not in DENSITIES:
             return lambda y: ode(y, times)[-1]
-        return lambda y: ode(torch.cat(y, -1), times)[-1].split([y[0].shape[-1], 1], -1)
+        return lambda y: ode(torch.cat(y, -1), times)[-1].tensor_split([-DENSITIES[field.kind]], -1)
     options = {}
     if name == "rampde":
         from rampde import odeint

@@ -18,6 +18,14 @@ SPECS = {
     "W5": dict(kind="mlp", dims=[2, 64, 64, 2], batch=64, steps=2000, method="euler", seed=15),
 }
 
+#: Flows of the examples `cnf8g` and `otflow`; F0 is a small one, for tests.
+FLOW_SPECS = {
+    "F0": dict(kind="ot_flow", dims=[3, 11, 11], rank=3, features=2, batch=20, steps=3, method="rk4", seed=400),
+    "F1": dict(kind="hyper", dims=[1, 32, 32, 448], features=2, batch=512, steps=16, method="rk4", seed=401),
+    "F2": dict(kind="ot_flow", dims=[3, 32, 32], rank=2, features=2, batch=512, steps=7, method="rk4", seed=402),
+    "F3": dict(kind="ot_flow", dims=[9, 48, 48], rank=8, features=8, batch=256, steps=9, method="rk4", seed=403),
+}
+
 #: For GPUs.  G4 is the flow of torchdiffeq's example of one, at 128 times; `rows` go through the reference at once.
 GPU_SPECS = {
     "G1": dict(kind="mlp", dims=[2, 64, 64, 2], batch=65536, steps=100, method="rk4", seed=21, rows=8192),
@@ -28,7 +36,7 @@ GPU_SPECS = {
 
 
 class Workload(NamedTuple):
-    """Kind of field (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp, sde, cde), method, and tensors by name; relative and
+    """Kind of field (mlp, conv, cnf, hyper, ot_flow, van_der_pol, scaled_mlp, sde, cde), method, and tensors by name; relative and
     absolute tolerance where steps are adaptive; the seed of an SDE's noise."""
 
     kind: str
@@ -68,6 +76,9 @@ def random(spec: dict) -> Workload:
         bound = 1 / np.sqrt(fan * np.prod(kernel))
         tensors[f"p{2 * layer}"] = source.uniform(-bound, bound, [width, fan, *kernel])
         tensors[f"p{2 * layer + 1}"] = source.uniform(-bound, bound, width)
+    if spec["kind"] == "ot_flow":
+        bound = np.sqrt(6 / (spec["rank"] + dims[0]))
+        tensors |= {"p4": np.ones(dims[-1]), "p5": source.uniform(-bound, bound, [spec["rank"], dims[0]]), "p6": np.zeros(dims[0])}
     for name in ("y0", "target"):
         tensors[name] = source.randn(spec["batch"], spec.get("features", dims[0]), *image)
     tensors = {name: x.astype(np.float32) for name, x in tensors.items()}

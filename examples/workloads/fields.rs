@@ -27,7 +27,7 @@ pub(crate) struct Kind {
 }
 
 /// Every kind.
-pub(crate) const KINDS: [Kind; 11] = [
+pub(crate) const KINDS: [Kind; 12] = [
     Kind {
         name: "mlp",
         plain: mlp,
@@ -49,6 +49,11 @@ pub(crate) const KINDS: [Kind; 11] = [
         ours: Some(our_hyper),
     },
     Kind {
+        name: "ot_flow",
+        plain: models::no_plain,
+        ours: Some(models::ot_flow),
+    },
+    Kind {
         name: "van_der_pol",
         plain: van_der_pol,
         ours: None,
@@ -60,27 +65,27 @@ pub(crate) const KINDS: [Kind; 11] = [
     },
     Kind {
         name: "sde",
-        plain: no_plain,
+        plain: models::no_plain,
         ours: Some(our_sde),
     },
     Kind {
         name: "cde",
-        plain: no_plain,
+        plain: models::no_plain,
         ours: Some(our_cde),
     },
     Kind {
         name: "hnn",
-        plain: no_plain,
+        plain: models::no_plain,
         ours: Some(models::hnn),
     },
     Kind {
         name: "galerkin",
-        plain: no_plain,
+        plain: models::no_plain,
         ours: Some(models::galerkin),
     },
     Kind {
         name: "graph",
-        plain: no_plain,
+        plain: models::no_plain,
         ours: Some(models::graph),
     },
 ];
@@ -118,7 +123,7 @@ impl Place<'_> {
         Ok(ode.options(options))
     }
 
-    fn builder(&self) -> VarBuilder<'_> {
+    pub(crate) fn builder(&self) -> VarBuilder<'_> {
         VarBuilder::from_varmap(self.vars, self.dtype, self.device)
     }
 }
@@ -138,7 +143,7 @@ fn layers(weights: Vec<Tensor>) -> Result<Layers> {
 }
 
 /// A field over the parts of the state.
-type Field = Box<dyn Fn(&Time, &Vec<Tensor>) -> Result<Vec<Tensor>> + Send + Sync>;
+pub(crate) type Field = Box<dyn Fn(&Time, &Vec<Tensor>) -> Result<Vec<Tensor>> + Send + Sync>;
 
 type Plain = fn(Vec<Tensor>, Parts) -> Result<Field>;
 
@@ -387,11 +392,6 @@ fn our_conv(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::
         ConvField::from_layers(&layers, Activation::Relu)
     };
     Ok(Ode::One(place.ode(field, options)?))
-}
-
-/// Of kinds that have no field of time and state alone, or none without the library's layers.
-fn no_plain(_: Vec<Tensor>, _: Parts) -> Result<Field> {
-    candle_core::bail!("an equation of this kind is solved with the library's own fields only")
 }
 
 /// Layers with activations between them.

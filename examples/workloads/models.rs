@@ -1,14 +1,15 @@
 //! Fields of torchdyn's models: a Hamiltonian network, a perceptron whose first layer depends on time, and two convolutions
-//! over a graph.
+//! over a graph; and the flow of a potential.
 
-use candle_core::{Module, Tensor};
+use candle_core::{Module, Result, Tensor};
 use candle_diffeq::nn::energy::{Energy, Hamiltonian};
 use candle_diffeq::nn::graph::{Gcn, GcnField};
-use candle_diffeq::nn::{Basis, EnergyMlp, Galerkin, GalerkinLinear, Linear, Perceptron};
+use candle_diffeq::nn::{Basis, EnergyMlp, Galerkin, GalerkinLinear, Linear, OtFlow, Perceptron};
 use candle_diffeq::{OdeOptions, Time};
 use candle_nn::VarBuilder;
 
-use crate::fields::{undriven, Ask, Drive, Ode, Place};
+use crate::fields::{undriven, Ask, Drive, Field, Ode, Parts, Place};
+use crate::workload::variable;
 
 /// J ∇H of a perceptron H, whose last layer has no bias.
 pub(crate) fn hnn(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
@@ -70,6 +71,42 @@ pub(crate) fn graph(
         GcnField::from_layers(vec![first, last], activation)
     };
     Ok(Ode::One(place.ode(field, options)?))
+}
+
+/// Weights: those of two layers with their biases, w, A and c.
+pub(crate) fn ot_flow(
+    place: &Place<'_>,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let weights = ask(place.builder())?;
+    let [_, _, inner, _, _, a, _] = weights.as_slice() else {
+        return Err(candle_core::Error::msg("a potential of other than seven weights").into());
+    };
+    let (features, width, rank) = (place.features, inner.dim(0)?, a.dim(0)?);
+    let field = move |vb: VarBuilder<'_>| {
+        // Its names, in the order of the file.
+        const NAMES: [&str; 7] = [
+            "open.weight",
+            "open.bias",
+            "inner.weight",
+            "inner.bias",
+            "w",
+            "A",
+            "c",
+        ];
+        let in_file = |name: &str| {
+            let i = NAMES.iter().position(|known| *known == name);
+            i.map_or_else(|| name.to_owned(), variable)
+        };
+        OtFlow::new(features, width, rank, vb.rename_f(in_file))
+    };
+    Ok(Ode::Two(place.ode(field, options)?))
+}
+
+/// Of kinds that have no field of time and state alone, or none without the library's layers.
+pub(crate) fn no_plain(_: Vec<Tensor>, _: Parts) -> Result<Field> {
+    candle_core::bail!("an equation of this kind is solved with the library's own fields only")
 }
 
 fn linear(weight: &Tensor, bias: Option<&Tensor>) -> Linear {

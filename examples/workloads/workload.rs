@@ -1,5 +1,5 @@
 //! A workload file: weights p0, p1, …, y0, t, target, and the reference's loss and gradients in f64;
-//! in its header `kind` (mlp, conv, cnf, hyper, van_der_pol, scaled_mlp, sde, cde, hnn, galerkin, graph) and `method`.
+//! in its header `kind` (mlp, conv, cnf, hyper, ot_flow, van_der_pol, scaled_mlp, sde, cde, hnn, galerkin, graph) and `method`.
 //!
 //! Where the header has `rtol` and `atol`, steps are adaptive, the loss is of all outputs, and `ref.ys` is the state at
 //! the times of numbers `ref.index`; it may have an `activation`, too.
@@ -112,9 +112,12 @@ impl Workload {
         self.tolerances.is_some()
     }
 
-    /// Whether it is one of torchdyn's models.
+    /// Whether it is one of torchdyn's models, or a flow of the examples.
     pub(crate) fn is_model(&self) -> bool {
-        matches!(self.kind.name, "hnn" | "galerkin" | "graph")
+        matches!(
+            self.kind.name,
+            "hnn" | "galerkin" | "graph" | "hyper" | "ot_flow"
+        )
     }
 
     /// Whether it is driven by noise or a path.
@@ -249,8 +252,8 @@ impl Workload {
     pub(crate) fn y0(&self, dtype: DType) -> Result<Initial> {
         let var = Var::from_tensor(&self.tensor("y0", dtype)?)?;
         let mut leaves = vec![var.as_tensor().clone()];
-        if self.is_density() {
-            leaves.push(Tensor::zeros((var.dim(0)?, 1), dtype, &self.device)?);
+        if let Some(costs) = self.costs() {
+            leaves.push(Tensor::zeros((var.dim(0)?, costs), dtype, &self.device)?);
         }
         if self.kind.name == "scaled_mlp" {
             let last = var.dim(1)?.saturating_sub(1);
@@ -261,7 +264,16 @@ impl Workload {
 
     /// Whether the state has its log-density beside it.
     pub(crate) fn is_density(&self) -> bool {
-        matches!(self.kind.name, "cnf" | "hyper")
+        self.costs().is_some()
+    }
+
+    /// The log-density and what is integrated with it.
+    fn costs(&self) -> Option<usize> {
+        match self.kind.name {
+            "cnf" | "hyper" => Some(1),
+            "ot_flow" => Some(3),
+            _ => None,
+        }
     }
 
     /// What the final state should be, where the loss asks for it.
@@ -273,7 +285,7 @@ impl Workload {
     }
 
     /// The mean square distance of all outputs from the target, in as many columns as that has, or the mean negative
-    /// log-likelihood under a standard normal, up to a constant.
+    /// log-likelihood under a standard normal, up to a constant, with the further costs of an `ot_flow`.
     pub(crate) fn loss(
         &self,
         y: &[Tensor],
@@ -287,7 +299,7 @@ impl Workload {
                 let y = y.narrow(D::Minus1, 0, target.dim(D::Minus1)?)?;
                 y.broadcast_sub(target)?.sqr()?.mean_all()
             }
-            ([z, log], None) => ((z.sqr()?.sum_keepdim(1)? * 0.5)? + log)?.mean_all(),
+            ([z, costs], None) => ((z.sqr()?.sum(1)? * 0.5)? + costs.sum(1)?)?.mean_all(),
             _ => candle_core::bail!("the state has {} parts", y.len()),
         }
     }
@@ -365,7 +377,7 @@ impl Workload {
 }
 
 /// The name of the i-th weight as a variable.
-fn variable(i: usize) -> String {
+pub(crate) fn variable(i: usize) -> String {
     format!("{}.{}", i / 2, ["weight", "bias"][i % 2])
 }
 

@@ -1,12 +1,21 @@
 //! A continuous normalising flow whose weights are functions of time.
 
+mod tiles;
+
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Shape, Tensor};
 use candle_nn::{Linear, Module, VarBuilder};
+use pulp::Simd;
 
 use super::{coefficients, wrong_state, Activation};
-use crate::field::{Cotangents, Pullback, VectorField};
+use crate::error::Error;
+use crate::field::{Cotangents, Offer, Pullback, VectorField};
+use crate::offer::Offered;
+use crate::rows::RowField;
+use crate::simd::Element;
+use crate::state::RowLayout;
 use crate::time::Time;
+use tiles::HyperTiles;
 
 /// A flow of one hidden layer whose weights a second network computes from time:
 ///
@@ -19,6 +28,9 @@ use crate::time::Time;
 /// log p(z(t)) − log p(z(0)), as with [`Cnf`](super::Cnf).  Sums over j that end in l are formed in
 /// the dtype of l: give it f32 where z is narrower
 /// ([`leaf_precision`](crate::OdeOptions::leaf_precision)).
+///
+/// With fixed steps, such a flow is integrated tile by tile where an [`Mlp`](super::Mlp) is, if the network N has at most
+/// 128 hidden units in a layer.  All rows share the weights of a time, so rows cannot have adaptive steps of their own.
 ///
 /// The flow of torchdiffeq's example of a continuous normalising flow, which the experiments of "Mixed
 /// Precision Training of Neural ODEs" (arXiv 2510.23498) took up.
@@ -69,13 +81,17 @@ impl HyperCnf {
             .flat_map(|l| std::iter::once(l.weight()).chain(l.bias()))
     }
 
+    /// Whether these are the shapes of a state (z, l).
+    fn fits(&self, z: &[usize], l: &[usize]) -> bool {
+        match (z.split_last(), l.split_last()) {
+            (Some((features, rows)), Some((1, of))) => *features == self.features && rows == of,
+            _ => false,
+        }
+    }
+
     fn check(&self, (z, l): &(Tensor, Tensor)) -> Result<()> {
-        if let (Some((&features, rows)), Some((1, of))) =
-            (z.dims().split_last(), l.dims().split_last())
-        {
-            if features == self.features && rows == of {
-                return Ok(());
-            }
+        if self.fits(z.dims(), l.dims()) {
+            return Ok(());
         }
         let field = format!("a HyperCnf of {} features", self.features);
         let needs = format!("z (…, {}) and l (…, 1) with the same rows", self.features);
@@ -242,5 +258,43 @@ impl VectorField<(Tensor, Tensor)> for HyperCnf {
     fn parameters(&self) -> Option<Vec<Tensor>> {
         let tracked = self.tensors().filter(|p| p.track_op());
         Some(tracked.cloned().collect())
+    }
+    fn offer(&self) -> Option<Offer> {
+        let hidden = self.layers.first().and_then(|l| l.weight().dims().first());
+        let has_tiles = hidden.is_some_and(|hidden| tiles::are_for(*hidden));
+        Some(Offered::of::<(Tensor, Tensor), _>(self, has_tiles).into())
+    }
+}
+
+impl RowField for HyperCnf {
+    type Tiles<T: Element> = HyperTiles<T>;
+
+    fn weights(&self) -> Vec<Tensor> {
+        self.tensors().cloned().collect()
+    }
+
+    fn reads_time(&self) -> bool {
+        true
+    }
+
+    /// The weights of a time are those of all rows.
+    fn shares_time(&self) -> bool {
+        true
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
+        let [z, l] = shapes else { return None };
+        self.fits(z.dims(), l.dims()).then(|| RowLayout {
+            rows: l.elem_count(),
+            features: vec![self.features, 1],
+        })
+    }
+
+    fn tiles<T: Element, S: Simd>(
+        &self,
+        s: S,
+        _: &[Shape],
+    ) -> std::result::Result<HyperTiles<T>, Error> {
+        Ok(HyperTiles::new(s, self)?)
     }
 }

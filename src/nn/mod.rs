@@ -1,8 +1,8 @@
 //! Fields and layers, built from a `VarBuilder` with the names and shapes of `candle_nn`.
 //!
 //! [`Mlp`], [`Cnf`] and [`ConvField`] have pull-backs written by hand, and the solver integrates them
-//! tile by tile on the CPU.  [`HyperCnf`], [`Hutchinson`] and [`OtFlow`] carry a log-density beside
-//! the state, as `Cnf` does, and run in candle's operations.
+//! tile by tile on the CPU.  [`OtFlow`] and [`HyperCnf`] (with fixed steps) are integrated tile by tile, too; they carry a
+//! log-density beside the state, as `Cnf` does.  So does [`Hutchinson`], which runs in candle's operations.
 //!
 //! [`EnergyMlp`] is a potential, and [`energy`] has the fields that are built from its gradient: Hamiltonian and
 //! Lagrangian systems, flows along a gradient, and flows orthogonal to it.  Hamiltonian systems and flows along a gradient

@@ -1,17 +1,25 @@
 //! OT-Flow: a flow along the negative gradient of a potential, with its transport costs.
 
 mod evaluation;
+mod tiles;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder};
+use pulp::Simd;
 
 use super::linear::sum_of_rows;
 use super::spread::{row_sums, spread};
 use super::{coefficients, wrong_state, Activation};
-use crate::field::{Cotangents, Pullback, VectorField};
+use crate::error::Error;
+use crate::field::{Cotangents, Offer, Pullback, VectorField};
+use crate::offer::Offered;
+use crate::rows::RowField;
+use crate::simd::Element;
+use crate::state::RowLayout;
 use crate::time::Time;
 use evaluation::Evaluation;
+use tiles::OtFlowTiles;
 
 /// x' = −∇Φ(t, x) for the potential
 ///
@@ -28,7 +36,8 @@ use evaluation::Evaluation;
 /// α_C (l − log N(x(1))) + L + α_R R over data x(0), from time 0 to 1.
 ///
 /// Gradient and trace are exact.  An evaluation needs some products (rows × m) with (m × m), one of them for every
-/// feature.  Costs are summed in their own dtype: give them f32 if x is narrower
+/// feature.  Where an [`Mlp`](super::Mlp) is integrated tile by tile, such a flow is too, unless features · m² is above
+/// 2²².  Costs are summed in their own dtype: give them f32 if x is narrower
 /// ([`leaf_precision`](crate::OdeOptions::leaf_precision)).
 ///
 /// "OT-Flow: Fast and Accurate Continuous Normalizing Flows via Optimal Transport" (arXiv 2006.00104),
@@ -153,15 +162,19 @@ impl OtFlow {
         }
     }
 
+    /// Whether these are the shapes of a state (x, costs).
+    fn fits(&self, x: &[usize], costs: &[usize]) -> bool {
+        match (x.split_last(), costs.split_last()) {
+            (Some((features, rows)), Some((3, of))) => *features == self.features() && rows == of,
+            _ => false,
+        }
+    }
+
     fn check(&self, (x, costs): &(Tensor, Tensor)) -> Result<()> {
-        let rows = |x: &Tensor| x.dims().split_last().map(|(_, rows)| rows.to_vec());
-        let features = self.features();
-        if rows(x) == rows(costs)
-            && x.dims().last() == Some(&features)
-            && costs.dims().last() == Some(&3)
-        {
+        if self.fits(x.dims(), costs.dims()) {
             return Ok(());
         }
+        let features = self.features();
         let field = format!("an OtFlow of {features} features");
         let needs = format!("x (…, {features}) and costs (…, 3) with the same rows");
         Err(wrong_state(field, needs, &[x, costs]))
@@ -259,5 +272,37 @@ impl VectorField<(Tensor, Tensor)> for OtFlow {
     fn parameters(&self) -> Option<Vec<Tensor>> {
         let tracked = self.tensors().into_iter().filter(|p| p.track_op());
         Some(tracked.cloned().collect())
+    }
+    fn offer(&self) -> Option<Offer> {
+        let has_tiles = tiles::are_for(self.features(), self.w.elem_count());
+        Some(Offered::of::<(Tensor, Tensor), _>(self, has_tiles).into())
+    }
+}
+
+impl RowField for OtFlow {
+    type Tiles<T: Element> = OtFlowTiles<T>;
+
+    fn weights(&self) -> Vec<Tensor> {
+        self.tensors().into_iter().cloned().collect()
+    }
+
+    fn reads_time(&self) -> bool {
+        true
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
+        let [x, costs] = shapes else { return None };
+        self.fits(x.dims(), costs.dims()).then(|| RowLayout {
+            rows: costs.elem_count() / 3,
+            features: vec![self.features(), 3],
+        })
+    }
+
+    fn tiles<T: Element, S: Simd>(
+        &self,
+        s: S,
+        _: &[Shape],
+    ) -> std::result::Result<OtFlowTiles<T>, Error> {
+        Ok(OtFlowTiles::new(s, self)?)
     }
 }

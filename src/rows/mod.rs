@@ -75,6 +75,11 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
         None
     }
 
+    /// Whether all lanes of a tile must be at one time, so that rows cannot have steps of their own.
+    fn shares_time(&self) -> bool {
+        false
+    }
+
     /// Rows and features of each leaf of a state of these shapes; `None` if they are not the
     /// field's.
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout>;
@@ -107,6 +112,11 @@ impl Rows {
     /// What the field reads when a solve begins.
     pub(crate) fn weights(&self) -> Vec<Tensor> {
         self.field.weights()
+    }
+
+    /// Whether rows may have steps of their own.
+    pub(crate) fn may_part(&self) -> bool {
+        !self.field.shares_time()
     }
 
     /// Leaves that the state has more than that of the field inside.
@@ -150,7 +160,7 @@ impl Rows {
         }
         if let Plan::Adaptive(control) = &problem.plan {
             let batch = control.options.control == Some(StepControl::Batch);
-            if batch || problem.output == Output::Steps {
+            if batch || problem.output == Output::Steps || !self.may_part() {
                 return Ok(None);
             }
         }
@@ -269,6 +279,8 @@ trait AnyRows: Send + Sync {
 
     fn domain(&self) -> Option<[f64; 2]>;
 
+    fn shares_time(&self) -> bool;
+
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout>;
 
     /// In tiles of f32 on the vector unit, if there is one.
@@ -293,6 +305,10 @@ impl<F: RowField> AnyRows for F {
 
     fn domain(&self) -> Option<[f64; 2]> {
         RowField::domain(self)
+    }
+
+    fn shares_time(&self) -> bool {
+        RowField::shares_time(self)
     }
 
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
@@ -400,7 +416,10 @@ impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let field = self.spec.tiles(s, self.shapes)?;
+        let mut field = self.spec.tiles(s, self.shapes)?;
+        if self.spec.shares_time() {
+            field.prepare(s, &self.plan.stage_times());
+        }
         let on = On(s);
         Ok(match T::WIDE && self.plan.is_wide::<T>(T::lanes::<S>()) {
             true => Box::new(Wide::<_, S, 2> { field, on }),

@@ -77,6 +77,25 @@ impl<'p> TilePlan<'p> {
         }
     }
 
+    /// The times of all stages of known steps, ascending, each once; none if there are very many.
+    pub(super) fn stage_times<T: Element>(&self) -> Vec<T> {
+        /// Times worth to be listed.
+        const MOST: usize = 1 << 16;
+        let (Some(schedule), c) = (self.problem.plan.known(), self.problem.scheme.tableau.c())
+        else {
+            return vec![];
+        };
+        if schedule.len().saturating_mul(c.len()) > MOST {
+            return vec![];
+        }
+        let steps = (0..schedule.len()).map(|n| schedule.step(n));
+        let times = steps.flat_map(|step| c.iter().map(move |c| T::of(step.at(*c))));
+        let mut times: Vec<_> = times.collect();
+        times.sort_by(|a, b| a.wide().total_cmp(&b.wide()));
+        times.dedup();
+        times
+    }
+
     /// Whether there are rows enough for tiles of two vectors of so many lanes, and the tiles stay small.
     pub(super) fn is_wide<T: Element>(&self, lanes: usize) -> bool {
         #[cfg(test)]

@@ -57,6 +57,10 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     /// Numbers of all parameters.
     fn parameters(&self) -> usize;
 
+    /// Computes what depends on time alone, for these times and before any evaluation, if all lanes of a tile are at one
+    /// time ([`RowField::shares_time`](super::RowField::shares_time)).  Other times may come, too.
+    fn prepare<S: Simd>(&mut self, _: S, _times: &[T]) {}
+
     /// Computes f(t, y) into `k`, with t by lane, where y is the first features of `kept`, and fills the rest of `kept`; without
     /// `k`, only `kept` is filled.  Features of y that f does not depend on may be written over, and their velocity and
     /// what is kept for it may be anything finite where nothing but other stages reads them ([`At::is_weighed`]).
