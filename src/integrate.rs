@@ -271,7 +271,7 @@ fn pass(
     }
     watch.finish()?;
     trajectory.record(stats);
-    stats.kept_evaluations(linearized.as_ref().map_or(0, Linearized::bytes) as u128);
+    stats.kept_evaluations(linearized.as_ref().map_or(0, Linearized::most) as u128);
     let packed = Tensor::stack(&outputs, 0)?;
     let driven = problem.driven.clone();
     let schedule = Arc::clone(schedule);

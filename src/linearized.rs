@@ -17,7 +17,7 @@ pub(crate) struct Linearized {
     from: usize,
     kept: VecDeque<KeptStep>,
     bytes: usize,
-    /// The most that was held at once, and bytes of the first step.
+    /// The most bytes that were held at once, and those of the first step.
     most: usize,
     first: usize,
 }
@@ -74,7 +74,7 @@ impl Linearized {
     }
 
     /// The most bytes that were held at once.
-    pub(crate) fn bytes(&self) -> usize {
+    pub(crate) fn most(&self) -> usize {
         self.most
     }
 

@@ -269,7 +269,7 @@ impl VectorField for Own {
 #[test]
 fn a_field_with_a_pull_back_of_its_own_is_not_recorded() {
     let y0 = var(&[4], 8);
-    let stats = compare(&[y0.clone()], |options| {
+    let stats = compare(std::slice::from_ref(&y0), |options| {
         odeint(Own, &y0, &TIMES, &options).unwrap()
     });
     assert_eq!(stats[2].activation_bytes, 0);

@@ -90,17 +90,11 @@ struct Runs {
     classes: Tensor,
 }
 
-/// So many streams of `shortest` to `bits` bits.
-fn streams(
-    rows: usize,
-    [shortest, bits]: [usize; 2],
-    rng: &mut StdRng,
-    device: &Device,
-) -> Result<Runs> {
+/// So many streams.
+fn streams(rows: usize, bits: usize, rng: &mut StdRng, device: &Device) -> Result<Runs> {
     let (mut x, mut lengths, mut seen, mut classes) = (vec![], vec![], vec![], vec![]);
     for _ in 0..rows {
-        let length = rng.random_range(shortest..=bits);
-        let stream: Vec<bool> = (0..length).map(|_| rng.random()).collect();
+        let stream: Vec<bool> = (0..bits).map(|_| rng.random()).collect();
         classes.push(stream.iter().filter(|b| **b).count() as u32 % 2);
         let runs: Vec<_> = stream.chunk_by(|a, b| a == b).collect();
         for i in 0..bits {
@@ -201,12 +195,11 @@ fn train(kind: Kind, bits: usize, (fit, seed): (&Fit, u64), device: &Device) -> 
     initial::layers(&vars, &mut rng)?;
     let bar = progress(&kind.name(), fit.iterations)?;
     let losses = fit.run(&vars, &bar, |_| {
-        // Long streams alone say nothing about which bit matters until all of them are understood.
-        let runs = streams(BATCH, [1, bits], &mut rng, device)?;
+        let runs = streams(BATCH, bits, &mut rng, device)?;
         Ok(cross_entropy(&model.logits(&runs)?, &runs.classes)?)
     })?;
     bar.finish_and_clear();
-    let test = streams(1000, [bits, bits], &mut rng, device)?;
+    let test = streams(1000, bits, &mut rng, device)?;
     let right = model.logits(&test)?.argmax(D::Minus1)?.eq(&test.classes)?;
     Ok(Outcome {
         kind,

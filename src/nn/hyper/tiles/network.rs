@@ -382,14 +382,14 @@ impl<T: Element, S: Simd, const N: usize> Kernel<S> for Pull<'_, T, S, N> {
         for n in 0..N {
             values[n] = &at[n].values[1];
         }
-        pull_layer::<T, S, N>(s, &network.last, (values, outputs), &mut seconds, last);
+        pull_layer::<T, S, N>(s, &network.last, values, outputs, &mut seconds, last);
         let mut middles: [&[T::Vector<S>]; N] = [&[]; N];
         for (n, second) in seconds.into_iter().enumerate() {
             bend::<T, S>(s, &at[n].values[1], second);
             middles[n] = second;
             values[n] = &at[n].values[0];
         }
-        pull_layer::<T, S, N>(s, &network.middle, (values, middles), &mut firsts, middle);
+        pull_layer::<T, S, N>(s, &network.middle, values, middles, &mut firsts, middle);
         let (weight, bias) = first.split_at_mut(hidden);
         for (n, first) in firsts.into_iter().enumerate() {
             bend::<T, S>(s, &at[n].values[0], first);
@@ -408,7 +408,8 @@ impl<T: Element, S: Simd, const N: usize> Kernel<S> for Pull<'_, T, S, N> {
 fn pull_layer<T: Element, S: Simd, const N: usize>(
     s: S,
     weights: &[T],
-    (x, g): ([&[T]; N], [&[T::Vector<S>]; N]),
+    x: [&[T]; N],
+    g: [&[T::Vector<S>]; N],
     x_bar: &mut [&mut [T::Vector<S>]; N],
     sums: &mut [T::Vector<S>],
 ) {
