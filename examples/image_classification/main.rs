@@ -4,7 +4,8 @@
 //! `cargo run --release --example image_classification -- --data DIR` (minutes; `--smoke`: seconds).  torchdyn's tutorial
 //! 02.  Trains on the files that it finds in DIR: on the full set, or on 8000 of the test images with 2000 held out.
 //! Functions of depth are taken in the middle of each step.  Prints a table, writes a picture and the figures as JSON beside
-//! it.  Exits with 1 when less than 95 % of the images held out are right, or in bf16 a point less than in f32.
+//! it.  Exits with 1 when less than 95 % of the images held out are right (93 % with the
+//! test images alone), or in bf16 a point less than in f32.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -37,13 +38,14 @@ const HELD: usize = 5;
 const BATCH: usize = 64;
 const RATE: f64 = 5e-3;
 /// Epochs of a training set of 8000 images; torchdyn takes two of 60 000.
-/// Of the full set, and of a part of the test images.
-const EPOCHS: [usize; 2] = [4, 10];
-/// Images of the full set at least.
-const FULL: usize = 50_000;
+const EPOCHS: usize = 4;
 /// Images that are looked at together.
 const LOOKED: usize = 250;
-const ACCURACY: f64 = 0.95;
+/// The share of the images held out that must be right, after training with the full set, or with a part of the test
+/// images alone.
+const ACCURACY: [f64; 2] = [0.95, 0.93];
+/// Images of the full set at least.
+const FULL: usize = 50_000;
 const LOW: f64 = 0.01;
 
 /// Classifies MNIST.
@@ -98,8 +100,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let flags = &args.flags;
     let smoke = flags.size() == Size::Smoke;
     let data = Data::read_or_draw(&args.data, HELD, smoke, &mut generator(flags.seed))?;
-    let many = EPOCHS[usize::from(data.training.len() < FULL)];
-    let epochs = flags.size().pick(1, many, 2 * many);
+    let epochs = flags.size().pick(1, EPOCHS, 2 * EPOCHS);
     let epochs = args.epochs.map_or(epochs, |epochs| epochs as usize);
     let mut outcomes = vec![];
     for dtype in flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
@@ -116,7 +117,8 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     report.figure("data", &data.name)?;
     report.figure("epochs", epochs)?;
     report.figure("runs", outcomes.iter().map(figures).collect::<Vec<_>>())?;
-    demands(&outcomes, report);
+    let least = ACCURACY[usize::from(data.training.len() < FULL)];
+    demands(&outcomes, least, report);
     Ok(())
 }
 
@@ -233,7 +235,7 @@ fn figures(o: &Outcome) -> serde_json::Value {
     })
 }
 
-fn demands(outcomes: &[Outcome], report: &mut Report) {
+fn demands(outcomes: &[Outcome], least: f64, report: &mut Report) {
     for o in outcomes {
         let (name, share) = (o.name(), o.accuracy());
         let single = outcomes
@@ -248,8 +250,8 @@ fn demands(outcomes: &[Outcome], report: &mut Report) {
                     )
                 });
             }
-            _ => report.demand(share >= ACCURACY, || {
-                format!("{name}: {share:.4} of the images are right, not {ACCURACY}")
+            _ => report.demand(share >= least, || {
+                format!("{name}: {share:.4} of the images are right, not {least}")
             }),
         }
     }
