@@ -1,9 +1,10 @@
 //! Neural differential equations in mixed precision on [candle](candle_core).
 //!
 //! A neural ODE y' = f_θ(t, y) calls one network thousands of times.  Here the network runs in bf16 or f16.  The state,
-//! the adjoint and the gradients, which are sums over its calls, are f32 or f64.  Gradients are the exact derivatives
-//! of the steps that the solver has taken, with one exception: the derivative of a rounding counts as 1.  No autograd
-//! tape records the steps.  The gradients reach the user's variables through candle's own `loss.backward()`.
+//! the adjoint and the gradients are sums over all calls of the network; they are f32 or f64.  Gradients are the exact
+//! derivatives of the steps that the solver has taken, with one exception: the derivative of a rounding counts as 1.
+//! No autograd tape records the steps.  The gradients reach the user's variables through candle's own
+//! `loss.backward()`.
 //!
 //! The [guide] explains the crate chapter by chapter.
 //!
@@ -14,9 +15,9 @@
 //! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite
 //!   differences.  The first solves of a model do the same.
 //! * [`nn`]: layers and fields.  On the CPU, some of the fields are integrated in tiles (groups of rows of the batch),
-//!   several times faster than through candle's operations: perceptrons, continuous flows (also those of
-//!   OT-Flow, and with weights that depend on time), gradients of perceptrons, convolutions, and perceptrons as fields of
-//!   a CDE.
+//!   several times faster than through candle's operations.  These fields are perceptrons, continuous flows (also those
+//!   of OT-Flow, and with weights that depend on time), gradients ∇Φ of a potential Φ that is a perceptron,
+//!   convolutions, and perceptrons as fields of a CDE.
 //! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian
 //!   networks.  They can be trained, although candle has no second derivatives: these are written by hand.
 //! * [`options::Gradient`]: continuous adjoints in place of the exact gradients, for comparison or if memory is short.
