@@ -19,13 +19,13 @@ const SHOWN: usize = 0;
 pub(crate) fn draw(path: &Path, outcomes: &[Outcome], device: &Device) -> Result<()> {
     let mut names: Vec<_> = outcomes.iter().map(|o| o.task.name).collect();
     names.dedup();
-    picture(path, (1300, 430 * names.len() as u32), |area| {
+    picture(path, (1100, 340 * names.len() as u32), |area| {
         let rows = area.split_evenly((names.len(), 1));
         for (name, row) in names.iter().zip(&rows) {
             let all = outcomes.iter().filter(|o| o.task.name == *name);
             let seed = all.clone().map(|o| o.seed).min();
             let own: Vec<_> = all.filter(|o| Some(o.seed) == seed).collect();
-            let (left, right) = row.split_horizontally(620);
+            let (left, right) = row.split_horizontally(520);
             portrait(&own, device)?.draw(&left)?;
             energies(&own)?.draw(&right)?;
         }
