@@ -80,6 +80,16 @@ impl Growth {
     }
 }
 
+/// What was needed and what can be had, of an allocation that was refused; any other error is handed on.
+pub(crate) fn refusal(error: Error) -> Result<[u64; 2]> {
+    let Error::AllocationFailed { bytes, .. } = error else {
+        return Err(error);
+    };
+    let need = u64::try_from(bytes).unwrap_or(u64::MAX);
+    let left = available().unwrap_or(0);
+    Ok([need, left.min(need.saturating_sub(1))])
+}
+
 /// What this process can still get, if the system tells: no more than its limit of addresses, nor than what
 /// the machine has.
 fn available() -> Option<u64> {

@@ -9,6 +9,7 @@ use super::lane::Phase;
 use super::norms::Attempted;
 use crate::adaptive::{Attempt, OnFailure, Verdict};
 use crate::error::{Error, Result, StopReason};
+use crate::memory::refusal;
 use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
 use crate::rows::Failure;
@@ -150,7 +151,11 @@ impl<T: Element> Group<'_, T> {
             return Ok(());
         };
         let before = lane.trajectory.held(y.len());
-        lane.trajectory.keep(lane.record.len(), y)?;
+        if let Err(error) = lane.trajectory.keep(lane.record.len(), y) {
+            // Several threads may have been told that there is memory for one.
+            let [need, available] = refusal(error)?;
+            return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
+        }
         let after = lane.trajectory.held(y.len());
         if let Some([need, available]) = self.pass.growth.grows(before, after) {
             return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
