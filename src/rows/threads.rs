@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::simd::pieces::together;
 
 /// An error in a tile, and when it happened: the solve returns the error that is first in the order of the pass, and of
 /// those at one time the one in the first group.
@@ -39,7 +38,14 @@ pub(super) fn on_all_threads<G: Sync, W, R: Send>(
             folded.take(g, result);
         }
     };
-    together(groups.len(), &work);
+    match groups.len().min(rayon::current_num_threads()) {
+        0 | 1 => work(),
+        threads => rayon::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|_| work());
+            }
+        }),
+    }
     let folded = folded.into_inner().unwrap_or_else(PoisonError::into_inner);
     match folded.failure {
         Some((_, failure)) => Err(failure.error),

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// Runs `work` on the calling thread and on others, `threads` in all at most.  The calling thread does not wait until
 /// another one has woken up: it begins, and the others join it.
-pub(crate) fn together(threads: usize, work: &(dyn Fn() + Sync)) {
+fn together(threads: usize, work: &(dyn Fn() + Sync)) {
     let others = threads.min(rayon::current_num_threads()).saturating_sub(1);
     if others == 0 {
         return work();
