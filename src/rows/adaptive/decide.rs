@@ -152,15 +152,15 @@ impl<T: Element> Group<'_, T> {
         };
         let before = lane.trajectory.held(y.len());
         if let Err(error) = lane.trajectory.keep(lane.record.len(), y) {
-            // Several threads may have been told that there is memory for one.
-            let [need, available] = refusal(error)?;
-            return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
+            return Err(self.refused(at, error));
         }
         let after = lane.trajectory.held(y.len());
         if let Some([need, available]) = self.pass.growth.grows(before, after) {
             return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
         }
-        lane.record.push(attempt.t, attempt.h, attempt.end)?;
+        if let Err(error) = lane.record.push(attempt.t, attempt.h, attempt.end) {
+            return Err(self.refused(at, error));
+        }
         for i in inside.clone() {
             let x = taken.fraction(problem.grid.points()[i]);
             lane.record.save(x, i, Some(i))?;
@@ -172,6 +172,14 @@ impl<T: Element> Group<'_, T> {
                 self.return_crossings(at, attempt, met, &y)
             }
             None => Ok(()),
+        }
+    }
+
+    /// The same where memory was refused that the row had been told there is: other threads may have been told, too.
+    fn refused(&self, at: usize, error: Error) -> Error {
+        match refusal(error) {
+            Ok([need, available]) => self.out_of_memory(at, StopReason::Memory { need, available }),
+            Err(error) => error,
         }
     }
 
