@@ -91,9 +91,6 @@ impl From<Control> for StepControl {
 fn main() -> ExitCode {
     use_every_core();
     let args = Args::parse();
-    if args.field == Whose::Ours {
-        leave_cores_to_solves();
-    }
     match run(&args) {
         Ok(line) => {
             println!("{line}");
@@ -106,7 +103,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Forms the loss on one thread, unless CANDLE_NUM_THREADS says otherwise.
+/// Forms the loss of a solve in tiles on one thread, unless CANDLE_NUM_THREADS says otherwise.
 ///
 /// candle's own threads wait for the next operation in a loop, on the cores that the threads of a solve need by then.
 fn leave_cores_to_solves() {
@@ -133,6 +130,9 @@ fn checkpoint(text: &str) -> std::result::Result<Checkpoint, String> {
 /// The JSON line.
 fn run(args: &Args) -> Result<serde_json::Value> {
     let workload = Workload::read(&args.file, &Device::Cpu)?;
+    if args.field == Whose::Ours && workload.is_in_tiles() {
+        leave_cores_to_solves();
+    }
     let vars = VarMap::new();
     let state = args.precision.state();
     workload.fill(&vars, state)?;

@@ -120,6 +120,11 @@ impl Workload {
         )
     }
 
+    /// Whether the library's own field is solved tile by tile.
+    pub(crate) fn is_in_tiles(&self) -> bool {
+        !matches!(self.drive, Drive::Graph(_))
+    }
+
     /// Whether it is driven by noise or a path.
     pub(crate) fn is_driven(&self) -> bool {
         !matches!(self.drive, Drive::Nothing | Drive::Graph(_))

@@ -2,19 +2,18 @@
 
 use std::sync::{Mutex, PoisonError};
 
-/// Runs `work` on the calling thread and on others, `threads` in all at most.  The calling thread does not wait until
-/// another one has woken up: it begins, and the others join it.
+use candle_core::utils::barrier_pool;
+
+/// Runs `work` on the calling thread and on others, `threads` in all at most.
+///
+/// The others are the threads of candle's elementwise operations.  After a piece of work they wait for the next one for some
+/// hundred microseconds before they sleep; a thread that sleeps is woken within 10 to 200 microseconds.
 fn together(threads: usize, work: &(dyn Fn() + Sync)) {
-    let others = threads.min(rayon::current_num_threads()).saturating_sub(1);
-    if others == 0 {
+    let threads = threads.min(rayon::current_num_threads());
+    if threads < 2 {
         return work();
     }
-    rayon::in_place_scope(|scope| {
-        for _ in 0..others {
-            scope.spawn(|_| work());
-        }
-        work();
-    });
+    barrier_pool().execute_chunked(threads, |share| share.for_each(|_| work()));
 }
 
 /// Calls `each` for every piece, on all threads if there are several; a thread takes the next piece when it has done one.
