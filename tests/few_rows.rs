@@ -8,7 +8,7 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::options::{ActivationCache, Checkpoint, Output, Steps};
+use candle_diffeq::options::{ActivationCache, Checkpoint, Output};
 use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
 use candle_diffeq::{odeint, OdeOptions, Precision};
 use candle_nn::{VarBuilder, VarMap};
@@ -84,8 +84,12 @@ impl Case {
         let all = self.numbers(&[COMPANY, self.widths[0]], 1.0, 7);
         let y0 = Var::from_tensor(&all.narrow(0, 0, rows).unwrap()).unwrap();
         let states = odeint(field, y0.as_tensor(), &[0.0, 0.3, 1.0], &options).unwrap();
-        let of = self.numbers(&[states.dims()[0], COMPANY, self.widths[0]], 1.0, 8);
+        let of = self.numbers(&[3, COMPANY, self.widths[0]], 1.0, 8);
         let weights = of.narrow(1, 0, rows).unwrap();
+        let weights = match states.rank() {
+            2 => weights.get(2).unwrap(),
+            _ => weights,
+        };
         let loss = (&states * weights).unwrap().sum_all().unwrap();
         let grads = loss.backward().unwrap();
         let mut named: Vec<_> = vars.data().lock().unwrap().clone().into_iter().collect();
@@ -148,7 +152,7 @@ fn a_row_has_the_same_bits_alone_and_in_company() {
 }
 
 #[test]
-fn gradients_of_parameters_are_those_of_f64() {
+fn gradients_of_parameters_are_as_exact_as_those_of_the_general_path() {
     for widths in shapes() {
         for activation in Activation::ALL {
             for (rows, time, residual) in [(1, true, false), (5, false, true)] {
@@ -156,29 +160,33 @@ fn gradients_of_parameters_are_those_of_f64() {
                     activation,
                     time,
                     residual,
-                    options: method(&DOPRI5, 200),
+                    options: method(&DOPRI5, 60),
                     ..Case::new(&widths)
                 };
-                let few = case.solve(rows);
-                let reference = Case {
-                    dtype: DType::F64,
-                    options: OdeOptions {
+                let general = |dtype| {
+                    let options = OdeOptions {
                         fusion: false,
                         ..case.options.clone()
-                    },
-                    ..case
+                    };
+                    let case = case.clone();
+                    Case {
+                        dtype,
+                        options,
+                        ..case
+                    }
+                    .solve(rows)
                 };
-                let reference = reference.solve(rows);
-                for (got, expected) in few.params.iter().zip(&reference.params) {
-                    let error = relative(got, expected);
-                    // Sums of 1200 evaluations, each of the roundoff of a chain of sums.
+                let (few, general, exact) =
+                    (case.solve(rows), general(DType::F32), general(DType::F64));
+                let all = few.params.iter().zip(&general.params).zip(&exact.params);
+                for (i, ((few, general), exact)) in all.enumerate() {
+                    let (error, allowed) = (relative(few, exact), relative(general, exact));
                     assert!(
-                        error <= 512.0 * U_F32,
-                        "{widths:?} {activation:?}, {rows} rows: {error:e}"
+                        error <= 2.0 * allowed + 32.0 * U_F32,
+                        "{widths:?} {activation:?}, {rows} rows, parameter {i}: {error:e}, general path {allowed:e}"
                     );
                 }
-                assert_eq!(few.stats.evaluations, reference.stats.evaluations);
-                assert_eq!(few.stats.vjps, reference.stats.vjps);
+                assert_eq!(few.stats, general.stats);
             }
         }
     }
