@@ -62,6 +62,14 @@ impl Offered {
         }
     }
 
+    /// The same with a field for few rows; see [`Rows::few`].
+    pub(crate) fn few<F: RowField>(self, field: F) -> Self {
+        Self {
+            rows: self.rows.map(|rows| rows.few(field)),
+            ..self
+        }
+    }
+
     /// Of a field that is made of the one offered: `shared` makes the same for other threads.
     pub(crate) fn around<F>(self, around: Around, shared: impl FnOnce(SharedLeaves) -> F) -> Self
     where

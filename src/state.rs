@@ -113,6 +113,11 @@ impl Packing {
         }
     }
 
+    /// Of leaves of these shapes.
+    pub(crate) fn of(shapes: Vec<Shape>) -> Self {
+        Self { shapes }
+    }
+
     /// Of n states, whose rows follow on each other.
     pub(crate) fn repeated(&self, n: usize) -> Self {
         let of = |shape: &Shape| match shape.dims() {

@@ -199,7 +199,7 @@ def main() -> None:
         return sub.add_argument
 
     def make(args: argparse.Namespace) -> None:
-        workload.make(args.directory, workload.SPECS | workload.FLOW_SPECS)
+        workload.make(args.directory, workload.SPECS | workload.FLOW_SPECS | workload.FEW_SPECS)
         adaptive.make(args.directory)
         driven.make(args.directory)
         importlib.import_module("zoo").make(args.directory)

@@ -26,6 +26,13 @@ FLOW_SPECS = {
     "F3": dict(kind="ot_flow", dims=[9, 48, 48], rank=8, features=8, batch=256, steps=9, method="rk4", seed=403),
 }
 
+#: Fewer rows than a vector has lanes.
+FEW_SPECS = {
+    "R1": dict(kind="mlp", dims=[64, 512, 512, 64], batch=1, steps=40, method="rk4", seed=31),
+    "R2": dict(kind="mlp", dims=[64, 512, 512, 64], batch=4, steps=40, method="rk4", seed=32),
+    "R3": dict(kind="mlp", dims=[2, 64, 64, 2], batch=1, steps=200, method="rk4", seed=36),
+}
+
 #: For GPUs.  G4 is the flow of torchdiffeq's example of one, at 128 times; `rows` go through the reference at once.
 GPU_SPECS = {
     "G1": dict(kind="mlp", dims=[2, 64, 64, 2], batch=65536, steps=100, method="rk4", seed=21, rows=8192),

@@ -398,7 +398,7 @@ impl VectorField<Tensor> for Mlp {
     }
 
     fn offer(&self) -> Option<Offer> {
-        let offered = Offered::of::<Tensor, _>(self, true);
+        let offered = Offered::of::<Tensor, _>(self, true).few(tiles::FewRows(self.clone()));
         #[cfg(feature = "cuda")]
         let offered = offered.launched(self.clone());
         Some(offered.into())

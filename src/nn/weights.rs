@@ -1,15 +1,90 @@
-//! A matrix over tiles: its products, and the sums of its gradient.
+//! A matrix over tiles: its products, and the sums of its gradient, with rows of the batch in the lanes ([`Weights`]) or,
+//! for few rows, with features in the lanes ([`RowWeights`]).
 
 use candle_core::{Result, Storage, Tensor};
 use pulp::Simd;
 
 use crate::rows::Slot;
+use crate::simd::matvec::{Across, OuterOfRows};
 use crate::simd::outer::{outer_room, Dot, Outer, Pair};
-use crate::simd::product::{padded, Packed, Transpose};
-use crate::simd::{enter, Element};
+use crate::simd::product::{padded, AsIs, Epilogue, Layer, Packed, Transpose, WithEpilogue};
+use crate::simd::{aligned, enter, scalars, Aligned, Element};
+
+/// The weights of a layer over tiles, in one of two layouts.
+pub(crate) trait LayerWeights<T: Element>: Send + Sync + Sized {
+    /// Packs `weight`, `[output][input]`; cotangents go back to the first `pulled` inputs.
+    fn pack<S: Simd>(s: S, weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self;
+
+    /// A bias as products read it.
+    fn bias<S: Simd>(bias: &[T]) -> Aligned<T>;
+
+    /// Features of a tile that hold the inputs.
+    fn inputs(&self) -> usize;
+
+    /// Features of a tile that hold the outputs.
+    fn outputs(&self) -> usize;
+
+    /// Numbers of the matrix.
+    fn numbers(&self) -> usize;
+
+    /// Numbers of the bias.
+    fn biases(&self) -> usize;
+
+    /// `out = W x + bias`.
+    fn forward<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        bias: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+    );
+
+    /// The same, stored as an epilogue says.
+    fn forward_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        bias: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
+    );
+
+    /// `out = Wᵀ g`, for the inputs that cotangents go back to.
+    fn adjoint<S: Simd, const V: usize>(&self, s: S, g: &[T::Vector<S>], out: &mut [T::Vector<S>]);
+
+    /// The same, stored as an epilogue says.
+    fn adjoint_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        g: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
+    );
+
+    /// Vectors of the sums of dW.
+    fn sums<S: Simd>(&self) -> usize;
+
+    /// Vectors of scratch that [`accumulate`](Self::accumulate) needs for so many pairs.
+    fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize;
+
+    /// Adds dW = Σ g xᵀ to the sums.
+    fn accumulate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        pairs: &[Pair<'_, T::Vector<S>>],
+        scratch: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    );
+
+    /// Appends the sums as dW, `[output][input]`.
+    fn gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>);
+
+    /// Appends the sums of g as the gradient of the bias.
+    fn bias_gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>);
+}
 
 /// W of `outputs` rows and `inputs` columns.
-pub(super) struct Weights<T> {
+pub(crate) struct Weights<T> {
     pub(super) inputs: usize,
     pub(super) outputs: usize,
     /// W.
@@ -127,6 +202,255 @@ impl<T: Element> Weights<T> {
             to: &mut to[from..],
         };
         enter(s, turn);
+    }
+}
+
+impl<T: Element> LayerWeights<T> for Weights<T> {
+    fn pack<S: Simd>(s: S, weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self {
+        Self::new(s, weight, outputs, inputs, pulled)
+    }
+
+    fn bias<S: Simd>(bias: &[T]) -> Aligned<T> {
+        let mut copy = aligned(bias.len());
+        copy.copy_from_slice(bias);
+        copy
+    }
+
+    fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    fn numbers(&self) -> usize {
+        self.inputs * self.outputs
+    }
+
+    fn biases(&self) -> usize {
+        self.outputs
+    }
+
+    #[inline(always)]
+    fn forward<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        bias: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+    ) {
+        enter(s, layer::<T, S, V>(&self.forward, bias, x, out));
+    }
+
+    #[inline(always)]
+    fn forward_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        bias: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
+    ) {
+        let product = layer::<T, S, V>(&self.forward, bias, x, out);
+        enter(s, WithEpilogue { product, epilogue });
+    }
+
+    #[inline(always)]
+    fn adjoint<S: Simd, const V: usize>(&self, s: S, g: &[T::Vector<S>], out: &mut [T::Vector<S>]) {
+        enter(s, layer::<T, S, V>(&self.adjoint, &[], g, out));
+    }
+
+    #[inline(always)]
+    fn adjoint_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        g: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
+    ) {
+        let product = layer::<T, S, V>(&self.adjoint, &[], g, out);
+        enter(s, WithEpilogue { product, epilogue });
+    }
+
+    fn sums<S: Simd>(&self) -> usize {
+        Self::sums::<S>(self)
+    }
+
+    fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
+        Self::scratch::<S, V>(self, pairs)
+    }
+
+    #[inline(always)]
+    fn accumulate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        pairs: &[Pair<'_, T::Vector<S>>],
+        scratch: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    ) {
+        Self::accumulate::<S, V>(self, s, pairs, scratch, sums);
+    }
+
+    #[inline(always)]
+    fn gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
+        Self::gradient(self, s, sums, to);
+    }
+
+    #[inline(always)]
+    fn bias_gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
+        append_totals::<T, S>(s, sums, to);
+    }
+}
+
+/// A product with rows in the lanes.
+#[inline(always)]
+fn layer<'a, T: Element, S: Simd, const V: usize>(
+    weights: &'a Packed<T>,
+    start: &'a [T],
+    x: &'a [T::Vector<S>],
+    out: &'a mut [T::Vector<S>],
+) -> Layer<'a, T, S, V> {
+    Layer {
+        weights,
+        start,
+        x,
+        out,
+    }
+}
+
+/// W with features in the lanes: a tile holds whole vectors of inputs and outputs of each row.  Inputs that cotangents do not
+/// go back to, such as time, have a vector each.
+pub(crate) struct RowWeights<T> {
+    inputs: usize,
+    outputs: usize,
+    /// Vectors of inputs and of outputs.
+    across: [usize; 2],
+    places: Vec<[u32; 2]>,
+    forward: Across<T>,
+    adjoint: Across<T>,
+}
+
+/// Where so many features lie: vector and lane.
+fn places(features: usize, lanes: usize) -> impl Iterator<Item = [u32; 2]> {
+    (0..features).map(move |i| [(i / lanes) as u32, (i % lanes) as u32])
+}
+
+impl<T: Element> LayerWeights<T> for RowWeights<T> {
+    fn pack<S: Simd>(_: S, weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self {
+        let lanes = T::lanes::<S>();
+        let vectors = pulled.div_ceil(lanes);
+        let others = (vectors..vectors + inputs - pulled).map(|vector| [vector as u32, 0]);
+        let read: Vec<_> = places(pulled, lanes).chain(others).collect();
+        let left = places(outputs, lanes).collect();
+        Self {
+            inputs,
+            outputs,
+            across: [vectors + inputs - pulled, outputs.div_ceil(lanes)],
+            forward: Across::new::<S>(outputs, read.clone(), |o, i| weight[o * inputs + i]),
+            adjoint: Across::new::<S>(pulled, left, |i, o| weight[o * inputs + i]),
+            places: read,
+        }
+    }
+
+    fn bias<S: Simd>(bias: &[T]) -> Aligned<T> {
+        let mut whole = aligned(padded::<T, S>(bias.len()));
+        whole[..bias.len()].copy_from_slice(bias);
+        whole
+    }
+
+    fn inputs(&self) -> usize {
+        self.across[0]
+    }
+
+    fn outputs(&self) -> usize {
+        self.across[1]
+    }
+
+    fn numbers(&self) -> usize {
+        self.inputs * self.outputs
+    }
+
+    fn biases(&self) -> usize {
+        self.outputs
+    }
+
+    #[inline(always)]
+    fn forward<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        bias: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+    ) {
+        self.forward.product::<S, V>(s, bias, x, out, &AsIs);
+    }
+
+    #[inline(always)]
+    fn forward_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        bias: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
+    ) {
+        self.forward.product::<S, V>(s, bias, x, out, &epilogue);
+    }
+
+    #[inline(always)]
+    fn adjoint<S: Simd, const V: usize>(&self, s: S, g: &[T::Vector<S>], out: &mut [T::Vector<S>]) {
+        self.adjoint.product::<S, V>(s, &[], g, out, &AsIs);
+    }
+
+    #[inline(always)]
+    fn adjoint_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        g: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
+    ) {
+        self.adjoint.product::<S, V>(s, &[], g, out, &epilogue);
+    }
+
+    fn sums<S: Simd>(&self) -> usize {
+        self.outputs * self.across[0]
+    }
+
+    fn scratch<S: Simd, const V: usize>(&self, _: usize) -> usize {
+        0
+    }
+
+    #[inline(always)]
+    fn accumulate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        pairs: &[Pair<'_, T::Vector<S>>],
+        _: &mut [T::Vector<S>],
+        sums: &mut [T::Vector<S>],
+    ) {
+        let outer = OuterOfRows::<T, S, V> {
+            outputs: self.outputs,
+            across: self.across[0],
+            window: pairs,
+            sums,
+        };
+        enter(s, outer);
+    }
+
+    #[inline(always)]
+    fn gradient<S: Simd>(&self, _: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
+        let (lanes, all) = (T::lanes::<S>(), scalars::<T, S>(sums));
+        for output in all.chunks_exact((self.across[0] * lanes).max(1)) {
+            let at = |[vector, lane]: &[u32; 2]| output[*vector as usize * lanes + *lane as usize];
+            to.extend(self.places.iter().map(at));
+        }
+    }
+
+    #[inline(always)]
+    fn bias_gradient<S: Simd>(&self, _: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
+        to.extend_from_slice(&scalars::<T, S>(sums)[..self.outputs]);
     }
 }
 

@@ -12,6 +12,7 @@ mod adaptive;
 mod around;
 mod backward;
 mod driven;
+mod few;
 mod forward;
 mod grade;
 mod graded;
@@ -47,6 +48,7 @@ use crate::stats::Stats;
 pub(crate) use activations::Part;
 pub(crate) use around::Around;
 pub(crate) use driven::DrivenRows;
+use few::Deal;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
 use lanewise::On;
 use plan::TilePlan;
@@ -91,6 +93,8 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
 /// A [`RowField`] of any kind, as a vector field offers it to the solver.
 pub(crate) struct Rows {
     field: Arc<dyn AnyRows>,
+    /// The same field for few rows, each dealt out to the lanes of a vector.
+    few: Option<Arc<dyn AnyRows>>,
     /// What is made of the field, from the inside to the outside.
     around: Vec<Around>,
 }
@@ -99,7 +103,16 @@ impl Rows {
     pub(crate) fn new<F: RowField>(field: Arc<F>) -> Self {
         Self {
             field,
+            few: None,
             around: vec![],
+        }
+    }
+
+    /// The same, with a field over rows that are dealt out to the lanes of a vector.
+    pub(crate) fn few<F: RowField>(self, field: F) -> Self {
+        Self {
+            few: Some(Arc::new(field)),
+            ..self
         }
     }
 
@@ -162,6 +175,12 @@ impl Rows {
             let batch = control.options.control == Some(StepControl::Batch);
             if batch || problem.output == Output::Steps || !self.may_part() {
                 return Ok(None);
+            }
+        }
+        if let (Some(few), None, true) = (&self.few, loss, self.around.is_empty()) {
+            let weights = self.weights().iter().map(Tensor::elem_count).sum();
+            if let Some(deal) = Deal::of(problem, &layout, weights)? {
+                return deal.solve(few, problem, y0, stats);
             }
         }
         let plan = TilePlan::new(problem, &layout);

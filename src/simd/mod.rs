@@ -7,6 +7,7 @@
 pub(crate) mod convolution;
 pub(crate) mod elementary;
 pub(crate) mod matrix;
+pub(crate) mod matvec;
 pub(crate) mod outer;
 pub(crate) mod pieces;
 pub(crate) mod product;

@@ -231,7 +231,7 @@ pub(crate) trait Epilogue<T: Element, S: Simd> {
 }
 
 /// As they are.
-struct AsIs;
+pub(crate) struct AsIs;
 
 impl<T: Element, S: Simd> Epilogue<T, S> for AsIs {
     #[inline(always)]

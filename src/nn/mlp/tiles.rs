@@ -6,12 +6,12 @@ use pulp::Simd;
 use super::{Affine, Mlp};
 use crate::error::Error;
 use crate::nn::activation::{Apply, Pull, TimesSlope};
-use crate::nn::weights::{append_totals, fill, numbers, with_numbers, Place, Weights};
+use crate::nn::weights::{fill, numbers, with_numbers, LayerWeights, Place, RowWeights, Weights};
 use crate::nn::Activation;
 use crate::rows::{At, Part, RowField, Slot, TileField};
 use crate::simd::outer::add_rows;
-use crate::simd::product::{Layer, Tanh, WithEpilogue};
-use crate::simd::{enter, Element};
+use crate::simd::product::Tanh;
+use crate::simd::{enter, Aligned, Element};
 use crate::state::RowLayout;
 
 impl RowField for Mlp {
@@ -39,8 +39,50 @@ impl RowField for Mlp {
         s: S,
         _: &[Shape],
     ) -> std::result::Result<MlpTiles<T>, Error> {
+        self.packed(s)
+    }
+}
+
+impl Mlp {
+    fn packed<T: Element, S: Simd, W: LayerWeights<T>>(
+        &self,
+        s: S,
+    ) -> std::result::Result<MlpTiles<T, W>, Error> {
         let skips = |l: usize| l + 1 < self.layers.len() && self.skips(l);
         MlpTiles::new(s, &self.layers, self.activation, self.time, skips)
+    }
+}
+
+/// An [`Mlp`] over few rows, with their features in the lanes: each lane is a row of the state that it is given.
+#[derive(Clone)]
+pub(super) struct FewRows(pub(super) Mlp);
+
+impl RowField for FewRows {
+    type Tiles<T: Element> = MlpTiles<T, RowWeights<T>>;
+
+    fn weights(&self) -> Vec<Tensor> {
+        RowField::weights(&self.0)
+    }
+
+    fn reads_time(&self) -> bool {
+        self.0.time
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
+        let [shape] = shapes else { return None };
+        let (rows, features) = shape.dims2().ok()?;
+        Some(RowLayout {
+            rows,
+            features: vec![features],
+        })
+    }
+
+    fn tiles<T: Element, S: Simd>(
+        &self,
+        s: S,
+        _: &[Shape],
+    ) -> std::result::Result<Self::Tiles<T>, Error> {
+        self.0.packed(s)
     }
 }
 
@@ -49,29 +91,29 @@ impl RowField for Mlp {
 /// A slot keeps `[y, t | h_1 | h_2 | …]`, what the layers read, and after that the slopes where they
 /// do not follow from h; cotangents are `[g_L | … | g_1]`, of the layers' z, and behind them the
 /// cotangent that a skipped layer's output passes to its input.
-pub(crate) struct MlpTiles<T> {
-    layers: Vec<MlpTileLayer<T>>,
+pub(crate) struct MlpTiles<T, W = Weights<T>> {
+    layers: Vec<MlpTileLayer<T, W>>,
     activation: Activation,
     time: bool,
 }
 
-struct MlpTileLayer<T> {
-    weights: Weights<T>,
-    bias: Vec<T>,
+struct MlpTileLayer<T, W> {
+    weights: W,
+    bias: Aligned<T>,
     skips: bool,
 }
 
 /// Products that take as long as an activation.
 const ACTIVATION: usize = 16;
 
-impl<T: Element> MlpTileLayer<T> {
+impl<T: Element, W: LayerWeights<T>> MlpTileLayer<T, W> {
     /// Vectors of the sums of dW and db.
     fn sums<S: Simd>(&self) -> usize {
-        self.weights.sums::<S>() + self.weights.outputs
+        self.weights.sums::<S>() + self.weights.outputs()
     }
 }
 
-impl<T: Element> MlpTiles<T> {
+impl<T: Element, W: LayerWeights<T>> MlpTiles<T, W> {
     /// Layers that follow on each other, from any number of features to any other; whether the first reads time
     /// behind its features, and which are skipped by their inputs.
     pub(in crate::nn) fn new<S: Simd>(
@@ -88,9 +130,9 @@ impl<T: Element> MlpTiles<T> {
             let pulled = inputs - usize::from(time && l == 0);
             layers.push(MlpTileLayer {
                 weights: with_numbers(&layer.weight, |weight| {
-                    Weights::new(s, weight, outputs, inputs, pulled)
+                    W::pack(s, weight, outputs, inputs, pulled)
                 })?,
-                bias: numbers(&layer.bias)?,
+                bias: W::bias::<S>(&numbers(&layer.bias)?),
                 skips: skips(l),
             });
         }
@@ -103,12 +145,12 @@ impl<T: Element> MlpTiles<T> {
 
     /// Features of the state.
     fn features(&self) -> usize {
-        self.layers[0].weights.inputs - usize::from(self.time)
+        self.layers[0].weights.inputs() - usize::from(self.time)
     }
 
     /// Features of all that layers read.
     fn inputs(&self) -> usize {
-        self.layers.iter().map(|l| l.weights.inputs).sum()
+        self.layers.iter().map(|l| l.weights.inputs()).sum()
     }
 
     /// Whether hidden layers keep their slopes.
@@ -127,7 +169,7 @@ impl<T: Element> MlpTiles<T> {
         known: &[bool],
     ) {
         let (read, mut slopes) = kept.split_at_mut(self.inputs() * V);
-        let (mut x, mut rest) = read.split_at_mut(self.layers[0].weights.inputs * V);
+        let (mut x, mut rest) = read.split_at_mut(self.layers[0].weights.inputs() * V);
         if self.time {
             let time = x.len() - V;
             x[time..].copy_from_slice(at.times);
@@ -137,7 +179,7 @@ impl<T: Element> MlpTiles<T> {
             None => return,
         };
         for (l, layer) in hidden.iter().enumerate() {
-            let size = layer.weights.outputs * V;
+            let size = layer.weights.outputs() * V;
             let (out, after) = rest.split_at_mut(size);
             let kept = if self.keeps_slopes() { size } else { 0 };
             let (slope, more) = slopes.split_at_mut(kept);
@@ -146,17 +188,12 @@ impl<T: Element> MlpTiles<T> {
                 (x, rest) = (out, after);
                 continue;
             }
-            let product = Layer::<T, S, V> {
-                weights: &layer.weights.forward,
-                start: &layer.bias,
-                x,
-                out,
-            };
             if self.activation == Activation::Tanh {
-                let epilogue = Tanh;
-                enter(s, WithEpilogue { product, epilogue });
+                layer
+                    .weights
+                    .forward_with::<S, V>(s, &layer.bias, x, out, Tanh);
             } else {
-                enter(s, product);
+                layer.weights.forward::<S, V>(s, &layer.bias, x, out);
                 let apply = Apply::<T, S> {
                     activation: self.activation,
                     z: out,
@@ -183,36 +220,28 @@ impl<T: Element> MlpTiles<T> {
             (x, rest) = (out, after);
         }
         if let Some(out) = k {
-            enter(
-                s,
-                Layer::<T, S, V> {
-                    weights: &last.weights.forward,
-                    start: &last.bias,
-                    x,
-                    out,
-                },
-            );
+            last.weights.forward::<S, V>(s, &last.bias, x, out);
         }
     }
 
     /// Features of the widest layer that is skipped.
     fn skipped(&self) -> usize {
         let skipped = self.layers.iter().filter(|l| l.skips);
-        skipped.map(|l| l.weights.outputs).max().unwrap_or(0)
+        skipped.map(|l| l.weights.outputs()).max().unwrap_or(0)
     }
 
     /// Features of all layers' z.
     fn outputs(&self) -> usize {
-        self.layers.iter().map(|l| l.weights.outputs).sum()
+        self.layers.iter().map(|l| l.weights.outputs()).sum()
     }
 
     /// Features of all hidden layers.
     fn hidden(&self) -> usize {
-        self.layers[1..].iter().map(|l| l.weights.inputs).sum()
+        self.layers[1..].iter().map(|l| l.weights.inputs()).sum()
     }
 }
 
-impl<T: Element> TileField<T> for MlpTiles<T> {
+impl<T: Element, W: LayerWeights<T>> TileField<T> for MlpTiles<T, W> {
     fn kept(&self) -> usize {
         self.inputs()
             + if self.keeps_slopes() {
@@ -237,7 +266,7 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     }
 
     fn parameters(&self) -> usize {
-        let of = |l: &MlpTileLayer<T>| (l.weights.inputs + 1) * l.weights.outputs;
+        let of = |l: &MlpTileLayer<T, W>| l.weights.numbers() + l.weights.biases();
         self.layers.iter().map(of).sum()
     }
 
@@ -258,12 +287,10 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
             features: [0..state, 0..0],
             work: 0,
         }];
-        let mut value = self.layers[0].weights.inputs;
+        let mut value = self.layers[0].weights.inputs();
         let mut slope = self.inputs();
         for layer in &self.layers[..self.layers.len() - 1] {
-            let Weights {
-                inputs, outputs, ..
-            } = layer.weights;
+            let (inputs, outputs) = (layer.weights.inputs(), layer.weights.outputs());
             let slopes = match self.keeps_slopes() {
                 true => slope..slope + outputs,
                 false => 0..0,
@@ -299,20 +326,14 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
     ) {
         let (mut read, mut slopes) = kept.split_at(self.inputs() * V);
         let (cotangents, carried) = cotangents.split_at_mut(self.outputs() * V);
-        let velocity = self.layers.last().map_or(0, |l| l.weights.outputs);
+        let velocity = self.layers.last().map_or(0, |l| l.weights.outputs());
         let (mut g, mut rest) = cotangents.split_at_mut(velocity * V);
         for (l, layer) in self.layers.iter().enumerate().rev() {
             let value;
-            (read, value) = read.split_at(read.len() - layer.weights.inputs * V);
-            let hidden = if l == 0 { 0 } else { layer.weights.inputs };
+            (read, value) = read.split_at(read.len() - layer.weights.inputs() * V);
+            let hidden = if l == 0 { 0 } else { layer.weights.inputs() };
             let (below, after) = rest.split_at_mut(hidden * V);
             let out = if l == 0 { &mut *w } else { &mut *below };
-            let product = Layer::<T, S, V> {
-                weights: &layer.weights.adjoint,
-                start: &[],
-                x: g,
-                out,
-            };
             let kept = if self.keeps_slopes() { hidden * V } else { 0 };
             let slope;
             (slopes, slope) = slopes.split_at(slopes.len() - kept);
@@ -323,9 +344,9 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
                     value,
                     slope,
                 };
-                enter(s, WithEpilogue { product, epilogue });
+                layer.weights.adjoint_with::<S, V>(s, g, out, epilogue);
             } else {
-                enter(s, product);
+                layer.weights.adjoint::<S, V>(s, g, out);
                 if layer.skips {
                     for (out, c) in out.iter_mut().zip(&*carried) {
                         *out = T::plus(s, *out, *c);
@@ -354,21 +375,21 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         let (mut read, mut left, mut rest) = (0, self.outputs(), sums);
         let mut pairs = Vec::with_capacity(window.len());
         for layer in &self.layers {
-            left -= layer.weights.outputs;
+            left -= layer.weights.outputs();
             fill::<_, V>(
                 &mut pairs,
                 window,
                 Place { read, left },
-                layer.weights.inputs,
+                layer.weights.inputs(),
             );
             let (weights, after) = rest.split_at_mut(layer.weights.sums::<S>());
             layer
                 .weights
                 .accumulate::<S, V>(s, &pairs, scratch, weights);
-            let (biases, after) = after.split_at_mut(layer.weights.outputs);
+            let (biases, after) = after.split_at_mut(layer.weights.outputs());
             add_rows::<T, S, V>(s, &pairs, biases);
             rest = after;
-            read += layer.weights.inputs;
+            read += layer.weights.inputs();
         }
     }
 
@@ -379,9 +400,9 @@ impl<T: Element> TileField<T> for MlpTiles<T> {
         for layer in &self.layers {
             let (weights, biases);
             (weights, rest) = rest.split_at(layer.weights.sums::<S>());
-            (biases, rest) = rest.split_at(layer.weights.outputs);
+            (biases, rest) = rest.split_at(layer.weights.outputs());
             layer.weights.gradient(s, weights, &mut gradients);
-            append_totals::<T, S>(s, biases, &mut gradients);
+            layer.weights.bias_gradient(s, biases, &mut gradients);
         }
         gradients
     }

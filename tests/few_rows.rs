@@ -1,0 +1,274 @@
+//! Fewer rows than a vector has lanes are solved with their features in the lanes, and it does not show.
+//!
+//! `cargo test --test few_rows`, some seconds.  Without a vector unit, and for the numbers of rows that fill one, both
+//! sides of a comparison are solved in the same way.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::nn::{Activation, Mlp};
+use candle_diffeq::options::{ActivationCache, Checkpoint, Output};
+use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
+use candle_diffeq::{odeint, OdeOptions, Precision};
+use candle_nn::{VarBuilder, VarMap};
+use common::{bits, method, relative, scattered, U_BF16, U_F16, U_F32};
+
+/// Rows of a batch that every vector unit fills.
+const COMPANY: usize = 40;
+
+#[derive(Clone)]
+struct Case {
+    widths: Vec<usize>,
+    activation: Activation,
+    time: bool,
+    residual: bool,
+    dtype: DType,
+    options: OdeOptions,
+}
+
+struct Outcome {
+    states: Tensor,
+    y0: Tensor,
+    params: Vec<Tensor>,
+    stats: Stats,
+}
+
+impl Case {
+    /// Enough work for the features of several rows to be put into the lanes: 4 · 700 evaluations of some thousand weights.
+    fn new(widths: &[usize]) -> Self {
+        Self {
+            widths: widths.to_vec(),
+            activation: Activation::Tanh,
+            time: false,
+            residual: false,
+            dtype: DType::F32,
+            options: method(&RK4, 350),
+        }
+    }
+
+    fn field(&self, vars: &VarMap) -> Mlp {
+        let vb = VarBuilder::from_varmap(vars, self.dtype, &Device::Cpu);
+        for (l, pair) in self.widths.windows(2).enumerate() {
+            let inputs = pair[0] + usize::from(self.time && l == 0);
+            for (name, shape) in [("weight", vec![pair[1], inputs]), ("bias", vec![pair[1]])] {
+                let value = self.numbers(&shape, 1.2 / (inputs as f64).sqrt(), l);
+                let mut data = vars.data().lock().unwrap();
+                data.insert(format!("{l}.{name}"), Var::from_tensor(&value).unwrap());
+            }
+        }
+        let field = match self.time {
+            true => Mlp::with_time(&self.widths, self.activation, vb).unwrap(),
+            false => Mlp::new(&self.widths, self.activation, vb).unwrap(),
+        };
+        match self.residual {
+            true => field.residual(),
+            false => field,
+        }
+    }
+
+    /// Numbers that are f32 in either dtype.
+    fn numbers(&self, shape: &[usize], size: f64, seed: usize) -> Tensor {
+        let x = scattered(shape, size, seed).to_dtype(DType::F32).unwrap();
+        x.to_dtype(self.dtype).unwrap()
+    }
+
+    /// The first rows of one batch, and the gradients of a loss that looks at every state of each row.
+    fn solve(&self, rows: usize) -> Outcome {
+        let (vars, recorder) = (VarMap::new(), Recorder::default());
+        let field = self.field(&vars);
+        let options = OdeOptions {
+            recorder: Some(recorder.clone()),
+            ..self.options.clone()
+        };
+        let all = self.numbers(&[COMPANY, self.widths[0]], 1.0, 7);
+        let y0 = Var::from_tensor(&all.narrow(0, 0, rows).unwrap()).unwrap();
+        let states = odeint(field, y0.as_tensor(), &[0.0, 0.3, 1.0], &options).unwrap();
+        let of = self.numbers(&[3, COMPANY, self.widths[0]], 1.0, 8);
+        let weights = of.narrow(1, 0, rows).unwrap();
+        let weights = match states.rank() {
+            2 => weights.get(2).unwrap(),
+            _ => weights,
+        };
+        let loss = (&states * weights).unwrap().sum_all().unwrap();
+        let grads = loss.backward().unwrap();
+        let mut named: Vec<_> = vars.data().lock().unwrap().clone().into_iter().collect();
+        named.sort_by(|a, b| a.0.cmp(&b.0));
+        let grad = |var: &Var| grads.get(var).unwrap().clone();
+        Outcome {
+            states: states.detach(),
+            y0: grad(&y0),
+            params: named.iter().map(|(_, var)| grad(var)).collect(),
+            stats: recorder.take(),
+        }
+    }
+}
+
+/// Widths of every kind: whole vectors, less than one, a rest of one to three behind a multiple of four, one layer, many blocks.
+fn shapes() -> Vec<Vec<usize>> {
+    vec![
+        vec![2, 64, 64, 2],
+        vec![3, 70, 19, 35, 3],
+        vec![17, 130, 17],
+        vec![50, 50],
+        vec![1, 300, 9, 1],
+        vec![8, 128, 16, 8],
+    ]
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_and_in_company() {
+    for widths in shapes() {
+        for (activation, time, residual) in [
+            (Activation::Tanh, false, false),
+            (Activation::Softplus, true, false),
+            (Activation::Sigmoid, false, true),
+            (Activation::Relu, true, true),
+        ] {
+            let case = Case {
+                activation,
+                time,
+                residual,
+                ..Case::new(&widths)
+            };
+            let company = case.solve(COMPANY);
+            for rows in [1, 2, 3, 7] {
+                let few = case.solve(rows);
+                let expected = company.states.narrow(1, 0, rows).unwrap();
+                assert_eq!(
+                    bits(&few.states),
+                    bits(&expected),
+                    "{widths:?} {activation:?}, {rows} rows: states"
+                );
+                let expected = company.y0.narrow(0, 0, rows).unwrap();
+                assert_eq!(
+                    bits(&few.y0),
+                    bits(&expected),
+                    "{widths:?} {activation:?}, {rows} rows: ∂y0"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_parameters_are_as_exact_as_those_of_the_general_path() {
+    for widths in shapes() {
+        for activation in Activation::ALL {
+            for (rows, time, residual) in [(1, true, false), (5, false, true)] {
+                let case = Case {
+                    activation,
+                    time,
+                    residual,
+                    options: method(&DOPRI5, 60),
+                    ..Case::new(&widths)
+                };
+                let general = |dtype| {
+                    let options = OdeOptions {
+                        fusion: false,
+                        ..case.options.clone()
+                    };
+                    let case = case.clone();
+                    Case {
+                        dtype,
+                        options,
+                        ..case
+                    }
+                    .solve(rows)
+                };
+                let (few, general, exact) =
+                    (case.solve(rows), general(DType::F32), general(DType::F64));
+                let all = few.params.iter().zip(&general.params).zip(&exact.params);
+                for (i, ((few, general), exact)) in all.enumerate() {
+                    let (error, allowed) = (relative(few, exact), relative(general, exact));
+                    assert!(
+                        error <= 2.0 * allowed + 32.0 * U_F32,
+                        "{widths:?} {activation:?}, {rows} rows, parameter {i}: {error:e}, general path {allowed:e}"
+                    );
+                }
+                assert_eq!(few.stats, general.stats);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_memory_plan_gives_the_same_bits() {
+    for rows in [1, 6] {
+        let case = Case::new(&[3, 70, 19, 3]);
+        let all = case.solve(rows);
+        for checkpoint in [
+            Checkpoint::Every(7),
+            Checkpoint::States(9),
+            Checkpoint::Bytes(4 * 3 * 4 * 40),
+        ] {
+            for cache in [ActivationCache::NONE, ActivationCache::within(1 << 20)] {
+                let options = OdeOptions {
+                    checkpoint,
+                    activation_cache: cache,
+                    ..case.options.clone()
+                };
+                let planned = Case {
+                    options,
+                    ..case.clone()
+                };
+                let planned = planned.solve(rows);
+                assert_eq!(bits(&planned.states), bits(&all.states));
+                assert_eq!(bits(&planned.y0), bits(&all.y0));
+                for (got, expected) in planned.params.iter().zip(&all.params) {
+                    assert_eq!(bits(got), bits(expected), "{checkpoint:?}, {rows} rows");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn both_paths_count_the_same() {
+    for (rows, output) in [(1, Output::All), (3, Output::Final)] {
+        let case = Case {
+            options: OdeOptions {
+                output,
+                ..method(&EULER, 1000)
+            },
+            ..Case::new(&[3, 70, 19, 3])
+        };
+        let few = case.solve(rows);
+        let general = Case {
+            options: OdeOptions {
+                fusion: false,
+                ..case.options.clone()
+            },
+            ..case
+        };
+        assert_eq!(few.stats, general.solve(rows).stats);
+    }
+}
+
+#[test]
+fn low_precision_rounds_alike_alone_and_in_company() {
+    for (precision, unit) in [(Precision::bf16(), U_BF16), (Precision::f16(), U_F16)] {
+        let case = Case {
+            options: OdeOptions {
+                precision: Some(precision),
+                ..method(&RK4, 350)
+            },
+            ..Case::new(&[5, 66, 30, 5])
+        };
+        let company = case.solve(COMPANY);
+        let exact = Case {
+            options: method(&RK4, 350),
+            ..case.clone()
+        };
+        for rows in [1, 4] {
+            let few = case.solve(rows);
+            let expected = company.states.narrow(1, 0, rows).unwrap();
+            assert_eq!(bits(&few.states), bits(&expected), "{rows} rows");
+            let exact = exact.solve(rows);
+            for (got, expected) in few.params.iter().zip(&exact.params) {
+                let error = relative(got, expected);
+                assert!(error <= 8.0 * unit, "{rows} rows: {error:e}");
+            }
+        }
+    }
+}
