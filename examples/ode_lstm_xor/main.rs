@@ -1,212 +1,54 @@
-//! Tells the parity of streams of bits that are given as events: an LSTM whose state flows between them beside others.
+//! Tells the parity of streams of bits that are given as events: recurrent models whose states flow between them beside others.
 //!
 //! `cargo run --release --example ode_lstm_xor` (minutes; `--smoke`: seconds).  "Learning long-term dependencies in
 //! irregularly-sampled time series" (arXiv 2006.04418): a stream of bits becomes a list of runs, each a bit and how long it
 //! lasts; the sought class is the exclusive or of all bits.  In ODE-RNN and ODE-LSTM the length of a run is the time over
-//! which the state flows after the bit; the LSTM is told it as a number.  Prints accuracies, writes a picture and the figures
-//! as JSON beside it.  Exits with 1 when the ODE-LSTM does not learn it, or in bf16 less than in f32.
+//! which the state flows after the bit; the LSTM is told it as a number.  Unlike there, the parity is a target after every
+//! run and not after the last alone, and the streams begin with two bits and become longer as they are learnt.  Prints
+//! accuracies, writes a picture and the figures as JSON beside it.  Exits with 1 when a model that flows does not learn it,
+//! or in bf16 less than in f32.
 
 #[path = "../common/mod.rs"]
 mod common;
+mod model;
+mod streams;
+mod training;
 
 use std::process::ExitCode;
-use std::time::Instant;
 
-use candle_core::{DType, Device, Module, Tensor, D};
-use candle_diffeq::models::recurrent::{Cell, LstmCell, OdeRnn, Order, RnnCell};
-use candle_diffeq::nn::{Activation, Linear, Mlp, RowSpeed};
-use candle_diffeq::options::{Output, Steps};
-use candle_diffeq::tableau::RK4;
-use candle_diffeq::{NeuralOde, OdeOptions};
-use candle_nn::loss::cross_entropy;
-use candle_nn::{VarBuilder, VarMap};
+use candle_core::Device;
 use clap::Parser;
-use rand::rngs::StdRng;
-use rand::Rng;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Panel};
+use crate::common::chart::{colour, picture, Curve, Mark, Panel, SeriesLabelPosition};
 use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
 use crate::common::flags::Flags;
-use crate::common::random::generator;
 use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{initial, mean, progress, Result};
+use crate::common::table::Table;
+use crate::common::{mean, Result};
+use crate::model::Kind;
+use crate::training::{train, Outcome, Plan};
 
-const FIT: Fit = Fit::new(1200, 1e-2).falling_to(0.05);
-const BATCH: usize = 128;
-const HIDDEN: usize = 32;
-/// Steps of RK4 over a run.
-const STEPS: usize = 3;
-/// The share of test streams whose class must be right, and how much less in low precision.
-const RIGHT: f64 = 0.95;
-const LOW: f64 = 0.03;
+/// The share of test streams whose parity must be right, in the mean over the seeds, and how much less in low precision.
+const RIGHT: f64 = 0.99;
+const LOW: f64 = 0.01;
+/// Most updates of a model.
+const UPDATES: usize = 4000;
 
 /// Tells the parity of streams of bits.
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
     flags: Flags,
-    /// Bits of a stream.
+    /// Bits of the longest streams to train with.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..65))]
     bits: u32,
-    /// Updates of each model [default: of the size].
+    /// Most updates of each model [default: of the size].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     iters: Option<u32>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    OdeLstm(Dtype),
-    OdeRnn,
-    Lstm,
-}
-
-impl Kind {
-    fn name(self) -> String {
-        match self {
-            Self::OdeLstm(dtype) => format!("ODE-LSTM, {}", dtype.name()),
-            Self::OdeRnn => "ODE-RNN, f32".to_owned(),
-            Self::Lstm => "LSTM told the lengths, f32".to_owned(),
-        }
-    }
-
-    fn dtype(self) -> Dtype {
-        match self {
-            Self::OdeLstm(dtype) => dtype,
-            _ => Dtype::F32,
-        }
-    }
-}
-
-/// Streams as runs.
-struct Runs {
-    /// ±1 and the length in the mean of the lengths, `(rows, runs, 2)`.
-    x: Tensor,
-    /// `(rows, runs)`, and 1 where there is a run.
-    lengths: Tensor,
-    seen: Tensor,
-    classes: Tensor,
-}
-
-/// So many streams.
-fn streams(rows: usize, bits: usize, rng: &mut StdRng, device: &Device) -> Result<Runs> {
-    let (mut x, mut lengths, mut seen, mut classes) = (vec![], vec![], vec![], vec![]);
-    for _ in 0..rows {
-        let stream: Vec<bool> = (0..bits).map(|_| rng.random()).collect();
-        classes.push(stream.iter().filter(|b| **b).count() as u32 % 2);
-        let runs: Vec<_> = stream.chunk_by(|a, b| a == b).collect();
-        for i in 0..bits {
-            let run = runs.get(i);
-            let length = run.map_or(0.0, |run| run.len() as f32);
-            let sign = run.map_or(0.0, |run| if run[0] { 1.0 } else { -1.0 });
-            x.extend([sign, 0.5 * length]);
-            lengths.push(length);
-            seen.push(f32::from(run.is_some()));
-        }
-    }
-    let of = |numbers: Vec<f32>, shape: &[usize]| Tensor::from_vec(numbers, shape, device);
-    Ok(Runs {
-        x: of(x, &[rows, bits, 2])?,
-        lengths: of(lengths, &[rows, bits])?,
-        seen: of(seen, &[rows, bits])?,
-        classes: Tensor::from_vec(classes, rows, device)?,
-    })
-}
-
-/// `(rows, runs, HIDDEN)` of runs.
-type States = dyn Fn(&Runs) -> Result<Tensor>;
-
-/// A recurrent model and a layer that reads its last state.
-struct Model {
-    states: Box<States>,
-    readout: Linear,
-}
-
-impl Model {
-    fn new(kind: Kind, vars: &VarMap, device: &Device) -> Result<Self> {
-        let vb = VarBuilder::from_varmap(vars, DType::F32, device);
-        let readout = Linear::new(HIDDEN, 2, vb.pp("readout"))?;
-        let lstm = |inputs: usize| LstmCell::new(inputs, HIDDEN, vb.pp("cell"));
-        let states = match kind {
-            Kind::OdeLstm(_) => states(flow(kind, vars, device)?, lstm(1)?, true),
-            Kind::OdeRnn => states(
-                flow(kind, vars, device)?,
-                RnnCell::new(1, HIDDEN, vb.pp("cell"))?,
-                true,
-            ),
-            Kind::Lstm => states(flow(kind, &VarMap::new(), device)?, lstm(2)?, false),
-        };
-        Ok(Self { states, readout })
-    }
-
-    fn logits(&self, runs: &Runs) -> Result<Tensor> {
-        let states = (self.states)(runs)?;
-        let last = states
-            .narrow(1, states.dim(1)? - 1, 1)?
-            .squeeze(1)?
-            .contiguous()?;
-        Ok(self.readout.forward(&last)?)
-    }
-}
-
-/// States after every run; those that do not flow are told the length instead.
-fn states<C: Cell + 'static>(
-    flow: NeuralOde<(Tensor, Tensor)>,
-    cell: C,
-    flows: bool,
-) -> Box<States> {
-    let model = OdeRnn::new(flow, cell).order(Order::CellFirst);
-    Box::new(move |runs: &Runs| {
-        let (x, gaps) = match flows {
-            true => (runs.x.narrow(2, 0, 1)?.contiguous()?, runs.lengths.clone()),
-            false => (runs.x.clone(), runs.lengths.zeros_like()?),
-        };
-        Ok(model.forward(&x, &gaps, Some(&runs.seen))?)
-    })
-}
-
-fn flow(kind: Kind, vars: &VarMap, device: &Device) -> Result<NeuralOde<(Tensor, Tensor)>> {
-    let ode = NeuralOde::from_field(vars, "f", DType::F32, device, |vb| {
-        Mlp::new(&[HIDDEN, HIDDEN, HIDDEN], Activation::Tanh, vb).map(RowSpeed::new)
-    })?;
-    Ok(ode.options(OdeOptions {
-        method: RK4,
-        steps: Steps::PerInterval(STEPS),
-        output: Output::Final,
-        precision: Some(kind.dtype().precision()),
-        ..Default::default()
-    }))
-}
-
-struct Outcome {
-    kind: Kind,
-    losses: Vec<f64>,
-    right: f64,
-    seconds: f64,
-}
-
-fn train(kind: Kind, bits: usize, (fit, seed): (&Fit, u64), device: &Device) -> Result<Outcome> {
-    let clock = Instant::now();
-    let vars = VarMap::new();
-    let model = Model::new(kind, &vars, device)?;
-    let mut rng = generator(seed);
-    initial::layers(&vars, &mut rng)?;
-    let bar = progress(&kind.name(), fit.iterations)?;
-    let losses = fit.run(&vars, &bar, |_| {
-        let runs = streams(BATCH, bits, &mut rng, device)?;
-        Ok(cross_entropy(&model.logits(&runs)?, &runs.classes)?)
-    })?;
-    bar.finish_and_clear();
-    let test = streams(1000, bits, &mut rng, device)?;
-    let right = model.logits(&test)?.argmax(D::Minus1)?.eq(&test.classes)?;
-    Ok(Outcome {
-        kind,
-        losses,
-        right: right.to_dtype(DType::F64)?.mean_all()?.to_scalar()?,
-        seconds: clock.elapsed().as_secs_f64(),
-    })
+    /// Trainings of each model [default: one, or five with --full].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: Option<u64>,
 }
 
 fn main() -> ExitCode {
@@ -217,75 +59,124 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
-    let mut fit = FIT.iterations(args.flags.size().pick(3, FIT.iterations, 10_000));
-    if let Some(iterations) = args.iters {
-        fit = fit.iterations(iterations as usize);
-    }
+    let size = args.flags.size();
+    let updates = size.pick(3, UPDATES, UPDATES);
+    let plan = Plan {
+        bits: args.bits as usize,
+        updates: args.iters.map_or(updates, |n| n as usize),
+    };
     let precisions = args.flags.precisions(&[Dtype::F32, Dtype::Bf16]);
-    let kinds = precisions.into_iter().map(Kind::OdeLstm);
-    let mut all = vec![];
-    for kind in kinds.chain([Kind::OdeRnn, Kind::Lstm]) {
-        all.push(train(
-            kind,
-            args.bits as usize,
-            (&fit, args.flags.seed),
-            device,
-        )?);
+    let flowing = [Kind::OdeLstm, Kind::OdeRnn];
+    let kinds = flowing
+        .iter()
+        .flat_map(|of| precisions.iter().map(|d| of(*d)));
+    let kinds: Vec<_> = kinds.chain([Kind::Lstm]).collect();
+    let seeds = args.seeds.unwrap_or(size.pick(1, 1, 5));
+    let mut outcomes = vec![];
+    for &kind in &kinds {
+        for seed in (0..seeds).map(|i| args.flags.seed + i) {
+            outcomes.push(train(kind, seed, plan, device)?);
+        }
     }
-    let mut table = Table::new(["model", "right of 1000", "last loss", "s"]);
-    for o in &all {
+    print(&outcomes, &kinds, plan.bits);
+    draw(report, &outcomes, &kinds, plan.bits)?;
+    report.figure("bits", plan.bits)?;
+    report.figure("runs", outcomes.iter().map(figures).collect::<Vec<_>>())?;
+    for of in flowing {
+        let right = |dtype: Dtype| {
+            let all = shares(&outcomes, of(dtype), plan.bits);
+            (!all.is_empty()).then(|| mean(&all))
+        };
+        let single = right(Dtype::F32);
+        if let Some(single) = single {
+            report.demand(single >= RIGHT, || {
+                let name = of(Dtype::F32).name();
+                format!("{name}: {single:.3} of the streams are right, not {RIGHT}")
+            });
+        }
+        if let Some((single, low)) = single.zip(right(Dtype::Bf16)) {
+            report.demand(low >= single - LOW, || {
+                let name = of(Dtype::Bf16).name();
+                format!("{name}: {low:.3} of the streams are right, in f32 {single:.3}")
+            });
+        }
+    }
+    Ok(())
+}
+
+fn of(outcomes: &[Outcome], kind: Kind) -> impl Iterator<Item = &Outcome> {
+    outcomes.iter().filter(move |o| o.kind == kind)
+}
+
+/// The shares of streams of so many bits that are right, by seed.
+fn shares(outcomes: &[Outcome], kind: Kind, bits: usize) -> Vec<f64> {
+    of(outcomes, kind).map(|o| o.right(bits)).collect()
+}
+
+fn print(outcomes: &[Outcome], kinds: &[Kind], bits: usize) {
+    let [right, longer] = [bits, 2 * bits].map(|n| format!("right, {n} bits"));
+    let mut table = Table::new(["model", &right, "least", &longer, "least", "updates", "s"]);
+    for &kind in kinds {
+        let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+        let least = |all: &[f64]| all.iter().copied().fold(f64::INFINITY, f64::min);
+        let [once, twice] = [bits, 2 * bits].map(|n| shares(outcomes, kind, n));
+        let updates: Vec<_> = of(outcomes, kind).map(|o| o.course.len() as f64).collect();
+        let seconds: Vec<_> = of(outcomes, kind).map(|o| o.seconds).collect();
         table.row([
-            o.kind.name(),
-            format!("{:.1} %", 100.0 * o.right),
-            sci(mean(&o.losses[o.losses.len().saturating_sub(20)..])),
-            format!("{:.0}", o.seconds),
+            kind.name(),
+            percent(mean(&once)),
+            percent(least(&once)),
+            percent(mean(&twice)),
+            percent(least(&twice)),
+            format!("{:.0}", mean(&updates)),
+            format!("{:.0}", mean(&seconds)),
         ]);
     }
     print!("{table}");
-    let of = |dtype: Dtype| {
-        all.iter()
-            .find(|o| o.kind == Kind::OdeLstm(dtype))
-            .map(|o| o.right)
-    };
-    if let Some(right) = of(Dtype::F32) {
-        report.demand(right >= RIGHT, || {
-            format!("f32: {right:.3} of the streams are right, not {RIGHT}")
-        });
-    }
-    if let Some((single, low)) = of(Dtype::F32).zip(of(Dtype::Bf16)) {
-        report.demand(low >= single - LOW, || {
-            format!("bf16: {low:.3} of the streams, in f32 {single:.3}")
-        });
-    }
-    let json = |o: &Outcome| {
-        json!({
-            "model": o.kind.name(),
-            "accuracy": o.right,
-            "seconds": o.seconds,
-        })
-    };
-    report.figure("bits", args.bits)?;
-    report.figure("updates", fit.iterations)?;
-    report.figure("runs", all.iter().map(json).collect::<Vec<_>>())?;
-    picture(&report.picture(""), (800, 420), |area| {
-        let curve = |(i, o): (usize, &Outcome)| {
-            let part = (o.losses.len() / 60).max(1);
-            let means = o.losses.chunks(part).enumerate();
-            Curve::new(
-                o.kind.name(),
-                colour(i),
-                means.map(|(k, l)| ((k * part) as f64, mean(l))),
-            )
-            .width(2)
-        };
+}
+
+fn figures(o: &Outcome) -> serde_json::Value {
+    let tests = o.tests.iter();
+    let tests = tests.map(|(bits, right)| json!({ "bits": bits, "right": right }));
+    json!({
+        "model": o.kind.name(),
+        "seed": o.seed,
+        "tests": tests.collect::<Vec<_>>(),
+        "updates": o.course.len(),
+        "seconds": o.seconds,
+    })
+}
+
+/// How the streams of the first seed become longer, and the tests of all seeds, the models side by side.
+fn draw(report: &mut Report, outcomes: &[Outcome], kinds: &[Kind], bits: usize) -> Result<()> {
+    picture(&report.picture(""), (1100, 420), |area| {
+        let (left, right) = area.split_horizontally(550);
+        let (mut courses, mut tests) = (vec![], vec![]);
+        for (i, &kind) in kinds.iter().enumerate() {
+            let course = of(outcomes, kind).take(1).flat_map(|o| o.course.iter());
+            let longest = course.enumerate().map(|(k, (n, _))| (k as f64, *n as f64));
+            courses.push(Curve::new(kind.name(), colour(i), longest).width(2));
+            let aside = 0.03 * bits as f64 * (i as f64 - 0.5 * (kinds.len() - 1) as f64);
+            let shares = of(outcomes, kind).flat_map(|o| o.tests.iter());
+            let dots = shares.map(|(n, right)| (*n as f64 + aside, 100.0 * right));
+            tests.push(Curve::new(kind.name(), colour(i), dots).mark(Mark::Dots(4)));
+        }
         Panel {
-            curves: all.iter().enumerate().map(curve).collect(),
+            curves: courses,
+            legend: SeriesLabelPosition::LowerRight,
+            ..Panel::new("streams while training", "update", "bits")
+        }
+        .draw(&left)?;
+        Panel {
+            curves: tests,
+            ranges: [None, Some(40.0..102.0)],
+            legend: SeriesLabelPosition::LowerLeft,
             ..Panel::new(
-                format!("parity of {} bits", args.bits),
-                "update",
-                "cross entropy",
+                format!("tests after training with {bits} bits, every seed"),
+                "bits",
+                "% right",
             )
         }
-        .draw(area)
+        .draw(&right)
     })
 }
