@@ -88,16 +88,15 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             (!all.is_empty()).then(|| mean(&all))
         };
         let single = right(Dtype::F32);
-        if let Some(single) = single {
-            report.demand(single >= RIGHT, || {
-                let name = of(Dtype::F32).name();
-                format!("{name}: {single:.3} of the streams are right, not {RIGHT}")
-            });
-        }
-        if let Some((single, low)) = single.zip(right(Dtype::Bf16)) {
-            report.demand(low >= single - LOW, || {
-                let name = of(Dtype::Bf16).name();
-                format!("{name}: {low:.3} of the streams are right, in f32 {single:.3}")
+        let allowed = [
+            (Dtype::F32, RIGHT),
+            (Dtype::Bf16, single.unwrap_or(RIGHT) - LOW),
+        ];
+        for (dtype, least) in allowed {
+            let Some(share) = right(dtype) else { continue };
+            report.demand(share >= least, || {
+                let name = of(dtype).name();
+                format!("{name}: {share:.3} of the streams are right, not {least:.3}")
             });
         }
     }

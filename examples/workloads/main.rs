@@ -130,7 +130,8 @@ fn checkpoint(text: &str) -> std::result::Result<Checkpoint, String> {
 /// The JSON line.
 fn run(args: &Args) -> Result<serde_json::Value> {
     let workload = Workload::read(&args.file, &Device::Cpu)?;
-    if args.field == Whose::Ours && workload.is_in_tiles() {
+    let control = args.control.map(StepControl::from);
+    if args.field == Whose::Ours && workload.is_in_tiles(control) {
         leave_cores_to_solves();
     }
     let vars = VarMap::new();
@@ -148,7 +149,7 @@ fn run(args: &Args) -> Result<serde_json::Value> {
             kept => kept,
         },
         recorder: Some(recorder.clone()),
-        ..workload.options(args.control.map(StepControl::from))
+        ..workload.options(control)
     };
     let ode = workload.ode(&vars, state, args.field, options)?;
     let y0 = workload.y0(state)?;

@@ -120,9 +120,9 @@ impl Workload {
         )
     }
 
-    /// Whether the library's own field is solved tile by tile.
-    pub(crate) fn is_in_tiles(&self) -> bool {
-        !matches!(self.drive, Drive::Graph(_))
+    /// Whether the library's own field is solved tile by tile, with adaptive steps controlled so.
+    pub(crate) fn is_in_tiles(&self, control: Option<StepControl>) -> bool {
+        !matches!(self.drive, Drive::Graph(_)) && control != Some(StepControl::Batch)
     }
 
     /// Whether it is driven by noise or a path.

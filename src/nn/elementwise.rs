@@ -8,7 +8,7 @@ use super::activation::{Activation, Apply};
 use crate::simd::pieces::by_piece;
 use crate::simd::{enter, scalars, scalars_mut, unit, vectors, Element};
 
-/// Numbers in a chunk that one thread takes: tens of microseconds of work, as waking another costs ten.
+/// Numbers in a chunk that one thread takes: tens of microseconds of work.
 const CHUNK: usize = 1 << 17;
 
 /// Vectors in a block that stays in the first cache.

@@ -1,6 +1,6 @@
 //! Solves of few rows, with the features of a row in the lanes instead of the rows of the batch.
 //!
-//! A batch of fewer rows than a vector has lanes would leave lanes idle.  So each row of the state is dealt out to as many
+//! A batch of few rows would leave most lanes of a vector idle.  So each row of the state is dealt out to as many
 //! rows as there are lanes, feature i to row i mod L, and the field of these rows reads all lanes of a vector together.
 //! Everything else that a solver does is the same for every feature, so that nothing else needs to know of it.
 
@@ -16,10 +16,14 @@ use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::simd::Element;
 use crate::state::{Packing, RowLayout};
 use crate::stats::Stats;
+use crate::trajectory::Checkpoint;
 
-/// Multiply-adds of a solve from which on it is worth the change of order, and from which on also a second thread.
+/// The least multiply-adds of a solve of one tile, for which the change of order is worth while.
 const WORK: usize = 1 << 18;
+/// The same of a solve of several tiles, for which a second thread wakes up.
 const WORK_OF_THREADS: usize = 1 << 22;
+/// The most numbers that returned states may have in addition, which fill up vectors.
+const FILLING: usize = 1 << 24;
 
 /// How the rows of a state are dealt out.
 #[derive(Clone, Copy)]
@@ -56,18 +60,30 @@ impl Deal {
             .saturating_mul(weights)
             .saturating_mul(layout.rows);
         let least = match layout.rows {
-            1 => WORK,
+            ..=2 => WORK,
             _ => WORK_OF_THREADS,
         };
         if layout.rows == 0 || work < least || held(problem) != Some(DType::F32) {
             return Ok(None);
         }
-        let lanes = dispatch(Lanes)?.unwrap_or(0);
-        Ok((layout.rows < lanes).then_some(Self {
+        let deal = Self {
             rows: layout.rows,
             features: *features,
-            lanes,
-        }))
+            lanes: dispatch(Lanes)?.unwrap_or(0),
+        };
+        // Each tile reads all weights, for two rows at most: with more rows than half the lanes, rows in the lanes are faster.
+        Ok((2 * deal.rows <= deal.lanes && deal.fits(problem)).then_some(deal))
+    }
+
+    /// Whether what fills up vectors is little, and a budget in bytes is enough for the states alone.
+    fn fits(&self, problem: &Problem) -> bool {
+        let filling = self.rows * (self.vectors() * self.lanes - self.features);
+        let state = self.rows * self.features * size_of::<f32>() * problem.scheme.carried();
+        let enough = match problem.checkpoint {
+            Checkpoint::Bytes(bytes) => bytes >= state,
+            _ => true,
+        };
+        enough && filling.saturating_mul(problem.outputs()) <= FILLING
     }
 
     /// Features of the rows that a row is dealt out to.
@@ -75,11 +91,20 @@ impl Deal {
         self.features.div_ceil(self.lanes)
     }
 
-    /// The same problem of the rows that are dealt out.
+    /// The same problem of the rows that are dealt out, with a budget for as many states.
     fn problem(&self, problem: &Problem) -> Problem {
         let shape = Shape::from((self.rows * self.lanes, self.vectors()));
+        let whole = (self.vectors() * self.lanes) as u128;
+        let checkpoint = match problem.checkpoint {
+            Checkpoint::Bytes(bytes) => {
+                let bytes = bytes as u128 * whole / self.features.max(1) as u128;
+                Checkpoint::Bytes(usize::try_from(bytes).unwrap_or(usize::MAX))
+            }
+            plan => plan,
+        };
         Problem {
             packing: Packing::of(vec![shape]),
+            checkpoint,
             ..problem.clone()
         }
     }
@@ -110,8 +135,7 @@ impl Deal {
             .reshape((n, self.rows * self.features))
     }
 
-    /// Runs a pass, and counts the bytes of kept states without the numbers that fill up vectors, as those of rows in lanes
-    /// are counted.
+    /// Runs a pass.  Its `bytes_kept` counts the features alone, and not what fills up vectors.
     fn counted<R>(&self, stats: &mut Stats, pass: impl FnOnce(&mut Stats) -> R) -> R {
         let before = std::mem::take(&mut stats.bytes_kept);
         let result = pass(stats);

@@ -82,6 +82,11 @@ pub(crate) trait RowField: Clone + Send + Sync + 'static {
         false
     }
 
+    /// Whether the lanes of a vector are read together, so that no vector may have lanes without a row.
+    fn joins_lanes(&self) -> bool {
+        false
+    }
+
     /// Rows and features of each leaf of a state of these shapes; `None` if they are not the
     /// field's.
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout>;
@@ -439,8 +444,12 @@ impl<T: Element, F: RowField> WithSimd for OnUnit<'_, T, F> {
         if self.spec.shares_time() {
             field.prepare(s, &self.plan.stage_times());
         }
-        let on = On(s);
-        Ok(match T::WIDE && self.plan.is_wide::<T>(T::lanes::<S>()) {
+        let (on, lanes) = (On(s), T::lanes::<S>());
+        let wide = match self.spec.joins_lanes() {
+            true => self.plan.layout.rows.is_multiple_of(2 * lanes),
+            false => self.plan.is_wide::<T>(lanes),
+        };
+        Ok(match T::WIDE && wide {
             true => Box::new(Wide::<_, S, 2> { field, on }),
             false => Box::new(Wide::<_, S, 1> { field, on }),
         })

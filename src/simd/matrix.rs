@@ -57,8 +57,7 @@ impl<'a, T: Element> Matrix<'a, T> {
     }
 }
 
-/// Products of numbers in a piece that one thread takes: half a hundred microseconds, as waking another
-/// thread costs ten.
+/// Products of numbers in a piece that one thread takes, which are half a hundred microseconds of work.
 const PIECE: usize = 1 << 22;
 
 /// `a b + start`, by rows; `start` is a row that is added to all, or empty.

@@ -8,7 +8,7 @@
 use pulp::Simd;
 
 use super::outer::Pair;
-use super::product::{has_many_registers, Epilogue};
+use super::product::{add_product, has_many_registers, Epilogue};
 use super::{aligned, enter, scalars, scalars_mut, Aligned, Element, Kernel};
 
 /// A matrix packed for [`MatVec`]: blocks of vectors of outputs, `[block][input][vector]`.
@@ -19,6 +19,9 @@ pub(crate) struct Across<T> {
     places: Vec<[u32; 2]>,
     data: Aligned<T>,
 }
+
+/// Columns that are packed at a time.
+const AHEAD: usize = 16;
 
 /// Vectors of outputs in the block that begins at vector `first` of so many.  The last vector is a block of its own where
 /// some of its outputs sum in parts.
@@ -43,12 +46,16 @@ impl<T: Element> Across<T> {
         let mut data = aligned(vectors * places.len() * lanes);
         let (mut first, mut rest) = (0, &mut data[..]);
         while first < vectors && !places.is_empty() {
-            let height = block(vectors, first, rows % 4 != 0);
+            let height = block(vectors, first, !rows.is_multiple_of(4));
             let place;
             (place, rest) = rest.split_at_mut(height * places.len() * lanes);
-            for (column, place) in place.chunks_exact_mut(height * lanes).enumerate() {
-                for (row, x) in (first * lanes..rows).zip(place) {
-                    *x = at(row, column);
+            // Some columns at a time: the numbers of a row that follow on each other are in one line of the cache.
+            for (i, place) in place.chunks_mut(AHEAD * height * lanes).enumerate() {
+                for (r, row) in (first * lanes..rows).take(height * lanes).enumerate() {
+                    let numbers = place[r..].iter_mut().step_by(height * lanes);
+                    for (column, x) in (i * AHEAD..).zip(numbers) {
+                        *x = at(row, column);
+                    }
                 }
             }
             first += height;
@@ -78,10 +85,11 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> Kernel<S> for MatVe
     fn run(mut self, s: S) {
         let vectors = self.weights.vectors::<S>();
         let columns = self.weights.places.len();
+        let ends_in_parts = !self.weights.rows.is_multiple_of(4);
         let mut rest = T::vectors::<S>(&self.weights.data);
         let mut first = 0;
         while first < vectors {
-            let height = block(vectors, first, self.weights.rows % 4 != 0);
+            let height = block(vectors, first, ends_in_parts);
             let weights;
             (weights, rest) = rest.split_at(height * columns);
             match height {
@@ -95,7 +103,7 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> Kernel<S> for MatVe
                 }
                 4 => self.block::<4, 4>(s, weights, first, 0),
                 2 => self.block::<2, 2>(s, weights, first, 0),
-                _ if first + 1 == vectors && self.weights.rows % 4 != 0 => {
+                _ if first + 1 == vectors && ends_in_parts => {
                     self.last(s, weights, first);
                 }
                 _ => self.block::<1, 1>(s, weights, first, 0),
@@ -249,12 +257,11 @@ impl<T: Element, S: Simd, const V: usize> OuterOfRows<'_, T, S, V> {
                 let Some(g) = g[from + v * lanes..].first_chunk::<R>() else {
                     continue;
                 };
-                for w in 0..W {
-                    let x = pair.x[(vector + w) * V + v];
-                    for r in 0..R {
-                        sums[r][w] = T::mul_add(s, T::splat(s, g[r]), x, sums[r][w]);
-                    }
+                let mut x = [T::zeros::<S>(); W];
+                for (w, x) in x.iter_mut().enumerate() {
+                    *x = pair.x[(vector + w) * V + v];
                 }
+                add_product(s, g, &x, &mut sums);
             }
         }
         for (r, sums) in sums.iter().enumerate() {

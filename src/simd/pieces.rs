@@ -1,19 +1,45 @@
 //! Work on the pieces of a slice, on all threads.
 
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::utils::barrier_pool;
 
-/// Runs `work` on the calling thread and on others, `threads` in all at most.
+/// Runs `work` on the calling thread and on others, `threads` in all at most.  It must not call candle's operations nor this
+/// function.
 ///
-/// The others are the threads of candle's elementwise operations.  After a piece of work they wait for the next one for some
-/// hundred microseconds before they sleep; a thread that sleeps is woken within 10 to 200 microseconds.
+/// The others are the threads of candle's elementwise operations, if at least half of them have something to do.  After a
+/// piece of work they wait for the next one for some hundred microseconds before they sleep; to wake a thread takes 10 to 200
+/// microseconds.  They serve one caller after the other.
 fn together(threads: usize, work: &(dyn Fn() + Sync)) {
     let threads = threads.min(rayon::current_num_threads());
     if threads < 2 {
         return work();
     }
-    barrier_pool().execute_chunked(threads, |share| share.for_each(|_| work()));
+    let pool = barrier_pool();
+    if 2 * threads > pool.n_workers() {
+        // A panic that went through the pool would leave it locked.
+        let panicked = Mutex::new(None);
+        pool.execute_chunked(threads, |share| {
+            let run = AssertUnwindSafe(|| share.for_each(|_| work()));
+            if let Err(payload) = catch_unwind(run) {
+                *panicked.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+            }
+        });
+        if let Some(payload) = panicked
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+        {
+            resume_unwind(payload);
+        }
+        return;
+    }
+    rayon::in_place_scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(|_| work());
+        }
+        work();
+    });
 }
 
 /// Calls `each` for every piece, on all threads if there are several; a thread takes the next piece when it has done one.
@@ -66,6 +92,19 @@ pub(crate) fn by_pieces_of_two<X: Send>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_in_a_piece_reaches_the_caller_and_leaves_the_threads_as_they_were() {
+        for _ in 0..2 {
+            let mut all = vec![0; 64];
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                by_piece(&mut all, 1, &|at, _| assert!(at != 40, "a piece"));
+            }));
+            assert!(caught.is_err());
+            by_piece(&mut all, 1, &|at, piece| piece[0] = at);
+            assert_eq!(all, (0..64).collect::<Vec<_>>());
+        }
+    }
 
     #[test]
     fn every_piece_is_seen_once_with_its_place() {

@@ -367,7 +367,14 @@ impl<T: Element, S: Simd, const V: usize> Layer<'_, T, S, V> {
             let (height, count) = blocks::<T, S>(*rows, first);
             let last = first + count * height;
             let weights = &data[first * all..last * all];
-            let (rows, columns) = (first..last, columns.clone());
+            let (rows, mut columns) = (first..last, columns.clone());
+            // Sums in parts go over all columns at once: their bits do not depend on what the cache holds.
+            if height <= 2 {
+                if columns.end < *all {
+                    break;
+                }
+                columns.start = 0;
+            }
             match height {
                 8 if const { has_block::<T, S, 8>() } => {
                     self.blocks::<8, 1>(s, epilogue, rows, weights, columns);

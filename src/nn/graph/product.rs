@@ -11,7 +11,7 @@ use crate::nn::elementwise::numbers;
 use crate::simd::pieces::for_each;
 use crate::simd::{unit, Element};
 
-/// Products that one thread takes: tens of microseconds of work, as waking another costs ten.
+/// Products that one thread takes: tens of microseconds of work.
 const CHUNK: usize = 1 << 17;
 
 /// Columns whose sums stay in registers.

@@ -68,6 +68,10 @@ impl RowField for FewRows {
         self.0.time
     }
 
+    fn joins_lanes(&self) -> bool {
+        true
+    }
+
     fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
         let [shape] = shapes else { return None };
         let (rows, features) = shape.dims2().ok()?;
