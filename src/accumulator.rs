@@ -5,7 +5,7 @@
 //! "The Accuracy of Floating Point Summation", SIAM J. Sci. Comput. 14 (1993), §3).  With compensation, what each addition
 //! to the total takes away is added with the next block, so that b unit roundoffs are lost for any n.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, TensorId};
 
 use crate::error::Result;
 use crate::ops;
@@ -168,6 +168,23 @@ impl Accumulator {
         }
         Ok(())
     }
+}
+
+/// The gradient of a parameter: the sum over all weights that are this parameter, zero if there is
+/// none.
+pub(crate) fn gradient_of(
+    p: &Tensor,
+    weights: &[TensorId],
+    gradients: &[Tensor],
+    dtype: DType,
+) -> Result<Tensor> {
+    let shares = weights.iter().zip(gradients);
+    let mut shares = shares.filter(|(w, _)| **w == p.id()).map(|(_, g)| g);
+    let first = match shares.next() {
+        Some(gradient) => gradient.clone(),
+        None => Tensor::zeros(p.shape(), dtype, p.device())?,
+    };
+    Ok(shares.try_fold(first, |sum, gradient| sum + gradient)?)
 }
 
 #[cfg(test)]

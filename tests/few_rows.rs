@@ -220,6 +220,9 @@ fn every_memory_plan_gives_the_same_bits() {
                 for (got, expected) in planned.params.iter().zip(&all.params) {
                     assert_eq!(bits(got), bits(expected), "{checkpoint:?}, {rows} rows");
                 }
+                if cache != ActivationCache::NONE {
+                    continue;
+                }
                 let general = Case {
                     options: OdeOptions {
                         checkpoint,

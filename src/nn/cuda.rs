@@ -11,6 +11,7 @@ use candle_core::{DType, Shape, Tensor, TensorId};
 
 use super::mlp::Mlp;
 use super::Activation;
+use crate::accumulator::gradient_of;
 use crate::adaptive::StepControl;
 use crate::error::{Error, Result};
 use crate::field::{Cotangents, OnDevice, Pullback};
@@ -21,7 +22,7 @@ use crate::ops::cuda::mlp::{
 use crate::ops::cuda::{activate, pull};
 use crate::problem::{Plan, Problem};
 use crate::reverse::{Adjoint, Backward, Reversible};
-use crate::rows::{gradient_of, Solved};
+use crate::rows::Solved;
 use crate::schedule::{Output, Schedule};
 use crate::stats::Stats;
 use crate::time::Time;

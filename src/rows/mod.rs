@@ -33,7 +33,7 @@ use std::marker::PhantomData;
 
 use std::sync::Arc;
 
-use candle_core::{DType, Shape, Tensor, TensorId};
+use candle_core::{DType, Shape, Tensor};
 use pulp::{Simd, WithSimd};
 
 use crate::adaptive::StepControl;
@@ -489,21 +489,4 @@ fn dispatch<J: WithSimd>(job: J) -> Result<Option<J::Output>> {
 /// The numbers of a packed tensor of T.
 fn numbers<T: Element>(packed: &Tensor) -> Result<Vec<T>> {
     Ok(packed.flatten_all()?.to_vec1::<T>()?)
-}
-
-/// The gradient of a parameter: the sum over all weights that are this parameter, zero if there is
-/// none.
-pub(crate) fn gradient_of(
-    p: &Tensor,
-    weights: &[TensorId],
-    gradients: &[Tensor],
-    dtype: DType,
-) -> Result<Tensor> {
-    let shares = weights.iter().zip(gradients);
-    let mut shares = shares.filter(|(w, _)| **w == p.id()).map(|(_, g)| g);
-    let first = match shares.next() {
-        Some(gradient) => gradient.clone(),
-        None => Tensor::zeros(p.shape(), dtype, p.device())?,
-    };
-    Ok(shares.try_fold(first, |sum, gradient| sum + gradient)?)
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor, TensorId};
 
 use super::small;
+use crate::accumulator::gradient_of;
 use crate::adaptive::{Control, OnFailure};
 use crate::error::{Error, Result, StopReason, Stopped, Worst};
 use crate::nn::mlp::Mlp;
@@ -14,7 +15,7 @@ use crate::ops::cuda::mlp::{
 };
 use crate::problem::Problem;
 use crate::reverse::{Adjoint, Backward, Reversible};
-use crate::rows::{gradient_of, Solved};
+use crate::rows::Solved;
 use crate::schedule::Output;
 use crate::stats::{RowStats, Stats};
 use crate::trajectory::Checkpoint;
