@@ -8,6 +8,7 @@ use candle_core::Tensor;
 
 use crate::field::parts::{OfParts, Parts};
 use crate::field::{Leaves, Offer, SharedField, VectorField};
+use crate::intervals::Intervals;
 #[cfg(feature = "cuda")]
 use crate::problem::Problem;
 #[cfg(feature = "cuda")]
@@ -79,6 +80,28 @@ impl Offered {
             rows: self.rows.map(|rows| rows.around(around)),
             driven: None,
             shared: Arc::new(shared(Leaves::new(self.shared))),
+            #[cfg(feature = "cuda")]
+            launch: None,
+        }
+    }
+
+    /// Of fields that take turns, each in the interval of time that has its number: `shared` makes the same for other
+    /// threads.
+    pub(crate) fn in_turn<F>(
+        parts: Vec<Self>,
+        intervals: &Intervals,
+        shared: impl FnOnce(Vec<SharedLeaves>) -> F,
+    ) -> Self
+    where
+        F: VectorField<Vec<Tensor>> + Send + Sync + 'static,
+    {
+        let parts = parts.into_iter().map(|part| (part.rows, part.shared));
+        let (rows, fields): (Vec<_>, Vec<_>) = parts.unzip();
+        let rows = rows.into_iter().collect::<Option<_>>();
+        Self {
+            rows: rows.map(|rows| Rows::in_turn(rows, intervals.clone())),
+            driven: None,
+            shared: Arc::new(shared(fields.into_iter().map(Leaves::new).collect())),
             #[cfg(feature = "cuda")]
             launch: None,
         }

@@ -3,8 +3,9 @@
 use candle_core::{Result, Tensor};
 
 use crate::error::Error;
-use crate::field::{Pullback, VectorField};
+use crate::field::{Offer, Pullback, VectorField};
 use crate::intervals::Intervals;
+use crate::offer::Offered;
 use crate::state::State;
 use crate::time::{Time, Times};
 
@@ -20,7 +21,8 @@ use crate::time::{Time, Times};
 /// time where the interval ends.  A step with such a time inside is cut in two there ([`jumps`](VectorField::jumps)),
 /// and adaptive steps end there.  So a method keeps its order.
 ///
-/// This field is not integrated tile by tile, but separate solves for each interval are, if its field allows it.
+/// On the CPU and with fixed steps, it is integrated tile by tile if its fields are.  With adaptive steps all rows of
+/// the batch share their steps, and the solve is not tiled; separate solves for each interval are, if the fields are.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -105,6 +107,14 @@ impl<S: State, F: VectorField<S>> VectorField<S> for PiecewiseConstant<F> {
 
     fn jumps(&self) -> Vec<f64> {
         self.intervals.breaks().to_vec()
+    }
+
+    fn offer(&self) -> Option<Offer> {
+        let parts = self.fields.iter().map(|f| Offered::from(f.offer()));
+        let parts = parts.collect::<Option<Vec<_>>>()?;
+        let intervals = self.intervals.clone();
+        let shared = |fields| PiecewiseConstant { fields, intervals };
+        Some(Offered::in_turn(parts, &self.intervals, shared).into())
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {

@@ -13,10 +13,10 @@ use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, Cnf, Hutchinson, HyperCnf, Mlp, OtFlow, Probe};
 use candle_diffeq::options::{Adaptive, Arithmetic, Output, StepControl, Steps};
 use candle_diffeq::tableau::{DOPRI5, EULER};
-use candle_diffeq::{NeuralOde, OdeOptions, Precision, Time, VectorField};
+use candle_diffeq::{NeuralOde, OdeOptions, Precision, State, Time, VectorField};
 use candle_nn::{VarBuilder, VarMap};
 use common::{
-    all, error_of, relative, scatter, scattered, values, worst, U_BF16, U_F16, U_F32, U_F64,
+    all, bits, error_of, relative, scatter, scattered, values, worst, U_BF16, U_F16, U_F32, U_F64,
 };
 use proptest::prelude::*;
 
@@ -393,6 +393,156 @@ fn tiles_round_where_the_general_path_rounds() {
     let times = [0.0, 0.25, 0.5];
     check(&|options| solved(|vb| HyperCnf::new(2, 20, 9, vb), 1, 37, &times, options));
     check(&|options| solved(|vb| OtFlow::new(2, 19, 3, vb), 3, 37, &times, options));
+}
+
+/// Solves a flow from (z, l, …) over two intervals: z and l, and gradients of both starts and of the parameters by name.
+fn answers<S, F, B>(build: B, y0: &[Tensor], options: OdeOptions) -> Vec<Tensor>
+where
+    S: State + 'static,
+    F: VectorField<S> + Send + Sync + 'static,
+    B: Fn(VarBuilder<'_>) -> Result<F> + Send + Sync + 'static,
+{
+    let vars = VarMap::new();
+    let ode = NeuralOde::from_field(&vars, "f", y0[0].dtype(), &Device::Cpu, build);
+    scatter(&vars);
+    let starts = [0, 1].map(|i| Var::from_tensor(&y0[i]).unwrap());
+    let leaves = starts.iter().map(|x| x.as_tensor().clone());
+    let start = S::from_leaves(leaves.chain(y0[2..].iter().cloned()).collect()).unwrap();
+    let solved = ode
+        .unwrap()
+        .options(options)
+        .solve(&start, &[0.0, 0.25, 0.5]);
+    let states = solved.unwrap().leaves();
+    let weighted = |(i, x): (usize, &Tensor)| {
+        // Of one sign, lest gradients cancel, and the same for all rows.
+        let weights = (scattered(&x.dims()[2..], 0.5, 7 + i) + 1.0)?.to_dtype(x.dtype())?;
+        x.broadcast_mul(&weights)?.sum_all()
+    };
+    let [of_z, of_l] = [0, 1].map(|i| weighted((i, &states[i])).unwrap());
+    let grads = (of_z + of_l).and_then(|loss| loss.backward()).unwrap();
+    let variables = all(&vars).into_iter().map(|(_, var)| var);
+    let of = |var: Var| grads.get(&var).unwrap().clone();
+    let gradients = starts.into_iter().chain(variables).map(of);
+    states[..2].iter().cloned().chain(gradients).collect()
+}
+
+/// The same of a perceptron with an estimated trace.
+fn estimated<B>(build: B, y0: [&Tensor; 2], dtype: DType, options: OdeOptions) -> Vec<Tensor>
+where
+    B: Fn(VarBuilder<'_>) -> Result<Mlp> + Send + Sync + 'static,
+{
+    let [z, probe] = y0;
+    let y0 = [z, &zeros(z.dim(0).unwrap(), 1), probe].map(|x| x.to_dtype(dtype).unwrap());
+    let build = move |vb: VarBuilder<'_>| Ok(Hutchinson::new(build(vb)?));
+    answers::<(Tensor, Tensor, Tensor), _, _>(build, &y0, options)
+}
+
+#[test]
+fn tiles_of_an_estimated_trace_round_where_the_general_path_rounds() {
+    for activation in Activation::ALL {
+        // A roundoff may move a unit of relu over its kink.
+        if activation == Activation::Relu {
+            continue;
+        }
+        let build = move |vb: VarBuilder<'_>| Mlp::with_time(&[3, 20, 9, 3], activation, vb);
+        let z = scattered(&[37, 3], 1.0, 1);
+        let probe = Probe::Rademacher.sample(&z, 5).unwrap();
+        for (low, u) in [(Precision::bf16(), U_BF16), (Precision::f16(), U_F16)] {
+            let [general, tiles] = [false, true].map(|fusion| {
+                let options = OdeOptions {
+                    fusion,
+                    leaf_precision: vec![low, Precision::f32(), low],
+                    ..Default::default()
+                };
+                estimated(build, [&z, &probe], DType::F32, options)
+            });
+            // Where a roundoff of f32 moves a number over the middle between two of low precision, it is rounded the
+            // other way.
+            let errors = tiles.iter().zip(&general).map(|(x, y)| relative(x, y));
+            let errors: Vec<_> = errors.collect();
+            assert!(
+                worst(errors.clone()) <= u,
+                "{activation:?} {low:?} {errors:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_estimated_trace_has_the_same_bits_with_any_number_of_threads() {
+    let z = scattered(&[203, 3], 1.0, 1);
+    let probe = Probe::Gaussian.sample(&z, 5).unwrap();
+    for dtype in [DType::F32, DType::F64] {
+        let [one, seven] = [1, 7].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            let build = |vb: VarBuilder<'_>| Mlp::new(&[3, 20, 20, 3], Activation::Silu, vb);
+            let solve = || estimated(build, [&z, &probe], dtype, OdeOptions::default());
+            pool.unwrap().install(solve)
+        });
+        for (x, y) in one.iter().zip(&seven) {
+            assert_eq!(bits(x), bits(y), "{dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn the_mean_of_solves_over_all_rademacher_probes_is_that_of_the_exact_trace() {
+    // z does not depend on the probe, and l is linear in the trace, so that means of solutions and of gradients are
+    // those of the exact trace.
+    const FEATURES: usize = 3;
+    let z = scattered(&[5, FEATURES], 1.0, 1);
+    let probes = 1u32 << FEATURES;
+    let sign = |i: usize| {
+        let (signs, feature) = (i / (5 * FEATURES), i % FEATURES);
+        if signs >> feature & 1 == 1 {
+            1.0
+        } else {
+            -1.0
+        }
+    };
+    let shape = (probes as usize * 5, FEATURES);
+    let probe = Tensor::from_iter((0..shape.0 * shape.1).map(sign), &Device::Cpu);
+    let probe = probe.and_then(|p| p.reshape(shape)).unwrap();
+    let repeated = Tensor::cat(&vec![&z; probes as usize], 0).unwrap();
+    // That of one hidden layer takes another form of the exact trace than those of more.
+    for hidden in [&[9][..], &[9, 8], &[9, 8, 7]] {
+        for activation in Activation::ALL {
+            let widths = [&[FEATURES], hidden, &[FEATURES]].concat();
+            let build = move |vb: VarBuilder<'_>| Mlp::with_time(&widths, activation, vb);
+            let options = OdeOptions {
+                method: DOPRI5,
+                ..Default::default()
+            };
+            let cnf = {
+                let build = build.clone();
+                move |vb: VarBuilder<'_>| Cnf::new(build(vb)?)
+            };
+            let general = OdeOptions {
+                fusion: false,
+                ..options.clone()
+            };
+            let y0 = [z.clone(), zeros(5, 1)];
+            let exact = answers::<(Tensor, Tensor), _, _>(cnf, &y0, general);
+            let tiles = estimated(build, [&repeated, &probe], DType::F64, options);
+            let mean = |x: &Tensor, rows: usize| {
+                let rest = &x.dims()[rows + 1..];
+                let shape = [&x.dims()[..rows], &[probes as usize, 5], rest].concat();
+                x.reshape(shape)?.mean(rows)
+            };
+            let of_rows = [mean(&tiles[0], 1), mean(&tiles[1], 1), mean(&tiles[2], 0)];
+            let of_l0 = mean(&tiles[3], 0);
+            let of_weights = tiles[4..].iter().map(|g| g / f64::from(probes));
+            let got = of_rows.into_iter().chain([of_l0]).chain(of_weights);
+            for (i, (got, exact)) in got.zip(&exact).enumerate() {
+                let error = relative(&got.unwrap(), exact);
+                // The estimates are up to `FEATURES` times as large as what is left of them.
+                assert!(
+                    error <= 4096.0 * U_F64,
+                    "{hidden:?} {activation:?} {i}: {error:e}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -5,13 +5,17 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_diffeq::error::AdaptiveDefect;
 use candle_diffeq::fields::PiecewiseConstant;
-use candle_diffeq::nn::{Activation, Mlp};
-use candle_diffeq::options::{Steps, TimeGrid};
-use candle_diffeq::tableau::{EULER, RK4};
-use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Time, VectorField};
-use candle_nn::VarMap;
-use common::{all, error_of, method, scatter, scattered, values, worst, U_F64};
+use candle_diffeq::nn::{Activation, Cnf, HyperCnf, Mlp, Relaxation, RowSpeed};
+use candle_diffeq::options::{ActivationCache, Adaptive, Checkpoint, StepControl, Steps, TimeGrid};
+use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
+use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Precision, State, Time, VectorField};
+use candle_nn::{VarBuilder, VarMap};
+use common::{
+    all, bits, error_of, method, relative, scatter, scattered, values, worst, U_BF16, U_F16, U_F32,
+    U_F64,
+};
 use proptest::prelude::*;
 
 type Growth = Box<dyn Fn(&Time, &Tensor) -> candle_core::Result<Tensor> + Send + Sync>;
@@ -249,6 +253,171 @@ fn weights_that_intervals_share_are_listed_once_and_summed() {
     let shared = loss(ode.solve(&y0, &TIMES).unwrap()).backward().unwrap();
     let plain = loss(one.unwrap().solve(&y0, &TIMES).unwrap()).backward();
     assert!(error_of(&shared, &plain.unwrap(), &all(&vars)) < 64.0 * U_F64);
+}
+
+/// States, gradients of y0 and of all weights, on one path or the other.
+fn answers<S: State + 'static, F: VectorField<S> + Send + Sync + 'static>(
+    build: impl Fn(VarBuilder<'_>) -> candle_core::Result<F> + Send + Sync + 'static,
+    (y0, times): (&[Tensor], &[f64]),
+    options: &OdeOptions,
+    fusion: bool,
+) -> Vec<Tensor> {
+    let vars = VarMap::new();
+    let ode = NeuralOde::from_field(&vars, "f", y0[0].dtype(), &Device::Cpu, build).unwrap();
+    scatter(&vars);
+    let ode = ode.options(OdeOptions {
+        fusion,
+        ..options.clone()
+    });
+    let y0: Vec<_> = y0.iter().map(|y| Var::from_tensor(y).unwrap()).collect();
+    let start = y0.iter().map(|y| y.as_tensor().clone()).collect();
+    let ys = ode.solve(&S::from_leaves(start).unwrap(), times).unwrap();
+    let ys = ys.leaves();
+    let weighted = |(i, y): (usize, &Tensor)| {
+        let weights = (scattered(y.dims(), 0.5, 50 + i) + 1.0)?.to_dtype(y.dtype())?;
+        (y * weights)?.sum_all()
+    };
+    let parts = ys.iter().enumerate().map(|y| weighted(y).unwrap());
+    let loss = parts.reduce(|sum, part| (sum + part).unwrap()).unwrap();
+    let grads = loss.backward().unwrap();
+    let of = |var: Var| grads.get(&var).unwrap().clone();
+    let variables = y0
+        .into_iter()
+        .chain(all(&vars).into_iter().map(|(_, var)| var));
+    let gradients: Vec<_> = variables.map(of).collect();
+    [ys, gradients].concat()
+}
+
+#[test]
+fn fields_that_take_turns_tile_by_tile_are_those_of_the_general_path() {
+    let piece = |vb: VarBuilder<'_>| Mlp::with_time(&[3, 9, 8, 3], Activation::Tanh, vb);
+    // The first and the last interval share their weights.
+    let pieces = move |vb: VarBuilder<'_>| {
+        PiecewiseConstant::build(&TIMES, |i| piece(vb.pp(if i == 2 { 0 } else { i })))
+    };
+    let flows =
+        move |vb: VarBuilder<'_>| PiecewiseConstant::build(&TIMES, |i| Cnf::new(piece(vb.pp(i))?));
+    // Weights that are those of a time, too.
+    let hyper = move |vb: VarBuilder<'_>| {
+        PiecewiseConstant::build(&TIMES, |i| HyperCnf::new(3, 7, 4, vb.pp(i)))
+    };
+    let fast = move |vb: VarBuilder<'_>| Ok(RowSpeed::new(Relaxation::new(pieces(vb)?)));
+    let dense = |times: &[f64]| OdeOptions {
+        method: DOPRI5,
+        steps: Steps::At(times.to_vec()),
+        ..Default::default()
+    };
+    let kept = OdeOptions {
+        checkpoint: Checkpoint::States(2),
+        activation_cache: ActivationCache::ALL,
+        ..method(&RK4, 2)
+    };
+    for (times, options) in [
+        (&TIMES[..], method(&RK4, 1)),
+        // No step ends on a break by itself.
+        (&[0.1, 0.4, 1.15], method(&RK4, 3)),
+        (&[1.15, 0.4, 0.1], kept),
+        (&[0.05, 0.2, 0.9, 1.1], dense(&[0.5, 0.7])),
+        (&[1.1, 0.9, 0.2, 0.05], dense(&[0.7, 0.5])),
+    ] {
+        for dtype in [DType::F64, DType::F32] {
+            let like = |x: Tensor| x.to_dtype(dtype).unwrap();
+            let z = like(scattered(&[37, 3], 1.0, 3));
+            let l = like(scattered(&[37, 1], 0.5, 4));
+            let (one, two) = ([z.clone()], [z, l]);
+            let check = |name: &str, of: &dyn Fn(bool) -> Vec<Tensor>| {
+                let (tiles, general) = (of(true), of(false));
+                assert_eq!(tiles.len(), general.len());
+                // Sums of as many terms as rows and stages.
+                let bound = match dtype {
+                    DType::F64 => 1024.0 * U_F64,
+                    _ => 1024.0 * U_F32,
+                };
+                for (i, (x, y)) in tiles.iter().zip(&general).enumerate() {
+                    let error = relative(x, y);
+                    assert!(error <= bound, "{name} {times:?} {dtype:?} {i}: {error:e}");
+                }
+            };
+            check("pieces", &|fusion| {
+                answers::<Tensor, _>(pieces, (&one, times), &options, fusion)
+            });
+            type Two = (Tensor, Tensor);
+            check("speed", &|fusion| {
+                answers::<Two, _>(fast, (&two, times), &options, fusion)
+            });
+            check("flow", &|fusion| {
+                answers::<Two, _>(flows, (&two, times), &options, fusion)
+            });
+            check("hyper", &|fusion| {
+                answers::<Two, _>(hyper, (&two, times), &options, fusion)
+            });
+        }
+    }
+}
+
+#[test]
+fn pieces_in_tiles_round_where_the_general_path_rounds_and_have_the_bits_of_solves_one_by_one() {
+    let build = |vb: VarBuilder<'_>| {
+        PiecewiseConstant::build(&TIMES, |i| {
+            Mlp::new(&[3, 20, 3], Activation::Softplus, vb.pp(i))
+        })
+    };
+    let y0 = [scattered(&[37, 3], 1.0, 3).to_dtype(DType::F32).unwrap()];
+    for (low, u) in [(Precision::bf16(), U_BF16), (Precision::f16(), U_F16)] {
+        let options = OdeOptions {
+            precision: Some(low),
+            ..method(&RK4, 2)
+        };
+        let [tiles, general] =
+            [true, false].map(|on| answers::<Tensor, _>(build, (&y0, &TIMES), &options, on));
+        for (x, y) in tiles.iter().zip(&general) {
+            // Where a roundoff of f32 moves a number over the middle between two of low precision, it is rounded the
+            // other way.
+            assert!(relative(x, y) <= u, "{low:?}");
+        }
+    }
+    // Solves of one interval each.
+    let vars = VarMap::new();
+    let whole = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, build).unwrap();
+    scatter(&vars);
+    let whole = whole.options(method(&RK4, 2)).predict(&y0[0], &TIMES);
+    let mut y = y0[0].clone();
+    for i in 0..3 {
+        let one = NeuralOde::from_field(&vars, "f", DType::F32, &Device::Cpu, move |vb| {
+            Mlp::new(&[3, 20, 3], Activation::Softplus, vb.pp(i))
+        });
+        let ode = one.unwrap().options(method(&RK4, 2));
+        y = ode
+            .predict(&y, &TIMES[i..i + 2])
+            .and_then(|ys| Ok(ys.get(1)?))
+            .unwrap();
+        let got = whole.as_ref().unwrap().get(i + 1).unwrap();
+        assert_eq!(bits(&got), bits(&y), "{i}");
+    }
+}
+
+#[test]
+fn rows_have_no_adaptive_steps_of_their_own_where_fields_take_turns() {
+    let solve = |control: Option<StepControl>| {
+        let vars = VarMap::new();
+        let ode = NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, |vb| {
+            PiecewiseConstant::build(&TIMES, |i| Mlp::new(&[3, 9, 3], Activation::Tanh, vb.pp(i)))
+        });
+        let adaptive = Adaptive::new(1e-5, 1e-5);
+        let ode = ode.unwrap().options(OdeOptions {
+            method: DOPRI5,
+            steps: Steps::Adaptive(match control {
+                Some(control) => adaptive.control(control),
+                None => adaptive,
+            }),
+            ..Default::default()
+        });
+        ode.solve(&scattered(&[5, 3], 1.0, 3), &TIMES)
+    };
+    assert!(solve(None).is_ok());
+    let own = AdaptiveDefect::NoRows { row_wise: false };
+    let refused = solve(Some(StepControl::Rows)).unwrap_err();
+    assert!(matches!(refused, Error::Adaptive(defect) if defect == own));
 }
 
 #[test]

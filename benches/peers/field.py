@@ -1,14 +1,15 @@
 """Fields, classic steps and losses, written once for torch and JAX.
 
-`ops` holds what the two call by different names: linear, conv, tanh, softplus, relu, sigmoid, exp, cat,
+`ops` holds what the two call by different names: linear, conv, tanh, softplus, relu, sigmoid, exp, sign, cat,
 zeros_like, and `time(t, like)`, t as a 1 × 1 matrix.
 """
 
 from typing import Any, Callable, NamedTuple
 
 
-#: Kinds whose state is (z, log p) or (z, log p and two further costs), and the columns of the second part.
-DENSITIES = {"cnf": 1, "hyper": 1, "ot_flow": 3}
+#: Kinds whose state is (z, log p) or (z, log p and two further costs), and the columns of the second part; a `hutchinson` has
+#: its probe as a third part.
+DENSITIES = {"cnf": 1, "hyper": 1, "ot_flow": 3, "hutchinson": 1}
 
 
 class Cell(NamedTuple):
@@ -34,6 +35,8 @@ def velocity(kind: str, ops, weights: list, t, y, activation: str = "tanh"):
     if kind == "ot_flow":
         return ot_flow(ops, weights, t, y[0])
     *hidden, last = zip(weights[::2], weights[1::2])
+    if kind == "hutchinson":
+        return hutchinson(ops, hidden, last, *y)
     if kind == "hyper":
         return hyper(ops, [*hidden, last], t, y[0])
     if kind == "conv":
@@ -54,6 +57,16 @@ def velocity(kind: str, ops, weights: list, t, y, activation: str = "tanh"):
             tangent = ops.linear(tangent, weight, None) * slope
         trace = trace + (tangent * last[0][i]).sum(axis=-1, keepdims=True)
     return out, -trace
+
+
+def hutchinson(ops, hidden: list, last, z, _, probe):
+    """dz/dt of a perceptron with tanh, and −εᵀ(∂f/∂z)ε of the probe ε by one forward tangent."""
+    tangent = probe
+    for weight, bias in hidden:
+        z = ops.tanh(ops.linear(z, weight, bias))
+        tangent = (1 - z * z) * ops.linear(tangent, weight, None)
+    trace = (ops.linear(tangent, last[0], None) * probe).sum(axis=-1, keepdims=True)
+    return ops.linear(z, *last), -trace, ops.zeros_like(probe)
 
 
 def hyper(ops, layers: list, t, z):
@@ -89,8 +102,11 @@ def ot_flow(ops, weights: list, t, x):
 
 
 def initial(kind: str, ops, y0):
-    """The state at the start."""
-    return (y0, ops.cat(DENSITIES[kind] * [ops.zeros_like(y0[:, :1])])) if kind in DENSITIES else y0
+    """The state at the start.  Signs of normal numbers are a probe of Rademacher's distribution."""
+    if kind not in DENSITIES:
+        return y0
+    costs = ops.cat(DENSITIES[kind] * [ops.zeros_like(y0[:, :1])])
+    return (y0, costs, ops.sign(y0)) if kind == "hutchinson" else (y0, costs)
 
 
 def loss(kind: str, y, target):

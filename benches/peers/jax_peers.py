@@ -20,7 +20,7 @@ def conv(x, weight, bias):
 
 OPS = SimpleNamespace(linear=lambda x, w, b: x @ w.T if b is None else x @ w.T + b, conv=conv,
                       tanh=jnp.tanh, softplus=jax.nn.softplus, relu=jax.nn.relu, sigmoid=jax.nn.sigmoid, exp=jnp.exp,
-                      cat=lambda parts: jnp.concatenate(parts, -1), zeros_like=jnp.zeros_like,
+                      sign=jnp.sign, cat=lambda parts: jnp.concatenate(parts, -1), zeros_like=jnp.zeros_like,
                       time=lambda t, like: jnp.full((1, 1), t, like.dtype))
 
 

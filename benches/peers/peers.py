@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Times candle-diffeq and its peers in turn on workload files and writes a Markdown report.
 
-peers.py make DIR                                   # W0 … W5, A0 … A5, S1, S2, C1, H1 … H3, F0 … F3 with their f64 reference
+peers.py make DIR                                   # W0 … W5, A0 … A5, S1, S2, C1, H1 … H3, F0 … F4 with their f64 reference
 peers.py run --workloads DIR --markdown README.md   # between <!-- peers --> and <!-- /peers -->
 peers.py run --workloads DIR --only A1 A2 A3 A4 A5  # adaptive steps
 peers.py run --workloads DIR --only S1 S2 C1        # driven by noise and data
 peers.py run --workloads DIR --unit avx2            # all held to AVX2
 peers.py run --workloads DIR --only H1 H2 H3        # torchdyn's models
-peers.py run --workloads DIR --only F1 F2 F3        # flows of the examples
+peers.py run --workloads DIR --only F1 F2 F3 F4     # flows of the examples
 """
 
 import argparse
@@ -50,7 +50,7 @@ SOLVES = {
 #: Repetitions in one process, alike for all: about half a second of the best peer.
 REPEATS = {"W0": 300, "W1": 5, "W2": 3, "W3": 3, "W4": 15, "W5": 3,
            "A0": 100, "A1": 3, "A2": 5, "A3": 7, "A4": 3, "A5": 3, "S1": 3, "S2": 3, "C1": 15,
-           "H1": 15, "H2": 25, "H3": 9, "F1": 15, "F2": 15, "F3": 9}
+           "H1": 15, "H2": 25, "H3": 9, "F1": 15, "F2": 15, "F3": 9, "F4": 15}
 
 
 def run(args: argparse.Namespace) -> None:

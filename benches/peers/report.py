@@ -8,7 +8,7 @@ import numpy as np
 
 #: Ours over the best peer in f32, forward and backward.
 TIME_BARS = {"W0": 0.5, "W1": 0.25, "W2": 0.92, "W3": 0.8, "W4": 0.35, "W5": 0.15, "S1": 0.3, "S2": 0.3, "C1": 0.3,
-             "H1": 0.35, "H2": 0.35, "H3": 0.35, "F1": 0.35, "F2": 0.35, "F3": 0.35}
+             "H1": 0.35, "H2": 0.35, "H3": 0.35, "F1": 0.35, "F2": 0.35, "F3": 0.35, "F4": 0.35}
 MEMORY_BARS = ["W1", "W2", "W3", "W5"]
 #: Multiply-adds of four passes of products over time, of what the machine does at most: --variant "share=--share".
 SHARE_BARS = {"W1": 0.65, "W2": 0.85}

@@ -20,7 +20,7 @@ def time(t, like: torch.Tensor) -> torch.Tensor:
 
 OPS = SimpleNamespace(linear=F.linear, conv=lambda x, w, b: F.conv2d(x, w, b, padding=1),
                       tanh=torch.tanh, softplus=F.softplus, relu=torch.relu, sigmoid=torch.sigmoid, exp=torch.exp,
-                      cat=lambda parts: torch.cat(parts, -1), zeros_like=torch.zeros_like, time=time)
+                      sign=torch.sign, cat=lambda parts: torch.cat(parts, -1), zeros_like=torch.zeros_like, time=time)
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -36,8 +36,14 @@ class Field(torch.nn.Module):
         """torchdyn, which knows no tuples, gives `args` and has the parts side by side."""
         if args is None or self.kind not in DENSITIES:
             return velocity(self.kind, OPS, self.weights, t, y)
-        parts = y.tensor_split([-DENSITIES[self.kind]], -1)
+        parts = apart(self.kind, y)
         return torch.cat(velocity(self.kind, OPS, self.weights, t, parts), -1)
+
+
+def apart(kind: str, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The parts of a state that has them side by side."""
+    features = y.shape[-1] // 2 if kind == "hutchinson" else y.shape[-1] - DENSITIES[kind]
+    return y.tensor_split([features, features + DENSITIES[kind]], -1)[: 3 if kind == "hutchinson" else 2]
 
 
 def solver(peer: str, field: Field, method: str, times: torch.Tensor) -> Callable:
@@ -59,7 +65,7 @@ def solver(peer: str, field: Field, method: str, times: torch.Tensor) -> Callabl
                         return_t_eval=False).to(times.dtype)
         if field.kind not in DENSITIES:
             return lambda y: ode(y, times)[-1]
-        return lambda y: ode(torch.cat(y, -1), times)[-1].tensor_split([-DENSITIES[field.kind]], -1)
+        return lambda y: apart(field.kind, ode(torch.cat(y, -1), times)[-1])
     options = {}
     if name == "rampde":
         from rampde import odeint

@@ -18,12 +18,13 @@ SPECS = {
     "W5": dict(kind="mlp", dims=[2, 64, 64, 2], batch=64, steps=2000, method="euler", seed=15),
 }
 
-#: Flows of the examples `cnf8g` and `otflow`; F0 is a small one, for tests.
+#: Flows of the examples `cnf8g` and `otflow`, and one whose trace is estimated; F0 is a small one, for tests.
 FLOW_SPECS = {
     "F0": dict(kind="ot_flow", dims=[3, 11, 11], rank=3, features=2, batch=20, steps=3, method="rk4", seed=400),
     "F1": dict(kind="hyper", dims=[1, 32, 32, 448], features=2, batch=512, steps=16, method="rk4", seed=401),
     "F2": dict(kind="ot_flow", dims=[3, 32, 32], rank=2, features=2, batch=512, steps=7, method="rk4", seed=402),
     "F3": dict(kind="ot_flow", dims=[9, 48, 48], rank=8, features=8, batch=256, steps=9, method="rk4", seed=403),
+    "F4": dict(kind="hutchinson", dims=[2, 64, 64, 64, 2], batch=512, steps=8, method="rk4", seed=404),
 }
 
 #: Fewer rows than a vector has lanes.
@@ -43,7 +44,7 @@ GPU_SPECS = {
 
 
 class Workload(NamedTuple):
-    """Kind of field (mlp, conv, cnf, hyper, ot_flow, van_der_pol, scaled_mlp, sde, cde), method, and tensors by name; relative and
+    """Kind of field (mlp, conv, cnf, hyper, ot_flow, hutchinson, van_der_pol, scaled_mlp, sde, cde), method, and tensors by name; relative and
     absolute tolerance where steps are adaptive; the seed of an SDE's noise."""
 
     kind: str

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_diffeq::cde::{cdeint, ControlPath};
 use candle_diffeq::nn::graph::Csr;
 use candle_diffeq::nn::{
-    self, Activation, CdeMlp, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowLoss, RowSpeed,
+    self, Activation, CdeMlp, Cnf, ConvField, Mlp, Relaxation, RowLoss, RowSpeed,
 };
 use candle_diffeq::options::Steps;
 use candle_diffeq::sde::{
@@ -27,7 +27,7 @@ pub(crate) struct Kind {
 }
 
 /// Every kind.
-pub(crate) const KINDS: [Kind; 12] = [
+pub(crate) const KINDS: [Kind; 13] = [
     Kind {
         name: "mlp",
         plain: mlp,
@@ -46,12 +46,17 @@ pub(crate) const KINDS: [Kind; 12] = [
     Kind {
         name: "hyper",
         plain: hyper,
-        ours: Some(our_hyper),
+        ours: Some(models::hyper),
     },
     Kind {
         name: "ot_flow",
         plain: models::no_plain,
         ours: Some(models::ot_flow),
+    },
+    Kind {
+        name: "hutchinson",
+        plain: models::no_plain,
+        ours: Some(models::hutchinson),
     },
     Kind {
         name: "van_der_pol",
@@ -132,9 +137,9 @@ impl Place<'_> {
 pub(crate) type Ask = Box<dyn Fn(VarBuilder<'_>) -> Result<Vec<Tensor>> + Send + Sync>;
 
 /// Weights in pairs: matrix or kernel, and bias.
-type Layers = Vec<(Tensor, Tensor)>;
+pub(crate) type Layers = Vec<(Tensor, Tensor)>;
 
-fn layers(weights: Vec<Tensor>) -> Result<Layers> {
+pub(crate) fn layers(weights: Vec<Tensor>) -> Result<Layers> {
     let pair = |pair: &[Tensor]| match pair {
         [weight, bias] => Ok((weight.clone(), bias.clone())),
         _ => candle_core::bail!("its weights are not pairs p0, p1, …"),
@@ -188,6 +193,7 @@ type Ours = fn(&Place<'_>, Ask, OdeOptions) -> candle_diffeq::Result<Ode>;
 pub(crate) enum Ode {
     One(NeuralOde),
     Two(NeuralOde<(Tensor, Tensor)>),
+    Three(NeuralOde<(Tensor, Tensor, Tensor)>),
     Several(NeuralOde<Vec<Tensor>>),
     Sde(Box<NeuralSde>, Noise),
     Cde(CdeMlp, ControlPath, OdeOptions),
@@ -216,6 +222,11 @@ impl Ode {
             Self::Two(ode) => {
                 let (z, l) = ode.solve(&(y0[0].clone(), y0[1].clone()), times)?;
                 Ok(vec![z, l])
+            }
+            Self::Three(ode) => {
+                let [z, l, probe] = [0, 1, 2].map(|leaf| y0[leaf].clone());
+                let (z, l, probe) = ode.solve(&(z, l, probe), times)?;
+                Ok(vec![z, l, probe])
             }
             Self::Several(ode) => ode.solve(&y0.to_vec(), times),
             Self::Sde(sde, noise) => Ok(vec![sde.solve(&y0[0], times, noise)?]),
@@ -319,14 +330,6 @@ fn our_cnf(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::R
     Ok(Ode::Two(place.ode(field, options)?))
 }
 
-fn our_hyper(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
-    let layers = layers(ask(place.builder())?)?;
-    let (hidden, numbers) = (layers[0].0.dim(0)?, layers[layers.len() - 1].0.dim(0)?);
-    let (features, width) = (place.features, numbers / (3 * place.features + 1));
-    let field = move |vb: VarBuilder<'_>| HyperCnf::new(features, width, hidden, vb);
-    Ok(Ode::Two(place.ode(field, options)?))
-}
-
 /// Drift and diffusion, each of half of the weights.
 fn our_sde(place: &Place<'_>, ask: Ask, options: OdeOptions) -> candle_diffeq::Result<Ode> {
     let Drive::Noise(method, seed) = place.drive else {
@@ -370,7 +373,7 @@ pub(crate) fn undriven() -> candle_diffeq::Error {
     candle_core::Error::Msg("the file does not say by what the equation is driven".into()).into()
 }
 
-fn perceptron(weights: Vec<Tensor>, activation: Activation) -> Result<Mlp> {
+pub(crate) fn perceptron(weights: Vec<Tensor>, activation: Activation) -> Result<Mlp> {
     let layers = layers(weights)?.into_iter();
     let layers = layers.map(|(w, b)| Linear::new(w, Some(b)));
     Mlp::from_layers(&layers.collect::<Vec<_>>(), activation, false)
@@ -452,7 +455,7 @@ fn cnf(weights: Vec<Tensor>, parts: Parts) -> Result<Field> {
 }
 
 /// z' = 1/m Σ_j u_j tanh(w_j·z + b_j), (log p)' = −tr ∂z'/∂z, with weights that the layers compute from
-/// time, as [`HyperCnf`] has it.
+/// time, as `HyperCnf` has it.
 fn hyper(weights: Vec<Tensor>, parts: Parts) -> Result<Field> {
     let layers = layers(weights)?;
     Ok(Box::new(move |t, y| {

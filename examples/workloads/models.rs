@@ -1,14 +1,16 @@
 //! Fields of torchdyn's models: a Hamiltonian network, a perceptron whose first layer depends on time, and two convolutions
-//! over a graph; and the flow of a potential.
+//! over a graph; and flows: of weights that depend on time, of an estimated trace, and of a potential.
 
 use candle_core::{Module, Result, Tensor};
 use candle_diffeq::nn::energy::{Energy, Hamiltonian};
 use candle_diffeq::nn::graph::{Gcn, GcnField};
-use candle_diffeq::nn::{Basis, EnergyMlp, Galerkin, GalerkinLinear, Linear, OtFlow, Perceptron};
+use candle_diffeq::nn::{
+    Basis, EnergyMlp, Galerkin, GalerkinLinear, Hutchinson, HyperCnf, Linear, OtFlow, Perceptron,
+};
 use candle_diffeq::{OdeOptions, Time};
 use candle_nn::VarBuilder;
 
-use crate::fields::{undriven, Ask, Drive, Field, Ode, Parts, Place};
+use crate::fields::{layers, perceptron, undriven, Ask, Drive, Field, Ode, Parts, Place};
 use crate::workload::variable;
 
 /// J ∇H of a perceptron H, whose last layer has no bias.
@@ -71,6 +73,30 @@ pub(crate) fn graph(
         GcnField::from_layers(vec![first, last], activation)
     };
     Ok(Ode::One(place.ode(field, options)?))
+}
+
+/// Weights: those of the network of time.
+pub(crate) fn hyper(
+    place: &Place<'_>,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let layers = layers(ask(place.builder())?)?;
+    let (hidden, numbers) = (layers[0].0.dim(0)?, layers[layers.len() - 1].0.dim(0)?);
+    let (features, width) = (place.features, numbers / (3 * place.features + 1));
+    let field = move |vb: VarBuilder<'_>| HyperCnf::new(features, width, hidden, vb);
+    Ok(Ode::Two(place.ode(field, options)?))
+}
+
+/// Weights: those of a perceptron.
+pub(crate) fn hutchinson(
+    place: &Place<'_>,
+    ask: Ask,
+    options: OdeOptions,
+) -> candle_diffeq::Result<Ode> {
+    let activation = place.activation;
+    let field = move |vb: VarBuilder<'_>| Ok(Hutchinson::new(perceptron(ask(vb)?, activation)?));
+    Ok(Ode::Three(place.ode(field, options)?))
 }
 
 /// Weights: those of two layers with their biases, w, A and c.

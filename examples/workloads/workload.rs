@@ -1,5 +1,6 @@
 //! A workload file: weights p0, p1, …, y0, t, target, and the reference's loss and gradients in f64;
-//! in its header `kind` (mlp, conv, cnf, hyper, ot_flow, van_der_pol, scaled_mlp, sde, cde, hnn, galerkin, graph) and `method`.
+//! in its header `kind` (mlp, conv, cnf, hyper, ot_flow, hutchinson, van_der_pol, scaled_mlp, sde, cde, hnn, galerkin, graph) and
+//! `method`.
 //!
 //! Where the header has `rtol` and `atol`, steps are adaptive, the loss is of all outputs, and `ref.ys` is the state at
 //! the times of numbers `ref.index`; it may have an `activation`, too.
@@ -116,7 +117,7 @@ impl Workload {
     pub(crate) fn is_model(&self) -> bool {
         matches!(
             self.kind.name,
-            "hnn" | "galerkin" | "graph" | "hyper" | "ot_flow"
+            "hnn" | "galerkin" | "graph" | "hyper" | "ot_flow" | "hutchinson"
         )
     }
 
@@ -260,6 +261,10 @@ impl Workload {
         if let Some(costs) = self.costs() {
             leaves.push(Tensor::zeros((var.dim(0)?, costs), dtype, &self.device)?);
         }
+        if self.kind.name == "hutchinson" {
+            // Signs of normal numbers are a probe of Rademacher's distribution.
+            leaves.push(var.detach().sign()?);
+        }
         if self.kind.name == "scaled_mlp" {
             let last = var.dim(1)?.saturating_sub(1);
             leaves = vec![var.narrow(1, 0, last)?, var.narrow(1, last, 1)?];
@@ -275,7 +280,7 @@ impl Workload {
     /// The log-density and what is integrated with it.
     fn costs(&self) -> Option<usize> {
         match self.kind.name {
-            "cnf" | "hyper" => Some(1),
+            "cnf" | "hyper" | "hutchinson" => Some(1),
             "ot_flow" => Some(3),
             _ => None,
         }
@@ -304,7 +309,7 @@ impl Workload {
                 let y = y.narrow(D::Minus1, 0, target.dim(D::Minus1)?)?;
                 y.broadcast_sub(target)?.sqr()?.mean_all()
             }
-            ([z, costs], None) => ((z.sqr()?.sum(1)? * 0.5)? + costs.sum(1)?)?.mean_all(),
+            ([z, costs, ..], None) => ((z.sqr()?.sum(1)? * 0.5)? + costs.sum(1)?)?.mean_all(),
             _ => candle_core::bail!("the state has {} parts", y.len()),
         }
     }

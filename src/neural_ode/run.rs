@@ -115,7 +115,12 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let tracked = y0.track_op() || problem.grid.is_tracked() || args.is_tracked();
         let tracked = tracked || !increments.is_empty();
         let keep = !in_graph || tracked || !masters.is_empty();
-        if let Some(field) = self.packable(&problem, &masters).filter(|_| pass.is_none()) {
+        let packable = self.packable(&problem, &masters).filter(|_| pass.is_none());
+        let problem = match &packable {
+            Some(field) => problem.meeting(&field.jumps(), options)?,
+            None => problem,
+        };
+        if let Some(field) = packable {
             let by_noise = driven_of(&problem, drive)?;
             let of_tiles = by_noise.as_ref().unwrap_or(&problem);
             if let Some(forward) = run_tiles(of_tiles, &*field, &y0, loss.map(|loss| loss as _))? {
@@ -289,7 +294,12 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             masters, args, y0, ..
         } = prepared;
         let problem = prepared.problem.keeping_nothing();
-        if let Some(field) = self.packable(&problem, &masters) {
+        let packable = self.packable(&problem, &masters);
+        let problem = match &packable {
+            Some(field) => problem.meeting(&field.jumps(), &self.options)?,
+            None => problem,
+        };
+        if let Some(field) = packable {
             let by_noise = driven_of(&problem, drive)?;
             let of_tiles = by_noise.as_ref().unwrap_or(&problem);
             if let Some(forward) = run_tiles(of_tiles, &*field, &y0, None)? {

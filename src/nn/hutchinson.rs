@@ -1,14 +1,23 @@
 //! A continuous normalising flow of any field that pushes tangents forward, its trace estimated.
 
-use candle_core::{Result, Tensor, D};
+mod tiles;
+
+use candle_core::{Result, Shape, Tensor, D};
+use pulp::Simd;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
 use super::spread::{row_sums, spread};
 use super::{wrong_state, Mlp};
-use crate::field::VectorField;
+use crate::error::Error;
+use crate::field::{Offer, VectorField};
+use crate::offer::Offered;
+use crate::rows::RowField;
+use crate::simd::Element;
+use crate::state::RowLayout;
 use crate::time::Time;
+use tiles::HutchinsonTiles;
 
 /// A vector field g(t, z) that pushes a tangent forward beside its velocity, as `jax.jvp`.
 ///
@@ -39,6 +48,12 @@ pub trait Jvp {
     /// # Errors
     /// Whatever the model's operations return.
     fn jvp(&self, t: &Time, z: &Tensor, tangent: &Tensor) -> Result<(Tensor, Tensor)>;
+
+    /// The perceptron that this field is, if it is one.
+    #[doc(hidden)]
+    fn perceptron(&self) -> Option<&Mlp> {
+        None
+    }
 }
 
 impl<F> Jvp for F
@@ -58,7 +73,7 @@ impl Jvp for Mlp {
         let mut x = z.reshape(((), self.features()))?;
         let mut e = tangent.reshape(((), self.features()))?;
         // Time has no tangent.
-        for (l, layer) in self.at(t)?.layers.iter().enumerate() {
+        for (l, layer) in self.at(t)?.like(z)?.layers.iter().enumerate() {
             let ahead = e.matmul(&layer.weight.t()?)?;
             let bias = spread(&layer.bias, x.dim(0)?)?;
             let sum = (x.matmul(&layer.weight.t()?)? + bias)?;
@@ -77,6 +92,10 @@ impl Jvp for Mlp {
         }
         Ok((x.reshape(z.shape())?, e.reshape(z.shape())?))
     }
+
+    fn perceptron(&self) -> Option<&Mlp> {
+        Some(self)
+    }
 }
 
 /// A continuous normalising flow of any field g that can push tangents forward: z' = g(t, z) and
@@ -86,6 +105,8 @@ impl Jvp for Mlp {
 /// So it is the same for a whole solve, forward and backward, and every solve can have another probe; its gradient is
 /// zero.  An evaluation needs one tangent, however many features there are.  If there are few features, or if g is a
 /// perceptron of one or two hidden layers, the exact trace of [`Cnf`](super::Cnf) costs no more.
+///
+/// On the CPU, the flow of an [`Mlp`] is integrated tile by tile.
 ///
 /// Hutchinson's estimator, as in "FFJORD" (arXiv 1810.01367), with a tangent in place of the cotangent.
 ///
@@ -141,6 +162,47 @@ impl<G: Jvp> VectorField<(Tensor, Tensor, Tensor)> for Hutchinson<G> {
     /// The probe is one draw of many, whose gradient nobody asks for.
     fn is_constant_in(&self, leaf: usize) -> bool {
         leaf == 2
+    }
+
+    /// Those of a perceptron; others are found.
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        self.field.perceptron()?.parameters()
+    }
+
+    fn offer(&self) -> Option<Offer> {
+        let flow = Hutchinson::new(self.field.perceptron()?.clone());
+        Some(Offered::of::<(Tensor, Tensor, Tensor), _>(&flow, true).into())
+    }
+}
+
+impl RowField for Hutchinson<Mlp> {
+    type Tiles<T: Element> = HutchinsonTiles<T>;
+
+    fn weights(&self) -> Vec<Tensor> {
+        self.field.weights()
+    }
+
+    fn reads_time(&self) -> bool {
+        self.field.reads_time()
+    }
+
+    fn layout(&self, shapes: &[Shape]) -> Option<RowLayout> {
+        let [z, l, probe] = shapes else { return None };
+        let (features, rows) = z.dims().split_last()?;
+        let (thin, of) = l.dims().split_last()?;
+        let fits = *features == self.field.features() && (*thin, of) == (1, rows);
+        (fits && z == probe).then(|| RowLayout {
+            rows: l.elem_count(),
+            features: vec![*features, 1, *features],
+        })
+    }
+
+    fn tiles<T: Element, S: Simd>(
+        &self,
+        s: S,
+        shapes: &[Shape],
+    ) -> std::result::Result<HutchinsonTiles<T>, Error> {
+        Ok(HutchinsonTiles::new(self.field.tiles(s, shapes)?))
     }
 }
 

@@ -1,8 +1,8 @@
 //! Fields and layers, built from a `VarBuilder` with the names and shapes of `candle_nn`.
 //!
 //! [`Mlp`], [`Cnf`] and [`ConvField`] have pull-backs written by hand, and the solver integrates them
-//! tile by tile on the CPU.  [`OtFlow`] and [`HyperCnf`] (with fixed steps) are integrated tile by tile, too; they carry a
-//! log-density beside the state, as `Cnf` does.  So does [`Hutchinson`], which runs in candle's operations.
+//! tile by tile on the CPU.  [`OtFlow`], [`Hutchinson`] of an `Mlp` and [`HyperCnf`] (with fixed steps) are integrated tile by
+//! tile, too; they carry a log-density beside the state, as `Cnf` does.
 //!
 //! [`EnergyMlp`] is a potential, and [`energy`] has the fields that are built from its gradient: Hamiltonian and
 //! Lagrangian systems, flows along a gradient, and flows orthogonal to it.  Hamiltonian systems and flows along a gradient
@@ -37,6 +37,7 @@ mod conv;
 mod conv1d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod curves;
 mod depth;
 mod dropout;
 mod elementwise;
@@ -56,6 +57,7 @@ mod perceptron;
 mod relaxation;
 mod row_speed;
 mod spread;
+mod tangents;
 mod weights;
 
 pub use activation::Activation;

@@ -18,6 +18,7 @@ mod grade;
 mod graded;
 mod lanes;
 mod lanewise;
+mod pieces;
 mod plan;
 mod pulls;
 mod scales;
@@ -39,6 +40,7 @@ use pulp::{Simd, WithSimd};
 use crate::adaptive::StepControl;
 use crate::crossing::RowFound;
 use crate::error::Result;
+use crate::intervals::Intervals;
 use crate::problem::{Plan, Problem};
 use crate::reverse::Reversible;
 use crate::schedule::Output;
@@ -51,6 +53,7 @@ pub(crate) use driven::DrivenRows;
 use few::Deal;
 pub(crate) use grade::{Grade, RowGrade, RowsOf};
 use lanewise::On;
+use pieces::Pieces;
 use plan::TilePlan;
 use threads::{on_all_threads, Failure};
 pub(crate) use tile::{At, Slot, TileField};
@@ -118,6 +121,15 @@ impl Rows {
         Self {
             few: Some(Arc::new(field)),
             ..self
+        }
+    }
+
+    /// Fields that take turns: each in the interval of time that has its number.
+    pub(crate) fn in_turn(rows: Vec<Self>, intervals: Intervals) -> Self {
+        Self {
+            field: Arc::new(Pieces { rows, intervals }),
+            few: None,
+            around: vec![],
         }
     }
 
@@ -192,12 +204,12 @@ impl Rows {
         match held(problem) {
             Some(DType::F32) => {
                 let prepared = |loss: &dyn RowGrade| loss.single(problem, &layout);
-                let tiles = || self.single(&plan);
+                let tiles = || self.single(&plan, problem.packing.shapes());
                 self.solve_in::<f32>(&plan, y0, (loss, &prepared), &tiles, stats)
             }
             Some(DType::F64) => {
                 let prepared = |loss: &dyn RowGrade| loss.double(problem, &layout);
-                let tiles = || self.double(&plan);
+                let tiles = || self.double(&plan, problem.packing.shapes());
                 self.solve_in::<f64>(&plan, y0, (loss, &prepared), &tiles, stats)
             }
             _ => Ok(None),
@@ -241,31 +253,27 @@ impl Rows {
         }
     }
 
-    /// In tiles of f32 on the vector unit, if there is one.
-    fn single(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f32>>>> {
-        let field = self.field.single(plan, self.own_shapes(plan))?;
-        Ok(field.map(|field| self.made_of(field, plan)))
+    /// In tiles of f32 on the vector unit, if there is one, for states of these shapes.
+    fn single(&self, plan: &TilePlan<'_>, shapes: &[Shape]) -> Result<Option<Box<dyn Tiled<f32>>>> {
+        let own = &shapes[..shapes.len() - self.leaves_around()];
+        let field = self.field.single(plan, own)?;
+        Ok(field.map(|field| self.made_of(field, plan, own.len())))
     }
 
     /// In tiles of f64.
-    fn double(&self, plan: &TilePlan<'_>) -> Result<Option<Box<dyn Tiled<f64>>>> {
-        let field = self.field.double(plan, self.own_shapes(plan))?;
-        Ok(field.map(|field| self.made_of(field, plan)))
+    fn double(&self, plan: &TilePlan<'_>, shapes: &[Shape]) -> Result<Option<Box<dyn Tiled<f64>>>> {
+        let own = &shapes[..shapes.len() - self.leaves_around()];
+        let field = self.field.double(plan, own)?;
+        Ok(field.map(|field| self.made_of(field, plan, own.len())))
     }
 
-    /// Shapes of the leaves of the field inside.
-    fn own_shapes<'a>(&self, plan: &TilePlan<'a>) -> &'a [Shape] {
-        let shapes = plan.problem.packing.shapes();
-        &shapes[..shapes.len() - self.leaves_around()]
-    }
-
-    /// What is made of the field inside.
+    /// What is made of the field inside, whose state has so many leaves.
     fn made_of<T: Element>(
         &self,
         mut field: Box<dyn Tiled<T>>,
         plan: &TilePlan<'_>,
+        own: usize,
     ) -> Box<dyn Tiled<T>> {
-        let own = self.own_shapes(plan).len();
         let mut dim = plan.layout.features[..own].iter().sum();
         for around in &self.around {
             field = around.tiles(field, dim);

@@ -10,7 +10,9 @@ use candle_nn::{VarBuilder, VarMap};
 use proptest::prelude::*;
 
 use crate::nn::energy::{Energy, GradientFlow, Hamiltonian};
-use crate::nn::{Activation, Cnf, ConvField, EnergyMlp, HyperCnf, Mlp, OtFlow, RowLoss};
+use crate::nn::{
+    Activation, Cnf, ConvField, EnergyMlp, Hutchinson, HyperCnf, Mlp, OtFlow, RowLoss,
+};
 use crate::options::{ActivationCache, Adaptive, Checkpoint, Output, StepControl, Steps};
 use crate::simd::unit::{allowed, Cap};
 use crate::tableau::{DOPRI5, EULER, HEUN, RK4};
@@ -47,6 +49,10 @@ enum Kind {
         residual: bool,
     },
     Cnf,
+    /// A flow whose trace is estimated.
+    Estimated {
+        residual: bool,
+    },
     Conv {
         size: usize,
         image: [usize; 2],
@@ -189,6 +195,20 @@ impl Case {
                 let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build);
                 let y0 = [start(&[self.rows, self.state]), start(&[self.rows, 1])];
                 self.solved::<(Tensor, Tensor)>(ode.unwrap(), &vars, &y0, fusion)
+            }
+            Kind::Estimated { residual } => {
+                let build = move |vb: VarBuilder<'_>| {
+                    let mlp = case.mlp(vb)?;
+                    Ok(Hutchinson::new(match residual {
+                        true => mlp.residual(),
+                        false => mlp,
+                    }))
+                };
+                let ode = NeuralOde::from_field(&vars, "", dtype, &Device::Cpu, build);
+                let probe = scattered(&[self.rows, self.state], 1.5, 2, dtype);
+                let z = start(&[self.rows, self.state]);
+                let y0 = [z, start(&[self.rows, 1]), probe];
+                self.solved::<(Tensor, Tensor, Tensor)>(ode.unwrap(), &vars, &y0, fusion)
             }
             Kind::Potential { rank } => {
                 let build =
@@ -397,6 +417,12 @@ fn flows() -> BoxedStrategy<Kind> {
     Just(Kind::Cnf).boxed()
 }
 
+fn estimated_flows() -> BoxedStrategy<Kind> {
+    any::<bool>()
+        .prop_map(|residual| Kind::Estimated { residual })
+        .boxed()
+}
+
 fn potentials() -> BoxedStrategy<Kind> {
     (1..=20usize)
         .prop_map(|rank| Kind::Potential { rank })
@@ -439,6 +465,15 @@ proptest! {
 
     #[test]
     fn flows_are_solved_alike_on_every_unit(case in cases(flows, 1..3)) {
+        case.check();
+    }
+
+    #[test]
+    fn flows_of_an_estimated_trace_are_solved_alike_on_every_unit(
+        mut case in cases(estimated_flows, 0..4),
+    ) {
+        // A loss in the solve is of one tensor, or of two.
+        case.graded = false;
         case.check();
     }
 
@@ -519,6 +554,7 @@ fn adaptive_rows_have_the_same_bits_on_every_unit_and_in_tiles_of_every_width() 
     let kinds = [
         Kind::Mlp { residual: false },
         Kind::Cnf,
+        Kind::Estimated { residual: true },
         Kind::Conv { size: 3, image },
     ];
     let cases = kinds.into_iter().flat_map(|kind| {

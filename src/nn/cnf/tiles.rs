@@ -2,7 +2,6 @@
 
 mod chain;
 mod coupling;
-mod tangents;
 
 use candle_core::Result;
 use pulp::Simd;

@@ -1,6 +1,5 @@
 //! Fields along the gradient of an [`EnergyMlp`], over tiles.
 
-mod curves;
 mod offered;
 mod turn;
 
@@ -9,13 +8,13 @@ use pulp::Simd;
 use super::mlp::{Energy, EnergyMlp};
 use crate::error::Error;
 use crate::nn::activation::{Expand, TimesSlope};
+use crate::nn::curves::{PlusBent, Seed, Split, Tangent};
 use crate::nn::weights::{append_totals, fill, numbers, with_numbers, Place, Weights};
 use crate::nn::{Activation, Linear};
 use crate::rows::{At, Slot, TileField};
 use crate::simd::outer::{add_rows, Pair};
 use crate::simd::product::{Layer, Tanh, WithEpilogue};
 use crate::simd::{enter, Element};
-use curves::{PlusBent, Seed, Split, Tangent};
 pub(in crate::nn::energy) use turn::Turn;
 
 /// x' = A ∇Φ(t, x) over tiles, in the notation of [`EnergyMlp`].

@@ -96,15 +96,15 @@ impl RowField for FewRows {
 /// do not follow from h; cotangents are `[g_L | … | g_1]`, of the layers' z, and behind them the
 /// cotangent that a skipped layer's output passes to its input.
 pub(crate) struct MlpTiles<T, W = Weights<T>> {
-    layers: Vec<MlpTileLayer<T, W>>,
-    activation: Activation,
-    time: bool,
+    pub(in crate::nn) layers: Vec<MlpTileLayer<T, W>>,
+    pub(in crate::nn) activation: Activation,
+    pub(in crate::nn) time: bool,
 }
 
-struct MlpTileLayer<T, W> {
-    weights: W,
-    bias: Aligned<T>,
-    skips: bool,
+pub(in crate::nn) struct MlpTileLayer<T, W> {
+    pub(in crate::nn) weights: W,
+    pub(in crate::nn) bias: Aligned<T>,
+    pub(in crate::nn) skips: bool,
 }
 
 /// Products that take as long as an activation.
@@ -148,7 +148,7 @@ impl<T: Element, W: LayerWeights<T>> MlpTiles<T, W> {
     }
 
     /// Features of the state.
-    fn features(&self) -> usize {
+    pub(in crate::nn) fn features(&self) -> usize {
         self.layers[0].weights.inputs() - usize::from(self.time)
     }
 
@@ -158,7 +158,7 @@ impl<T: Element, W: LayerWeights<T>> MlpTiles<T, W> {
     }
 
     /// Whether hidden layers keep their slopes.
-    fn keeps_slopes(&self) -> bool {
+    pub(in crate::nn) fn keeps_slopes(&self) -> bool {
         self.activation.keeps_slope() || self.layers.iter().any(|l| l.skips)
     }
 
@@ -229,7 +229,7 @@ impl<T: Element, W: LayerWeights<T>> MlpTiles<T, W> {
     }
 
     /// Features of the widest layer that is skipped.
-    fn skipped(&self) -> usize {
+    pub(in crate::nn) fn skipped(&self) -> usize {
         let skipped = self.layers.iter().filter(|l| l.skips);
         skipped.map(|l| l.weights.outputs()).max().unwrap_or(0)
     }
@@ -240,7 +240,7 @@ impl<T: Element, W: LayerWeights<T>> MlpTiles<T, W> {
     }
 
     /// Features of all hidden layers.
-    fn hidden(&self) -> usize {
+    pub(in crate::nn) fn hidden(&self) -> usize {
         self.layers[1..].iter().map(|l| l.weights.inputs()).sum()
     }
 }

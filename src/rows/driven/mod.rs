@@ -77,11 +77,11 @@ impl DrivenRows {
         let plan = TilePlan::new(problem, &layout);
         match held(problem) {
             Some(DType::F32) => {
-                let parts = self.parts(&|rows| rows.single(&plan))?;
+                let parts = self.parts(&|rows| rows.single(&plan, problem.packing.shapes()))?;
                 self.run::<f32>(&plan, y0, parts, stats)
             }
             Some(DType::F64) => {
-                let parts = self.parts(&|rows| rows.double(&plan))?;
+                let parts = self.parts(&|rows| rows.double(&plan, problem.packing.shapes()))?;
                 self.run::<f64>(&plan, y0, parts, stats)
             }
             _ => Ok(None),

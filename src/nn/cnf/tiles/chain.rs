@@ -11,8 +11,8 @@
 
 use pulp::Simd;
 
-use super::tangents::{is_zero, Form, MinusForm, Through};
 use super::{CnfTileLayer, Trail};
+use crate::nn::tangents::{is_zero, Form, MinusForm, Through};
 use crate::nn::weights::{fill, Place, Weights};
 use crate::rows::Slot;
 use crate::simd::outer::Pair;

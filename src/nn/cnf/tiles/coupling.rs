@@ -3,11 +3,12 @@
 use pulp::Simd;
 
 use super::CnfTileLayer;
+use crate::nn::tangents::{MinusDot, Scale};
 use crate::nn::weights::{fill, Place, Weights};
 use crate::rows::Slot;
 use crate::simd::outer::Pair;
 use crate::simd::product::Layer;
-use crate::simd::{enter, Element, Kernel};
+use crate::simd::{enter, Element};
 
 /// B.  A slot keeps `[1 | B d_1]` of one hidden layer, `[B d_1]` of two, and of cotangents c u.
 pub(super) struct Coupling<T> {
@@ -237,55 +238,4 @@ fn through<T: Element>(first: &CnfTileLayer<T>, last: &CnfTileLayer<T>, features
         }
     }
     m
-}
-
-/// −Σ_k x_k y_k, by lane.
-struct MinusDot<'a, T: Element, S: Simd, const V: usize> {
-    x: &'a [T::Vector<S>],
-    y: &'a [T::Vector<S>],
-}
-
-impl<T: Element, S: Simd, const V: usize> Kernel<S> for MinusDot<'_, T, S, V> {
-    type Output = [T::Vector<S>; V];
-
-    #[inline(always)]
-    fn run(self, s: S) -> Self::Output {
-        // In four parts, so that sums need not wait for each other.
-        let mut sums = [[T::zeros::<S>(); V]; 4];
-        let (x, y) = (self.x.as_chunks::<V>().0, self.y.as_chunks::<V>().0);
-        for (k, (x, y)) in x.iter().zip(y).enumerate() {
-            let sum = &mut sums[k % 4];
-            for v in 0..V {
-                sum[v] = T::mul_add(s, x[v], y[v], sum[v]);
-            }
-        }
-        let [a, b, c, d] = sums;
-        let mut total = a;
-        for v in 0..V {
-            let sum = T::plus(s, T::plus(s, a[v], b[v]), T::plus(s, c[v], d[v]));
-            total[v] = T::minus(s, T::zeros::<S>(), sum);
-        }
-        total
-    }
-}
-
-/// out = c x, with one c for every row of the tile.
-struct Scale<'a, T: Element, S: Simd, const V: usize> {
-    c: [T::Vector<S>; V],
-    x: &'a [T::Vector<S>],
-    out: &'a mut [T::Vector<S>],
-}
-
-impl<T: Element, S: Simd, const V: usize> Kernel<S> for Scale<'_, T, S, V> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, s: S) {
-        let (x, out) = (self.x.as_chunks::<V>().0, self.out.as_chunks_mut::<V>().0);
-        for (x, out) in x.iter().zip(out) {
-            for v in 0..V {
-                out[v] = T::times(s, self.c[v], x[v]);
-            }
-        }
-    }
 }

@@ -1,4 +1,4 @@
-//! Products of slopes with the tangents of all features of a tile.
+//! Products of tangents over tiles: with slopes, with each other, and with a factor of each row.
 
 use pulp::Simd;
 
@@ -114,5 +114,56 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for MinusForm<'_, T, S, V> {
             sum[v] = T::plus(s, sum[v], other[v]);
         }
         sum
+    }
+}
+
+/// −Σ_k x_k y_k, by lane.
+pub(super) struct MinusDot<'a, T: Element, S: Simd, const V: usize> {
+    pub(super) x: &'a [T::Vector<S>],
+    pub(super) y: &'a [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for MinusDot<'_, T, S, V> {
+    type Output = [T::Vector<S>; V];
+
+    #[inline(always)]
+    fn run(self, s: S) -> Self::Output {
+        // In four parts, so that sums need not wait for each other.
+        let mut sums = [[T::zeros::<S>(); V]; 4];
+        let (x, y) = (self.x.as_chunks::<V>().0, self.y.as_chunks::<V>().0);
+        for (k, (x, y)) in x.iter().zip(y).enumerate() {
+            let sum = &mut sums[k % 4];
+            for v in 0..V {
+                sum[v] = T::mul_add(s, x[v], y[v], sum[v]);
+            }
+        }
+        let [a, b, c, d] = sums;
+        let mut total = a;
+        for v in 0..V {
+            let sum = T::plus(s, T::plus(s, a[v], b[v]), T::plus(s, c[v], d[v]));
+            total[v] = T::minus(s, T::zeros::<S>(), sum);
+        }
+        total
+    }
+}
+
+/// out = c x, with one c for every row of the tile.
+pub(super) struct Scale<'a, T: Element, S: Simd, const V: usize> {
+    pub(super) c: [T::Vector<S>; V],
+    pub(super) x: &'a [T::Vector<S>],
+    pub(super) out: &'a mut [T::Vector<S>],
+}
+
+impl<T: Element, S: Simd, const V: usize> Kernel<S> for Scale<'_, T, S, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, s: S) {
+        let (x, out) = (self.x.as_chunks::<V>().0, self.out.as_chunks_mut::<V>().0);
+        for (x, out) in x.iter().zip(out) {
+            for v in 0..V {
+                out[v] = T::times(s, self.c[v], x[v]);
+            }
+        }
     }
 }

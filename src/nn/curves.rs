@@ -1,4 +1,5 @@
-//! What activations do to the gradient of a potential and to its derivative along a tangent, over tiles.
+//! What activations do to a derivative that is a value, and to the derivative of that, over tiles: to the gradient of a
+//! potential and its derivative along a tangent, and to a tangent and its pull-back.
 
 use pulp::Simd;
 
