@@ -3,6 +3,7 @@
 use candle_core::{Shape, Tensor};
 use pulp::Simd;
 
+use super::normed::{NormSums, Normalise, PullNorm, TileNorm};
 use super::ConvField;
 use crate::error::Error;
 use crate::nn::activation::{Apply, Pull};
@@ -61,6 +62,7 @@ impl RowField for ConvField {
                 forward,
                 adjoint,
                 bias: numbers(&layer.bias)?,
+                norm: layer.norm.as_ref().map(TileNorm::new).transpose()?,
             });
         }
         Ok(ConvTiles {
@@ -73,8 +75,9 @@ impl RowField for ConvField {
 
 /// A [`ConvField`] over tiles.
 ///
-/// A slot keeps `[y | h_1 | h_2 | …]`, what the layers read, and after that the slopes where they do
-/// not follow from h; cotangents are `[g_L | … | g_1]`, of the layers' z.
+/// A slot keeps `[y | h_1 | h_2 | …]`, what the layers read, after that the slopes where they do not follow from h, and
+/// then what group norms keep; cotangents are `[g_L | … | g_1]`, of the layers' z, and behind them those of what group
+/// norms put out.
 pub(crate) struct ConvTiles<T> {
     layers: Vec<ConvTileLayer<T>>,
     activation: Activation,
@@ -88,12 +91,23 @@ struct ConvTileLayer<T> {
     forward: Packed<T>,
     adjoint: Packed<T>,
     bias: Vec<T>,
+    norm: Option<TileNorm<T>>,
 }
 
-impl<T> ConvTileLayer<T> {
+impl<T: Element> ConvTileLayer<T> {
     /// Numbers of the filters.
     fn weights(&self) -> usize {
         self.outputs * self.inputs * self.size * self.size
+    }
+
+    /// Numbers of the group norm.
+    fn normed(&self) -> usize {
+        self.norm.as_ref().map_or(0, |norm| 2 * norm.channels())
+    }
+
+    /// Features that the group norm keeps.
+    fn kept_by_norm(&self, pixels: usize) -> usize {
+        self.norm.as_ref().map_or(0, |norm| norm.kept(pixels))
     }
 }
 
@@ -107,10 +121,28 @@ impl<T: Element> ConvTiles<T> {
     fn hidden(&self) -> usize {
         self.layers[1..].iter().map(|l| l.inputs).sum()
     }
-}
 
-impl<T: Element> TileField<T> for ConvTiles<T> {
-    fn kept(&self) -> usize {
+    /// σ of a row of all channels.
+    #[inline(always)]
+    fn activate<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        row: usize,
+        z: &mut [T::Vector<S>],
+        slope: &mut [T::Vector<S>],
+    ) {
+        let row = ActivateRow::<T, S, V> {
+            activation: self.activation,
+            image: self.image,
+            row,
+            z,
+            slope,
+        };
+        enter(s, row);
+    }
+
+    /// Features of what layers read and of the slopes.
+    fn values(&self) -> usize {
         let slopes = match self.activation.keeps_slope() {
             true => self.hidden(),
             false => 0,
@@ -118,9 +150,24 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
         (self.inputs() + slopes) * self.image.pixels()
     }
 
-    fn cotangents<S: Simd>(&self) -> usize {
+    /// Features of all layers' z.
+    fn outputs(&self) -> usize {
         let outputs: usize = self.layers.iter().map(|l| l.outputs).sum();
         outputs * self.image.pixels()
+    }
+}
+
+impl<T: Element> TileField<T> for ConvTiles<T> {
+    fn kept(&self) -> usize {
+        let pixels = self.image.pixels();
+        let normed = self.layers.iter().map(|l| l.kept_by_norm(pixels));
+        self.values() + normed.sum::<usize>()
+    }
+
+    fn cotangents<S: Simd>(&self) -> usize {
+        let normed = self.layers.iter().filter(|l| l.norm.is_some());
+        let normed: usize = normed.map(|l| l.outputs).sum();
+        self.outputs() + normed * self.image.pixels()
     }
 
     fn sums<S: Simd>(&self) -> usize {
@@ -132,7 +179,8 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
     }
 
     fn parameters(&self) -> usize {
-        self.layers.iter().map(|l| l.weights() + l.outputs).sum()
+        let of = |l: &ConvTileLayer<T>| l.weights() + l.outputs + l.normed();
+        self.layers.iter().map(of).sum()
     }
 
     #[inline(always)]
@@ -146,7 +194,8 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
         let Some((last, hidden)) = self.layers.split_last() else {
             return;
         };
-        let plane = self.image.pixels() * V;
+        let (pixels, plane) = (self.image.pixels(), self.image.pixels() * V);
+        let (kept, mut normed) = kept.split_at_mut(self.values() * V);
         let (read, mut slopes) = kept.split_at_mut(self.inputs() * plane);
         let (mut x, mut rest) = read.split_at_mut(self.layers[0].inputs * plane);
         for layer in hidden {
@@ -171,16 +220,25 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
                         out,
                     },
                 );
+                if layer.norm.is_none() {
+                    self.activate::<S, V>(s, row, out, slope);
+                }
+            }
+            if let Some(norm) = &layer.norm {
+                let kept;
+                (kept, normed) = normed.split_at_mut(norm.kept(pixels) * V);
                 enter(
                     s,
-                    ActivateRow::<T, S, V> {
-                        activation: self.activation,
-                        image: self.image,
-                        row,
+                    Normalise::<T, S, V> {
+                        norm,
+                        pixels,
                         z: out,
-                        slope,
+                        kept,
                     },
                 );
+                for row in 0..self.image.height {
+                    self.activate::<S, V>(s, row, out, slope);
+                }
             }
             (x, rest, slopes) = (out, after, more);
         }
@@ -209,8 +267,10 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
         cotangents: &mut [T::Vector<S>],
         w: &mut [T::Vector<S>],
     ) {
-        let plane = self.image.pixels() * V;
+        let (pixels, plane) = (self.image.pixels(), self.image.pixels() * V);
+        let (kept, mut normed) = kept.split_at(self.values() * V);
         let (mut read, mut slopes) = kept.split_at(self.inputs() * plane);
+        let (cotangents, mut of_normed) = cotangents.split_at_mut(self.outputs() * V);
         let (mut g, mut rest) = cotangents.split_at_mut(w.len());
         for (l, layer) in self.layers.iter().enumerate().rev() {
             let value;
@@ -251,6 +311,24 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
                     );
                 }
             }
+            // The layer below has put out what this one reads.
+            let norm = l.checked_sub(1).and_then(|l| self.layers[l].norm.as_ref());
+            if let Some(norm) = norm {
+                let (kept, of_y);
+                (normed, kept) = normed.split_at(normed.len() - norm.kept(pixels) * V);
+                let end = of_normed.len() - below.len();
+                (of_normed, of_y) = of_normed.split_at_mut(end);
+                of_y.copy_from_slice(below);
+                enter(
+                    s,
+                    PullNorm::<T, S, V> {
+                        norm,
+                        pixels,
+                        kept,
+                        g: below,
+                    },
+                );
+            }
             (g, rest) = (below, after);
         }
     }
@@ -263,13 +341,16 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
         _: &mut [T::Vector<S>],
         sums: &mut [T::Vector<S>],
     ) {
-        let plane = self.image.pixels() * V;
+        let (pixels, plane) = (self.image.pixels(), self.image.pixels() * V);
         for slot in window {
-            let (mut x, mut g, mut rest) = (slot.kept, slot.cotangents, &mut *sums);
+            let (mut x, mut normed) = slot.kept.split_at(self.values() * V);
+            let (mut g, mut of_normed) = slot.cotangents.split_at(self.outputs() * V);
+            let mut rest = &mut *sums;
             for layer in &self.layers {
-                let (filters, biases, own);
+                let (filters, biases, norms, own);
                 (filters, rest) = rest.split_at_mut(layer.weights());
                 (biases, rest) = rest.split_at_mut(layer.outputs);
+                (norms, rest) = rest.split_at_mut(layer.normed());
                 (g, own) = g.split_at(g.len() - layer.outputs * plane);
                 enter(
                     s,
@@ -285,6 +366,20 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
                     },
                 );
                 x = &x[layer.inputs * plane..];
+                if let Some(norm) = &layer.norm {
+                    let (kept, of_y);
+                    (kept, normed) = normed.split_at(norm.kept(pixels) * V);
+                    (of_y, of_normed) = of_normed.split_at(layer.outputs * plane);
+                    enter(
+                        s,
+                        NormSums::<T, S, V> {
+                            pixels,
+                            kept,
+                            g: of_y,
+                            to: norms,
+                        },
+                    );
+                }
             }
         }
     }
@@ -297,9 +392,12 @@ impl<T: Element> TileField<T> for ConvTiles<T> {
             let (filters, biases);
             (filters, rest) = rest.split_at(layer.weights());
             (biases, rest) = rest.split_at(layer.outputs);
+            let norms;
+            (norms, rest) = rest.split_at(layer.normed());
             let shape = [layer.outputs, layer.inputs, layer.size];
             gradients.extend(filter_totals::<T, S>(s, shape, filters));
             append_totals::<T, S>(s, biases, &mut gradients);
+            append_totals::<T, S>(s, norms, &mut gradients);
         }
         gradients
     }
