@@ -22,7 +22,8 @@ use crate::time::{Time, Times};
 /// and adaptive steps end there.  So a method keeps its order.
 ///
 /// On the CPU and with fixed steps, it is integrated tile by tile if its fields are.  With adaptive steps all rows of
-/// the batch share their steps, and the solve is not tiled; separate solves for each interval are, if the fields are.
+/// the batch share their steps, and the solve is not tiled.  Separate solves of each interval are tiled if the fields
+/// are.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -261,11 +261,7 @@ impl Problem {
         }
         let packing = Packing::new(y0);
         let dense = plan.is_dense();
-        let resolved = plan.known().is_none_or(|s| s.is_resolved_in(common.state));
-        // Tiles have rows, and multiply by h in state precision.
-        // Far from the ends of the range of f32.
-        let far = |s: &Arc<Schedule>| s.is_moderate(100);
-        let moderate = common.state == DType::F64 || plan.known().is_none_or(far);
+        let resolved = plan.is_resolved_in(common.state);
         let continuous =
             Continuous::new(&options.gradient, &options.method, &options.steps, &grid)?;
         if let Some(continuous) = &continuous {
@@ -273,7 +269,8 @@ impl Problem {
             continuous.check_tolerances(&grid, packing.shapes(), place)?;
         }
         let as_tensors = continuous.as_ref().is_some_and(Continuous::reads_states);
-        let tiles = packing.len() > 0 && moderate && !as_tensors;
+        // Tiles have rows.
+        let tiles = packing.len() > 0 && plan.is_moderate_in(common.state) && !as_tensors;
         Ok(Self {
             scaler: Scaler::new(options.scaling, roles.iter().any(Roles::needs_scaling))?,
             scheme: Scheme::new(&options.method, dense, roles, device).compensating(compensated),
@@ -302,12 +299,19 @@ impl Problem {
 
     /// The same problem of a field that jumps at these times.
     pub(crate) fn meeting(self, jumps: &[f64], options: &OdeOptions) -> Result<Self> {
-        Ok(match jumps {
-            [] => self,
-            _ => Self {
-                plan: Plan::new(&self.grid, options, jumps)?,
-                ..self
-            },
+        if jumps.is_empty() {
+            return Ok(self);
+        }
+        // A part of a step that is cut may be too short.
+        let plan = Plan::new(&self.grid, options, jumps)?;
+        let state = self.state();
+        let (resolved, moderate) = (plan.is_resolved_in(state), plan.is_moderate_in(state));
+        Ok(Self {
+            fusion: self.fusion && moderate,
+            graphs: self.graphs && moderate && resolved && !plan.is_dense(),
+            resolved,
+            plan,
+            ..self
         })
     }
 
@@ -413,6 +417,16 @@ impl Plan {
             Self::Known(schedule) => Some(schedule),
             Self::Adaptive(_) => None,
         }
+    }
+
+    /// Whether no step can begin and end at one number of this dtype, as far as steps are known.
+    fn is_resolved_in(&self, state: DType) -> bool {
+        self.known().is_none_or(|s| s.is_resolved_in(state))
+    }
+
+    /// Whether the lengths of steps, by which tiles multiply in the state dtype, are far from the ends of its range.
+    fn is_moderate_in(&self, state: DType) -> bool {
+        state == DType::F64 || self.known().is_none_or(|s| s.is_moderate(100))
     }
 
     /// Whether states may be returned inside steps.

@@ -319,6 +319,35 @@ fn steps_that_the_state_dtype_cannot_tell_apart_are_refused_where_the_field_read
 }
 
 #[test]
+fn a_part_of_a_step_in_which_time_stands_still_is_refused_too() {
+    // The field jumps just behind the start of the only step, which is cut there.
+    let jump = 0.5 + 1e-9;
+    let solve = |build: fn(&[usize], Activation, VarBuilder<'_>) -> candle_core::Result<Mlp>,
+                 fusion| {
+        let ode = NeuralOde::from_field(
+            &VarMap::new(),
+            "f",
+            DType::F32,
+            &Device::Cpu,
+            move |vb: VarBuilder<'_>| {
+                let field = |i| build(&[2, 16, 2], Activation::Tanh, vb.pp(i));
+                PiecewiseConstant::build(&[0.0, jump, 1.0], field)
+            },
+        );
+        let options = OdeOptions {
+            fusion,
+            ..Default::default()
+        };
+        ode?.options(options).solve(&rows(3), &[0.5, 1.0])
+    };
+    for fusion in [true, false] {
+        assert_unresolved(solve(Mlp::with_time, fusion), 0, 0.5, jump);
+        // No alarm where no field reads time.
+        assert!(solve(Mlp::new, fusion).is_ok());
+    }
+}
+
+#[test]
 fn adaptive_steps_that_time_does_not_tell_apart_are_refused_row_by_row_too() {
     let times = [1e8, 1e8 + 4.0];
     let solve = |build: fn(VarBuilder<'_>) -> candle_core::Result<Mlp>, steps: Adaptive| {

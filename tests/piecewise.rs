@@ -7,14 +7,15 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::error::AdaptiveDefect;
 use candle_diffeq::fields::PiecewiseConstant;
-use candle_diffeq::nn::{Activation, Cnf, HyperCnf, Mlp, Relaxation, RowSpeed};
+use candle_diffeq::metrics::Recorder;
+use candle_diffeq::nn::{Activation, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowSpeed};
 use candle_diffeq::options::{ActivationCache, Adaptive, Checkpoint, StepControl, Steps, TimeGrid};
 use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
 use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Precision, State, Time, VectorField};
 use candle_nn::{VarBuilder, VarMap};
 use common::{
-    all, bits, error_of, method, relative, scatter, scattered, values, worst, U_BF16, U_F16, U_F32,
-    U_F64,
+    all, bits, error_of, has_tiles, method, relative, scatter, scattered, values, worst, U_BF16,
+    U_F16, U_F32, U_F64,
 };
 use proptest::prelude::*;
 
@@ -288,18 +289,32 @@ fn answers<S: State + 'static, F: VectorField<S> + Send + Sync + 'static>(
     [ys, gradients].concat()
 }
 
+/// A perceptron of three features for interval i: each of other widths, the second of another depth.
+fn perceptron(i: usize, vb: VarBuilder<'_>) -> candle_core::Result<Mlp> {
+    let widths: &[usize] = match i {
+        1 => &[3, 9, 8, 3],
+        _ => &[3, 5 + 4 * i, 3],
+    };
+    Mlp::with_time(widths, Activation::Tanh, vb.pp(i))
+}
+
+/// Whether two solves agree in every bit.
+fn alike(these: &[Tensor], those: &[Tensor]) -> bool {
+    let mut pairs = these.iter().zip(those);
+    pairs.all(|(x, y)| bits(x) == bits(y))
+}
+
 #[test]
 fn fields_that_take_turns_tile_by_tile_are_those_of_the_general_path() {
-    let piece = |vb: VarBuilder<'_>| Mlp::with_time(&[3, 9, 8, 3], Activation::Tanh, vb);
     // The first and the last interval share their weights.
-    let pieces = move |vb: VarBuilder<'_>| {
-        PiecewiseConstant::build(&TIMES, |i| piece(vb.pp(if i == 2 { 0 } else { i })))
+    let pieces =
+        |vb: VarBuilder<'_>| PiecewiseConstant::build(&TIMES, |i| perceptron(i % 2, vb.clone()));
+    let flows = |vb: VarBuilder<'_>| {
+        PiecewiseConstant::build(&TIMES, |i| Cnf::new(perceptron(i, vb.clone())?))
     };
-    let flows =
-        move |vb: VarBuilder<'_>| PiecewiseConstant::build(&TIMES, |i| Cnf::new(piece(vb.pp(i))?));
     // Weights that are those of a time, too.
-    let hyper = move |vb: VarBuilder<'_>| {
-        PiecewiseConstant::build(&TIMES, |i| HyperCnf::new(3, 7, 4, vb.pp(i)))
+    let hyper = |vb: VarBuilder<'_>| {
+        PiecewiseConstant::build(&TIMES, |i| HyperCnf::new(3, 7 - i, 4 + i, vb.pp(i)))
     };
     let fast = move |vb: VarBuilder<'_>| Ok(RowSpeed::new(Relaxation::new(pieces(vb)?)));
     let dense = |times: &[f64]| OdeOptions {
@@ -337,6 +352,10 @@ fn fields_that_take_turns_tile_by_tile_are_those_of_the_general_path() {
                     let error = relative(x, y);
                     assert!(error <= bound, "{name} {times:?} {dtype:?} {i}: {error:e}");
                 }
+                // Sums of f32 in another order: it was solved in tiles.
+                if dtype == DType::F32 {
+                    assert_eq!(alike(&tiles, &general), !has_tiles(), "{name} {times:?}");
+                }
             };
             check("pieces", &|fusion| {
                 answers::<Tensor, _>(pieces, (&one, times), &options, fusion)
@@ -353,6 +372,94 @@ fn fields_that_take_turns_tile_by_tile_are_those_of_the_general_path() {
             });
         }
     }
+}
+
+/// What is kept of evaluations changes no bit, and is what each of the fields needs.
+fn check_caches<F: VectorField<Tensor> + Send + Sync + 'static>(
+    build: fn(VarBuilder<'_>) -> candle_core::Result<F>,
+    y0: &Tensor,
+) {
+    let y0 = [y0.to_dtype(DType::F32).unwrap()];
+    let solve = |cache, fusion| {
+        let recorder = Recorder::default();
+        let options = OdeOptions {
+            activation_cache: cache,
+            recorder: Some(recorder.clone()),
+            ..method(&RK4, 2)
+        };
+        let answers = answers::<Tensor, _>(build, (&y0, &[0.1, 0.4, 1.15]), &options, fusion);
+        (answers, recorder.take())
+    };
+    let (general, none) = solve(ActivationCache::NONE, false);
+    assert_eq!(none.activation_bytes, 0);
+    let (again, none) = solve(ActivationCache::NONE, true);
+    for (i, (x, y)) in again.iter().zip(&general).enumerate() {
+        let error = relative(x, y);
+        assert!(error <= 1024.0 * U_F32, "{i}: {error:e}");
+    }
+    if !has_tiles() {
+        return;
+    }
+    assert!(!alike(&again, &general));
+    let (kept, all) = solve(ActivationCache::ALL, true);
+    assert!(alike(&kept, &again));
+    assert!(all.activation_bytes > 0 && all.recomputed == 0);
+    // The last steps alone.
+    let (part, last) = solve(ActivationCache::within(all.activation_bytes / 2), true);
+    assert!(alike(&part, &again));
+    assert!((1..=all.activation_bytes / 2).contains(&last.activation_bytes));
+    assert!((1..none.recomputed).contains(&last.recomputed));
+}
+
+#[test]
+fn kept_evaluations_of_fields_of_other_sizes_change_no_bit_of_the_gradients() {
+    check_caches(
+        |vb| PiecewiseConstant::build(&TIMES, |i| perceptron(i, vb.clone())),
+        &scattered(&[37, 3], 1.0, 3),
+    );
+    let convolutions = |vb: VarBuilder<'_>| {
+        PiecewiseConstant::build(&TIMES, |i| {
+            let channels: &[usize] = match i {
+                1 => &[3, 4, 2, 3],
+                _ => &[3, 2 + i, 3],
+            };
+            ConvField::new(channels, 3, Activation::Tanh, vb.pp(i))
+        })
+    };
+    check_caches(convolutions, &scattered(&[5, 3, 4, 5], 1.0, 3));
+}
+
+#[test]
+fn kept_evaluations_in_bf16_are_pulled_back_by_the_field_of_their_interval() {
+    // More intervals than bf16 has integers in a row: 257 and 259 are none of them.
+    let times = TimeGrid::linspace(0.0, 1.0, 261).unwrap();
+    let times = times.points();
+    let build = || {
+        let times = times.to_vec();
+        move |vb: VarBuilder<'_>| {
+            let field = |i| Mlp::new(&[2, 3, 2], Activation::Tanh, vb.pp(i));
+            PiecewiseConstant::build(&times[..], field)
+        }
+    };
+    let one = [scattered(&[9, 2], 1.0, 3).to_dtype(DType::F32).unwrap()];
+    let check = |name: &str, of: &dyn Fn(&OdeOptions) -> Vec<Tensor>| {
+        let [exact, low] = [ActivationCache::ALL, ActivationCache::ALL.in_bf16()].map(|cache| {
+            of(&OdeOptions {
+                checkpoint: Checkpoint::All,
+                activation_cache: cache,
+                ..method(&RK4, 1)
+            })
+        });
+        for (i, (x, y)) in low.iter().zip(&exact).enumerate() {
+            let error = relative(x, y);
+            assert!(error <= 2.0 * U_BF16, "{name} {i}: {error:e}");
+        }
+        // The general path keeps nothing in bf16.
+        assert_eq!(alike(&low, &exact), !has_tiles(), "{name}");
+    };
+    check("pieces", &|options| {
+        answers::<Tensor, _>(build(), (&one, times), options, true)
+    });
 }
 
 #[test]

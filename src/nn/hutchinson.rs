@@ -49,7 +49,8 @@ pub trait Jvp {
     /// Whatever the model's operations return.
     fn jvp(&self, t: &Time, z: &Tensor, tangent: &Tensor) -> Result<(Tensor, Tensor)>;
 
-    /// The perceptron that this field is, if it is one.
+    /// The perceptron that this field is: `Some` only if [`jvp`](Self::jvp) is that of this perceptron, with the same
+    /// parameters, because then a solve may evaluate the perceptron and not call `jvp`.
     #[doc(hidden)]
     fn perceptron(&self) -> Option<&Mlp> {
         None

@@ -178,7 +178,10 @@ impl<T: Element> Tiled<T> for Faster<T> {
         }
     }
 
-    fn recall(&self, _: &At<'_, T>, _: &mut [T], _: &[bool]) {}
+    fn recall(&self, at: &At<'_, T>, kept: &mut [T], _: &[bool]) {
+        let all = vec![true; self.field.parts().len()];
+        self.field.recall(at, &mut kept[self.before()..], &all);
+    }
 
     fn vjp(&self, kept: &[T], cotangents: &mut [T], w: &mut [T]) {
         let [x, all] = self.sizes();

@@ -52,12 +52,16 @@ impl AnyRows for Pieces {
     }
 
     fn single(&self, plan: &TilePlan<'_>, shapes: &[Shape]) -> Result<Option<Box<dyn Tiled<f32>>>> {
-        let fields = self.rows.iter().map(|rows| rows.single(plan, shapes));
+        let field =
+            |(i, rows): (usize, &Rows)| rows.single(&plan.in_turn(&self.intervals, i), shapes);
+        let fields = self.rows.iter().enumerate().map(field);
         Ok(self.in_turn(fields.collect::<Result<_>>()?))
     }
 
     fn double(&self, plan: &TilePlan<'_>, shapes: &[Shape]) -> Result<Option<Box<dyn Tiled<f64>>>> {
-        let fields = self.rows.iter().map(|rows| rows.double(plan, shapes));
+        let field =
+            |(i, rows): (usize, &Rows)| rows.double(&plan.in_turn(&self.intervals, i), shapes);
+        let fields = self.rows.iter().enumerate().map(field);
         Ok(self.in_turn(fields.collect::<Result<_>>()?))
     }
 }
@@ -91,6 +95,18 @@ impl<T: Element> InTurn<T> {
     /// The number of the interval that a slot keeps.
     fn number(&self, kept: &[T]) -> usize {
         kept[(self.kept - 1) * self.batch()].wide() as usize
+    }
+
+    /// The field whose turn it is, and its slot; the number of the interval is written.
+    ///
+    /// A slot that was kept in bf16 has lost the number.
+    fn turn<'a>(&self, at: &At<'_, T>, kept: &'a mut [T]) -> (&dyn Tiled<T>, &'a mut [T]) {
+        let (instant, batch) = (at.instant(0), self.batch());
+        let number = self.intervals.within(instant.step, instant.t);
+        let (slot, last) = kept.split_at_mut((self.kept - 1) * batch);
+        last.fill(T::of(number as f64));
+        let field = &*self.fields[number];
+        (field, &mut slot[..field.kept() * batch])
     }
 
     /// A slot as a field has it.
@@ -140,15 +156,14 @@ impl<T: Element> Tiled<T> for InTurn<T> {
     }
 
     fn velocity(&self, at: &At<'_, T>, kept: &mut [T], k: Option<&mut [T]>) {
-        let (instant, batch) = (at.instant(0), self.batch());
-        let number = self.intervals.within(instant.step, instant.t);
-        let (slot, last) = kept.split_at_mut((self.kept - 1) * batch);
-        last.fill(T::of(number as f64));
-        let field = &self.fields[number];
-        field.velocity(at, &mut slot[..field.kept() * batch], k);
+        let (field, slot) = self.turn(at, kept);
+        field.velocity(at, slot, k);
     }
 
-    fn recall(&self, _: &At<'_, T>, _: &mut [T], _: &[bool]) {}
+    fn recall(&self, at: &At<'_, T>, kept: &mut [T], _: &[bool]) {
+        let (field, slot) = self.turn(at, kept);
+        field.recall(at, slot, &vec![true; field.parts().len()]);
+    }
 
     fn vjp(&self, kept: &[T], cotangents: &mut [T], w: &mut [T]) {
         let field = &*self.fields[self.number(kept)];

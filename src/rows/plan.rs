@@ -7,9 +7,10 @@ use super::backward;
 #[cfg(test)]
 use super::tests;
 use crate::error::MemoryNeed;
+use crate::intervals::Intervals;
 use crate::precision::Low;
 use crate::problem::Problem;
-use crate::schedule::Schedule;
+use crate::schedule::{Schedule, Step};
 use crate::simd::Element;
 use crate::state::RowLayout;
 
@@ -19,6 +20,9 @@ pub(super) struct TilePlan<'p> {
     pub(super) layout: &'p RowLayout,
     /// What the compute precision of each leaf rounds to.
     pub(super) low: Vec<Low>,
+    /// For a field that takes turns with others: the intervals, and the number of the one that is the field's turn;
+    /// several where such fields are inside each other.
+    turns: Vec<(&'p Intervals, usize)>,
     /// Whether tiles have two vectors, where a test says so.
     #[cfg(test)]
     pub(super) forced: Option<bool>,
@@ -29,10 +33,21 @@ impl<'p> TilePlan<'p> {
         let low = problem.scheme.roles.iter().map(|r| r.compute.low());
         Self {
             low: low.collect(),
+            turns: vec![],
             #[cfg(test)]
             forced: tests::width::here(),
             problem,
             layout,
+        }
+    }
+
+    /// The same of a field whose turn is the interval of this number.
+    pub(super) fn in_turn<'a>(&'a self, intervals: &'a Intervals, number: usize) -> TilePlan<'a> {
+        let outer = self.turns.iter().copied();
+        TilePlan {
+            low: self.low.clone(),
+            turns: outer.chain([(intervals, number)]).collect(),
+            ..*self
         }
     }
 
@@ -77,7 +92,8 @@ impl<'p> TilePlan<'p> {
         }
     }
 
-    /// The times of all stages of known steps, ascending, each once; none if there are very many.
+    /// The times of all stages of known steps in the field's turn, ascending, each once; none if there are very many
+    /// steps.
     pub(super) fn stage_times<T: Element>(&self) -> Vec<T> {
         /// Times worth to be listed.
         const MOST: usize = 1 << 16;
@@ -88,7 +104,15 @@ impl<'p> TilePlan<'p> {
         if schedule.len().saturating_mul(c.len()) > MOST {
             return vec![];
         }
+        // All stages of a step are in one turn.
+        let is_taken = |step: &Step| {
+            let turn = |(of, number): &(&Intervals, usize)| {
+                of.within([step.t, step.end], step.t) == *number
+            };
+            self.turns.iter().all(turn)
+        };
         let steps = (0..schedule.len()).map(|n| schedule.step(n));
+        let steps = steps.filter(is_taken);
         let times = steps.flat_map(|step| c.iter().map(move |c| T::of(step.at(*c))));
         let mut times: Vec<_> = times.collect();
         times.sort_by(|a, b| a.wide().total_cmp(&b.wide()));
