@@ -451,8 +451,9 @@ fn kept_evaluations_in_bf16_are_pulled_back_by_the_field_of_their_interval() {
             })
         });
         for (i, (x, y)) in low.iter().zip(&exact).enumerate() {
+            // h and 1 − h² are rounded; another field would be wrong by the size of the gradient.
             let error = relative(x, y);
-            assert!(error <= 2.0 * U_BF16, "{name} {i}: {error:e}");
+            assert!(error <= 4.0 * U_BF16, "{name} {i}: {error:e}");
         }
         // The general path keeps nothing in bf16.
         assert_eq!(alike(&low, &exact), !has_tiles(), "{name}");

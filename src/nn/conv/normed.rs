@@ -84,8 +84,8 @@ fn means<T: Element, S: Simd, const V: usize>(
     features: usize,
 ) -> [T::Vector<S>; V] {
     let n = T::splat(s, T::of(1.0 / features.max(1) as f64));
-    for v in 0..V {
-        sums[v] = T::times(s, sums[v], n);
+    for sum in &mut sums {
+        *sum = T::times(s, *sum, n);
     }
     sums
 }
