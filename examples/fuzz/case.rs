@@ -247,11 +247,8 @@ impl Field {
     pub(crate) fn is_tiled(&self) -> bool {
         match self {
             Self::Closure { .. } => false,
-            Self::Mlp { .. } => true,
+            Self::Mlp { .. } | Self::Conv { .. } => true,
             Self::Cnf { widths, .. } => widths.len() > 2,
-            Self::Conv {
-                groups, channels, ..
-            } => *groups == 0 || channels.len() == 2,
         }
     }
 }
