@@ -116,10 +116,8 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         let tracked = tracked || !increments.is_empty();
         let keep = !in_graph || tracked || !masters.is_empty();
         let packable = self.packable(&problem, &masters).filter(|_| pass.is_none());
-        let problem = match &packable {
-            Some(field) => problem.meeting(&field.jumps(), options)?,
-            None => problem,
-        };
+        let jumps = packable.as_ref().map_or_else(Vec::new, |f| f.jumps());
+        let problem = problem.meeting(&jumps, options)?;
         if let Some(field) = packable {
             let by_noise = driven_of(&problem, drive)?;
             let of_tiles = by_noise.as_ref().unwrap_or(&problem);
@@ -295,10 +293,8 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         } = prepared;
         let problem = prepared.problem.keeping_nothing();
         let packable = self.packable(&problem, &masters);
-        let problem = match &packable {
-            Some(field) => problem.meeting(&field.jumps(), &self.options)?,
-            None => problem,
-        };
+        let jumps = packable.as_ref().map_or_else(Vec::new, |f| f.jumps());
+        let problem = problem.meeting(&jumps, &self.options)?;
         if let Some(field) = packable {
             let by_noise = driven_of(&problem, drive)?;
             let of_tiles = by_noise.as_ref().unwrap_or(&problem);

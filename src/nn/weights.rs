@@ -7,11 +7,14 @@ use pulp::Simd;
 use crate::rows::Slot;
 use crate::simd::matvec::{Across, OuterOfRows};
 use crate::simd::outer::{outer_room, Dot, Outer, Pair};
-use crate::simd::product::{padded, AsIs, Epilogue, Layer, Packed, Transpose, WithEpilogue};
+use crate::simd::packed::Packed;
+use crate::simd::product::{padded, Product, Transpose};
 use crate::simd::{aligned, enter, scalars, Aligned, Element};
 
 /// The weights of a layer over tiles, in one of two layouts.
 pub(crate) trait LayerWeights<T: Element>: Send + Sync + Sized {
+    type Matrix: Product<T>;
+
     /// Packs `weight`, `[output][input]`; cotangents go back to the first `pulled` inputs.
     fn pack<S: Simd>(s: S, weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self;
 
@@ -24,42 +27,14 @@ pub(crate) trait LayerWeights<T: Element>: Send + Sync + Sized {
     /// Features of a tile that hold the outputs.
     fn outputs(&self) -> usize;
 
-    /// Numbers of the matrix.
-    fn numbers(&self) -> usize;
+    /// Numbers of the matrix and the bias.
+    fn parameters(&self) -> usize;
 
-    /// Numbers of the bias.
-    fn biases(&self) -> usize;
+    /// W.
+    fn forward(&self) -> &Self::Matrix;
 
-    /// `out = W x + bias`.
-    fn forward<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        bias: &[T],
-        x: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-    );
-
-    /// The same, stored as an epilogue says.
-    fn forward_with<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        bias: &[T],
-        x: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-        epilogue: impl Epilogue<T, S>,
-    );
-
-    /// `out = Wᵀ g`, for the inputs that cotangents go back to.
-    fn adjoint<S: Simd, const V: usize>(&self, s: S, g: &[T::Vector<S>], out: &mut [T::Vector<S>]);
-
-    /// The same, stored as an epilogue says.
-    fn adjoint_with<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        g: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-        epilogue: impl Epilogue<T, S>,
-    );
+    /// Wᵀ, of the inputs that cotangents go back to.
+    fn adjoint(&self) -> &Self::Matrix;
 
     /// Vectors of the sums of dW.
     fn sums<S: Simd>(&self) -> usize;
@@ -118,14 +93,16 @@ pub(super) fn fill<'a, X, const V: usize>(
 }
 
 impl<T: Element> Weights<T> {
-    /// Packs `weight`, `[output][input]`; cotangents go back to the first `pulled` inputs.
-    pub(super) fn new<S: Simd>(
-        s: S,
-        weight: &[T],
-        outputs: usize,
-        inputs: usize,
-        pulled: usize,
-    ) -> Self {
+    /// Whether dW is formed with outputs in the lanes.
+    fn is_wide<S: Simd>(&self) -> bool {
+        self.inputs.min(self.outputs) >= T::lanes::<S>()
+    }
+}
+
+impl<T: Element> LayerWeights<T> for Weights<T> {
+    type Matrix = Packed<T>;
+
+    fn pack<S: Simd>(s: S, weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self {
         Self {
             inputs,
             outputs,
@@ -134,13 +111,33 @@ impl<T: Element> Weights<T> {
         }
     }
 
-    /// Whether dW is formed with outputs in the lanes.
-    fn is_wide<S: Simd>(&self) -> bool {
-        self.inputs.min(self.outputs) >= T::lanes::<S>()
+    fn bias<S: Simd>(bias: &[T]) -> Aligned<T> {
+        let mut copy = aligned(bias.len());
+        copy.copy_from_slice(bias);
+        copy
     }
 
-    /// Vectors of the sums of dW.
-    pub(super) fn sums<S: Simd>(&self) -> usize {
+    fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    fn parameters(&self) -> usize {
+        (self.inputs + 1) * self.outputs
+    }
+
+    fn forward(&self) -> &Packed<T> {
+        &self.forward
+    }
+
+    fn adjoint(&self) -> &Packed<T> {
+        &self.adjoint
+    }
+
+    fn sums<S: Simd>(&self) -> usize {
         if self.is_wide::<S>() {
             self.inputs * padded::<T, S>(self.outputs) / T::lanes::<S>()
         } else {
@@ -148,8 +145,7 @@ impl<T: Element> Weights<T> {
         }
     }
 
-    /// Vectors of scratch that [`accumulate`](Self::accumulate) needs.
-    pub(super) fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
+    fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
         if self.is_wide::<S>() {
             outer_room::<T, S, V>(pairs)
         } else {
@@ -157,9 +153,8 @@ impl<T: Element> Weights<T> {
         }
     }
 
-    /// Adds dW = Σ g xᵀ to the sums.
     #[inline(always)]
-    pub(super) fn accumulate<S: Simd, const V: usize>(
+    fn accumulate<S: Simd, const V: usize>(
         &self,
         s: S,
         pairs: &[Pair<'_, T::Vector<S>>],
@@ -186,9 +181,8 @@ impl<T: Element> Weights<T> {
         }
     }
 
-    /// Appends the sums as dW, `[output][input]`.
     #[inline(always)]
-    pub(super) fn gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
+    fn gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
         let size = self.outputs * self.inputs;
         if !self.is_wide::<S>() {
             return append_totals::<T, S>(s, sums, to);
@@ -203,119 +197,10 @@ impl<T: Element> Weights<T> {
         };
         enter(s, turn);
     }
-}
-
-impl<T: Element> LayerWeights<T> for Weights<T> {
-    fn pack<S: Simd>(s: S, weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self {
-        Self::new(s, weight, outputs, inputs, pulled)
-    }
-
-    fn bias<S: Simd>(bias: &[T]) -> Aligned<T> {
-        let mut copy = aligned(bias.len());
-        copy.copy_from_slice(bias);
-        copy
-    }
-
-    fn inputs(&self) -> usize {
-        self.inputs
-    }
-
-    fn outputs(&self) -> usize {
-        self.outputs
-    }
-
-    fn numbers(&self) -> usize {
-        self.inputs * self.outputs
-    }
-
-    fn biases(&self) -> usize {
-        self.outputs
-    }
-
-    #[inline(always)]
-    fn forward<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        bias: &[T],
-        x: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-    ) {
-        enter(s, layer::<T, S, V>(&self.forward, bias, x, out));
-    }
-
-    #[inline(always)]
-    fn forward_with<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        bias: &[T],
-        x: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-        epilogue: impl Epilogue<T, S>,
-    ) {
-        let product = layer::<T, S, V>(&self.forward, bias, x, out);
-        enter(s, WithEpilogue { product, epilogue });
-    }
-
-    #[inline(always)]
-    fn adjoint<S: Simd, const V: usize>(&self, s: S, g: &[T::Vector<S>], out: &mut [T::Vector<S>]) {
-        enter(s, layer::<T, S, V>(&self.adjoint, &[], g, out));
-    }
-
-    #[inline(always)]
-    fn adjoint_with<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        g: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-        epilogue: impl Epilogue<T, S>,
-    ) {
-        let product = layer::<T, S, V>(&self.adjoint, &[], g, out);
-        enter(s, WithEpilogue { product, epilogue });
-    }
-
-    fn sums<S: Simd>(&self) -> usize {
-        Self::sums::<S>(self)
-    }
-
-    fn scratch<S: Simd, const V: usize>(&self, pairs: usize) -> usize {
-        Self::scratch::<S, V>(self, pairs)
-    }
-
-    #[inline(always)]
-    fn accumulate<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        pairs: &[Pair<'_, T::Vector<S>>],
-        scratch: &mut [T::Vector<S>],
-        sums: &mut [T::Vector<S>],
-    ) {
-        Self::accumulate::<S, V>(self, s, pairs, scratch, sums);
-    }
-
-    #[inline(always)]
-    fn gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
-        Self::gradient(self, s, sums, to);
-    }
 
     #[inline(always)]
     fn bias_gradient<S: Simd>(&self, s: S, sums: &[T::Vector<S>], to: &mut Vec<T>) {
         append_totals::<T, S>(s, sums, to);
-    }
-}
-
-/// A product with rows in the lanes.
-#[inline(always)]
-fn layer<'a, T: Element, S: Simd, const V: usize>(
-    weights: &'a Packed<T>,
-    start: &'a [T],
-    x: &'a [T::Vector<S>],
-    out: &'a mut [T::Vector<S>],
-) -> Layer<'a, T, S, V> {
-    Layer {
-        weights,
-        start,
-        x,
-        out,
     }
 }
 
@@ -326,7 +211,6 @@ pub(crate) struct RowWeights<T> {
     outputs: usize,
     /// Vectors of inputs and of outputs.
     across: [usize; 2],
-    places: Vec<[u32; 2]>,
     forward: Across<T>,
     adjoint: Across<T>,
 }
@@ -337,6 +221,8 @@ fn places(features: usize, lanes: usize) -> impl Iterator<Item = [u32; 2]> {
 }
 
 impl<T: Element> LayerWeights<T> for RowWeights<T> {
+    type Matrix = Across<T>;
+
     fn pack<S: Simd>(_: S, weight: &[T], outputs: usize, inputs: usize, pulled: usize) -> Self {
         let lanes = T::lanes::<S>();
         let vectors = pulled.div_ceil(lanes);
@@ -347,9 +233,8 @@ impl<T: Element> LayerWeights<T> for RowWeights<T> {
             inputs,
             outputs,
             across: [vectors + inputs - pulled, outputs.div_ceil(lanes)],
-            forward: Across::new::<S>(outputs, read.clone(), |o, i| weight[o * inputs + i]),
+            forward: Across::new::<S>(outputs, read, |o, i| weight[o * inputs + i]),
             adjoint: Across::new::<S>(pulled, left, |i, o| weight[o * inputs + i]),
-            places: read,
         }
     }
 
@@ -367,51 +252,16 @@ impl<T: Element> LayerWeights<T> for RowWeights<T> {
         self.across[1]
     }
 
-    fn numbers(&self) -> usize {
-        self.inputs * self.outputs
+    fn parameters(&self) -> usize {
+        (self.inputs + 1) * self.outputs
     }
 
-    fn biases(&self) -> usize {
-        self.outputs
+    fn forward(&self) -> &Across<T> {
+        &self.forward
     }
 
-    #[inline(always)]
-    fn forward<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        bias: &[T],
-        x: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-    ) {
-        self.forward.product::<S, V>(s, bias, x, out, &AsIs);
-    }
-
-    #[inline(always)]
-    fn forward_with<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        bias: &[T],
-        x: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-        epilogue: impl Epilogue<T, S>,
-    ) {
-        self.forward.product::<S, V>(s, bias, x, out, &epilogue);
-    }
-
-    #[inline(always)]
-    fn adjoint<S: Simd, const V: usize>(&self, s: S, g: &[T::Vector<S>], out: &mut [T::Vector<S>]) {
-        self.adjoint.product::<S, V>(s, &[], g, out, &AsIs);
-    }
-
-    #[inline(always)]
-    fn adjoint_with<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        g: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-        epilogue: impl Epilogue<T, S>,
-    ) {
-        self.adjoint.product::<S, V>(s, &[], g, out, &epilogue);
+    fn adjoint(&self) -> &Across<T> {
+        &self.adjoint
     }
 
     fn sums<S: Simd>(&self) -> usize {
@@ -444,7 +294,7 @@ impl<T: Element> LayerWeights<T> for RowWeights<T> {
         let (lanes, all) = (T::lanes::<S>(), scalars::<T, S>(sums));
         for output in all.chunks_exact((self.across[0] * lanes).max(1)) {
             let at = |[vector, lane]: &[u32; 2]| output[*vector as usize * lanes + *lane as usize];
-            to.extend(self.places.iter().map(at));
+            to.extend(self.forward.places().iter().map(at));
         }
     }
 

@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use super::product::{block, has_block, has_many_registers, Packed};
+use super::packed::Packed;
+use super::product::{block, has_block, has_many_registers};
 use super::{Element, Kernel};
 
 /// Size of an image.

@@ -8,7 +8,7 @@
 use pulp::Simd;
 
 use super::outer::Pair;
-use super::product::{add_product, has_many_registers, Epilogue};
+use super::product::{add_product, has_many_registers, AsIs, Epilogue, Product};
 use super::{aligned, enter, scalars, scalars_mut, Aligned, Element, Kernel};
 
 /// A matrix packed for [`MatVec`]: blocks of vectors of outputs, `[block][input][vector]`.
@@ -63,19 +63,24 @@ impl<T: Element> Across<T> {
         Self { rows, places, data }
     }
 
+    /// Where each input lies: its vector, and its lane.
+    pub(crate) fn places(&self) -> &[[u32; 2]] {
+        &self.places
+    }
+
     /// Vectors of the outputs of a row.
-    pub(crate) fn vectors<S: Simd>(&self) -> usize {
+    fn vectors<S: Simd>(&self) -> usize {
         self.rows.div_ceil(T::lanes::<S>())
     }
 }
 
 /// `out = W x + start`, start by output (a bias, in whole vectors) or zero, stored as `epilogue` says.
-pub(crate) struct MatVec<'a, T: Element, S: Simd, const V: usize, E> {
-    pub(crate) weights: &'a Across<T>,
-    pub(crate) start: &'a [T],
-    pub(crate) x: &'a [T::Vector<S>],
-    pub(crate) out: &'a mut [T::Vector<S>],
-    pub(crate) epilogue: &'a E,
+struct MatVec<'a, T: Element, S: Simd, const V: usize, E> {
+    weights: &'a Across<T>,
+    start: &'a [T],
+    x: &'a [T::Vector<S>],
+    out: &'a mut [T::Vector<S>],
+    epilogue: E,
 }
 
 impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> Kernel<S> for MatVec<'_, T, S, V, E> {
@@ -273,16 +278,26 @@ impl<T: Element, S: Simd, const V: usize> OuterOfRows<'_, T, S, V> {
     }
 }
 
-impl<T: Element> Across<T> {
-    /// The product with the rows of a tile.
+impl<T: Element> Product<T> for Across<T> {
     #[inline(always)]
-    pub(crate) fn product<S: Simd, const V: usize>(
+    fn product<S: Simd, const V: usize>(
         &self,
         s: S,
         start: &[T],
         x: &[T::Vector<S>],
         out: &mut [T::Vector<S>],
-        epilogue: &impl Epilogue<T, S>,
+    ) {
+        self.product_with::<S, V>(s, start, x, out, AsIs);
+    }
+
+    #[inline(always)]
+    fn product_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        start: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
     ) {
         let product = MatVec::<T, S, V, _> {
             weights: self,

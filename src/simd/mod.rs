@@ -9,6 +9,7 @@ pub(crate) mod elementary;
 pub(crate) mod matrix;
 pub(crate) mod matvec;
 pub(crate) mod outer;
+pub(crate) mod packed;
 pub(crate) mod pieces;
 pub(crate) mod product;
 pub(crate) mod scratch;

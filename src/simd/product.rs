@@ -10,16 +10,9 @@ use std::ops::Range;
 
 use pulp::Simd;
 
+use super::packed::Packed;
 use super::transpose::transposed;
 use super::{enter, scalars, Element, Kernel};
-
-/// A matrix packed for [`Layer`].
-#[derive(Debug, Clone)]
-pub(crate) struct Packed<T> {
-    pub(super) rows: usize,
-    pub(super) columns: usize,
-    pub(super) data: Vec<T>,
-}
 
 /// Rows of the largest block: two vectors of accumulators for each must leave registers free.  Two multiply-adds a cycle,
 /// each of which takes four, need eight accumulators; with no more than these, every delay is lost.
@@ -63,122 +56,6 @@ fn blocks<T: Element, S: Simd>(rows: usize, first: usize) -> (usize, usize) {
 /// Rows of the block that begins at row `first` of so many.
 pub(super) fn block<T: Element, S: Simd>(rows: usize, first: usize) -> usize {
     blocks::<T, S>(rows, first).0
-}
-
-impl<T: Element> Packed<T> {
-    /// Packs the `rows` × `columns` matrix of elements `at(row, column)`.
-    pub(crate) fn new<S: Simd>(
-        rows: usize,
-        columns: usize,
-        at: impl Fn(usize, usize) -> T,
-    ) -> Self {
-        Self::by_block::<S>(rows, columns, |first, height, block| {
-            for (column, block) in block.chunks_exact_mut(height).enumerate() {
-                for (row, x) in (first..).zip(block) {
-                    *x = at(row, column);
-                }
-            }
-        })
-    }
-
-    /// Packs a matrix, `[row][column]`.
-    pub(crate) fn of_rows<S: Simd>(s: S, rows: usize, columns: usize, matrix: &[T]) -> Self {
-        Self::by_block::<S>(rows, columns, |first, height, block| {
-            let matrix = &matrix[first * columns..];
-            match height {
-                8 if const { has_block::<T, S, 8>() } => {
-                    enter(s, TransposeRows::<T, 8> { matrix, block });
-                }
-                6 if const { has_block::<T, S, 6>() } => {
-                    enter(s, TransposeRows::<T, 6> { matrix, block });
-                }
-                4 if const { has_block::<T, S, 4>() } => {
-                    enter(s, TransposeRows::<T, 4> { matrix, block });
-                }
-                2 if const { has_block::<T, S, 2>() } => {
-                    enter(s, TransposeRows::<T, 2> { matrix, block });
-                }
-                _ => block.copy_from_slice(&matrix[..columns]),
-            }
-        })
-    }
-
-    /// Packs the first `rows` rows of a matrix given as `[column][row]`, of so many rows in all.
-    pub(crate) fn of_columns<S: Simd>(rows: usize, all: usize, matrix: &[T]) -> Self {
-        fn take<T: Copy, const R: usize>(all: usize, matrix: &[T], block: &mut [T]) {
-            let columns = matrix.chunks(all).filter_map(<[T]>::first_chunk::<R>);
-            for (to, from) in block.as_chunks_mut::<R>().0.iter_mut().zip(columns) {
-                *to = *from;
-            }
-        }
-        let columns = matrix.len().checked_div(all).unwrap_or(0);
-        Self::by_block::<S>(rows, columns, |first, height, block| {
-            let matrix = &matrix[first..];
-            match height {
-                8 => take::<T, 8>(all, matrix, block),
-                6 => take::<T, 6>(all, matrix, block),
-                4 => take::<T, 4>(all, matrix, block),
-                2 => take::<T, 2>(all, matrix, block),
-                _ => take::<T, 1>(all, matrix, block),
-            }
-        })
-    }
-
-    /// Packs a matrix block by block: first row, height, and the place of it.
-    fn by_block<S: Simd>(
-        rows: usize,
-        columns: usize,
-        mut fill: impl FnMut(usize, usize, &mut [T]),
-    ) -> Self {
-        let mut data = vec![T::default(); rows * columns];
-        let (mut first, mut rest) = (0, data.as_mut_slice());
-        while first < rows && columns > 0 {
-            let height = block::<T, S>(rows, first);
-            let place;
-            (place, rest) = rest.split_at_mut(height * columns);
-            fill(first, height, place);
-            first += height;
-        }
-        Self {
-            rows,
-            columns,
-            data,
-        }
-    }
-}
-
-/// `block[column][row] = matrix[row][column]`, of R rows.
-struct TransposeRows<'a, T, const R: usize> {
-    matrix: &'a [T],
-    block: &'a mut [T],
-}
-
-impl<T: Element, S: Simd, const R: usize> Kernel<S> for TransposeRows<'_, T, R> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, s: S) {
-        let block = self.block.as_chunks_mut::<R>().0;
-        let (columns, lanes) = (block.len(), T::lanes::<S>());
-        if R > lanes {
-            for (column, to) in block.iter_mut().enumerate() {
-                for (r, to) in to.iter_mut().enumerate() {
-                    *to = self.matrix[r * columns + column];
-                }
-            }
-            return;
-        }
-        for (i, block) in block.chunks_mut(lanes).enumerate() {
-            let from = &self.matrix[i * lanes..];
-            let transposed = transposed::<T, S>(s, from, columns, (R, block.len()));
-            for (to, column) in block.iter_mut().zip(&transposed) {
-                let column = scalars::<T, S>(std::slice::from_ref(column));
-                if let Some(column) = column.first_chunk::<R>() {
-                    *to = *column;
-                }
-            }
-        }
-    }
 }
 
 /// `to[column][row] = from[row][column]`; the rows of `from` are whole vectors.
@@ -231,7 +108,7 @@ pub(crate) trait Epilogue<T: Element, S: Simd> {
 }
 
 /// As they are.
-pub(crate) struct AsIs;
+pub(super) struct AsIs;
 
 impl<T: Element, S: Simd> Epilogue<T, S> for AsIs {
     #[inline(always)]
@@ -476,6 +353,67 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> Kernel<S>
         for (row, out) in rows[..weights.rows].iter_mut().enumerate() {
             epilogue.store(s, row * V, *out, out);
         }
+    }
+}
+
+/// A matrix packed for products with tiles.
+pub(crate) trait Product<T: Element>: Send + Sync {
+    /// `out = W x + start`, start by output or empty.
+    fn product<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        start: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+    );
+
+    /// The same, stored as an epilogue says.
+    fn product_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        start: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
+    );
+}
+
+impl<T: Element> Product<T> for Packed<T> {
+    #[inline(always)]
+    fn product<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        start: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+    ) {
+        let weights = self;
+        let product = Layer::<T, S, V> {
+            weights,
+            start,
+            x,
+            out,
+        };
+        enter(s, product);
+    }
+
+    #[inline(always)]
+    fn product_with<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        start: &[T],
+        x: &[T::Vector<S>],
+        out: &mut [T::Vector<S>],
+        epilogue: impl Epilogue<T, S>,
+    ) {
+        let weights = self;
+        let product = Layer::<T, S, V> {
+            weights,
+            start,
+            x,
+            out,
+        };
+        enter(s, WithEpilogue { product, epilogue });
     }
 }
 

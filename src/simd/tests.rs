@@ -5,7 +5,8 @@ use pulp::{Scalar, Simd, WithSimd};
 
 use super::matrix::{Matrix, RowBlock};
 use super::outer::{add_rows, outer_room, Dot, Outer, Pair};
-use super::product::{padded, Epilogue, Layer, Packed, Tanh, Transpose, WithEpilogue, FAR, NEAR};
+use super::packed::Packed;
+use super::product::{padded, Epilogue, Layer, Tanh, Transpose, WithEpilogue, FAR, NEAR};
 use super::tiles::{load, store, Idle};
 use super::{enter, scalars, scalars_mut, Element};
 use crate::precision::Low;

@@ -7,7 +7,7 @@ use candle_core::Result;
 use pulp::Simd;
 
 use crate::nn::activation::{Bend, Expand};
-use crate::nn::weights::{append_totals, fill, numbers, Place, Weights};
+use crate::nn::weights::{append_totals, fill, numbers, LayerWeights, Place, Weights};
 use crate::nn::{Activation, Mlp};
 use crate::rows::{At, Slot, TileField};
 use crate::simd::outer::add_rows;
@@ -97,7 +97,7 @@ impl<T: Element> CnfTiles<T> {
             let (inputs, outputs) = (layer.inputs(), layer.outputs());
             let rows = numbers(&layer.weight)?;
             layers.push(CnfTileLayer {
-                weights: Weights::new(s, &rows, outputs, inputs, dim),
+                weights: Weights::pack(s, &rows, outputs, inputs, dim),
                 bias: numbers(&layer.bias)?,
                 rows,
             });

@@ -13,7 +13,7 @@ use crate::rows::{At, RowField, Slot, TileField};
 use crate::simd::convolution::{
     adjoint_filters, filter_totals, filters, Convolution, Correlation, Image,
 };
-use crate::simd::product::Packed;
+use crate::simd::packed::Packed;
 use crate::simd::{enter, Element, Kernel};
 use crate::state::RowLayout;
 

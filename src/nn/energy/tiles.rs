@@ -9,7 +9,9 @@ use super::mlp::{Energy, EnergyMlp};
 use crate::error::Error;
 use crate::nn::activation::{Expand, TimesSlope};
 use crate::nn::curves::{PlusBent, Seed, Split, Tangent};
-use crate::nn::weights::{append_totals, fill, numbers, with_numbers, Place, Weights};
+use crate::nn::weights::{
+    append_totals, fill, numbers, with_numbers, LayerWeights, Place, Weights,
+};
 use crate::nn::{Activation, Linear};
 use crate::rows::{At, Slot, TileField};
 use crate::simd::outer::{add_rows, Pair};
@@ -87,7 +89,7 @@ impl<T: Element> EnergyTiles<T> {
             let bias = layer.bias.as_ref().map(numbers).transpose()?;
             Ok::<_, candle_core::Error>(EnergyLayer {
                 weights: with_numbers(&layer.weight, |weight| {
-                    Weights::new(s, weight, outputs, inputs, pulled)
+                    Weights::pack(s, weight, outputs, inputs, pulled)
                 })?,
                 has_bias: bias.is_some(),
                 bias: bias.unwrap_or_else(|| vec![T::default(); outputs]),
@@ -290,11 +292,8 @@ impl<T: Element> TileField<T> for EnergyTiles<T> {
             End::Output(weights) => weights.len(),
             End::Squares(layer) => layer.parameters(),
         };
-        self.hidden
-            .iter()
-            .map(EnergyLayer::parameters)
-            .sum::<usize>()
-            + last
+        let hidden = self.hidden.iter().map(EnergyLayer::parameters);
+        hidden.sum::<usize>() + last
     }
 
     #[inline(always)]

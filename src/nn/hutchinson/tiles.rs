@@ -18,7 +18,7 @@ use crate::nn::activation::{Expand, TimesSlope};
 use crate::nn::curves::{PlusBent, Split, Tangent};
 use crate::nn::mlp::tiles::MlpTiles;
 use crate::nn::tangents::{is_zero, MinusDot, Scale};
-use crate::nn::weights::{fill, Place};
+use crate::nn::weights::{fill, LayerWeights, Place};
 use crate::nn::Activation;
 use crate::rows::{At, Slot, TileField};
 use crate::simd::outer::{add_rows, Pair};

@@ -10,7 +10,7 @@ use crate::nn::weights::{fill, numbers, with_numbers, LayerWeights, Place, RowWe
 use crate::nn::Activation;
 use crate::rows::{At, Part, RowField, Slot, TileField};
 use crate::simd::outer::add_rows;
-use crate::simd::product::Tanh;
+use crate::simd::product::{Product, Tanh};
 use crate::simd::{enter, Aligned, Element};
 use crate::state::RowLayout;
 
@@ -193,11 +193,11 @@ impl<T: Element, W: LayerWeights<T>> MlpTiles<T, W> {
                 continue;
             }
             if self.activation == Activation::Tanh {
-                layer
-                    .weights
-                    .forward_with::<S, V>(s, &layer.bias, x, out, Tanh);
+                let weights = layer.weights.forward();
+                weights.product_with::<S, V>(s, &layer.bias, x, out, Tanh);
             } else {
-                layer.weights.forward::<S, V>(s, &layer.bias, x, out);
+                let weights = layer.weights.forward();
+                weights.product::<S, V>(s, &layer.bias, x, out);
                 let apply = Apply::<T, S> {
                     activation: self.activation,
                     z: out,
@@ -224,7 +224,8 @@ impl<T: Element, W: LayerWeights<T>> MlpTiles<T, W> {
             (x, rest) = (out, after);
         }
         if let Some(out) = k {
-            last.weights.forward::<S, V>(s, &last.bias, x, out);
+            let weights = last.weights.forward();
+            weights.product::<S, V>(s, &last.bias, x, out);
         }
     }
 
@@ -270,8 +271,7 @@ impl<T: Element, W: LayerWeights<T>> TileField<T> for MlpTiles<T, W> {
     }
 
     fn parameters(&self) -> usize {
-        let of = |l: &MlpTileLayer<T, W>| l.weights.numbers() + l.weights.biases();
-        self.layers.iter().map(of).sum()
+        self.layers.iter().map(|l| l.weights.parameters()).sum()
     }
 
     #[inline(always)]
@@ -348,9 +348,10 @@ impl<T: Element, W: LayerWeights<T>> TileField<T> for MlpTiles<T, W> {
                     value,
                     slope,
                 };
-                layer.weights.adjoint_with::<S, V>(s, g, out, epilogue);
+                let weights = layer.weights.adjoint();
+                weights.product_with::<S, V>(s, &[], g, out, epilogue);
             } else {
-                layer.weights.adjoint::<S, V>(s, g, out);
+                layer.weights.adjoint().product::<S, V>(s, &[], g, out);
                 if layer.skips {
                     for (out, c) in out.iter_mut().zip(&*carried) {
                         *out = T::plus(s, *out, *c);

@@ -15,7 +15,7 @@ use pulp::Simd;
 
 use super::OtFlow;
 use crate::nn::activation::Apply;
-use crate::nn::weights::{append_totals, fill, numbers, Place, Weights};
+use crate::nn::weights::{append_totals, fill, numbers, LayerWeights, Place, Weights};
 use crate::nn::Activation;
 use crate::rows::{At, Slot, TileField};
 use crate::simd::outer::{add_rows, Pair};
@@ -107,11 +107,11 @@ impl<T: Element> OtFlowTiles<T> {
         let mut outer_bias = numbers(b0)?;
         outer_bias.resize(width + rank, T::default());
         Ok(Self {
-            outer: Weights::new(s, &outer_rows, width + rank, inputs, inputs),
+            outer: Weights::pack(s, &outer_rows, width + rank, inputs, inputs),
             outer_bias,
-            inner: Weights::new(s, &inner_rows, width, width, width),
+            inner: Weights::pack(s, &inner_rows, width, width, width),
             inner_bias: numbers(b1)?,
-            pushed: Weights::new(s, &q, d * width, width, width),
+            pushed: Weights::pack(s, &q, d * width, width, width),
             w: numbers(&flow.w)?,
             c: numbers(&flow.c)?,
             squares,

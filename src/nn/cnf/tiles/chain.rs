@@ -13,7 +13,7 @@ use pulp::Simd;
 
 use super::{CnfTileLayer, Trail};
 use crate::nn::tangents::{is_zero, Form, MinusForm, Through};
-use crate::nn::weights::{fill, Place, Weights};
+use crate::nn::weights::{fill, LayerWeights, Place, Weights};
 use crate::rows::Slot;
 use crate::simd::outer::Pair;
 use crate::simd::product::Layer;
@@ -62,7 +62,7 @@ impl<T: Element> Chain<T> {
                 }
             }
         }
-        let first = Weights::new(s, &p, features * m, n, n);
+        let first = Weights::pack(s, &p, features * m, n, n);
         let (n, m) = (widths[top], widths[top - 1]);
         let mut q = Vec::with_capacity(features * n * m);
         for i in 0..features {
@@ -74,7 +74,7 @@ impl<T: Element> Chain<T> {
         }
         Self {
             first,
-            last: Weights::new(s, &q, features * m, n, n),
+            last: Weights::pack(s, &q, features * m, n, n),
             features,
             widths,
         }

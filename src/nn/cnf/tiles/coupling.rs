@@ -4,7 +4,7 @@ use pulp::Simd;
 
 use super::CnfTileLayer;
 use crate::nn::tangents::{MinusDot, Scale};
-use crate::nn::weights::{fill, Place, Weights};
+use crate::nn::weights::{fill, LayerWeights, Place, Weights};
 use crate::rows::Slot;
 use crate::simd::outer::Pair;
 use crate::simd::product::Layer;
@@ -41,7 +41,7 @@ impl<T: Element> Coupling<T> {
         };
         let left = if diagonal { 1 } else { left };
         Self {
-            b: Weights::new(s, &b, left, right, right),
+            b: Weights::pack(s, &b, left, right, right),
             features,
             diagonal,
         }

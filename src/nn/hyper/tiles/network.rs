@@ -7,7 +7,8 @@ use pulp::Simd;
 
 use crate::nn::weights::numbers;
 use crate::nn::HyperCnf;
-use crate::simd::product::{padded, Packed};
+use crate::simd::packed::Packed;
+use crate::simd::product::padded;
 use crate::simd::{enter, scalars, scalars_mut, Element, Kernel};
 
 /// Times that are pulled back in one pass over the last matrix.
