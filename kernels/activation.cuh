@@ -76,6 +76,7 @@ template <class A> __device__ inline A slope_of_value(int activation, A h) {
     case TANH: return A(1) - h * h;
     case SIGMOID: return h * (A(1) - h);
     // Not positive, it is 0 or NaN.
-    default: return h > A(0) ? A(1) : h;
+    case RELU: return h > A(0) ? A(1) : h;
+    default: return A(NAN);
     }
 }

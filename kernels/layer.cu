@@ -42,10 +42,11 @@ __device__ void activate_rows(const void *z, int z_type, const void *bias, int b
     if (slope.p != nullptr) store<A>(slope, i, count, d);
 }
 
-// g' = g · slope (where there is one), and the sums of g' over a block's rows.
+// g' = g · slope (where there is one), and the sums of g' over a block's rows.  If the activation is not NONE, its values
+// are given instead of the slopes.
 template <class A>
-__device__ void pull_rows(const void *g, int g_type, const void *slope, int slope_type, const Sink &out, A *parts,
-                          uint64_t rows, uint64_t columns) {
+__device__ void pull_rows(const void *g, int g_type, const void *slope_or_value, int type, int activation, const Sink &out,
+                          A *parts, uint64_t rows, uint64_t columns) {
     __shared__ A room[LANES][COLUMNS];
     const unsigned lane = threadIdx.x / WARP, within = threadIdx.x % WARP * FOUR;
     const uint64_t column = static_cast<uint64_t>(blockIdx.x) * COLUMNS + within;
@@ -60,14 +61,17 @@ __device__ void pull_rows(const void *g, int g_type, const void *slope, int slop
             const uint64_t at = row + a * LANES, i = at * columns + column;
             const int n = at < end ? count : 0;
             load<A>(g, g_type, i, n, x[a]);
-            if (slope != nullptr) load<A>(slope, slope_type, i, n, d[a]);
+            if (slope_or_value != nullptr) load<A>(slope_or_value, type, i, n, d[a]);
         }
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
             const uint64_t at = row + a * LANES;
-            if (slope != nullptr) {
+            if (slope_or_value != nullptr) {
 #pragma unroll
-                for (int e = 0; e < FOUR; ++e) x[a][e] = rounded(x[a][e] * d[a][e], out.to);
+                for (int e = 0; e < FOUR; ++e) {
+                    const A s = activation == NONE ? d[a][e] : slope_of_value<A>(activation, d[a][e]);
+                    x[a][e] = rounded(x[a][e] * s, out.to);
+                }
                 if (at < end && count > 0) store<A>(out, at * columns + column, count, x[a]);
             }
 #pragma unroll
@@ -100,9 +104,9 @@ template <class A> __device__ void total_rows(const A *parts, int count, const S
         activate_rows<A>(z, z_type, bias, bias_type, activation, value, slope, n, columns);                                    \
     }                                                                                                                           \
     extern "C" __global__ void layer_backward_##NAME(const void *g, int g_type, const void *slope, int slope_type,              \
-                                                     const __grid_constant__ Sink out, A *parts, uint64_t rows,                 \
-                                                     uint64_t columns) {                                                        \
-        pull_rows<A>(g, g_type, slope, slope_type, out, parts, rows, columns);                                                 \
+                                                     int activation, const __grid_constant__ Sink out, A *parts,                \
+                                                     uint64_t rows, uint64_t columns) {                                         \
+        pull_rows<A>(g, g_type, slope, slope_type, activation, out, parts, rows, columns);                                     \
     }                                                                                                                           \
     extern "C" __global__ void layer_total_##NAME(const A *parts, int count, const __grid_constant__ Sink out,                  \
                                                   uint64_t columns) {                                                           \

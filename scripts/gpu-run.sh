@@ -109,7 +109,7 @@ run() { # part
             LIMIT=$((${BUDGET:-480} + 60)) step peers "$python" "$bundle/peers/gpu.py" --out "$results" --commit "$commit" \
                 --budget "${BUDGET:-480}" --ours "env LD_LIBRARY_PATH=$libraries $work/gpu" "${tiny[@]}" "${more[@]}"
             ;;
-        cells) ours cells "$work/gpu" "${small[@]}" --unfused --graphs --json "$results/cells.jsonl" ;;
+        cells) ours cells "$work/gpu" "${small[@]}" --unfused --graphs --kept --json "$results/cells.jsonl" ;;
         products) ours products "$work/gpu" "${small[@]}" --products --json "$results/products.jsonl" ;;
         training) ours training "$work/gpu" "${small[@]}" --training 1000 --json "$results/training.jsonl" ;;
     esac

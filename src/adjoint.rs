@@ -32,14 +32,15 @@ use crate::driven::Driven;
 use crate::error::{Error, Result};
 use crate::field::Field;
 use crate::linearized::Linearized;
+use crate::precision::Roles;
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::scaler::Scaler;
 use crate::schedule::{Schedule, Step};
 #[cfg(feature = "cuda")]
 use crate::stats::NotReplayed;
 use crate::stats::Stats;
-use crate::step::Scheme;
-use crate::trajectory::Trajectory;
+use crate::step::{LinearStage, Scheme};
+use crate::trajectory::{Rewind, Trajectory};
 use crate::watch::Watch;
 use outputs::Outputs;
 use times::TimeGradients;
@@ -225,19 +226,13 @@ impl Sweep<'_> {
         };
         let method = self.method();
         adj = method.cotangents_at_end(adj)?;
-        // Steps that are linearised already need no state.
-        let linear_from = self.linearized.map_or(steps, Linearized::from);
         let mut rewind = None;
         for n in (0..steps).rev() {
             let step = schedule.step(n);
-            let mut y = vec![];
-            if n < linear_from {
-                let rewind = rewind.get_or_insert_with(|| self.trajectory.rewind_from(n));
-                let replay = |m, y: &Vec<Tensor>| self.replay(m, y, &mut watch, stats);
-                let mut kept = Stats::default();
-                y = rewind.state(n, &mut { replay }, &mut kept)?;
-                stats.kept(kept.states_kept, kept.bytes_kept);
-            }
+            let replay = |m, y: &Vec<Tensor>| self.replay(m, y, &mut watch, stats);
+            let mut held = Stats::default();
+            let y = self.state_at(n, &mut rewind, replay, &mut held)?;
+            stats.kept(held.states_kept, held.bytes_kept);
             let at = StepBack {
                 sweep: self,
                 step,
@@ -261,6 +256,41 @@ impl Sweep<'_> {
             theta,
             times: times.finish()?,
         })
+    }
+
+    /// The linearised stages of a step: those that the forward pass kept, otherwise evaluated again at ŷ_n.
+    fn linearize(
+        &self,
+        step: Step,
+        y: &[Tensor],
+        stats: &mut Stats,
+    ) -> Result<Vec<Option<LinearStage<'_>>>> {
+        if let Some(linear) = self.linearized.and_then(|kept| kept.step(step.index)) {
+            return Ok(linear);
+        }
+        stats.recomputed += self.scheme.evaluations_of(&step);
+        self.scheme.linearize(self.field, step, y, self.times > 0)
+    }
+
+    /// The first step whose evaluations were kept; those of all later steps were kept, too, and need no ŷ_n.
+    fn linear_from(&self) -> usize {
+        self.linearized
+            .map_or(self.schedule.len(), Linearized::from)
+    }
+
+    /// ŷ_n, or nothing for a step whose evaluations were kept.
+    fn state_at<'t>(
+        &'t self,
+        n: usize,
+        rewind: &mut Option<Rewind<'t, Vec<Tensor>, Vec<Roles>>>,
+        mut replay: impl FnMut(usize, &Vec<Tensor>) -> Result<Vec<Tensor>>,
+        held: &mut Stats,
+    ) -> Result<Vec<Tensor>> {
+        if n >= self.linear_from() {
+            return Ok(vec![]);
+        }
+        let rewind = rewind.get_or_insert_with(|| self.trajectory.rewind_from(n));
+        rewind.state(n, &mut replay, held)
     }
 
     /// θ̄ before the first term.

@@ -191,6 +191,9 @@ pub trait OnDevice {
         t: &Time,
         y: &[Tensor],
     ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)>;
+
+    /// The same with a pull-back that is kept.
+    fn vjp_kept(&self, t: &Time, y: &[Tensor]) -> candle_core::Result<KeptVjp>;
 }
 
 /// A field that may outlive the call and cross threads, as candle's graph asks.
@@ -208,6 +211,20 @@ pub(crate) type KeptPullback =
 
 /// The leaves of a velocity with their pull-back, and the bytes that this holds.
 pub(crate) type KeptVjp = (Vec<Tensor>, KeptPullback, usize);
+
+/// A pull-back over one tensor as one over the leaves of the state.
+pub(crate) fn over_leaves(
+    pull: impl Fn(&Tensor) -> candle_core::Result<Cotangents<Tensor>>,
+) -> impl Fn(&Vec<Tensor>) -> candle_core::Result<Cotangents<Vec<Tensor>>> {
+    move |v| match v.as_slice() {
+        [v] => {
+            let Cotangents { y, t, params } = pull(v)?;
+            let y = vec![y];
+            Ok(Cotangents { y, t, params })
+        }
+        _ => candle_core::bail!("a cotangent of {} tensors for a state of one", v.len()),
+    }
+}
 
 /// v ↦ vᵀ∂f/∂y, with vᵀ∂f/∂θ on request.
 pub(crate) type LatePullback<'f, S> =

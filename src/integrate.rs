@@ -23,6 +23,8 @@ use crate::replay::StepSequence;
 use crate::reverse::Reversible;
 use crate::schedule::{Recorded, Schedule};
 use crate::state::Packing;
+#[cfg(feature = "cuda")]
+use crate::stats::NotReplayed;
 use crate::stats::Stats;
 use crate::step::Taken;
 use crate::time::Time;
@@ -98,9 +100,10 @@ fn need(problem: &Problem, steps: usize, checkpoint: Checkpoint) -> MemoryNeed {
 /// A place for linearised steps, where they are wanted and the backward pass can use them: where ŷ_n = y_n.
 fn place_for_linearized(problem: &Problem, steps: usize) -> Option<Linearized> {
     let budget = problem.activation_cache.bytes;
-    let here = problem.device().is_cpu() && problem.driven.is_none();
-    let discrete = problem.continuous.is_none();
-    let wanted = budget > 0 && problem.stores_state() && here && discrete;
+    let device = problem.device();
+    let discrete = problem.continuous.is_none() && problem.driven.is_none();
+    let here = device.is_cpu() || device.is_cuda();
+    let wanted = budget > 0 && problem.stores_state() && discrete && here;
     wanted.then(|| Linearized::new(budget, steps))
 }
 
@@ -219,7 +222,8 @@ fn pass(
         let step = schedule.step(n);
         trajectory.offer_stored(n, &y, stored)?;
         let is_returned = schedule.at_node(n + 1).is_some();
-        let kept = is_returned || n + 1 == steps || !copies && trajectory.wants(n + 1);
+        let is_read = linearized.as_ref().is_some_and(|kept| kept.wants(n + 1));
+        let kept = is_returned || is_read || n + 1 == steps || !copies && trajectory.wants(n + 1);
         let with_graphs = match &mut linearized {
             Some(linearized) if linearized.wants(n) => {
                 let timed = problem.grid.is_tracked();
@@ -227,6 +231,10 @@ fn pass(
                 match taken {
                     Some((taken, linear)) => {
                         linearized.keep(n, linear);
+                        #[cfg(feature = "cuda")]
+                        if problem.graphs && problem.device().is_cuda() {
+                            stats.not_replayed = Some(NotReplayed::KeptEvaluations);
+                        }
                         Some(taken)
                     }
                     None => {
@@ -256,7 +264,9 @@ fn pass(
             linearized = None;
         } else if n == 0 {
             let mut need = need(problem, steps, problem.checkpoint);
-            need.evaluations = linearized.as_ref().map_or(0, Linearized::expected);
+            // Those of a device are in memory of its own.
+            let here = linearized.as_ref().filter(|_| problem.device().is_cpu());
+            need.evaluations = here.map_or(0, Linearized::expected);
             if !known || need.evaluations > 0 {
                 need.check()?;
             }

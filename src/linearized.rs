@@ -1,4 +1,4 @@
-//! Linearised steps: steps of the forward pass whose graphs are kept, so that the backward pass need not evaluate them
+//! Linearised steps: steps of the forward pass whose pull-backs are kept, so that the backward pass need not evaluate them
 //! again.
 //!
 //! The backward pass linearises at ŷ_n, so steps are kept only where ŷ_n = y_n; then gradients have the same bits as those

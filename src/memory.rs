@@ -3,7 +3,10 @@
 //! Systems promise more memory than they have, so an allocation that succeeds proves nothing: a solve
 //! that cannot fit would fill the machine and be killed.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{Layout, Tensor};
 
 use crate::error::{Error, MemoryNeed, Result};
 
@@ -14,6 +17,35 @@ const SMALL: u128 = 64 << 20;
 /// Bytes that a tensor of candle's takes at least beside its numbers, for its shape, its strides and its
 /// locks: 400 measured, of which the allocator's share varies.
 pub(crate) const TENSOR: u128 = 384;
+
+/// Numbers that a view shows, each once: a number that was broadcast counts once.
+fn numbers(layout: &Layout) -> usize {
+    let dims = layout.dims().iter().zip(layout.stride());
+    dims.filter(|(_, stride)| **stride != 0)
+        .map(|(n, _)| n)
+        .product()
+}
+
+/// Bytes of these tensors, each storage once and without those that `others` have, and what a tensor takes beside its
+/// numbers.
+pub(crate) fn held<'a>(
+    tensors: impl IntoIterator<Item = &'a Tensor>,
+    others: impl IntoIterator<Item = &'a Tensor>,
+) -> usize {
+    let storage = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
+    let others: HashSet<_> = others.into_iter().map(storage).collect();
+    let (mut storages, mut count) = (HashMap::new(), 0);
+    for tensor in tensors {
+        count += 1;
+        let bytes = numbers(tensor.layout()) * tensor.dtype().size_in_bytes();
+        let held = storages.entry(storage(tensor)).or_insert(0);
+        *held = bytes.max(*held);
+    }
+    let own = storages
+        .iter()
+        .filter(|(storage, _)| !others.contains(storage));
+    own.map(|(_, bytes)| bytes).sum::<usize>() + count * TENSOR as usize
+}
 
 impl MemoryNeed {
     /// The same with so many bytes of evaluations.

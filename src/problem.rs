@@ -30,10 +30,12 @@ use crate::trajectory::Checkpoint;
 /// If the bytes are not enough for everything, the last steps have priority over the first.  Tile by tile, for an
 /// [`nn::Mlp`](crate::nn::Mlp), the stages come first, then the hidden layers that save the most work per byte.
 ///
-/// On the general path whole steps are kept, on the CPU, with fixed steps and in candle's graph: the graphs of closures,
-/// of candle's modules, and of fields whose [`is_traced`](crate::VectorField::is_traced) is true, and what
-/// [`nn::graph::GcnField`](crate::nn::graph::GcnField) keeps of its evaluations.  The bytes are those of the tensors in
-/// the graphs, without the parameters; what candle's operations hold beside these is not known.
+/// On the general path, on the CPU and on CUDA, whole steps are kept, with fixed steps and in candle's graph: the graphs of
+/// closures, of candle's modules, and of fields whose [`is_traced`](crate::VectorField::is_traced) is true, and what the
+/// pull-backs of [`nn::Mlp`](crate::nn::Mlp) and, on the CPU, of [`nn::graph::GcnField`](crate::nn::graph::GcnField) read.
+/// The bytes are those of the numbers in these tensors, without the parameters, and 384 more for each tensor; what candle's
+/// operations hold beside them is not known.  On CUDA, steps that are kept are launched operation by operation, also with
+/// [`graphs`](OdeOptions::graphs), and a small `nn::Mlp` that is solved in one launch keeps nothing.
 ///
 /// Nothing is kept if the store precision is lower than the state precision, because the backward pass then linearises
 /// at the stored states; nothing on the general path with noise, adaptive steps or a continuous adjoint.
@@ -57,7 +59,8 @@ impl ActivationCache {
     /// Nothing: the backward pass evaluates every stage again.
     pub const NONE: Self = Self::within(0);
     /// Everything.  If the machine does not have enough memory for it, the solve fails before its first step, on the
-    /// general path after it ([`Error::OutOfMemory`]).
+    /// general path after it ([`Error::OutOfMemory`]).  On CUDA memory is not checked before: the
+    /// solve fails with candle's error when the driver refuses an allocation.
     pub const ALL: Self = Self::within(usize::MAX);
 
     /// As much as fits into this number of bytes, for the whole batch.

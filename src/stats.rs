@@ -166,6 +166,10 @@ pub enum NotReplayed {
     /// be read from [`Time::tensor`](crate::Time::tensor) instead.
     #[error("the field reads Time::value, interval or step, which stand still in a graph; Time::tensor does not")]
     TimeValue,
+    /// The evaluations of the step are kept for the backward pass
+    /// ([`ActivationCache`](crate::options::ActivationCache)), and what is created in a graph cannot be kept.
+    #[error("the evaluations of the step are kept, and what is created in a graph cannot be")]
+    KeptEvaluations,
     /// Gradients with respect to the times are required.
     #[error("gradients of the times are wanted")]
     TimeGradients,

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::field::{pullback::alike, Field, Pullback};
+use crate::field::{pullback::alike, Field};
 use crate::ops;
 #[cfg(feature = "cuda")]
 use crate::ops::cuda::{self, Clock};
@@ -32,7 +32,7 @@ use crate::time::Time;
 use crate::watch::Watch;
 #[cfg(feature = "cuda")]
 pub(crate) use fixture::Fixture;
-pub(crate) use linear::KeptStep;
+pub(crate) use linear::{KeptStep, LinearStage};
 
 /// k_i of every stage, `None` where a stage was not evaluated.
 pub(crate) type Increments = Vec<Option<Vec<Tensor>>>;
@@ -61,14 +61,6 @@ pub(crate) struct Scheme {
     /// Where steps read h and t if they are replayed.
     #[cfg(feature = "cuda")]
     pub(crate) fixture: Option<Arc<Fixture>>,
-}
-
-/// A stage linearised: its velocity and its pull-back.
-pub(crate) struct LinearStage<'f> {
-    /// Time of the stage.
-    pub(crate) t: f64,
-    pub(crate) k: Vec<Tensor>,
-    pub(crate) pull: Pullback<'f, Vec<Tensor>>,
 }
 
 impl Scheme {
@@ -166,6 +158,18 @@ impl Scheme {
         self.evaluate(field, step, state, &mut ks, self.active(&step), |i, k| {
             watch.see(k, || self.bad_velocity(step, i))
         })?;
+        self.taken(step, y, ks, copies, watch)
+    }
+
+    /// The step from y with these increments.
+    fn taken(
+        &self,
+        step: Step,
+        y: &[Tensor],
+        ks: Increments,
+        copies: bool,
+        watch: &mut Watch,
+    ) -> Result<Taken> {
         let bad = || bad_solution(step);
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() {
@@ -197,26 +201,50 @@ impl Scheme {
         y: &[Tensor],
         ks: &mut Increments,
         wanted: &[bool],
-        mut see: impl FnMut(usize, &[Tensor]) -> Result<()>,
+        see: impl FnMut(usize, &[Tensor]) -> Result<()>,
     ) -> Result<()> {
+        let at = |t: &Time, y: &Vec<Tensor>| {
+            let k = field.velocity(t, y)?;
+            self.check_time(step, t)?;
+            Ok(Some((k, ())))
+        };
+        self.each_stage(step, (y, ks), (wanted, false), at, see)?;
+        Ok(())
+    }
+
+    /// Evaluates those of the next stages that are `wanted`, one after the other, at times that are `differentiable` or
+    /// not.  `at` returns the velocity and what belongs to the stage beside it, or `None` if it cannot; then no further
+    /// stage is evaluated, and the result is `None`.  `see` looks at each velocity after rounding.
+    fn each_stage<X>(
+        &self,
+        step: Step,
+        (y, ks): (&[Tensor], &mut Increments),
+        (wanted, differentiable): (&[bool], bool),
+        mut at: impl FnMut(&Time, &Vec<Tensor>) -> Result<Option<(Vec<Tensor>, X)>>,
+        mut see: impl FnMut(usize, &[Tensor]) -> Result<()>,
+    ) -> Result<Option<Vec<Option<X>>>> {
+        let mut besides = vec![];
         for (i, &wanted) in wanted.iter().enumerate().skip(ks.len()) {
             if !wanted {
                 ks.push(None);
+                besides.push(None);
                 continue;
             }
             let stage = self.stage(i, step.h, y, ks)?;
-            let time = self.time(i, step, false)?;
-            let k = field
-                .velocity(&time, &stage)
-                .map_err(|e| located(e.into(), step, i, step.at(self.tableau.c()[i])))?;
+            let time = self.time(i, step, differentiable)?;
+            let found = at(&time, &stage);
+            let found = found.map_err(|e| located(e, step, i, step.at(self.tableau.c()[i])))?;
+            let Some((k, beside)) = found else {
+                return Ok(None);
+            };
             self.note(&time);
-            self.check_time(step, &time)?;
             self.check(&stage, &k)?;
             let k = self.rounded(&k)?;
             see(i, &k)?;
             ks.push(Some(k));
+            besides.push(Some(beside));
         }
-        Ok(())
+        Ok(Some(besides))
     }
 
     /// y + h Σ b_j k_j, ŷ of it where it is not the same, and a look at it, in one pass by leaf.
@@ -251,38 +279,6 @@ impl Scheme {
         }
         next.append(&mut lost);
         Ok((next, copies.then_some(stored)))
-    }
-
-    /// The stages of the step from y, each with its pull-back; `None` where a stage is not needed.
-    pub(crate) fn linearize<'f>(
-        &self,
-        field: &'f Field<'_>,
-        step: Step,
-        y: &[Tensor],
-        differentiate_time: bool,
-    ) -> Result<Vec<Option<LinearStage<'f>>>> {
-        let stages = self.tableau.stages();
-        let mut linear: Vec<Option<LinearStage<'f>>> = Vec::with_capacity(stages);
-        let mut ks: Increments = Vec::with_capacity(stages);
-        for i in 0..stages {
-            if !self.active(&step)[i] {
-                linear.push(None);
-                ks.push(None);
-                continue;
-            }
-            let at = step.at(self.tableau.c()[i]);
-            let stage = self.stage(i, step.h, y, &ks)?;
-            let t = self.time(i, step, differentiate_time)?;
-            let (k, pull) = field
-                .vjp(&t, &stage)
-                .map_err(|e| located(e.into(), step, i, at))?;
-            self.note(&t);
-            self.check(&stage, &k)?;
-            let k = self.rounded(&k)?;
-            ks.push(Some(k.clone()));
-            linear.push(Some(LinearStage { t: at, k, pull }));
-        }
-        Ok(linear)
     }
 
     /// The time of stage i.

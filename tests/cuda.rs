@@ -7,12 +7,12 @@ mod common;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, IndexOp, Shape, Tensor, Var};
-use candle_diffeq::error::{AdaptiveDefect, StopReason};
+use candle_diffeq::error::{AdaptiveDefect, NotReplayed, StopReason};
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::options::{
-    Adaptive, AdjointNorm, AdjointSolve, Arithmetic, Checkpoint, Controller, Gradient, OnFailure,
-    Output, StepControl, Steps,
+    ActivationCache, Adaptive, AdjointNorm, AdjointSolve, Arithmetic, Checkpoint, Controller,
+    Gradient, OnFailure, Output, StepControl, Steps, TimeGrid,
 };
 use candle_diffeq::scaling::{DynamicScaling, Scaling};
 use candle_diffeq::sde::{sdeint, stratonovich, Noise, SdeOptions, HEUN};
@@ -163,7 +163,7 @@ fn outcome_of(
     let y0 = Var::from_tensor(y0)?;
     let states: Tensor = ode.solve(y0.as_tensor(), times)?;
     let forward = recorder.take();
-    let weights = (scattered(states.shape().clone(), DType::F32, device) * scale)?;
+    let weights = (scattered(states.shape().clone(), states.dtype(), device) * scale)?;
     let grads = (&states * weights)?.sum_all()?.backward()?;
     let data = vars.data().lock().unwrap();
     let mut names: Vec<_> = data.keys().cloned().collect();
@@ -718,6 +718,168 @@ fn an_overflow_of_the_adjoint_is_taken_back_and_scaled_away() {
             );
         }
     }
+}
+
+/// Bits of states and gradients.
+fn all_bits(outcome: &Outcome) -> Vec<Vec<u64>> {
+    let all = [&outcome.states, &outcome.y0].into_iter();
+    all.chain(&outcome.params).map(bits).collect()
+}
+
+#[test]
+fn evaluations_that_are_kept_have_the_bits_of_those_that_are_repeated() {
+    let Some(gpu) = gpu() else { return };
+    let nets = [
+        (Activation::Tanh, false, false),
+        (Activation::Softplus, false, true),
+        (Activation::Silu, true, true),
+    ];
+    let ways = [
+        (RK4, Checkpoint::All),
+        (DOPRI5, Checkpoint::Every(3)),
+        (BOSH3, Checkpoint::States(2)),
+    ];
+    for precision in [
+        Precision::f32().compensated(),
+        Precision::f64(),
+        Precision::bf16(),
+        Precision::f16(),
+    ] {
+        for ((activation, time, residual), (method, checkpoint)) in nets.into_iter().zip(&ways) {
+            let net = Net {
+                widths: &[2, 48, 48, 2],
+                activation,
+                time,
+                residual,
+            };
+            let solve = |activation_cache, graphs| {
+                let options = OdeOptions {
+                    method: method.clone(),
+                    precision: Some(precision),
+                    fusion: false,
+                    steps: Steps::PerInterval(4),
+                    checkpoint: *checkpoint,
+                    activation_cache,
+                    graphs,
+                    ..Default::default()
+                };
+                outcome(&gpu, &net, 40, &TIMES, 1.0, &options).unwrap()
+            };
+            let what = format!("{precision:?} {activation:?} {checkpoint:?}");
+            let none = solve(ActivationCache::NONE, false);
+            let evaluations = none.stats[0].evaluations;
+            let expected = all_bits(&none);
+            let all = solve(ActivationCache::ALL, false);
+            assert_eq!(expected, all_bits(&all), "{what}");
+            assert_eq!(all.stats[1].recomputed, 0, "{what}");
+            let half = ActivationCache::within(all.stats[0].activation_bytes / 2);
+            for graphs in [false, true] {
+                let some = solve(half, graphs);
+                assert_eq!(expected, all_bits(&some), "{what}");
+                let [forward, backward] = &some.stats;
+                assert!(backward.recomputed >= evaluations / 2, "{what}");
+                assert!(backward.recomputed < none.stats[1].recomputed, "{what}");
+                let [there, back] = [forward, backward].map(|stats| stats.replayed > 0);
+                assert_eq!([there, back], [graphs, graphs], "{what}");
+                let reason = graphs.then_some(NotReplayed::KeptEvaluations);
+                assert_eq!(forward.not_replayed, reason, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_overflow_in_a_step_whose_evaluations_are_kept_is_scaled_away() {
+    let Some(gpu) = gpu() else { return };
+    // No headroom, and a loss of the last state: the first steps that are pulled back overflow.
+    let rule = DynamicScaling {
+        headroom: 1.0,
+        ..Default::default()
+    };
+    let net = Net {
+        widths: &[2, 64, 64, 2],
+        activation: Activation::Softplus,
+        time: false,
+        residual: true,
+    };
+    let solve = |activation_cache| {
+        let options = OdeOptions {
+            precision: Some(Precision::f16()),
+            scaling: Scaling::Dynamic(rule),
+            fusion: false,
+            output: Output::Final,
+            steps: Steps::PerInterval(3),
+            activation_cache,
+            ..Default::default()
+        };
+        outcome(&gpu, &net, 40, &TIMES, 1.0, &options).unwrap()
+    };
+    let [none, all] = [ActivationCache::NONE, ActivationCache::ALL].map(solve);
+    assert!(none.stats[1].retries > 0);
+    assert_eq!(all_bits(&none), all_bits(&all));
+    assert_eq!(all.stats[1].retries, none.stats[1].retries);
+    assert_eq!(all.stats[1].recomputed, 0);
+}
+
+#[test]
+fn gradients_of_times_read_evaluations_that_were_kept() {
+    let Some(gpu) = gpu() else { return };
+    let times = Var::new(&TIMES, &Device::Cpu).unwrap();
+    let net = Net {
+        widths: &[2, 32, 2],
+        activation: Activation::Tanh,
+        time: true,
+        residual: false,
+    };
+    let y0 = Var::from_tensor(&scattered((5, 2), DType::F32, &gpu)).unwrap();
+    let solve = |activation_cache| {
+        let recorder = Recorder::default();
+        let options = OdeOptions {
+            activation_cache,
+            recorder: Some(recorder.clone()),
+            ..Default::default()
+        };
+        let (_vars, ode) = network(&gpu, &net, &options);
+        let grid = TimeGrid::from_tensor(&times).unwrap();
+        let ys = ode.solve(y0.as_tensor(), &grid).unwrap();
+        // A second backward pass reads the same evaluations.
+        let found = [(); 2].map(|()| {
+            let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            [&y0, &times].map(|v| bits(grads.get(v).unwrap()))
+        });
+        assert_eq!(found[0], found[1]);
+        (found, recorder.take().recomputed)
+    };
+    let (expected, again) = solve(ActivationCache::NONE);
+    assert!(again > 0);
+    assert_eq!(solve(ActivationCache::ALL), (expected, 0));
+}
+
+#[test]
+fn a_closure_on_the_gpu_keeps_its_graphs_with_the_same_bits() {
+    let Some(gpu) = gpu() else { return };
+    let (y0, w) = (
+        scattered((8, 4), DType::F32, &gpu),
+        scattered((4, 4), DType::F32, &gpu),
+    );
+    let [y0, w] = [y0, w].map(|x| Var::from_tensor(&x).unwrap());
+    let solve = |activation_cache| {
+        let recorder = Recorder::default();
+        let options = OdeOptions {
+            activation_cache,
+            recorder: Some(recorder.clone()),
+            ..Default::default()
+        };
+        let factor = w.as_tensor().clone();
+        let f = move |_: &Time, y: &Tensor| y.matmul(&factor)?.tanh();
+        let ys = odeint(f, y0.as_tensor(), &TIMES, &options).unwrap();
+        let grads = ys.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let found = [&y0, &w].map(|v| bits(grads.get(v).unwrap()));
+        (found, recorder.take().recomputed)
+    };
+    let (expected, again) = solve(ActivationCache::NONE);
+    assert!(again > 0);
+    assert_eq!(solve(ActivationCache::ALL), (expected, 0));
 }
 
 #[test]

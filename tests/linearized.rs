@@ -8,7 +8,7 @@ use candle_diffeq::fields::PiecewiseConstant;
 use candle_diffeq::fields::{Cotangents, Pullback};
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::graph::{Csr, GcnField};
-use candle_diffeq::nn::Activation;
+use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::options::{ActivationCache, Checkpoint, Steps, TimeGrid};
 use candle_diffeq::tableau::{DOPRI5, RK4};
 use candle_diffeq::{
@@ -33,8 +33,16 @@ fn options(cache: ActivationCache, recorder: &Recorder) -> OdeOptions {
     }
 }
 
-/// The gradients that `solve` leaves in the variables, for each of the caches.
+/// The gradients that `solve` leaves in the variables are the same for each of the caches.
 fn compare(vars: &[Var], solve: impl Fn(OdeOptions) -> Tensor) -> Vec<Stats> {
+    compare_with(caches(), vars, solve)
+}
+
+fn compare_with(
+    caches: [ActivationCache; 3],
+    vars: &[Var],
+    solve: impl Fn(OdeOptions) -> Tensor,
+) -> Vec<Stats> {
     let mut expected: Option<Vec<_>> = None;
     let of = |cache| {
         let recorder = Recorder::default();
@@ -44,7 +52,7 @@ fn compare(vars: &[Var], solve: impl Fn(OdeOptions) -> Tensor) -> Vec<Stats> {
         assert_eq!(expected.get_or_insert_with(|| found.clone()), &found);
         recorder.take()
     };
-    caches().into_iter().map(of).collect()
+    caches.into_iter().map(of).collect()
 }
 
 fn var(shape: &[usize], seed: usize) -> Var {
@@ -151,6 +159,70 @@ fn low_precision_compensated_sums_and_checkpoint_plans_have_the_same_gradients_w
         });
         assert!(stats[0].recomputed > 0);
         assert_eq!(stats[2].recomputed, 0);
+    }
+}
+
+#[test]
+fn a_perceptron_keeps_its_evaluations_where_it_is_not_solved_in_tiles() {
+    let times = Var::new(&TIMES, &Device::Cpu).unwrap();
+    let precisions = [
+        (Precision::f32(), Activation::Silu),
+        (Precision::f64(), Activation::Tanh),
+        (Precision::bf16(), Activation::Relu),
+        (Precision::f16(), Activation::Softplus),
+    ];
+    let (rows, stages) = (64, RK4.stages());
+    for (precision, activation) in precisions {
+        let vars = VarMap::new();
+        let ode = |options| {
+            NeuralOde::new(&vars, "f", &Device::Cpu, move |vb| {
+                Ok(Mlp::with_time(&[4, 24, 24, 4], activation, vb)?.residual())
+            })
+            .unwrap()
+            .options(options)
+        };
+        ode(OdeOptions::default());
+        fill(&vars);
+        let y0 = var(&[rows, 4], 6);
+        // On the CPU, bf16 and f16 are rounded numbers in f32.
+        let size = precision.state.size_in_bytes();
+        let tensor = 384;
+        let inputs = rows * (4 + 24 + 24) * size + 3 * tensor;
+        let products = rows * (24 + 24) * size + 2 * tensor;
+        let (time, velocity) = (size + tensor, rows * 4 * size + tensor);
+        for timed in [false, true] {
+            let mut all = vec![y0.clone()];
+            all.extend(vars.all_vars());
+            if timed {
+                all.push(times.clone());
+            }
+            let stage = inputs + products + time + if timed { velocity } else { 0 };
+            let caches = [
+                ActivationCache::NONE,
+                ActivationCache::within(2 * stages * stage + 1),
+                ActivationCache::ALL,
+            ];
+            let stats = compare_with(caches, &all, |options| {
+                let options = OdeOptions {
+                    precision: Some(precision),
+                    fusion: false,
+                    ..options
+                };
+                match timed {
+                    true => {
+                        let grid = TimeGrid::from_tensor(&times).unwrap();
+                        ode(options).solve(&y0, &grid).unwrap()
+                    }
+                    false => ode(options).solve(&y0, &TIMES).unwrap(),
+                }
+            });
+            let steps = [0, 2, STEPS];
+            let bytes: Vec<_> = stats.iter().map(|stats| stats.activation_bytes).collect();
+            let expected = steps.map(|kept| kept * stages * stage);
+            assert_eq!(bytes, expected, "{precision:?}");
+            let again: Vec<_> = stats.iter().map(|stats| stats.recomputed).collect();
+            assert_eq!(again, steps.map(|kept| (STEPS - kept) * stages));
+        }
     }
 }
 

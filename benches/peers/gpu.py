@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
                 file = Path(folder) / f"{name}.safetensors"
                 collect([sys.executable, "-Wignore", __file__, "--worker", name, "--files", folder, "--out", folder, *options(args)])
                 if file.exists():
-                    collect([*ours, "--unfused", "--graphs", str(file)])
+                    collect([*ours, "--unfused", "--graphs", "--kept", str(file)])
                     file.unlink()
             smoke = ["--smoke"] if args.small else []
             collect([*ours, *smoke, "--products"])

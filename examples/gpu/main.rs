@@ -41,7 +41,7 @@ use crate::common::dtype::Dtype;
 use crate::common::environment::Environment;
 use crate::common::table::{sci, Table};
 use crate::common::{use_every_core, Result};
-use crate::pass::{products, Pass, Patience, GRAPHS, OURS, UNFUSED};
+use crate::pass::{products, Pass, Patience, GRAPHS, KEPT, OURS, UNFUSED};
 use crate::pool::Pool;
 use crate::workload::Workload;
 
@@ -62,6 +62,9 @@ struct Args {
     /// Measures everything else with CUDA graphs, too.
     #[arg(long)]
     graphs: bool,
+    /// Measures everything else with evaluations that are kept for the backward pass, too.
+    #[arg(long)]
+    kept: bool,
     /// Trains the first of the cells for so many iterations, in place of timing.
     #[arg(long)]
     training: Option<usize>,
@@ -165,13 +168,17 @@ fn own(args: &Args) -> impl Iterator<Item = &'static Cell> + '_ {
 fn cells(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let mut measure = |workload: &Workload| -> Result<()> {
         for dtype in &args.precision {
-            for way in [OURS, UNFUSED, GRAPHS] {
+            for way in [OURS, UNFUSED, GRAPHS, KEPT] {
                 let figures = Pass::new(workload, dtype.precision(), way).and_then(|pass| {
                     let in_one = pass.goes_in_one_launch()?;
-                    let wanted = match (way.fusion, way.graphs) {
-                        (false, _) => args.unfused && in_one,
-                        (_, true) => args.graphs && !in_one && device.is_cuda(),
-                        _ => true,
+                    let wanted = if way == UNFUSED {
+                        args.unfused && in_one
+                    } else if way == GRAPHS {
+                        args.graphs && !in_one && device.is_cuda()
+                    } else if way == KEPT {
+                        args.kept && !in_one && pass.keeps_evaluations()?
+                    } else {
+                        true
                     };
                     let measured = wanted.then(|| pass.measure(args.patience()));
                     measured.transpose()

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::metrics::Recorder;
+use candle_diffeq::options::ActivationCache;
 use candle_diffeq::{OdeOptions, Precision};
 use candle_nn::VarMap;
 use serde_json::{json, Value};
@@ -25,11 +26,13 @@ pub(crate) struct Pass<'a> {
 }
 
 /// How a problem is solved.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Way {
     pub(crate) name: &'static str,
     pub(crate) fusion: bool,
     pub(crate) graphs: bool,
+    /// Whether evaluations are kept, and with them states in state precision.
+    pub(crate) keeps: bool,
 }
 
 /// As it is by default, and what else there is.
@@ -37,6 +40,7 @@ pub(crate) const OURS: Way = Way {
     name: "ours",
     fusion: true,
     graphs: false,
+    keeps: false,
 };
 pub(crate) const UNFUSED: Way = Way {
     name: "ours unfused",
@@ -46,6 +50,11 @@ pub(crate) const UNFUSED: Way = Way {
 pub(crate) const GRAPHS: Way = Way {
     name: "ours graphs",
     graphs: true,
+    ..OURS
+};
+pub(crate) const KEPT: Way = Way {
+    name: "ours kept",
+    keeps: true,
     ..OURS
 };
 
@@ -60,11 +69,14 @@ pub(crate) struct Patience {
 
 impl<'a> Pass<'a> {
     /// The log-density of a flow is summed in state precision; the trajectory is kept in compute
-    /// precision.
+    /// precision, unless evaluations are kept.
     pub(crate) fn new(workload: &'a Workload, precision: Precision, way: Way) -> Result<Self> {
         let (vars, recorder) = (VarMap::new(), Recorder::default());
         workload.fill(&vars, precision.state)?;
-        let precision = precision.store(precision.compute);
+        let precision = match way.keeps {
+            true => precision,
+            false => precision.store(precision.compute),
+        };
         let options = OdeOptions {
             precision: Some(precision),
             leaf_precision: match workload.is_density() {
@@ -73,6 +85,10 @@ impl<'a> Pass<'a> {
             },
             fusion: way.fusion,
             graphs: way.graphs,
+            activation_cache: match way.keeps {
+                true => ActivationCache::ALL,
+                false => ActivationCache::NONE,
+            },
             recorder: Some(recorder.clone()),
             ..workload.options(None)
         };
@@ -99,6 +115,12 @@ impl<'a> Pass<'a> {
         let vars = vars.map_err(|_| "the variables are poisoned")?;
         let narrow = |var: &Var| var.rank() <= 2 && var.dims().iter().all(|&n| n <= 128);
         Ok(!self.workload.is_density() && vars.values().all(narrow))
+    }
+
+    /// Whether a solve keeps an evaluation at all: most fields keep none on a GPU.
+    pub(crate) fn keeps_evaluations(&self) -> Result<bool> {
+        self.loss()?;
+        Ok(self.recorder.take().activation_bytes > 0)
     }
 
     /// Errors, memory, milliseconds and waits of the host, for a line of JSON.
@@ -128,7 +150,8 @@ impl<'a> Pass<'a> {
             "steps": forward_stats.steps, "rejected": forward_stats.rejected,
             "row_evaluations": forward_stats.row_evaluations, "block_evaluations": forward_stats.tile_evaluations,
             "reads_fwd": forward_stats.host_reads, "reads_bwd": stats.host_reads, "retries": stats.retries,
-            "replayed": stats.replayed, "not_replayed": stats.not_replayed.map(|why| why.to_string()),
+            "recomputed": stats.recomputed,
+            "activation_bytes": forward_stats.activation_bytes, "replayed": stats.replayed, "not_replayed": stats.not_replayed.map(|why| why.to_string()),
         }))
     }
 

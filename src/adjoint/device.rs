@@ -19,7 +19,7 @@ use crate::replay::StepSequence;
 use crate::reverse::Adjoint;
 use crate::scaler::{Outcome, Scaler};
 use crate::schedule::Step;
-use crate::stats::Stats;
+use crate::stats::{NotReplayed, Stats};
 use crate::step::{LinearStage, Scheme};
 use crate::watch::Watch;
 
@@ -69,8 +69,8 @@ impl Sweep<'_> {
         let mut way = Way {
             state: sweep_state,
             theta: self.accumulator()?,
-            stepper: StepSequence::new(self.scheme, false, self.graphs, steps),
-            replay: SweepReplay::new(self.graphs, steps),
+            stepper: StepSequence::new(self.scheme, false, self.graphs, self.linear_from()),
+            replay: SweepReplay::new(self.graphs, self.linear_from()),
             adj,
         };
         let mut start = Start {
@@ -139,7 +139,7 @@ impl Sweep<'_> {
         watch: &mut Watch,
         stats: &mut Stats,
     ) -> Result<Finding> {
-        let mut rewind = self.trajectory.rewind_from(start.steps.saturating_sub(1));
+        let mut rewind = None;
         for n in (0..start.steps).rev() {
             let step = self.schedule.step(n);
             let stepper = &mut way.stepper;
@@ -148,9 +148,9 @@ impl Sweep<'_> {
                 stats.recomputed += self.scheme.evaluations_of(&step);
                 Ok(stepper.advance(self.field, step, y, true, watch, stats)?.y)
             };
-            let mut kept = Stats::default();
-            let y = rewind.state(n, &mut { replay }, &mut kept)?;
-            stats.kept(kept.states_kept, kept.bytes_kept);
+            let mut held = Stats::default();
+            let y = self.state_at(n, &mut rewind, replay, &mut held)?;
+            stats.kept(held.states_kept, held.bytes_kept);
             let dense = self.outputs.dense(&self.scheme.tableau, self.schedule, n)?;
             let incoming = self.outputs.at_node(self.schedule, n)?;
             let incoming = self.with_inside(incoming, &dense)?;
@@ -168,7 +168,16 @@ impl Sweep<'_> {
                 replay,
                 ..
             } = way;
-            if !replay.step_back(self, &back, adj, state, theta, stats)? {
+            let is_replayed = match n < self.linear_from() {
+                true => replay.step_back(self, &back, adj, state, theta, stats)?,
+                false => {
+                    if self.graphs {
+                        stats.not_replayed = Some(NotReplayed::KeptEvaluations);
+                    }
+                    false
+                }
+            };
+            if !is_replayed {
                 self.step_back(&back, adj, state, theta, stats)?;
             }
             theta.end_step()?;
@@ -213,8 +222,7 @@ impl Sweep<'_> {
         if self.scaler.is_on() {
             state.aim()?;
         }
-        let linear = self.scheme.linearize(self.field, step, back.y, false)?;
-        stats.recomputed += self.scheme.evaluations_of(&step);
+        let linear = self.linearize(step, back.y, stats)?;
         let (ws, waiting) = self.pull_stages(back, adj, &linear, state, theta, stats)?;
         let carried = adj;
         for (leaf, (adj, can_overflow)) in adj.iter().zip(self.can_overflow()).enumerate() {

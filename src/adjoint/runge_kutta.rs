@@ -38,13 +38,7 @@ impl Method for Scheme {
         stats: &mut Stats,
     ) -> Result<Vec<Tensor>> {
         let (sweep, step) = (at.sweep, at.step);
-        let linear = match sweep.linearized.and_then(|kept| kept.step(step.index)) {
-            Some(linear) => linear,
-            None => {
-                stats.recomputed += self.evaluations_of(&step);
-                self.linearize(sweep.field, step, at.y, sweep.times > 0)?
-            }
-        };
+        let linear = sweep.linearize(step, at.y, stats)?;
         let n = step.index;
         let dense = sweep.outputs.dense(&self.tableau, sweep.schedule, n)?;
         if sums.scaler.is_dynamic() {

@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Tens
 
 use crate::error::Error;
 use crate::field::{check, Cotangents, KeptVjp, Leaves, Pullback, VectorField};
-use crate::memory::TENSOR;
+use crate::memory::held;
 use crate::state::State;
 use crate::time::Time;
 
@@ -88,24 +88,16 @@ pub(crate) fn kept(leaves: Vec<Tensor>, t: &Time, k: &[Tensor]) -> candle_core::
     Ok((velocity, Box::new(pull), bytes))
 }
 
-/// Bytes of what a graph from these leaves to k holds for itself: numbers, each storage once and without those of
-/// parameters, and what a tensor takes beside its numbers.  What operations hold that candle does not trace is not known.
+/// Bytes of what a graph from these leaves to k holds for itself, without those of parameters.  What operations hold that
+/// candle does not trace is not known.
 fn graph_bytes(leaves: &[Tensor], k: &[Tensor]) -> usize {
     let nodes = k.iter().flat_map(Tensor::sorted_nodes).chain(leaves);
     let nodes: HashMap<_, _> = nodes.map(|node| (node.id(), node)).collect();
-    let mut storages = HashMap::new();
-    for node in nodes.values() {
-        let (storage, _) = node.storage_and_layout();
-        let bytes = node.elem_count() * node.dtype().size_in_bytes();
-        let shared = storages
-            .entry(std::ptr::from_ref(&*storage).addr())
-            .or_insert((0, true));
-        let is_own = !node.is_variable() || leaves.iter().any(|leaf| leaf.id() == node.id());
-        *shared = (shared.0.max(bytes), shared.1 && is_own);
-    }
-    let own = storages.values().filter(|(_, is_own)| *is_own);
-    let numbers: usize = own.map(|(bytes, _)| bytes).sum();
-    numbers + nodes.len() * TENSOR as usize
+    let is_leaf = |node: &Tensor| leaves.iter().any(|leaf| leaf.id() == node.id());
+    let parameters = nodes
+        .values()
+        .filter(|node| node.is_variable() && !is_leaf(node));
+    held(nodes.values().copied(), parameters.copied())
 }
 
 /// One evaluation on leaves of our own.

@@ -218,6 +218,10 @@ where
     }
 
     fn vjp_kept(&self, t: &Time, y: &Vec<Tensor>) -> candle_core::Result<Option<KeptVjp>> {
+        #[cfg(feature = "cuda")]
+        if let Some(field) = self.on_device().filter(|field| field.takes(y)) {
+            return field.vjp_kept(t, y).map(Some);
+        }
         let kept = self.field.vjp_kept(t, &S::from_leaves(y.clone())?)?;
         let constants = self.constants.clone();
         Ok(kept.map(|(k, pull, bytes)| {

@@ -14,12 +14,13 @@ use super::Activation;
 use crate::accumulator::gradient_of;
 use crate::adaptive::StepControl;
 use crate::error::{Error, Result};
-use crate::field::{Cotangents, OnDevice, Pullback};
+use crate::field::{over_leaves, Cotangents, KeptVjp, OnDevice, Pullback};
+use crate::memory::held;
 use crate::offer::Launch;
 use crate::ops::cuda::mlp::{
     LayerOf, NetBackward, NetFailure, NetForward, NetStep, SmallNet, StepsOf,
 };
-use crate::ops::cuda::{activate, pull};
+use crate::ops::cuda::{activate, pull, SlopeFrom, NO_ACTIVATION};
 use crate::problem::{Plan, Problem};
 use crate::reverse::{Adjoint, Backward, Reversible};
 use crate::rows::Solved;
@@ -28,8 +29,8 @@ use crate::stats::Stats;
 use crate::time::Time;
 use crate::trajectory::Checkpoint;
 
-/// σ of a layer that has none, as kernels know it.
-const NONE: i32 = Activation::ALL.len() as i32;
+// Kernels number activations as `Activation` does, and what is none of them comes after all.
+const _: () = assert!(NO_ACTIVATION == Activation::ALL.len() as i32);
 
 /// Features of the widest layer of a network that is solved in one launch.
 const WIDEST: usize = 128;
@@ -277,15 +278,31 @@ impl OnDevice for Mlp {
         t: &Time,
         y: &[Tensor],
     ) -> candle_core::Result<(Vec<Tensor>, Pullback<'f, Vec<Tensor>>)> {
-        let (k, pull) = vjp(self, t, &y[0])?;
-        Ok((vec![k], pull))
+        let (k, layers) = LinearisedLayers::of(self, t, &y[0])?;
+        let pull = over_leaves(move |v: &Tensor| layers.pull(self, v));
+        Ok((vec![k], Box::new(pull)))
+    }
+
+    fn vjp_kept(&self, t: &Time, y: &[Tensor]) -> candle_core::Result<KeptVjp> {
+        let (k, layers) = LinearisedLayers::of(self, t, &y[0])?;
+        let (layers, field) = (layers.without_weights(), self.clone());
+        let bytes = layers.bytes();
+        let pull = over_leaves(move |v: &Tensor| layers.pull(&field, v));
+        Ok((vec![k], Box::new(pull), bytes))
     }
 }
 
-/// What layers keep of an evaluation: what each read, and the slopes of the hidden ones.
-type KeptLayers = (Vec<Tensor>, Vec<Tensor>);
+/// What each layer read, and the slopes of the hidden ones but for those that follow from what the next layer read.
+type KeptLayers = (Vec<Tensor>, Vec<Option<Tensor>>);
 
 impl Mlp {
+    /// Whether the pull-back computes the slope of hidden layer l from its value, so that it need not be kept.  Not in bf16
+    /// and f16, where the value has lost digits, and not with a residual connection, whose value is not kept by itself.
+    fn slope_follows(&self, l: usize) -> bool {
+        let wide = matches!(self.layers[l].weight.dtype(), DType::F32 | DType::F64);
+        wide && !self.activation.keeps_slope() && !skips(self, l)
+    }
+
     /// f(t, y), two launches to a layer beside its product: bias and activation are one.
     /// Of a field [`at`](Self::at) a time.
     fn in_layers(&self, y: &Tensor, keeps: bool) -> Result<(Tensor, KeptLayers)> {
@@ -295,15 +312,16 @@ impl Mlp {
             let read = x;
             let z = read.matmul(&layer.weight.t()?)?;
             if l + 1 < self.layers.len() {
+                let keeps = keeps && !self.slope_follows(l);
                 let (value, slope) = activate(&z, &layer.bias, self.activation as i32, keeps)?;
-                slopes.extend(slope);
+                slopes.push(slope);
                 x = if skips(self, l) {
                     (value + &read)?
                 } else {
                     value
                 };
             } else {
-                (x, _) = activate(&z, &layer.bias, NONE, false)?;
+                (x, _) = activate(&z, &layer.bias, NO_ACTIVATION, false)?;
             }
             inputs.push(read);
         }
@@ -316,31 +334,74 @@ fn velocity(mlp: &Mlp, t: &Time, y: &Tensor) -> Result<Tensor> {
     Ok(mlp.detached().at(t)?.detached().in_layers(y, false)?.0)
 }
 
-/// f(t, y) and its pull-back: slopes are kept, bias gradients are summed over the batch in f32.
-fn vjp<'f>(mlp: &'f Mlp, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Vec<Tensor>>)> {
-    let (at, t) = (mlp.detached().at(t)?.detached(), mlp.time_of(t)?);
-    let (k, (inputs, slopes)) = at.in_layers(y, true)?;
-    let shape: Shape = y.shape().clone();
-    let pulled = move |v: &Vec<Tensor>| {
+/// An evaluation layer by layer: the field at its time (if it is not formed again), that time if the field reads it, and
+/// what the layers keep.
+struct LinearisedLayers {
+    at: Option<Mlp>,
+    t: Option<Tensor>,
+    inputs: Vec<Tensor>,
+    slopes: Vec<Option<Tensor>>,
+    shape: Shape,
+}
+
+impl LinearisedLayers {
+    fn of(mlp: &Mlp, t: &Time, y: &Tensor) -> Result<(Tensor, Self)> {
+        let (at, t) = (mlp.detached().at(t)?.detached(), mlp.time_of(t)?);
+        let (k, (inputs, slopes)) = at.in_layers(y, true)?;
+        let layers = Self {
+            at: Some(at),
+            t,
+            inputs,
+            slopes,
+            shape: y.shape().clone(),
+        };
+        Ok((k, layers))
+    }
+
+    /// The same, with less memory: the pull-back forms the weights again.
+    fn without_weights(self) -> Self {
+        Self { at: None, ..self }
+    }
+
+    /// vᵀ∂f of the field; bias gradients are summed over the batch in f32.
+    fn pull(&self, mlp: &Mlp, v: &Tensor) -> candle_core::Result<Cotangents<Tensor>> {
+        let formed;
+        let at = match &self.at {
+            Some(at) => at,
+            None => {
+                formed = mlp.detached().of_state()?;
+                &formed
+            }
+        };
+        let inputs = &self.inputs;
         let (mut params, mut of_time) = (GradStore::default(), None);
-        let mut g = v[0].reshape(((), mlp.features()))?;
+        let mut g = v.reshape(((), mlp.features()))?;
         for (l, layer) in at.layers.iter().enumerate().rev() {
-            let skipped = (l + 1 < at.layers.len() && skips(&at, l)).then(|| g.clone());
+            let skipped = (l + 1 < at.layers.len() && skips(at, l)).then(|| g.clone());
+            let slope = self.slopes.get(l).map(|slope| match slope {
+                Some(slope) => SlopeFrom::Given(slope),
+                None => SlopeFrom::OfValue(&inputs[l + 1], at.activation as i32),
+            });
             let sums;
-            (g, sums) = pull(&g, slopes.get(l))?;
+            (g, sums) = pull(&g, slope)?;
             let weight_bar = || g.t()?.matmul(&inputs[l]);
             let sums = || Ok(sums);
-            of_time = mlp.add_gradients(l, sums, weight_bar, t.as_ref(), &mut params)?;
+            of_time = mlp.add_gradients(l, sums, weight_bar, self.t.as_ref(), &mut params)?;
             g = g.matmul(&layer.weight)?;
             if let Some(skipped) = skipped {
                 g = (g + skipped)?;
             }
         }
         Ok(Cotangents {
-            y: vec![g.reshape(&shape)?],
+            y: g.reshape(&self.shape)?,
             t: of_time,
             params,
         })
-    };
-    Ok((k, Box::new(pulled)))
+    }
+
+    /// Bytes that it holds, but for those of the weights.
+    fn bytes(&self) -> usize {
+        let own = self.t.iter().chain(&self.inputs);
+        held(own.chain(self.slopes.iter().flatten()), [])
+    }
 }

@@ -13,7 +13,10 @@ use super::Activation;
 use super::{add_gradient, coefficients, wrong_state, Checked};
 #[cfg(feature = "cuda")]
 use crate::field::OnDevice;
-use crate::field::{Cotangents, LateGradients, LatePullback, Offer, Pullback, VectorField};
+use crate::field::{
+    over_leaves, Cotangents, KeptVjp, LateGradients, LatePullback, Offer, Pullback, VectorField,
+};
+use crate::memory::held;
 use crate::offer::Offered;
 use crate::time::Time;
 
@@ -168,19 +171,25 @@ impl Mlp {
     /// The perceptron that the field is at time t: its first layer reads the state alone, and adds
     /// w t + b, w the column that belongs to time, formed in the precision of t and rounded once.
     pub(super) fn at(&self, t: &Time) -> Result<Self> {
-        let mut at = self.clone();
+        let mut at = self.of_state()?;
         if let (true, Some(first)) = (self.time, at.layers.first_mut()) {
-            let (t, dim) = (t.tensor()?, self.features());
+            let (t, own) = (t.tensor()?, &self.layers[0].weight);
             let wide = coefficients(&t, first.bias.dtype());
-            let of_time = first.weight.narrow(1, dim, 1)?.squeeze(1)?.to_dtype(wide)?;
-            let of_time = of_time.broadcast_mul(&t.to_dtype(wide)?)?;
+            let of_time = own.narrow(1, self.features(), 1)?.squeeze(1)?;
+            let of_time = of_time.to_dtype(wide)?.broadcast_mul(&t.to_dtype(wide)?)?;
             let bias = (of_time + first.bias.to_dtype(wide)?)?;
-            *first = Affine {
-                weight: first.weight.narrow(1, 0, dim)?.contiguous()?,
-                bias: bias.to_dtype(first.bias.dtype())?,
-            };
+            first.bias = bias.to_dtype(first.bias.dtype())?;
         }
         Ok(at)
+    }
+
+    /// The same with the weights by which the first layer multiplies the state alone; the bias is left as it is.
+    pub(super) fn of_state(&self) -> Result<Self> {
+        let mut of_state = self.clone();
+        if let (true, Some(first)) = (self.time, of_state.layers.first_mut()) {
+            first.weight = first.weight.narrow(1, 0, self.features())?.contiguous()?;
+        }
+        Ok(of_state)
     }
 
     /// A copy of t, which outlives an evaluation, where the field reads it.
@@ -258,7 +267,7 @@ impl Mlp {
         let at = at.like(y)?;
         let (k, inputs, hidden) = at.run(&y.detach())?;
         let linear = Linearised {
-            at,
+            at: Some(at),
             t,
             inputs,
             hidden,
@@ -315,9 +324,10 @@ impl Mlp {
     }
 }
 
-/// An evaluation: the perceptron at its time, what every layer read, and z of every hidden one.
+/// An evaluation: the perceptron at its time (if it is not formed again), what every layer read, and z of every hidden
+/// one.
 struct Linearised {
-    at: Mlp,
+    at: Option<Mlp>,
     t: Option<Tensor>,
     inputs: Vec<Tensor>,
     hidden: Vec<Tensor>,
@@ -325,9 +335,21 @@ struct Linearised {
 }
 
 impl Linearised {
+    /// The same, with less memory: the pull-back forms the weights again.
+    fn without_weights(self) -> Self {
+        Self { at: None, ..self }
+    }
+
     /// The cotangents of z by layer, and that of y.
-    fn pull(&self, v: &Tensor) -> Result<(Vec<Tensor>, Tensor)> {
-        let at = &self.at;
+    fn pull(&self, field: &Mlp, v: &Tensor) -> Result<(Vec<Tensor>, Tensor)> {
+        let formed;
+        let at = match &self.at {
+            Some(at) => at,
+            None => {
+                formed = field.detached().of_state()?.like(v)?;
+                &formed
+            }
+        };
         let mut seeds = Vec::with_capacity(at.layers.len());
         let mut g = v.reshape(((), at.features()))?;
         for (l, layer) in at.layers.iter().enumerate().rev() {
@@ -344,6 +366,18 @@ impl Linearised {
         }
         seeds.reverse();
         Ok((seeds, g.reshape(&self.shape)?))
+    }
+
+    /// vᵀ∂f of the field that was evaluated.
+    fn cotangents(&self, field: &Mlp, v: &Tensor) -> Result<Cotangents<Tensor>> {
+        let (seeds, y) = self.pull(field, v)?;
+        let (params, t) = field.gradients(&self.inputs, &seeds, self.t.as_ref())?;
+        Ok(Cotangents { y, t, params })
+    }
+
+    /// Bytes that it holds, but for those of the weights.
+    fn bytes(&self) -> usize {
+        held(self.t.iter().chain(&self.inputs).chain(&self.hidden), [])
     }
 }
 
@@ -367,12 +401,15 @@ impl VectorField<Tensor> for Mlp {
 
     fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
         let (k, linear) = self.linearised(t, y)?;
-        let pull = move |v: &Tensor| {
-            let (seeds, y) = linear.pull(v)?;
-            let (params, t) = self.gradients(&linear.inputs, &seeds, linear.t.as_ref())?;
-            Ok(Cotangents { y, t, params })
-        };
-        Ok((k, Box::new(pull)))
+        Ok((k, Box::new(move |v: &Tensor| linear.cotangents(self, v))))
+    }
+
+    fn vjp_kept(&self, t: &Time, y: &Tensor) -> Result<Option<KeptVjp>> {
+        let (k, linear) = self.linearised(t, y)?;
+        let (linear, field) = (linear.without_weights(), self.clone());
+        let bytes = linear.bytes();
+        let pull = over_leaves(move |v: &Tensor| linear.cotangents(&field, v));
+        Ok(Some((vec![k], Box::new(pull), bytes)))
     }
 
     fn vjp_late<'f>(
@@ -382,7 +419,7 @@ impl VectorField<Tensor> for Mlp {
     ) -> Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
         let (k, linear) = self.linearised(t, y)?;
         let pull = move |v: &Tensor| {
-            let (seeds, y) = linear.pull(v)?;
+            let (seeds, y) = linear.pull(self, v)?;
             // What is kept of the evaluation is what the layers read, and neither z nor the weights.
             let (inputs, t) = (linear.inputs.clone(), linear.t.clone());
             let params = move || Ok(self.gradients(&inputs, &seeds, t.as_ref())?.0);

@@ -6,7 +6,7 @@ use super::product::{block, has_block};
 use super::transpose::transposed;
 use super::{enter, scalars, Element, Kernel};
 
-/// A matrix packed for [`Layer`].
+/// A matrix packed for [`Layer`](super::product::Layer).
 #[derive(Debug, Clone)]
 pub(crate) struct Packed<T> {
     pub(super) rows: usize,

@@ -1,20 +1,32 @@
-//! A step of the forward pass that keeps the graphs of its stages for the backward pass.
+//! Linearised steps: those that the backward pass forms, and those of the forward pass that are kept for it.
 
 use candle_core::Tensor;
 
-use super::{bad_solution, located, Increments, LinearStage, Scheme, Taken};
+use super::{Scheme, Taken};
 use crate::error::Result;
-use crate::field::{Field, KeptPullback};
+use crate::field::{Field, KeptPullback, Pullback};
+use crate::memory::held;
 use crate::schedule::Step;
+use crate::time::Time;
 use crate::watch::Watch;
 
-/// A stage of the forward pass with its graph, which is kept for the backward pass.
+/// A stage linearised: its velocity and its pull-back.
+pub(crate) struct LinearStage<'f> {
+    /// Time of the stage.
+    pub(crate) t: f64,
+    /// The velocity.  A stage that was kept has it only if gradients of times are wanted.
+    pub(crate) k: Vec<Tensor>,
+    pub(crate) pull: Pullback<'f, Vec<Tensor>>,
+}
+
+/// A stage of the forward pass whose pull-back is kept for the backward pass.
 pub(crate) struct KeptStage {
     /// Time of the stage.
     t: f64,
+    /// The velocity, if gradients of times are wanted; otherwise nothing.
     k: Vec<Tensor>,
     pull: KeptPullback,
-    /// Of the tensors in the graph.
+    /// Of the tensors that it holds.
     pub(crate) bytes: usize,
 }
 
@@ -33,8 +45,29 @@ impl KeptStage {
 pub(crate) type KeptStep = Vec<Option<KeptStage>>;
 
 impl Scheme {
-    /// y_{n+1} and the graphs of the stages, of a field whose graphs can be kept; otherwise `None`, before anything is
-    /// evaluated: the answer of a field does not depend on t and y.
+    /// The stages of the step from y, each with its pull-back; `None` where a stage is not needed.
+    pub(crate) fn linearize<'f>(
+        &self,
+        field: &'f Field<'_>,
+        step: Step,
+        y: &[Tensor],
+        differentiate_time: bool,
+    ) -> Result<Vec<Option<LinearStage<'f>>>> {
+        let mut ks = vec![];
+        let at = |t: &Time, y: &Vec<Tensor>| Ok(Some(field.vjp(t, y)?));
+        let stages = (self.active(&step), differentiate_time);
+        let pulls = self.each_stage(step, (y, &mut ks), stages, at, |_, _| Ok(()))?;
+        let times = self.tableau.c().iter().map(|c| step.at(*c));
+        let linear = times.zip(ks).zip(pulls.unwrap_or_default());
+        let linear = linear.map(|((t, k), pull)| {
+            let (k, pull) = k.zip(pull)?;
+            Some(LinearStage { t, k, pull })
+        });
+        Ok(linear.collect())
+    }
+
+    /// y_{n+1} and the stages with their pull-backs, of a field whose pull-backs can be kept; otherwise `None`, before
+    /// anything is evaluated: the answer of a field does not depend on t and y.
     pub(crate) fn advance_and_linearize(
         &self,
         field: &Field<'_>,
@@ -43,31 +76,33 @@ impl Scheme {
         differentiate_time: bool,
         watch: &mut Watch,
     ) -> Result<Option<(Taken, KeptStep)>> {
-        let (mut linear, mut ks): (KeptStep, Increments) = (vec![], vec![]);
-        let state = &y[..self.roles.len()];
-        for (i, &active) in self.active(&step).iter().enumerate() {
-            if !active {
-                linear.push(None);
-                ks.push(None);
-                continue;
-            }
-            let t = step.at(self.tableau.c()[i]);
-            let stage = self.stage(i, step.h, state, &ks)?;
-            let time = self.time(i, step, differentiate_time)?;
-            let kept = field.vjp_kept(&time, &stage);
-            let Some((k, pull, bytes)) = kept.map_err(|e| located(e.into(), step, i, t))? else {
+        let mut ks = vec![];
+        let at = |t: &Time, y: &Vec<Tensor>| {
+            let Some((k, pull, bytes)) = field.vjp_kept(t, y)? else {
                 return Ok(None);
             };
-            self.check_time(step, &time)?;
-            self.check(&stage, &k)?;
-            let k = self.rounded(&k)?;
-            watch.see(&k, || self.bad_velocity(step, i))?;
-            ks.push(Some(k.clone()));
-            linear.push(Some(KeptStage { t, k, pull, bytes }));
-        }
-        let y = self.update(step.h, y, &ks)?;
-        watch.see(&y, || bad_solution(step))?;
-        let stored = None;
-        Ok(Some((Taken { y, stored, ks }, linear)))
+            self.check_time(step, t)?;
+            Ok(Some((k, (pull, bytes))))
+        };
+        let state = &y[..self.roles.len()];
+        let stages = (self.active(&step), differentiate_time);
+        let see = |i: usize, k: &[Tensor]| watch.see(k, || self.bad_velocity(step, i));
+        let Some(pulls) = self.each_stage(step, (state, &mut ks), stages, at, see)? else {
+            return Ok(None);
+        };
+        let times = self.tableau.c().iter().map(|c| step.at(*c));
+        let kept = times.zip(&ks).zip(pulls).map(|((t, k), pull)| {
+            let (k, (pull, bytes)) = k.as_ref().zip(pull)?;
+            // Only gradients of times read k.
+            let k = if differentiate_time {
+                k.clone()
+            } else {
+                vec![]
+            };
+            let bytes = bytes + held(&k, []);
+            Some(KeptStage { t, k, pull, bytes })
+        });
+        let kept = kept.collect();
+        Ok(Some((self.taken(step, y, ks, false, watch)?, kept)))
     }
 }

@@ -8,7 +8,7 @@ use candle_nn::VarBuilder;
 
 use super::fused::{Evaluation, Stack};
 use super::{Csr, Gcn};
-use crate::field::{autograd, Cotangents, KeptVjp, Pullback, VectorField};
+use crate::field::{autograd, over_leaves, Cotangents, KeptVjp, Pullback, VectorField};
 use crate::nn::elementwise::{is_for, numbers};
 use crate::nn::{add_gradient, wrong_state, Activation};
 use crate::time::Time;
@@ -298,14 +298,7 @@ impl VectorField<Tensor> for GcnField {
         }
         let (k, kept) = self.stack(y.dtype())?.evaluate_tensor(y)?;
         let (bytes, field) = (kept.bytes(), self.clone());
-        let pull = move |v: &Vec<Tensor>| {
-            let Cotangents { y, t, params } = match v.as_slice() {
-                [v] => field.found(kept.pull(v)?)?,
-                _ => candle_core::bail!("graph convolutions of a state of {} tensors", v.len()),
-            };
-            let y = vec![y];
-            Ok(Cotangents { y, t, params })
-        };
+        let pull = over_leaves(move |v: &Tensor| field.found(kept.pull(v)?));
         Ok(Some((vec![k], Box::new(pull), bytes)))
     }
 

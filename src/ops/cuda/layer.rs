@@ -15,6 +15,9 @@ const COLUMNS: usize = 128;
 const LEAST_ROWS: usize = 128;
 const MOST_PARTS: usize = 128;
 
+/// The activation of a layer that has none: `NONE` in `kernels/activation.cuh`.
+pub(crate) const NO_ACTIVATION: i32 = 8;
+
 fn entry(wide: bool, entries: [&'static str; 2]) -> &'static str {
     super::launch::in_f64(wide, entries)
 }
@@ -72,9 +75,17 @@ pub(crate) fn activate(
     ))
 }
 
+/// What a slope is read from.
+#[derive(Clone, Copy)]
+pub(crate) enum SlopeFrom<'a> {
+    Given(&'a Tensor),
+    /// Values of an activation whose slope follows from them.
+    OfValue(&'a Tensor, i32),
+}
+
 /// g · slope of g's dtype (g itself without a slope), and its sums over all rows, formed and held in
 /// f32 at least.
-pub(crate) fn pull(g: &Tensor, slope: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+pub(crate) fn pull(g: &Tensor, slope: Option<SlopeFrom<'_>>) -> Result<(Tensor, Tensor)> {
     let device = device_of(g)?;
     let g = g.contiguous()?;
     let columns = g.dim(D::Minus1)?;
@@ -85,6 +96,11 @@ pub(crate) fn pull(g: &Tensor, slope: Option<&Tensor>) -> Result<(Tensor, Tensor
     }
     let rows = g.elem_count() / columns;
     let out = Rounding::cast(g.dtype());
+    let (slope, activation) = match slope {
+        None => (None, NO_ACTIVATION),
+        Some(SlopeFrom::Given(slope)) => (Some(slope), NO_ACTIVATION),
+        Some(SlopeFrom::OfValue(value, activation)) => (Some(value), activation),
+    };
     let slope = slope.map(Tensor::contiguous).transpose()?;
     if slope
         .as_ref()
@@ -118,7 +134,8 @@ pub(crate) fn pull(g: &Tensor, slope: Option<&Tensor>) -> Result<(Tensor, Tensor
         .arg(&g_at.pointer)
         .arg(&g_at.dtype)
         .arg(&slope_at)
-        .arg(&slope_dtype);
+        .arg(&slope_dtype)
+        .arg(&activation);
     arguments
         .arg(&sink)
         .arg(&parts.pointer)
@@ -129,7 +146,7 @@ pub(crate) fn pull(g: &Tensor, slope: Option<&Tensor>) -> Result<(Tensor, Tensor
         block_dim: (THREADS, 1, 1),
         shared_mem_bytes: 0,
     };
-    // SAFETY: g, slope and result have rows · columns elements; there is a part for each block.
+    // SAFETY: g, slope (or value) and result have rows · columns elements; there is a part for each block.
     unsafe { arguments.launch(config) }.w()?;
 
     let total = Buffer::new(device, sum, columns)?;

@@ -20,6 +20,6 @@ pub(crate) use clock::Clock;
 pub(crate) use graph::{capture, keep_uploads, obstacle, Captured, Graph};
 pub(super) use launch::magnitude;
 pub(crate) use launch::Looks;
-pub(crate) use layer::{activate, pull};
+pub(crate) use layer::{activate, pull, SlopeFrom, NO_ACTIVATION};
 pub(crate) use sums::{accumulate_all, add_compensated, combine, dot, stage, update};
 pub(crate) use sweep::{Finding, Stop, SweepState};

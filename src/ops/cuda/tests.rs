@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::sweep::SweepState;
 use super::{
     accumulate_all, activate, capture, keep_uploads, pull, stage, update, Captured, Clock, Looks,
+    SlopeFrom, NO_ACTIVATION,
 };
 use crate::error::Error;
 use crate::ops::tests::{gpu, roundoff, values};
@@ -210,22 +211,43 @@ fn activations_and_bias_gradients_are_those_of_f64() {
                     }
                 }
             }
-            let (sum, slope) =
-                activate(&z, &bias, crate::nn::Activation::ALL.len() as i32, false).unwrap();
+            let g = numbers(rows * columns, 0.9, dtype, &gpu)
+                .reshape((rows, columns))
+                .unwrap();
+            for activation in [Activation::Tanh, Activation::Sigmoid, Activation::Relu] {
+                let (value, slope) = activate(&z, &bias, activation as i32, true).unwrap();
+                let slope = slope.unwrap();
+                let [given, of_value] = [
+                    SlopeFrom::Given(&slope),
+                    SlopeFrom::OfValue(&value, activation as i32),
+                ]
+                .map(|slope| pull(&g, Some(slope)).unwrap());
+                let sums = [&given, &of_value].map(|(_, sums)| on_host(sums));
+                for (given, of_value) in sums[0].iter().zip(&sums[1]) {
+                    assert!((given - of_value).abs() <= 12.0 * unit * rows as f64);
+                }
+                let [given, of_value] = [given, of_value].map(|(pulled, _)| on_host(&pulled));
+                for (given, of_value) in given.into_iter().zip(of_value) {
+                    // The value was rounded, and a slope changes by at most twice as much as the value.
+                    let bound = 4.0 * unit * (1.0 + given.abs());
+                    assert!(
+                        (given - of_value).abs() <= bound,
+                        "{activation:?} {dtype:?}"
+                    );
+                }
+            }
+            let (sum, slope) = activate(&z, &bias, NO_ACTIVATION, false).unwrap();
             assert!(slope.is_none());
             let [sums, z, bias] = [&sum, &z, &bias].map(on_host);
             for (i, got) in sums.into_iter().enumerate() {
                 let exact = z[i] + bias[i % columns];
                 assert!((got - exact).abs() <= 2.0 * unit * exact.abs() + roundoff(DType::F32));
             }
-            let g = numbers(rows * columns, 0.9, dtype, &gpu)
-                .reshape((rows, columns))
-                .unwrap();
             let slope = numbers(rows * columns, 4.9, dtype, &gpu)
                 .reshape((rows, columns))
                 .unwrap();
             for slope in [None, Some(&slope)] {
-                let (pulled, sums) = pull(&g, slope).unwrap();
+                let (pulled, sums) = pull(&g, slope.map(SlopeFrom::Given)).unwrap();
                 let pulled = on_host(&pulled);
                 let sum = if dtype == DType::F64 {
                     DType::F64
