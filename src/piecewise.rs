@@ -107,7 +107,10 @@ impl<S: State, F: VectorField<S>> VectorField<S> for PiecewiseConstant<F> {
     }
 
     fn jumps(&self) -> Vec<f64> {
-        self.intervals.breaks().to_vec()
+        let mut jumps = self.intervals.breaks().to_vec();
+        // Each field has its own, also outside the interval in which it is used.
+        jumps.extend(self.fields.iter().flat_map(F::jumps));
+        jumps
     }
 
     fn offer(&self) -> Option<Offer> {

@@ -10,6 +10,7 @@ use candle_diffeq::fields::PiecewiseConstant;
 use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, Cnf, ConvField, HyperCnf, Mlp, Relaxation, RowSpeed};
 use candle_diffeq::options::{ActivationCache, Adaptive, Checkpoint, StepControl, Steps, TimeGrid};
+use candle_diffeq::sde::{ito, predict, BrownianTree, Noise, OfField, SdeOptions, EULER_MARUYAMA};
 use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
 use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Precision, State, Time, VectorField};
 use candle_nn::{VarBuilder, VarMap};
@@ -614,4 +615,49 @@ fn the_order_of_the_method_is_kept_across_breaks_inside_of_steps() {
         let ys = candle_diffeq::predict(&field(), &y0, &times, &options).unwrap();
         assert!((values(&ys)[1] / exact - 1.0).abs() < 1e-8);
     }
+}
+
+#[test]
+fn steps_of_an_equation_with_noise_end_where_its_drift_or_its_diffusion_jumps() {
+    const BREAKS: [f64; 4] = [0.0, 0.3, 0.7, 1.0];
+    let constant = |value: f64| move |_: &Time, y: &Tensor| y.ones_like()? * value;
+    let pieces = || PiecewiseConstant::new(&BREAKS, [0.5, -2.0, 1.0].map(constant).to_vec());
+    let smooth = || PiecewiseConstant::new(&[0.0, 1.0], vec![constant(0.25)]);
+    let y0 = Tensor::ones((3, 2), DType::F64, &Device::Cpu).unwrap();
+    let solve = |[drift, diffusion]: [_; 2], steps| {
+        let sde = ito(drift, OfField(diffusion));
+        let noise = Noise::from(BrownianTree::new(5, 12).unwrap());
+        let options = SdeOptions {
+            method: EULER_MARUYAMA,
+            steps,
+            ..Default::default()
+        };
+        bits(&predict(&sde, &y0, &[0.0, 1.0], &noise, &options).unwrap())
+    };
+    for of_drift in [true, false] {
+        let parts = || match of_drift {
+            true => [pieces().unwrap(), smooth().unwrap()],
+            false => [smooth().unwrap(), pieces().unwrap()],
+        };
+        let expected = solve(parts(), Steps::At(BREAKS.to_vec()));
+        assert_eq!(solve(parts(), Steps::PerInterval(1)), expected);
+    }
+}
+
+#[test]
+fn steps_end_where_the_field_of_an_interval_jumps() {
+    let constant = |value: f64| move |_: &Time, y: &Tensor| y.ones_like()? * value;
+    let inner = |times: &[f64], values: Vec<f64>| {
+        let fields = values.into_iter().map(constant).collect();
+        PiecewiseConstant::new(times, fields).unwrap()
+    };
+    let fields = vec![
+        inner(&[0.0, 0.25, 0.5], vec![1.0, 3.0]),
+        inner(&[0.0, 0.75, 1.0], vec![-1.0, 2.0]),
+    ];
+    let field = PiecewiseConstant::new(&[0.0, 0.5, 1.0], fields).unwrap();
+    let y0 = Tensor::zeros(1, DType::F64, &Device::Cpu).unwrap();
+    let ys: Tensor = odeint(field, &y0, &[0.0, 1.0], &OdeOptions::default()).unwrap();
+    // ∫ f = (1 + 3 − 1 + 2)/4.
+    assert_eq!(values(&ys.get(1).unwrap()), [1.25]);
 }

@@ -5,11 +5,11 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 use pulp::{Simd, WithSimd};
 
 use super::activation::{Activation, Apply};
-use crate::simd::pieces::by_piece;
+use crate::simd::pieces::{by_piece, share};
 use crate::simd::{enter, scalars, scalars_mut, unit, vectors, Element};
 
-/// Numbers in a chunk that one thread takes: tens of microseconds of work.
-const CHUNK: usize = 1 << 17;
+/// Numbers that are not worth a second thread.
+const ALONE: usize = 1 << 17;
 
 /// Vectors in a block that stays in the first cache.
 const BLOCK: usize = 64;
@@ -97,8 +97,9 @@ pub(super) fn numbers<'a, T>(x: &'a [T], layout: &Layout) -> Result<&'a [T]> {
 /// σ(x), or σ'(x) g where g is given.
 fn run<T: Element>(activation: Activation, x: &[T], g: Option<&[T]>) -> Result<Vec<T>> {
     let unit = unit()?;
+    let size = share(x.len(), ALONE);
     let mut out = vec![T::default(); x.len()];
-    by_piece(&mut out, CHUNK, &|at, out| {
+    by_piece(&mut out, size, &|at, out| {
         unit.dispatch(ElementJob {
             activation,
             x: &x[at..][..out.len()],

@@ -9,7 +9,7 @@ use pulp::{Simd, WithSimd};
 
 use crate::error::{Error, Result};
 use crate::precision::Rounding;
-use crate::simd::pieces::{by_piece, by_pieces_of_two};
+use crate::simd::pieces::{by_piece, by_pieces_of_two, share};
 use crate::simd::two_sum::two_sum;
 use crate::simd::unit;
 use numbers::{Held, Real, Slice};
@@ -17,9 +17,8 @@ use numbers::{Held, Real, Slice};
 /// Elements per block: 4 KiB of f32 accumulators beside one operand's block.
 const BLOCK: usize = 1024;
 
-/// Elements that one thread takes at a time.  What fits into one such piece is not worth a second
-/// thread (`cargo bench --bench ops`).
-const PIECE: usize = 1 << 17;
+/// Elements that are not worth a second thread (`cargo bench --bench ops`).
+const ALONE: usize = 1 << 17;
 
 /// The operands' storages, locked for reading.
 struct Operands<'a>(Vec<(StorageRef<'a>, &'a Layout)>);
@@ -128,7 +127,8 @@ fn sum<A: Real>(
 /// A tensor of the shape of another.  `fill` is given where a piece begins, and the piece.
 fn filled<H: Held>(like: &Tensor, fill: &(dyn Fn(usize, &mut [H]) + Sync)) -> Result<Tensor> {
     let mut out = vec![H::zero(); like.elem_count()];
-    by_piece(&mut out, PIECE, fill);
+    let size = share(out.len(), ALONE);
+    by_piece(&mut out, size, fill);
     Ok(Tensor::from_vec(out, like.shape(), like.device())?)
 }
 
@@ -218,7 +218,7 @@ fn added<A: Real>(sum: &Tensor, terms: &[(f64, &Tensor)]) -> Result<[Tensor; 2]>
     let terms: Vec<_> = coefficients.zip(slices[1..].iter().copied()).collect();
     let unit = unit()?;
     let (mut sums, mut lost) = (vec![A::ZERO; n], vec![A::ZERO; n]);
-    by_pieces_of_two([&mut sums, &mut lost], PIECE, &|at, out| {
+    by_pieces_of_two([&mut sums, &mut lost], share(n, ALONE), &|at, out| {
         unit.dispatch(CompensatedSum {
             sum: slices[0],
             terms: &terms,
@@ -256,7 +256,8 @@ struct Axpy(f64);
 impl Axpy {
     fn run<A: Real>(&self, acc: &mut [A], x: Slice<'_>) -> Result<()> {
         let unit = unit()?;
-        by_piece(acc, PIECE, &|at, acc| {
+        let size = share(acc.len(), ALONE);
+        by_piece(acc, size, &|at, acc| {
             unit.dispatch(AddScaled {
                 c: A::of(self.0),
                 x: x.part(at, acc.len()),
@@ -327,11 +328,11 @@ pub(super) fn magnitude(x: &Tensor) -> Result<f64> {
     let tensors = [x.contiguous()?];
     let operands = Operands::new(&tensors);
     let x = operands.slices()?[0];
-    let (unit, pieces) = (unit()?, x.len().div_ceil(PIECE));
-    let mut largest = vec![0u64; pieces];
+    let (unit, size) = (unit()?, share(x.len(), ALONE));
+    let mut largest = vec![0u64; x.len().div_ceil(size)];
     by_piece(&mut largest, 1, &|i, of_piece| {
-        let at = i * PIECE;
-        let part = x.part(at, PIECE.min(x.len() - at));
+        let at = i * size;
+        let part = x.part(at, size.min(x.len() - at));
         of_piece.fill_with(|| unit.dispatch(Largest(part)));
     });
     let bits = largest.into_iter().max().unwrap_or(0);

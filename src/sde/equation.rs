@@ -163,6 +163,11 @@ pub trait Diffusion<S: State> {
         None
     }
 
+    /// As [`VectorField::jumps`].
+    fn jumps(&self) -> Vec<f64> {
+        vec![]
+    }
+
     /// As [`VectorField::offer`].
     #[doc(hidden)]
     fn offer(&self) -> Option<Offer> {
@@ -238,6 +243,10 @@ impl<S: State + 'static, F: VectorField<S>> Diffusion<S> for OfField<F> {
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.0.parameters()
+    }
+
+    fn jumps(&self) -> Vec<f64> {
+        self.0.jumps()
     }
 
     fn offer(&self) -> Option<Offer> {
@@ -321,6 +330,10 @@ where
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
         self.diffusion.parameters()
+    }
+
+    fn jumps(&self) -> Vec<f64> {
+        self.diffusion.jumps()
     }
 
     fn offer(&self) -> Option<Offer> {

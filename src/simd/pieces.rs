@@ -60,6 +60,19 @@ where
     });
 }
 
+/// Elements of which every piece but the last has a multiple: whole vectors, and whole blocks of a fused sum.
+const BLOCK: usize = 1024;
+
+/// The size of pieces of n elements that threads take.  Not more than `alone` elements are one piece, because they are not
+/// worth a second thread; of more, pieces are of one size and about a quarter of `alone`, so that threads end together.
+pub(crate) fn share(n: usize, alone: usize) -> usize {
+    if n <= alone {
+        return alone;
+    }
+    let pieces = n.div_ceil(alone.div_ceil(4));
+    n.div_ceil(pieces).next_multiple_of(BLOCK)
+}
+
 /// Calls `each` for every piece of so many elements, with the place where it begins, on all threads if there are
 /// several pieces.  It is compiled once for each type of element, and not once more for each kind of work.
 pub(crate) fn by_piece<X: Send>(
@@ -104,6 +117,19 @@ mod tests {
             by_piece(&mut all, 1, &|at, piece| piece[0] = at);
             assert_eq!(all, (0..64).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn pieces_are_few_and_nearly_equal() {
+        for n in [0, 1, 4096] {
+            assert_eq!(share(n, 4096), 4096);
+        }
+        for n in [4097, 5000, 12_000, 12_289, 1 << 20] {
+            let size = share(n, 4096);
+            assert!(size % BLOCK == 0 && size <= 4096 / 4, "{n} {size}");
+        }
+        // 173 312 numbers in six pieces, the last of which is 17 % smaller.
+        assert_eq!(share(173_312, 1 << 17), 29_696);
     }
 
     #[test]
