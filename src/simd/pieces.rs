@@ -126,7 +126,7 @@ mod tests {
         }
         for n in [4097, 5000, 12_000, 12_289, 1 << 20] {
             let size = share(n, 4096);
-            assert!(size % BLOCK == 0 && size <= 4096 / 4, "{n} {size}");
+            assert!(size.is_multiple_of(BLOCK) && size <= 4096 / 4, "{n} {size}");
         }
         // 173 312 numbers in six pieces, the last of which is 17 % smaller.
         assert_eq!(share(173_312, 1 << 17), 29_696);
