@@ -59,8 +59,8 @@ impl ActivationCache {
     /// Nothing: the backward pass evaluates every stage again.
     pub const NONE: Self = Self::within(0);
     /// Everything.  If the machine does not have enough memory for it, the solve fails before its first step, on the
-    /// general path after it ([`Error::OutOfMemory`]).  On CUDA memory is not checked before: the
-    /// solve fails with candle's error when the driver refuses an allocation.
+    /// general path after it ([`Error::OutOfMemory`]).  On CUDA nothing is checked in advance: the solve fails with
+    /// candle's error when the driver refuses an allocation.
     pub const ALL: Self = Self::within(usize::MAX);
 
     /// As much as fits into this number of bytes, for the whole batch.

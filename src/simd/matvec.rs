@@ -8,7 +8,7 @@
 use pulp::Simd;
 
 use super::outer::Pair;
-use super::product::{add_product, has_many_registers, AsIs, Epilogue, Product};
+use super::product::{add_product, has_many_registers, Epilogue, Product};
 use super::{aligned, enter, scalars, scalars_mut, Aligned, Element, Kernel};
 
 /// A matrix packed for [`MatVec`]: blocks of vectors of outputs, `[block][input][vector]`.
@@ -279,17 +279,6 @@ impl<T: Element, S: Simd, const V: usize> OuterOfRows<'_, T, S, V> {
 }
 
 impl<T: Element> Product<T> for Across<T> {
-    #[inline(always)]
-    fn product<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        start: &[T],
-        x: &[T::Vector<S>],
-        out: &mut [T::Vector<S>],
-    ) {
-        self.product_with::<S, V>(s, start, x, out, AsIs);
-    }
-
     #[inline(always)]
     fn product_with<S: Simd, const V: usize>(
         &self,

@@ -63,8 +63,9 @@ where
 /// Elements of which every piece but the last has a multiple: whole vectors, and whole blocks of a fused sum.
 const BLOCK: usize = 1024;
 
-/// The size of pieces of n elements that threads take.  Not more than `alone` elements are one piece, because they are not
-/// worth a second thread; of more, pieces are of one size and about a quarter of `alone`, so that threads end together.
+/// The size of the pieces of n elements that threads take.  Up to `alone` elements are one piece, because a second thread
+/// would not make them faster.  More elements are cut into pieces of about a quarter of `alone`, all of one size but the
+/// last, so that the threads finish at about the same time.
 pub(crate) fn share(n: usize, alone: usize) -> usize {
     if n <= alone {
         return alone;
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_are_few_and_nearly_equal() {
+    fn many_elements_are_cut_into_pieces_of_nearly_one_size() {
         for n in [0, 1, 4096] {
             assert_eq!(share(n, 4096), 4096);
         }

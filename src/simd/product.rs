@@ -108,7 +108,7 @@ pub(crate) trait Epilogue<T: Element, S: Simd> {
 }
 
 /// As they are.
-pub(super) struct AsIs;
+struct AsIs;
 
 impl<T: Element, S: Simd> Epilogue<T, S> for AsIs {
     #[inline(always)]
@@ -359,13 +359,16 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> Kernel<S>
 /// A matrix packed for products with tiles.
 pub(crate) trait Product<T: Element>: Send + Sync {
     /// `out = W x + start`, start by output or empty.
+    #[inline(always)]
     fn product<S: Simd, const V: usize>(
         &self,
         s: S,
         start: &[T],
         x: &[T::Vector<S>],
         out: &mut [T::Vector<S>],
-    );
+    ) {
+        self.product_with::<S, V>(s, start, x, out, AsIs);
+    }
 
     /// The same, stored as an epilogue says.
     fn product_with<S: Simd, const V: usize>(
