@@ -345,6 +345,8 @@ fn worker() {
                 let pid = std::process::id().to_string();
                 fs::write(out.join("pid"), &pid).unwrap();
                 Command::new("kill").args(["-STOP", &pid]).status().unwrap();
+                // The signal has been sent, but this thread may run on for a moment: it must not reach the barrier.
+                std::thread::sleep(LIMIT);
             }
             outcome(group.barrier())
         }
