@@ -1,7 +1,8 @@
 //! One step, one solve and one adjoint sweep in every precision, on a tanh network of 2-64-64-2; and a
 //! backward pass through the output of an encoder.
 //!
-//! `cargo bench --bench solve` (a minute); the device is synchronised before the clock stops.
+//! `RAYON_NUM_THREADS=2 cargo bench --bench solve` (a minute); without the variable, candle asks the system for the number
+//! of cores in every matrix product.  The device is synchronised before the clock stops.
 
 use std::hint::black_box;
 
