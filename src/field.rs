@@ -28,7 +28,7 @@ pub(crate) type Field<'f> = dyn VectorField<Vec<Tensor>> + 'f;
 /// throughout, so that model code needs no conversion; this crate's errors pass through it.
 ///
 /// A field that brings its own pull-back implements [`vjp`](Self::vjp) **and**
-/// [`parameters`](Self::parameters): what the one inserts gradients of, the other lists.
+/// [`parameters`](Self::parameters), which lists exactly the tensors for which `vjp` returns gradients.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};

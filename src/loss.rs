@@ -21,7 +21,7 @@ pub enum RowLoss {
     MeanSquaredError(Tensor),
     /// Mean over the rows of ½|z|² + ½ d ln 2π + l of the last state: the negative log-likelihood under
     /// a normal base of a flow (z, l) such as [`nn::Cnf`](crate::nn::Cnf), z `(…, d)` and l `(…, 1)`; or
-    /// of z alone.  Asks for [`Output::Final`].
+    /// of z alone.  The solve goes from the data to the base, and l is 0 at its start.  Asks for [`Output::Final`].
     GaussianNll,
     /// Mean over the rows of −ln softmax(y)_class of the last state, y `(rows, classes)`; the tensor
     /// holds the classes, `(rows)` u32.  Asks for [`Output::Final`].

@@ -44,6 +44,9 @@ pub(crate) use run::Solve;
 /// model itself never crosses threads, so it may be candle's `Sequential` or hold boxed modules.  Create the
 /// optimiser after the `NeuralOde`, because `vars` does not hold the model's variables before.
 ///
+/// `S` is the state and `A` the arguments: the type of a model of one tensor is `NeuralOde`, that of a flow
+/// `NeuralOde<(Tensor, Tensor)>`, and that of a model with an argument `NeuralOde<Tensor, Tensor>`.
+///
 /// ```
 /// use candle_core::{Device, IndexOp, Tensor};
 /// use candle_diffeq::{NeuralOde, Precision};

@@ -24,10 +24,10 @@ use crate::time::{TimeGrid, Times};
 /// * `field`: a closure `|t: &Time, y: &S| …`, [`autonomous`](crate::fields::autonomous)`(module)`, or any
 ///   [`VectorField`].  Variables that it captures receive gradients; they keep their own dtype, so for a low compute
 ///   precision use [`NeuralOde`](crate::NeuralOde), which casts them once per solve.
-/// * `y0`: leaves of any shapes.  It receives a gradient if candle tracks it.
+/// * `y0`: a [`State`](crate::State): a tensor, or several, of any shapes.  It receives a gradient if candle tracks it.
 /// * `times`: t_0 … t_N, strictly monotone, y(t_0) = y0.  A tracked 1-D tensor receives gradients.
 ///
-/// Returns leaves of shape `(times, …)`, `(…)` with [`Output::Final`](crate::options::Output::Final), or
+/// Returns a state whose tensors have the shape `(times, …)`, `(…)` with [`Output::Final`](crate::options::Output::Final), or
 /// `(steps + 1, …)` with [`Output::Steps`](crate::options::Output::Steps), in **state** dtype, which is the widest of
 /// y0's leaves unless the options say otherwise (f32 for f16 and bf16).
 ///

@@ -26,9 +26,9 @@ pub struct DynamicScaling {
     /// S·max|λ| is kept this factor below the overflow of f16: room for the growth of the
     /// cotangents inside the field.  Default 64.
     pub headroom: f64,
-    /// Steps backward without overflow, counted from the last one, after which S follows a falling
-    /// max|λ| up again, at once to where it is aimed and only where that is a factor of two at least;
-    /// S follows a rising max|λ| down at every step.  Default 2.
+    /// If max|λ| falls, S is raised only after so many backward steps without overflow since the last overflow.  It is
+    /// then raised to its target at once, if that is at least a factor of two.  If max|λ| rises, S is lowered at every
+    /// step.  Default 2.
     pub growth_interval: usize,
     /// Steps backward without overflow after which a factor of two of the room that an overflow of
     /// the adjoint took is tried again.  Default 64.

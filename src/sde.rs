@@ -22,8 +22,8 @@
 //! ([`SdeDefect`](crate::error::SdeDefect)).  An equation with additive noise fits both calculi.
 //!
 //! **Adaptive steps** ([`Steps::Adaptive`](crate::options::Steps::Adaptive)) are available for [`HEUN`] in the sense of
-//! Stratonovich, with scalar or additive noise, or with diagonal noise whose diffusion of each component reads no other
-//! component that has noise.  There the solution is a continuous function of the path W (H. Doss, Ann. Inst. Henri
+//! Stratonovich, with scalar or additive noise (for which both calculi agree), or with diagonal noise whose diffusion of
+//! each component reads no other component that has noise.  There the solution is a continuous function of the path W (H. Doss, Ann. Inst. Henri
 //! Poincaré 13, 1977; H. Sussmann, Ann. Probab. 6, 1978), so that every choice of steps has the same limit, also a choice
 //! that depends on W.  Otherwise this is not so (J. Gaines, T. Lyons, SIAM J. Appl. Math. 57, 1997), and adaptive steps
 //! are an error that says so.  Whether diagonal noise is of this kind is tested once at the start of a solve, by

@@ -27,7 +27,7 @@ pub trait State: Clone {
         false
     }
 
-    /// Times at which a field jumps that reads this as its arguments; see
+    /// Times at which a field that has this as its arguments jumps; see
     /// [`VectorField::jumps`](crate::VectorField::jumps).  Default: none.
     fn jumps(&self) -> Vec<f64> {
         vec![]

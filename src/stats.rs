@@ -102,8 +102,8 @@ pub enum StopReason {
         /// How many there were.
         max_steps: usize,
     },
-    /// The step is so short that the time, or of a row with its own steps the time that its field reads, does not change:
-    /// the problem is stiff, or the field has a singularity.
+    /// The step is so short that the time does not change (for a row with its own steps: the time in the precision in
+    /// which its field reads it): the problem is stiff, or the field has a singularity.
     #[error("the step is below the resolution of f64: the problem is stiff or singular here, or the tolerance is out of reach")]
     Underflow,
     /// Velocities or states were NaN or infinite at the start, or in many consecutive attempts although each attempt

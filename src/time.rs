@@ -128,8 +128,8 @@ impl Time {
         self.read.get()
     }
 
-    /// t as a 0-d tensor in **state** dtype, tracked when time gradients are wanted.  In low
-    /// precision form coefficients from it first and cast the product, not t.
+    /// t as a 0-d tensor in **state** dtype, tracked when time gradients are wanted.  If the
+    /// field runs in low precision, compute coefficients from this tensor first, and cast the coefficients, not t.
     ///
     /// It is t rounded to that dtype, in which neighbouring numbers have a distance: in f32, 2⁻²³ near 1 and 8
     /// near 10⁸.  If the start and the end of a step round to the same number and the field asks for this

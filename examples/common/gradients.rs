@@ -3,18 +3,16 @@
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, Var};
 
-/// ‖∇L‖ over all of `vars`.
+/// ‖∇L‖ over all of `vars`, in whatever order they come: a `VarMap` has another one in every run.
 pub(crate) fn norm(grads: &GradStore, vars: &[Var]) -> Result<f64> {
-    let mut sum = 0.0;
-    for grad in vars.iter().filter_map(|var| grads.get(var)) {
-        sum += grad
-            .detach()
-            .to_dtype(DType::F64)?
-            .sqr()?
-            .sum_all()?
-            .to_scalar::<f64>()?;
-    }
-    Ok(sum.sqrt())
+    let grads = vars.iter().filter_map(|var| grads.get(var));
+    let square = |grad: &Tensor| {
+        let grad = grad.detach().to_dtype(DType::F64)?;
+        grad.sqr()?.sum_all()?.to_scalar::<f64>()
+    };
+    let mut squares = grads.map(square).collect::<Result<Vec<_>>>()?;
+    squares.sort_by(f64::total_cmp);
+    Ok(squares.iter().sum::<f64>().sqrt())
 }
 
 /// Scales gradients down to a norm of `limit` where theirs is larger; returns what it was.

@@ -97,8 +97,8 @@ impl<'g> Replicas<'g> {
         self
     }
 
-    /// Scales averaged gradients down to this norm, of all trained variables together, where theirs is larger.  Gradients
-    /// with NaN or infinities are left as they are.  All ranks use the norm that rank 0 finds.  Default: no limit.
+    /// If the norm of the averaged gradients of all trained variables together is larger than this limit, scales them
+    /// down to it.  Gradients with NaN or infinities are left as they are.  All ranks use the norm that rank 0 finds.  Default: no limit.
     ///
     /// # Errors
     /// [`GroupDefect::Clip`] unless the limit is positive.

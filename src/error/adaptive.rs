@@ -56,7 +56,7 @@ pub enum AdaptiveDefect {
         /// The last one.
         to: f64,
     },
-    /// A solution between the steps and an event are had with adaptive steps only.
+    /// Dense output and events need adaptive steps.
     #[error(
         "a dense solution and events need adaptive steps: set OdeOptions::steps to Steps::Adaptive"
     )]
@@ -68,7 +68,7 @@ pub enum AdaptiveDefect {
     #[error("rows with steps of their own have different numbers of states: with Output::Steps use StepControl::Batch, or read the steps of each row from Stats::rows")]
     StepsOfRows,
     /// Control per row was asked for and cannot be had.
-    #[error("StepControl::Rows needs a field that is integrated tile by tile on the CPU (nn::Mlp, nn::Cnf, nn::Hutchinson of an nn::Mlp, nn::OtFlow, nn::ConvField, nn::energy::Hamiltonian or GradientFlow of an nn::EnergyMlp with OdeOptions::fusion, in f32 or f64 with one store precision, over times that are not tracked), or an nn::Mlp that CUDA solves in one launch, without compensated sums{}", if *row_wise { "" } else { ": this one is not" })]
+    #[error("StepControl::Rows needs a field that is integrated tile by tile on the CPU (nn::Mlp, nn::Cnf, nn::Hutchinson of an nn::Mlp, nn::OtFlow, nn::ConvField, nn::ConstantField, nn::energy::Hamiltonian or GradientFlow of an nn::EnergyMlp, nn::RowSpeed or nn::Relaxation around one of them, with OdeOptions::fusion, in f32 or f64 with one store precision, over times that are not tracked), or an nn::Mlp that CUDA solves in one launch, without compensated sums{}", if *row_wise { "" } else { ": this one is not" })]
     NoRows {
         /// Whether the field itself is one whose rows are independent.
         row_wise: bool,

@@ -15,7 +15,8 @@ use crate::time::Times;
 /// A flow y' = f(t, y) until an event, then a jump y⁺ = J(t, y⁻), then the flow again.
 ///
 /// Times and states of the jumps are differentiable, because the flow after a jump begins at a time that has a
-/// gradient.  So gradients contain the saltation matrix of hybrid systems, which need not be written down.
+/// gradient.  So gradients contain the saltation matrix of hybrid systems, which need not be written down.  Variables that
+/// the field, an event or the jump reads receive gradients.
 pub struct Hybrid<S, F> {
     field: Arc<F>,
     events: Vec<Event<S>>,

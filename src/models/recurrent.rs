@@ -78,7 +78,8 @@ impl<C: Cell> OdeRnn<C> {
         Self { order, ..self }
     }
 
-    /// h after every observation, and after the gap where that comes last: `(rows, times, hidden)`.
+    /// The hidden states, `(rows, times, hidden)`: with [`Order::FlowFirst`] h after each observation, with
+    /// [`Order::CellFirst`] h after the gap that follows it.
     ///
     /// x: `(rows, times, features)`; gaps: `(rows, times)`, none of them negative; `seen`: `(rows, times)`, 1 where there is
     /// an observation and 0 where there is none (the state of that row then stays as it is), or all of them.

@@ -100,7 +100,8 @@ impl<F, G, M> Sde<F, G, M> {
         self.with(NoiseType::General { channels })
     }
 
-    /// Declares that g does not read the state; that it does is an error of the backward pass.  Both calculi then have
+    /// Declares that g does not read the state.  If it does, the backward pass returns an error, but
+    /// [`predict`](super::predict) does not notice it.  Both calculi then have
     /// the same solution, and every method solves it.
     #[must_use]
     pub fn additive(mut self) -> Self {

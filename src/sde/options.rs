@@ -37,9 +37,10 @@ pub struct SdeOptions {
     pub leaf_precision: Vec<Precision>,
     /// How intervals between times are cut into steps.  Default: one step each.
     ///
-    /// With [`Steps::Adaptive`] they are as long as a tolerance permits: for [`HEUN`](super::HEUN), equations in the
-    /// sense of Stratonovich whose noise is diagonal, scalar or additive, and a [`BrownianTree`](super::BrownianTree)
-    /// as noise.  All rows have the same steps; a step ends at every time of the solve; the first attempt is a hundredth
+    /// With [`Steps::Adaptive`] they are as long as a tolerance permits.  This needs [`HEUN`](super::HEUN), a
+    /// [`BrownianTree`](super::BrownianTree) as noise, and one of these: additive noise (of Itô or of Stratonovich); or, in
+    /// the sense of Stratonovich, scalar noise, or diagonal noise in which the diffusion of a component reads no other
+    /// component that has noise.  A perceptron as diffusion is therefore refused.  All rows have the same steps; a step ends at every time of the solve; the first attempt is a hundredth
     /// of the interval unless [`Adaptive::first_step`](crate::options::Adaptive::first_step) says otherwise.
     pub steps: Steps,
     /// How many solutions (samples) of each initial state are computed.  Every sample has its own noise.  Default: one.
