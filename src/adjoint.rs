@@ -77,14 +77,12 @@ impl Reversible for StepByStep {
             return None;
         };
         let schedule = Schedule::Recorded(record.returning(places));
-        self.can_rewind().then(|| {
-            Arc::new(Self {
-                trajectory: Arc::clone(&self.trajectory),
-                linearized: None,
-                schedule: Arc::new(schedule),
-                driven: self.driven.clone(),
-            }) as _
-        })
+        Some(Arc::new(Self {
+            trajectory: Arc::clone(&self.trajectory),
+            linearized: None,
+            schedule: Arc::new(schedule),
+            driven: self.driven.clone(),
+        }))
     }
 
     fn pull_back(&self, back: &Backward<'_>, stats: &mut Stats) -> Result<Adjoint> {

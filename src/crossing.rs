@@ -42,6 +42,8 @@ pub(crate) struct Place {
     pub(crate) x: f64,
     /// How fast the number changes in the step on average.
     pub(crate) speed: f64,
+    /// The sign of the number before.
+    pub(crate) before: f64,
 }
 
 /// A number along a step: its value at a fraction of the step.
@@ -84,6 +86,11 @@ pub(crate) struct RowFound {
     pub(crate) slope: Vec<f64>,
 }
 
+/// Whether a time is that of an event at t: it may be four ulps off, as roots are found, and a few more by rounding.
+pub(crate) fn is_met(time: f64, t: f64) -> bool {
+    (time - t).abs() <= 8.0 * f64::EPSILON * t.abs()
+}
+
 /// The sign of a number, if it has one.
 pub(crate) fn sign(g: f64) -> Option<f64> {
     (g != 0.0).then_some(g.signum())
@@ -104,14 +111,14 @@ pub(crate) fn crossings(
         largest = largest.max(value.abs());
         if let Some(sign) = before {
             if value * sign <= 0.0 && direction.leaves(sign) {
-                roots.push(root(g, ends, [at, x], sign, value)?);
+                roots.push((root(g, ends, [at, x], sign, value)?, sign));
             }
         }
         before = sign(value);
         at = x;
     }
     let speed = largest / (ends[1] - ends[0]).abs();
-    let place = |x| Place { x, speed };
+    let place = |(x, before)| Place { x, speed, before };
     Ok((roots.into_iter().map(place).collect(), before))
 }
 
@@ -259,7 +266,10 @@ mod tests {
 
     #[test]
     fn crossings_at_one_place_are_kept_as_far_as_to_the_first_that_ends_the_solve() {
-        let at = |x: f64, event: usize| (Place { x, speed: 1.0 }, event);
+        let at = |x: f64, event: usize| {
+            let (speed, before) = (1.0, 1.0);
+            (Place { x, speed, before }, event)
+        };
         let mut all = vec![at(0.5, 0), at(0.5, 1), at(0.2, 2), at(0.6, 1), at(0.5, 3)];
         assert!(in_order(&mut all, |event| event == 0));
         assert_eq!(all, [at(0.2, 2), at(0.5, 1), at(0.5, 3), at(0.5, 0)]);

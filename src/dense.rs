@@ -129,8 +129,9 @@ where
     let mut all = All::default();
     let start = (y0.leaves(), vec![], times.to_grid()?);
     let kind = TypeId::of::<F>();
-    let solved = solved_in_graph(start, &options, kind, bind, |problem, field, y0, keep| {
-        run_observed(problem, field, y0, keep, &mut all)
+    // What a backward pass needs is kept in any case: the times of `at` may be tracked.
+    let solved = solved_in_graph(start, &options, kind, bind, |problem, field, y0, _| {
+        run_observed(problem, field, y0, &|| true, &mut all)
     })?;
     let InGraph {
         problem,
@@ -165,6 +166,9 @@ impl<S: State> DenseSolution<S> {
     /// The errors of a time grid, and [`AdaptiveDefect::Outside`] if a time is outside the interval of the solution.
     pub fn at<T: Times + ?Sized>(&self, times: &T) -> Result<S> {
         let grid = times.to_grid()?;
+        if self.steps.is_empty() {
+            return self.unmoved(grid.points());
+        }
         let places = self.places(grid.points())?;
         let scheme = &self.problem.scheme;
         let values = self.packed(&places, |kept, x| match x {
@@ -199,6 +203,11 @@ impl<S: State> DenseSolution<S> {
     /// As [`at`](Self::at).
     pub fn slopes_at<T: Times + ?Sized>(&self, times: &T) -> Result<S> {
         let grid = times.to_grid()?;
+        if self.steps.is_empty() {
+            let states = self.unmoved(grid.points())?.leaves();
+            let zeros = states.iter().map(|y| y.zeros_like());
+            return S::from_leaves(zeros.collect::<candle_core::Result<_>>()?);
+        }
         let scheme: &Scheme = &self.problem.scheme;
         let slopes = self.packed(&self.places(grid.points())?, |kept, x| {
             scheme.weighted(1.0, &scheme.tableau.slopes_at(x), &kept.ks)
@@ -207,6 +216,21 @@ impl<S: State> DenseSolution<S> {
         let state = problem.packing.joined();
         let slopes = slopes.reshape([vec![grid.points().len()], state].concat())?;
         S::from_leaves(problem.packing.split(&slopes)?)
+    }
+
+    /// y0 at every time of a solve that has no step: of an empty batch, or of one time.
+    fn unmoved(&self, times: &[f64]) -> Result<S> {
+        let points = self.problem.grid.points();
+        let (from, to) = (points[0], points[points.len() - 1]);
+        let is_outside = |t: &&f64| !(from.min(to)..=from.max(to)).contains(*t);
+        if let Some(&t) = times.iter().find(is_outside) {
+            return Err(Error::Adaptive(AdaptiveDefect::Outside { t, from, to }));
+        }
+        let all = vec![&self.y0; times.len()];
+        let packing = &self.problem.packing;
+        let states =
+            Tensor::stack(&all, 0)?.reshape([vec![times.len()], packing.joined()].concat())?;
+        S::from_leaves(packing.split(&states)?)
     }
 
     /// The step and the fraction of it for each time.

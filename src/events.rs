@@ -31,6 +31,7 @@ pub use hybrid::{Hybrid, HybridSolution, Jump};
 pub use rows::{odeint_row_event, RowEvent, RowEventSolution, RowOccurrences};
 pub(crate) use rows::{row_options, RowSearch};
 use search::Crossing;
+use search::Origin;
 pub(crate) use search::Search;
 
 /// A function g(t, y) → number, tracked by candle in y and in what it captures.
@@ -172,18 +173,20 @@ where
     F: VectorField<S> + Send + Sync + 'static,
     T: Times + ?Sized,
 {
-    solve(Arc::new(field), y0, times, events, None, options)
+    let origin = Origin::default();
+    let (solution, _) = solve(Arc::new(field), y0, times, events, origin, options)?;
+    Ok(solution)
 }
 
-/// The same for a field that others share; `fired` is the event that has led to the start.
+/// The same for a field that others share, with what the events know at the start, and at the end.
 fn solve<S, F, T>(
     field: Arc<F>,
     y0: &S,
     times: &T,
     events: &[Event<S>],
-    fired: Option<usize>,
+    origin: Origin,
     options: &OdeOptions,
-) -> Result<EventSolution<S>>
+) -> Result<(EventSolution<S>, Origin)>
 where
     S: State + 'static,
     F: VectorField<S> + Send + Sync + 'static,
@@ -194,7 +197,7 @@ where
         let field: SharedField = Arc::new(Leaves::<Arc<F>, S>::new(field));
         Ok(field)
     };
-    let mut search = Search::new(events, fired);
+    let mut search = Search::after(events, origin);
     let start = (y0.leaves(), vec![], times.to_grid()?);
     let states: S = in_graph_by(
         start,
@@ -203,7 +206,7 @@ where
         bind,
         |problem, field, y0, keep| run_observed(problem, field, y0, keep, &mut search),
     )?;
-    search.solution(states)
+    Ok((search.solution(states)?, search.origin()))
 }
 
 /// That a solve with these options can have events.

@@ -228,6 +228,10 @@ pub mod metrics {
     pub use crate::stats::{BackwardAttempt, BackwardStats, Recorder, RowStats, Stats};
 }
 
+#[cfg(test)]
+#[path = "../tests/common/threads.rs"]
+mod threads;
+
 /// The README's example, run as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

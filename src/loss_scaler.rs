@@ -1,5 +1,7 @@
 //! A scale of the loss against underflow and overflow, for the layers around a solve.
 
+use std::collections::HashSet;
+
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use candle_nn::Optimizer;
@@ -98,7 +100,9 @@ impl LossScaler {
     /// Those of candle's operations.
     pub fn unscale(&self, grads: &mut GradStore, vars: &[Var]) -> Result<bool> {
         let mut finite = true;
-        for var in vars {
+        // A variable may have several names, and its gradient is one.
+        let mut seen = HashSet::new();
+        for var in vars.iter().filter(|var| seen.insert(var.id())) {
             let Some(grad) = grads.remove(var) else {
                 continue;
             };

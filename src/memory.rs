@@ -138,12 +138,15 @@ fn addresses() -> Option<u64> {
     Some(limit.saturating_sub(mapped().unwrap_or(0)))
 }
 
-/// Addresses that the process has taken, where Linux says so: pages, the first number of the file.
+/// Addresses that the process has taken, where Linux says so, in kB.
 #[cfg(unix)]
 fn mapped() -> Option<u64> {
-    let pages = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = pages.split_whitespace().next()?.parse().ok()?;
-    Some(pages.saturating_mul(4096))
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let size = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmSize:"))?;
+    let size: u64 = size.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(size.saturating_mul(1 << 10))
 }
 
 #[cfg(not(unix))]

@@ -23,11 +23,11 @@ use crate::time::Time;
 ///
 /// | | X | X' | observations that X needs on \[t_i, t_{i+1}\] |
 /// |---|---|---|---|
-/// | [`linear`](Observations::linear) | straight lines | jumps at knots | up to t_{i+1} |
-/// | [`hermite`](Observations::hermite) | cubic, backward differences | continuous | up to t_{i+1} |
+/// | [`linear`](Observations::linear) | straight lines | jumps at knots | up to t_{i+1}, and the next one of a channel that is missing there |
+/// | [`hermite`](Observations::hermite) | cubic, backward differences | continuous | the same |
 /// | [`natural_cubic`](Observations::natural_cubic) | cubic spline | continuously differentiable | all |
 /// | [`rectilinear`](Observations::rectilinear) | one coordinate after the other | jumps at knots | only those up to the present time |
-/// | [`log_signature`](Observations::log_signature) | straight lines over windows, with areas | jumps at knots | up to t_{i+1} |
+/// | [`log_signature`](Observations::log_signature) | straight lines over windows, with areas | jumps at knots | the same, of the window |
 ///
 /// Between knots t_i, X = a_i + b_i s + c_i s² + d_i s³ with s = t − t_i.  Where X' jumps, a stage of a solve takes
 /// the slope of the interval in which its step lies ([`ControlPath::slope`]).  With the slope of the other interval,

@@ -11,7 +11,7 @@ use candle_core::DType;
 
 use crate::adaptive::Adaptive;
 use crate::error::Result;
-use crate::time::{Time, TimeGrid};
+use crate::time::{beside, Time, TimeGrid};
 use fixed::Fixed;
 pub(crate) use recorded::Recorded;
 
@@ -123,18 +123,17 @@ impl Step {
 
     /// The same step where the field jumps at its start or at its end: it is evaluated on the step's own side.
     pub(crate) fn between_jumps(self, [start, end]: [bool; 2]) -> Self {
-        let towards = |t: f64, up: bool| if up { t.next_up() } else { t.next_down() };
         // A step of length zero has a direction, too: a lane that waits behind a jump is evaluated there.
         let forward = self.h.is_sign_positive();
         Self {
             limits: [
                 if start {
-                    towards(self.t, forward)
+                    beside(self.t, forward)
                 } else {
                     self.t
                 },
                 if end {
-                    towards(self.end, !forward)
+                    beside(self.end, !forward)
                 } else {
                     self.end
                 },

@@ -406,7 +406,12 @@ impl Scheme {
         let of_leaf = |(leaf, roles): (usize, &Roles)| {
             let stages = c.iter().zip(ks).filter(|(c, _)| **c != 0.0);
             let terms = stages.filter_map(|(c, k)| Some((h * c, &k.as_ref()?[leaf])));
-            ops::combine(&terms.collect::<Vec<_>>(), 1.0, roles.state())
+            let mut terms: Vec<_> = terms.collect();
+            if terms.is_empty() {
+                // A sum of nothing, such as the slope of an interpolant where it has none.
+                terms.extend(ks.iter().flatten().take(1).map(|k| (0.0, &k[leaf])));
+            }
+            ops::combine(&terms, 1.0, roles.state())
         };
         self.roles.iter().enumerate().map(of_leaf).collect()
     }

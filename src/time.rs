@@ -9,9 +9,21 @@ use candle_core::{DType, Device, Tensor, Var};
 use crate::error::{Error, Result};
 use crate::memory::room_within;
 
+/// How far two times differ by rounding only, as a part of their size.
+const ROUNDING: f64 = 4.0 * f64::EPSILON;
+
 /// Whether two times differ by rounding only.
 pub(crate) fn coincide(a: f64, b: f64) -> bool {
-    (a - b).abs() <= 4.0 * f64::EPSILON * a.abs().max(b.abs())
+    (a - b).abs() <= ROUNDING * a.abs().max(b.abs())
+}
+
+/// A time next to t, after it or before it, which is also after or before every time that differs from t by rounding only.
+pub(crate) fn beside(t: f64, after: bool) -> f64 {
+    let by = 2.0 * ROUNDING * t.abs();
+    match after {
+        true => (t + by).max(t.next_up()),
+        false => (t - by).min(t.next_down()),
+    }
 }
 
 /// The time at which a field is evaluated.

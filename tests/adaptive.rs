@@ -1096,3 +1096,104 @@ fn steps_of_a_batch_do_not_depend_on_the_number_of_threads() {
     assert!(alone.1.len() > 5);
     assert!(solve(7) == alone);
 }
+
+#[test]
+fn a_method_whose_embedded_weights_are_its_own_estimates_nothing() {
+    use candle_diffeq::tableau::EULER;
+    let b = RK4.b().to_vec();
+    for method in [
+        EULER.with_embedded(vec![1.0]).unwrap(),
+        RK4.with_embedded(b).unwrap(),
+    ] {
+        let refused = refused(&method, Adaptive::new(1e-3, 1e-3));
+        assert!(matches!(
+            refused,
+            Error::Adaptive(AdaptiveDefect::NoEstimate { .. })
+        ));
+    }
+}
+
+#[test]
+fn a_tensor_without_elements_has_no_part_in_the_error() {
+    let field = |_: &Time, (y, none): &(Tensor, Tensor)| Ok((y.neg()?, none.clone()));
+    for shape in [vec![4, 0], vec![0]] {
+        let y0 = (
+            scattered(&[4, 2], 1.0, 1),
+            Tensor::zeros(shape, DType::F64, &Device::Cpu).unwrap(),
+        );
+        for dtype in [DType::F32, DType::F64] {
+            let y0 = (y0.0.to_dtype(dtype).unwrap(), y0.1.to_dtype(dtype).unwrap());
+            let options = options(&DOPRI5, Adaptive::new(1e-5, 1e-7));
+            let (ys, _) = odeint(field, &y0, &[0.0, 1.0], &options).unwrap();
+            let exact = (&y0.0 * (-1f64).exp()).unwrap();
+            assert!(relative(&ys.get(1).unwrap(), &exact) < 1e-4);
+        }
+    }
+}
+
+#[test]
+fn an_infinite_state_is_no_solution() {
+    let y0 = Tensor::zeros(2, DType::F32, &Device::Cpu).unwrap();
+    let field = |_: &Time, y: &Tensor| y.ones_like()? * 3e38;
+    let options = options(&DOPRI5, Adaptive::new(1e-3, 1e-3));
+    let solved = odeint(field, &y0, &[0.0, 2.0], &options);
+    assert!(solved.is_err(), "{:?}", solved.map(|y| values(&y)));
+}
+
+#[test]
+fn a_component_that_begins_at_zero_needs_no_absolute_tolerance() {
+    let y0 = Tensor::new(&[1f64, 0.0], &Device::Cpu).unwrap();
+    let turn =
+        |_: &Time, y: &Tensor| Tensor::cat(&[&y.narrow(0, 1, 1)?, &y.narrow(0, 0, 1)?.neg()?], 0);
+    let options = options(&DOPRI5, Adaptive::new(1e-8, 0.0));
+    let ys = odeint(turn, &y0, &[0.0, 1.0], &options).unwrap();
+    let y = values(&ys.get(1).unwrap());
+    let (sin, cos) = 1f64.sin_cos();
+    assert!((y[0] - cos).abs() + (y[1] + sin).abs() < 1e-7, "{y:?}");
+}
+
+#[test]
+fn a_dense_solution_is_differentiable_in_its_times_alone_and_refuses_what_was_not_kept() {
+    let plain = scattered(&[3, 2], 1.0, 1);
+    let decay = |_: &Time, y: &Tensor| y.neg();
+    let options = options(&DOPRI5, Adaptive::new(1e-10, 1e-10));
+    let dense = odeint_dense(decay, &plain, &[0.0, 1.0], &options).unwrap();
+    let times = Var::new(&[0.2f64, 0.9], &Device::Cpu).unwrap();
+    let ys = dense.at(times.as_tensor()).unwrap();
+    let grads = ys.sum_all().unwrap().backward().unwrap();
+    let sums: Vec<f64> = [0, 1]
+        .map(|i| -values(&ys.get(i).unwrap()).iter().sum::<f64>())
+        .to_vec();
+    for (got, exact) in values(grads.get(&times).unwrap()).iter().zip(&sums) {
+        assert!((got - exact).abs() < 1e-7, "{got} {exact}");
+    }
+    let nothing = OdeOptions {
+        checkpoint: Checkpoint::Nothing,
+        ..options
+    };
+    let y0 = Var::from_tensor(&plain).unwrap();
+    let dense = odeint_dense(decay, y0.as_tensor(), &[0.0, 1.0], &nothing).unwrap();
+    let ys = dense.at(&[0.5]).unwrap();
+    let failed = ys.sum_all().unwrap().backward();
+    assert!(failed.is_err());
+}
+
+#[test]
+fn a_dense_solution_without_a_step_is_its_start() {
+    let options = options(&DOPRI5, Adaptive::new(1e-6, 1e-6));
+    let decay = |_: &Time, y: &Tensor| y.neg();
+    let empty = Tensor::zeros((0, 2), DType::F64, &Device::Cpu).unwrap();
+    let dense = odeint_dense(decay, &empty, &[0.0, 1.0], &options).unwrap();
+    assert_eq!(dense.at(&[0.5, 1.0]).unwrap().dims(), [2, 0, 2]);
+    let y0 = Var::from_tensor(&scattered(&[3, 2], 1.0, 1)).unwrap();
+    let dense = odeint_dense(decay, y0.as_tensor(), &[2.0], &options).unwrap();
+    let ys = dense.at(&[2.0]).unwrap();
+    assert_eq!(values(&ys.get(0).unwrap()), values(y0.as_tensor()));
+    let grads = ys.sum_all().unwrap().backward().unwrap();
+    assert_eq!(values(grads.get(&y0).unwrap()), [1.0; 6]);
+    assert_eq!(values(&dense.slopes_at(&[2.0]).unwrap()), [0.0; 6]);
+    assert!(matches!(
+        dense.at(&[2.5]),
+        Err(Error::Adaptive(AdaptiveDefect::Outside { .. }))
+    ));
+}

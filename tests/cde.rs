@@ -2,6 +2,9 @@
 //!
 //! `cargo test --test cde`, seconds.
 
+#[path = "common/threads.rs"]
+mod threads;
+
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
@@ -262,6 +265,26 @@ fn the_pull_back_by_hand_equals_candles_with_respect_to_state_weights_and_observ
             let (ours, theirs) = (by_hand_grads.get(var).unwrap(), grads.get(var).unwrap());
             assert!(distance(ours, theirs) < 1e-12, "{name}: {:?}", var.shape());
         }
+    }
+}
+
+#[test]
+fn a_rectilinear_path_does_not_know_what_comes_later() {
+    let gone = f64::NAN;
+    let series = |last: f64| {
+        let rows = [[[0.0, gone], [1.0, gone], [2.0, last], [3.0, gone]]];
+        let xs = Tensor::new(&rows, &CPU).unwrap();
+        Observations::new(&xs).unwrap().rectilinear(0).unwrap()
+    };
+    let (one, other) = (series(7.0), series(-5.0));
+    // Observation 2 is at knot 4, and the path goes to it from knot 3 on.
+    for knot in [0.0, 1.0, 2.5, 3.0] {
+        let at = |path: &ControlPath| numbers(&path.evaluate(knot).unwrap());
+        assert_eq!(at(&one), at(&other));
+        assert_eq!(at(&one)[1], 0.0);
+    }
+    for knot in [4.0, 6.0] {
+        assert_eq!(numbers(&one.evaluate(knot).unwrap())[1], 7.0);
     }
 }
 
@@ -750,6 +773,18 @@ fn bad_observations_and_uses_of_paths_are_told_apart() {
         PathDefect::TimeMissing { index: 1, .. }
     ));
     assert_eq!(defect(observed().log_signature(0)), PathDefect::Window);
+    // Seconds since 1970 are 128 apart in f32.
+    let seconds = [1.7e9, 1.7e9 + 1.0];
+    let xs = Tensor::zeros((1, 2, 1), DType::F32, &CPU).unwrap();
+    let times = Observations::at(&seconds, &xs).unwrap().with_time();
+    assert_eq!(
+        defect(times),
+        PathDefect::TimesCoincide {
+            start: seconds[0],
+            end: seconds[1],
+            dtype: DType::F32
+        }
+    );
 
     let path = observed().linear().unwrap();
     assert!(matches!(

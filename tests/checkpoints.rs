@@ -1,6 +1,9 @@
 //! Memory plans: every plan sees the same numbers, keeps what it says, and replays no more than it
 //! must.
 
+#[path = "common/threads.rs"]
+mod threads;
+
 use std::sync::mpsc;
 use std::time::Duration;
 

@@ -7,6 +7,7 @@ mod common;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, IndexOp, Shape, Tensor, Var};
+use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::{AdaptiveDefect, NotReplayed, StopReason};
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Mlp};
@@ -1848,6 +1849,36 @@ fn an_attempt_of_any_field_costs_one_look_of_the_host() {
                 let counts = |s: &Stats| (s.steps, s.rejected, s.evaluations);
                 assert_eq!(counts(&forward), counts(&here.2));
             }
+        }
+    }
+}
+
+#[test]
+fn small_cotangents_inside_a_step_do_not_underflow() {
+    let Some(gpu) = gpu() else { return };
+    // All cotangents enter inside the last step, where λ is zero, and are below the numbers of f16 unless they are scaled.
+    let gradient = |device: &Device, precision: Precision| {
+        let y0 = Var::from_tensor(&scattered((4, 3), DType::F32, device)).unwrap();
+        let w = Var::from_tensor(&scattered((3, 3), DType::F32, device)).unwrap();
+        let of = w.as_tensor().clone();
+        let field = move |_: &Time, y: &Tensor| y.matmul(&of.to_dtype(y.dtype())?)?.tanh();
+        let options = OdeOptions {
+            method: DOPRI5,
+            steps: Steps::Adaptive(Adaptive::new(1e-3, 1e-3)),
+            precision: Some(precision),
+            ..Default::default()
+        };
+        let dense = odeint_dense(field, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
+        let loss = (dense.at(&[0.9, 1.0]).unwrap().sum_all().unwrap() * 1e-8).unwrap();
+        let grads = loss.backward().unwrap();
+        [&y0, &w].map(|var| grads.get(var).unwrap().clone())
+    };
+    let exact = gradient(&Device::Cpu, Precision::f32());
+    for device in [Device::Cpu, gpu.clone()] {
+        for (got, exact) in gradient(&device, Precision::f16()).iter().zip(&exact) {
+            // A few roundings of eleven bits.
+            let error = distance(got, exact);
+            assert!(error <= 16.0 * 2f64.powi(-11), "{device:?}: {error:e}");
         }
     }
 }

@@ -9,6 +9,7 @@ use candle_core::{Device, Var};
 use candle_diffeq::distributed::{share, told, Alone, Replicas, Shards};
 use candle_diffeq::error::GroupDefect;
 use candle_diffeq::odeint;
+use candle_diffeq::scaling::LossScaler;
 use candle_nn::{Optimizer, VarMap, SGD};
 
 use crate::group::{cpu, defect, Threads, SCENARIOS};
@@ -19,6 +20,26 @@ fn holds(name: &str) {
     for size in [1, 2, 3, 4] {
         Threads::run(size, scenario);
     }
+}
+
+#[test]
+fn a_variable_with_two_names_is_trained_once() {
+    let vars = VarMap::new();
+    let w = Var::new(&[1f64, 2.0], &Device::Cpu).unwrap();
+    for name in ["a", "b"] {
+        vars.data().lock().unwrap().insert(name.into(), w.clone());
+    }
+    let replicas = Replicas::new(&Alone, &vars).unwrap();
+    assert_eq!(replicas.variables().len(), 1);
+    let mut sgd = SGD::new(replicas.variables(), 0.1).unwrap();
+    let loss = w.sqr().unwrap().sum_all().unwrap();
+    replicas.backward_step(&loss, 1, &mut sgd).unwrap();
+    assert_eq!(w.to_vec1::<f64>().unwrap(), [0.8, 1.6]);
+    let scaler = LossScaler::new(8.0).unwrap();
+    let loss = (w.sum_all().unwrap() * 8.0).unwrap();
+    let mut grads = loss.backward().unwrap();
+    assert!(scaler.unscale(&mut grads, &vars.all_vars()).unwrap());
+    assert_eq!(grads.get(&w).unwrap().to_vec1::<f64>().unwrap(), [1.0, 1.0]);
 }
 
 macro_rules! scenarios {

@@ -11,7 +11,7 @@ use candle_diffeq::error::{AdaptiveDefect, Error, EventDefect};
 use candle_diffeq::events::{odeint_event, Direction, Event, Hybrid, RowEvent};
 use candle_diffeq::fields::FieldCheck;
 use candle_diffeq::metrics::Recorder;
-use candle_diffeq::options::{Adaptive, Checkpoint, Output, Steps};
+use candle_diffeq::options::{Adaptive, Checkpoint, Output, StepControl, Steps};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{odeint, NeuralOde, OdeOptions, Precision, Time};
 use candle_nn::{Init, VarBuilder, VarMap};
@@ -778,4 +778,72 @@ fn events_of_a_model_are_differentiable_in_its_arguments() {
     let grads = t.backward().unwrap();
     let by_c = number(grads.get(&c).unwrap());
     assert!((by_c + 1.0 / (1.6 * 1.6)).abs() <= 64.0 * U_F64);
+}
+
+#[test]
+fn events_at_the_same_time_all_occur_in_a_hybrid_system() {
+    // Two equal balls over one floor, at many heights: (p, v, p, v).
+    let fall = |_: &Time, y: &Tensor| {
+        let down = (y.narrow(0, 1, 1)?.ones_like()? * -9.81)?;
+        Tensor::cat(&[&y.narrow(0, 1, 1)?, &down, &y.narrow(0, 3, 1)?, &down], 0)
+    };
+    let floor = |ball: usize| {
+        Event::new(move |_: &Time, y: &Tensor| y.get(2 * ball)).direction(Direction::Falling)
+    };
+    for i in 1..40 {
+        let height = 0.3 + i as f64 / 17.0;
+        let system = Hybrid::new(fall, vec![floor(0), floor(1)], |event, _, y: &Tensor| {
+            let mut numbers = y.to_vec1::<f64>()?;
+            numbers[2 * event] = 0.0;
+            numbers[2 * event + 1] *= -0.5;
+            Tensor::new(numbers, y.device())
+        });
+        let y0 = Tensor::new(&[height, 0.0, height, 0.0], &Device::Cpu).unwrap();
+        let first = (2.0 * height / 9.81).sqrt();
+        let solved = system
+            .solve(&y0, &[0.0, 1.5 * first], &options(&DOPRI5, 1e-9))
+            .unwrap();
+        let mut balls: Vec<_> = solved.jumps.iter().map(|jump| jump.before.event).collect();
+        balls.sort_unstable();
+        assert_eq!(balls, [0, 1], "{height}");
+        let y = values(&solved.states.get(1).unwrap());
+        assert!(y[0] > 0.0 && (y[0] - y[2]).abs() < 1e-7, "{height}: {y:?}");
+    }
+}
+
+#[test]
+fn an_event_that_reads_the_time_as_a_number_has_no_gradient_and_says_so() {
+    let event =
+        || Event::new(|t: &Time, y: &Tensor| (y.get(0)? - (2.0 * t.value() - 1.0))?.reshape(()));
+    let y0 = variable(&start(0.2));
+    let defect = defect(odeint_event(
+        clock,
+        y0.as_tensor(),
+        &[0.0, 3.0],
+        &[event()],
+        &options(&DOPRI5, 1e-6),
+    ));
+    assert_eq!(defect, EventDefect::TimeValue { event: 0 });
+    // Without gradients there is nothing to miss.
+    let solved = odeint_event(
+        clock,
+        &start(0.2),
+        &[0.0, 3.0],
+        &[event()],
+        &options(&DOPRI5, 1e-6),
+    );
+    assert!((number(&solved.unwrap().events[0].t) - 1.2).abs() < 1e-9);
+}
+
+#[test]
+fn rows_with_steps_of_their_own_are_refused_where_every_step_is_looked_at() {
+    let options = OdeOptions {
+        steps: Steps::Adaptive(Adaptive::new(1e-6, 1e-6).control(StepControl::Rows)),
+        ..options(&DOPRI5, 1e-6)
+    };
+    let solved = odeint_event(clock, &start(0.0), &[0.0, 1.0], &[at(0.5)], &options);
+    assert!(matches!(
+        solved,
+        Err(Error::Adaptive(AdaptiveDefect::NoRows { .. }))
+    ));
 }

@@ -1,5 +1,8 @@
 //! Solves tile by tile are the solves of the general path.
 
+#[path = "common/threads.rs"]
+mod threads;
+
 use candle_core::{DType, Device, IndexOp, Module, Result, Shape, Tensor, Var};
 use candle_diffeq::metrics::{Recorder, Stats};
 use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};

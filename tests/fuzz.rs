@@ -4,6 +4,9 @@
 
 #![allow(dead_code)] // what only the command needs
 
+#[path = "common/threads.rs"]
+mod threads;
+
 #[path = "../examples/fuzz/bad/mod.rs"]
 mod bad;
 #[path = "../examples/fuzz/ball.rs"]

@@ -5,6 +5,7 @@
 
 mod common;
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::fields::{check_field, FieldCheck};
 use candle_diffeq::models::hypersolver::{residuals, Hypersolver};
@@ -349,6 +350,18 @@ fn rows_without_an_observation_flow_on_and_negative_gaps_are_errors() {
     let at = |i: usize| first.narrow(1, i, 1).unwrap().squeeze(1).unwrap();
     let flown = alone.predict(&at(0), &[0.0, 0.7]).unwrap();
     assert!(apart(&at(1), &flown) <= 1e4 * U_F64);
+    // What was not observed has no influence, not even as NaN, and none on gradients.
+    let gone = f64::NAN;
+    let mut numbers = values(&x);
+    numbers[2..4].copy_from_slice(&[gone, gone]);
+    let x = Tensor::from_vec(numbers, (2, 2, 2), &cpu()).unwrap();
+    let missing = model.forward(&x, &gaps, Some(&seen)).unwrap();
+    assert_eq!(values(&missing), values(&hs));
+    let [grads, known] = [missing, hs].map(|hs| hs.sum_all().unwrap().backward().unwrap());
+    for var in vars.all_vars() {
+        let of = |grads: &GradStore| grads.get(&var).map(values);
+        assert_eq!(of(&grads), of(&known));
+    }
     for gap in [-0.1, f64::NAN] {
         let gaps = Tensor::new(&[[0.0, gap], [0.0, 0.7]], &cpu()).unwrap();
         assert!(model.forward(&x, &gaps, None).is_err());
@@ -389,6 +402,17 @@ fn the_loss_of_sporadic_observations_is_that_of_normal_distributions() {
         (got - known).abs() <= 256.0 * U_F64 * known.abs(),
         "{got} {known}"
     );
+    // What was not observed has no influence, whatever stands there.
+    let other = Sporadic {
+        values: {
+            let fill = (seen.values.ones_like().unwrap() * 1e200).unwrap();
+            let is_seen = seen.mask.ne(0.0).unwrap();
+            is_seen.where_cond(&seen.values, &fill).unwrap()
+        },
+        ..seen.clone()
+    };
+    let again = model.forward(&other).unwrap().loss(&other, lambda).unwrap();
+    assert_eq!(values(&again), values(&loss));
     // The second row is not seen again, and its gap is zero: nothing changes.
     let second = |x: &Tensor, i: usize| x.get(1).unwrap().get(i).unwrap();
     assert_eq!(

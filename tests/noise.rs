@@ -31,19 +31,19 @@ fn mean(x: impl Iterator<Item = f64>) -> f64 {
     sum / f64::from(count)
 }
 
-/// Both kinds of noise, 2¹⁷ increments each.
-fn both() -> [(Noise, [Vec<f64>; 2]); 2] {
-    let seeded = Noise::seeded(11);
-    let tree = Noise::from(BrownianTree::new(11, 16).unwrap());
-    [seeded, tree].map(|noise| {
-        let all = drawn(&noise, 64, (512, 4));
+/// Every kind of noise, 2¹⁷ increments at least: a tree whose nodes are the times, and one whose finest interval is little
+/// shorter than a step, which ends anywhere in it.
+fn every_kind() -> [(Noise, [Vec<f64>; 2]); 3] {
+    let tree = |depth| Noise::from(BrownianTree::new(11, depth).unwrap());
+    [(Noise::seeded(11), 64), (tree(16), 64), (tree(7), 100)].map(|(noise, steps)| {
+        let all = drawn(&noise, steps, (512, 4));
         (noise, all)
     })
 }
 
 #[test]
 fn increments_have_the_moments_of_brownian_motion() {
-    for (noise, [w, u]) in both() {
+    for (noise, [w, u]) in every_kind() {
         let n = w.len() as f64;
         // Five standard deviations of each mean of n numbers.
         let near = |what: &str, got: f64, exact: f64, deviation: f64| {
@@ -83,7 +83,7 @@ fn increments_have_the_moments_of_brownian_motion() {
 
 #[test]
 fn increments_of_neighbours_in_step_row_and_channel_are_uncorrelated() {
-    for (noise, [w, _]) in both() {
+    for (noise, [w, _]) in every_kind() {
         for apart in [1, 4, 2048] {
             let products = w.iter().zip(&w[apart..]).map(|(a, b)| a * b);
             let bound = 5.0 / (w.len() as f64).sqrt();
@@ -95,7 +95,7 @@ fn increments_of_neighbours_in_step_row_and_channel_are_uncorrelated() {
 
 #[test]
 fn the_distribution_is_normal_in_its_tails() {
-    for (noise, [w, _]) in both() {
+    for (noise, [w, _]) in every_kind() {
         for (beyond, share) in [
             (1.0, 0.317_310_5),
             (2.0, 0.045_500_26),

@@ -3,6 +3,9 @@
 //!
 //! `cargo test --test oracles`, seconds.
 
+#[path = "common/threads.rs"]
+mod threads;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;

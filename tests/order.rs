@@ -1,5 +1,8 @@
 //! Every method converges with its order, on a problem whose field depends on time.
 
+#[path = "common/threads.rs"]
+mod threads;
+
 use candle_core::{Device, Tensor, D};
 use candle_diffeq::options::{Output, Steps};
 use candle_diffeq::tableau::{

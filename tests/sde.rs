@@ -590,6 +590,9 @@ fn what_does_not_fit_together_is_refused_before_the_first_step() {
         assert!(matches!(found, SdeDefect::LevyAreas { .. }));
         assert!(found.to_string().contains("Lévy areas"));
     }
+    let sde = ito(f, general).general(3).additive().milstein_term(g);
+    let found = refused(predict(&sde, &y0, &times, &noise, &with(MILSTEIN_ITO)));
+    assert!(matches!(found, SdeDefect::LevyAreas { .. }));
     let found = refused(predict(&ito(f, g), &y0, &times, &noise, &with(SRA1)));
     assert!(matches!(found, SdeDefect::NeedsAdditive { .. }));
     let found = refused(predict(

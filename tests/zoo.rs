@@ -710,6 +710,8 @@ fn augmentation_adds_zeros_or_features_on_any_side_and_dimension() {
     assert_eq!(values(&after.narrow(1, 6, 2).unwrap()), values(&more));
     assert_eq!(values(&after.narrow(1, 0, 6).unwrap()), values(&flat));
     assert_eq!(values(&before.narrow(1, 0, 2).unwrap()), values(&more));
+    let any = candle_nn::func(|x: &Tensor| x.sqr());
+    assert_eq!(shape(Augmenter::learned(any).forward(&flat)), [4, 12]);
     let grads = after.sum_all().unwrap().backward().unwrap();
     assert_eq!(
         all(&vars)

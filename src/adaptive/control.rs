@@ -22,6 +22,8 @@ pub(crate) struct Target {
 pub(crate) struct Control {
     pub(crate) options: Adaptive,
     pub(crate) start: f64,
+    /// Whether the field jumps there.
+    pub(crate) starts_at_jump: bool,
     /// 1, or −1 where time decreases.
     pub(crate) direction: f64,
     /// In the order in which they are met; the last is the end.
@@ -62,10 +64,16 @@ impl Control {
         };
         let difference = method.b().iter().zip(embedded).map(|(b, e)| b - e);
         let mut estimate: Vec<f64> = difference.collect();
+        if estimate.iter().all(|weight| *weight == 0.0) {
+            let method = method.name().to_owned();
+            return Err(Error::Adaptive(AdaptiveDefect::NoEstimate { method }));
+        }
         estimate.resize(method.dense().stages(), 0.0);
         let points = grid.points();
         let (start, end) = (points[0], points[points.len() - 1]);
+        let mut all_jumps = options.jump_t.iter().chain(jumps);
         Ok(Self {
+            starts_at_jump: all_jumps.any(|&t| coincide(t, start)),
             direction: if end < start { -1.0 } else { 1.0 },
             targets: targets(options, method, points, jumps)?,
             options: options.clone(),
@@ -158,7 +166,9 @@ impl Control {
     /// The length of the first attempt but for limits, from ‖y0‖, ‖f0‖ in the norm of the tolerance; the first part,
     /// which says where to evaluate once more.
     pub(crate) fn probe(d0: f64, d1: f64) -> f64 {
-        match d0 < 1e-5 || d1 < 1e-5 {
+        // A tolerance of zero, such as a relative one of a component that is zero, makes the norm infinite.
+        let says_nothing = !d0.is_finite() || !d1.is_finite();
+        match d0 < 1e-5 || d1 < 1e-5 || says_nothing {
             true => 1e-6,
             false => 0.01 * d0 / d1,
         }
@@ -184,7 +194,10 @@ fn targets(
 ) -> Result<Vec<Target>> {
     let (start, end) = (points[0], points[points.len() - 1]);
     let forward = end >= start;
-    let is_inside = |t: f64| (t > start) == forward && (t < end) == forward;
+    let is_inside = |t: f64| match forward {
+        true => start < t && t < end,
+        false => end < t && t < start,
+    };
     let mut all = vec![];
     for (times, jumps) in [(&options.step_t, false), (&options.jump_t, true)] {
         for &t in times {
@@ -240,6 +253,10 @@ fn targets(
                 jumps: false,
             });
         }
+    }
+    let mut all_jumps = options.jump_t.iter().chain(jumps);
+    if let Some(target) = all.iter_mut().find(|target| target.t == end) {
+        target.jumps |= all_jumps.any(|&t| coincide(t, end));
     }
     all.sort_by(later);
     Ok(all)

@@ -121,6 +121,7 @@ impl OfLeaf {
     pub(crate) fn is_zero(&self) -> Result<bool> {
         Ok(match self {
             Self::Number(value) => *value == 0.0,
+            Self::Elements(x) if x.elem_count() == 0 => false,
             Self::Elements(x) => {
                 x.flatten_all()?
                     .max(0)?

@@ -219,6 +219,9 @@ impl Sweep<'_> {
             self.scheme.pace(back.step.h),
             self.scheme.clock(),
         );
+        if self.scaler.is_dynamic() {
+            state.raise(back.dense.seeds(), &self.can_overflow())?;
+        }
         if self.scaler.is_on() {
             state.aim()?;
         }

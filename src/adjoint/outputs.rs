@@ -127,15 +127,17 @@ impl Dense {
         }
     }
 
+    /// What enters the v_i from here, each tensor with its leaf.
+    pub(super) fn seeds(&self) -> impl Iterator<Item = (usize, &Tensor)> + Clone {
+        let all = self.stages.iter().chain(&self.handed);
+        all.flat_map(|leaves| leaves.iter().enumerate())
+    }
+
     /// The largest number that enters v_i from here, over some leaves.
     pub(super) fn magnitude(&self, looked_at: impl Fn(usize) -> bool) -> Result<f64> {
         let mut largest = 0.0f64;
-        for leaves in self.stages.iter().chain(&self.handed) {
-            for (leaf, y) in leaves.iter().enumerate() {
-                if looked_at(leaf) {
-                    largest = largest.max(ops::magnitude(y)?);
-                }
-            }
+        for (_, y) in self.seeds().filter(|(leaf, _)| looked_at(*leaf)) {
+            largest = largest.max(ops::magnitude(y)?);
         }
         Ok(largest)
     }

@@ -376,6 +376,10 @@ impl Group for MpiGroup {
     }
 
     fn give_up(&self, reason: &str) {
+        // A group of one process goes on.
+        if self.size == 1 {
+            return;
+        }
         let (rank, reason) = (self.rank, reason.to_owned());
         self.end(GroupDefect::Left { rank, reason });
     }

@@ -1,6 +1,6 @@
 //! The variables of one model on all ranks.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::OpenOptions;
 use std::path::Path;
 
@@ -49,6 +49,12 @@ struct Agreement {
     present: Vec<usize>,
 }
 
+/// Those of these variables that are not another one under a second name: a gradient is there once.
+fn first_of_each(variables: &[Var], of: impl Iterator<Item = usize>) -> Vec<usize> {
+    let mut seen = HashSet::new();
+    of.filter(|i| seen.insert(variables[*i].id())).collect()
+}
+
 impl<'g> Replicas<'g> {
     /// The variables of a map, in the order of their names, with the values that rank 0 has.
     ///
@@ -62,11 +68,11 @@ impl<'g> Replicas<'g> {
         let mut named: Vec<_> = data.iter().map(|(n, v)| (n.clone(), v.clone())).collect();
         drop(data);
         named.sort_by(|a, b| a.0.cmp(&b.0));
-        let (names, variables): (_, Vec<_>) = named.into_iter().unzip();
+        let (names, variables): (Vec<_>, Vec<_>) = named.into_iter().unzip();
         let replicas = Self {
             group,
+            trained: first_of_each(&variables, 0..names.len()),
             names,
-            trained: (0..variables.len()).collect(),
             variables,
             wire: Wire::default(),
             bucket: BUCKET,
@@ -93,7 +99,8 @@ impl<'g> Replicas<'g> {
     /// averages, norms and overflows, and [`variables`](Self::variables) leaves them out.  Default: all are trained.
     pub fn freeze(mut self, frozen: impl Fn(&str) -> bool) -> Self {
         let all = 0..self.names.len();
-        self.trained = all.filter(|i| !frozen(&self.names[*i])).collect();
+        let trained = all.filter(|i| !frozen(&self.names[*i]));
+        self.trained = first_of_each(&self.variables, trained);
         self
     }
 

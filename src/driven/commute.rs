@@ -14,6 +14,9 @@ impl Driven {
     /// Refuses diagonal noise whose diffusion of one component changes with another component that has noise.  `start` are
     /// the evaluations at y; returns how many more were made.
     ///
+    /// A component has noise if its diffusion is not zero at y, or where all components are moved: at y it may be zero by
+    /// chance, such as that of a state that begins at zero.
+    ///
     /// With d components, log₂ d pairs of states are enough: the bits of an index say in which of them the component is
     /// moved, and the indices of two components differ in a bit.
     pub(crate) fn check_commuting(
@@ -32,19 +35,25 @@ impl Driven {
         };
         let widths: Vec<usize> = values.iter().map(width).collect();
         let components: usize = widths.iter().sum();
-        let mut evaluations = 0;
+        let by = |y: &Tensor| (y.abs()? + 1.0)? * 0.25;
+        let elsewhere = y.iter().map(|y| y + by(y)?);
+        let elsewhere = elsewhere.collect::<candle_core::Result<Vec<_>>>()?;
+        let there = self.start(field, step, &elsewhere)?;
+        let mut evaluations = there.len();
+        let noisy = values.iter().zip(diffusion(&there).unwrap_or_default());
+        let noisy = noisy.map(|(here, there)| (here.ne(0.0)? + there.ne(0.0)?)?.ne(0u8));
+        let noisy = noisy.collect::<candle_core::Result<Vec<_>>>()?;
         for bit in 0..components.next_power_of_two().trailing_zeros() {
             for side in [0, 1] {
                 let is_moved = |index: usize| (index >> bit) & 1 == side;
                 let mut moved = y.to_vec();
                 let mut others = vec![];
                 let mut first = 0;
-                for ((y, g), width) in moved.iter_mut().zip(values).zip(&widths) {
+                for ((y, noisy), width) in moved.iter_mut().zip(&noisy).zip(&widths) {
                     let mask = mask(y, first..first + width, is_moved)?;
-                    let has_noise = g.ne(0.0)?.to_dtype(y.dtype())?;
-                    let by = ((y.abs()? + 1.0)? * 0.25)?;
+                    let noisy = noisy.to_dtype(y.dtype())?;
                     others.push((1.0 - &mask)?);
-                    *y = (&*y + (by * has_noise.broadcast_mul(&mask)?)?)?;
+                    *y = (&*y + (by(y)? * noisy.broadcast_mul(&mask)?)?)?;
                     first += width;
                 }
                 let again = self.start(field, step, &moved)?;

@@ -184,6 +184,12 @@ impl SdeMethod {
             {
                 SdeDefect::LevyAreas { method: name }
             }
+            // The term is that of diagonal noise; additive noise has none, and other methods for it.
+            _ if self.evaluates(Part::MilsteinTerm)
+                && matches!(equation.noise, NoiseType::General { .. }) =>
+            {
+                SdeDefect::LevyAreas { method: name }
+            }
             _ if self.evaluates(Part::MilsteinTerm) && !equation.milstein_term => {
                 SdeDefect::NoMilsteinTerm { method: name }
             }

@@ -55,6 +55,12 @@ pub enum EventDefect {
         /// The derivative of the event function along the trajectory.
         derivative: f64,
     },
+    /// An event function reads the time as a number, which has no gradient.
+    #[error("event function {event} reads Time::value, so the derivative of the event's time is not known: read Time::tensor")]
+    TimeValue {
+        /// Which of the events.
+        event: usize,
+    },
     /// There are more events than permitted: perhaps infinitely many in a finite time.
     #[error("{count} events until t = {t:?}: are there infinitely many (Zeno)? Hybrid::max_events sets the limit")]
     TooMany {

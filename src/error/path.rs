@@ -40,6 +40,16 @@ pub enum PathDefect {
         /// The last.
         end: f64,
     },
+    /// Times of observation are equal in the dtype of the observations, in which they were to be a channel.
+    #[error("the times {start} and {end} are equal in {dtype:?}: let times begin at 0, or use another unit or f64")]
+    TimesCoincide {
+        /// The first.
+        start: f64,
+        /// The second.
+        end: f64,
+        /// Of the observations.
+        dtype: DType,
+    },
     /// An observation is infinite; a missing one is NaN.
     #[error(
         "observation {index} of channel {channel} in row {row} is {value}; a missing one is NaN"

@@ -17,7 +17,7 @@ pub enum SdeDefect {
         given: &'static str,
     },
     /// General noise above strong order ½.
-    #[error("{method} on general noise: unless the noise is diagonal, scalar or additive, a strong order above ½ needs the Lévy areas ∫∫ dW_i dW_j of each step, which increments do not determine; take EULER_MARUYAMA, EULER_HEUN, HEUN, MIDPOINT or REVERSIBLE_HEUN")]
+    #[error("{method} on general noise: unless the noise is diagonal, scalar or additive (for a method with a Milstein term: diagonal or scalar), a strong order above ½ needs the Lévy areas ∫∫ dW_i dW_j of each step, which increments do not determine; take EULER_MARUYAMA, EULER_HEUN, HEUN, MIDPOINT or REVERSIBLE_HEUN")]
     LevyAreas {
         /// The method.
         method: &'static str,

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::search::Origin;
 use super::{solve, Event, Occurrence};
+use crate::crossing::is_met;
 use crate::error::{Error, EventDefect, Result};
 use crate::field::VectorField;
 use crate::problem::OdeOptions;
@@ -91,12 +93,12 @@ where
             .first()
             .map_or(Device::Cpu, |y| y.device().clone());
         let all = match grid.tensor() {
-            Some(times) => times.to_dtype(DType::F64)?,
+            Some(times) => times.to_dtype(DType::F64)?.to_device(&device)?,
             None => Tensor::new(points, &device)?,
         };
         let mut parts: Vec<Vec<Tensor>> = vec![];
         let (mut jumps, mut done) = (vec![], 0);
-        let (mut y, mut start, mut fired) = (y0.clone(), None, None);
+        let (mut y, mut start, mut origin) = (y0.clone(), None, Origin::default());
         loop {
             let rest = all.narrow(0, done, points.len() - done)?;
             let times = match &start {
@@ -104,14 +106,15 @@ where
                 Some(t) => Tensor::cat(&[t, &rest], 0)?,
                 None => rest,
             };
-            let solved = solve(
+            let (solved, next) = solve(
                 Arc::clone(&self.field),
                 &y,
                 &times,
                 &self.events,
-                fired,
+                origin,
                 options,
             )?;
+            origin = next;
             let own = usize::from(start.is_some());
             let kept = solved.outputs - own;
             if kept > 0 {
@@ -138,7 +141,6 @@ where
                 done += 1;
             }
             y = (self.jump)(before.event, &before.t, &before.y)?;
-            fired = Some(before.event);
             start = Some(before.t.reshape(1)?);
             jumps.push(Jump {
                 before,
@@ -158,11 +160,6 @@ where
             jumps,
         })
     }
-}
-
-/// Whether a time is that of a jump at t: it may be four ulps off, as roots are found, and a few more by rounding.
-fn is_met(time: f64, t: f64) -> bool {
-    (time - t).abs() <= 8.0 * f64::EPSILON * t.abs()
 }
 
 impl<S, F> std::fmt::Debug for Hybrid<S, F> {

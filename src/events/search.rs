@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor, Var};
 
 use super::Event;
-use crate::crossing::{crossings, in_order, is_steep, sign, Place};
+use crate::crossing::{crossings, in_order, is_met, is_steep, sign, Place};
 use crate::error::{Error, EventDefect, Result};
 use crate::integrate::observe::{InStep, Observer, Wanted};
 use crate::state::State;
@@ -21,28 +21,54 @@ pub(super) struct Crossing {
     pub(super) row: usize,
 }
 
+/// What the events of a solve know of the solve before it, which an event ended.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Origin {
+    /// The event that ended it, whose sign at the start is rounding.
+    pub(super) fired: Option<usize>,
+    /// Events that occurred at the same time and were not reached: their number, and the sign that they had before.
+    pub(super) together: Vec<(usize, f64)>,
+}
+
 /// The search for all crossings of a solve.
 pub(crate) struct Search<'a, S> {
     pub(super) events: &'a [Event<S>],
-    /// The event that has led to the start, whose sign there is rounding.
-    fired: Option<usize>,
+    /// What led to the start.
+    origin: Origin,
     /// The sign of each event function where the solve is, once it has one.
     signs: Vec<Option<f64>>,
     begun: bool,
     pub(super) found: Vec<Crossing>,
     /// The signs before the last step, and what had been found.
     before: (Vec<Option<f64>>, usize),
+    /// As [`Origin::together`], of this solve.
+    together: Vec<(usize, f64)>,
 }
 
 impl<'a, S: State> Search<'a, S> {
-    pub(crate) fn new(events: &'a [Event<S>], fired: Option<usize>) -> Self {
+    pub(crate) fn new(events: &'a [Event<S>]) -> Self {
+        Self::after(events, Origin::default())
+    }
+
+    /// Of a solve that begins where an event has ended another one.
+    pub(super) fn after(events: &'a [Event<S>], origin: Origin) -> Self {
         Self {
             events,
-            fired,
+            origin,
+            together: vec![],
             signs: vec![None; events.len()],
             begun: false,
             found: vec![],
             before: Default::default(),
+        }
+    }
+
+    /// What a solve from the end of this one has to know, if an event has ended it.
+    pub(super) fn origin(&self) -> Origin {
+        let last = self.found.last().map(|found| found.event);
+        Origin {
+            fired: last.filter(|event| self.events[*event].terminal),
+            together: self.together.clone(),
         }
     }
 
@@ -83,10 +109,12 @@ impl<S: State> Observer for Search<'_, S> {
         if !self.begun {
             self.begun = true;
             for event in 0..self.events.len() {
-                if self.fired != Some(event) {
-                    let g = self.value(event, inside, 0.0)?;
-                    self.signs[event] = sign(g);
-                }
+                let together = self.origin.together.iter().find(|(e, _)| *e == event);
+                self.signs[event] = match together {
+                    _ if self.origin.fired == Some(event) => None,
+                    Some((_, before)) => Some(*before),
+                    None => sign(self.value(event, inside, 0.0)?),
+                };
             }
         }
         self.before = (self.signs.clone(), self.found.len());
@@ -99,9 +127,18 @@ impl<S: State> Observer for Search<'_, S> {
             self.signs[event] = after;
             found.extend(places.into_iter().map(|place| (place, event)));
         }
-        in_order(&mut found, |event| self.events[event].terminal);
+        let all = found.clone();
+        let ends = in_order(&mut found, |event| self.events[event].terminal);
+        self.together.clear();
+        if let (true, Some((end, fired))) = (ends, found.last()) {
+            let end = inside.time(end.x);
+            let left = all.iter().filter(|crossing| !found.contains(crossing));
+            let left =
+                left.filter(|(place, event)| event != fired && is_met(inside.time(place.x), end));
+            self.together = left.map(|(place, event)| (*event, place.before)).collect();
+        }
         let mut wanted = Wanted::default();
-        for (Place { x, speed }, event) in found {
+        for (Place { x, speed, .. }, event) in found {
             // States at one time: those of events come first.
             let before = others.iter().filter(|&&other| other < x).count();
             self.found.push(Crossing {
@@ -128,6 +165,10 @@ pub(super) fn derivative<S: State>(
     let time = Time::differentiable(found.t, p[0].dtype(), p[0].device());
     let y = leaves.iter().map(|y| y.as_tensor().clone()).collect();
     let g = (event.function)(&time, &S::from_leaves(y)?)?.sum_all()?;
+    if time.was_read() {
+        let event = found.event;
+        return Err(Error::Event(EventDefect::TimeValue { event }));
+    }
     let mut sum = 0.0;
     if g.track_op() {
         let grads = g.backward()?;

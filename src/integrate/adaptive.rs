@@ -92,12 +92,15 @@ impl<'a> AdaptivePass<'a> {
             pace: Pace::new(control, 0.0),
             k: vec![],
             floor: None,
-            jumps: false,
+            jumps: control.starts_at_jump,
             evaluations: 0,
             ends_at: None,
             refines: false,
             y,
         };
+        if pass.jumps {
+            pass.kept.record.break_here();
+        }
         let h = match control.options.first_step {
             Some(h) => {
                 pass.start_anew(h)?;
@@ -228,6 +231,10 @@ impl<'a> AdaptivePass<'a> {
         let is_done = self.pace.is_done(control);
         self.kept.trajectory.offer(step.index, &self.y)?;
         self.kept.record.push(step.t, step.h, step.end)?;
+        self.jumps = !is_cut && control.jumps_at(attempt);
+        if self.jumps {
+            self.kept.record.break_here();
+        }
         for (x, given) in &taken.inside {
             self.kept.record.save(*x, self.kept.outputs.len(), *given)?;
             let y = problem
@@ -245,12 +252,10 @@ impl<'a> AdaptivePass<'a> {
         let Tried { y, mut ks, .. } = taken.tried;
         self.y = y;
         self.kept.returns_node(step.end, &self.y)?;
-        self.jumps = !is_cut && control.jumps_at(attempt);
         if is_done || self.ends_at.is_some() {
             return Ok(());
         }
         if self.jumps {
-            self.kept.record.break_here();
             return self.start_anew(attempt.h.abs());
         }
         self.k = ks.pop().flatten().unwrap_or_default();

@@ -45,9 +45,12 @@ pub(super) fn pass(
         y,
         start: vec![],
         floor: None,
-        jumps: false,
+        jumps: control.starts_at_jump,
         evaluations: 0,
     };
+    if pass.jumps {
+        pass.kept.record.break_here();
+    }
     let run = pass.run(keep);
     stats.evaluations += pass.evaluations;
     pass.kept.count(&pass.pace, stats);
@@ -161,7 +164,7 @@ impl DrivenPass<'_> {
         self.kept.returns_node(step.end, &self.y)?;
         self.start.clear();
         self.jumps = self.control.jumps_at(attempt);
-        if self.jumps && !self.pace.is_done(self.control) {
+        if self.jumps {
             self.kept.record.break_here();
         }
         Ok(())

@@ -82,7 +82,8 @@ impl<C: Cell> OdeRnn<C> {
     /// [`Order::CellFirst`] h after the gap that follows it.
     ///
     /// x: `(rows, times, features)`; gaps: `(rows, times)`, none of them negative; `seen`: `(rows, times)`, 1 where there is
-    /// an observation and 0 where there is none (the state of that row then stays as it is), or all of them.
+    /// an observation and 0 where there is none, or all of them.  Where there is none, the state of that row stays as it is,
+    /// and x may be anything, also NaN.
     /// Observations begin from h = 0.
     ///
     /// # Errors
@@ -98,6 +99,10 @@ impl<C: Cell> OdeRnn<C> {
             }
         }
         let gaps = Gaps::new(gaps)?;
+        let x = match seen {
+            Some(seen) => &where_seen(x, &seen.unsqueeze(2)?)?,
+            None => x,
+        };
         let mut hidden = self.cell.start(rows, x.dtype(), x.device())?;
         let mut all = Vec::with_capacity(times);
         for i in 0..times {
@@ -117,6 +122,12 @@ impl<C: Cell> OdeRnn<C> {
         }
         Tensor::stack(&all, 1)
     }
+}
+
+/// x where `seen`, of its shape or with ones in it, is not 0, and 0 elsewhere, whatever x is there.
+fn where_seen(x: &Tensor, seen: &Tensor) -> Result<Tensor> {
+    let seen = seen.ne(0.0)?.broadcast_as(x.shape())?;
+    seen.where_cond(x, &x.zeros_like()?)
 }
 
 /// Gaps of time of every row.

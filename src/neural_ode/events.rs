@@ -81,7 +81,7 @@ impl<S: State + 'static, A: State + 'static> Given<'_, S, A> {
     ) -> Result<EventSolution<S>> {
         let options = &self.ode.options;
         check_options(options)?;
-        let mut search = Search::new(events, None);
+        let mut search = Search::new(events);
         let pass = Pass {
             options,
             advance: &mut |problem, field, y0, keep| {

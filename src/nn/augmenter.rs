@@ -2,8 +2,6 @@
 
 use candle_core::{Module, Result, Tensor};
 
-use super::Linear;
-
 /// Adds features to what a neural ODE starts from, before the solve: x ↦ [x, 0] or [x, g(x)].
 ///
 /// A flow cannot change the topology of its space.  With more dimensions this is not necessary ("Augmented Neural
@@ -96,7 +94,7 @@ impl Module for Augmenter<Zeros> {
     }
 }
 
-impl Module for Augmenter<Linear> {
+impl<G: Module> Module for Augmenter<G> {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.join(x, &self.more.forward(x)?)
     }

@@ -9,6 +9,12 @@
 //! and its right half W₂ = W − W₁, H₂ = ¼H − ⅛√h z₁ − ½√(h/12) z₂ (J. Foster, T. Lyons, H. Oberhauser, "An optimal polynomial
 //! approximation of Brownian motion", SIAM J. Numer. Anal. 58 (2020)).  So a step may be of any length, and be tried again
 //! with another; nothing is kept, and a query costs as many halvings as the tree is deep.
+//!
+//! At a part r of an interval of length h, with x = r(1 − r), the path and its integral I from the start of the interval are
+//!
+//! W(r) = rW + 6xH + √h a z₁,  I(r) = h (½r²W + (3 − 2r)r²H + √h (b z₁ + c z₂)),
+//!
+//! with a² = x(1 − 3x), ab = x²(½ − r) and b² + c² = x³/3, their covariances given W and H; r = ½ is the halving.
 
 use super::draw::{Place, Purpose};
 use super::Drawn;
@@ -16,8 +22,8 @@ use crate::error::{Error, Result, SdeDefect};
 
 /// A Brownian path over the interval of a solve, which does not depend on the steps; see [`Noise`](super::Noise).
 ///
-/// The interval is halved `depth` times at most.  Below that the path is continued by its expectation, a parabola, so a
-/// step must not be shorter than the interval divided by 2^depth.
+/// The interval is halved `depth` times at most.  One point inside a finest interval has the law that it has in Brownian
+/// motion, but two points have not, so a step must not be shorter than the interval divided by 2^depth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BrownianTree {
     pub(super) seed: u64,
@@ -43,13 +49,27 @@ struct Walk {
 }
 
 impl Walk {
-    /// Moves on by a part r of the interval, where it is a parabola.
-    fn advance(&mut self, r: f64) {
+    /// Moves on by a part 0 < r < 1 of the interval.
+    fn advance(&mut self, r: f64, [z1, z2]: &[Vec<f64>; 2]) {
+        let (x, root) = (r * (1.0 - r), self.length.sqrt());
+        let a = (x * (1.0 - 3.0 * x)).sqrt();
+        let b = x * x * (0.5 - r) / a;
+        let c = (x * x * x / (12.0 * (1.0 - 3.0 * x))).sqrt();
         for i in 0..self.w.len() {
             let (w, h) = (self.w[i], self.h[i]);
             let area = 0.5 * r * r * w + (3.0 - 2.0 * r) * r * r * h;
-            self.integral[i] += self.length * (r * self.value[i] + area);
-            self.value[i] += r * w + 6.0 * r * (1.0 - r) * h;
+            let turn = root * (b * z1[i] + c * z2[i]);
+            self.integral[i] += self.length * (r * self.value[i] + area + turn);
+            self.value[i] += r * w + 6.0 * x * h + root * a * z1[i];
+        }
+    }
+
+    /// Moves on to the end of the interval.
+    fn end(&mut self) {
+        for i in 0..self.w.len() {
+            let (w, h) = (self.w[i], self.h[i]);
+            self.integral[i] += self.length * (self.value[i] + 0.5 * w + h);
+            self.value[i] += w;
         }
     }
 
@@ -120,7 +140,7 @@ impl BrownianTree {
             length,
         };
         if node >= scale {
-            walk.advance(1.0);
+            walk.end();
             return Ok(walk);
         }
         let node = node as u64;
@@ -133,7 +153,9 @@ impl BrownianTree {
             let here = 1 << level | node >> below;
             walk.halve(&drawn(Purpose::Node, here)?, node >> (below - 1) & 1 == 1);
         }
-        walk.advance(rest);
+        if rest > 0.0 {
+            walk.advance(rest, &drawn(Purpose::Node, 1 << self.depth | node)?);
+        }
         Ok(walk)
     }
 

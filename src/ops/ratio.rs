@@ -25,9 +25,12 @@ pub(crate) fn rows_of(x: &Tensor) -> (usize, usize) {
     (rows, x.elem_count() / rows.max(1))
 }
 
-/// RMS(max(|x|, least)) of every row, in f64, on the device of x.
+/// RMS(max(|x|, least)) of every row, in f64, on the device of x; zero of a row without features.
 pub(crate) fn row_rms(x: &Tensor, least: f64) -> Result<Tensor> {
     let (rows, features) = rows_of(x);
+    if features == 0 {
+        return Ok(Tensor::zeros(rows, DType::F64, x.device())?);
+    }
     if x.device().is_cpu() {
         let rms = match x.dtype() {
             DType::F64 => row_rms_of::<f64>(x, features, least)?,
@@ -108,21 +111,16 @@ fn squares<T: Number>(estimated: &Estimated<'_>) -> Result<Vec<[f64; 2]>> {
                     let mut sums = [0.0; 2];
                     for i in at..at + features {
                         let (a, b) = (y0[i].wide().abs(), y1[i].wide().abs());
-                        // NaN in y1 stays in the sum.
                         let tolerance = atol.get(i) + rtol.get(i) * if a > b { a } else { b };
                         let error = error[i].wide();
-                        let with_floor = error / (tolerance + floor[row]);
-                        let plain = error / tolerance;
-                        sums[0] += if error == 0.0 && b.is_finite() {
-                            0.0
-                        } else {
-                            with_floor * with_floor
-                        };
-                        sums[1] += if error == 0.0 && b.is_finite() {
-                            0.0
-                        } else {
-                            plain * plain
-                        };
+                        if !b.is_finite() {
+                            sums = [f64::INFINITY; 2];
+                        } else if error != 0.0 {
+                            let with_floor = error / (tolerance + floor[row]);
+                            let plain = error / tolerance;
+                            sums[0] += with_floor * with_floor;
+                            sums[1] += plain * plain;
+                        }
                     }
                     sums
                 };

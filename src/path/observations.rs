@@ -14,10 +14,11 @@ use crate::time::Times;
 /// A value that is NaN was not observed.  Times are common to all series: the solution of a CDE does not depend on
 /// how fast its path is run through, so a series with times of its own has them as a channel (as
 /// [`with_time`](Self::with_time) adds the common ones), at knots 0, 1, ….  Shorter series are filled up with any
-/// numbers, and their [`lengths`](Self::lengths) are given: after its end a path is constant, and so is the solution.
+/// numbers, and their [`lengths`](Self::lengths) are given: after its end a path is constant, and so is the solution.  (A path
+/// of log-signatures is constant from the end of the window in which the series ends.)
 ///
 /// Paths have the dtype of the observations, f32 at least, and their gradients reach the observations if candle tracks
-/// these.  The polynomials are computed in f64.
+/// these.  The polynomials are computed in f64; log-signatures are computed in the dtype of the path.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -133,10 +134,16 @@ impl Observations {
     /// solution does not depend on the speed at which a series is observed.
     ///
     /// # Errors
-    /// candle's.
+    /// [`PathDefect::TimesCoincide`] if neighbouring times are equal in the dtype of the observations.
     pub fn with_time(self) -> Result<Self> {
         let (rows, length, _) = self.xs.dims3()?;
-        let times = Tensor::new(&*self.times, self.xs.device())?.to_dtype(self.xs.dtype())?;
+        let dtype = self.xs.dtype();
+        let times = Tensor::new(&*self.times, self.xs.device())?.to_dtype(dtype)?;
+        let rounded = times.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        if let Some(i) = rounded.windows(2).position(|pair| pair[0] == pair[1]) {
+            let (start, end) = (self.times[i], self.times[i + 1]);
+            return Err(PathDefect::TimesCoincide { start, end, dtype }.into());
+        }
         let times = times.reshape((1, length, 1))?.expand((rows, length, 1))?;
         Ok(Self {
             xs: Tensor::cat(&[&times, &self.xs], 2)?,
@@ -191,7 +198,7 @@ impl Observations {
     /// Each observation is held until the time of the next observation.  Then the path changes while time is
     /// constant: in one interval, the path goes through (t_i, x_i), (t_{i+1}, x_i) and (t_{i+1}, x_{i+1}) by straight
     /// lines.  So the path up to a time depends on observations up to this time only.  A missing value is the last
-    /// that was seen.
+    /// that was seen, and zero before the first one.
     ///
     /// `time` is the channel of time.  The knots of the path are 0, 1, 2, …, 2(length − 1), whatever the times of
     /// observation; observation i is at knot 2i.

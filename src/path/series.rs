@@ -41,7 +41,8 @@ pub(super) enum Through {
     Filled,
     /// What was observed, and both ends.
     Observed,
-    /// Every value is held until the next observation, at knots twice as many: a missing one is the last that was seen.
+    /// Every value is held until the next observation, at knots twice as many: a missing one is the last that was seen, and
+    /// zero before the first.
     Held,
     /// The same for time itself, which moves on before the other channels do.
     Ahead,
@@ -92,7 +93,13 @@ impl Through {
                 let inner = seen.iter().map(|&i| Point::at(i, i));
                 start.into_iter().chain(inner).chain(end).collect()
             }
-            Self::Held => (0..=last).map(|k| Point::at(k, held(k / 2))).collect(),
+            Self::Held => {
+                let past = |k: usize| match k / 2 < first_seen {
+                    true => Point::zero(k),
+                    false => Point::at(k, held(k / 2)),
+                };
+                (0..=last).map(past).collect()
+            }
             Self::Ahead => (0..=last)
                 .map(|k| Point::at(k, held(k.div_ceil(2))))
                 .collect(),

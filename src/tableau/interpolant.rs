@@ -14,7 +14,16 @@ impl Tableau {
         let mut dense = self.ending_in_its_end();
         let stages = dense.stages();
         let rows = match &self.interpolant {
-            Some(rows) => (0..stages).map(|i| rows.row(i).to_vec()).collect(),
+            Some(rows) => {
+                let mut own: Vec<_> = (0..stages).map(|i| rows.row(i).to_vec()).collect();
+                // f(t_{n+1}, y_{n+1}) may have a row of its own although it is the last stage.
+                if let (true, Some(last)) = (rows.len() > stages, own.last_mut()) {
+                    for (own, more) in last.iter_mut().zip(rows.row(stages)) {
+                        *own += more;
+                    }
+                }
+                own
+            }
             None => dense.hermite(),
         };
         dense.interpolant = Some(Rows::Owned(rows));
@@ -211,6 +220,18 @@ mod tests {
             worst = worst.max((sum - exact).abs() / exact);
         }
         worst
+    }
+
+    #[test]
+    fn a_row_of_the_end_is_that_of_the_last_stage_where_both_are_one() {
+        let hermite = BOSH3.hermite();
+        // The last stage of BOSH3 is f(t_{n+1}, y_{n+1}): its row, given as one of its own.
+        let mut rows = hermite.clone();
+        rows.push(rows[3].clone());
+        rows[3] = vec![0.0; 3];
+        let method = BOSH3.with_interpolant(rows).unwrap();
+        let [own, known] = [method.dense(), BOSH3.with_interpolant(hermite).unwrap()];
+        assert_eq!(own.weights_at(0.3), known.dense().weights_at(0.3));
     }
 
     #[test]

@@ -68,6 +68,8 @@ impl Session {
     /// Why there is no MPI whose functions several threads may call in turn.
     pub(super) fn start() -> Result<Self, Failure> {
         let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another group may be there, whose thread calls MPI.
+        let _serial = serial();
         if mpi::is_finalized() {
             return Err("MPI has been ended in this process, and cannot be started again".into());
         }

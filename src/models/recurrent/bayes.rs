@@ -5,7 +5,7 @@ use std::f64::consts::TAU;
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder, VarMap};
 
-use super::{Cell, Gaps, GruCell, Hidden};
+use super::{where_seen, Cell, Gaps, GruCell, Hidden};
 use crate::neural_ode::NeuralOde;
 use crate::nn::{Activation, GruField, Perceptron, RowSpeed};
 use crate::problem::OdeOptions;
@@ -13,7 +13,7 @@ use crate::problem::OdeOptions;
 /// Observations of some of the variables at times of every row.
 #[derive(Clone, Debug)]
 pub struct Sporadic {
-    /// `(rows, times, variables)`; what is not observed is any finite number.
+    /// `(rows, times, variables)`; what is not observed is anything, also NaN.
     pub values: Tensor,
     /// 1 where a variable was observed, 0 elsewhere, of the same shape.
     pub mask: Tensor,
@@ -135,6 +135,7 @@ impl GruOdeBayes {
             )
         }
         let gaps = Gaps::new(&seen.gaps)?;
+        let values = where_seen(&seen.values, &seen.mask)?;
         let start = Activation::Tanh.forward(&self.start)?;
         let mut h = start
             .unsqueeze(0)?
@@ -145,7 +146,7 @@ impl GruOdeBayes {
             h = gaps.flow(&self.flow, &h, i)?;
             let predicted = self.readout.forward(&h)?;
             let at = |x: &Tensor| x.narrow(1, i, 1)?.squeeze(1);
-            h = self.observed(&h, &predicted, [at(&seen.values)?, at(&seen.mask)?])?;
+            h = self.observed(&h, &predicted, [at(&values)?, at(&seen.mask)?])?;
             after.push(self.readout.forward(&h)?);
             before.push(predicted);
         }
@@ -213,8 +214,9 @@ impl Predictions {
     /// # Errors
     /// Of candle's operations.
     pub fn loss(&self, seen: &Sporadic, lambda: f64) -> Result<Tensor> {
-        let before = self.before.negative_log_likelihood(&seen.values)?;
-        let after = self.after.divergence_from(&seen.values, OBSERVED)?;
+        let values = where_seen(&seen.values, &seen.mask)?;
+        let before = self.before.negative_log_likelihood(&values)?;
+        let after = self.after.divergence_from(&values, OBSERVED)?;
         let all = ((before + (after * lambda)?)? * &seen.mask)?.sum_all()?;
         all / seen.mask.sum_all()?
     }

@@ -37,7 +37,8 @@ pub struct LatentOde {
     sigma: f64,
 }
 
-/// The two parts of a bound of the evidence, a number for each row: ln p(x) ≥ `likelihood` − `divergence` in the mean.
+/// The two parts of a bound of the evidence, a number for each row: ln p(x) ≥ n · `likelihood` − `divergence` in the mean over
+/// z, for n numbers x of a row (times · features).  So [`loss`](Self::loss) with β = 1/n is the bound, divided by −n.
 #[derive(Clone, Debug)]
 pub struct Elbo {
     /// ln p(x | z), the mean over times and features.

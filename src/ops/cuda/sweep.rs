@@ -130,14 +130,27 @@ impl SweepState {
             start,
         };
         if scaler.is_dynamic() {
-            let low = std::mem::offset_of!(DeviceScaler, low) as u64;
-            let all = std::mem::offset_of!(DeviceScaler, all) as u64;
-            let looked_at = adj.iter().zip(can_overflow).filter(|(_, can)| **can);
-            let looked_at: Vec<_> = looked_at.map(|(adj, _)| adj.clone()).collect();
-            raise(&state.device, &looked_at, state.pointer() + low)?;
-            raise(&state.device, adj, state.pointer() + all)?;
+            state.raise(adj.iter().enumerate(), can_overflow)?;
         }
         Ok(state)
+    }
+
+    /// Raises max|λ| to that of other tensors, each with its leaf, which enter the next step's pull-backs.
+    pub(crate) fn raise<'t>(
+        &self,
+        tensors: impl Iterator<Item = (usize, &'t Tensor)> + Clone,
+        can_overflow: &[bool],
+    ) -> Result<()> {
+        let low = std::mem::offset_of!(DeviceScaler, low) as u64;
+        let all = std::mem::offset_of!(DeviceScaler, all) as u64;
+        let looked_at = tensors.clone().filter(|(leaf, _)| can_overflow[*leaf]);
+        for (tensors, at) in [
+            (looked_at.map(|(_, x)| x.clone()).collect::<Vec<_>>(), low),
+            (tensors.map(|(_, x)| x.clone()).collect(), all),
+        ] {
+            raise(&self.device, &tensors, self.pointer() + at)?;
+        }
+        Ok(())
     }
 
     /// Goes on after an overflow, where it is, at a step for which S is set.

@@ -240,8 +240,10 @@ impl<T: Element> Group<'_, T> {
             };
             lane.jumps = control.jumps_at(attempt);
             let is_done = end.is_some() || lane.pace.is_done(control);
-            if lane.jumps && !is_done {
+            if lane.jumps {
                 lane.record.break_here();
+            }
+            if lane.jumps && !is_done {
                 lane.phase = Phase::Start(Some(attempt.h.abs()));
             }
             let limit = lane.pace.precision_limit(control).filter(|_| is_done);

@@ -191,7 +191,7 @@ impl<T: Element> Group<'_, T> {
     ) -> Result<()> {
         let problem = self.pass.plan.problem;
         let points = problem.grid.points().len();
-        for (Place { x, speed }, event) in met.crossings.iter().copied() {
+        for (Place { x, speed, .. }, event) in met.crossings.iter().copied() {
             let is_end = x == 1.0;
             let t = if is_end {
                 attempt.end

@@ -50,14 +50,18 @@ pub(super) struct Lane<T> {
 impl<T: Element> Lane<T> {
     /// At the start of a row.
     pub(super) fn new(control: &Control, row: usize, trajectory: TileTrajectory<T>) -> Self {
+        let mut record = Recorded::from(control.start, true);
+        if control.starts_at_jump {
+            record.break_here();
+        }
         Self {
             row,
             direction: control.direction,
             phase: Phase::Start(control.options.first_step),
             pace: Pace::new(control, control.options.first_step.unwrap_or(0.0)),
-            record: Recorded::from(control.start, true),
+            record,
             trajectory,
-            jumps: false,
+            jumps: control.starts_at_jump,
             next: 0,
             evaluations: 0,
             returned: 0,
@@ -235,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_lane_that_waits_behind_a_jump_is_evaluated_behind_it() {
-        for (times, behind) in [([1.0, 2.0], 1f64.next_up()), ([1.0, 0.0], 1f64.next_down())] {
+        for (times, sign) in [([1.0, 2.0], 1.0), ([1.0, 0.0], -1.0)] {
             let grid = TimeGrid::new(times.to_vec()).unwrap();
             let control = Control::new(&Adaptive::new(1e-3, 1e-3), &DOPRI5, &grid, &[]).unwrap();
             let store = TileStore::new(DType::F64, 1, 1);
@@ -243,7 +247,8 @@ mod tests {
             let mut lane = Lane::new(&control, 0, kept);
             assert_eq!(lane.standing().at(0.0), 1.0);
             lane.jumps = true;
-            assert_eq!(lane.standing().at(0.0), behind);
+            let behind = (lane.standing().at(0.0) - 1.0) * sign;
+            assert!(behind > 0.0 && behind <= 16.0 * f64::EPSILON);
         }
     }
 }

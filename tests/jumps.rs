@@ -1,0 +1,128 @@
+//! A stage at a jump of the field is evaluated on the side on which its step lies, wherever the jump is.
+//!
+//! `cargo test --test jumps`, seconds.
+
+mod common;
+
+use candle_core::{Device, Result, Tensor, Var};
+use candle_diffeq::options::{Adaptive, Steps};
+use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, RK4};
+use candle_diffeq::{odeint, OdeOptions, Time, VectorField};
+use common::{values, U_F64};
+
+/// y' = before · y until the jump, and after · y from there on.
+#[derive(Clone, Copy)]
+struct Switch {
+    at: f64,
+    before: f64,
+    after: f64,
+    /// Whether the field itself says where it jumps.
+    says: bool,
+}
+
+impl Switch {
+    fn rate(&self, t: &Time) -> f64 {
+        match t.value() < self.at {
+            true => self.before,
+            false => self.after,
+        }
+    }
+
+    /// What y grows by from one time to another.
+    fn growth(&self, [from, to]: [f64; 2]) -> f64 {
+        let (low, high) = (from.min(to), from.max(to));
+        let before = (self.at.clamp(low, high) - low) * self.before;
+        let after = (high - self.at.clamp(low, high)) * self.after;
+        ((before + after) * (to - from).signum()).exp()
+    }
+}
+
+impl VectorField for Switch {
+    fn velocity(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
+        y * self.rate(t)
+    }
+
+    fn jumps(&self) -> Vec<f64> {
+        match self.says {
+            true => vec![self.at],
+            false => vec![],
+        }
+    }
+}
+
+/// y at the end and dy/dy0, which are the same for y0 = 1.
+fn solved(field: Switch, times: &[f64], options: &OdeOptions) -> [f64; 2] {
+    let y0 = Var::new(&[1f64], &Device::Cpu).unwrap();
+    let ys = odeint(field, y0.as_tensor(), times, options).unwrap();
+    let y = ys.get(times.len() - 1).unwrap();
+    let grads = y.sum_all().unwrap().backward().unwrap();
+    [values(&y)[0], values(grads.get(&y0).unwrap())[0]]
+}
+
+fn adaptive(method: Tableau, jump_t: Vec<f64>) -> OdeOptions {
+    OdeOptions {
+        method,
+        steps: Steps::Adaptive(Adaptive::new(1e-11, 1e-11).jump_t(jump_t)),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn a_jump_at_an_end_or_inside_is_met_from_the_side_of_the_step_in_both_directions() {
+    // Steep on the side that no step lies on, so that one stage there would be seen.
+    for at in [0.0, 0.4, 1.0] {
+        for times in [[0.0, 1.0], [1.0, 0.0]] {
+            let steep = |side: f64| if at == side { 1e3 } else { 0.7 };
+            for says in [true, false] {
+                let field = Switch {
+                    at,
+                    before: steep(0.0),
+                    after: if at == 1.0 { 1e3 } else { -0.3 },
+                    says,
+                };
+                let exact = field.growth(times);
+                for method in [DOPRI5, BOSH3] {
+                    let jumps = if says { vec![] } else { vec![at] };
+                    let name = method.name().to_owned();
+                    let [y, slope] = solved(field, &times, &adaptive(method, jumps));
+                    assert!((y - exact).abs() <= 1e-8, "{name} {at} {times:?}: {y}");
+                    // Of a linear field the two are one number.
+                    let error = (slope - y).abs() / y.abs();
+                    assert!(error <= 1e3 * U_F64, "{name} {at} {times:?}: {error:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_jump_that_differs_from_a_time_by_rounding_is_at_that_time() {
+    let [one, other] = [0.3, 0.1 + 0.2];
+    assert!(one != other);
+    for (at, node) in [(one, other), (other, one)] {
+        let field = Switch {
+            at,
+            before: 0.0,
+            after: 1e3,
+            says: true,
+        };
+        let fixed = OdeOptions {
+            method: RK4,
+            ..Default::default()
+        };
+        for options in [fixed, adaptive(DOPRI5, vec![])] {
+            let y = solved(field, &[0.0, node], &options);
+            assert!((y[0] - 1.0).abs() <= 1e-12 && y[0] == y[1], "{y:?}");
+            let back = solved(field, &[0.0, 0.1, node], &options);
+            assert!((back[0] - 1.0).abs() <= 1e-12, "{back:?}");
+        }
+        // The other side begins there.
+        let field = Switch {
+            before: 1e3,
+            after: 0.0,
+            ..field
+        };
+        let y = solved(field, &[node, 1.0], &adaptive(DOPRI5, vec![]));
+        assert!((y[0] - 1.0).abs() <= 1e-12, "{y:?}");
+    }
+}
