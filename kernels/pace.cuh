@@ -144,7 +144,9 @@ __device__ inline bool judge(const Control &control, const Attempt &attempt, dou
 // The length of the first attempt but for limits, from ‖y0‖ and ‖f0‖ in the norm of the tolerance (Hairer, Nørsett &
 // Wanner I, §II.4): the first part, which says where to evaluate once more.
 __device__ inline double probe_length(const Control &control, double d0, double d1) {
-    return fmin(d0 < 1e-5 || d1 < 1e-5 ? 1e-6 : 0.01 * d0 / d1, control.longest);
+    // A tolerance of zero, such as a relative one of a component that is zero, makes the norm infinite.
+    const bool says_nothing = !is_finite(d0) || !is_finite(d1);
+    return fmin(d0 < 1e-5 || d1 < 1e-5 || says_nothing ? 1e-6 : 0.01 * d0 / d1, control.longest);
 }
 
 // The second part, from the difference d2 of the two evaluations divided by the length of the probe.

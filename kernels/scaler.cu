@@ -7,6 +7,7 @@ extern "C" __global__ void scaler_aim(Scaler *s) {
     if (s->stopped) return;
     if (s->set) {
         s->set = 0;
+        s->low = s->all = 0;
         return;
     }
     const unsigned long long bits = s->low != 0 ? s->low : s->all;

@@ -197,7 +197,8 @@ impl<S: State> DenseSolution<S> {
         S::from_leaves(problem.packing.split(&states)?)
     }
 
-    /// The time derivatives of the interpolant at `times`, `(times, …)`, detached from candle's graph.
+    /// The time derivatives of the interpolant at `times`, `(times, …)`, detached from candle's graph; zero in a solution
+    /// of one time, which has no step.
     ///
     /// # Errors
     /// As [`at`](Self::at).

@@ -70,7 +70,8 @@ impl<S> std::fmt::Debug for Event<S> {
 
 impl<S> Event<S> {
     /// An event that ends the solve, where `function` crosses zero in any direction.  The function returns a tensor of
-    /// one element.
+    /// one element.  It reads the time by [`Time::tensor`]: with [`Time::value`] the derivative of the event's time is not
+    /// known, and where it is wanted the solve returns [`EventDefect::TimeValue`](crate::error::EventDefect::TimeValue).
     pub fn new(
         function: impl Fn(&Time, &S) -> candle_core::Result<Tensor> + Send + Sync + 'static,
     ) -> Self {

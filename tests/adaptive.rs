@@ -1098,18 +1098,24 @@ fn steps_of_a_batch_do_not_depend_on_the_number_of_threads() {
 }
 
 #[test]
-fn a_method_whose_embedded_weights_are_its_own_estimates_nothing() {
+fn a_method_whose_embedded_weights_are_its_own_finds_no_error_and_takes_the_longest_steps() {
     use candle_diffeq::tableau::EULER;
     let b = RK4.b().to_vec();
     for method in [
         EULER.with_embedded(vec![1.0]).unwrap(),
         RK4.with_embedded(b).unwrap(),
     ] {
-        let refused = refused(&method, Adaptive::new(1e-3, 1e-3));
-        assert!(matches!(
-            refused,
-            Error::Adaptive(AdaptiveDefect::NoEstimate { .. })
-        ));
+        let recorder = Recorder::default();
+        let adaptive = Adaptive::new(1e-3, 1e-3).first_step(0.1).max_step(0.1);
+        let options = OdeOptions {
+            recorder: Some(recorder.clone()),
+            ..options(&method, adaptive)
+        };
+        let y0 = scattered(&[3, 2], 1.0, 1);
+        let decay = |_: &Time, y: &Tensor| y.neg();
+        predict(decay, &y0, &[0.0, 1.0], &options).unwrap();
+        let stats = recorder.take();
+        assert!((10..=11).contains(&stats.steps) && stats.rejected == 0);
     }
 }
 

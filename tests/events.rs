@@ -803,6 +803,17 @@ fn events_at_the_same_time_all_occur_in_a_hybrid_system() {
         let solved = system
             .solve(&y0, &[0.0, 1.5 * first], &options(&DOPRI5, 1e-9))
             .unwrap();
+        // Crossings in both directions, with a jump that leaves the places as they are.
+        let both = |ball: usize| Event::new(move |_: &Time, y: &Tensor| y.get(2 * ball));
+        let system = Hybrid::new(fall, vec![both(0), both(1)], |event, _, y: &Tensor| {
+            let mut numbers = y.to_vec1::<f64>()?;
+            numbers[2 * event + 1] *= -0.5;
+            Tensor::new(numbers, y.device())
+        });
+        let again = system
+            .solve(&y0, &[0.0, 1.5 * first], &options(&DOPRI5, 1e-9))
+            .unwrap();
+        assert_eq!(again.jumps.len(), 2, "{height}");
         let mut balls: Vec<_> = solved.jumps.iter().map(|jump| jump.before.event).collect();
         balls.sort_unstable();
         assert_eq!(balls, [0, 1], "{height}");

@@ -64,10 +64,6 @@ impl Control {
         };
         let difference = method.b().iter().zip(embedded).map(|(b, e)| b - e);
         let mut estimate: Vec<f64> = difference.collect();
-        if estimate.iter().all(|weight| *weight == 0.0) {
-            let method = method.name().to_owned();
-            return Err(Error::Adaptive(AdaptiveDefect::NoEstimate { method }));
-        }
         estimate.resize(method.dense().stages(), 0.0);
         let points = grid.points();
         let (start, end) = (points[0], points[points.len() - 1]);

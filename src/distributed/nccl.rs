@@ -305,6 +305,10 @@ impl<G: Group> Group for NcclGroup<G> {
     }
 
     fn give_up(&self, reason: &str) {
+        // A group of one process goes on.
+        if self.size() == 1 {
+            return;
+        }
         self.abort();
         self.others.give_up(reason);
     }

@@ -24,8 +24,8 @@ pub(super) struct Crossing {
 /// What the events of a solve know of the solve before it, which an event ended.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Origin {
-    /// The event that ended it, whose sign at the start is rounding.
-    pub(super) fired: Option<usize>,
+    /// The events that ended it and those before at the same time, whose signs at the start are rounding.
+    pub(super) fired: Vec<usize>,
     /// Events that occurred at the same time and were not reached: their number, and the sign that they had before.
     pub(super) together: Vec<(usize, f64)>,
 }
@@ -37,7 +37,8 @@ pub(crate) struct Search<'a, S> {
     origin: Origin,
     /// The sign of each event function where the solve is, once it has one.
     signs: Vec<Option<f64>>,
-    begun: bool,
+    /// The time at its start, once it has a step.
+    begun: Option<f64>,
     pub(super) found: Vec<Crossing>,
     /// The signs before the last step, and what had been found.
     before: (Vec<Option<f64>>, usize),
@@ -57,7 +58,7 @@ impl<'a, S: State> Search<'a, S> {
             origin,
             together: vec![],
             signs: vec![None; events.len()],
-            begun: false,
+            begun: None,
             found: vec![],
             before: Default::default(),
         }
@@ -65,9 +66,15 @@ impl<'a, S: State> Search<'a, S> {
 
     /// What a solve from the end of this one has to know, if an event has ended it.
     pub(super) fn origin(&self) -> Origin {
-        let last = self.found.last().map(|found| found.event);
+        let mut fired = vec![];
+        if let Some(last) = self.found.last().filter(|f| self.events[f.event].terminal) {
+            fired.push(last.event);
+            if self.begun.is_some_and(|start| is_met(start, last.t)) {
+                fired.extend(&self.origin.fired);
+            }
+        }
         Origin {
-            fired: last.filter(|event| self.events[*event].terminal),
+            fired,
             together: self.together.clone(),
         }
     }
@@ -95,7 +102,7 @@ impl<'a, S: State> Search<'a, S> {
 impl<S: State> Observer for Search<'_, S> {
     fn begin(&mut self) {
         self.signs = vec![None; self.events.len()];
-        self.begun = false;
+        self.begun = None;
         self.found.clear();
     }
 
@@ -106,12 +113,12 @@ impl<S: State> Observer for Search<'_, S> {
     }
 
     fn accepted(&mut self, inside: &InStep<'_>, returned: usize, others: &[f64]) -> Result<Wanted> {
-        if !self.begun {
-            self.begun = true;
+        if self.begun.is_none() {
+            self.begun = Some(inside.step().t);
             for event in 0..self.events.len() {
                 let together = self.origin.together.iter().find(|(e, _)| *e == event);
                 self.signs[event] = match together {
-                    _ if self.origin.fired == Some(event) => None,
+                    _ if self.origin.fired.contains(&event) => None,
                     Some((_, before)) => Some(*before),
                     None => sign(self.value(event, inside, 0.0)?),
                 };
