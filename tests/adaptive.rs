@@ -1113,7 +1113,7 @@ fn a_method_whose_embedded_weights_are_its_own_finds_no_error_and_takes_the_long
         };
         let y0 = scattered(&[3, 2], 1.0, 1);
         let decay = |_: &Time, y: &Tensor| y.neg();
-        predict(decay, &y0, &[0.0, 1.0], &options).unwrap();
+        predict(&decay, &y0, &[0.0, 1.0], &options).unwrap();
         let stats = recorder.take();
         assert!((10..=11).contains(&stats.steps) && stats.rejected == 0);
     }
