@@ -207,7 +207,8 @@ impl Adaptive {
 
     /// Whether each row has its own steps.  The default is [`StepControl::Rows`] if the field is integrated tile by
     /// tile, or on CUDA in one launch, and [`StepControl::Batch`] otherwise.  If `Rows` is requested but the solve cannot be done row by row,
-    /// the solve fails with [`AdaptiveDefect::NoRows`].
+    /// the solve fails with [`AdaptiveDefect::NoRows`], or with [`AdaptiveDefect::RowsObserved`] if it has events or a
+    /// dense solution.
     #[must_use]
     pub fn control(self, control: StepControl) -> Self {
         Self {

@@ -86,9 +86,9 @@ pub(crate) struct RowFound {
     pub(crate) slope: Vec<f64>,
 }
 
-/// Whether a time is that of an event at t: it may be four ulps off, as roots are found, and a few more by rounding.
-pub(crate) fn is_met(time: f64, t: f64) -> bool {
-    (time - t).abs() <= 8.0 * f64::EPSILON * t.abs()
+/// Whether two times within `ends` are one: roots are found to four ulps of the larger end, and rounding adds a few.
+pub(crate) fn is_met(time: f64, other: f64, ends: [f64; 2]) -> bool {
+    (time - other).abs() <= 8.0 * f64::EPSILON * ends[0].abs().max(ends[1].abs())
 }
 
 /// The sign of a number, if it has one.

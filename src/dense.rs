@@ -24,8 +24,9 @@ use crate::time::Times;
 /// A solution over an interval of time, which can be evaluated at any time in it and is differentiable there.
 ///
 /// The solution keeps the state and all stages of every step.  A step needs the memory of s + 1 states, where s is
-/// the number of stages, plus the stage at the end of the step if it is not a stage already.  Inside a step, the
-/// solution is the interpolant of the method.
+/// the number of stages, plus the stage at the end of the step if it is not a stage already.  What a backward pass needs
+/// is kept, too, even if nothing is tracked, unless [`Checkpoint::Nothing`](crate::options::Checkpoint::Nothing) is set.
+/// Inside a step, the solution is the interpolant of the method.
 pub struct DenseSolution<S> {
     problem: Problem,
     field: SharedField,

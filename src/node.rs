@@ -100,6 +100,8 @@ impl SolveNode {
     fn result(&self) -> candle_core::Result<Tensor> {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
         match result.take() {
+            // Its storage is handed over from the first element on.
+            Some(result) if result.layout().start_offset() > 0 => result.force_contiguous(),
             Some(result) => result.contiguous(),
             None => candle_core::bail!("the result of a solve was taken twice"),
         }

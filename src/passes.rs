@@ -60,7 +60,8 @@ fn steps(
         }
         refuse_rows(problem, || {
             let rows = offered.and_then(|offered| offered.rows);
-            rows.is_some_and(|rows| rows.may_part())
+            let row_wise = rows.is_some_and(|rows| rows.may_part());
+            AdaptiveDefect::NoRows { row_wise }
         })?;
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
         integrate(problem, field, y0, keep, &mut Unobserved, stats)
@@ -68,13 +69,12 @@ fn steps(
 }
 
 /// An error if every row was to have steps of its own, which a solve over the whole batch does not give.
-fn refuse_rows(problem: &Problem, row_wise: impl FnOnce() -> bool) -> Result<()> {
+fn refuse_rows(problem: &Problem, defect: impl FnOnce() -> AdaptiveDefect) -> Result<()> {
     if let Plan::Adaptive(control) = &problem.plan {
         // Without a row there is no step, of rows or of the batch.
         let by_row = control.options.control == Some(StepControl::Rows);
         if by_row && !problem.is_empty() {
-            let row_wise = row_wise();
-            return Err(Error::Adaptive(AdaptiveDefect::NoRows { row_wise }));
+            return Err(Error::Adaptive(defect()));
         }
     }
     Ok(())
@@ -92,7 +92,7 @@ pub(crate) fn run_observed(
         let what = "events or solutions between steps";
         return ContinuousDefect::unavailable(what, "Gradient::Discrete");
     }
-    refuse_rows(problem, || false)?;
+    refuse_rows(problem, || AdaptiveDefect::RowsObserved)?;
     counted(problem, |stats| {
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
         integrate(problem, field, y0, keep, observer, stats)

@@ -27,7 +27,8 @@
 //! Poincaré 13, 1977; H. Sussmann, Ann. Probab. 6, 1978), so that every choice of steps has the same limit, also a choice
 //! that depends on W.  Otherwise this is not so (J. Gaines, T. Lyons, SIAM J. Appl. Math. 57, 1997), and adaptive steps
 //! are an error that says so.  Whether diagonal noise is of this kind is tested once at the start of a solve, by
-//! 2 + 4 ⌈log₂ d⌉ evaluations for d components; a perceptron is not.  W comes from a [`BrownianTree`]; it does not change when
+//! 2 + 4 ⌈log₂ d⌉ evaluations for d components; a perceptron is not.  (If the diffusion is zero at that time for every state,
+//! the test sees nothing.)  W comes from a [`BrownianTree`]; it does not change when
 //! an attempt is rejected and repeated.  The error of a step is estimated by differences from [`EULER_HEUN`] and from a
 //! method of order three, which are of order h^{3/2}.  If rtol is reduced, the error at a fixed time falls like
 //! rtol^{2/3}.

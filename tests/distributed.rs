@@ -31,6 +31,8 @@ fn a_variable_with_two_names_is_trained_once() {
     }
     let replicas = Replicas::new(&Alone, &vars).unwrap();
     assert_eq!(replicas.variables().len(), 1);
+    let frozen = Replicas::new(&Alone, &vars).unwrap();
+    assert!(frozen.freeze(|name| name == "a").variables().is_empty());
     let mut sgd = SGD::new(replicas.variables(), 0.1).unwrap();
     let loss = w.sqr().unwrap().sum_all().unwrap();
     replicas.backward_step(&loss, 1, &mut sgd).unwrap();

@@ -855,6 +855,6 @@ fn rows_with_steps_of_their_own_are_refused_where_every_step_is_looked_at() {
     let solved = odeint_event(clock, &start(0.0), &[0.0, 1.0], &[at(0.5)], &options);
     assert!(matches!(
         solved,
-        Err(Error::Adaptive(AdaptiveDefect::NoRows { .. }))
+        Err(Error::Adaptive(AdaptiveDefect::RowsObserved))
     ));
 }

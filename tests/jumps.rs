@@ -6,6 +6,7 @@ mod common;
 
 use candle_core::{Device, Result, Tensor, Var};
 use candle_diffeq::options::{Adaptive, Steps};
+use candle_diffeq::sde::{sdeint, stratonovich, BrownianTree, Noise, SdeOptions, HEUN};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, RK4};
 use candle_diffeq::{odeint, OdeOptions, Time, VectorField};
 use common::{values, U_F64};
@@ -124,5 +125,38 @@ fn a_jump_that_differs_from_a_time_by_rounding_is_at_that_time() {
         };
         let y = solved(field, &[node, 1.0], &adaptive(DOPRI5, vec![]));
         assert!((y[0] - 1.0).abs() <= 1e-12, "{y:?}");
+    }
+}
+
+#[test]
+fn a_jump_at_an_end_is_met_from_the_side_of_the_step_with_noise_too() {
+    for at in [0.0, 0.4, 1.0] {
+        let steep = |is_steep: bool, else_: f64| if is_steep { 1e3 } else { else_ };
+        let drift = Switch {
+            at,
+            before: steep(at == 0.0, 0.7),
+            after: steep(at == 1.0, -0.3),
+            says: true,
+        };
+        // Without noise the solution is known.
+        let none = |_: &Time, y: &Tensor| y.zeros_like();
+        let sde = stratonovich(drift, none).additive();
+        let options = SdeOptions {
+            method: HEUN,
+            steps: Steps::Adaptive(Adaptive::new(1e-5, 1e-5)),
+            ..Default::default()
+        };
+        let y0 = Var::new(&[[1f64]], &Device::Cpu).unwrap();
+        let noise = Noise::from(BrownianTree::new(3, 30).unwrap());
+        let ys = sdeint(sde, y0.as_tensor(), &[0.0, 1.0], &noise, &options).unwrap();
+        let y = ys.get(1).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        let [y, slope] = [&y, grads.get(&y0).unwrap()].map(|x| values(x)[0]);
+        let exact = drift.growth([0.0, 1.0]);
+        assert!((y - exact).abs() <= 1e-3, "{at}: {y} {exact}");
+        assert!(
+            (slope - y).abs() <= 1e3 * U_F64 * y.abs(),
+            "{at}: {slope} {y}"
+        );
     }
 }

@@ -5,8 +5,7 @@ use std::process::Command;
 use candle_core::Device;
 use serde::Serialize;
 
-/// The variable that says how many threads candle and this crate use.
-pub(crate) const THREADS: &str = "RAYON_NUM_THREADS";
+use super::threads::THREADS;
 
 /// Where a run took place.
 #[derive(Clone, Debug, Serialize)]

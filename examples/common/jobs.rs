@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use candle_core::Device;
 
-use super::environment::THREADS;
+use super::threads::THREADS;
 use super::Result;
 
 /// Runs every job, on the CPU as many at a time as there are cores with one thread each, which for

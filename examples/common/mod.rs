@@ -28,6 +28,7 @@ pub(crate) mod random;
 pub(crate) mod report;
 pub(crate) mod table;
 pub(crate) mod team;
+pub(crate) mod threads;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -36,15 +37,10 @@ pub(crate) use problem::{relative, values};
 /// Failures of an example, shown to its user.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Lets candle use every core unless RAYON_NUM_THREADS says otherwise, and the allocator keep what is freed.
-///
-/// Without that variable candle counts cores anew in every matrix product, which takes longer than
-/// the products of small networks.  To be called first, before there are threads.
+/// Lets candle use every core unless RAYON_NUM_THREADS says otherwise, and the allocator keep what is freed.  To be called
+/// first, before there are threads.
 pub(crate) fn use_every_core() {
-    if std::env::var_os(environment::THREADS).is_none() {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        std::env::set_var(environment::THREADS, cores.to_string());
-    }
+    threads::set_to_every_core();
     memory::keep_freed();
 }
 

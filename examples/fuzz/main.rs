@@ -23,6 +23,8 @@ mod shrink;
 mod still;
 mod subject;
 mod tape;
+#[path = "../common/threads.rs"]
+mod threads;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -31,9 +33,6 @@ use clap::Parser;
 
 use crate::check::Sabotage;
 use crate::fuzz::Until;
-
-/// How many threads candle and rayon use.
-const THREADS: &str = "RAYON_NUM_THREADS";
 
 /// Solves random problems and compares them with a naive reference.
 #[derive(Parser)]
@@ -68,10 +67,7 @@ fn main() -> ExitCode {
         _ => Until::Cases(20_000),
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    // Otherwise candle asks the system for it in every matrix product, which takes longer than most products here.
-    if std::env::var_os(THREADS).is_none() {
-        std::env::set_var(THREADS, cores.to_string());
-    }
+    threads::set_to_every_core();
     let threads = args.threads.unwrap_or(cores).max(1);
     let passed = match args.self_test {
         true => fuzz::finds_what_is_broken(),

@@ -19,11 +19,11 @@ use std::process::{Command, ExitCode, Stdio};
 use clap::Parser;
 use serde_json::{json, Value};
 
-use crate::common::environment::THREADS;
 use crate::common::flags::Flags;
 use crate::common::report::{self, Report};
 use crate::common::table::Table;
 use crate::common::team::Together;
+use crate::common::threads::THREADS;
 use crate::common::{median, Result};
 use crate::job::{Job, Point, WORKLOADS};
 use crate::model::{fit, Linear, Network, NETWORKS, RANKS};

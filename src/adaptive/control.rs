@@ -67,11 +67,18 @@ impl Control {
         estimate.resize(method.dense().stages(), 0.0);
         let points = grid.points();
         let (start, end) = (points[0], points[points.len() - 1]);
-        let mut all_jumps = options.jump_t.iter().chain(jumps);
+        let mut targets = targets(options, method, points, jumps)?;
+        let jumps_at = |end: f64| {
+            let mut all = options.jump_t.iter().chain(jumps);
+            all.any(|&t| coincide(t, end))
+        };
+        if let Some(last) = targets.last_mut() {
+            last.jumps |= jumps_at(end);
+        }
         Ok(Self {
-            starts_at_jump: all_jumps.any(|&t| coincide(t, start)),
+            starts_at_jump: jumps_at(start),
             direction: if end < start { -1.0 } else { 1.0 },
-            targets: targets(options, method, points, jumps)?,
+            targets,
             options: options.clone(),
             start,
             order: method.order() as f64,
@@ -249,10 +256,6 @@ fn targets(
                 jumps: false,
             });
         }
-    }
-    let mut all_jumps = options.jump_t.iter().chain(jumps);
-    if let Some(target) = all.iter_mut().find(|target| target.t == end) {
-        target.jumps |= all_jumps.any(|&t| coincide(t, end));
     }
     all.sort_by(later);
     Ok(all)

@@ -96,10 +96,13 @@ impl<'g> Replicas<'g> {
     }
 
     /// Names the variables that are not trained.  They start equal and are in checkpoints like all, but have no part in
-    /// averages, norms and overflows, and [`variables`](Self::variables) leaves them out.  Default: all are trained.
+    /// averages, norms and overflows, and [`variables`](Self::variables) leaves them out.  A variable with several names is
+    /// frozen by any of them.  Default: all are trained.
     pub fn freeze(mut self, frozen: impl Fn(&str) -> bool) -> Self {
-        let all = 0..self.names.len();
-        let trained = all.filter(|i| !frozen(&self.names[*i]));
+        let all = self.names.iter().zip(&self.variables);
+        let frozen = all.filter(|(name, _)| frozen(name));
+        let frozen: HashSet<_> = frozen.map(|(_, var)| var.id()).collect();
+        let trained = (0..self.names.len()).filter(|i| !frozen.contains(&self.variables[*i].id()));
         self.trained = first_of_each(&self.variables, trained);
         self
     }

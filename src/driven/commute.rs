@@ -15,7 +15,7 @@ impl Driven {
     /// the evaluations at y; returns how many more were made.
     ///
     /// A component has noise if its diffusion is not zero at y, or where all components are moved: at y it may be zero by
-    /// chance, such as that of a state that begins at zero.
+    /// chance, such as that of a state that begins at zero.  A diffusion that is zero at the start for every state passes.
     ///
     /// With d components, log₂ d pairs of states are enough: the bits of an index say in which of them the component is
     /// moved, and the indices of two components differ in a bit.
@@ -61,9 +61,12 @@ impl Driven {
                 let now = diffusion(&again).unwrap_or_default();
                 for (leaf, ((then, now), others)) in values.iter().zip(now).zip(&others).enumerate()
                 {
-                    let change = (now - then)?.abs()?.to_dtype(others.dtype())?;
-                    let change = change.broadcast_mul(others)?.sum_all()?;
-                    if change.to_dtype(DType::F64)?.to_scalar::<f64>()? > 0.0 {
+                    // Selected, not multiplied: what was moved may have left the domain of its own diffusion.
+                    let change = (now - then)?.abs()?.to_dtype(DType::F64)?;
+                    let others = others.ne(0.0)?.broadcast_as(change.shape())?;
+                    let change = others.where_cond(&change, &change.zeros_like()?)?;
+                    let change = change.sum_all()?.to_scalar::<f64>()?;
+                    if change > 0.0 || change.is_nan() {
                         return Err(Error::Sde(SdeDefect::AdaptiveCoupled { leaf }));
                     }
                 }

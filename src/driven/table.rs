@@ -134,6 +134,7 @@ impl SdeMethod {
     pub fn strong_order(&self, noise: NoiseType, additive: bool) -> Option<f64> {
         let [order, of_additive] = self.0.orders;
         match (self.0.reach, noise) {
+            (_, NoiseType::General { .. }) if self.has_term() => None,
             _ if additive => Some(of_additive),
             (Reach::Additive, _) => None,
             (Reach::NoAreas, NoiseType::General { .. }) => None,
@@ -179,18 +180,14 @@ impl SdeMethod {
                 given: equation.calculus.name(),
             },
             Reach::Additive if !equation.additive => SdeDefect::NeedsAdditive { method: name },
+            // A Milstein term is that of diagonal noise, also if the noise is additive.
             Reach::NoAreas
-                if matches!(equation.noise, NoiseType::General { .. }) && !equation.additive =>
+                if matches!(equation.noise, NoiseType::General { .. })
+                    && (!equation.additive || self.has_term()) =>
             {
                 SdeDefect::LevyAreas { method: name }
             }
-            // The term is that of diagonal noise; additive noise has none, and other methods for it.
-            _ if self.evaluates(Part::MilsteinTerm)
-                && matches!(equation.noise, NoiseType::General { .. }) =>
-            {
-                SdeDefect::LevyAreas { method: name }
-            }
-            _ if self.evaluates(Part::MilsteinTerm) && !equation.milstein_term => {
+            _ if self.has_term() && !equation.milstein_term => {
                 SdeDefect::NoMilsteinTerm { method: name }
             }
             _ => return Ok(()),
@@ -198,7 +195,9 @@ impl SdeMethod {
         Err(Error::Sde(defect))
     }
 
-    fn evaluates(&self, part: Part) -> bool {
-        self.0.evaluations.iter().any(|e| e.part == part)
+    /// Whether it evaluates a Milstein term.
+    fn has_term(&self) -> bool {
+        let mut all = self.0.evaluations.iter();
+        all.any(|e| e.part == Part::MilsteinTerm)
     }
 }

@@ -73,6 +73,9 @@ pub enum AdaptiveDefect {
         /// Whether the field itself is one whose rows are independent.
         row_wise: bool,
     },
+    /// Control per row was asked for in a solve that looks at every step of the whole batch.
+    #[error("events and dense solutions have one step length for the batch: leave Adaptive::control unset, or find the events of each row by row_events")]
+    RowsObserved,
     /// A time is in `step_t` and in `jump_t`.
     #[error("t = {t:?} is in step_t and in jump_t")]
     ForcedTwice {

@@ -75,7 +75,8 @@ where
         }
     }
 
-    /// The states at `times`, and the jumps between them.  At the time of a jump (up to eight units of the last
+    /// The states at `times`, and the jumps between them.  Events at one time all occur, except at the last of `times`,
+    /// where the first of them ends the solve.  At the time of a jump (up to eight units of the last
     /// place), the state is the state before the jump.
     ///
     /// # Errors
@@ -134,7 +135,10 @@ where
                 return Err(Error::Event(EventDefect::TooMany { count, t }));
             }
             // Times that are behind that of the jump only by rounding have the state before it, too.
-            while points.get(done).is_some_and(|&next| is_met(next, t)) {
+            while points
+                .get(done)
+                .is_some_and(|&next| is_met(next, t, [t; 2]))
+            {
                 let leaves = before.y.leaves();
                 let state = leaves.iter().map(|y| y.unsqueeze(0));
                 parts.push(state.collect::<candle_core::Result<_>>()?);

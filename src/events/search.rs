@@ -69,7 +69,10 @@ impl<'a, S: State> Search<'a, S> {
         let mut fired = vec![];
         if let Some(last) = self.found.last().filter(|f| self.events[f.event].terminal) {
             fired.push(last.event);
-            if self.begun.is_some_and(|start| is_met(start, last.t)) {
+            if self
+                .begun
+                .is_some_and(|start| is_met(start, last.t, [last.t; 2]))
+            {
                 fired.extend(&self.origin.fired);
             }
         }
@@ -138,10 +141,13 @@ impl<S: State> Observer for Search<'_, S> {
         let ends = in_order(&mut found, |event| self.events[event].terminal);
         self.together.clear();
         if let (true, Some((end, fired))) = (ends, found.last()) {
-            let end = inside.time(end.x);
-            let left = all.iter().filter(|crossing| !found.contains(crossing));
-            let left =
-                left.filter(|(place, event)| event != fired && is_met(inside.time(place.x), end));
+            let (end, step) = (inside.time(end.x), inside.step());
+            let is_left = |crossing: &&(Place, usize)| {
+                let (place, event) = crossing;
+                let at_end = is_met(inside.time(place.x), end, [step.t, step.end]);
+                at_end && event != fired && !found.contains(crossing)
+            };
+            let left = all.iter().filter(is_left);
             self.together = left.map(|(place, event)| (*event, place.before)).collect();
         }
         let mut wanted = Wanted::default();

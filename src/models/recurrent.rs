@@ -100,7 +100,7 @@ impl<C: Cell> OdeRnn<C> {
         }
         let gaps = Gaps::new(gaps)?;
         let x = match seen {
-            Some(seen) => &where_seen(x, &seen.unsqueeze(2)?)?,
+            Some(seen) => &zero_unless_seen(x, &seen.unsqueeze(2)?)?,
             None => x,
         };
         let mut hidden = self.cell.start(rows, x.dtype(), x.device())?;
@@ -125,7 +125,7 @@ impl<C: Cell> OdeRnn<C> {
 }
 
 /// x where `seen`, of its shape or with ones in it, is not 0, and 0 elsewhere, whatever x is there.
-fn where_seen(x: &Tensor, seen: &Tensor) -> Result<Tensor> {
+fn zero_unless_seen(x: &Tensor, seen: &Tensor) -> Result<Tensor> {
     let seen = seen.ne(0.0)?.broadcast_as(x.shape())?;
     seen.where_cond(x, &x.zeros_like()?)
 }

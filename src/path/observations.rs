@@ -14,8 +14,8 @@ use crate::time::Times;
 /// A value that is NaN was not observed.  Times are common to all series: the solution of a CDE does not depend on
 /// how fast its path is run through, so a series with times of its own has them as a channel (as
 /// [`with_time`](Self::with_time) adds the common ones), at knots 0, 1, ….  Shorter series are filled up with any
-/// numbers, and their [`lengths`](Self::lengths) are given: after its end a path is constant, and so is the solution.  (A path
-/// of log-signatures is constant from the end of the window in which the series ends.)
+/// numbers, and their [`lengths`](Self::lengths) are given: after its end a path is constant, and so is the solution.
+/// (A path of log-signatures is constant from the end of the window in which the series ends.)
 ///
 /// Paths have the dtype of the observations, f32 at least, and their gradients reach the observations if candle tracks
 /// these.  The polynomials are computed in f64; log-signatures are computed in the dtype of the path.

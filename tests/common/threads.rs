@@ -1,12 +1,11 @@
-//! How many threads candle's products use in tests: one for each core, unless RAYON_NUM_THREADS says otherwise.
+//! Tests use every core: without the variable that says so, candle's question for the number of cores is most of the time of
+//! many tests.
 
-/// Sets the variable before there are threads.  Without it candle asks the system for the number of cores in every matrix
-/// product, which is most of the time of many tests.
+#[path = "../../examples/common/threads.rs"]
+mod variable;
+
+/// Sets it before there are threads.
 #[ctor::ctor(unsafe)]
 fn set_the_number_of_threads() {
-    const THREADS: &str = "RAYON_NUM_THREADS";
-    if std::env::var_os(THREADS).is_none() {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        std::env::set_var(THREADS, cores.to_string());
-    }
+    variable::set_to_every_core();
 }

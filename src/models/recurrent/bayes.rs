@@ -5,7 +5,7 @@ use std::f64::consts::TAU;
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder, VarMap};
 
-use super::{where_seen, Cell, Gaps, GruCell, Hidden};
+use super::{zero_unless_seen, Cell, Gaps, GruCell, Hidden};
 use crate::neural_ode::NeuralOde;
 use crate::nn::{Activation, GruField, Perceptron, RowSpeed};
 use crate::problem::OdeOptions;
@@ -135,7 +135,7 @@ impl GruOdeBayes {
             )
         }
         let gaps = Gaps::new(&seen.gaps)?;
-        let values = where_seen(&seen.values, &seen.mask)?;
+        let values = zero_unless_seen(&seen.values, &seen.mask)?;
         let start = Activation::Tanh.forward(&self.start)?;
         let mut h = start
             .unsqueeze(0)?
@@ -214,7 +214,7 @@ impl Predictions {
     /// # Errors
     /// Of candle's operations.
     pub fn loss(&self, seen: &Sporadic, lambda: f64) -> Result<Tensor> {
-        let values = where_seen(&seen.values, &seen.mask)?;
+        let values = zero_unless_seen(&seen.values, &seen.mask)?;
         let before = self.before.negative_log_likelihood(&values)?;
         let after = self.after.divergence_from(&values, OBSERVED)?;
         let all = ((before + (after * lambda)?)? * &seen.mask)?.sum_all()?;

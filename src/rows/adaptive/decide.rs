@@ -242,9 +242,9 @@ impl<T: Element> Group<'_, T> {
             let is_done = end.is_some() || lane.pace.is_done(control);
             if lane.jumps {
                 lane.record.break_here();
-            }
-            if lane.jumps && !is_done {
-                lane.phase = Phase::Start(Some(attempt.h.abs()));
+                if !is_done {
+                    lane.phase = Phase::Start(Some(attempt.h.abs()));
+                }
             }
             let limit = lane.pace.precision_limit(control).filter(|_| is_done);
             if let Some(output) = node {

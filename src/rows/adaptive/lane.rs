@@ -249,6 +249,13 @@ mod tests {
             lane.jumps = true;
             let behind = (lane.standing().at(0.0) - 1.0) * sign;
             assert!(behind > 0.0 && behind <= 16.0 * f64::EPSILON);
+            // So does one whose field jumps where it begins.
+            let jumps = [1.0];
+            let control = Control::new(&Adaptive::new(1e-3, 1e-3), &DOPRI5, &grid, &jumps).unwrap();
+            let store = TileStore::new(DType::F64, 1, 1);
+            let kept = TileTrajectory::online(Checkpoint::All, store, &[0.0]).unwrap();
+            let beginning = Lane::new(&control, 0, kept);
+            assert_eq!(beginning.standing().at(0.0), lane.standing().at(0.0));
         }
     }
 }
