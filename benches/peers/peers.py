@@ -156,9 +156,9 @@ def one(args: argparse.Namespace) -> None:
     cell.forward()
     times, processor = [], []
     for _ in range(args.repeats):
-        forward, before = clock(cell.forward), time.process_time()
+        forward, started = clock(cell.forward), time.process_time()
         times.append((forward, clock(cell.both)))
-        processor.append((time.process_time() - before) * 1e3)
+        processor.append((time.process_time() - started) * 1e3)
     line["fwd_ms"], line["fwdbwd_ms"] = map(median, zip(*times))
     line["fwdbwd_cpu_ms"] = min(processor)
     line |= {"rss_mb": memory("VmHWM:") - before, "buffers_mb": cell.buffers_mb()}

@@ -73,7 +73,8 @@ def solver(peer: str, field: Field, method: str, times: torch.Tensor) -> Callabl
         from torchdiffeq import odeint_adjoint as odeint
 
         # The end alone, so that no other states are kept.
-        options, times = {"options": {"step_size": times.diff()[0].item()}}, times[[0, -1]]
+        # A step size is positive, also where time decreases.
+        options, times = {"options": {"step_size": times.diff()[0].abs().item()}}, times[[0, -1]]
     else:
         from torchdiffeq import odeint
     return lambda y: each(lambda x: x[-1], odeint(field, y, times, method=method, **options))
