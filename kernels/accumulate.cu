@@ -34,7 +34,7 @@ template <class A> __device__ void accumulate(const Pairs &pairs, double c, cons
     load<A>(pairs.x[p], pairs.type[p], i, count, x);
     load<A>(pairs.acc[p], own, i, count, sums);
 #pragma unroll
-    for (int e = 0; e < FOUR; ++e) sums[e] = fused(static_cast<A>(c), x[e], sums[e]);
+    for (int e = 0; e < FOUR; ++e) sums[e] = add_product(c, x[e], sums[e]);
     store<A>(Sink{pairs.acc[p], own, own}, i, count, sums);
 }
 

@@ -125,6 +125,7 @@ __device__ void take_rows(const RowsSolve &solve, const Control &control, Lanes 
         if (wants && row < solve.rows && !(control.stops_all && row > failed)) {
             my = Holder{};
             my.given = control.first_step;
+            my.jumps = control.starts_at_jump;
             my.pace = pace_from(control, control.first_step);
             lanes.row[l] = row, lanes.taken[l] = 1, lanes.bad[l] = 0;
             phase = BEGINS;

@@ -33,6 +33,8 @@ struct Control {
     int returns_all; // or the last state alone
     int limited_is_error;
     int stops_all; // whether a row that stops is an error
+    int starts_at_jump;
+    int unused;
 };
 static_assert(sizeof(Control) % sizeof(uint64_t) == 0, "it is copied by words");
 
@@ -165,11 +167,11 @@ __device__ inline double weight_at(const Control &control, const Method &method,
     return sum;
 }
 
-// The next number above or below.
+// A time above or below t, beyond every time that differs from t by rounding only; as `beside` in src/time.rs.
 __device__ inline double beside(double t, bool above) {
-    if (t == 0) return above ? __longlong_as_double(1) : -__longlong_as_double(1);
-    const long long bits = __double_as_longlong(t);
-    return __longlong_as_double((t > 0) == above ? bits + 1 : bits - 1);
+    const double by = __dmul_rn(8 * 2.220446049250313e-16, fabs(t));
+    const double next = nextafter(t, above ? INFINITY : -INFINITY);
+    return above ? fmax(__dadd_rn(t, by), next) : fmin(__dadd_rn(t, -by), next);
 }
 
 // The square of error / tolerance: an error of zero needs no tolerance, and a state that is not finite is seen in any

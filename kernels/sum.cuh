@@ -4,7 +4,7 @@
 #include "clock.cuh"
 #include "common.cuh"
 
-constexpr int MOST_TERMS = 16;
+constexpr int MOST_TERMS = 64;
 
 // As `Terms` in src/ops/cuda.
 struct Terms {
@@ -29,9 +29,8 @@ __device__ inline void add(const Terms &terms, int first, double inverse, uint64
         double exact = terms.c[j];
         if (terms.clock != nullptr && j >= terms.stepped_from) exact *= terms.clock->h;
         if (j >= terms.scaled_from) exact *= inverse;
-        const A c = static_cast<A>(exact);
 #pragma unroll
-        for (int e = 0; e < FOUR; ++e) sums[e] = fused(c, x[e], sums[e]);
+        for (int e = 0; e < FOUR; ++e) sums[e] = add_product(exact, x[e], sums[e]);
     }
 }
 

@@ -98,7 +98,7 @@ run() { # part
                 echo 'no compute-sanitizer here' | tee -a "$summary"
                 return
             fi
-            for tool in memcheck racecheck; do
+            for tool in memcheck racecheck initcheck synccheck; do
                 LIMIT=150 ours "kernels-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/unit" --test-threads=1 ops::cuda
                 LIMIT=150 ours "solves-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/cuda" --test-threads=1 low_precision_is
                 LIMIT=300 ours "rows-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/cuda" --test-threads=1 \

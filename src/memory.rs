@@ -245,6 +245,7 @@ mod tests {
             states: u128::MAX,
             evaluations: 1,
             returned: 1,
+            work: 0,
         };
         assert!(huge.check().is_err());
         assert!(room_for::<u64>("x", usize::MAX).is_err());

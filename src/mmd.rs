@@ -43,6 +43,9 @@ pub fn mmd(x: &Tensor, y: &Tensor, bandwidth: f64) -> Result<f64> {
     }
     let plain = |s: &Tensor| s.detach().to_dtype(DType::F64);
     let (x, y) = (plain(x)?, plain(y)?);
+    // Around zero: differences of the squares of large numbers have no digits.
+    let mean = x.mean_keepdim(0)?;
+    let (x, y) = (x.broadcast_sub(&mean)?, y.broadcast_sub(&mean)?);
     // Below, a maximum with zero would take NaN for a distance of zero.
     for sample in [&x, &y] {
         if !(sample * 0.0)?.sum_all()?.to_scalar::<f64>()?.is_finite() {

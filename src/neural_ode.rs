@@ -341,6 +341,12 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         self
     }
 
+    /// The same with options that are made of its own.
+    pub(crate) fn adjusted(mut self, adjust: impl FnOnce(OdeOptions) -> OdeOptions) -> Self {
+        self.options = adjust(self.options);
+        self
+    }
+
     /// All options at once; they replace a method and a precision set before.
     pub fn options(mut self, options: OdeOptions) -> Self {
         self.options = options;

@@ -53,6 +53,21 @@ impl Checkpoint {
             Self::Nothing => (0, 0),
         }
     }
+
+    /// An error if not a single state of so many bytes can be kept.
+    pub(crate) fn check(self, bytes: usize) -> Result<()> {
+        let (option, given, needed) = match self {
+            Self::Every(0) => ("Every", 0, 1),
+            Self::States(0) => ("States", 0, 1),
+            Self::Bytes(b) if b < bytes => ("Bytes", b, bytes),
+            _ => return Ok(()),
+        };
+        Err(Error::InvalidCheckpoint {
+            option,
+            given,
+            needed,
+        })
+    }
 }
 
 /// A [`Checkpoint`] for N steps of a given size.
@@ -103,20 +118,13 @@ pub(crate) struct Trajectory<Y = Vec<Tensor>, K = Vec<Roles>> {
 impl<Y: Clone, K: Store<Y>> Trajectory<Y, K> {
     /// An empty trajectory for N steps from y0, which is in state precision.
     pub(crate) fn new(checkpoint: Checkpoint, steps: usize, store: K, y0: &Y) -> Result<Self> {
-        let invalid = |option, given, needed| Error::InvalidCheckpoint {
-            option,
-            given,
-            needed,
-        };
         let needed = store.bytes(y0);
+        checkpoint.check(needed)?;
         let plan = match checkpoint {
             Checkpoint::All => Placement::All,
             Checkpoint::Nothing => Placement::Nothing,
-            Checkpoint::Every(0) => return Err(invalid("Every", 0, 1)),
             Checkpoint::Every(k) => Placement::Every(k),
-            Checkpoint::States(0) => return Err(invalid("States", 0, 1)),
             Checkpoint::States(b) => Placement::States(b),
-            Checkpoint::Bytes(b) if b < needed => return Err(invalid("Bytes", b, needed)),
             Checkpoint::Bytes(b) => Placement::States(b / needed.max(1)),
         };
         let mark = match plan {

@@ -4,7 +4,8 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::metrics::{Recorder, Stats};
-use candle_diffeq::nn::{Activation, Cnf, ConvField, Mlp};
+use candle_diffeq::nn::energy::{Energy, Hamiltonian};
+use candle_diffeq::nn::{Activation, Cnf, ConvField, EnergyMlp, Hutchinson, HyperCnf, Mlp, OtFlow};
 use candle_diffeq::options::{ActivationCache, Checkpoint};
 use candle_diffeq::tableau::DOPRI5;
 use candle_diffeq::{odeint, OdeOptions, Precision, State, VectorField};
@@ -191,4 +192,89 @@ fn nothing_is_kept_beside_states_that_are_rounded() {
     for (got, expected) in got.iter().zip(&expected) {
         assert_eq!(values(got), values(expected));
     }
+}
+
+#[test]
+fn evaluations_that_are_kept_in_bf16_are_at_their_own_time() {
+    if !has_tiles() {
+        return;
+    }
+    // Numbers of bf16 are half apart here.
+    let times = [100.0, 100.3, 101.0];
+    let close = |name: &str, gradients: &dyn Fn(ActivationCache) -> Vec<Tensor>| {
+        let expected = gradients(ActivationCache::NONE);
+        let low = gradients(ActivationCache::ALL.in_bf16());
+        for (got, expected) in low.iter().zip(&expected) {
+            let (got, expected) = (values(got), values(expected));
+            let difference = got.iter().zip(&expected).map(|(a, b)| (a - b).powi(2));
+            let error = difference.sum::<f64>().sqrt();
+            let size = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
+            assert!(
+                error <= 16.0 * 2f64.powi(-8) * size,
+                "{name}: {error:e} of {size:e}"
+            );
+        }
+    };
+    fn of<S: State + 'static, F: VectorField<S> + Clone + Send + Sync + 'static>(
+        build: impl Fn(VarBuilder<'_>) -> F,
+        shapes: &[&[usize]],
+        times: &[f64],
+        activation_cache: ActivationCache,
+    ) -> Vec<Tensor> {
+        let vars = VarMap::new();
+        let field = build(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu));
+        fill(&vars);
+        // Time is a hundred: its weights are small, so that nothing is saturated.
+        for var in vars.all_vars() {
+            var.set(&(var.as_tensor() * 0.02).unwrap()).unwrap();
+        }
+        let options = OdeOptions {
+            method: DOPRI5,
+            activation_cache,
+            ..Default::default()
+        };
+        let y0: Vec<_> = shapes
+            .iter()
+            .map(|shape| Var::from_tensor(&random(shape, DType::F32)).unwrap())
+            .collect();
+        let leaves = y0.iter().map(|y| y.as_tensor().clone()).collect();
+        let states = odeint(field, &S::from_leaves(leaves).unwrap(), times, &options);
+        let squares = states.unwrap().leaves().into_iter();
+        let squares = squares.map(|y| y.sqr().unwrap().sum_all().unwrap());
+        let loss = squares.reduce(|a, b| (a + b).unwrap()).unwrap();
+        let grads = loss.backward().unwrap();
+        let mut named: Vec<_> = vars.data().lock().unwrap().clone().into_iter().collect();
+        named.sort_by(|a, b| a.0.cmp(&b.0));
+        let all = named.iter().map(|(_, var)| var).chain(&y0[..1]);
+        all.map(|var| grads.get(var).unwrap().clone()).collect()
+    }
+    let flow = [&[20, 2][..], &[20, 1]];
+    close("HyperCnf", &|cache| {
+        let build = |vb: VarBuilder<'_>| HyperCnf::new(2, 6, 4, vb).unwrap();
+        of::<(Tensor, Tensor), _>(build, &flow, &times, cache)
+    });
+    close("Cnf", &|cache| {
+        let build = |vb: VarBuilder<'_>| {
+            Cnf::new(Mlp::with_time(&[2, 9, 2], Activation::Tanh, vb).unwrap()).unwrap()
+        };
+        of::<(Tensor, Tensor), _>(build, &flow, &times, cache)
+    });
+    close("OtFlow", &|cache| {
+        let build = |vb: VarBuilder<'_>| OtFlow::new(2, 8, 2, vb).unwrap();
+        of::<(Tensor, Tensor), _>(build, &[&[20, 2], &[20, 3]], &times, cache)
+    });
+    close("Hamiltonian", &|cache| {
+        let build = |vb: VarBuilder<'_>| {
+            let energy = EnergyMlp::with_time(&[2, 9, 1], Activation::Softplus, Energy::Output, vb);
+            Hamiltonian::new(energy.unwrap())
+        };
+        of::<Tensor, _>(build, &[&[20, 2]], &times, cache)
+    });
+    close("Hutchinson", &|cache| {
+        let build = |vb: VarBuilder<'_>| {
+            Hutchinson::new(Mlp::with_time(&[2, 9, 2], Activation::Tanh, vb).unwrap())
+        };
+        let shapes = [&[20, 2][..], &[20, 1], &[20, 2]];
+        of::<(Tensor, Tensor, Tensor), _>(build, &shapes, &times, cache)
+    });
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, IndexOp, Layout, Module, Shape, Tensor, Var, D,
 };
+use candle_diffeq::fields::FieldWithArgs;
 use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, ConditionalMlp};
 use candle_diffeq::options::{Checkpoint, Output, Steps};
@@ -15,7 +16,7 @@ use candle_diffeq::{
     odeint, odeint_with, solution_with, Error, NeuralOde, OdeOptions, Precision, Time,
 };
 use candle_nn::{linear, VarBuilder, VarMap};
-use common::{all, bits, relative, scattered, values, var, U_BF16, U_F64};
+use common::{all, bits, fill, relative, scattered, values, var, U_BF16, U_F64};
 
 fn field(_: &Time, y: &Tensor, a: &Tensor) -> candle_core::Result<Tensor> {
     (y * a)?.sin()
@@ -334,4 +335,34 @@ fn untracked_arguments_keep_nothing_and_are_no_node() {
     assert!(!ys.track_op());
     assert_eq!(recorder.stats().bytes_kept, 0);
     let _ = ys.i(0);
+}
+
+#[test]
+fn a_field_with_arguments_reads_variables_that_are_set() {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    for time in [false, true] {
+        let build = |vb: VarBuilder<'_>| match time {
+            true => ConditionalMlp::with_time(&[2, 5, 2], 3, Activation::Tanh, vb).unwrap(),
+            false => ConditionalMlp::new(&[2, 5, 2], 3, Activation::Tanh, vb).unwrap(),
+        };
+        let field = build(vb.pp(time));
+        fill(&vars);
+        let (y0, context) = (scattered(&[4, 2], 0.8, 1), scattered(&[4, 3], 0.8, 2));
+        let solved = |field: &ConditionalMlp| {
+            let options = OdeOptions::default();
+            let y = odeint_with(field.clone(), &y0, &context, &[0.0, 0.7], &options).unwrap();
+            let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            let of = |var: &Var| values(grads.get(var).unwrap());
+            let listed = FieldWithArgs::parameters(field).unwrap();
+            let own = vars.all_vars().into_iter().filter(|var| {
+                let is_it = |p: &Tensor| p.id() == var.id();
+                listed.iter().any(is_it)
+            });
+            let mut all: Vec<_> = own.map(|var| of(&var)).collect();
+            all.sort_by(|a, b| a[0].total_cmp(&b[0]));
+            (values(&y), all)
+        };
+        assert_eq!(solved(&field), solved(&build(vb.pp(time))));
+    }
 }

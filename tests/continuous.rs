@@ -1928,3 +1928,31 @@ fn rounding_does_not_ask_for_backward_steps_by_any_norm() {
         }
     }
 }
+
+#[test]
+fn a_norm_of_all_sees_every_parameter_also_before_there_is_an_error() {
+    // Without an absolute tolerance, sums that are zero take no part in the choice of the first length.
+    let own = OwnNorm::of_all(|ratios| {
+        let first = ratios.params[0].elem_count();
+        assert!(first > 0);
+        ratios.y[0]
+            .abs()?
+            .max_all()?
+            .to_dtype(DType::F64)?
+            .to_scalar()
+    });
+    let w = Var::new(&[0.5], &Device::Cpu).unwrap();
+    let read = w.clone();
+    let field = move |_: &Time, y: &Tensor| y.broadcast_mul(read.as_tensor());
+    let y0 = Tensor::new(&[1.0], &Device::Cpu).unwrap();
+    let options = OdeOptions {
+        method: DOPRI5,
+        steps: Steps::Adaptive(Adaptive::new(1e-6, 0.0)),
+        gradient: Gradient::Backsolve(AdjointSolve::new().norm(AdjointNorm::Own(own))),
+        ..Default::default()
+    };
+    let y = odeint(field, &y0, &[0.0, 1.0], &options).unwrap();
+    let grads = y.get(1).unwrap().sum_all().unwrap().backward().unwrap();
+    let got = values(grads.get(&w).unwrap())[0];
+    assert!((got - 0.5f64.exp()).abs() <= 1e-4, "{got}");
+}

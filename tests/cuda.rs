@@ -10,10 +10,11 @@ use candle_core::{DType, Device, IndexOp, Shape, Tensor, Var};
 use candle_diffeq::dense::odeint_dense;
 use candle_diffeq::error::{AdaptiveDefect, NotReplayed, StopReason};
 use candle_diffeq::metrics::{Recorder, Stats};
+use candle_diffeq::nn::graph::Csr;
 use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::options::{
     ActivationCache, Adaptive, AdjointNorm, AdjointSolve, Arithmetic, Checkpoint, Controller,
-    Gradient, OnFailure, Output, StepControl, Steps, TimeGrid,
+    Gradient, Norm, OnFailure, Output, StepControl, Steps, TimeGrid,
 };
 use candle_diffeq::scaling::{DynamicScaling, Scaling};
 use candle_diffeq::sde::{sdeint, stratonovich, Noise, SdeOptions, HEUN};
@@ -1810,10 +1811,7 @@ fn stages_beside_a_jump_see_their_own_side_of_it() {
 fn an_attempt_of_any_field_costs_one_look_of_the_host() {
     let Some(gpu) = gpu() else { return };
     for dtype in [DType::F32, DType::F64] {
-        for norm in [
-            candle_diffeq::options::Norm::Batch,
-            candle_diffeq::options::Norm::WorstRow,
-        ] {
+        for norm in [Norm::Batch, Norm::WorstRow] {
             let recorder = Recorder::tracing();
             let options = OdeOptions {
                 steps: Steps::Adaptive(adaptive(1e-5).norm(norm)),
@@ -1882,4 +1880,129 @@ fn cotangents_inside_a_step_of_any_size_give_the_same_digits() {
         assert!(large.iter().flatten().all(|x| *x != 0.0));
         assert_eq!(gradient(&device, 2f64.powi(-27)), large, "{device:?}");
     }
+}
+
+#[test]
+fn a_row_that_is_lost_in_an_attempt_is_seen_beside_rows_that_are_not() {
+    let Some(gpu) = gpu() else { return };
+    // y' = −y³: the first attempt is far too long for the second row, whose numbers overflow.
+    for norm in [Norm::Batch, Norm::WorstRow] {
+        for first in [Some(0.1), None] {
+            let recorder = Recorder::default();
+            let mut control = Adaptive::new(1e-3, 1e-6).norm(norm);
+            if let Some(first) = first {
+                control = control.first_step(first);
+            }
+            let options = OdeOptions {
+                steps: Steps::Adaptive(control),
+                method: DOPRI5,
+                recorder: Some(recorder.clone()),
+                ..Default::default()
+            };
+            let on = |device: &Device| {
+                let y0 = Tensor::new(&[[0.1f32], [1e4]], device).unwrap();
+                let field = |_: &Time, y: &Tensor| y.sqr()?.neg()? * y;
+                let y = odeint(field, &y0, &[0.0, 1.0], &options).unwrap();
+                (values(&y), recorder.take().rejected)
+            };
+            let ((there, rejected), (here, _)) = (on(&gpu), on(&Device::Cpu));
+            assert!(rejected > 0);
+            assert!(there.iter().all(|y| y.is_finite()), "{there:?}");
+            for (there, here) in there.iter().zip(&here) {
+                assert!((there - here).abs() <= 2e-3 * here.abs(), "{there} {here}");
+            }
+        }
+    }
+}
+
+/// Runge–Kutta's method with as many stages as there are copies of its last one.
+fn many_stages(copies: usize) -> Tableau {
+    let mut a = vec![vec![], vec![0.5], vec![0.0, 0.5]];
+    let (mut b, mut c) = (vec![1.0 / 6.0, 1.0 / 3.0, 1.0 / 3.0], vec![0.0, 0.5, 0.5]);
+    for _ in 0..copies {
+        let mut row = vec![0.0; a.len()];
+        row[2] = 1.0;
+        a.push(row);
+        b.push(1.0 / 6.0 / copies as f64);
+        c.push(1.0);
+    }
+    Tableau::new("many", 4, a, b, c).unwrap()
+}
+
+#[test]
+fn methods_of_many_stages_have_gradients() {
+    let Some(gpu) = gpu() else { return };
+    for copies in [12, 13, 17, 30] {
+        let options = OdeOptions {
+            method: many_stages(copies),
+            steps: Steps::PerInterval(2),
+            ..Default::default()
+        };
+        let on = |device: &Device| {
+            let y0 = Var::from_tensor(&scattered((4, 3), DType::F64, device)).unwrap();
+            let a = Var::from_tensor(&scattered((3, 3), DType::F64, device)).unwrap();
+            let read = a.clone();
+            let field = move |_: &Time, y: &Tensor| y.matmul(read.as_tensor())?.tanh();
+            let y = odeint(field, y0.as_tensor(), &[0.0, 0.4, 1.0], &options).unwrap();
+            let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            [&y0, &a].map(|v| grads.get(v).unwrap().clone())
+        };
+        for (there, here) in on(&gpu).iter().zip(on(&Device::Cpu)) {
+            assert!(distance(there, &here) <= 1e-13, "{copies}");
+        }
+    }
+}
+
+#[test]
+fn a_solve_that_starts_at_a_jump_starts_on_its_far_side() {
+    let Some(gpu) = gpu() else { return };
+    // Just above a number of f32 at which the velocity is another one than at the next.
+    let start = 1.0 + 2f64.powi(-24);
+    let control = |jumps: &[f64]| {
+        let adaptive = Adaptive::new(1.0, 1e30).first_step(10.0);
+        let adaptive = adaptive.jump_t(jumps.to_vec());
+        Steps::Adaptive(adaptive.control(StepControl::Rows))
+    };
+    let euler = two_stages([1.0, 0.0]);
+    for jumps in [&[][..], &[start]] {
+        let there = steep(&gpu, [start, 2.0], control(jumps), &euler);
+        let here = steep(&Device::Cpu, [start, 2.0], control(jumps), &euler);
+        assert_eq!(there, here, "{jumps:?}");
+    }
+}
+
+#[test]
+fn sparse_products_have_the_bits_of_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let edges: Vec<[u32; 2]> = (0..300).map(|i| [i * 7 % 41, i * 13 % 40]).collect();
+    for dtype in [DType::F32, DType::F64, DType::BF16] {
+        for width in [1, 5, 16, 33] {
+            let on = |device: &Device| {
+                let wide = if dtype == DType::F64 {
+                    dtype
+                } else {
+                    DType::F32
+                };
+                let graph = Csr::normalised_adjacency(41, &edges, wide, device).unwrap();
+                let weights = Var::from_tensor(graph.values()).unwrap();
+                let graph = graph.with_values(weights.as_tensor().clone()).unwrap();
+                let x = Var::from_tensor(&scattered((41, width), dtype, device)).unwrap();
+                let y = graph.matmul(x.as_tensor()).unwrap();
+                let g = scattered((41, width), dtype, device);
+                let loss = (&y * &g).unwrap().sum_all().unwrap();
+                let grads = loss.backward().unwrap();
+                [&x, &weights]
+                    .map(|v| bits(grads.get(v).unwrap()))
+                    .into_iter()
+                    .chain([bits(&y)])
+                    .collect::<Vec<_>>()
+            };
+            assert_eq!(on(&gpu), on(&Device::Cpu), "{dtype:?} {width}");
+        }
+    }
+    // Neither entries nor columns.
+    let none = Tensor::zeros(0, DType::F32, &*gpu).unwrap();
+    let empty = Csr::new(vec![0, 0, 0], vec![], 3, none).unwrap();
+    let x = Tensor::ones((3, 2), DType::F32, &*gpu).unwrap();
+    assert_eq!(values(&empty.matmul(&x).unwrap()), [0.0; 4]);
 }

@@ -762,3 +762,16 @@ fn densities_are_where_they_should_be() {
         "{unknown}"
     );
 }
+
+#[test]
+fn a_discrepancy_does_not_depend_on_where_the_samples_are() {
+    let (x, y) = (scattered(&[40, 2], 1.0, 1), scattered(&[50, 2], 1.0, 2));
+    let expected = mmd(&x, &y, 0.7).unwrap();
+    for offset in [1e6, 1.7e9] {
+        let [x, y] = [&x, &y].map(|s| (s + offset).unwrap());
+        let got = mmd(&x, &y, 0.7).unwrap();
+        // The samples themselves have lost what the offset has taken.
+        let lost = offset * U_F64;
+        assert!((got - expected).abs() <= 16.0 * lost, "{got} {expected}");
+    }
+}

@@ -860,3 +860,43 @@ fn the_gradient_of_a_bias_is_summed_in_f32_over_a_large_batch() {
     let grads = y.sum_all().unwrap().backward().unwrap();
     assert_eq!(values(grads.get(&bias).unwrap()), [4096.0; 3]);
 }
+
+#[test]
+fn variables_that_are_set_are_read_by_the_next_evaluation() {
+    let fields = Fields::of(DType::F32);
+    let z = scattered(&[3, 2], 0.7, 1).to_dtype(DType::F32).unwrap();
+    let y = scattered(&[2, 2, 4, 4], 0.7, 1)
+        .to_dtype(DType::F32)
+        .unwrap();
+    let results = |see: &dyn Evaluate| {
+        let (y, params) = see.gradients().unwrap();
+        let all = [see.velocity().unwrap(), y, params].concat();
+        all.iter().map(values).collect::<Vec<_>>()
+    };
+    // Fields over the variables as they are drawn, of which the values are then replaced.
+    let drawn: std::cell::RefCell<Vec<Vec<Vec<f64>>>> = Default::default();
+    let each = |look: &mut dyn FnMut(&str, &dyn Evaluate)| {
+        fields.each(&z, &mut |name: &str, field: &dyn Evaluate| {
+            look(name, field);
+        });
+        fields.each_of_images(&y, &mut |name: &str, field: &dyn Evaluate| {
+            look(name, field);
+        });
+    };
+    // All variables exist before any is filled.
+    each(&mut |_, _| {});
+    each(&mut |_, field| {
+        // Evaluated once, so that whatever is kept is there.
+        results(field);
+        fill(&fields.vars);
+        drawn.borrow_mut().push(results(field));
+        for var in fields.vars.all_vars() {
+            var.set(&(var.as_tensor() * 0.5).unwrap()).unwrap();
+        }
+    });
+    fill(&fields.vars);
+    let mut before = drawn.into_inner().into_iter();
+    each(&mut |name, field| {
+        assert_eq!(Some(results(field)), before.next(), "{name}");
+    });
+}

@@ -7,7 +7,7 @@ mod common;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Tensor, Var};
-use candle_diffeq::fields::{check_field, FieldCheck};
+use candle_diffeq::fields::{check_field, FieldCheck, PiecewiseConstant};
 use candle_diffeq::models::hypersolver::{residuals, Hypersolver};
 use candle_diffeq::models::recurrent::{
     Cell, GruCell, GruOdeBayes, Hidden, LatentOde, LstmCell, OdeRnn, Order, RnnCell, Sporadic,
@@ -19,7 +19,7 @@ use candle_diffeq::options::{Output, Steps, TimeGrid};
 use candle_diffeq::tableau::{EULER, MIDPOINT, RK4};
 use candle_diffeq::{odeint, predict, NeuralOde, OdeOptions, Precision, Time, VectorField};
 use candle_nn::{VarBuilder, VarMap};
-use common::{all, error_of, fill, relative, scattered, values, var, U_F32, U_F64};
+use common::{all, error_of, fill, relative, scattered, values, var, U_BF16, U_F16, U_F32, U_F64};
 
 fn cpu() -> Device {
     Device::Cpu
@@ -808,4 +808,126 @@ fn layers_that_are_no_field_over_one_graph_are_refused() {
     let text = field.velocity(&Time::new(0.0, DType::F64, &cpu()), &y);
     let text = text.unwrap_err().to_string();
     assert!(text.contains("150 nodes"), "{text}");
+}
+
+#[test]
+fn an_edge_that_is_listed_twice_is_one_edge() {
+    let of = |edges: &[[u32; 2]]| {
+        let matrix = Csr::normalised_adjacency(4, edges, DType::F64, &cpu()).unwrap();
+        let eye = Tensor::eye(4, DType::F64, &cpu()).unwrap();
+        values(&matrix.matmul(&eye).unwrap())
+    };
+    let once = of(&[[0, 1], [1, 2]]);
+    assert_eq!(of(&[[0, 1], [1, 0], [1, 2], [2, 1], [1, 2]]), once);
+    assert_eq!(of(&[[0, 0], [0, 1], [1, 2], [3, 3]]), once);
+    // Node 3 has its loop alone, and node 0 two neighbours with itself.
+    assert_eq!(once[15], 1.0);
+    assert!((once[0] - 0.5).abs() <= U_F64);
+}
+
+#[test]
+fn gaps_of_time_are_not_rounded_to_compute_precision() {
+    // h' = 1 from h = 0: what is left after a gap is the gap.
+    let vars = VarMap::new();
+    for precision in [Precision::bf16(), Precision::f16()] {
+        for fusion in [true, false] {
+            let flow = NeuralOde::from_field(&vars, "f", DType::F32, &cpu(), |vb| {
+                Mlp::new(&[1, 1], Activation::Tanh, vb).map(RowSpeed::new)
+            });
+            let flow = flow.unwrap().options(OdeOptions {
+                precision: Some(precision),
+                fusion,
+                method: EULER,
+                ..Default::default()
+            });
+            let cell = VarBuilder::from_varmap(&vars, DType::F32, &cpu()).pp("cell");
+            let model = OdeRnn::new(flow, GruCell::new(1, 1, cell).unwrap());
+            for (name, var) in vars.data().lock().unwrap().iter() {
+                let is_one = name == "f.0.bias";
+                let value = (var.zeros_like().unwrap() + f64::from(u8::from(is_one))).unwrap();
+                var.set(&value).unwrap();
+            }
+            let gaps = [0.01f32, 0.1, 0.7, 50.0];
+            let seen = Tensor::zeros((4, 1), DType::F32, &cpu()).unwrap();
+            let x = Tensor::zeros((4, 1, 1), DType::F32, &cpu()).unwrap();
+            let all = Tensor::new(&gaps, &cpu()).unwrap().unsqueeze(1).unwrap();
+            let h = values(&model.forward(&x, &all, Some(&seen)).unwrap());
+            for (h, gap) in h.into_iter().zip(gaps.map(f64::from)) {
+                // The velocity is rounded once.
+                let u = if precision == Precision::bf16() {
+                    U_BF16
+                } else {
+                    U_F16
+                };
+                assert!((h / gap - 1.0).abs() <= u, "{gap}: {h}");
+            }
+            // Gaps in low precision have logarithms, too.
+            let low = all.to_dtype(DType::F16).unwrap();
+            let none = (low * 0.0).unwrap();
+            assert!(model.forward(&x, &none, Some(&seen)).is_ok());
+        }
+    }
+}
+
+#[test]
+fn where_nothing_is_observed_there_is_no_loss_and_no_row_is_no_error() {
+    let vars = VarMap::new();
+    let model = GruOdeBayes::new(&vars, "m", [2, 5, 4], DType::F64, &cpu()).unwrap();
+    fill(&vars);
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F64, &cpu()).unwrap();
+    let seen = |rows: usize| Sporadic {
+        values: zeros(&[rows, 2, 2]),
+        mask: zeros(&[rows, 2, 2]),
+        gaps: (zeros(&[rows, 2]) + 0.5).unwrap(),
+    };
+    let loss = model
+        .forward(&seen(3))
+        .unwrap()
+        .loss(&seen(3), 0.1)
+        .unwrap();
+    assert_eq!(values(&loss), [0.0]);
+    let grads = loss.backward().unwrap();
+    for var in vars.all_vars() {
+        let grad = grads.get(&var).map(values).unwrap_or_default();
+        assert!(grad.iter().all(|g| *g == 0.0));
+    }
+    let none = model.forward(&seen(0)).unwrap();
+    assert_eq!(none.before.mean.dims(), [0, 2, 2]);
+}
+
+#[test]
+fn a_latent_ode_returns_the_series_whatever_output_its_options_ask_for() {
+    let vars = VarMap::new();
+    let model = LatentOde::new(&vars, "m", [2, 6, 3, 7], 0.1, DType::F64, &cpu()).unwrap();
+    fill(&vars);
+    let z = scattered(&[4, 3], 1.0, 1);
+    let expected = values(&model.decode(&z, &[0.0, 0.4, 1.0]).unwrap());
+    let last = OdeOptions {
+        output: Output::Final,
+        ..Default::default()
+    };
+    let model = model.options(last.clone(), last);
+    let got = model.decode(&z, &[0.0, 0.4, 1.0]).unwrap();
+    assert_eq!((got.dims(), values(&got)), (&[4, 3, 2][..], expected));
+}
+
+#[test]
+fn a_hypersolver_knows_a_step_from_a_jump_for_one_from_its_start() {
+    // A step that begins at a jump is evaluated beside it, by more than a billionth of a step so short.
+    let pieces = PiecewiseConstant::new(
+        &[99.0, 100.0, 101.0],
+        vec![|_: &Time, y: &Tensor| y.neg(), |_: &Time, y: &Tensor| {
+            y.affine(-2.0, 0.0)
+        }],
+    )
+    .unwrap();
+    let g = |_: &Time, y: &Tensor, _: &Tensor| y.zeros_like();
+    let hyper = Hypersolver::new(pieces, EULER, g);
+    let y0 = Tensor::new(&[1.0], &cpu()).unwrap();
+    let options = OdeOptions {
+        method: EULER,
+        ..Default::default()
+    };
+    let y = predict(&hyper, &y0, &[100.0 - 1e-4, 100.0, 100.0 + 1e-4], &options).unwrap();
+    assert!((values(&y)[2] - (1.0 - 1e-4) * (1.0 - 2e-4)).abs() <= 1e-11);
 }

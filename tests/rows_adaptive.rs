@@ -973,3 +973,55 @@ fn a_row_takes_more_steps_the_faster_it_is() {
         assert!(error <= 1e-3, "{row} {error:e}");
     }
 }
+
+/// Euler's method with a pair of stages that only its estimate reads, the second one from the first.
+fn far_estimate() -> Tableau {
+    let euler = Tableau::new(
+        "far",
+        1,
+        vec![vec![], vec![0.5], vec![0.0, 1.0]],
+        vec![1.0, 0.0, 0.0],
+        vec![0.0, 0.5, 1.0],
+    );
+    let pair = euler.unwrap().with_embedded(vec![0.0, 0.0, 1.0]).unwrap();
+    pair.with_interpolant(vec![vec![1.0], vec![0.0], vec![0.0]])
+        .unwrap()
+}
+
+#[test]
+fn stages_that_only_the_estimate_reads_read_each_other() {
+    if without_tiles() {
+        return;
+    }
+    for kind in [Kind::Mlp, Kind::Timed] {
+        let y0 = rows(&start(kind, 8, DType::F64), &[5]);
+        let control = || adaptive(1e-3, 1e-5);
+        let ours = solve(kind, &y0, &TIMES, &options(&far_estimate(), control())).unwrap();
+        let batch = control().control(StepControl::Batch);
+        let theirs = solve(kind, &y0, &TIMES, &options(&far_estimate(), batch)).unwrap();
+        assert_eq!(ours.stats.steps, theirs.stats.steps);
+        assert!(ours.stats.steps > 20, "{}", ours.stats.steps);
+    }
+}
+
+#[test]
+fn rows_of_sines_do_not_depend_on_rows_that_are_far_away_or_lost() {
+    if without_tiles() {
+        return;
+    }
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'_>| Mlp::new(&[1, 16, 1], Activation::Sin, vb);
+    let ode = NeuralOde::from_field(&vars, "", DType::F32, &Device::Cpu, build).unwrap();
+    fill(&vars);
+    let mut control = adaptive(1e-4, 1e-6);
+    control = control.on_failure(OnFailure::Nan);
+    let ode = ode.options(options(&DOPRI5, control));
+    let of = |y0: &[f32]| {
+        let y0 = Tensor::new(y0, &Device::Cpu).unwrap().unsqueeze(1).unwrap();
+        let y = ode.predict(&y0, &TIMES).unwrap();
+        bits(&y.i((.., 0, ..)).unwrap())
+    };
+    let alone = of(&[0.3]);
+    assert_eq!(of(&[0.3, 2e5]), alone);
+    assert_eq!(of(&[0.3, 2e5, -0.4, 1e30]), alone);
+}

@@ -435,7 +435,12 @@ impl Potential for Springs {
 }
 
 impl Curved for Springs {
-    fn gradient_jvp(&self, t: &Time, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+    fn gradient_jvp(
+        &self,
+        t: &Time,
+        x: &Tensor,
+        (_, v): (f64, &Tensor),
+    ) -> Result<(Tensor, Tensor)> {
         // Quadratic: the Hessian's product is the gradient at v.
         Ok((self.gradient(t, x)?.1, self.gradient(t, v)?.1))
     }
@@ -585,7 +590,7 @@ fn a_flow_along_a_gradient_has_the_estimated_trace_of_its_hessian() {
     let (_, k, _) = flow
         .velocity(&time(0.0), &(z.clone(), l, probe.clone()))
         .unwrap();
-    let (_, product) = energy.gradient_jvp(&time(0.0), &z, &probe).unwrap();
+    let (_, product) = energy.gradient_jvp(&time(0.0), &z, (0.0, &probe)).unwrap();
     let expected = (product * probe).unwrap().sum_keepdim(1).unwrap();
     assert!(relative(&k, &expected) <= EXACT);
 }
@@ -799,4 +804,158 @@ fn closures_of_a_potential_and_its_gradient_are_fields_with_exact_pull_backs() {
         let exact = start[2 * row] * omega.cos() + start[2 * row + 1] * omega.sin() / omega;
         assert!((end[2 * row] - exact).abs() < 1e-8);
     }
+}
+
+/// L = e^{γt} (½ q̇² − ½ k q²), of a damped oscillator (Caldirola and Kanai).
+struct Damped {
+    gamma: f64,
+    k: f64,
+}
+
+impl Damped {
+    fn weight(&self, t: &Time) -> Result<Tensor> {
+        (t.tensor()?.to_dtype(DType::F64)? * self.gamma)?.exp()
+    }
+}
+
+impl Potential for Damped {
+    fn gradient(&self, t: &Time, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (q, v) = (x.narrow(1, 0, 1)?, x.narrow(1, 1, 1)?);
+        let value = ((v.sqr()? * 0.5)? - (q.sqr()? * (0.5 * self.k))?)?;
+        let gradient = Tensor::cat(&[(q * -self.k)?, v], 1)?;
+        let weight = self.weight(t)?;
+        Ok((
+            value.broadcast_mul(&weight)?,
+            gradient.broadcast_mul(&weight)?,
+        ))
+    }
+}
+
+impl Curved for Damped {
+    fn gradient_jvp(
+        &self,
+        t: &Time,
+        x: &Tensor,
+        (rate, v): (f64, &Tensor),
+    ) -> Result<(Tensor, Tensor)> {
+        let gradient = self.gradient(t, x)?.1;
+        // Linear in x, and its derivative in time is γ times itself.
+        let along = (self.gradient(t, v)?.1 + (&gradient * (rate * self.gamma))?)?;
+        Ok((gradient, along))
+    }
+}
+
+#[test]
+fn a_lagrangian_that_reads_time_has_the_friction_that_its_equation_has() {
+    let (gamma, k) = (0.3, 1.7);
+    let x = scattered(&[5, 2], 1.2, 1);
+    for t in [0.0, 0.8] {
+        let field = Lagrangian::new(Damped { gamma, k });
+        let got = values(&field.velocity(&time(t), &x).unwrap());
+        for (got, x) in got.chunks(2).zip(values(&x).chunks(2)) {
+            let expected = [x[1], -gamma * x[1] - k * x[0]];
+            for (got, expected) in got.iter().zip(expected) {
+                assert!((got - expected).abs() <= 64.0 * U_F64, "{got} {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn along_the_motion_of_a_timed_lagrangian_network_momenta_change_by_the_force() {
+    // d/dt ∂L/∂q̇ = ∂L/∂q, the left side by differences along the motion.
+    for energy in [Energy::Output, Energy::SumOfSquares] {
+        let outputs = if energy == Energy::Output { 1 } else { 3 };
+        let vars = VarMap::new();
+        let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+        let net = EnergyMlp::with_time(&[4, 6, 5, outputs], Activation::Softplus, energy, vb);
+        let (net, mass) = (net.unwrap(), 2.0);
+        fill(&vars);
+        let field = Lagrangian::with_mass(net.clone(), mass);
+        let (t, x) = (0.6, scattered(&[3, 4], 0.9, 1));
+        let motion = field.velocity(&time(t), &x).unwrap();
+        let momenta = |e: f64| {
+            let x = (&x + (&motion * e).unwrap()).unwrap();
+            let of_net = net.gradient(&time(t + e), &x).unwrap().1;
+            let velocity = (x.narrow(1, 2, 2).unwrap() * mass).unwrap();
+            (of_net.narrow(1, 2, 2).unwrap() + velocity).unwrap()
+        };
+        let e = 1e-5;
+        let change = ((momenta(e) - momenta(-e)).unwrap() * (0.5 / e)).unwrap();
+        let force = net
+            .gradient(&time(t), &x)
+            .unwrap()
+            .1
+            .narrow(1, 0, 2)
+            .unwrap();
+        // Of the difference: e² and roundings over e.
+        assert!(largest(&(change - force).unwrap()) <= 1e-9, "{energy:?}");
+    }
+}
+
+#[test]
+fn a_timed_potential_without_hidden_layers_has_gradients() {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let net = Perceptron::new(&[3, 1], Activation::Tanh, vb).unwrap();
+    let field = GradientFlow::new(EnergyMlp::of_time(net, Energy::Output).unwrap());
+    fill(&vars);
+    let y0 = var(&[4, 2], 1.0, 1);
+    let y = odeint(field, y0.as_tensor(), &[0.0, 1.0], &OdeOptions::default()).unwrap();
+    let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    let named = vars.data().lock().unwrap().clone();
+    assert!(grads.get(&named["0.weight"]).is_some());
+}
+
+/// y' = w y, whose velocity candle cannot trace to w, with the gradient of w by hand: the field in the documentation of
+/// `VectorField`.
+struct Growth(Var);
+
+impl VectorField<Tensor> for Growth {
+    fn velocity(&self, _: &Time, y: &Tensor) -> Result<Tensor> {
+        y.broadcast_mul(&self.0.as_detached_tensor())
+    }
+
+    fn parameters(&self) -> Option<Vec<Tensor>> {
+        Some(vec![self.0.as_tensor().clone()])
+    }
+}
+
+#[test]
+fn a_wrapper_that_would_lose_the_gradients_of_its_field_is_an_error() {
+    let w = Var::new(&[0.5], &Device::Cpu).unwrap();
+    let cost = |_: &Time, x: &Tensor| x.sqr()?.sum_keepdim(1);
+    let y0 = var(&[3, 1], 1.0, 1);
+    let state = || {
+        (
+            y0.as_tensor().clone(),
+            Tensor::zeros((3, 1), DType::F64, &Device::Cpu).unwrap(),
+        )
+    };
+    let options = OdeOptions::default();
+    let field = WithIntegral::new(Growth(w.clone()), cost);
+    let error = odeint(field, &state(), &[0.0, 1.0], &options).unwrap_err();
+    assert!(error.to_string().contains("WithIntegral"), "{error}");
+    // Of a closure, and of a field of this crate that lists its parameters, nothing is lost.
+    let read = w.clone();
+    let closure = move |_: &Time, y: &Tensor| y.broadcast_mul(read.as_tensor());
+    let solved = odeint(
+        WithIntegral::new(closure, cost),
+        &state(),
+        &[0.0, 1.0],
+        &options,
+    );
+    let grads = solved.unwrap().1.sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&w).is_some());
+}
+
+#[test]
+fn potentials_and_layers_have_no_rows_where_there_are_none() {
+    let (_, net) = net(&[3, 6, 1], Activation::Softplus);
+    let energy = EnergyMlp::of(net, Energy::Output).unwrap();
+    let none = Tensor::zeros((0, 3), DType::F64, &Device::Cpu).unwrap();
+    let laplacian = energy.laplacian(&time(0.0), &none).unwrap();
+    assert_eq!(laplacian.dims(), [0, 1]);
+    let y = candle_diffeq::nn::softmax(&none, 1).unwrap();
+    assert_eq!(y.dims(), [0, 3]);
 }

@@ -23,6 +23,8 @@ pub(super) struct Measure<'a> {
     noise: Option<Vec<(f64, f64)>>,
     /// u by part.
     roundoffs: Vec<f64>,
+    /// Zeros of θ̄ and t̄, for a norm of the user's that reads them before they are part of the error.
+    sums: Vec<Tensor>,
 }
 
 /// α and β of the floor α + |h| β by part.
@@ -84,6 +86,15 @@ impl<'a> Measure<'a> {
         let sums = rtol.len() - parts[1];
         let precisions: Vec<_> = of_y.take(carried).chain(of_adjoint).collect();
         let noise = [&precisions[..], &vec![of_sums; sums]].concat();
+        let zeros = |p: &Tensor| Tensor::zeros(p.shape(), state, p.device());
+        let mut zero_sums: Vec<Tensor> = vec![];
+        if continuous.norm.reads_sums() {
+            let theta = augmented.theta.iter().map(zeros);
+            zero_sums = theta.collect::<candle_core::Result<_>>()?;
+            if augmented.reads_time() {
+                zero_sums.push(Tensor::zeros((), state, problem.device())?);
+            }
+        }
         let roundoff = |i: usize| match precisions.get(i) {
             Some((u, _)) => *u,
             None => unit_roundoff(state),
@@ -96,6 +107,7 @@ impl<'a> Measure<'a> {
             roundoffs: (0..rtol.len()).map(roundoff).collect(),
             rtol,
             atol,
+            sums: zero_sums,
         })
     }
 
@@ -203,7 +215,9 @@ impl<'a> Measure<'a> {
             Ok(error.eq(&none)?.where_cond(&none, &(&error / tolerance)?)?)
         };
         let [y, state, params] = self.parts;
-        let all = parts.iter().map(ratio).collect::<Result<Vec<_>>>()?;
+        let mut all = parts.iter().map(ratio).collect::<Result<Vec<_>>>()?;
+        let missing = all.len().saturating_sub(state)..;
+        all.extend(self.sums.get(missing).unwrap_or_default().iter().cloned());
         let behind = all.get(state..).unwrap_or_default();
         Ok(ErrorRatios {
             y: all[..y].to_vec(),

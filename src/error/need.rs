@@ -11,13 +11,15 @@ pub struct MemoryNeed {
     pub evaluations: u128,
     /// States that are returned, as [`Output`](crate::options::Output) says.
     pub returned: u128,
+    /// The evaluations at hand, where rows are solved tile by tile on several threads.
+    pub work: u128,
 }
 
 impl MemoryNeed {
     /// All together.
     pub fn total(&self) -> u128 {
         let sum = self.states.saturating_add(self.evaluations);
-        sum.saturating_add(self.returned)
+        sum.saturating_add(self.returned).saturating_add(self.work)
     }
 }
 
@@ -30,6 +32,7 @@ impl std::fmt::Display for MemoryNeed {
                 "the evaluations that ActivationCache keeps",
             ),
             (self.returned, "the states that are returned"),
+            (self.work, "the evaluations at hand"),
         ];
         write!(f, "{}", Bytes(self.total()))?;
         let mut between = " (";

@@ -17,13 +17,13 @@ pub enum PotentialDefect {
         outputs: usize,
     },
     /// The mass matrix ∂²L/∂q̇∂q̇ has no inverse.
-    #[error("the mass matrix of row {row} at t = {t:?} is singular: its smallest pivot is {pivot:.1e} of its largest entry; add a kinetic energy (Lagrangian::with_mass), or draw the initial weights larger")]
+    #[error("the mass matrix of row {row} at t = {t:?} is singular: with its rows and columns scaled to entries of 1, its smallest pivot is {pivot:.1e}; add a kinetic energy (Lagrangian::with_mass), or draw the initial weights larger")]
     SingularMass {
         /// Row of the batch.
         row: usize,
         /// Time of the evaluation.
         t: f64,
-        /// Smallest pivot over largest entry.
+        /// Smallest pivot of the matrix with rows and columns scaled to largest entries of about 1.
         pivot: f64,
     },
 }

@@ -183,6 +183,32 @@ impl Traced {
     }
 }
 
+/// An error if candle cannot trace a velocity, computed from a state that it traces, to any of the parameters that its field
+/// lists: a wrapper that differentiates by candle's graph, and not by the field's own pull-back, would lose their gradients.
+/// Of a field of pieces in time not every piece has parameters.
+pub(crate) fn check_traced<F: VectorField<Tensor> + ?Sized>(
+    wrapper: &str,
+    field: &F,
+    y: &Tensor,
+    k: &Tensor,
+) -> candle_core::Result<()> {
+    let mut listed = field.parameters().unwrap_or_default();
+    listed.retain(Tensor::is_variable);
+    if !y.track_op() || listed.is_empty() || !field.jumps().is_empty() {
+        return Ok(());
+    }
+    let read = variables(std::slice::from_ref(k));
+    let is_read = |p: &Tensor| read.iter().any(|variable| variable.id() == p.id());
+    if listed.iter().any(is_read) {
+        return Ok(());
+    }
+    candle_core::bail!(
+        "{wrapper} differentiates the velocity of its field by candle's graph, which leads to none of the {} parameters that \
+         the field lists: compute it from the parameters themselves, not from detached copies",
+        listed.len()
+    )
+}
+
 /// The variables that a result depends on.
 pub(crate) fn variables(results: &[Tensor]) -> Vec<Tensor> {
     let nodes = results.iter().flat_map(Tensor::sorted_nodes);

@@ -139,8 +139,8 @@ pub(crate) fn first_length(
     let difference = |((a, b), u): ((&Tensor, &Tensor), &f64)| -> Result<Tensor> {
         let noise = (a.abs()? * (2.0 * u))?;
         let change = ((wide(b)? - a)?.abs()? - noise)?;
-        let zero = Tensor::zeros((), change.dtype(), change.device())?;
-        Ok(change.broadcast_maximum(&zero)?)
+        // A maximum may skip NaN.
+        Ok(change.le(0.0)?.where_cond(&change.zeros_like()?, &change)?)
     };
     let pairs = k.iter().zip(&further).zip(roundoffs);
     let difference = pairs.map(difference).collect::<Result<Vec<_>>>()?;

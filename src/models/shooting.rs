@@ -206,6 +206,9 @@ fn part(all: &Tensor, n: usize, y0: &Tensor) -> Result<Tensor> {
 
 /// max |x|.
 fn largest(x: &Tensor) -> Result<f64> {
+    if x.elem_count() == 0 {
+        return Ok(0.0);
+    }
     Ok(x.abs()?
         .flatten_all()?
         .max(0)?

@@ -1,11 +1,10 @@
 //! A perceptron whose first layer reads arguments beside the state.
 
 use candle_core::{Result, Tensor, D};
-use candle_nn::{Linear, VarBuilder};
+use candle_nn::VarBuilder;
 
-use super::mlp::Affine;
 use super::{add_gradient, wrong_state, Activation, Mlp};
-use crate::field::{Cotangents, FieldWithArgs, Pullback, VectorField};
+use crate::field::{Cotangents, FieldWithArgs, Pullback};
 use crate::time::Time;
 
 /// f(t, y, a) = W_L σ(… σ(W_1 [y, a, t] + b_1) …) + b_L, with `[out, in]` weights: an [`Mlp`] with arguments, such as
@@ -29,11 +28,8 @@ use crate::time::Time;
 /// ```
 #[derive(Clone, Debug)]
 pub struct ConditionalMlp {
-    /// Over the state and the arguments beside it, which stand still: the last layer has rows of zeros
-    /// for them.
+    /// From the state and the arguments beside it to the velocity.
     whole: Mlp,
-    /// The last layer as it is.
-    last: Affine,
     args: usize,
 }
 
@@ -79,29 +75,20 @@ impl ConditionalMlp {
             let more = if i == 0 { args + usize::from(time) } else { 0 };
             candle_nn::linear(w[0] + more, w[1], vb.pp(i))
         };
+        if widths.first() != widths.last() {
+            candle_core::bail!(
+                "a ConditionalMlp of widths {widths:?} does not map a state to its velocity"
+            )
+        }
         let layers = widths.windows(2).enumerate().map(layer);
-        let mut layers = layers.collect::<Result<Vec<_>>>()?;
-        let Some(last) = layers.pop() else {
-            candle_core::bail!("a ConditionalMlp needs a layer")
-        };
-        let Some(bias) = last.bias() else {
-            candle_core::bail!("a ConditionalMlp needs biases")
-        };
-        let (weight, bias) = (last.weight().clone(), bias.clone());
-        layers.push(Linear::new(
-            weight.pad_with_zeros(0, 0, args)?,
-            Some(bias.pad_with_zeros(0, 0, args)?),
-        ));
-        Ok(Self {
-            whole: Mlp::from_layers(&layers, activation, time)?,
-            last: Affine { weight, bias },
-            args,
-        })
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let whole = Mlp::of_any("a ConditionalMlp", &layers, activation, time)?;
+        Ok(Self { whole, args })
     }
 
     /// Features of the state.
     pub fn features(&self) -> usize {
-        self.last.outputs()
+        self.whole.features()
     }
 
     /// The state and the arguments beside it.
@@ -123,8 +110,7 @@ impl ConditionalMlp {
 
 impl FieldWithArgs<Tensor, Tensor> for ConditionalMlp {
     fn velocity(&self, t: &Time, y: &Tensor, args: &Tensor) -> Result<Tensor> {
-        let k = self.whole.velocity(t, &self.beside(y, args)?)?;
-        k.narrow(D::Minus1, 0, self.features())?.contiguous()
+        self.whole.value_of_any(t, &self.beside(y, args)?)
     }
 
     fn vjp<'f>(
@@ -134,21 +120,9 @@ impl FieldWithArgs<Tensor, Tensor> for ConditionalMlp {
         args: &Tensor,
     ) -> Result<(Tensor, Pullback<'f, Tensor>)> {
         let (features, args) = (self.features(), args.clone());
-        let (k, pull_whole) = self.whole.vjp(t, &self.beside(y, &args)?.detach())?;
+        let (k, pull_whole) = self.whole.vjp_of_any(t, &self.beside(y, &args)?)?;
         let pull = move |v: &Tensor| {
-            let v = v.pad_with_zeros(D::Minus1, 0, self.args)?;
-            let mut whole = pull_whole(&v)?;
-            // Of the last layer, the rows that are its own.
-            let padded = self.whole.layers.last();
-            for (padded, own) in [
-                (padded.map(|l| &l.weight), &self.last.weight),
-                (padded.map(|l| &l.bias), &self.last.bias),
-            ] {
-                if let Some(gradient) = padded.and_then(|p| whole.params.remove(p)) {
-                    let gradient = gradient.narrow(0, 0, features)?.contiguous()?;
-                    add_gradient(&mut whole.params, own, gradient)?;
-                }
-            }
+            let mut whole = pull_whole(v)?;
             let of_args = whole.y.narrow(D::Minus1, features, self.args)?;
             add_gradient(&mut whole.params, &args, of_args.contiguous()?)?;
             Ok(Cotangents {
@@ -157,14 +131,11 @@ impl FieldWithArgs<Tensor, Tensor> for ConditionalMlp {
                 params: whole.params,
             })
         };
-        let k = k.narrow(D::Minus1, 0, features)?.contiguous()?;
         Ok((k, Box::new(pull)))
     }
 
     fn parameters(&self) -> Option<Vec<Tensor>> {
-        let layers = &self.whole.layers[..self.whole.layers.len() - 1];
-        let all = layers.iter().chain([&self.last]);
-        let all = all.flat_map(|l| [&l.weight, &l.bias]);
-        Some(all.filter(|p| p.track_op()).cloned().collect())
+        let tracked = self.whole.tensors().filter(|p| p.track_op());
+        Some(tracked.cloned().collect())
     }
 }

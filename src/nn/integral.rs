@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::wrong_state;
+use crate::field::autograd::check_traced;
 use crate::field::VectorField;
 use crate::precision::Precision;
 use crate::time::Time;
@@ -12,6 +13,8 @@ use crate::time::Time;
 /// The state is (x, ℓ), ℓ `(…, 1)` or any shape that l returns.  The gradient is that of the discrete scheme, as of any
 /// other state: a method of order p integrates the cost to order p.  The cost is computed in the dtype of ℓ: with
 /// [`cost_precision`] in the options it is formed and summed in the precision of the state, whatever that of x is.
+///
+/// Both are differentiated by candle's graph, also where f has a pull-back of its own.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, D};
@@ -64,6 +67,7 @@ where
 {
     fn velocity(&self, t: &Time, (x, cost): &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
         let k = self.field.velocity(t, x)?;
+        check_traced("a WithIntegral", &self.field, x, &k)?;
         let l = (self.cost)(t, &x.to_dtype(cost.dtype())?)?;
         if l.dims() != cost.dims() {
             let needs = format!("a cost {:?}, as its running cost is", l.dims());

@@ -60,6 +60,10 @@ impl Affine {
     pub(super) fn outputs(&self) -> usize {
         self.weight.dims()[0]
     }
+
+    fn widths(&self) -> (usize, usize) {
+        (self.inputs(), self.outputs())
+    }
 }
 
 impl Mlp {
@@ -88,15 +92,30 @@ impl Mlp {
     /// if a weight is no matrix, a bias not of its outputs, or a tensor of another
     /// dtype or device than the others; if the layers do not follow on each other, or have no bias.
     pub fn from_layers(layers: &[Linear], activation: Activation, time: bool) -> Result<Self> {
-        let mut checked = Checked::new("Mlp::from_layers");
+        let mlp = Self::of_any("Mlp::from_layers", layers, activation, time)?;
+        if mlp.reads() != mlp.features() {
+            let widths: Vec<_> = mlp.layers.iter().map(Affine::widths).collect();
+            candle_core::bail!(
+                "layers of widths (in, out) {widths:?} do not map a state to its velocity"
+            )
+        }
+        Ok(mlp)
+    }
+
+    /// Layers that follow on each other; the first may read more than the last returns.
+    pub(super) fn of_any(
+        name: &'static str,
+        layers: &[Linear],
+        activation: Activation,
+        time: bool,
+    ) -> Result<Self> {
+        let mut checked = Checked::new(name);
         for (l, layer) in layers.iter().enumerate() {
             let (weight, bias) = (layer.weight(), layer.bias());
             checked.weight(l, weight, 2, "a matrix (outputs, inputs)")?;
             let outputs = weight.dims()[0];
             let Some(bias) = bias else {
-                candle_core::bail!(
-                    "Mlp::from_layers, layer {l} has no bias: it needs one of [{outputs}]"
-                )
+                candle_core::bail!("{name}, layer {l} has no bias: it needs one of [{outputs}]")
             };
             checked.bias(l, bias, outputs)?;
         }
@@ -106,13 +125,13 @@ impl Mlp {
         };
         let layers: Vec<_> = layers.iter().filter_map(affine).collect();
         let follows = |pair: &[Affine]| pair[0].outputs() == pair[1].inputs();
-        let (Some(first), Some(last)) = (layers.first(), layers.last()) else {
-            candle_core::bail!("an Mlp needs a layer")
+        let Some(first) = layers.first() else {
+            candle_core::bail!("{name} needs a layer")
         };
-        if !layers.windows(2).all(follows) || first.inputs() != last.outputs() + usize::from(time) {
-            let widths: Vec<_> = layers.iter().map(|l| (l.inputs(), l.outputs())).collect();
+        if !layers.windows(2).all(follows) || first.inputs() < usize::from(time) {
+            let widths: Vec<_> = layers.iter().map(Affine::widths).collect();
             candle_core::bail!(
-                "layers of widths (in, out) {widths:?} do not map a state to its velocity"
+                "{name}: layers of widths (in, out) {widths:?} do not follow on each other"
             )
         }
         Ok(Self {
@@ -151,6 +170,13 @@ impl Mlp {
         self.layers.last().map_or(0, Affine::outputs)
     }
 
+    /// What the first layer reads beside time: the features of the state, unless it was made by
+    /// [`of_any`](Self::of_any).
+    fn reads(&self) -> usize {
+        let inputs = self.layers.first().map_or(0, Affine::inputs);
+        inputs.saturating_sub(usize::from(self.time))
+    }
+
     /// Whether hidden layer l is skipped by its input.
     pub(super) fn skips(&self, l: usize) -> bool {
         let Affine { weight, .. } = &self.layers[l];
@@ -175,7 +201,7 @@ impl Mlp {
         if let (true, Some(first)) = (self.time, at.layers.first_mut()) {
             let (t, own) = (t.tensor()?, &self.layers[0].weight);
             let wide = coefficients(&t, first.bias.dtype());
-            let of_time = own.narrow(1, self.features(), 1)?.squeeze(1)?;
+            let of_time = own.narrow(1, self.reads(), 1)?.squeeze(1)?;
             let of_time = of_time.to_dtype(wide)?.broadcast_mul(&t.to_dtype(wide)?)?;
             let bias = (of_time + first.bias.to_dtype(wide)?)?;
             first.bias = bias.to_dtype(first.bias.dtype())?;
@@ -187,7 +213,7 @@ impl Mlp {
     pub(super) fn of_state(&self) -> Result<Self> {
         let mut of_state = self.clone();
         if let (true, Some(first)) = (self.time, of_state.layers.first_mut()) {
-            first.weight = first.weight.narrow(1, 0, self.features())?.contiguous()?;
+            first.weight = first.weight.narrow(1, 0, self.reads())?.contiguous()?;
         }
         Ok(of_state)
     }
@@ -204,7 +230,9 @@ impl Mlp {
     /// hidden one.
     pub(super) fn run(&self, y: &Tensor) -> Result<(Tensor, Vec<Tensor>, Vec<Tensor>)> {
         let (mut inputs, mut hidden) = (vec![], vec![]);
-        let mut x = y.reshape(((), self.features()))?;
+        // The column that belongs to time is not in the first weight any more.
+        let width = self.layers.first().map_or(0, Affine::inputs);
+        let mut x = y.reshape(((), width))?;
         for (l, layer) in self.layers.iter().enumerate() {
             let z = affine(&x, &layer.weight, Some(&layer.bias))?;
             let read = x;
@@ -220,7 +248,11 @@ impl Mlp {
             };
             inputs.push(read);
         }
-        Ok((x.reshape(y.shape())?, inputs, hidden))
+        let mut shape = y.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = self.features();
+        }
+        Ok((x.reshape(shape)?, inputs, hidden))
     }
 
     /// Adds the gradients of layer l: those of its bias, the sums over the rows of the cotangent of its
@@ -252,7 +284,7 @@ impl Mlp {
             let gradient = Tensor::cat(&[&weight_bar()?.to_dtype(wide)?, &column], 1)?;
             add_gradient(params, weight, gradient)?;
         }
-        let w = weight.detach().narrow(1, self.features(), 1)?.squeeze(1)?;
+        let w = weight.detach().narrow(1, self.reads(), 1)?.squeeze(1)?;
         let of_time = (w.to_dtype(wide)? * &sums)?.sum_all()?;
         if bias.track_op() {
             add_gradient(params, bias, sums)?;
@@ -262,7 +294,6 @@ impl Mlp {
 
     /// One evaluation, and what its pull-back needs.
     fn linearised(&self, t: &Time, y: &Tensor) -> Result<(Tensor, Linearised)> {
-        self.check(y)?;
         let (at, t) = (self.detached().at(t)?.detached(), self.time_of(t)?);
         let at = at.like(y)?;
         let (k, inputs, hidden) = at.run(&y.detach())?;
@@ -291,6 +322,21 @@ impl Mlp {
             of_time = self.add_gradients(l, sums, weight_bar, t, &mut params)?;
         }
         Ok((params, of_time))
+    }
+
+    /// The value at inputs that were checked, and its pull-back.
+    pub(super) fn vjp_of_any<'f>(
+        &'f self,
+        t: &Time,
+        y: &Tensor,
+    ) -> Result<(Tensor, Pullback<'f, Tensor>)> {
+        let (k, linear) = self.linearised(t, y)?;
+        Ok((k, Box::new(move |v: &Tensor| linear.cotangents(self, v))))
+    }
+
+    /// The value at inputs that were checked.
+    pub(super) fn value_of_any(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
+        Ok(self.at(t)?.like(y)?.run(y)?.0)
     }
 
     pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
@@ -396,15 +442,16 @@ impl Module for Mlp {
 impl VectorField<Tensor> for Mlp {
     fn velocity(&self, t: &Time, y: &Tensor) -> Result<Tensor> {
         self.check(y)?;
-        Ok(self.at(t)?.like(y)?.run(y)?.0)
+        self.value_of_any(t, y)
     }
 
     fn vjp<'f>(&'f self, t: &Time, y: &Tensor) -> Result<(Tensor, Pullback<'f, Tensor>)> {
-        let (k, linear) = self.linearised(t, y)?;
-        Ok((k, Box::new(move |v: &Tensor| linear.cotangents(self, v))))
+        self.check(y)?;
+        self.vjp_of_any(t, y)
     }
 
     fn vjp_kept(&self, t: &Time, y: &Tensor) -> Result<Option<KeptVjp>> {
+        self.check(y)?;
         let (k, linear) = self.linearised(t, y)?;
         let (linear, field) = (linear.without_weights(), self.clone());
         let bytes = linear.bytes();
@@ -417,6 +464,7 @@ impl VectorField<Tensor> for Mlp {
         t: &Time,
         y: &Tensor,
     ) -> Result<Option<(Tensor, LatePullback<'f, Tensor>)>> {
+        self.check(y)?;
         let (k, linear) = self.linearised(t, y)?;
         let pull = move |v: &Tensor| {
             let (seeds, y) = linear.pull(self, v)?;

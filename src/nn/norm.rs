@@ -214,6 +214,9 @@ pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder<'_>) -> Result<RmsNorm> {
 /// If x has no such dimension; those of candle's operations.
 pub fn softmax<S: Dim>(x: &Tensor, dim: S) -> Result<Tensor> {
     let dim = dim.to_index(x.shape(), "softmax")?;
+    if x.elem_count() == 0 {
+        return Ok(x.clone());
+    }
     let y = x.to_dtype(inner(x.dtype()))?;
     // A shift, which changes nothing but the range of exp.
     let shift = y.detach().max_keepdim(dim)?;

@@ -278,10 +278,23 @@ impl Perceptron {
 
     /// ż_l = W_l ȧ_{l−1}, ȧ_l = σ' ∘ ż_l.
     pub(super) fn push(&self, pass: &Pass, v: &Tensor) -> Result<Pushed> {
+        self.push_with(pass, v, None)
+    }
+
+    /// The same with a tangent of the first layer's bias.
+    pub(super) fn push_with(
+        &self,
+        pass: &Pass,
+        v: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Pushed> {
         let (mut inputs, mut hidden) = (vec![], vec![]);
         let mut v = v.clone();
         for (l, layer) in self.layers.iter().enumerate() {
-            let ahead = v.matmul(&layer.weight.t()?)?;
+            let mut ahead = v.matmul(&layer.weight.t()?)?;
+            if let Some(bias) = bias.filter(|_| l == 0) {
+                ahead = ahead.broadcast_add(bias)?;
+            }
             let next = match pass.hidden.get(l) {
                 None => ahead.clone(),
                 Some([_, _, slope]) => {

@@ -93,10 +93,12 @@ fn split<S: WithSpeed>(y: &S) -> Result<(S::Inside, Tensor)> {
     }
 }
 
-/// The state of the field inside times a number for each row.
+/// The state of the field inside times a number for each row, which may be of a wider dtype.
 fn times<S: State>(x: &S, factor: &Tensor) -> Result<S> {
     let leaves = x.leaves();
-    let leaves = leaves.iter().map(|x| x.broadcast_mul(factor));
+    let wide = factor.dtype();
+    let times = |x: &Tensor| x.to_dtype(wide)?.broadcast_mul(factor)?.to_dtype(x.dtype());
+    let leaves = leaves.iter().map(times);
     Ok(S::from_leaves(leaves.collect::<Result<_>>()?)?)
 }
 

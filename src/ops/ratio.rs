@@ -160,7 +160,11 @@ fn chained(estimated: &Estimated<'_>, worst_row: bool) -> Result<Tensor> {
     let each = [floored, plain].map(|scale| -> candle_core::Result<Tensor> {
         let ratio = none.where_cond(&bad, &((&error / scale)? + &bad)?)?;
         match worst_row {
-            true => ratio.sqr()?.mean(D::Minus1)?.max(0)?.sqrt(),
+            true => {
+                let rows = ratio.sqr()?.mean(D::Minus1)?;
+                // A maximum may skip NaN, a sum does not.
+                (rows.max(0)? + (&rows * 0.0)?.sum(0)?)?.sqrt()
+            }
             false => ratio.sqr()?.mean_all()?.sqrt(),
         }
     });

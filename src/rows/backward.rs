@@ -77,16 +77,11 @@ impl<T: Element> Reversible for Trajectories<T> {
         on_all_threads(&self.groups, &window, &each, &mut fold)?;
         stats.add(&counted);
         let gradients = sums.gradients(pass.field);
-        // Without a branch, so that many are looked at at a time.
-        let finite = |all: bool, g: &T| all & g.to_f64().is_finite();
-        if !gradients.iter().fold(true, finite) {
-            return Err(Error::NonFiniteParameterGradient);
-        }
         adjoint(problem, (&self.weights, &self.shapes), theta, y0, gradients)
     }
 }
 
-/// λ_0, packed, and θ̄, weight after weight, as gradients of y0 and of `theta`.
+/// λ_0, packed, and θ̄, weight after weight, as gradients of y0 and of `theta`; an error if one of these is not finite.
 pub(super) fn adjoint<T: Element>(
     problem: &Problem,
     (weights, shapes): (&[TensorId], &[Shape]),
@@ -97,6 +92,12 @@ pub(super) fn adjoint<T: Element>(
     let device = problem.device();
     // None are there where none were wanted.
     gradients.resize(shapes.iter().map(Shape::elem_count).sum(), T::default());
+    let sizes = shapes.iter().map(Shape::elem_count);
+    let wanted = weights
+        .iter()
+        .map(|w| theta.iter().any(|p| p.id() == *w))
+        .zip(sizes);
+    check_finite(&gradients, wanted)?;
     let count = gradients.len();
     let all = Tensor::from_vec(gradients, count, device)?;
     let (mut at, mut by_weight) = (0, vec![]);
@@ -113,6 +114,24 @@ pub(super) fn adjoint<T: Element>(
             .collect::<Result<_>>()?,
         times: vec![],
     })
+}
+
+/// An error if a gradient that is wanted is not finite; by weight, whether it is, and how many numbers it has.
+pub(super) fn check_finite<T: Element>(
+    gradients: &[T],
+    weights: impl Iterator<Item = (bool, usize)>,
+) -> Result<()> {
+    let mut rest = gradients;
+    for (is_wanted, size) in weights {
+        let own;
+        (own, rest) = rest.split_at(size.min(rest.len()));
+        // Without a branch, so that many are looked at at a time.
+        let finite = |all: bool, g: &T| all & g.to_f64().is_finite();
+        if is_wanted && !own.iter().fold(true, finite) {
+            return Err(Error::NonFiniteParameterGradient);
+        }
+    }
+    Ok(())
 }
 
 fn not_finite(step: Step) -> Error {
@@ -183,6 +202,21 @@ impl<T: Element> TilePass<'_, T> {
         seeds: Seed<'_, T>,
         window: &mut Window<T>,
     ) -> std::result::Result<SweptGroup<T>, Failure> {
+        window.clear();
+        let swept = self.sweep_into(tiles, seeds, window)?;
+        Ok(SweptGroup {
+            sums: window.finish(self.field),
+            ..swept
+        })
+    }
+
+    /// The same of some tiles of a group, whose sums stay in the window.
+    pub(super) fn sweep_into(
+        &self,
+        tiles: &[Tile<T>],
+        seeds: Seed<'_, T>,
+        window: &mut Window<T>,
+    ) -> std::result::Result<SweptGroup<T>, Failure> {
         let TilePass {
             field,
             selection,
@@ -199,7 +233,6 @@ impl<T: Element> TilePass<'_, T> {
             Checkpoint::All => aligned(0),
             _ => stepper.slot(),
         };
-        window.clear();
         let mut state = aligned(size);
         let mut adj = aligned(stepper.carried);
         let mut incoming = match schedule.outputs() {
@@ -318,7 +351,7 @@ impl<T: Element> TilePass<'_, T> {
         }
         Ok(SweptGroup {
             y0,
-            sums: window.finish(field),
+            sums: Sums::default(),
             stats,
         })
     }

@@ -67,7 +67,7 @@ pub(super) fn run<T: Element>(
         cache,
         plan.size(schedule, rows, field.kept()),
     );
-    let need = plan.need::<T>(batch, schedule.len(), rows, problem.packing.len());
+    let need = plan.need(&*field, schedule.len(), rows, problem.packing.len());
     need.of(selection.bytes::<T>()).check()?;
     let groups = plan.groups(batch, field.parameters());
     let pass = Integrate {

@@ -46,9 +46,6 @@ impl<T: Element> Reversible for Graded<T> {
         let scaled = |x: &[T]| x.iter().map(|x| *x * c).collect::<Vec<_>>();
         let (y0, gradients) = (scaled(&self.y0), scaled(&self.gradients));
         let finite = |x: &[T]| x.iter().all(|x| x.to_f64().is_finite());
-        if !finite(&gradients) {
-            return Err(Error::NonFiniteParameterGradient);
-        }
         if !finite(&y0) {
             let t = problem.grid.points()[0];
             return Err(Error::NonFiniteGradient { step: 0, t });
@@ -98,8 +95,12 @@ pub(super) fn run<T: Element>(
     // A tile of every thread at a time; what fills up the last one is not of the batch.
     let alive = groups.len().min(rayon::current_num_threads());
     let elements = layout.rows.min(alive * rows) * layout.dim();
+    // Which budgets are too small does not depend on the number of threads.
+    problem
+        .checkpoint
+        .check(problem.packing.len() * size_of::<T>() * problem.scheme.carried())?;
     let bytes = alive as u128 * selection.bytes::<T>();
-    plan.need::<T>(rows, steps, alive * rows, elements)
+    plan.need(field, steps, alive * rows, elements)
         .of(bytes)
         .check()?;
     let integrate = Integrate {
@@ -128,7 +129,7 @@ pub(super) fn run<T: Element>(
         let anywhere = |error| Failure { at: (0, 0), error };
         let (loss, cotangent) = grade(loss, plan, &integrated).map_err(anywhere)?;
         let seed = Seed::ByTile(&cotangent);
-        let mut swept = pass.sweep(&integrated.tiles, seed, window)?;
+        let mut swept = pass.sweep_into(&integrated.tiles, seed, window)?;
         if let Some(tile) = integrated.tiles.first() {
             tile.trajectory.record(&mut swept.stats);
         }
@@ -142,16 +143,19 @@ pub(super) fn run<T: Element>(
             rows,
         })
     };
-    let each = |scratch: &mut _, group: &Vec<usize>| {
-        let mut tiles = group.iter().map(|first| tile(scratch, first));
-        let first = tiles.next().unwrap_or_else(|| Ok(GradedGroup::default()))?;
-        tiles.try_fold(first, |sum, next| Ok(sum.and(next?)))
+    let each = |scratch: &mut (Window<T>, Vec<_>), group: &Vec<usize>| {
+        scratch.0.clear();
+        let mut sum = GradedGroup::default();
+        for first in group {
+            sum = sum.and(tile(scratch, first)?);
+        }
+        sum.swept.sums = scratch.0.finish(field);
+        Ok(sum)
     };
     on_all_threads(&groups, &scratch, &each, &mut fold)?;
     graded.gradients = sums.gradients(field);
-    if graded.gradients.iter().any(|g| !g.to_f64().is_finite()) {
-        return Err(Error::NonFiniteParameterGradient);
-    }
+    let wanted = weights.iter().map(|w| (w.track_op(), w.elem_count()));
+    backward::check_finite(&graded.gradients, wanted)?;
     forward::count(problem, schedule, stats);
     stats.add(&counted);
     Ok(Solved {
@@ -171,12 +175,11 @@ struct GradedGroup<T> {
 }
 
 impl<T: Element> GradedGroup<T> {
-    /// Appends the result of the next tile to this one.
+    /// Appends the result of the next tile to this one; its gradients are in the window of both.
     fn and(mut self, next: Self) -> Self {
         self.loss += next.loss;
         self.rows.extend(next.rows);
         self.swept.y0.extend(next.swept.y0);
-        self.swept.sums.add::<T>(next.swept.sums);
         self.swept.stats.join(&next.swept.stats);
         self
     }

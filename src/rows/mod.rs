@@ -248,6 +248,7 @@ impl Rows {
         };
         let task = self.task(plan, y0)?;
         match tiles()? {
+            Some(field) if plan.is_mostly_idle(&*field) => Ok(None),
             Some(field) => solve_tiles(field, task, wanted, stats).map(Some),
             None => Ok(None),
         }

@@ -6,6 +6,7 @@ use super::activations::Size;
 use super::backward;
 #[cfg(test)]
 use super::tests;
+use super::tile::Tiled;
 use crate::error::MemoryNeed;
 use crate::intervals::Intervals;
 use crate::precision::Low;
@@ -61,11 +62,28 @@ impl<'p> TilePlan<'p> {
         }
     }
 
-    /// The memory that tiles of `batch` rows, `rows` rows in all, hold at once over so many steps, in addition to kept evaluations.
-    /// `elements` is the number of state elements of those rows without the padding of the last tile.
+    /// Bytes that the evaluations at hand take, of all threads: a slot of the forward pass, and those of a step with the
+    /// cotangents of one in the backward pass.
+    fn at_work<T: Element>(&self, field: &dyn Tiled<T>) -> u128 {
+        let tiles = self.layout.rows.div_ceil(field.batch());
+        let threads = rayon::current_num_threads().min(tiles);
+        let stages = self.problem.scheme.dense_stages().len();
+        let numbers = (stages + 1) * field.kept() + field.cotangents();
+        numbers as u128 * (field.batch() * size_of::<T>() * threads) as u128
+    }
+
+    /// Whether most lanes of the only tile would be idle, and would take much memory.
+    pub(super) fn is_mostly_idle<T: Element>(&self, field: &dyn Tiled<T>) -> bool {
+        /// Bytes that lanes may waste.
+        const MOST: u128 = 1 << 28;
+        2 * self.layout.rows <= field.batch() && self.at_work(field) > MOST
+    }
+
+    /// The memory that tiles of a field, `rows` rows in all, hold at once over so many steps, in addition to kept
+    /// evaluations.  `elements` is the number of state elements of those rows without the padding of the last tile.
     pub(super) fn need<T: Element>(
         &self,
-        batch: usize,
+        field: &dyn Tiled<T>,
         steps: usize,
         rows: usize,
         elements: usize,
@@ -80,7 +98,7 @@ impl<'p> TilePlan<'p> {
             .most(steps, bytes.saturating_mul(carried));
         // Kept with the lanes that fill up the last tile.
         let numbers = rows as u128 * self.layout.dim() as u128;
-        let tiles = rows.div_ceil(batch);
+        let tiles = rows.div_ceil(field.batch());
         let state = numbers * size_of::<T>() as u128;
         let store = problem.scheme.roles[0].store.to.size_in_bytes();
         let single = state * carried as u128 + (tiles * STATE) as u128;
@@ -88,6 +106,7 @@ impl<'p> TilePlan<'p> {
             states: restart as u128 * single + stored as u128 * numbers * store as u128,
             // As tiles leave them, and as they are handed over.
             returned: 2 * problem.outputs() as u128 * bytes as u128,
+            work: self.at_work(field),
             ..Default::default()
         }
     }
@@ -97,9 +116,12 @@ impl<'p> TilePlan<'p> {
     pub(super) fn stage_times<T: Element>(&self) -> Vec<T> {
         /// Times worth to be listed.
         const MOST: usize = 1 << 16;
-        let (Some(schedule), c) = (self.problem.plan.known(), self.problem.scheme.tableau.c())
-        else {
+        let Some(schedule) = self.problem.plan.known() else {
             return vec![];
+        };
+        let c: Vec<f64> = match &self.problem.driven {
+            Some(driven) => driven.table().evaluations.iter().map(|e| e.c).collect(),
+            None => self.problem.scheme.tableau.c().to_vec(),
         };
         if schedule.len().saturating_mul(c.len()) > MOST {
             return vec![];

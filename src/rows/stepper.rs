@@ -54,21 +54,18 @@ impl<'p, T: Element> Stepper<'p, T> {
         let size = plan.layout.dim() * batch;
         let carried = size * scheme.carried();
         let stages = [scheme.stages(), scheme.dense_stages()];
-        let terms = |row: &[f64], stages: &[usize]| -> Row {
-            let of = stages.iter().filter_map(|&j| Some((*row.get(j)?, j)));
-            of.filter(|(c, _)| *c != 0.0).collect()
+        let terms = |row: &[f64]| -> Row {
+            let all = row.iter().copied().enumerate();
+            all.filter(|(_, c)| *c != 0.0)
+                .map(|(j, c)| (c, j))
+                .collect()
         };
+        // Also the stages that only the estimate reads; those of the steps read none of them.
         let mut rows: Vec<_> = (0..tableau.stages())
-            .map(|i| terms(&tableau.a(i)[..i.min(tableau.a(i).len())], &stages[1]))
+            .map(|i| terms(&tableau.a(i)[..i.min(tableau.a(i).len())]))
             .collect();
-        rows.push(terms(tableau.b(), &stages[0]));
-        let estimate = estimate.iter().copied().enumerate();
-        rows.push(
-            estimate
-                .filter(|(_, e)| *e != 0.0)
-                .map(|(i, e)| (e, i))
-                .collect(),
-        );
+        rows.push(terms(tableau.b()));
+        rows.push(terms(estimate));
         Self {
             on: field.lanewise(),
             field,

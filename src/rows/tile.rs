@@ -81,7 +81,7 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     }
 
     /// Computes the missing parts of `kept`.  The parts marked in `known`, always including the first, are
-    /// already in place, perhaps in a lower precision.
+    /// already in place, perhaps in a lower precision, in which times must not be.
     fn recall<S: Simd, const V: usize>(
         &self,
         _: S,

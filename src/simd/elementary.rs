@@ -97,8 +97,8 @@ const INTEGER: f32 = 12_582_912.0;
 
 /// exp x for x ≤ 0; below −87 it stays at exp(−87) = 1.6e-38.
 #[inline(always)]
-fn exp_of_minus<S: Simd>(s: S, x: S::f32s) -> S::f32s {
-    let x = at_least(s, -87.0, x);
+fn exp_of_minus<S: Simd>(s: S, given: S::f32s) -> S::f32s {
+    let x = at_least(s, -87.0, given);
     let shifted = s.mul_add_e_f32s(
         x,
         s.splat_f32s(std::f32::consts::LOG2_E),
@@ -119,7 +119,7 @@ fn exp_of_minus<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     ];
     let power = s.wrapping_dyn_shl_u32s(s.transmute_u32s_f32s(shifted), s.splat_u32s(23));
     let scaled = s.add_u32s(s.transmute_u32s_f32s(polynomial(s, r, c)), power);
-    s.transmute_f32s_u32s(scaled)
+    keep_nan(s, given, s.transmute_f32s_u32s(scaled))
 }
 
 /// exp x, by 1 / exp(−x) where x is positive; between exp(−87) and exp 87.
@@ -183,15 +183,23 @@ pub(super) fn normal<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
 /// Beyond this, the reduction by multiples of π loses digits.
 const FAR: f32 = 8192.0;
 
-/// sin x and cos x: x = nπ + r, |r| ≤ π/2, both with the sign (−1)ⁿ.
+/// sin x and cos x; a lane does not depend on the others.
 #[inline(always)]
 pub(super) fn sin_cos<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
+    let reduced = sin_cos_near(s, x);
     // Lanes that are not known to be near, NaN among them, which a maximum may lose.
     let near = s.less_than_or_equal_f32s(s.abs_f32s(x), s.splat_f32s(FAR));
     let far = s.select_f32s(near, s.splat_f32s(0.0), s.splat_f32s(1.0));
     if s.reduce_max_f32s(far) > 0.0 {
-        return [f32::map::<S>(x, f32::sin), f32::map::<S>(x, f32::cos)];
+        let exact = [f32::map::<S>(x, f32::sin), f32::map::<S>(x, f32::cos)];
+        return [0, 1].map(|i| s.select_f32s(near, reduced[i], exact[i]));
     }
+    reduced
+}
+
+/// The same where |x| ≤ [`FAR`]: x = nπ + r, |r| ≤ π/2, both with the sign (−1)ⁿ.
+#[inline(always)]
+fn sin_cos_near<S: Simd>(s: S, x: S::f32s) -> [S::f32s; 2] {
     let inverse = s.splat_f32s(std::f32::consts::FRAC_1_PI);
     let shifted = s.mul_add_e_f32s(x, inverse, s.splat_f32s(INTEGER));
     let n = s.sub_f32s(shifted, s.splat_f32s(INTEGER));

@@ -94,6 +94,13 @@ impl Check for Accuracy {
                 assert!(error <= bound, "{} {x:e}: {y:e}, {exact:e}", self.name);
             }
         }
+        // A NaN stays one whatever its payload is.
+        for bits in [0x7fc0_0001, 0xffff_ffff_u32] {
+            let nan = self.value(s, s.splat_f32s(f32::from_bits(bits)));
+            let nan = std::slice::from_ref(&nan);
+            let all = scalars::<f32, S>(nan).iter().all(|y| y.is_nan());
+            assert!(all, "{} {bits:x}", self.name);
+        }
         let nan = self.value(s, s.splat_f32s(f32::NAN));
         let nan = std::slice::from_ref(&nan);
         assert!(

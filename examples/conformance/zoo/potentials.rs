@@ -105,8 +105,8 @@ impl<'a> Case<'a> {
         let (energy, t) = self.whole()?;
         let (x, of) = (self.x.as_tensor(), |name| self.oracle.tensor(name));
         let (phi, gradient) = energy.gradient(&t, x)?;
-        let (again, hvp) = energy.gradient_jvp(&t, x, of("v")?)?;
-        let (_, right) = energy.gradient_jvp(&t, x, of("w2")?)?;
+        let (again, hvp) = energy.gradient_jvp(&t, x, (0.0, of("v")?))?;
+        let (_, right) = energy.gradient_jvp(&t, x, (0.0, of("w2")?))?;
         let got = [
             ("phi", phi),
             ("gradient", gradient),
@@ -140,7 +140,7 @@ impl<'a> Case<'a> {
             "pull_hessian" => (energy.hessian(&t, x)? * of("U")?)?,
             _ => {
                 let (p, w) = (Var::from_tensor(of("p")?)?, Var::from_tensor(of("w2")?)?);
-                let (_, right) = energy.gradient_jvp(&t, x, &w)?;
+                let (_, right) = energy.gradient_jvp(&t, x, (0.0, &w))?;
                 let products = (right * p.as_tensor())?;
                 reads = vec![("p", p), ("w2", w)];
                 products

@@ -5,7 +5,7 @@ use std::f64::consts::TAU;
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder, VarMap};
 
-use super::{zero_unless_seen, Cell, Gaps, GruCell, Hidden};
+use super::{speed_in_state_precision, zero_unless_seen, Cell, Gaps, GruCell, Hidden};
 use crate::neural_ode::NeuralOde;
 use crate::nn::{Activation, GruField, Perceptron, RowSpeed};
 use crate::problem::OdeOptions;
@@ -111,7 +111,7 @@ impl GruOdeBayes {
     #[must_use]
     pub fn options(self, options: OdeOptions) -> Self {
         Self {
-            flow: self.flow.options(options),
+            flow: self.flow.options(speed_in_state_precision(options)),
             ..self
         }
     }
@@ -182,7 +182,8 @@ impl GruOdeBayes {
             still: None,
         };
         let new = self.cell.update(&features, &old)?;
-        let seen = mask.max_keepdim(D::Minus1)?;
+        let count = mask.ne(0.0)?.to_dtype(DType::F32)?.sum_keepdim(D::Minus1)?;
+        let seen = count.ne(0.0)?;
         Ok(new.where_seen(&seen, &old)?.h)
     }
 }
@@ -209,7 +210,7 @@ impl Normal {
 }
 
 impl Predictions {
-    /// Σ −ln p of the observations before they are made + λ Σ KL after them, by observed variable.
+    /// Σ −ln p of the observations before they are made + λ Σ KL after them, by observed variable; 0 if nothing was observed.
     ///
     /// # Errors
     /// Of candle's operations.
@@ -218,6 +219,8 @@ impl Predictions {
         let before = self.before.negative_log_likelihood(&values)?;
         let after = self.after.divergence_from(&values, OBSERVED)?;
         let all = ((before + (after * lambda)?)? * &seen.mask)?.sum_all()?;
-        all / seen.mask.sum_all()?
+        // Where nothing was observed there is no loss.
+        let count = seen.mask.sum_all()?.maximum(1.0)?;
+        all / count
     }
 }

@@ -5,9 +5,10 @@ use std::f64::consts::TAU;
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use candle_nn::{VarBuilder, VarMap};
 
-use super::{GruCell, OdeRnn};
+use super::{speed_in_state_precision, GruCell, OdeRnn};
 use crate::neural_ode::NeuralOde;
 use crate::nn::{Activation, Linear, Mlp, Perceptron, RowSpeed};
+use crate::options::Output;
 use crate::problem::OdeOptions;
 use crate::tableau::EULER;
 
@@ -94,16 +95,20 @@ impl LatentOde {
         })
     }
 
-    /// How the encoder is solved over a gap, on \[0, 1\] (by default in one step of Euler's method), and the latent ODE.
+    /// How the encoder is solved over a gap, on \[0, 1\] (by default in one step of Euler's method), and the latent ODE,
+    /// whose states at all times are always returned.
     #[must_use]
     pub fn options(self, encoder: OdeOptions, latent: OdeOptions) -> Self {
         let Self { encoder: rnn, .. } = self;
         Self {
             encoder: OdeRnn {
-                flow: rnn.flow.options(encoder),
+                flow: rnn.flow.options(speed_in_state_precision(encoder)),
                 ..rnn
             },
-            flow: self.flow.options(latent),
+            flow: self.flow.options(OdeOptions {
+                output: Output::All,
+                ..latent
+            }),
             head: self.head,
             readout: self.readout,
             sigma: self.sigma,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{DType, Result, Shape, Tensor};
 use pulp::Simd;
 
 use super::CdeMlp;
@@ -99,9 +99,8 @@ impl RowField for Along {
             output,
             channels,
         } = &self.field.0;
-        let pieces = (0..).map_while(|i| self.path.coefficients(i));
-        let pieces = pieces.map(numbers::<T>).collect::<Result<Vec<_>>>()?;
-        let size = pieces.first().map_or(0, Vec::len);
+        let pieces = Pieces::new((0..).map_while(|i| self.path.coefficients(i)))?;
+        let size = pieces.size();
         Ok(AlongTiles {
             mlp: MlpTiles::new(s, layers, *activation, false, |_| false)?,
             features: self.field.0.features(),
@@ -125,10 +124,46 @@ pub(crate) struct AlongTiles<T> {
     /// Whether F is tanh of the perceptron.
     bounded: bool,
     lookup: Lookup,
-    /// Coefficients of the path, by interval `[row][power][channel]`.
-    pieces: Vec<Vec<T>>,
+    pieces: Pieces,
     /// How many powers.
     terms: usize,
+}
+
+/// Coefficients of a path in their own dtype, by interval `[row][power][channel]`.
+enum Pieces {
+    Single(Vec<Vec<f32>>),
+    Double(Vec<Vec<f64>>),
+}
+
+impl Pieces {
+    fn new<'a>(coefficients: impl Iterator<Item = &'a Tensor> + Clone) -> Result<Self> {
+        let is_double = |x: &Tensor| x.dtype() == DType::F64;
+        Ok(match coefficients.clone().any(is_double) {
+            true => Self::Double(coefficients.map(numbers).collect::<Result<_>>()?),
+            false => Self::Single(coefficients.map(numbers).collect::<Result<_>>()?),
+        })
+    }
+
+    /// Numbers of an interval.
+    fn size(&self) -> usize {
+        match self {
+            Self::Single(all) => all.first().map_or(0, Vec::len),
+            Self::Double(all) => all.first().map_or(0, Vec::len),
+        }
+    }
+
+    /// The coefficients of an interval from `from` on, j-th power times its exponent, by Horner's rule at s.
+    fn slope(&self, interval: usize, from: usize, [terms, channels]: [usize; 2], s: f64) -> f64 {
+        // j a_j s^{j−1}.
+        let sum = |at: &dyn Fn(usize) -> f64| {
+            let powers = (1..terms).rev();
+            powers.fold(0.0, |sum, j| sum * s + j as f64 * at(from + j * channels))
+        };
+        match self {
+            Self::Single(all) => sum(&|i| all[interval][i].into()),
+            Self::Double(all) => sum(&|i| all[interval][i]),
+        }
+    }
 }
 
 impl<T: Element> AlongTiles<T> {
@@ -148,14 +183,11 @@ impl<T: Element> AlongTiles<T> {
                 place = self.lookup.place(now.t, now.step);
             }
             let (interval, s) = place;
-            let size = self.terms * channels;
-            let of_row = &self.pieces[interval][row * size..][..size];
+            let first = row * self.terms * channels;
             for c in 0..channels {
-                // By Horner's rule, j a_j s^{j−1}.
-                let mut slope = 0.0;
-                for j in (1..self.terms).rev() {
-                    slope = slope * s + j as f64 * of_row[j * channels + c].wide();
-                }
+                let slope = self
+                    .pieces
+                    .slope(interval, first + c, [self.terms, channels], s);
                 slopes[c * batch + lane] = T::of(slope);
             }
         }

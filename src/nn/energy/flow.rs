@@ -9,7 +9,7 @@ use crate::field::{autograd, Offer, Pullback, VectorField};
 use crate::nn::{add_gradient, wrong_state, Jvp, Perceptron};
 use crate::time::Time;
 
-/// x' = −∇Φ, along which Φ falls.
+/// x' = −∇Φ, along which Φ falls if it does not read t.
 ///
 /// x: `(…, features)`.  With [`Hutchinson`](crate::nn::Hutchinson) it is a continuous normalising flow along a
 /// gradient.
@@ -69,7 +69,7 @@ impl<P: Potential> VectorField<Tensor> for GradientFlow<P> {
 
 impl<P: Curved> Jvp for GradientFlow<P> {
     fn jvp(&self, t: &Time, x: &Tensor, tangent: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (g, bent) = self.energy.gradient_jvp(t, x, tangent)?;
+        let (g, bent) = self.energy.gradient_jvp(t, x, (0.0, tangent))?;
         Ok((g.neg()?, bent.neg()?))
     }
 }

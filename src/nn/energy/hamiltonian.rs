@@ -10,7 +10,7 @@ use crate::nn::perceptron::part;
 use crate::nn::{add_gradient, Jvp};
 use crate::time::Time;
 
-/// x' = J ∇H for x = (q, p): q' = ∂H/∂p, p' = −∂H/∂q, along which H does not change.
+/// x' = J ∇H for x = (q, p): q' = ∂H/∂p, p' = −∂H/∂q, along which H does not change if it does not read t.
 ///
 /// x: `(…, 2n)`, the n coordinates followed by their momenta.  With an [`EnergyMlp`](crate::nn::EnergyMlp) it is a
 /// Hamiltonian neural network (arXiv 1906.01563), whose pull-back is written by hand.
@@ -88,7 +88,7 @@ impl<P: Potential> VectorField<Tensor> for Hamiltonian<P> {
 impl<P: Curved> Jvp for Hamiltonian<P> {
     fn jvp(&self, t: &Time, x: &Tensor, tangent: &Tensor) -> Result<(Tensor, Tensor)> {
         half(x, NAME)?;
-        let (g, bent) = self.energy.gradient_jvp(t, x, tangent)?;
+        let (g, bent) = self.energy.gradient_jvp(t, x, (0.0, tangent))?;
         Ok((turned(&g)?, turned(&bent)?))
     }
 }

@@ -10,17 +10,17 @@ use crate::nn::perceptron::part;
 use crate::precision::unit_roundoff;
 use crate::time::Time;
 
-/// x' = (q̇, M⁻¹(∂L/∂q − C q̇)) for x = (q, q̇), with M = ∂²L/∂q̇∂q̇ and C = ∂²L/∂q̇∂q: the equation of
-/// Euler and Lagrange.
+/// x' = (q̇, M⁻¹(∂L/∂q − C q̇ − ∂²L/∂q̇∂t)) for x = (q, q̇), with M = ∂²L/∂q̇∂q̇ and C = ∂²L/∂q̇∂q: the equation of
+/// Euler and Lagrange, d/dt ∂L/∂q̇ = ∂L/∂q.
 ///
 /// x: `(…, 2n)`, the n coordinates followed by their velocities.  With an [`EnergyMlp`](crate::nn::EnergyMlp) it is a
 /// Lagrangian neural network (arXiv 2003.04630).
 ///
-/// M q̈ + C q̇ is the lower half of ∇²L w along the motion itself, w = (q̇, q̈).  So q̈ is found in two parts: first
-/// q̈₀ = M⁻¹(∂L/∂q − C q̇) on detached tensors, with M column by column from n Hessian products, and its inverse in
+/// M q̈ + C q̇ + ∂²L/∂q̇∂t is the lower half of d(∇L)/dt along the motion itself, whose tangent is (1, q̇, q̈).  So q̈ is
+/// found in two parts: first q̈₀ = M⁻¹(∂L/∂q − C q̇ − ∂²L/∂q̇∂t) on detached tensors, with M column by column from n Hessian products, and its inverse in
 /// f64 on the host; then one step of Newton's method in candle's graph,
 ///
-/// q̈ = q̈₀ + M₀⁻¹ (∂L/∂q − \[∇²L (q̇, q̈₀)\]_q̇),
+/// q̈ = q̈₀ + M₀⁻¹ (∂L/∂q − \[∂∇L/∂t + ∇²L (q̇, q̈₀)\]_q̇).
 ///
 /// The correction is of the size of a rounding error, and its derivative is that of the implicit function.  The
 /// gradient needs one Hessian product, whatever n is, and no derivative of the inverse.
@@ -78,7 +78,7 @@ impl<P: Curved> Lagrangian<P> {
         let columns = self.potential.hessian_columns(t, &x, n..2 * n)?;
         let mass: Vec<f64> = wide(&columns.narrow(2, n, n)?)?;
         let moving = Tensor::cat(&[part(&x, n, n)?, part(&x, 0, n)?.zeros_like()?], 1)?;
-        let (gradient, along) = self.potential.gradient_jvp(t, &x, &moving)?;
+        let (gradient, along) = self.potential.gradient_jvp(t, &x, (1.0, &moving))?;
         let force = wide(&(part(&gradient, 0, n)? - part(&along, n, n)?)?)?;
         let least = n as f64 * unit_roundoff(x.dtype());
         let (mut inverses, mut accelerations) = (vec![], vec![]);
@@ -118,7 +118,7 @@ impl<P: Curved> VectorField<Tensor> for Lagrangian<P> {
         let [inverse, first] = self.solve(t, &rows, n)?;
         let velocity = part(&rows, n, n)?;
         let motion = Tensor::cat(&[&velocity, &first], D::Minus1)?;
-        let (gradient, along) = self.potential.gradient_jvp(t, &rows, &motion)?;
+        let (gradient, along) = self.potential.gradient_jvp(t, &rows, (1.0, &motion))?;
         let rest = (part(&gradient, 0, n)? - part(&along, n, n)?)?;
         let rest = (rest - (&first * self.mass)?)?;
         let correction = inverse.matmul(&rest.unsqueeze(2)?)?.squeeze(2)?;

@@ -18,8 +18,8 @@ pub(super) fn laplacian(net: &Perceptron, energy: Energy, x: &Tensor) -> Result<
     for (l, layer) in net.layers.iter().enumerate() {
         let (skipped, skipped_second) = (tangents.clone(), second.clone());
         let weight = layer.weight.t()?;
-        let (many, units) = (tangents.dim(1)?, weight.dim(1)?);
-        let flat = tangents.reshape((features * many, ()))?;
+        let (many, inputs, units) = (tangents.dim(1)?, weight.dim(0)?, weight.dim(1)?);
+        let flat = tangents.reshape((features * many, inputs))?;
         tangents = flat.matmul(&weight)?.reshape((features, many, units))?;
         second = second.map(|s| s.matmul(&weight)).transpose()?;
         let squares = match many == rows {

@@ -31,7 +31,8 @@ pub enum Energy {
 /// δ_L = 1, g_l = W_{l+1}ᵀδ_{l+1}, δ_l = σ'(z_l) ∘ g_l, ∇Φ = W_1ᵀδ_1,
 /// δ̇_L = 0, ġ_l = W_{l+1}ᵀδ̇_{l+1}, δ̇_l = σ' ∘ ġ_l + σ'' ∘ ż_l ∘ g_l, ∇²Φ v = W_1ᵀδ̇_1,
 ///
-/// with the tangent ż_l = W_l ȧ_{l−1}, ȧ_l = σ' ∘ ż_l, ȧ_0 = v.  The pull-back of ∇Φ with a cotangent v is x̄ = ∇²Φ
+/// with the tangent ż_l = W_l ȧ_{l−1}, ȧ_l = σ' ∘ ż_l, ȧ_0 = v.  With time as an input, and a tangent ṫ of it, ż_1 has
+/// ṫ w in addition, w the column of W_1 that belongs to time.  The pull-back of ∇Φ with a cotangent v is x̄ = ∇²Φ
 /// v, W̄_l = δ̇_lᵀ a_{l−1} + δ_lᵀ ȧ_{l−1}, b̄_l = Σ δ̇_l, so a field over this potential costs twice as much as the
 /// same network as a field.
 ///
@@ -219,13 +220,14 @@ impl EnergyMlp {
     ) -> Result<Option<Tensor>> {
         let Linear { weight, bias } = &self.net.layers[l];
         let bias = bias.as_ref().filter(|b| b.track_op());
+        // A number that is added to Φ has no gradient.
+        let last = l + 1 == self.net.layers.len();
+        let bias = bias.filter(|_| !(last && self.shifts()));
         let Some(t) = t.filter(|_| l == 0) else {
             if weight.track_op() {
                 add_gradient(params, weight, weight_bar()?)?;
             }
-            // A number that is added to Φ has no gradient.
-            let last = l + 1 == self.net.layers.len();
-            if let Some(bias) = bias.filter(|_| !(last && self.shifts())) {
+            if let Some(bias) = bias {
                 add_gradient(params, bias, sum_of_rows(bend)?)?;
             }
             return Ok(None);
@@ -336,11 +338,23 @@ impl Potential for EnergyMlp {
 }
 
 impl Curved for EnergyMlp {
-    fn gradient_jvp(&self, t: &Time, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+    fn gradient_jvp(
+        &self,
+        t: &Time,
+        x: &Tensor,
+        (rate, v): (f64, &Tensor),
+    ) -> Result<(Tensor, Tensor)> {
         let (rows, v) = (self.rows(x)?, self.rows(v)?);
         let net = self.at(t, x)?;
         let pass = net.pass(&rows)?;
-        let pushed = net.push(&pass, &v)?;
+        let moved = match self.time && rate != 0.0 {
+            true => {
+                let column = self.net.layers[0].weight.narrow(1, self.features(), 1)?;
+                Some((column.squeeze(1)?.to_dtype(x.dtype())? * rate)?)
+            }
+            false => None,
+        };
+        let pushed = net.push_with(&pass, &v, moved.as_ref())?;
         let pulled = net.pull_back(&pass, &self.seed(&pass.output)?)?;
         let bent = net.bend(&pass, &pushed, &pulled, &self.seed_dot(&pushed.output)?)?;
         Ok((

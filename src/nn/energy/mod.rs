@@ -4,7 +4,7 @@
 //! that candle, which has no second derivatives, can differentiate it once more.  These fields can be built from any
 //! [`Potential`]:
 //!
-//! | field | x' | along a solution |
+//! | field | x' | along a solution, if Φ does not read t |
 //! |---|---|---|
 //! | [`GradientFlow`] | −∇Φ | Φ falls |
 //! | [`Skew`] | ½ (M(x) − M(x)ᵀ) ∇Φ | Φ is constant |
@@ -104,12 +104,17 @@ where
 
 /// A potential whose Hessian ∇²Φ can be multiplied with vectors.
 pub trait Curved: Potential {
-    /// ∇Φ and ∇²Φ · v, of the shape and dtype of x and v, in operations that candle can trace to x, v and the
-    /// parameters.
+    /// ∇Φ and its derivative along the tangent (ṫ, ẋ), ṫ ∂∇Φ/∂t + ∇²Φ ẋ, both of the shape and dtype of x and ẋ, in
+    /// operations that candle can trace to x, ẋ and the parameters.  A potential that does not read t ignores ṫ.
     ///
     /// # Errors
     /// Whatever the model's operations return.
-    fn gradient_jvp(&self, t: &Time, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)>;
+    fn gradient_jvp(
+        &self,
+        t: &Time,
+        x: &Tensor,
+        tangent: (f64, &Tensor),
+    ) -> Result<(Tensor, Tensor)>;
 
     /// ∇²Φ, `(…, features, features)`, for x `(…, features)`: its products with all unit vectors, as one batch.
     ///
@@ -149,7 +154,7 @@ pub trait Curved: Potential {
         let unit = unit.unsqueeze(1)?.broadcast_as((columns, rows, features))?;
         let unit = unit.reshape((columns * rows, features))?;
         let all = Tensor::cat(&vec![&x; columns], 0)?;
-        let (_, products) = self.gradient_jvp(t, &all, &unit)?;
+        let (_, products) = self.gradient_jvp(t, &all, (0.0, &unit))?;
         products.reshape((columns, rows, features))
     }
 }

@@ -1,13 +1,44 @@
 //! Inverses of the small matrices of every row, on the host, in f64.
 
-/// Why a matrix has no inverse: the smallest pivot over its largest entry.
+/// Why a matrix has no inverse: the smallest pivot of the matrix with rows and columns scaled to largest entries of 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Singular(pub(super) f64);
 
-/// The inverse of an n × n matrix, `[row][column]`, by Gauss–Jordan elimination with partial pivoting: it may be
-/// indefinite.  Pivots below `least` times the largest entry count as zero; NaN gives NaN.
+/// The inverse of a symmetric n × n matrix, `[row][column]`, by Gauss–Jordan elimination with partial pivoting: it may be
+/// indefinite.  Rows and columns are scaled first, so that units of coordinates do not matter: pivots below `least` count as
+/// zero.  NaN gives NaN.
 pub(super) fn inverse(matrix: &[f64], n: usize, least: f64) -> Result<Vec<f64>, Singular> {
-    let largest = matrix.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+    let scales = scales(matrix, n);
+    let scaled = |k: usize| matrix[k] * scales[k / n] * scales[k % n];
+    let scaled: Vec<f64> = (0..n * n).map(scaled).collect();
+    let inverse = inverse_of_scaled(&scaled, n, least)?;
+    let back = |k: usize| inverse[k] * scales[k / n] * scales[k % n];
+    Ok((0..n * n).map(back).collect())
+}
+
+/// Factors s of coordinates, powers of two, for which the largest entries of the rows of s_i M_ij s_j are close to 1.
+fn scales(matrix: &[f64], n: usize) -> Vec<f64> {
+    let mut scales = vec![1.0; n];
+    // Each round halves the logarithm of what the largest entries differ from 1 by.
+    for _ in 0..8 {
+        let largest = |i: usize| {
+            let row = (0..n).map(|j| (matrix[i * n + j] * scales[i] * scales[j]).abs());
+            row.fold(0.0, f64::max)
+        };
+        let factors: Vec<f64> = (0..n)
+            .map(|i| match largest(i) {
+                x if x > 0.0 && x.is_finite() => (-0.5 * x.log2()).round().exp2(),
+                _ => 1.0,
+            })
+            .collect();
+        for (scale, factor) in scales.iter_mut().zip(factors) {
+            *scale *= factor;
+        }
+    }
+    scales
+}
+
+fn inverse_of_scaled(matrix: &[f64], n: usize, least: f64) -> Result<Vec<f64>, Singular> {
     let width = 2 * n;
     // [M | 1].
     let mut a = vec![0.0; n * width];
@@ -20,13 +51,8 @@ pub(super) fn inverse(matrix: &[f64], n: usize, least: f64) -> Result<Vec<f64>, 
         let pivot = (column..n).max_by(|i, j| size(i).total_cmp(&size(j)));
         let pivot = pivot.unwrap_or(column);
         let value = a[pivot * width + column];
-        if value.abs() <= least * largest {
-            let ratio = if largest > 0.0 {
-                value.abs() / largest
-            } else {
-                0.0
-            };
-            return Err(Singular(ratio));
+        if value.abs() <= least {
+            return Err(Singular(value.abs()));
         }
         for k in 0..width {
             a.swap(pivot * width + k, column * width + k);
@@ -63,6 +89,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn units_of_coordinates_do_not_make_a_matrix_singular() {
+        // In the unit roundoff of f32, of a mass beside an inertia.
+        let least = 2.0 * 2f64.powi(-24);
+        let got = inverse(&[1.0, 0.0, 0.0, 1e-8], 2, least).unwrap();
+        assert!((got[3] * 1e-8 - 1.0).abs() < 1e-12 && got[0] == 1.0 && got[1] == 0.0);
+        let coupled = [4.0, 1e-4, 1e-4, 1e-8];
+        let got = inverse(&coupled, 2, least).unwrap();
+        let product = coupled[2] * got[1] + coupled[3] * got[3];
+        assert!((product - 1.0).abs() < 1e-12, "{product}");
+        // And they do not hide that one is.
+        assert!(inverse(&[1.0, 1e-4, 1e-4, 1e-8], 2, least).is_err());
     }
 
     #[test]

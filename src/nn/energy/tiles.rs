@@ -323,6 +323,20 @@ impl<T: Element> TileField<T> for EnergyTiles<T> {
     }
 
     #[inline(always)]
+    fn recall<S: Simd, const V: usize>(
+        &self,
+        _: S,
+        at: &At<'_, T::Vector<S>>,
+        kept: &mut [T::Vector<S>],
+        _: &[bool],
+    ) {
+        // It may have been kept in a lower precision.
+        if self.time {
+            kept[self.features * V..][..V].copy_from_slice(at.times);
+        }
+    }
+
+    #[inline(always)]
     fn vjp<S: Simd, const V: usize>(
         &self,
         s: S,

@@ -60,6 +60,9 @@ impl Csr {
     /// D^−½ (A + I) D^−½ of an undirected graph, D the degrees with the loops: the matrix of a graph convolution
     /// (Kipf & Welling, arXiv 1609.02907).
     ///
+    /// Edges may come in both directions, and more than once: all that join the same two nodes count as one, and an edge
+    /// from a node to itself is the loop that every node has.
+    ///
     /// # Errors
     /// If an edge has a node that there is not.
     pub fn normalised_adjacency(
@@ -75,6 +78,10 @@ impl Csr {
             }
             neighbours[i as usize].push(j);
             neighbours[j as usize].push(i);
+        }
+        for all in &mut neighbours {
+            all.sort_unstable();
+            all.dedup();
         }
         let degrees: Vec<f64> = neighbours.iter().map(|n| n.len() as f64).collect();
         let (mut offsets, mut across, mut values) = (vec![0], vec![], vec![]);
@@ -132,8 +139,8 @@ impl Csr {
 
     /// A x for x `(columns, features)`; `(rows, features)` in the dtype of x.
     ///
-    /// On the CPU one operation, whose sums are in the order of the entries on every vector unit and for any number
-    /// of threads, and in f32 where x is narrower.  On other devices three of candle's: gather, scale, add.
+    /// On the CPU and on CUDA one operation, whose sums are in the order of the entries on every vector unit and for any
+    /// number of threads, and in f32 where x is narrower.  On other devices three of candle's: gather, scale, add.
     ///
     /// # Errors
     /// If x is no matrix of as many rows as A has columns, or elsewhere than the values; of candle's operations.
@@ -149,7 +156,8 @@ impl Csr {
             _ => DType::F32,
         };
         let (values, wide_x) = (self.values.to_dtype(wide)?, x.to_dtype(wide)?);
-        let y = match x.device().is_cpu() {
+        let is_fused = x.device().is_cpu() || cfg!(feature = "cuda") && x.device().is_cuda();
+        let y = match is_fused {
             true => {
                 let product = Product(Arc::clone(&self.pattern));
                 values

@@ -26,6 +26,8 @@
 //! ```
 
 mod csr;
+#[cfg(feature = "cuda")]
+mod device;
 mod field;
 mod fused;
 mod gcn;

@@ -16,6 +16,9 @@ pub(super) struct Pattern {
     pub(super) numbers: Vec<u32>,
     /// Memory of evaluations over this graph: models are built anew for each solve, and the graph is not.
     pub(super) pool: Arc<Pool>,
+    /// The same in the memory of GPUs, once they have multiplied with it.
+    #[cfg(feature = "cuda")]
+    on_devices: super::device::OnDevices,
 }
 
 /// The entries of one line after the other, and in which line of the other direction each is.
@@ -44,6 +47,19 @@ impl Side {
 }
 
 impl Pattern {
+    /// The rows, or the columns, in the memory of a GPU.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(
+        &self,
+        device: &candle_core::CudaDevice,
+        by_column: bool,
+    ) -> Result<Arc<crate::ops::cuda::csr::DeviceSide>> {
+        self.on_devices.get(device, by_column, || match by_column {
+            true => (&self.by_column, Some(&self.numbers[..])),
+            false => (&self.by_row, None),
+        })
+    }
+
     /// Rows that begin at these entries, with the column of each entry.
     ///
     /// # Errors
@@ -93,6 +109,8 @@ impl Pattern {
             },
             numbers,
             pool: Arc::default(),
+            #[cfg(feature = "cuda")]
+            on_devices: Default::default(),
         })
     }
 }

@@ -1,11 +1,15 @@
-//! Sparse times dense as one operation on the CPU: rows are divided among threads, columns fill vectors, and the order of
+//! Sparse times dense as one operation.  On the CPU rows are divided among threads, columns fill vectors, and the order of
 //! every sum is that of the entries, whatever the threads and the vector unit.
 
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use pulp::{Simd, WithSimd};
 
+#[cfg(feature = "cuda")]
+use super::device;
 use super::pattern::{Pattern, Side};
 use crate::nn::elementwise::numbers;
 use crate::simd::pieces::for_each;
@@ -48,6 +52,19 @@ impl CustomOp2 for Product {
             }
         };
         Ok((out, shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        values: &CudaStorage,
+        at_values: &Layout,
+        x: &CudaStorage,
+        at_x: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let out = device::product(&self.0, false, (values, at_values), (x, at_x))?;
+        let shape = (self.0.by_row.lines(), at_x.shape().dims2()?.1);
+        Ok((out, Shape::from(shape)))
     }
 
     /// Aᵀ g, and ⟨g_i, x_j⟩ for the entry at (i, j).
@@ -104,6 +121,19 @@ impl CustomOp2 for Transposed {
         };
         Ok((out, Shape::from((side.lines(), width))))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        values: &CudaStorage,
+        at_values: &Layout,
+        g: &CudaStorage,
+        at_g: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let out = device::product(&self.0, true, (values, at_values), (g, at_g))?;
+        let shape = (self.0.by_column.lines(), at_g.shape().dims2()?.1);
+        Ok((out, Shape::from(shape)))
+    }
 }
 
 /// The entries of g xᵀ that a pattern has.
@@ -139,6 +169,18 @@ impl CustomOp2 for Sampled {
         };
         let entries = self.0.by_row.across.len();
         Ok((out, Shape::from(entries)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        g: &CudaStorage,
+        at_g: &Layout,
+        x: &CudaStorage,
+        at_x: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let out = device::sampled(&self.0, (g, at_g), (x, at_x))?;
+        Ok((out, Shape::from(self.0.by_row.across.len())))
     }
 }
 

@@ -226,6 +226,20 @@ impl<T: Element> TileField<T> for HutchinsonTiles<T> {
     }
 
     #[inline(always)]
+    fn recall<S: Simd, const V: usize>(
+        &self,
+        _: S,
+        at: &At<'_, T::Vector<S>>,
+        kept: &mut [T::Vector<S>],
+        _: &[bool],
+    ) {
+        // It may have been kept in a lower precision.
+        if self.net.time {
+            kept[self.net.features() * V..][..V].copy_from_slice(at.times);
+        }
+    }
+
+    #[inline(always)]
     fn vjp<S: Simd, const V: usize>(
         &self,
         s: S,

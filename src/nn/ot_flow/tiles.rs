@@ -289,6 +289,19 @@ impl<T: Element> TileField<T> for OtFlowTiles<T> {
     }
 
     #[inline(always)]
+    fn recall<S: Simd, const V: usize>(
+        &self,
+        _: S,
+        at: &At<'_, T::Vector<S>>,
+        kept: &mut [T::Vector<S>],
+        _: &[bool],
+    ) {
+        // It may have been kept in a lower precision.
+        let time = self.features * V;
+        kept[time..][..V].copy_from_slice(at.times);
+    }
+
+    #[inline(always)]
     fn vjp<S: Simd, const V: usize>(
         &self,
         s: S,

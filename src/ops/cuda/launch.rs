@@ -1,5 +1,6 @@
 //! Modules, tensors in device memory as kernels see them, and launches.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute;
@@ -16,6 +17,9 @@ use super::clock::Clock;
 use crate::error::{Error, Result};
 use crate::ops::note_host_read;
 use crate::precision::Rounding;
+
+/// Major compute capability of the oldest GPU that kernels are compiled for: `BASELINE` in build.rs.
+const OLDEST: i32 = 8;
 
 /// Threads of a block, and elements that each handles.
 pub(super) const THREADS: u32 = 256;
@@ -58,6 +62,7 @@ modules! {
     SCALER = "scaler": "scaler_aim" "scaler_settle" "scaler_gather";
     LAYER = "layer": "layer_forward_f32" "layer_backward_f32" "layer_total_f32"
         "layer_forward_f64" "layer_backward_f64" "layer_total_f64";
+    CSR = "csr": "csr_product_f32" "csr_product_f64" "csr_sampled_f32" "csr_sampled_f64";
     MLP = "mlp": "mlp_forward" "mlp_backward" "mlp_fold";
     MLP_ROWS = "mlp_rows": "mlp_rows_forward";
     MLP_ROWS_BACK = "mlp_rows_back": "mlp_rows_backward";
@@ -131,11 +136,31 @@ impl Kernel {
 
 /// A kernel of `module`.
 pub(super) fn load(device: &CudaDevice, module: &Module, entry: &str) -> Result<Kernel> {
+    check_capability(device)?;
     let function = device.get_or_load_custom_func(entry, module.name, module.ptx)?;
     Ok(Kernel {
         function: function.into_cuda_function(),
         stream: device.cuda_stream(),
     })
+}
+
+/// An error for a GPU that the kernels are not compiled for.
+fn check_capability(device: &CudaDevice) -> Result<()> {
+    // Of a machine whose GPUs differ, the first one that is used is asked.
+    static RECENT: AtomicBool = AtomicBool::new(false);
+    if RECENT.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    let stream = device.cuda_stream();
+    let (major, minor) = stream.context().compute_capability().w()?;
+    if major < OLDEST {
+        let message = format!(
+            "the kernels need a GPU of compute capability {OLDEST}.0 (Ampere) or later, and this one has {major}.{minor}"
+        );
+        return Err(candle_core::Error::Msg(message).into());
+    }
+    RECENT.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
 /// The entry point that computes in f64 if asked to, otherwise in f32.
@@ -153,6 +178,12 @@ pub(super) struct Operand<'a> {
 
 impl<'a> Operand<'a> {
     pub(super) fn new(x: &'a Tensor) -> Result<Self> {
+        count(x.elem_count())?;
+        Self::of_any_size(x)
+    }
+
+    /// The same for a kernel that counts in 64 bits.
+    pub(super) fn of_any_size(x: &'a Tensor) -> Result<Self> {
         let (storage, layout) = x.storage_and_layout();
         let Some((start, _)) = layout.contiguous_offsets() else {
             return Err(
@@ -166,7 +197,7 @@ impl<'a> Operand<'a> {
         Ok(Self {
             pointer: address(on_device)? + offset as u64,
             dtype: code(x.dtype())?,
-            n: count(x.elem_count())?,
+            n: x.elem_count() as u64,
             _storage: storage,
         })
     }
@@ -177,7 +208,7 @@ pub(super) fn elsewhere() -> Error {
 }
 
 /// Where a storage begins in device memory.
-fn address(storage: &CudaStorage) -> Result<u64> {
+pub(super) fn address(storage: &CudaStorage) -> Result<u64> {
     fn of<T>(slice: &CudaSlice<T>) -> u64 {
         slice.device_ptr(slice.stream()).0
     }
@@ -200,6 +231,11 @@ impl Buffer {
     /// For n elements, with whatever was there before.
     pub(super) fn new(device: &CudaDevice, dtype: DType, n: usize) -> Result<Self> {
         count(n)?;
+        Self::of_any_size(device, dtype, n)
+    }
+
+    /// The same for a kernel that counts in 64 bits.
+    pub(super) fn of_any_size(device: &CudaDevice, dtype: DType, n: usize) -> Result<Self> {
         // SAFETY: kernels write all elements of their results before anything reads them.
         let storage = unsafe {
             match dtype {
@@ -218,6 +254,10 @@ impl Buffer {
             pointer: address(&storage)?,
             storage,
         })
+    }
+
+    pub(super) fn into_storage(self) -> CudaStorage {
+        self.storage
     }
 
     pub(super) fn into_tensor(self, shape: &Shape) -> Tensor {

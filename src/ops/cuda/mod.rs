@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 mod clock;
+pub(crate) mod csr;
 mod graph;
 mod launch;
 mod layer;

@@ -15,7 +15,7 @@ use crate::ops::chain;
 use crate::precision::Rounding;
 
 /// Terms of one launch: y, a dozen stages, and ȳ.
-const MOST_TERMS: usize = 16;
+const MOST_TERMS: usize = 64;
 
 #[repr(C)]
 #[derive(Clone, Copy)]

@@ -62,9 +62,6 @@ pub(super) fn pull_back<T: Element>(
     on_all_threads(&solved.groups, &window, &each, &mut fold)?;
     stats.add(&counted);
     let gradients = sums.gradients(&*solved.field);
-    if !gradients.iter().all(|g| g.wide().is_finite()) {
-        return Err(Error::NonFiniteParameterGradient);
-    }
     let of = (&solved.weights[..], &solved.shapes[..]);
     adjoint(problem, of, theta, y0, gradients)
 }

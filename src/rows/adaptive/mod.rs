@@ -86,7 +86,7 @@ pub(super) fn run<T: Element>(
     let tolerances = Tolerances::new(problem, control)?;
     let groups = groups(plan, field.batch(), field.parameters());
     let elements = problem.packing.len();
-    let need = plan.need::<T>(field.batch(), control.least_steps(), layout.rows, elements);
+    let need = plan.need(&*field, control.least_steps(), layout.rows, elements);
     need.check()?;
     let has_events = !problem.crossings.is_empty();
     let pass = IntegrateRows {

@@ -80,9 +80,6 @@ impl<T: Element> Reversible for DrivenTrajectories<T> {
             // None are there where none were wanted.
             gradients.resize(end, T::default());
         }
-        if !gradients.iter().all(|g: &T| g.to_f64().is_finite()) {
-            return Err(Error::NonFiniteParameterGradient);
-        }
         adjoint(problem, (&self.weights, &self.shapes), theta, y0, gradients)
     }
 }

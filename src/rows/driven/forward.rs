@@ -42,7 +42,7 @@ pub(super) fn run<T: Element>(
     let (problem, layout) = (plan.problem, plan.layout);
     let (batch, states) = (parts[0].batch(), driven.table().next.len());
     let rows = layout.rows.next_multiple_of(batch);
-    let mut need = plan.need::<T>(batch, schedule.len(), rows, problem.packing.len());
+    let mut need = plan.need(&*parts[0], schedule.len(), rows, problem.packing.len());
     need.states *= states as u128;
     need.check()?;
     let parameters = parts.iter().map(|part| part.parameters()).sum();

@@ -29,9 +29,16 @@ impl EnergyMlp {
 
     /// The parameters that ∇Φ depends on, layer after layer.
     pub(in crate::nn::energy) fn read(&self) -> impl Iterator<Item = &Tensor> {
-        let last = self.net.layers.last().filter(|_| self.shifts());
-        let shift = last.and_then(|last| last.bias.as_ref()).map(Tensor::id);
-        self.net.tensors().filter(move |p| Some(p.id()) != shift)
+        let (layers, shifts) = (self.net.layers.len(), self.shifts());
+        self.net
+            .layers
+            .iter()
+            .enumerate()
+            .flat_map(move |(l, layer)| {
+                let bias = layer.bias.as_ref();
+                let bias = bias.filter(|_| !(shifts && l + 1 == layers));
+                [Some(&layer.weight), bias].into_iter().flatten()
+            })
     }
 
     fn row_layout(&self, shapes: &[Shape]) -> Option<RowLayout> {

@@ -46,6 +46,8 @@ pub(super) struct NetControl {
     returns_all: i32,
     limited_is_error: i32,
     stops_all: i32,
+    starts_at_jump: i32,
+    unused: i32,
 }
 
 /// A time at which a step must end.
@@ -166,6 +168,8 @@ impl DeviceControl {
             returns_all: of.returns_all.into(),
             limited_is_error: options.limited_is_error.into(),
             stops_all: (options.on_failure == OnFailure::Error).into(),
+            starts_at_jump: control.starts_at_jump.into(),
+            unused: 0,
         };
         Ok(Some(Self {
             control: device.clone_htod(&[numbers])?,

@@ -108,7 +108,7 @@ impl SmallNet {
         let out = Buffer::new(&self.device, DType::F32, pass.outputs * elements)?;
         let kept = pass.keeps && pass.count > 0;
         let kept = kept
-            .then(|| Buffer::new(&self.device, pass.store, pass.count * elements))
+            .then(|| Buffer::of_any_size(&self.device, pass.store, pass.count * elements))
             .transpose()?;
         let report = self.device.clone_htod(&[Report::EMPTY])?;
         let rows = (elements / self.net.dim as usize) as u64;
@@ -155,7 +155,7 @@ impl SmallNet {
         let elements = last.elem_count();
         let rows = (elements / self.net.dim as usize) as u64;
         let (given_at, last_at) = (Operand::new(&given)?, Operand::new(&last)?);
-        let kept = pass.kept.map(Operand::new).transpose()?;
+        let kept = pass.kept.map(Operand::of_any_size).transpose()?;
         let out = Buffer::new(&self.device, DType::F32, elements)?;
         let blocks = self.blocks(rows, 2);
         let weights = self.net.weights as usize;

@@ -252,6 +252,9 @@ static STEPS_OF_A_ROW: AtomicUsize = AtomicUsize::new(32);
 /// Steps that there is room for in any case.
 const LEAST_ROOM: usize = 1 << 14;
 
+/// Steps that can be told apart: each names the one before by a number of 32 bits.
+const MOST_ROOM: usize = u32::MAX as usize;
+
 impl SmallNet {
     /// Returned states, `(outputs, elements)`, and the way back.
     pub(crate) fn forward_by_row(
@@ -271,10 +274,45 @@ impl SmallNet {
                 if pass.records && !fails {
                     STEPS_OF_A_ROW.store(mean + mean.div_ceil(4), Ordering::Relaxed);
                 }
-                return Ok(solved);
+                let (packed, kept, told) = solved;
+                let kept = match fits {
+                    true => self.without_spare_room(kept, room, told.recorded)?,
+                    false => kept,
+                };
+                return Ok((packed, kept, told));
             }
             room = told.recorded;
+            if room > MOST_ROOM {
+                return Err(Error::TooLarge { elements: room });
+            }
         }
+    }
+
+    /// The same in memory of its own size, where much more was asked for: it is held until the backward pass.
+    fn without_spare_room(&self, kept: RowsKept, room: usize, recorded: usize) -> Result<RowsKept> {
+        let recorded = recorded.max(1);
+        if room / 2 < recorded.max(LEAST_ROOM) {
+            return Ok(kept);
+        }
+        let steps = match &kept.steps {
+            Some(steps) => {
+                // SAFETY: all of it is written by the copy.
+                let mut own = unsafe { self.device.alloc::<NetRecorded>(recorded) }?;
+                self.device
+                    .memcpy_dtod(&steps.slice(..recorded), &mut own)?;
+                Some(own)
+            }
+            None => None,
+        };
+        let states = match &kept.kept {
+            Some(states) => Some(states.narrow(0, 0, recorded)?.force_contiguous()?),
+            None => None,
+        };
+        Ok(RowsKept {
+            steps,
+            kept: states,
+            ..kept
+        })
     }
 
     /// Steps that there is room for in a first launch.
@@ -291,8 +329,7 @@ impl SmallNet {
         };
         let (free, _) = self.device.cuda_stream().context().mem_get_info().w()?;
         let bytes = size_of::<NetRecorded>() + state;
-        let elements = i32::MAX as usize / (self.net.dim as usize).max(1);
-        Ok(wanted.min(free / 4 / bytes).min(elements).max(1))
+        Ok(wanted.min(free / 4 / bytes).min(MOST_ROOM).max(1))
     }
 
     fn launch_forward(
@@ -312,7 +349,7 @@ impl SmallNet {
             .then(|| unsafe { self.device.alloc::<NetRecorded>(room) })
             .transpose()?;
         let kept = (pass.keeps && pass.records)
-            .then(|| Buffer::new(&self.device, pass.store, room.saturating_mul(dim)))
+            .then(|| Buffer::of_any_size(&self.device, pass.store, room.saturating_mul(dim)))
             .transpose()?;
         // SAFETY: every row writes its report, unless the solve fails before; then nobody reads it.
         let reports = unsafe { self.device.alloc::<RowReport>(rows.max(1)) }?;
@@ -391,7 +428,7 @@ impl SmallNet {
         };
         let given = pass.cotangent.contiguous()?;
         let elements = rows * self.net.dim as usize;
-        let (given, kept) = (Operand::new(&given)?, Operand::new(kept)?);
+        let (given, kept) = (Operand::new(&given)?, Operand::of_any_size(kept)?);
         let out = Buffer::new(&self.device, DType::F32, elements)?;
         let blocks = self.blocks(*rows as u64, 2);
         let sums = blocks as usize * self.net.weights as usize;
