@@ -167,10 +167,16 @@ __device__ inline double weight_at(const Control &control, const Method &method,
     return sum;
 }
 
+// The next number above or below.
+__device__ inline double neighbour(double t, bool above) {
+    if (t == 0) return above ? __longlong_as_double(1) : -__longlong_as_double(1);
+    const long long bits = __double_as_longlong(t);
+    return __longlong_as_double((t > 0) == above ? bits + 1 : bits - 1);
+}
+
 // A time above or below t, beyond every time that differs from t by rounding only; as `beside` in src/time.rs.
 __device__ inline double beside(double t, bool above) {
-    const double by = __dmul_rn(8 * 2.220446049250313e-16, fabs(t));
-    const double next = nextafter(t, above ? INFINITY : -INFINITY);
+    const double by = __dmul_rn(8 * 2.220446049250313e-16, fabs(t)), next = neighbour(t, above);
     return above ? fmax(__dadd_rn(t, by), next) : fmin(__dadd_rn(t, -by), next);
 }
 

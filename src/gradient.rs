@@ -345,12 +345,6 @@ impl Continuous {
                 let take = "OnFailure::Error or Gradient::Discrete";
                 return ContinuousDefect::unavailable("rows that are NaN (OnFailure::Nan)", take);
             }
-            if kind != Kind::Backsolve && adaptive.control == Some(StepControl::Rows) {
-                let take = "StepControl::Batch, Gradient::Backsolve or Gradient::Discrete";
-                let what =
-                    "forward steps by row with a gradient that reads y from the forward pass";
-                return ContinuousDefect::unavailable(what, take);
-            }
             jumps.extend(&adaptive.jump_t);
         }
         let steps = match &solve.steps {

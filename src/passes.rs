@@ -58,10 +58,20 @@ fn steps(
                 return Ok(forward);
             }
         }
+        let continuous = problem.continuous.as_ref();
+        if continuous.is_some_and(|continuous| continuous.reads_states()) {
+            refuse_rows(problem, || {
+                ContinuousDefect::Unavailable {
+                    what: "forward steps by row with a gradient that reads y from the forward pass",
+                    take: "StepControl::Batch, Gradient::Backsolve or Gradient::Discrete",
+                }
+                .into()
+            })?;
+        }
         refuse_rows(problem, || {
             let rows = offered.and_then(|offered| offered.rows);
             let row_wise = rows.is_some_and(|rows| rows.may_part());
-            AdaptiveDefect::NoRows { row_wise }
+            Error::Adaptive(AdaptiveDefect::NoRows { row_wise })
         })?;
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
         integrate(problem, field, y0, keep, &mut Unobserved, stats)
@@ -69,12 +79,12 @@ fn steps(
 }
 
 /// An error if every row was to have steps of its own, which a solve over the whole batch does not give.
-fn refuse_rows(problem: &Problem, defect: impl FnOnce() -> AdaptiveDefect) -> Result<()> {
+fn refuse_rows(problem: &Problem, error: impl FnOnce() -> Error) -> Result<()> {
     if let Plan::Adaptive(control) = &problem.plan {
         // Without a row there is no step, of rows or of the batch.
         let by_row = control.options.control == Some(StepControl::Rows);
         if by_row && !problem.is_empty() {
-            return Err(Error::Adaptive(defect()));
+            return Err(error());
         }
     }
     Ok(())
@@ -92,7 +102,7 @@ pub(crate) fn run_observed(
         let what = "events or solutions between steps";
         return ContinuousDefect::unavailable(what, "Gradient::Discrete");
     }
-    refuse_rows(problem, || AdaptiveDefect::RowsObserved)?;
+    refuse_rows(problem, || Error::Adaptive(AdaptiveDefect::RowsObserved))?;
     counted(problem, |stats| {
         let y0 = problem.packing.split(&y0.detach().force_contiguous()?)?;
         integrate(problem, field, y0, keep, observer, stats)

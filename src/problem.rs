@@ -105,10 +105,11 @@ pub struct OdeOptions {
     /// ```
     /// use candle_core::{DType, Device, Module, Tensor};
     /// use candle_diffeq::{NeuralOde, OdeOptions, Precision, Time};
+    /// use candle_nn::Init;
     /// // A continuous flow: z and the network in bf16, the log-density summed and read in f32.
     /// let vars = candle_nn::VarMap::new();
     /// let flow = NeuralOde::from_field(&vars, "flow", DType::F32, &Device::Cpu, |vb| {
-    ///     let rates = vb.get(2, "rates")?;
+    ///     let rates = vb.get_with_hints(2, "rates", Init::Const(0.5))?;
     ///     Ok(move |_: &Time, (z, logp): &(Tensor, Tensor)| {
     ///         let trace = rates.to_dtype(logp.dtype())?.sum_all()?.neg()?;
     ///         Ok((z.broadcast_mul(&rates)?, trace.broadcast_as(logp.shape())?))

@@ -2,8 +2,7 @@
 //!
 //! `cargo test --test cde`, seconds.
 
-#[path = "common/threads.rs"]
-mod threads;
+mod common;
 
 use std::path::PathBuf;
 
@@ -671,7 +670,7 @@ fn rows_with_adaptive_steps_of_their_own_end_on_knots_and_do_not_depend_on_each_
             };
             let (found, c) = outcome_of(cde, &vars, (&z0, &path), &ends, options(&recorder));
             let stats = recorder.take();
-            let none = std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none");
+            let none = !common::has_tiles();
             assert!(none || stats.row_evaluations > 0, "{name}: not row by row");
             let fixed = OdeOptions {
                 steps: Steps::Size(0.01),

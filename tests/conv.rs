@@ -196,7 +196,9 @@ proptest! {
 
     #[test]
     fn tiles_agree_with_the_general_path(shape in shapes()) {
-        agree(&shape, DType::F64, 1e-12)?;
+        // A norm of nearly equal numbers magnifies rounding, by at most 1/√ε.
+        let norm = if shape.norm { 300.0 } else { 1.0 };
+        agree(&shape, DType::F64, 1e-12 * norm)?;
     }
 
     #[test]

@@ -905,10 +905,7 @@ fn a_scale_that_cannot_be_found_is_an_error() {
         let first = vars.data().lock().unwrap()["f.0.weight"].clone();
         first.set(&(first.as_tensor() * 3e4).unwrap()).unwrap();
         let y0 = Tensor::zeros((4, 2), DType::F32, &gpu).unwrap();
-        let Ok(ys) = ode.solve(&y0, &[0.0, 1e-9]) else {
-            continue;
-        };
-        let ys: Tensor = ys;
+        let ys: Tensor = ode.solve(&y0, &[0.0, 1e-9]).unwrap();
         let error = Error::from(ys.sum_all().unwrap().backward().unwrap_err());
         assert!(
             matches!(
@@ -1128,7 +1125,7 @@ const PAIRS: [Tableau; 5] = [BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOPRI8];
 
 /// Whether the CPU has no vector unit, so that rows cannot have steps of their own there.
 fn without_tiles() -> bool {
-    std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none")
+    !common::has_tiles()
 }
 
 fn by_row(method: &Tableau, adaptive: Adaptive) -> OdeOptions {
@@ -1900,7 +1897,7 @@ fn a_row_that_is_lost_in_an_attempt_is_seen_beside_rows_that_are_not() {
                 ..Default::default()
             };
             let on = |device: &Device| {
-                let y0 = Tensor::new(&[[0.1f32], [1e4]], device).unwrap();
+                let y0 = Tensor::new(&[[0.1f32], [100.0]], device).unwrap();
                 let field = |_: &Time, y: &Tensor| y.sqr()?.neg()? * y;
                 let y = odeint(field, &y0, &[0.0, 1.0], &options).unwrap();
                 (values(&y), recorder.take().rejected)
@@ -2000,9 +1997,4 @@ fn sparse_products_have_the_bits_of_the_cpu() {
             assert_eq!(on(&gpu), on(&Device::Cpu), "{dtype:?} {width}");
         }
     }
-    // Neither entries nor columns.
-    let none = Tensor::zeros(0, DType::F32, &*gpu).unwrap();
-    let empty = Csr::new(vec![0, 0, 0], vec![], 3, none).unwrap();
-    let x = Tensor::ones((3, 2), DType::F32, &*gpu).unwrap();
-    assert_eq!(values(&empty.matmul(&x).unwrap()), [0.0; 4]);
 }

@@ -9,7 +9,7 @@ use candle_diffeq::options::{Output, Steps};
 use candle_diffeq::tableau::EULER;
 use candle_diffeq::{odeint, Error, NeuralOde, OdeOptions, Precision, Time, VectorField};
 use candle_nn::{embedding, linear, Init, VarBuilder, VarMap};
-use common::{bits, named, relative, scattered, values, var, U_F32, U_F64};
+use common::{bits, fill, named, relative, scattered, values, var, U_F32, U_F64};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -537,13 +537,14 @@ fn random_field(
     let mut rng = StdRng::seed_from_u64(seed);
     let hidden = rng.random_range(1..24);
     let zero_bias = rng.random::<bool>();
-    let first = vb.get((hidden, features), "first")?;
+    let uniform = Init::Uniform { lo: -1.0, up: 1.0 };
+    let first = vb.get_with_hints((hidden, features), "first", uniform)?;
     let bias = match zero_bias {
-        true => vb.get_with_hints(hidden, "bias", Init::Const(0.0))?,
-        false => vb.get_with_hints(hidden, "bias", Init::Uniform { lo: -1.0, up: 1.0 })?,
+        true => vb.get_with_hints(hidden, "zero", Init::Const(0.0))?,
+        false => vb.get_with_hints(hidden, "bias", uniform)?,
     };
-    let second = vb.get((features, hidden), "second")?;
-    let table = vb.get((7, features), "table")?;
+    let second = vb.get_with_hints((features, hidden), "second", uniform)?;
+    let table = vb.get_with_hints((7, features), "table", uniform)?;
     let kinds: Vec<u32> = (0..4).map(|_| rng.random_range(0..10)).collect();
     Ok(move |t: &Time, y: &Tensor| {
         let z = y.matmul(&first.t()?)?.broadcast_add(&bias)?;
@@ -602,6 +603,10 @@ fn two_hundred_random_sound_fields_raise_no_alarm() {
                 random_field(seed, features, &vb)
             })
             .unwrap();
+            fill(&vars);
+            if let Some(zero) = vars.data().lock().unwrap().get("f.zero") {
+                zero.set(&zero.zeros_like().unwrap()).unwrap();
+            }
             let ode = ode.options(OdeOptions {
                 precision: Some(precision),
                 check: FieldCheck::Always,

@@ -619,6 +619,7 @@ fn hutchinson_over_fields_whose_jacobian_stands_still_has_the_right_gradients() 
         let linear = move |_: &Time, z: &Tensor, e: &Tensor| Ok((z.matmul(&w)?, e.matmul(&w)?));
         Ok(Hutchinson::new(linear))
     });
+    fill(&vars);
     let y0 = (z.as_tensor().clone(), zeros(&[4, 1], DType::F64), probe);
     let (_, ls, _) = flow.unwrap().solve(&y0, &[0.0, 1.0]).unwrap();
     let grads = ls.get(1).unwrap().sum_all().unwrap().backward().unwrap();

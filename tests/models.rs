@@ -625,6 +625,7 @@ fn recurrent_models_run_in_low_precision_to_a_rounding_or_two() {
         OdeRnn::new(flow, GruCell::new(2, 8, cell).unwrap())
     };
     let (single, low) = (build(Precision::f32()), build(Precision::bf16()));
+    fill(&vars);
     let (x, gaps) = observations();
     let (x, gaps) = (
         x.to_dtype(DType::F32).unwrap(),
@@ -632,8 +633,8 @@ fn recurrent_models_run_in_low_precision_to_a_rounding_or_two() {
     );
     let run = |model: &OdeRnn<GruCell>| model.forward(&x, &gaps, None).unwrap();
     let error = apart(&run(&single), &run(&low));
-    // Four gaps of up to 1.6 with velocities below 2, each off by a few roundings of 2⁻⁸.
-    assert!(error > U_F32 && error <= 4.0 * 2f64.powi(-8), "{error:e}");
+    // Four gaps of up to 1.6 with velocities below 2, each off by a rounding: 12.8 of them at most.
+    assert!(error > U_F32 && error <= 12.8 * U_BF16, "{error:e}");
 }
 
 /// Nodes of a graph, each joined to the next and to another.

@@ -320,7 +320,7 @@ fn a_row_at_speed_s_is_the_row_over_a_time_exp_s() {
 
 #[test]
 fn a_slow_row_takes_few_steps() {
-    if std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none") {
+    if !common::has_tiles() {
         return;
     }
     let vars = VarMap::new();

@@ -21,7 +21,7 @@ use common::{all, bits, fill, relative, scattered, values};
 
 /// Whether the process has no vector unit, so that rows cannot have steps of their own.
 fn without_tiles() -> bool {
-    std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none")
+    !common::has_tiles()
 }
 
 const PAIRS: [Tableau; 5] = [BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOPRI8];

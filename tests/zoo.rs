@@ -9,6 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_diffeq::error::PotentialDefect;
 use candle_diffeq::fields::{check_field, Pullback};
+use candle_diffeq::models::hypersolver::Hypersolver;
 use candle_diffeq::nn::energy::{
     Curved, Energy, GradientFlow, Hamiltonian, Lagrangian, PortHamiltonian, Potential, Skew,
 };
@@ -16,7 +17,7 @@ use candle_diffeq::nn::{
     cost_precision, depth_cat, Activation, Augmenter, Basis, DataControl, EnergyMlp, Galerkin,
     HigherOrder, Hutchinson, Linear, Mlp, Perceptron, WithIntegral,
 };
-use candle_diffeq::tableau::RK4;
+use candle_diffeq::tableau::{EULER, RK4};
 use candle_diffeq::{
     odeint, odeint_with, Error, NeuralOde, OdeOptions, Precision, Time, VectorField,
 };
@@ -936,7 +937,33 @@ fn a_wrapper_that_would_lose_the_gradients_of_its_field_is_an_error() {
     let field = WithIntegral::new(Growth(w.clone()), cost);
     let error = odeint(field, &state(), &[0.0, 1.0], &options).unwrap_err();
     assert!(error.to_string().contains("WithIntegral"), "{error}");
-    // Of a closure, and of a field of this crate that lists its parameters, nothing is lost.
+    let corrected = |_: &Time, y: &Tensor, _: &Tensor| y.zeros_like();
+    let hyper = Hypersolver::new(Growth(w.clone()), EULER, corrected);
+    let euler = OdeOptions {
+        method: EULER,
+        ..Default::default()
+    };
+    let error = odeint(hyper, y0.as_tensor(), &[0.0, 1.0], &euler).unwrap_err();
+    assert!(error.to_string().contains("Hypersolver"), "{error}");
+    // Of a field of this crate that lists its parameters nothing is lost, and of a frozen one nothing is wanted.
+    let vars = VarMap::new();
+    let build = move |vb: VarBuilder<'_>| {
+        let mlp = Mlp::new(&[1, 4, 1], Activation::Tanh, vb)?;
+        Ok(WithIntegral::new(mlp, cost))
+    };
+    let ode: NeuralOde<(Tensor, Tensor)> =
+        NeuralOde::from_field(&vars, "f", DType::F64, &Device::Cpu, build).unwrap();
+    let loss = |ode: &NeuralOde<(Tensor, Tensor)>| {
+        let costs = ode.solve(&state(), &[0.0, 1.0]).unwrap().1;
+        costs.sum_all().unwrap().backward().unwrap()
+    };
+    let grads = loss(&ode);
+    assert!(vars.all_vars().iter().all(|var| grads.get(var).is_some()));
+    let names: Vec<_> = ode.parameters().iter().map(ToString::to_string).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let grads = loss(&ode.freeze(&names).unwrap());
+    assert!(vars.all_vars().iter().all(|var| grads.get(var).is_none()));
+    // Nor of a closure.
     let read = w.clone();
     let closure = move |_: &Time, y: &Tensor| y.broadcast_mul(read.as_tensor());
     let solved = odeint(

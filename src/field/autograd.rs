@@ -204,7 +204,8 @@ pub(crate) fn check_traced<F: VectorField<Tensor> + ?Sized>(
     }
     candle_core::bail!(
         "{wrapper} differentiates the velocity of its field by candle's graph, which leads to none of the {} parameters that \
-         the field lists: compute it from the parameters themselves, not from detached copies",
+         the field lists: compute it from the parameters themselves, not from detached copies, and list none that wants no \
+         gradient",
         listed.len()
     )
 }

@@ -68,7 +68,7 @@ impl<C: Cell> OdeRnn<C> {
     /// Of a neural ODE over (h, ln Δ) and a cell.
     ///
     /// Where the neural ODE has one precision for all tensors, ln Δ is read in its state precision: rounded to bf16, it would
-    /// change all gaps by up to a hundredth.
+    /// change all gaps by up to a hundredth.  A lower precision in which states are stored still rounds it for the gradient.
     pub fn new(flow: NeuralOde<(Tensor, Tensor)>, cell: C) -> Self {
         Self {
             flow: flow.adjusted(speed_in_state_precision),

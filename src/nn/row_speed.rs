@@ -93,11 +93,16 @@ fn split<S: WithSpeed>(y: &S) -> Result<(S::Inside, Tensor)> {
     }
 }
 
-/// The state of the field inside times a number for each row, which may be of a wider dtype.
+/// The state of the field inside times a number for each row, in the wider dtype of both.
 fn times<S: State>(x: &S, factor: &Tensor) -> Result<S> {
     let leaves = x.leaves();
-    let wide = factor.dtype();
-    let times = |x: &Tensor| x.to_dtype(wide)?.broadcast_mul(factor)?.to_dtype(x.dtype());
+    let times = |x: &Tensor| match x.dtype().size_in_bytes() > factor.dtype().size_in_bytes() {
+        true => x.broadcast_mul(&factor.to_dtype(x.dtype())?),
+        false => {
+            let product = x.to_dtype(factor.dtype())?.broadcast_mul(factor)?;
+            product.to_dtype(x.dtype())
+        }
+    };
     let leaves = leaves.iter().map(times);
     Ok(S::from_leaves(leaves.collect::<Result<_>>()?)?)
 }

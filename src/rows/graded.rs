@@ -178,6 +178,7 @@ impl<T: Element> GradedGroup<T> {
     /// Appends the result of the next tile to this one; its gradients are in the window of both.
     fn and(mut self, next: Self) -> Self {
         self.loss += next.loss;
+        self.bytes = self.bytes.max(next.bytes);
         self.rows.extend(next.rows);
         self.swept.y0.extend(next.swept.y0);
         self.swept.stats.join(&next.swept.stats);

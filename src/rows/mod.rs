@@ -247,11 +247,10 @@ impl Rows {
             return Ok(None);
         };
         let task = self.task(plan, y0)?;
-        match tiles()? {
-            Some(field) if plan.is_mostly_idle(&*field) => Ok(None),
-            Some(field) => solve_tiles(field, task, wanted, stats).map(Some),
-            None => Ok(None),
-        }
+        let field = tiles()?.filter(|field| !plan.is_mostly_idle(&**field));
+        field
+            .map(|field| solve_tiles(field, task, wanted, stats))
+            .transpose()
     }
 
     /// In tiles of f32 on the vector unit, if there is one, for states of these shapes.

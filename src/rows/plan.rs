@@ -14,6 +14,7 @@ use crate::problem::Problem;
 use crate::schedule::{Schedule, Step};
 use crate::simd::Element;
 use crate::state::RowLayout;
+use crate::trajectory::Checkpoint;
 
 /// The solve as both passes see it.
 pub(super) struct TilePlan<'p> {
@@ -62,21 +63,29 @@ impl<'p> TilePlan<'p> {
         }
     }
 
-    /// Bytes that the evaluations at hand take, of all threads: a slot of the forward pass, and those of a step with the
-    /// cotangents of one in the backward pass.
-    fn at_work<T: Element>(&self, field: &dyn Tiled<T>) -> u128 {
-        let tiles = self.layout.rows.div_ceil(field.batch());
-        let threads = rayon::current_num_threads().min(tiles);
-        let stages = self.problem.scheme.dense_stages().len();
-        let numbers = (stages + 1) * field.kept() + field.cotangents();
+    /// Bytes that the evaluations at hand take, of all threads: a slot of the forward pass, and, where there is a backward pass,
+    /// the slots of a step with the cotangents of one.
+    pub(super) fn at_work<T: Element>(&self, field: &dyn Tiled<T>) -> u128 {
+        let groups = self.groups(field.batch(), field.parameters()).len();
+        let threads = rayon::current_num_threads().min(groups);
+        let stages = match &self.problem.driven {
+            Some(driven) => driven.table().evaluations.len(),
+            None => self.problem.scheme.dense_stages().len(),
+        };
+        let numbers = match self.problem.checkpoint {
+            Checkpoint::Nothing => field.kept(),
+            _ => (stages + 1) * field.kept() + field.cotangents(),
+        };
         numbers as u128 * (field.batch() * size_of::<T>() * threads) as u128
     }
 
-    /// Whether most lanes of the only tile would be idle, and would take much memory.
+    /// Whether most lanes of the only tile would be idle, and would take much memory.  Never with adaptive steps: those of
+    /// rows, and their failures, are had in tiles alone.
     pub(super) fn is_mostly_idle<T: Element>(&self, field: &dyn Tiled<T>) -> bool {
         /// Bytes that lanes may waste.
         const MOST: u128 = 1 << 28;
-        2 * self.layout.rows <= field.batch() && self.at_work(field) > MOST
+        let is_known = self.problem.plan.known().is_some();
+        is_known && 2 * self.layout.rows <= field.batch() && self.at_work(field) > MOST
     }
 
     /// The memory that tiles of a field, `rows` rows in all, hold at once over so many steps, in addition to kept

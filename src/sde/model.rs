@@ -26,10 +26,11 @@ use crate::time::Times;
 /// use candle_diffeq::{Precision, Time};
 /// use candle_diffeq::options::Steps;
 /// use candle_diffeq::sde::{ito, NeuralSde, Noise, SdeOptions};
+/// use candle_nn::Init;
 /// let (vars, device) = (candle_nn::VarMap::new(), Device::Cpu);
 /// let sde = NeuralSde::new(&vars, "sde", DType::F32, &device, |vb| {
 ///     let drift = candle_nn::linear(2, 2, vb.pp("drift"))?;
-///     let spread = vb.get(2, "spread")?;
+///     let spread = vb.get_with_hints(2, "spread", Init::Const(0.1))?;
 ///     Ok(ito(
 ///         move |_: &Time, y: &Tensor| drift.forward(y)?.tanh(),
 ///         move |_: &Time, y: &Tensor| spread.broadcast_as(y.shape()),

@@ -220,7 +220,7 @@ impl Predictions {
         let after = self.after.divergence_from(&values, OBSERVED)?;
         let all = ((before + (after * lambda)?)? * &seen.mask)?.sum_all()?;
         // Where nothing was observed there is no loss.
-        let count = seen.mask.sum_all()?.maximum(1.0)?;
-        all / count
+        let count = seen.mask.sum_all()?;
+        all / count.eq(0.0)?.where_cond(&count.ones_like()?, &count)?
     }
 }

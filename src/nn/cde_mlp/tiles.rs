@@ -152,17 +152,38 @@ impl Pieces {
         }
     }
 
-    /// The coefficients of an interval from `from` on, j-th power times its exponent, by Horner's rule at s.
-    fn slope(&self, interval: usize, from: usize, [terms, channels]: [usize; 2], s: f64) -> f64 {
-        // j a_j s^{j−1}.
-        let sum = |at: &dyn Fn(usize) -> f64| {
-            let powers = (1..terms).rev();
-            powers.fold(0.0, |sum, j| sum * s + j as f64 * at(from + j * channels))
-        };
+    /// The slopes of a row's path at s in an interval, by channel.
+    #[inline(always)]
+    fn slopes(
+        &self,
+        (interval, row): (usize, usize),
+        [terms, channels]: [usize; 2],
+        s: f64,
+        each: impl FnMut(usize, f64),
+    ) {
+        let of_row = row * terms * channels..(row + 1) * terms * channels;
         match self {
-            Self::Single(all) => sum(&|i| all[interval][i].into()),
-            Self::Double(all) => sum(&|i| all[interval][i]),
+            Self::Single(all) => slopes(&all[interval][of_row], channels, s, each),
+            Self::Double(all) => slopes(&all[interval][of_row], channels, s, each),
         }
+    }
+}
+
+/// Σ j a_j s^{j−1} by channel, by Horner's rule, of coefficients `[power][channel]`.
+#[inline(always)]
+fn slopes<C: Copy + Into<f64>>(
+    coefficients: &[C],
+    channels: usize,
+    s: f64,
+    mut each: impl FnMut(usize, f64),
+) {
+    let terms = coefficients.len() / channels.max(1);
+    for c in 0..channels {
+        let mut slope = 0.0;
+        for j in (1..terms).rev() {
+            slope = slope * s + j as f64 * coefficients[j * channels + c].into();
+        }
+        each(c, slope);
     }
 }
 
@@ -183,13 +204,10 @@ impl<T: Element> AlongTiles<T> {
                 place = self.lookup.place(now.t, now.step);
             }
             let (interval, s) = place;
-            let first = row * self.terms * channels;
-            for c in 0..channels {
-                let slope = self
-                    .pieces
-                    .slope(interval, first + c, [self.terms, channels], s);
+            let sizes = [self.terms, channels];
+            self.pieces.slopes((interval, row), sizes, s, |c, slope| {
                 slopes[c * batch + lane] = T::of(slope);
-            }
+            });
         }
     }
 }

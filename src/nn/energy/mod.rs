@@ -4,13 +4,13 @@
 //! that candle, which has no second derivatives, can differentiate it once more.  These fields can be built from any
 //! [`Potential`]:
 //!
-//! | field | x' | along a solution, if Φ does not read t |
+//! | field | x' | along a solution, where Φ does not read t |
 //! |---|---|---|
 //! | [`GradientFlow`] | −∇Φ | Φ falls |
 //! | [`Skew`] | ½ (M(x) − M(x)ᵀ) ∇Φ | Φ is constant |
 //! | [`Hamiltonian`] | (∂H/∂p, −∂H/∂q), x = (q, p) | H is constant |
 //! | [`PortHamiltonian`] | (∂H/∂p, −∂H/∂q − r ∘ ∂H/∂p) | H falls |
-//! | [`Lagrangian`] | (q̇, M⁻¹(∂L/∂q − (∂²L/∂q̇∂q) q̇)), M = ∂²L/∂q̇∂q̇, x = (q, q̇) | the energy is constant |
+//! | [`Lagrangian`] | (q̇, M⁻¹(∂L/∂q − (∂²L/∂q̇∂q) q̇ − ∂²L/∂q̇∂t)), M = ∂²L/∂q̇∂q̇, x = (q, q̇) | the energy is constant |
 //!
 //! [`EnergyMlp`](super::EnergyMlp) is a potential with a pull-back of its gradient written by hand.  [`Hamiltonian`] and
 //! [`GradientFlow`] of one are integrated tile by tile, if it has a hidden layer and none is residual.  A closure that returns

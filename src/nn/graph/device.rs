@@ -1,6 +1,7 @@
 //! Sparse products on NVIDIA GPUs.
 
 use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CudaDevice, CudaStorage, DType, DeviceLocation, Layout, Result};
@@ -8,9 +9,11 @@ use candle_core::{CudaDevice, CudaStorage, DType, DeviceLocation, Layout, Result
 use super::pattern::{Pattern, Side};
 use crate::ops::cuda::csr::{self, DeviceSide};
 
-/// Rows and columns of a pattern by device: a graph captures no upload, and a solve multiplies with one pattern many times.
+/// Rows and columns of a pattern by device and thread, whose streams differ: a graph captures no upload, and a solve multiplies with one pattern many times.
 #[derive(Debug, Default)]
-pub(super) struct OnDevices(Mutex<Vec<(DeviceLocation, bool, Arc<DeviceSide>)>>);
+pub(super) struct OnDevices(Mutex<Vec<(Place, bool, Arc<DeviceSide>)>>);
+
+type Place = (DeviceLocation, ThreadId);
 
 impl OnDevices {
     /// The rows, or the columns, on this device.
@@ -21,7 +24,7 @@ impl OnDevices {
         side: impl FnOnce() -> (&'a Side, Option<&'a [u32]>),
     ) -> Result<Arc<DeviceSide>> {
         let mut all = self.0.lock().unwrap_or_else(|e| e.into_inner());
-        let here = device.location();
+        let here = (device.location(), std::thread::current().id());
         let found = all
             .iter()
             .find(|(at, by, _)| *at == here && *by == by_column);

@@ -1,6 +1,6 @@
 //! Modules, tensors in device memory as kernels see them, and launches.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute;
@@ -146,12 +146,13 @@ pub(super) fn load(device: &CudaDevice, module: &Module, entry: &str) -> Result<
 
 /// An error for a GPU that the kernels are not compiled for.
 fn check_capability(device: &CudaDevice) -> Result<()> {
-    // Of a machine whose GPUs differ, the first one that is used is asked.
-    static RECENT: AtomicBool = AtomicBool::new(false);
-    if RECENT.load(Ordering::Relaxed) {
+    // By device, whether it was asked.
+    static RECENT: AtomicU64 = AtomicU64::new(0);
+    let stream = device.cuda_stream();
+    let bit = 1u64.checked_shl(stream.context().ordinal() as u32);
+    if bit.is_some_and(|bit| RECENT.load(Ordering::Relaxed) & bit != 0) {
         return Ok(());
     }
-    let stream = device.cuda_stream();
     let (major, minor) = stream.context().compute_capability().w()?;
     if major < OLDEST {
         let message = format!(
@@ -159,7 +160,7 @@ fn check_capability(device: &CudaDevice) -> Result<()> {
         );
         return Err(candle_core::Error::Msg(message).into());
     }
-    RECENT.store(true, Ordering::Relaxed);
+    RECENT.fetch_or(bit.unwrap_or(0), Ordering::Relaxed);
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::ops::chain;
 use crate::precision::Rounding;
 
-/// Terms of one launch: y, a dozen stages, and ȳ.
+/// Terms of one launch: y, the stages of any method, and cotangents of outputs.
 const MOST_TERMS: usize = 64;
 
 #[repr(C)]

@@ -44,6 +44,7 @@ pub(super) fn run<T: Element>(
     let rows = layout.rows.next_multiple_of(batch);
     let mut need = plan.need(&*parts[0], schedule.len(), rows, problem.packing.len());
     need.states *= states as u128;
+    need.work = parts.iter().map(|part| plan.at_work(&**part)).sum();
     need.check()?;
     let parameters = parts.iter().map(|part| part.parameters()).sum();
     let groups = plan.groups(batch, parameters);

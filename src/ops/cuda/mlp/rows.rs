@@ -329,7 +329,7 @@ impl SmallNet {
         };
         let (free, _) = self.device.cuda_stream().context().mem_get_info().w()?;
         let bytes = size_of::<NetRecorded>() + state;
-        Ok(wanted.min(free / 4 / bytes).min(MOST_ROOM).max(1))
+        Ok(wanted.min(free / 4 / bytes).clamp(1, MOST_ROOM))
     }
 
     fn launch_forward(
