@@ -211,8 +211,11 @@ impl<'a> Measure<'a> {
             }
             // Velocities come in compute dtype.
             let error = part.error.to_dtype(larger.dtype())?;
-            let none = error.zeros_like()?;
-            Ok(error.eq(&none)?.where_cond(&none, &(&error / tolerance)?)?)
+            // Flat: on CUDA candle chooses between tensors with dimensions only.
+            let ratio = (&error / tolerance)?.flatten_all()?;
+            let flat = error.flatten_all()?;
+            let chosen = flat.eq(0.0)?.where_cond(&flat.zeros_like()?, &ratio)?;
+            Ok(chosen.reshape(error.shape())?)
         };
         let [y, state, params] = self.parts;
         let mut all = parts.iter().map(ratio).collect::<Result<Vec<_>>>()?;

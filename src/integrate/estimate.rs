@@ -139,8 +139,9 @@ pub(crate) fn first_length(
     let difference = |((a, b), u): ((&Tensor, &Tensor), &f64)| -> Result<Tensor> {
         let noise = (a.abs()? * (2.0 * u))?;
         let change = ((wide(b)? - a)?.abs()? - noise)?;
-        // A maximum may skip NaN.
-        Ok(change.le(0.0)?.where_cond(&change.zeros_like()?, &change)?)
+        let zero = Tensor::zeros((), change.dtype(), change.device())?;
+        // A maximum may skip NaN, a sum does not.
+        Ok((change.broadcast_maximum(&zero)? + (&change * 0.0)?)?)
     };
     let pairs = k.iter().zip(&further).zip(roundoffs);
     let difference = pairs.map(difference).collect::<Result<Vec<_>>>()?;

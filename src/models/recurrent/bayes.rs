@@ -221,6 +221,7 @@ impl Predictions {
         let all = ((before + (after * lambda)?)? * &seen.mask)?.sum_all()?;
         // Where nothing was observed there is no loss.
         let count = seen.mask.sum_all()?;
-        all / count.eq(0.0)?.where_cond(&count.ones_like()?, &count)?
+        let none = count.eq(0.0)?.to_dtype(count.dtype())?;
+        all / (count + none)?
     }
 }
