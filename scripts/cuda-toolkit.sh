@@ -16,13 +16,12 @@ folder=$(cd "$folder" && pwd)
 toolkit=$folder/toolkit
 
 compiler() {
-    local fresh
     fresh=$(mktemp -d "$folder/fetch.XXXX")
+    trap 'rm -rf "$fresh"' EXIT
     python3 -m pip download --quiet --no-deps --only-binary=:all: --dest "$fresh/wheels" "${wheels[@]}"
     for wheel in "$fresh"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$fresh/files"; done
     rm -rf "$toolkit"
     mv "$fresh/files/nvidia/cu13" "$toolkit"
-    rm -rf "$fresh"
     # What unpacking a wheel loses, and what only its installer would add.
     chmod +x "$toolkit"/bin/* "$toolkit"/nvvm/bin/*
     ln -sfn lib "$toolkit/lib64"

@@ -80,7 +80,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         false => (2..=8).map(|k| 10f64.powi(-k)).collect(),
     };
     let attempts = size.pick(300, ATTEMPTS, ATTEMPTS);
-    let dtypes = args.flags.precisions(&DTYPES);
+    let dtypes = args.flags.precisions_among(&DTYPES, &Dtype::ALL)?;
     let problems = [
         problem::perceptron(&mut generator(args.flags.seed))?,
         problem::van_der_pol()?,

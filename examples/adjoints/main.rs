@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::common::chart::{self, colour, Curve, Mark, Panel, Scale, SeriesLabelPosition};
-use crate::common::flags::{Flags, Size};
+use crate::common::flags::Flags;
 use crate::common::random::{generator, normal};
 use crate::common::report::{self, Report};
 use crate::common::table::Table;
@@ -110,8 +110,8 @@ struct Cost {
 }
 
 /// The gradient of W of the mean square at time 3.
-fn gradient(way: Way, options: OdeOptions, dtype: DType) -> Result<Cost> {
-    let (device, mut rng) = (Device::Cpu, generator(0));
+fn gradient((way, seed): (Way, u64), options: OdeOptions, dtype: DType) -> Result<Cost> {
+    let (device, mut rng) = (Device::Cpu, generator(seed));
     let scale = 1.5 / (FEATURES as f64).sqrt();
     let w = (normal(&mut rng, (FEATURES, FEATURES), dtype, &device)? * scale)?;
     let w = Var::from_tensor(&w)?;
@@ -145,17 +145,17 @@ struct Cell {
     seconds: f64,
 }
 
-fn measure(way: Way, steps: usize) -> Result<Cell> {
+fn measure(of: (Way, u64), steps: usize) -> Result<Cell> {
     let options = |steps| OdeOptions {
         method: EULER,
         steps: Steps::PerInterval(steps),
         ..Default::default()
     };
     // Whatever is made once is made now.
-    gradient(way, options(10), DType::F32)?;
+    gradient(of, options(10), DType::F32)?;
     let unknown = "this system does not tell how much memory a process holds";
     let before = memory::resident().ok_or(unknown)?;
-    let cost = gradient(way, options(steps), DType::F32)?;
+    let cost = gradient(of, options(steps), DType::F32)?;
     let after = memory::peak().ok_or(unknown)?;
     Ok(Cell {
         bytes: after.saturating_sub(before) as f64,
@@ -166,7 +166,8 @@ fn measure(way: Way, steps: usize) -> Result<Cell> {
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Some(way) = args.cell {
-        return match measure(way, args.steps).and_then(|cell| Ok(serde_json::to_string(&cell)?)) {
+        let cell = measure((way, args.flags.seed), args.steps);
+        return match cell.and_then(|cell| Ok(serde_json::to_string(&cell)?)) {
             Ok(cell) => {
                 println!("{cell}");
                 ExitCode::SUCCESS
@@ -181,10 +182,12 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, report: &mut Report) -> Result<()> {
-    let size = args.flags.size();
+    let flags = &args.flags;
+    flags.cpu_only()?;
+    flags.fixed_precisions("f32")?;
     let panels = [
-        memory_of_steps(size, report)?,
-        errors_of_tolerances(size, report)?,
+        memory_of_steps(flags, report)?,
+        errors_of_tolerances(flags, report)?,
     ];
     chart::picture(&report.picture(""), (900, 420), |area| {
         let areas = area.split_evenly((1, 2));
@@ -205,15 +208,15 @@ fn curve(way: Way, points: impl IntoIterator<Item = (f64, f64)>) -> Curve {
 }
 
 /// Memory of forward and backward pass over the number of steps.
-fn memory_of_steps(size: Size, report: &mut Report) -> Result<Panel> {
-    let [least, most] = size.pick([2, 3], [3, 5], [3, 6]);
+fn memory_of_steps(flags: &Flags, report: &mut Report) -> Result<Panel> {
+    let [least, most] = flags.size().pick([2, 3], [3, 5], [3, 6]);
     let steps: Vec<usize> = (least..=most).map(|p| 10usize.pow(p)).collect();
     let mut curves = vec![];
     let mut table = Table::of(
         std::iter::once("gradient".to_owned()).chain(steps.iter().map(|n| format!("{n} steps"))),
     );
     for way in Way::ALL {
-        let cells = steps.iter().map(|&n| in_a_process(way, n));
+        let cells = steps.iter().map(|&n| in_a_process((way, flags.seed), n));
         let cells = cells.collect::<Result<Vec<_>>>()?;
         let text = |c: &Cell| format!("{:.1} MiB, {:.2} s", c.bytes / MEBIBYTE, c.seconds);
         table.line(std::iter::once(way.name().to_owned()).chain(cells.iter().map(text)));
@@ -236,8 +239,9 @@ fn memory_of_steps(size: Size, report: &mut Report) -> Result<Panel> {
 }
 
 /// Errors of gradients by adaptive steps over the tolerance.
-fn errors_of_tolerances(size: Size, report: &mut Report) -> Result<Panel> {
-    let exact = gradient(Way::Discrete, adaptive(1e-12, true), DType::F64)?;
+fn errors_of_tolerances(flags: &Flags, report: &mut Report) -> Result<Panel> {
+    let (size, seed) = (flags.size(), flags.seed);
+    let exact = gradient((Way::Discrete, seed), adaptive(1e-12, true), DType::F64)?;
     let mut table = Table::new(["rtol", "gradient", "forward", "backward", "ms", "error"]);
     let tolerances = size.pick(
         &[1e-3, 1e-4][..],
@@ -255,8 +259,8 @@ fn errors_of_tolerances(size: Size, report: &mut Report) -> Result<Panel> {
     for &tol in tolerances {
         for (way, points) in ways.into_iter().zip(&mut points) {
             // The first solve also checks the field.
-            gradient(way, adaptive(tol, false), DType::F32)?;
-            let cost = gradient(way, adaptive(tol, false), DType::F32)?;
+            gradient((way, seed), adaptive(tol, false), DType::F32)?;
+            let cost = gradient((way, seed), adaptive(tol, false), DType::F32)?;
             let error = relative(&cost.grad, &exact.grad);
             points.push((tol, error));
             let backward = match way {
@@ -305,10 +309,11 @@ fn adaptive(rtol: f64, double: bool) -> OdeOptions {
     }
 }
 
-fn in_a_process(way: Way, steps: usize) -> Result<Cell> {
+fn in_a_process((way, seed): (Way, u64), steps: usize) -> Result<Cell> {
     let name = way.to_possible_value().ok_or("a way without a name")?;
     let output = Command::new(std::env::current_exe()?)
         .args(["--cell", name.get_name(), "--steps", &steps.to_string()])
+        .args(["--seed", &seed.to_string()])
         .output()?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());

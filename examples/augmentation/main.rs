@@ -137,7 +137,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let sample = Sample { x, classes };
     let fit = FIT.iterations(size.pick(5, FIT.iterations, FIT.iterations));
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for kind in KINDS {
             let bar = progress(kind.name(), fit.iterations)?;
             let classifier = kind.classifier(dtype, seed, device)?;

@@ -35,9 +35,9 @@ const SERIES: usize = 128;
 struct Args {
     #[command(flatten)]
     flags: Flags,
-    /// Passes over the training data.
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
-    epochs: u32,
+    /// Passes over the training data [default: 30, and 1 with --smoke].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    epochs: Option<u32>,
 }
 
 /// A training run.
@@ -57,16 +57,16 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
-    let epochs = args.epochs as usize;
+    let epochs = args.epochs.unwrap_or(args.flags.size().pick(1, 30, 30));
     let setting = Setting {
         hidden: 8,
         width: 128,
-        epochs: args.flags.size().pick(1, epochs, epochs),
+        epochs: epochs as usize,
         batch: 32,
         rate: 3e-3,
     };
     let mut runs = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for missing in MISSING {
             let bar = progress(dtype.name(), setting.updates(SERIES))?;
             let mut rng = generator(args.flags.seed);

@@ -14,6 +14,8 @@ pub(crate) enum Dtype {
 }
 
 impl Dtype {
+    pub(crate) const ALL: [Self; 4] = [Self::F64, Self::F32, Self::Bf16, Self::F16];
+
     /// The dtype roles.
     pub(crate) fn precision(self) -> Precision {
         match self {

@@ -65,15 +65,15 @@ impl Flags {
         }
     }
 
-    /// What was asked for, or these.
-    pub(crate) fn precisions(&self, default: &[Dtype]) -> Vec<Dtype> {
-        match self.precision.as_slice() {
-            [] => default.to_vec(),
-            asked => asked.to_vec(),
-        }
+    /// What was asked for, or these: of an example whose data are f32.
+    ///
+    /// # Errors
+    /// f64 was asked for.
+    pub(crate) fn precisions(&self, default: &[Dtype]) -> Result<Vec<Dtype>> {
+        self.precisions_among(default, &[Dtype::F32, Dtype::Bf16, Dtype::F16])
     }
 
-    /// The same where only some can be.
+    /// The same of an example that can compute in these.
     ///
     /// # Errors
     /// Another was asked for.
@@ -82,18 +82,53 @@ impl Flags {
         default: &[Dtype],
         can_be: &[Dtype],
     ) -> Result<Vec<Dtype>> {
-        let asked = self.precisions(default);
+        let asked = match self.precision.as_slice() {
+            [] => default,
+            asked => asked,
+        };
         match asked.iter().find(|dtype| !can_be.contains(dtype)) {
-            None => Ok(asked),
+            None => Ok(asked.to_vec()),
             Some(other) => {
                 let names: Vec<_> = can_be.iter().map(|dtype| dtype.name()).collect();
-                let names = names.join(", ");
-                Err(format!(
-                    "--precision {}: this example computes in {names}",
-                    other.name()
-                )
-                .into())
+                let (other, names) = (other.name(), names.join(", "));
+                Err(format!("--precision {other}: this example computes in {names}").into())
             }
+        }
+    }
+
+    /// For an example whose precisions cannot be chosen.
+    ///
+    /// # Errors
+    /// One was asked for.
+    pub(crate) fn fixed_precisions(&self, names: &str) -> Result<()> {
+        match self.precision.is_empty() {
+            true => Ok(()),
+            false => Err(format!(
+                "--precision cannot be chosen: this example always computes in {names}"
+            )
+            .into()),
+        }
+    }
+
+    /// For an example that draws nothing at random.
+    ///
+    /// # Errors
+    /// A seed was given that is not the default.
+    pub(crate) fn nothing_random(&self) -> Result<()> {
+        match self.seed {
+            0 => Ok(()),
+            seed => Err(format!("--seed {seed}: nothing in this example is random").into()),
+        }
+    }
+
+    /// For an example that computes on the CPU alone.
+    ///
+    /// # Errors
+    /// CUDA was asked for.
+    pub(crate) fn cpu_only(&self) -> Result<()> {
+        match self.device {
+            Place::Cpu => Ok(()),
+            Place::Cuda => Err("--device cuda: this example computes on the CPU alone".into()),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Many small runs, one on each core.
 
+use std::ffi::OsString;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
@@ -7,6 +8,33 @@ use candle_core::Device;
 
 use super::threads::THREADS;
 use super::Result;
+
+/// The threads of candle's products, and of its loops over long tensors, which spin when they are idle.
+const VARIABLES: [&str; 2] = [THREADS, "CANDLE_NUM_THREADS"];
+
+/// Lets candle use one thread as long as this lives; then the variables are what they were before.
+struct OneThread([Option<OsString>; 2]);
+
+impl OneThread {
+    fn new() -> Self {
+        Self(VARIABLES.map(|name| {
+            let before = std::env::var_os(name);
+            std::env::set_var(name, "1");
+            before
+        }))
+    }
+}
+
+impl Drop for OneThread {
+    fn drop(&mut self) {
+        for (name, before) in VARIABLES.iter().zip(&self.0) {
+            match before {
+                Some(value) => std::env::set_var(name, value),
+                None => std::env::remove_var(name),
+            }
+        }
+    }
+}
 
 /// Runs every job, on the CPU as many at a time as there are cores with one thread each, which for
 /// batches of some hundred rows is the better use of them; results in the order of the jobs.
@@ -24,11 +52,7 @@ pub(crate) fn run<J: Sync, R: Send>(
         true => threads.unwrap_or(1).min(jobs.len()),
         false => 1,
     };
-    if workers > 1 {
-        // candle's products, and its loops over long tensors, whose idle threads spin.
-        std::env::set_var(THREADS, "1");
-        std::env::set_var("CANDLE_NUM_THREADS", "1");
-    }
+    let one_thread = (workers > 1).then(OneThread::new);
     let (next, done) = (AtomicUsize::new(0), Mutex::new(vec![]));
     let work = || {
         while let Some((i, next)) = {
@@ -46,9 +70,7 @@ pub(crate) fn run<J: Sync, R: Send>(
         let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
         threads.into_iter().for_each(|thread| drop(thread.join()));
     });
-    if workers > 1 {
-        std::env::set_var(THREADS, workers.to_string());
-    }
+    drop(one_thread);
     let mut done = done.into_inner().map_err(|_| "a run panicked")?;
     done.sort_by_key(|(i, _)| *i);
     let results: std::result::Result<Vec<R>, String> = done.into_iter().map(|(_, r)| r).collect();

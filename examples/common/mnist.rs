@@ -11,7 +11,7 @@ use super::idx::{self, Idx};
 use super::Result;
 
 pub(crate) const SIDE: usize = 28;
-const PIXELS: usize = SIDE * SIDE;
+pub(crate) const PIXELS: usize = SIDE * SIDE;
 pub(crate) const CLASSES: usize = 10;
 /// Of all training pixels, as share of white.
 const MEAN: f32 = 0.1307;
@@ -76,6 +76,18 @@ impl Images {
         ))
     }
 
+    /// The pixels of the images of a class, row by row.
+    pub(crate) fn of_class(&self, class: u32) -> impl Iterator<Item = &[u8]> {
+        let all = self.pixels.chunks(PIXELS).zip(&self.labels);
+        all.filter(move |(_, label)| **label == class)
+            .map(|(pixels, _)| pixels)
+    }
+
+    /// The test images in the files of `dir`.
+    pub(crate) fn test(dir: &Path) -> Result<Self> {
+        pair(dir, "t10k")?.ok_or_else(|| missing(dir).into())
+    }
+
     fn from_files(images: &Idx, labels: &Idx) -> Result<Self> {
         let fits = matches!(images.dims[..], [n, SIDE, SIDE] if labels.dims == [n]);
         if !fits || labels.bytes.iter().any(|&l| usize::from(l) >= CLASSES) {
@@ -112,7 +124,7 @@ impl Data {
     /// The files of `dir`: the full set where it is there, otherwise the test images, one in `part` to validate and the
     /// others to train on.
     pub(crate) fn read(dir: &Path, part: usize, rng: &mut StdRng) -> Result<Self> {
-        let test = pair(dir, "t10k")?.ok_or_else(|| missing(dir))?;
+        let test = Images::test(dir)?;
         Ok(match pair(dir, "train")? {
             Some(training) => Self {
                 name: format!("MNIST, {} and {} images", training.len(), test.len()),

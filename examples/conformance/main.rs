@@ -56,10 +56,10 @@ struct Args {
     #[arg(required_unless_present_any = ["demo", "adaptive", "zoo", "sde", "cde"])]
     dir: Option<PathBuf>,
     /// Largest relative error in f64.
-    #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo", "adaptive", "zoo"])]
+    #[arg(long, default_value_t = 1e-11, conflicts_with_all = ["compute", "demo", "adaptive", "zoo", "sde", "cde"])]
     tol: f64,
     /// Evaluate the fields in low precision.
-    #[arg(long, conflicts_with_all = ["demo", "adaptive", "zoo"])]
+    #[arg(long, conflicts_with_all = ["demo", "adaptive", "zoo", "sde", "cde"])]
     compute: Option<Compute>,
     /// Directory of f16 demonstrations, which are run instead.
     #[arg(long, value_name = "DIR", conflicts_with = "dir")]
@@ -71,7 +71,7 @@ struct Args {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive"])]
     zoo: Option<PathBuf>,
     /// Directory of stochastic differential equations, which are run instead.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive", "zoo", "compute"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive", "zoo"])]
     sde: Option<PathBuf>,
     /// Directory of controlled differential equations, which are solved instead.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "demo", "adaptive", "zoo", "sde"])]

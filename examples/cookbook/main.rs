@@ -196,7 +196,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let sample = Sample { x, classes };
     let fit = FIT.iterations(size.pick(3, FIT.iterations, 2 * FIT.iterations));
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for kind in KINDS {
             let vars = VarMap::new();
             let flow = kind.flow(&vars, dtype, (seed, device))?;

@@ -11,7 +11,7 @@ mod common;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Var};
 use candle_diffeq::nn::{Activation, Mlp};
 use candle_diffeq::options::Output;
 use candle_diffeq::{NeuralOde, OdeOptions};
@@ -22,9 +22,10 @@ use serde_json::json;
 use crate::common::chart::{self, colour, Curve, Mark, Panel, Scale};
 use crate::common::dtype::Dtype;
 use crate::common::flags::Flags;
+use crate::common::random::{generator, normal};
 use crate::common::report::{self, Report};
 use crate::common::table::Table;
-use crate::common::{median, Result};
+use crate::common::{initial, median, Result};
 
 /// Times solves of growing size.
 #[derive(Parser)]
@@ -62,8 +63,8 @@ impl Solve {
     }
 
     /// The solve, forward and backward, ready to be run.
-    fn prepared(self, dtype: Dtype, device: &Device) -> Result<Run> {
-        let vars = VarMap::new();
+    fn prepared(self, dtype: Dtype, seed: u64, device: &Device) -> Result<Run> {
+        let (vars, mut rng) = (VarMap::new(), generator(seed));
         let ode = NeuralOde::from_field(&vars, "f", dtype.state(), device, move |vb| {
             Mlp::new(
                 &[FEATURES, self.width, self.width, FEATURES],
@@ -76,8 +77,9 @@ impl Solve {
             output: Output::Final,
             ..Default::default()
         });
-        let y0 = Tensor::randn(0f64, 0.5, (self.batch, FEATURES), device)?;
-        let y0 = Var::from_tensor(&y0.to_dtype(dtype.state())?)?;
+        initial::layers(&vars, &mut rng)?;
+        let y0 = normal(&mut rng, (self.batch, FEATURES), dtype.state(), device)?;
+        let y0 = Var::from_tensor(&(y0 * 0.5)?)?;
         let times: Vec<_> = (0..=self.steps)
             .map(|n| n as f64 / self.steps as f64)
             .collect();
@@ -98,7 +100,11 @@ const SPAN: f64 = 0.1;
 
 /// Microseconds of a step for each solve: medians of rounds in which all take their turn, so that what
 /// else the machine does meets all of them.
-fn microseconds(solves: &[(Dtype, Solve)], device: &Device, rounds: usize) -> Result<Vec<f64>> {
+fn microseconds(
+    solves: &[(Dtype, Solve)],
+    rounds: usize,
+    (seed, device): (u64, &Device),
+) -> Result<Vec<f64>> {
     let seconds = |run: &Run, times: usize| -> Result<f64> {
         let clock = Instant::now();
         (0..times).try_for_each(|_| run())?;
@@ -106,7 +112,7 @@ fn microseconds(solves: &[(Dtype, Solve)], device: &Device, rounds: usize) -> Re
     };
     let mut runs = vec![];
     for (dtype, solve) in solves {
-        let run = solve.prepared(*dtype, device)?;
+        let run = solve.prepared(*dtype, seed, device)?;
         run()?;
         let alone = seconds(&run, 1)?;
         runs.push((run, alone, vec![]));
@@ -187,13 +193,13 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let wanted = |sweep: &Sweep| args.sweep.as_ref().is_none_or(|name| name == sweep.name);
     for sweep in sweeps(flags).into_iter().filter(wanted) {
         let (mut curves, mut most) = (vec![], 0.0f64);
-        let dtypes = flags.precisions(&[Dtype::F32, Dtype::Bf16]);
+        let dtypes = flags.precisions_among(&[Dtype::F32, Dtype::Bf16], &Dtype::ALL)?;
         let solves: Vec<_> = dtypes
             .iter()
             .flat_map(|&dtype| sweep.sizes.iter().map(move |&size| (dtype, size)))
             .map(|(dtype, size)| (dtype, (sweep.solve)(size)))
             .collect();
-        let costs = microseconds(&solves, device, flags.size().pick(3, 7, 3))?;
+        let costs = microseconds(&solves, flags.size().pick(3, 7, 3), (flags.seed, device))?;
         for (i, (dtype, costs)) in dtypes
             .into_iter()
             .zip(costs.chunks(sweep.sizes.len()))

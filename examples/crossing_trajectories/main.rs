@@ -132,7 +132,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let x = Tensor::from_vec(x, (POINTS, 1), device)?;
     let target = x.neg()?;
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for kind in KINDS {
             let iterations = match kind {
                 Kind::Controlled => CONTROLLED,

@@ -72,6 +72,7 @@ fn problem() -> candle_core::Result<Problem> {
 }
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    args.flags.nothing_random()?;
     let problem = problem()?;
     let last = args.flags.size().pick(8, 13, 13);
     let steps: Vec<usize> = (5..=last).map(|k| 1 << k).collect();

@@ -1,7 +1,7 @@
 //! Gradients in f16 with and without dynamic adjoint scaling, where the adjoint underflows and where
 //! it overflows, against f64 on the same grid.
 //!
-//! `cargo run --release --example demo_scaler` (`--smoke`: the same, seconds).  Exits with 1 when a
+//! `cargo run --release --example demo_scaler` (seconds; `--smoke` demands nothing).  Exits with 1 when a
 //! gradient is right without scaling in every part, or wrong by more than 1 % with it.
 
 mod cases;
@@ -58,6 +58,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    args.flags.fixed_precisions("f16, beside f64")?;
     let cases = cases(&mut generator(args.flags.seed))?;
     let (mut outcomes, bar) = (vec![], progress("cases", cases.len())?);
     for case in cases {

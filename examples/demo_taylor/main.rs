@@ -60,8 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
-    let all = [Dtype::F64, Dtype::F32, Dtype::Bf16, Dtype::F16];
-    let dtypes = args.flags.precisions(&all);
+    let dtypes = args.flags.precisions_among(&Dtype::ALL, &Dtype::ALL)?;
     let steps: &[usize] = args.flags.size().pick(&[7], &[7, 511], &[7, 511]);
     let problems = problems(&mut generator(args.flags.seed))?;
     let count = problems.len() * steps.len() * Towards::ALL.len() * dtypes.len();

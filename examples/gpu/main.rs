@@ -29,7 +29,7 @@ mod pool;
 mod training;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::{DType, Device};
@@ -65,9 +65,9 @@ struct Args {
     /// Measures everything else with evaluations that are kept for the backward pass, too.
     #[arg(long)]
     kept: bool,
-    /// Trains the first of the cells for so many iterations, in place of timing.
-    #[arg(long)]
-    training: Option<usize>,
+    /// Trains the first of the cells for so many iterations, in place of timing; memory may grow in the first ten.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(11..))]
+    training: Option<u32>,
     /// Times the products of G2 alone, and one of 8192³, in place of the cells.
     #[arg(long)]
     products: bool,
@@ -108,6 +108,7 @@ fn main() -> ExitCode {
 
 /// Whether everything that was asked for came off.
 fn run(args: &Args) -> Result<bool> {
+    let own = own(args)?;
     let device = match args.cpu {
         true => Device::Cpu,
         false => Device::new_cuda(0).map_err(|e| format!("no GPU can be used: {e}"))?,
@@ -119,9 +120,10 @@ fn run(args: &Args) -> Result<bool> {
     let mut report = Report::new(args)?;
     report.line(&json!({ "environment": environment }))?;
     if let Some(iterations) = args.training {
-        let workload = own(args).next().ok_or("no such cell")?.workload(&device)?;
+        let workload = own.first().ok_or("no cell to train")?.workload(&device)?;
         for dtype in &args.precision {
-            let line = training::memory(&workload, dtype.precision(), iterations, &device)?;
+            let line =
+                training::memory(&workload, dtype.precision(), iterations as usize, &device)?;
             let flat = line["flat"] == true;
             report.add(line, *dtype, flat)?;
         }
@@ -138,7 +140,7 @@ fn run(args: &Args) -> Result<bool> {
             report.add(line, *dtype, true)?;
         }
     } else {
-        cells(args, &device, &mut report)?;
+        cells(args, &own, &device, &mut report)?;
     }
     report.finish(&environment)
 }
@@ -158,14 +160,21 @@ fn native(dtype: Dtype) -> DType {
 }
 
 /// The problems that are its own, those that were asked for.
-fn own(args: &Args) -> impl Iterator<Item = &'static Cell> + '_ {
+///
+/// # Errors
+/// One was asked for that there is not.
+fn own(args: &Args) -> Result<Vec<&'static Cell>> {
     let all: &[Cell] = if args.smoke { &SMOKE } else { &CELLS };
-    all.iter()
-        .filter(|cell| args.cells.is_empty() || args.cells.iter().any(|name| name == cell.name))
+    let names: Vec<_> = all.iter().map(|cell| cell.name).collect();
+    if let Some(name) = args.cells.iter().find(|n| !names.contains(&n.as_str())) {
+        return Err(format!("--cells {name}: the cells are {}", names.join(", ")).into());
+    }
+    let wanted = |cell: &&Cell| args.cells.is_empty() || args.cells.iter().any(|n| n == cell.name);
+    Ok(all.iter().filter(wanted).collect())
 }
 
 /// Every workload in every precision; what fails is said, and the rest goes on.
-fn cells(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+fn cells(args: &Args, own: &[&Cell], device: &Device, report: &mut Report) -> Result<()> {
     let mut measure = |workload: &Workload| -> Result<()> {
         for dtype in &args.precision {
             for way in [OURS, UNFUSED, GRAPHS, KEPT] {
@@ -199,7 +208,7 @@ fn cells(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         measure(&Workload::read(file, device)?)?;
     }
     if args.files.is_empty() {
-        for cell in own(args) {
+        for cell in own {
             measure(&cell.workload(device)?)?;
         }
     }
@@ -214,11 +223,16 @@ struct Report<'a> {
     good: bool,
 }
 
+fn create(path: &Path) -> Result<std::fs::File> {
+    std::fs::File::create(path)
+        .map_err(|e| format!("--json {}: cannot be written: {e}", path.display()).into())
+}
+
 impl<'a> Report<'a> {
     fn new(args: &'a Args) -> Result<Self> {
         Ok(Self {
             args,
-            file: args.json.as_ref().map(std::fs::File::create).transpose()?,
+            file: args.json.as_deref().map(create).transpose()?,
             table: Table::new([
                 "",
                 "",

@@ -55,7 +55,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let size = args.flags.size();
     let seeds = args.seeds.unwrap_or(size.pick(1, 2, 5));
     let data = Data::read(device)?;
-    let precisions = args.flags.precisions(&[Dtype::F32, Dtype::Bf16]);
+    let precisions = args.flags.precisions(&[Dtype::F32, Dtype::Bf16])?;
     let kinds = precisions.iter().map(|dtype| Kind::Ode(*dtype));
     let kinds: Vec<_> = kinds.chain([Kind::Plain]).collect();
     let mut outcomes = vec![];

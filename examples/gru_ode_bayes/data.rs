@@ -10,7 +10,7 @@ use crate::common::Result;
 const FILE: &[u8] = include_bytes!("bxlator.safetensors");
 
 pub(crate) const VARIABLES: usize = 2;
-/// What is predicted lies behind this time, and so many observations of it.
+/// What is predicted lies after this time, and so many observations of it.
 const SEEN_UNTIL: f32 = 35.0;
 const PREDICTED: usize = 3;
 /// Series to test on.
@@ -73,7 +73,7 @@ impl Data {
         let mut all: [Vec<f32>; 5] = Default::default();
         let [x, m, gaps, hidden, asked] = &mut all;
         for one in &plain {
-            let (mut before, mut behind) = (0.0, 0);
+            let (mut before, mut after) = (0.0, 0);
             for i in 0..length {
                 let Some((t, value, seen)) = one.get(i) else {
                     x.extend([0.0; VARIABLES]);
@@ -89,8 +89,8 @@ impl Data {
                 before = *t;
                 let late = *t > SEEN_UNTIL;
                 hidden.push(f32::from(late));
-                asked.push(f32::from(late && behind < PREDICTED));
-                behind += usize::from(late);
+                asked.push(f32::from(late && after < PREDICTED));
+                after += usize::from(late);
             }
         }
         let [x, m, gaps, hidden, asked] = all;
@@ -127,7 +127,7 @@ impl Data {
         self.batch(&self.test)
     }
 
-    /// The test series without what lies behind a time, all of their values, and where they are asked for.
+    /// The test series without what lies after a time, all of their values, and where they are asked for.
     pub(crate) fn test(&self) -> Result<(Sporadic, Tensor, Tensor)> {
         let whole = self.whole()?;
         let series = Tensor::new(self.test.as_slice(), self.values.device())?;

@@ -60,7 +60,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     for task in TASKS.iter().filter(wanted) {
         for seed in (0..size.pick(1, task.trainings, task.trainings)).map(|i| args.flags.seed + i) {
             let data = Data::new(task, seed, device)?;
-            for dtype in args.flags.precisions(precisions) {
+            for dtype in args.flags.precisions(precisions)? {
                 for kind in [Kind::Hamiltonian, Kind::Perceptron] {
                     let bar = progress(task.name, fit.iterations)?;
                     outcomes.push(train(&data, kind, (dtype, &fit), seed, &bar)?);

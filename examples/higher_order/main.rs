@@ -78,7 +78,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let (x, classes) = SPIRALS.sample(points, seed, device)?;
     let sample = Sample { x, classes };
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for (order, hidden, iterations) in ORDERS {
             let fit = FIT.iterations(size.pick(3, iterations, 1200));
             let bar = progress(&format!("{order}"), fit.iterations)?;

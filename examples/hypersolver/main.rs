@@ -205,7 +205,10 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         corrections.push((method, correction));
     }
     let mut lines = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args
+        .flags
+        .precisions_among(&[Dtype::F32, Dtype::Bf16], &Dtype::ALL)?
+    {
         let y0 = others.to_dtype(dtype.state())?;
         let mut line =
             |name: String, evaluations, run: &dyn Fn() -> candle_diffeq::Result<Tensor>| {

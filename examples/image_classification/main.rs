@@ -98,12 +98,13 @@ fn main() -> ExitCode {
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let flags = &args.flags;
+    let precisions = flags.precisions(&[Dtype::F32, Dtype::Bf16])?;
     let smoke = flags.size() == Size::Smoke;
     let data = Data::read_or_draw(&args.data, HELD, smoke, &mut generator(flags.seed))?;
     let epochs = flags.size().pick(1, EPOCHS, 2 * EPOCHS);
     let epochs = args.epochs.map_or(epochs, |epochs| epochs as usize);
     let mut outcomes = vec![];
-    for dtype in flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in precisions {
         for kind in Kind::ALL {
             let bar = progress(kind.name(), 0)?;
             let setting = (kind, dtype, epochs, args.shift);

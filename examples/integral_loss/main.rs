@@ -91,7 +91,7 @@ impl Way {
 struct Outcome {
     dtype: Dtype,
     way: Way,
-    /// Of the first gradient, relative to the largest component of an exact one.
+    /// Relative error of the first gradient, in the Euclidean norm.
     error: f64,
     /// Of the forward and the backward pass of an update, and what the optimiser does.
     milliseconds: f64,
@@ -141,7 +141,7 @@ fn loss(ode: &Costly, start: &(Tensor, Tensor)) -> Result<Tensor> {
     Ok(costs.get(1)?.mean_all()?)
 }
 
-/// The error of the gradient of all weights, relative to the largest component of that of ten times as many steps in f64.
+/// The relative error of the gradient of all weights, in the Euclidean norm, against ten times as many steps in f64.
 fn error_of_gradient(
     ode: &Costly,
     start: &(Tensor, Tensor),
@@ -203,7 +203,7 @@ fn main() -> ExitCode {
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let fit = FIT.iterations(args.flags.size().pick(5, FIT.iterations, 5000));
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for way in Way::ALL {
             if way == Way::Discrete || dtype == Dtype::F32 {
                 all.push(train((dtype, way), (&fit, args.flags.seed), device)?);

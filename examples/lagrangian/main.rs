@@ -267,7 +267,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     for task in &TASKS {
         let full = task.fit.iterations(10 * task.fit.iterations);
         let fit = size.pick(task.fit.iterations(5), task.fit, full);
-        for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+        for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
             all.push(train(task, dtype, (&fit, args.flags.seed), device)?);
         }
     }

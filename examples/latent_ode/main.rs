@@ -197,7 +197,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     }
     let data = Data::new(size.pick(60, 500, 1000), args.flags.seed, device)?;
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         all.push(train(&data, dtype, (&fit, args.flags.seed), device)?);
     }
     let mut table = Table::new(["precision", "MSE observed", "between", "beyond t = 5", "s"]);

@@ -83,7 +83,9 @@ fn main() -> ExitCode {
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let plan = Plan::of(args.flags.size());
     let data = Data::new(args.flags.seed);
-    let dtypes = args.flags.precisions(&[Dtype::F32, Dtype::Bf16]);
+    let dtypes = args
+        .flags
+        .precisions_among(&[Dtype::F32, Dtype::Bf16], &Dtype::ALL)?;
     let bar = progress("train", dtypes.len() * plan.updates)?;
     let mut runs = vec![];
     for dtype in dtypes {

@@ -29,10 +29,11 @@ use crate::common::{mean, progress, Result};
 use crate::data::Data;
 use crate::model::{by_row, Latent, Losses, Paths};
 
-/// Root mean square distance of a series from the mean of its samples, in deviations of the data, at most.
+/// Root mean square distance of a series that was not trained on from the mean of its samples, in deviations of the data,
+/// at most.
 const NEAR: f64 = 0.35;
-/// Series by which that is measured, and samples of each.
-const MEASURED: u32 = 8;
+/// The last series of the data, by which that is measured, and samples of each.
+const HELD: usize = 8;
 const SAMPLES: usize = 16;
 
 /// A latent model of an attractor.
@@ -47,6 +48,7 @@ struct Args {
 
 /// How much is trained.
 struct Plan {
+    /// To train on; as many as [`HELD`] follow them in the data.
     series: usize,
     length: usize,
     hidden: usize,
@@ -79,9 +81,9 @@ pub(crate) struct Run {
     pub(crate) dtype: Dtype,
     pub(crate) losses: Vec<Losses>,
     seconds: f64,
-    /// Of series of the data.
+    /// Of the series that are held out.
     distance: f64,
-    /// Samples given the first series, and of the prior.
+    /// Samples given the first of these, and of the prior.
     pub(crate) samples: Paths,
     pub(crate) dreams: Paths,
 }
@@ -98,9 +100,12 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     if let Some(updates) = args.updates {
         plan.updates = updates as usize;
     }
-    let data = Data::new(plan.series, plan.length, seed)?;
+    let data = Data::new(plan.series + HELD, plan.length, seed)?;
     let mut runs = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args
+        .flags
+        .precisions_among(&[Dtype::F32, Dtype::Bf16], &Dtype::ALL)?
+    {
         let bar = progress(dtype.name(), plan.updates)?;
         let mut latent = Latent::new(dtype, plan.hidden, seed, device)?;
         let (mut rng, clock) = (generator(seed), Instant::now());
@@ -120,15 +125,15 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             dtype,
             losses,
             seconds: clock.elapsed().as_secs_f64(),
-            distance: distance(&latent, &data, seed)?,
-            samples: latent.samples(&data, 0, SAMPLES, seed + 5)?,
+            distance: distance(&latent, &data, plan.series, seed)?,
+            samples: latent.samples(&data, plan.series, SAMPLES, seed + 5)?,
             dreams: latent.dreams(&data.times, SAMPLES, seed + 6)?,
         });
     }
     print(&runs, &plan);
     for (i, run) in runs.iter().enumerate() {
         let part = if i == 0 { "" } else { run.dtype.name() };
-        picture::draw(&report.picture(part), &data, run)?;
+        picture::draw(&report.picture(part), (&data, plan.series), run)?;
     }
     report.figure("runs", runs.iter().map(json).collect::<Vec<_>>())?;
     for run in &runs {
@@ -143,12 +148,12 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Root mean square distance of some series from the means of their samples.
-fn distance(latent: &Latent, data: &Data, seed: u64) -> Result<f64> {
+/// Root mean square distance of the series from this one on from the means of their samples.
+fn distance(latent: &Latent, data: &Data, first: usize, seed: u64) -> Result<f64> {
     let truth = by_row(&data.values)?;
     let mut squares = vec![];
-    for (series, truth) in (0..MEASURED).zip(&truth) {
-        let samples = latent.samples(data, series, SAMPLES, seed + 100 + u64::from(series))?;
+    for (series, truth) in truth.iter().enumerate().skip(first) {
+        let samples = latent.samples(data, series, SAMPLES, seed + 100 + series as u64)?;
         for (time, truth) in truth.iter().enumerate() {
             for (i, x) in truth.iter().enumerate() {
                 let all: Vec<f64> = samples.iter().map(|path| path[time][i]).collect();

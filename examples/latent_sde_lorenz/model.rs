@@ -130,11 +130,11 @@ impl Latent {
     pub(crate) fn samples(
         &self,
         data: &Data,
-        series: u32,
+        series: usize,
         count: usize,
         seed: u64,
     ) -> Result<Paths> {
-        let xs = data.batch(&vec![series; count], self.dtype, &self.device)?;
+        let xs = data.batch(&vec![series as u32; count], self.dtype, &self.device)?;
         let (decoded, ..) = self.given(&xs, &data.times, seed)?;
         by_row(&decoded.detach())
     }

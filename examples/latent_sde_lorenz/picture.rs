@@ -10,8 +10,8 @@ use crate::data::Data;
 use crate::model::{by_row, Losses};
 use crate::Run;
 
-/// Writes the picture of one run.
-pub(crate) fn draw(path: &Path, data: &Data, run: &Run) -> Result<()> {
+/// Writes the picture of one run, whose samples are given this series.
+pub(crate) fn draw(path: &Path, (data, series): (&Data, usize), run: &Run) -> Result<()> {
     let truth = by_row(&data.values)?;
     picture(path, (1260, 760), |area| {
         let (top, bottom) = area.split_vertically(380);
@@ -25,13 +25,17 @@ pub(crate) fn draw(path: &Path, data: &Data, run: &Run) -> Result<()> {
                 .iter()
                 .map(|sample| Curve::new("", colour(5), over_time(sample)))
                 .collect();
-            let points = Curve::new("observed", colour(1), over_time(&truth[0]));
+            let points = Curve::new("observed", colour(1), over_time(&truth[series]));
             curves.push(points.mark(Mark::Dots(3)));
             let name = ["x", "y", "z"][i];
             Panel {
                 curves,
                 legend: SeriesLabelPosition::UpperRight,
-                ..Panel::new(format!("{name}: 16 samples given its series"), "t", name)
+                ..Panel::new(
+                    format!("{name}: 16 samples given a held-out series"),
+                    "t",
+                    name,
+                )
             }
             .draw(part)?;
         }

@@ -104,9 +104,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let problem = problem.on(device)?;
     let last = args.flags.size().pick(7, 13, 13);
     let steps: Vec<usize> = (5..=last).map(|k| 1 << k).collect();
-    let mut dtypes = args
-        .flags
-        .precisions(&[Dtype::F64, Dtype::F32, Dtype::Bf16, Dtype::F16]);
+    let mut dtypes = args.flags.precisions_among(&Dtype::ALL, &Dtype::ALL)?;
     // The scheme's own error, which nothing can be below.
     if !dtypes.contains(&Dtype::F64) {
         dtypes.insert(0, Dtype::F64);

@@ -48,12 +48,12 @@ struct Args {
     /// The path through the frames of an utterance.
     #[arg(long = "path", value_enum, default_value_t = Kind::Hermite)]
     kind: Kind,
-    /// Passes over the training data.
-    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
-    epochs: u32,
-    /// Runs in each precision.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
-    seeds: u64,
+    /// Passes over the training data [default: 40, and 1 with --smoke].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    epochs: Option<u32>,
+    /// Runs in each precision [default: 3, and 1 with --smoke].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: Option<u64>,
     /// Deviation of the noise on training data, in units of theirs.
     #[arg(long, default_value_t = 0.3)]
     noise: f64,
@@ -73,15 +73,15 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let size = args.flags.size();
     let setting = Setting {
         kind: args.kind,
-        epochs: size.pick(1, args.epochs as usize, args.epochs as usize),
+        epochs: args.epochs.unwrap_or(size.pick(1, 40, 40)) as usize,
         rate: args.rate,
         noise: args.noise,
     };
-    let seeds = size.pick(1, args.seeds, args.seeds);
+    let seeds = args.seeds.unwrap_or(size.pick(1, 3, 3));
     let data = Data::read()?;
     let updates = setting.epochs * data.training.len() / BATCH;
     let mut outcomes = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for seed in (0..seeds).map(|i| args.flags.seed + i) {
             let bar = progress(dtype.name(), updates)?;
             outcomes.push(train(&data, &setting, dtype, seed, device, &bar)?);

@@ -38,9 +38,9 @@ const BLIND: f64 = 0.75;
 struct Args {
     #[command(flatten)]
     flags: Flags,
-    /// Passes over the training data.
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
-    epochs: u32,
+    /// Passes over the training data [default: 30, and 1 with --smoke].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    epochs: Option<u32>,
 }
 
 /// A training run.
@@ -60,15 +60,12 @@ fn main() -> ExitCode {
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let (size, seed) = (args.flags.size(), args.flags.seed);
-    let [count, epochs] = size.pick(
-        [32, 1],
-        [256, args.epochs as usize],
-        [1024, args.epochs as usize],
-    );
+    let count = size.pick(32, 256, 1024);
+    let epochs = args.epochs.unwrap_or(size.pick(1, 30, 30));
     let setting = Setting {
         hidden: 8,
         width: 32,
-        epochs,
+        epochs: epochs as usize,
         batch: 32,
         rate: 5e-3,
     };
@@ -76,7 +73,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let training = series(count, &mut rng, 2 * seed)?;
     let test = series(count, &mut rng, 2 * seed + 1)?;
     let mut runs = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for depth in [Depth::One, Depth::Two] {
             // Of one point at a time there is no area.
             for window in WINDOWS

@@ -106,7 +106,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let sample = Sample { x, classes };
     let fit = FIT.iterations(iterations);
     let mut runs = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         let bar = progress(dtype.name(), iterations)?;
         let vars = VarMap::new();
         let flow = flow(&vars, (dtype, steps), seed, device)?;

@@ -6,8 +6,7 @@ use candle_core::{Device, Tensor};
 use rand::rngs::StdRng;
 use rand::Rng;
 
-use crate::common::idx;
-use crate::common::Result;
+use crate::common::{mnist, Result};
 
 /// Frames of a sequence, and pixels along the side of one.
 pub(crate) const FRAMES: usize = 16;
@@ -21,9 +20,12 @@ pub(crate) struct Data {
     pub(crate) name: &'static str,
 }
 
-/// A square image.
+/// A fifth of the sequences is held out, and the picture shows two of these.
+const HELD: usize = 5;
+const LEAST: usize = 2 * HELD;
+
+/// An image as large as MNIST's.
 struct Image {
-    side: usize,
     pixels: Vec<f32>,
 }
 
@@ -31,9 +33,9 @@ impl Image {
     /// Between pixels, bilinear; black outside.
     fn at(&self, x: f32, y: f32) -> f32 {
         let pixel = |i: f32, j: f32| {
-            let inside = |k: f32| k >= 0.0 && k < self.side as f32;
+            let inside = |k: f32| k >= 0.0 && k < mnist::SIDE as f32;
             match inside(i) && inside(j) {
-                true => self.pixels[j as usize * self.side + i as usize],
+                true => self.pixels[j as usize * mnist::SIDE + i as usize],
                 false => 0.0,
             }
         };
@@ -46,10 +48,8 @@ impl Image {
 
     /// All frames, at half of the size.
     fn frames(&self) -> Vec<f32> {
-        let (middle, scale) = (
-            0.5 * (self.side as f32 - 1.0),
-            self.side as f32 / SIDE as f32,
-        );
+        let side = mnist::SIDE as f32;
+        let (middle, scale) = (0.5 * (side - 1.0), side / SIDE as f32);
         let frame = |k: usize| {
             let (sin, cos) = (std::f32::consts::TAU * k as f32 / FRAMES as f32).sin_cos();
             let pixel = move |p: usize| {
@@ -69,7 +69,7 @@ impl Image {
 
     /// Two half circles of sizes of their own, one above the other.
     fn drawn(rng: &mut StdRng) -> Self {
-        let side = 28;
+        let side = mnist::SIDE;
         let radii = [rng.random_range(4.0..6.0f32), rng.random_range(4.0..6.0)];
         let width = rng.random_range(1.2..2.2f32);
         let pixel = |p: usize| {
@@ -88,8 +88,7 @@ impl Image {
             }
         };
         Self {
-            side,
-            pixels: (0..side * side).map(pixel).collect(),
+            pixels: (0..mnist::PIXELS).map(pixel).collect(),
         }
     }
 }
@@ -97,22 +96,16 @@ impl Image {
 impl Data {
     /// Of the threes among the images of a folder with MNIST's test set.
     pub(crate) fn read(folder: &Path, most: usize, device: &Device) -> Result<Self> {
-        let file = |name: &str| idx::read(&folder.join(name));
-        let images = file("t10k-images-idx3-ubyte.gz")?;
-        let labels = file("t10k-labels-idx1-ubyte.gz")?;
-        let side = images.dims.get(1).copied().unwrap_or(0);
-        let threes = images.bytes.chunks(side * side).zip(&labels.bytes);
-        let threes = threes
-            .filter(|(_, label)| **label == 3)
-            .map(|(pixels, _)| Image {
-                side,
-                pixels: pixels.iter().map(|p| f32::from(*p) / 255.0).collect(),
-            });
-        Self::of(
-            threes.take(most).collect(),
-            "threes of MNIST's test set",
-            device,
-        )
+        let images = mnist::Images::test(folder)?;
+        let threes = images.of_class(3).map(|pixels| Image {
+            pixels: pixels.iter().map(|p| f32::from(*p) / 255.0).collect(),
+        });
+        let threes: Vec<_> = threes.take(most).collect();
+        if threes.len() < LEAST {
+            let (folder, n) = (folder.display(), threes.len());
+            return Err(format!("{folder}: {n} threes, but at least {LEAST} are needed").into());
+        }
+        Self::of(threes, "threes of MNIST's test set", device)
     }
 
     /// Of threes that are made of arcs.
@@ -125,7 +118,7 @@ impl Data {
         let n = images.len();
         let numbers: Vec<f32> = images.iter().flat_map(Image::frames).collect();
         let all = Tensor::from_vec(numbers, (n, FRAMES, PIXELS), device)?;
-        let test = n / 5;
+        let test = n / HELD;
         Ok(Self {
             training: all.narrow(0, test, n - test)?,
             test: all.narrow(0, 0, test)?,

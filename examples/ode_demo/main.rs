@@ -57,7 +57,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let mut outcomes = vec![];
     for dtype in args
         .flags
-        .precisions(&[Dtype::F32, Dtype::Bf16, Dtype::F16])
+        .precisions(&[Dtype::F32, Dtype::Bf16, Dtype::F16])?
     {
         let bar = progress(dtype.name(), setting.iterations)?;
         outcomes.push(train(

@@ -65,7 +65,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
         bits: args.bits as usize,
         updates: args.iters.map_or(updates, |n| n as usize),
     };
-    let precisions = args.flags.precisions(&[Dtype::F32, Dtype::Bf16]);
+    let precisions = args.flags.precisions(&[Dtype::F32, Dtype::Bf16])?;
     let flowing = [Kind::OdeLstm, Kind::OdeRnn];
     let kinds = flowing
         .iter()

@@ -6,7 +6,7 @@ use rand::Rng;
 
 use crate::common::Result;
 
-/// Streams, each as a list of its runs; behind the last run of a stream its row is empty.
+/// Streams, each as a list of its runs; after the last run of a stream its row is empty.
 pub(crate) struct Runs {
     /// The bit of a run as ±1, and half its length, `(rows, runs, 2)`.
     pub(crate) x: Tensor,
@@ -14,7 +14,7 @@ pub(crate) struct Runs {
     pub(crate) lengths: Tensor,
     /// 1 where there is a run, `(rows, runs)`.
     pub(crate) seen: Tensor,
-    /// The exclusive or of all bits up to the end of a run, `(rows, runs)`; behind the last run that of the stream.
+    /// The exclusive or of all bits up to the end of a run, `(rows, runs)`; after the last run that of the stream.
     pub(crate) parities: Tensor,
 }
 

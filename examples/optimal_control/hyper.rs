@@ -16,6 +16,7 @@ use rand::Rng;
 use serde_json::json;
 
 use crate::common::chart::{colour, Area, Curve, Panel};
+use crate::common::dtype::Dtype;
 use crate::common::fit::Fit;
 use crate::common::flags::Flags;
 use crate::common::random::generator;
@@ -132,6 +133,7 @@ impl Kind {
 /// A controller that was trained through a solver.
 pub(crate) struct Trained {
     kind: Kind,
+    dtype: Dtype,
     losses: Vec<f64>,
     /// The cost of test starts, by that solver and exactly.
     believed: f64,
@@ -141,7 +143,7 @@ pub(crate) struct Trained {
 
 fn model<F: VectorField + 'static>(
     vars: &VarMap,
-    method: Tableau,
+    (method, dtype): (Tableau, Dtype),
     device: &Device,
     field: impl Fn(Perceptron) -> F + Send + Sync + 'static,
 ) -> Result<NeuralOde> {
@@ -150,6 +152,7 @@ fn model<F: VectorField + 'static>(
     })?;
     Ok(ode.options(OdeOptions {
         method,
+        precision: Some(dtype.precision()),
         ..Default::default()
     }))
 }
@@ -159,7 +162,7 @@ fn closed(net: &Perceptron, x: &Tensor) -> CandleResult<Tensor> {
 }
 
 fn train(
-    kind: Kind,
+    (kind, dtype): (Kind, Dtype),
     layers: &Perceptron,
     (fit, seed): (&Fit, u64),
     device: &Device,
@@ -167,11 +170,11 @@ fn train(
     let vars = VarMap::new();
     let plain = |net: Perceptron| move |_: &Time, x: &Tensor| closed(&net, x);
     let ode = match kind {
-        Kind::Euler => model(&vars, EULER, device, plain)?,
-        Kind::Rk4 => model(&vars, RK4, device, plain)?,
+        Kind::Euler => model(&vars, (EULER, dtype), device, plain)?,
+        Kind::Rk4 => model(&vars, (RK4, dtype), device, plain)?,
         Kind::Hyper => {
             let layers = layers.clone();
-            model(&vars, EULER, device, move |net: Perceptron| {
+            model(&vars, (EULER, dtype), device, move |net: Perceptron| {
                 let layers = layers.clone();
                 let field = move |_: &Time, x: &Tensor| closed(&net, x);
                 let correction = move |_: &Time, x: &Tensor, k: &Tensor| {
@@ -200,13 +203,14 @@ fn train(
     let milliseconds = 1e3 * clock.elapsed().as_secs_f64() / fit.iterations as f64;
     bar.finish_and_clear();
     let believed = f64::from(cost(&ode.predict(&test, &times)?)?.to_scalar::<f32>()?);
-    let exact = model(&vars, RK4, device, plain)?.options(OdeOptions {
+    let exact = model(&vars, (RK4, Dtype::F32), device, plain)?.options(OdeOptions {
         steps: Steps::PerInterval(10),
         ..Default::default()
     });
     let exact = f64::from(cost(&exact.predict(&test, &times)?)?.to_scalar::<f32>()?);
     Ok(Trained {
         kind,
+        dtype,
         losses,
         believed,
         exact,
@@ -224,11 +228,16 @@ pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result
     );
     let fit = CONTROL.iterations(size.pick(3, CONTROL.iterations, 500));
     let mut all = vec![];
-    for kind in [Kind::Euler, Kind::Hyper, Kind::Rk4] {
-        all.push(train(kind, &correction.layers, (&fit, flags.seed), device)?);
+    let dtypes = flags.precisions(&[Dtype::F32])?;
+    for &dtype in &dtypes {
+        for kind in [Kind::Euler, Kind::Hyper, Kind::Rk4] {
+            let fit = (&fit, flags.seed);
+            all.push(train((kind, dtype), &correction.layers, fit, device)?);
+        }
     }
     let mut table = Table::new([
         "trained through",
+        "precision",
         "cost, first",
         "by this solver",
         "exactly",
@@ -237,6 +246,7 @@ pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result
     for o in &all {
         table.row([
             o.kind.name().to_owned(),
+            o.dtype.name().to_owned(),
             format!("{:.3}", o.losses[0]),
             format!("{:.3}", o.believed),
             format!("{:.3}", o.exact),
@@ -244,17 +254,21 @@ pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result
         ]);
     }
     print!("{table}");
-    let off = |kind: Kind| {
-        let own = all.iter().find(|o| o.kind == kind);
-        own.map_or(f64::NAN, |o| (o.believed - o.exact).abs())
-    };
-    let (hyper, euler) = (off(Kind::Hyper), off(Kind::Euler));
-    report.demand(hyper < euler, || {
-        format!("the hypersolver's cost is {hyper:.3} from the exact one, Euler's {euler:.3}")
-    });
+    for dtype in dtypes {
+        let off = |kind: Kind| {
+            let own = all.iter().find(|o| o.kind == kind && o.dtype == dtype);
+            own.map_or(f64::NAN, |o| (o.believed - o.exact).abs())
+        };
+        let (hyper, euler) = (off(Kind::Hyper), off(Kind::Euler));
+        report.demand(hyper < euler, || {
+            let dtype = dtype.name();
+            format!("{dtype}: the hypersolver's cost is {hyper:.3} from the exact one, Euler's {euler:.3}")
+        });
+    }
     let json = |o: &Trained| {
         json!({
             "solver": o.kind.name(),
+            "precision": o.dtype.name(),
             "cost_by_it": o.believed,
             "cost": o.exact,
             "milliseconds": o.milliseconds,
@@ -268,7 +282,11 @@ pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result
 pub(crate) fn draw(all: &[Trained], part: &Area<'_>) -> Result<()> {
     let curve = |(i, o): (usize, &Trained)| {
         let at = o.losses.iter().enumerate().map(|(k, l)| (k as f64, *l));
-        Curve::new(o.kind.name(), colour(i), at)
+        let name = match o.dtype {
+            Dtype::F32 => o.kind.name().to_owned(),
+            other => format!("{}, {}", o.kind.name(), other.name()),
+        };
+        Curve::new(name, colour(i), at)
     };
     Panel {
         curves: all.iter().enumerate().map(curve).collect(),

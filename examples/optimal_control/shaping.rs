@@ -144,7 +144,7 @@ fn train(dtype: Dtype, (fit, seed): (&Fit, u64), device: &Device) -> Result<Shap
 pub(crate) fn run(flags: &Flags, device: &Device, report: &mut Report) -> Result<Vec<Shaped>> {
     let fit = FIT.iterations(flags.size().pick(3, FIT.iterations, 2000));
     let mut all = vec![];
-    for dtype in flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         all.push(train(dtype, (&fit, flags.seed), device)?);
     }
     let mut table = Table::new([

@@ -29,6 +29,9 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     report::run("precision", &args.flags, |_, report| {
+        args.flags.cpu_only()?;
+        args.flags.fixed_precisions("f16 and bf16")?;
+        args.flags.nothing_random()?;
         let size = args.flags.size();
         model_equation(size.pick(7, 13, 13), report)?;
         stagnation(size, report)?;

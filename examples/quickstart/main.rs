@@ -67,7 +67,10 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let sample = Sample { x, classes };
     let fit = FIT.iterations(size.pick(5, FIT.iterations, FIT.iterations));
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args
+        .flags
+        .precisions_among(&[Dtype::F32, Dtype::Bf16], &Dtype::ALL)?
+    {
         let bar = progress(dtype.name(), fit.iterations)?;
         all.push(model(dtype, seed, device)?.train(&sample, &fit, &bar)?);
         bar.finish_and_clear();

@@ -15,11 +15,11 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::common::dtype::Dtype;
-use crate::common::flags::{Flags, Size};
+use crate::common::flags::Flags;
 use crate::common::mnist::{shifts, Data};
 use crate::common::random::{generator, normal};
 use crate::common::team::Team;
-use crate::common::{median, use_every_core, Result};
+use crate::common::{initial, median, use_every_core, Result};
 use crate::network::{Field, Layout, Network};
 
 /// What stands before the line with the outcome.
@@ -63,7 +63,8 @@ pub(crate) struct Workload {
     pub(crate) rows: usize,
     /// Whether two processes must not take longer than one with two threads.
     pub(crate) must_hold: bool,
-    make: fn(&dyn Group, usize) -> Result<Step<'_>>,
+    /// Of a group, rows and a seed.
+    make: fn(&dyn Group, usize, u64) -> Result<Step<'_>>,
 }
 
 /// Numbers of rows that [`Job::Rows`] measures for each workload.
@@ -74,13 +75,13 @@ pub(crate) const WORKLOADS: [Workload; 3] = [
         name: "W1: 2-64-64-2, 100 × rk4, 512 rows",
         rows: 512,
         must_hold: true,
-        make: |group, rows| perceptron(group, [2, 64, 64, 2], 100, rows),
+        make: |group, rows, seed| perceptron(group, ([2, 64, 64, 2], 100), rows, seed),
     },
     Workload {
         name: "W2: 64-512-512-64, 40 × rk4, 256 rows",
         rows: 256,
         must_hold: true,
-        make: |group, rows| perceptron(group, [64, 512, 512, 64], 40, rows),
+        make: |group, rows, seed| perceptron(group, ([64, 512, 512, 64], 40), rows, seed),
     },
     Workload {
         name: "MNIST: 32 channels, 4 × rk4, 64 images",
@@ -98,11 +99,11 @@ struct Step<'g> {
 
 fn perceptron<'g>(
     group: &'g dyn Group,
-    widths: [usize; 4],
-    steps: usize,
+    (widths, steps): ([usize; 4], usize),
     rows: usize,
+    seed: u64,
 ) -> Result<Step<'g>> {
-    let vars = VarMap::new();
+    let (vars, mut rng) = (VarMap::new(), generator(seed));
     let ode = NeuralOde::new(&vars, "ode", &Device::Cpu, move |vb| {
         Mlp::new(&widths, Activation::Tanh, vb)
     })?;
@@ -111,13 +112,9 @@ fn perceptron<'g>(
         output: Output::Final,
         ..Default::default()
     });
+    initial::layers(&vars, &mut rng)?;
     let mine = share(group, rows);
-    let y0 = normal(
-        &mut generator(1),
-        (rows, widths[0]),
-        DType::F32,
-        &Device::Cpu,
-    )?;
+    let y0 = normal(&mut rng, (rows, widths[0]), DType::F32, &Device::Cpu)?;
     let y0 = y0.narrow(0, mine.start, mine.len())?.contiguous()?;
     let loss = RowLoss::MeanSquaredError(y0.neg()?);
     let replicas = Replicas::new(group, &vars)?;
@@ -131,7 +128,7 @@ fn perceptron<'g>(
     })
 }
 
-fn mnist(group: &dyn Group, rows: usize) -> Result<Step<'_>> {
+fn mnist(group: &dyn Group, rows: usize, seed: u64) -> Result<Step<'_>> {
     let layout = Layout {
         stem: &[[4, 2, 1], [4, 2, 1]],
         channels: 32,
@@ -140,7 +137,7 @@ fn mnist(group: &dyn Group, rows: usize) -> Result<Step<'_>> {
         steps: 4,
         tolerance: None,
     };
-    let (mut rng, device) = (generator(1), Device::Cpu);
+    let (mut rng, device) = (generator(seed), Device::Cpu);
     let network = Network::new(layout, Dtype::F32, &device, &Recorder::default(), &mut rng)?;
     let data = Data::stand_in(&mut rng).training;
     let indices: Vec<usize> = (0..rows).map(|i| i % data.len()).collect();
@@ -190,7 +187,7 @@ fn timed(group: &dyn Group, repeats: usize, mut run: impl FnMut() -> Result<()>)
 pub(crate) fn main(job: Job, flags: &Flags, team: Result<Team>) -> ExitCode {
     use_every_core();
     let measured = team.and_then(|team| {
-        let points = points(job, flags.size(), team.group())?;
+        let points = points(job, flags, team.group())?;
         if team.leads() {
             println!("{MARK}{}", serde_json::to_string(&points)?);
         }
@@ -205,7 +202,8 @@ pub(crate) fn main(job: Job, flags: &Flags, team: Result<Team>) -> ExitCode {
     }
 }
 
-fn points(job: Job, size: Size, group: &dyn Group) -> Result<Vec<Point>> {
+fn points(job: Job, flags: &Flags, group: &dyn Group) -> Result<Vec<Point>> {
+    let (size, seed) = (flags.size(), flags.seed);
     let repeats = size.pick(1, 7, 15);
     let point = |x: usize, y: f64| Point { x: x as f64, y };
     let mut points = vec![];
@@ -213,13 +211,13 @@ fn points(job: Job, size: Size, group: &dyn Group) -> Result<Vec<Point>> {
         Job::Steps => {
             for workload in &WORKLOADS {
                 let rows = size.pick(8, workload.rows, workload.rows);
-                let mut step = (workload.make)(group, rows)?;
+                let mut step = (workload.make)(group, rows, seed)?;
                 points.push(point(step.bytes, step.milliseconds(group, repeats)?));
             }
         }
         Job::Widths => {
             for width in (4..=size.pick(6, 11, 11)).map(|e| 1 << e) {
-                let mut step = perceptron(group, [64, width, width, 64], 4, 64)?;
+                let mut step = perceptron(group, ([64, width, width, 64], 4), 64, seed)?;
                 points.push(point(step.bytes, step.milliseconds(group, repeats)?));
             }
         }
@@ -228,7 +226,7 @@ fn points(job: Job, size: Size, group: &dyn Group) -> Result<Vec<Point>> {
                 // A quarter of the rows up to twice as many.
                 for i in 0..ROWS {
                     let rows = (size.pick(8, workload.rows, workload.rows) << i) / 4;
-                    let mut step = (workload.make)(group, rows)?;
+                    let mut step = (workload.make)(group, rows, seed)?;
                     points.push(point(rows, step.milliseconds(group, repeats)?));
                 }
             }

@@ -81,8 +81,11 @@ impl Layout {
     /// Measures in processes of its own.
     fn run(self, job: Job, flags: &Flags) -> Result<Vec<Point>> {
         let program = std::env::current_exe()?;
-        let mut command = match self.ranks {
-            1 => Command::new(program),
+        let (mut command, cannot_run) = match self.ranks {
+            1 => {
+                let cannot_run = format!("{} cannot be run", program.display());
+                (Command::new(program), cannot_run)
+            }
             ranks => {
                 let mut command = Command::new("mpirun");
                 command.args([
@@ -95,18 +98,20 @@ impl Layout {
                     .args(["--bind-to", "none"])
                     .arg(program)
                     .arg("--mpi");
-                command
+                let cannot_run = "mpirun cannot be run; scripts/mpi.sh installs it";
+                (command, cannot_run.to_owned())
             }
         };
         let size = flags.size().pick(&["--smoke"][..], &[], &["--full"]);
         let output = command
             .args(["--job", job.name()])
+            .args(["--seed", &flags.seed.to_string()])
             .args(size)
             .env(THREADS, self.threads.to_string())
             .env("CANDLE_NUM_THREADS", self.threads.to_string())
             .stderr(Stdio::inherit())
             .output()
-            .map_err(|e| format!("mpirun cannot be run: {e}; scripts/mpi.sh installs it"))?;
+            .map_err(|e| format!("{cannot_run}: {e}"))?;
         let text = String::from_utf8(output.stdout)?;
         match text.lines().find_map(|line| line.strip_prefix(job::MARK)) {
             Some(line) if output.status.success() => Ok(serde_json::from_str(line)?),
@@ -140,6 +145,8 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, report: &mut Report) -> Result<()> {
+    args.flags.cpu_only()?;
+    args.flags.fixed_precisions("f32")?;
     let measured = measure(&args.flags)?;
     steps(&measured, report)?;
     sums(&measured, report)?;

@@ -27,7 +27,7 @@ use crate::common::{progress, Result};
 use crate::training::{train, Outcome};
 
 /// The notebook's schedule.
-const EPOCHS: usize = 2000;
+const EPOCHS: u32 = 2000;
 /// What the loss must be below, and when.
 const LOSS: f64 = 1e-3;
 const BY: usize = 100;
@@ -40,9 +40,9 @@ const DIFFERENCES: f64 = 1e-5;
 struct Args {
     #[command(flatten)]
     flags: Flags,
-    /// At most; training stops when the best loss is 150 epochs old.
-    #[arg(long, default_value_t = EPOCHS as u32, value_parser = clap::value_parser!(u32).range(1..))]
-    epochs: u32,
+    /// At most; training stops when the best loss is 150 epochs old [default: 2000, and 5 with --smoke].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    epochs: Option<u32>,
 }
 
 fn main() -> ExitCode {
@@ -54,9 +54,9 @@ fn main() -> ExitCode {
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let Args { flags, epochs } = args;
-    let epochs = flags.size().pick(5, *epochs as usize, *epochs as usize);
+    let epochs = epochs.unwrap_or(flags.size().pick(5, EPOCHS, EPOCHS)) as usize;
     let mut outcomes = vec![];
-    for dtype in flags.precisions(&[Dtype::F32, Dtype::Bf16, Dtype::F16]) {
+    for dtype in flags.precisions_among(&[Dtype::F32, Dtype::Bf16, Dtype::F16], &Dtype::ALL)? {
         let bar = progress(dtype.name(), epochs)?;
         outcomes.push(train(dtype, epochs, flags.seed, device, &bar)?);
         bar.finish_and_clear();

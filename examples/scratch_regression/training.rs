@@ -122,14 +122,14 @@ fn copies(vars: &VarMap) -> Result<Weights> {
     data.iter().map(copy).collect()
 }
 
-/// Sets variables to values, in their own dtypes.
+/// Sets variables to values, in their own dtypes and on their own devices.
 pub(crate) fn restore(vars: &VarMap, weights: &Weights) -> Result<()> {
     let data = vars.data().lock().map_err(|_| "the variables are locked")?;
     for (name, value) in weights {
         let var = data
             .get(name)
             .ok_or_else(|| format!("no variable {name}"))?;
-        var.set(&value.to_dtype(var.dtype())?)?;
+        var.set(&value.to_dtype(var.dtype())?.to_device(var.device())?)?;
     }
     Ok(())
 }

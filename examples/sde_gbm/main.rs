@@ -85,6 +85,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
+    args.flags.fixed_precisions("f64")?;
     let size = args.flags.size();
     let paths = size.pick(256, 20_000, 100_000);
     let steps = size.pick(

@@ -29,7 +29,7 @@ const STRIDE: usize = 9;
 /// The pairs of the published experiment.
 pub(crate) const PAIRS: [Pair; 3] = [Pair(1e-3, 1e-6), Pair(1e-4, 1e-7), Pair(1e-5, 1e-8)];
 
-/// Straight lines through some utterances with time as the first channel, from 0 to 1 over the longest utterance; behind its
+/// Straight lines through some utterances with time as the first channel, from 0 to 1 over the longest utterance; after its
 /// end an utterance stands still.
 fn lines(all: &Utterances, chosen: &[usize], device: &Device) -> Result<ControlPath> {
     let mut values = Vec::with_capacity(chosen.len() * LENGTH * CHANNELS);

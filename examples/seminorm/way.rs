@@ -67,13 +67,13 @@ impl Way {
     }
 }
 
-/// A relative and an absolute tolerance.
+/// A relative and an absolute tolerance, as torchdiffeq would be told them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Pair(pub(crate) f64, pub(crate) f64);
 
 /// Our error estimate of dopri5 is 3/2 of torchdiffeq's, stage by stage: tolerances that are larger by this factor take
 /// the same steps.
-const ESTIMATE: f64 = 1.5;
+pub(crate) const ESTIMATE: f64 = 1.5;
 
 impl Pair {
     fn adaptive(self) -> Adaptive {

@@ -200,7 +200,7 @@ fn kept(vars: &VarMap, states: &Tensor, device: &Device) -> Result<f64> {
 fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let fit = FIT.iterations(args.flags.size().pick(5, FIT.iterations, 6000));
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for kind in [Kind::Stable, Kind::Perceptron] {
             all.push(train(kind, dtype, (&fit, args.flags.seed), device)?);
         }

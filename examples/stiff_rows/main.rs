@@ -97,6 +97,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, report: &mut Report) -> Result<()> {
+    args.flags.cpu_only()?;
     let size = args.flags.size();
     let problem = problem::problem(&mut generator(args.flags.seed), size.pick(64, 1024, 1024))?;
     let tolerances = size.pick(
@@ -104,7 +105,7 @@ fn run(args: &Args, report: &mut Report) -> Result<()> {
         &[1e-3, 1e-4, DRAWN, 1e-6][..],
         &[1e-3, 1e-4, DRAWN, 1e-6][..],
     );
-    let dtypes = args.flags.precisions(&[Dtype::F32]);
+    let dtypes = args.flags.precisions_among(&[Dtype::F32], &Dtype::ALL)?;
     let repeats = size.pick(1, 5, 15);
     let exact = exact(&problem)?;
     let bar = progress(

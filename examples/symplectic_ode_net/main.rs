@@ -240,7 +240,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let fit = FIT.iterations(size.pick(3, FIT.iterations, 6000));
     let data = Data::new(size.pick(24, 240, 1152), &mut generator(seed), device)?;
     let mut all = vec![];
-    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16]) {
+    for dtype in args.flags.precisions(&[Dtype::F32, Dtype::Bf16])? {
         for kind in [Kind::Symplectic, Kind::Perceptron] {
             all.push(train(&data, kind, dtype, (&fit, seed), device)?);
         }
