@@ -52,11 +52,10 @@ pub fn mmd(x: &Tensor, y: &Tensor, bandwidth: f64) -> Result<f64> {
     // Around zero: differences of the squares of large numbers have no digits.  Few rows that are far away do not move it.
     let middle = medians(&x)?;
     let (x, y) = (x.broadcast_sub(&middle)?, y.broadcast_sub(&middle)?);
-    let sum = |x: &Tensor, y: &Tensor| kernel_sum(x, y, -0.5 / (bandwidth * bandwidth));
+    let c = -0.5 / (bandwidth * bandwidth);
     let (n, m) = (n as f64, m as f64);
-    // The diagonal's are ones.
-    let within = |s: &Tensor, n: f64| Ok::<_, Error>((sum(s, s)? - n) / (n * (n - 1.0)));
-    Ok(within(&x, n)? + within(&y, m)? - 2.0 * sum(&x, &y)? / (n * m))
+    let within = |s: &Tensor, n: f64| Ok::<_, Error>(kernel_sum(s, s, c, true)? / (n * (n - 1.0)));
+    Ok(within(&x, n)? + within(&y, m)? - 2.0 * kernel_sum(&x, &y, c, false)? / (n * m))
 }
 
 fn samples(x: &Tensor, y: &Tensor) -> Error {
@@ -78,8 +77,9 @@ fn medians(x: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(middle, (1, features), x.device())?)
 }
 
-/// Σ_ij exp(c ‖x_i − y_j‖²).
-fn kernel_sum(x: &Tensor, y: &Tensor, c: f64) -> Result<f64> {
+/// Σ_ij exp(c ‖x_i − y_j‖²), or the sum without i = j.
+fn kernel_sum(x: &Tensor, y: &Tensor, c: f64, others: bool) -> Result<f64> {
+    let columns = Tensor::arange(0, y.dim(0)? as u32, y.device())?.unsqueeze(0)?;
     let (yt, y_norms) = (y.t()?, y.sqr()?.sum(1)?.unsqueeze(0)?);
     let mut total = 0.0;
     for from in (0..x.dim(0)?).step_by(BLOCK) {
@@ -87,7 +87,13 @@ fn kernel_sum(x: &Tensor, y: &Tensor, c: f64) -> Result<f64> {
         let norms = rows.sqr()?.sum_keepdim(1)?.broadcast_add(&y_norms)?;
         let distances = (norms - (rows.matmul(&yt)? * 2.0)?)?;
         // Below zero by rounding only, where the points are the same.
-        let kernel = (distances.relu()? * c)?.exp()?;
+        let mut kernel = (distances.relu()? * c)?.exp()?;
+        if others {
+            let end = (from + rows.dim(0)?) as u32;
+            let own = Tensor::arange(from as u32, end, x.device())?.unsqueeze(1)?;
+            let is_other = own.broadcast_ne(&columns)?;
+            kernel = (kernel * is_other.to_dtype(DType::F64)?)?;
+        }
         total += kernel.sum_all()?.to_scalar::<f64>()?;
     }
     Ok(total)

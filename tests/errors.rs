@@ -437,6 +437,17 @@ fn what_does_not_go_with_a_continuous_adjoint_is_refused_with_what_does() {
             "StepControl::Batch in AdjointSolve::steps",
         ),
     ];
+    for gradient in [
+        Gradient::Interpolated(AdjointSolve::new()),
+        Gradient::Quadrature(AdjointSolve::new()),
+    ] {
+        let rows = Steps::Adaptive(Adaptive::new(1e-3, 1e-5).control(StepControl::Rows));
+        cases.push((
+            of(None, rows, gradient),
+            "forward steps by row with a gradient that reads y from the forward pass",
+            "StepControl::Batch, Gradient::Backsolve or Gradient::Discrete",
+        ));
+    }
     let all = OwnNorm::of_all(|_| Ok(0.5));
     for norm in [
         AdjointNorm::Largest,

@@ -108,7 +108,7 @@ impl Run {
     }
 }
 
-/// How long a rank may be silent before it counts as lost.
+/// What a case takes at most in which nobody waits for a silent rank: the silence that is waited for by default.
 const SILENCE: Duration = Duration::from_secs(15);
 
 /// Others go on when a rank has died, instead of being ended by `mpirun`.

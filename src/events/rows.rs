@@ -185,7 +185,7 @@ pub struct RowOccurrences<S> {
 /// use candle_diffeq::options::{Adaptive, Steps};
 /// use candle_diffeq::tableau::DOPRI5;
 /// # #[cfg(target_arch = "x86_64")]
-/// # if !std::is_x86_feature_detected!("avx2") { return Ok(()); }
+/// # if !(std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")) { return Ok(()); }
 /// # if std::env::var("CANDLE_DIFFEQ_SIMD").is_ok_and(|unit| unit == "none") { return Ok(()); }
 /// let vars = candle_nn::VarMap::new();
 /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);

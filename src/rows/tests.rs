@@ -342,9 +342,9 @@ impl Case {
                 let single = errors(&allowed::under(cap, solve), &exact);
                 for (error, general) in single.iter().zip(general) {
                     // Where a gradient cancels, the general path loses as many digits.
-                    // Sums of n terms walk away by √n roundings, and the general path may be lucky.
+                    // Sums of n terms walk away by √n roundings.
                     let sums = (self.terms() as f64).sqrt();
-                    let bound = (16.0 + self.walk() + sums) * 2f64.powi(-24) + 2.0 * general;
+                    let bound = (16.0 + self.walk() + sums) * 2f64.powi(-24) + general;
                     assert!(
                         *error <= bound,
                         "{cap:?}, f32, wide {wide}: {single:?}, {general:e}"

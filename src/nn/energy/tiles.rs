@@ -1,6 +1,7 @@
 //! Fields along the gradient of an [`EnergyMlp`], over tiles.
 
 mod offered;
+mod places;
 mod turn;
 
 use pulp::Simd;
@@ -64,22 +65,6 @@ impl<T: Element> EnergyLayer<T> {
     }
 }
 
-/// Where the parts of a slot begin, in features.
-struct Places {
-    /// Of what is kept.
-    delta_last: usize,
-    delta: usize,
-    bend: usize,
-    value: usize,
-    slope: usize,
-    kept: usize,
-    /// Of the cotangents.
-    tangent: usize,
-    dot_last: usize,
-    dot: usize,
-    cotangents: usize,
-}
-
 impl<T: Element> EnergyTiles<T> {
     fn new<S: Simd>(s: S, energy: &EnergyMlp, turn: Turn) -> std::result::Result<Self, Error> {
         let layer = |l: usize, layer: &Linear| {
@@ -121,36 +106,6 @@ impl<T: Element> EnergyTiles<T> {
     /// Features of all hidden layers.
     fn units(&self) -> usize {
         self.hidden.iter().map(|l| l.weights.outputs).sum()
-    }
-
-    fn places(&self) -> Places {
-        let (inputs, units) = (self.inputs(), self.units());
-        let squares = match &self.end {
-            End::Output(_) => 0,
-            End::Squares(layer) => layer.weights.outputs,
-        };
-        let delta = inputs + squares;
-        let slope = delta + 3 * units;
-        let tangent = self.features;
-        let dot_last = tangent + inputs + units;
-        let dot = dot_last + squares;
-        Places {
-            delta_last: inputs,
-            delta,
-            bend: delta + units,
-            value: delta + 2 * units,
-            slope,
-            kept: slope
-                + if self.activation.keeps_slope() {
-                    units
-                } else {
-                    0
-                },
-            tangent,
-            dot_last,
-            dot,
-            cotangents: dot + 2 * units,
-        }
     }
 
     /// a_l of every hidden layer, σ' where it is kept, and σ'' where it does not follow from these, in the place of r.

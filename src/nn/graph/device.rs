@@ -1,19 +1,20 @@
 //! Sparse products on NVIDIA GPUs.
 
 use std::sync::{Arc, Mutex};
-use std::thread::ThreadId;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CudaDevice, CudaStorage, DType, DeviceLocation, Layout, Result};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result};
 
 use super::pattern::{Pattern, Side};
 use crate::ops::cuda::csr::{self, DeviceSide};
 
-/// Rows and columns of a pattern by device and thread, whose streams differ: a graph captures no upload, and a solve multiplies with one pattern many times.
+/// Rows and columns of a pattern by device: a CUDA graph captures no upload, and a solve multiplies with one pattern many
+/// times.  Devices that were made one by one have streams of their own, also on one GPU.
 #[derive(Debug, Default)]
-pub(super) struct OnDevices(Mutex<Vec<(Place, bool, Arc<DeviceSide>)>>);
+pub(super) struct OnDevices(Mutex<Vec<(CudaDevice, bool, Arc<DeviceSide>)>>);
 
-type Place = (DeviceLocation, ThreadId);
+/// Copies that are kept; an older one is made again.
+const MOST: usize = 16;
 
 impl OnDevices {
     /// The rows, or the columns, on this device.
@@ -24,11 +25,9 @@ impl OnDevices {
         side: impl FnOnce() -> (&'a Side, Option<&'a [u32]>),
     ) -> Result<Arc<DeviceSide>> {
         let mut all = self.0.lock().unwrap_or_else(|e| e.into_inner());
-        let here = (device.location(), std::thread::current().id());
-        let found = all
-            .iter()
-            .find(|(at, by, _)| *at == here && *by == by_column);
-        if let Some((_, _, side)) = found {
+        let is_it =
+            |(at, by, _): &&(CudaDevice, bool, _)| at.same_device(device) && *by == by_column;
+        if let Some((_, _, side)) = all.iter().find(is_it) {
             return Ok(Arc::clone(side));
         }
         let (side, names) = side();
@@ -37,7 +36,10 @@ impl OnDevices {
         let lines = side.line_of_each();
         let side = DeviceSide::new(device, &offsets, [&side.across, &lines], names)?;
         let side = Arc::new(side);
-        all.push((here, by_column, Arc::clone(&side)));
+        if all.len() == MOST {
+            all.remove(0);
+        }
+        all.push((device.clone(), by_column, Arc::clone(&side)));
         Ok(side)
     }
 }

@@ -146,7 +146,7 @@ pub(super) fn load(device: &CudaDevice, module: &Module, entry: &str) -> Result<
 
 /// An error for a GPU that the kernels are not compiled for.
 fn check_capability(device: &CudaDevice) -> Result<()> {
-    // By device, whether it was asked.
+    // One bit for each device that was asked and is recent enough.
     static RECENT: AtomicU64 = AtomicU64::new(0);
     let stream = device.cuda_stream();
     let bit = 1u64.checked_shl(stream.context().ordinal() as u32);

@@ -4,7 +4,7 @@
 //! from the last solve; where it is too small, the launch counts on, and a second one has exactly the room that is
 //! needed.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod room;
 
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr, PushKernelArg};
 use candle_core::cuda_backend::WrapErr;
@@ -245,16 +245,6 @@ pub(crate) struct RowsPulled {
     pub(crate) exponents: (i32, i32),
 }
 
-/// Steps that the last solve took on average for a row, and a quarter more.  It decides about the room of the next one,
-/// and nothing else.
-static STEPS_OF_A_ROW: AtomicUsize = AtomicUsize::new(32);
-
-/// Steps that there is room for in any case.
-const LEAST_ROOM: usize = 1 << 14;
-
-/// Steps that can be told apart: each names the one before by a number of 32 bits.
-const MOST_ROOM: usize = u32::MAX as usize;
-
 impl SmallNet {
     /// Returned states, `(outputs, elements)`, and the way back.
     pub(crate) fn forward_by_row(
@@ -272,7 +262,7 @@ impl SmallNet {
             if fits || fails {
                 let mean = told.recorded.div_ceil(rows.max(1));
                 if pass.records && !fails {
-                    STEPS_OF_A_ROW.store(mean + mean.div_ceil(4), Ordering::Relaxed);
+                    room::note(mean);
                 }
                 let (packed, kept, told) = solved;
                 let kept = match fits {
@@ -282,54 +272,8 @@ impl SmallNet {
                 return Ok((packed, kept, told));
             }
             room = told.recorded;
-            if room > MOST_ROOM {
-                return Err(Error::TooLarge { elements: room });
-            }
+            room::check(room)?;
         }
-    }
-
-    /// The same in memory of its own size, where much more was asked for: it is held until the backward pass.
-    fn without_spare_room(&self, kept: RowsKept, room: usize, recorded: usize) -> Result<RowsKept> {
-        let recorded = recorded.max(1);
-        if room / 2 < recorded.max(LEAST_ROOM) {
-            return Ok(kept);
-        }
-        let steps = match &kept.steps {
-            Some(steps) => {
-                // SAFETY: all of it is written by the copy.
-                let mut own = unsafe { self.device.alloc::<NetRecorded>(recorded) }?;
-                self.device
-                    .memcpy_dtod(&steps.slice(..recorded), &mut own)?;
-                Some(own)
-            }
-            None => None,
-        };
-        let states = match &kept.kept {
-            Some(states) => Some(states.narrow(0, 0, recorded)?.force_contiguous()?),
-            None => None,
-        };
-        Ok(RowsKept {
-            steps,
-            kept: states,
-            ..kept
-        })
-    }
-
-    /// Steps that there is room for in a first launch.
-    fn room(&self, pass: &RowsForward<'_>, rows: usize) -> Result<usize> {
-        if !pass.records {
-            return Ok(0);
-        }
-        let mean = STEPS_OF_A_ROW.load(Ordering::Relaxed).min(pass.most_steps);
-        let wanted = rows.saturating_mul(mean).max(LEAST_ROOM);
-        let state = if pass.keeps {
-            self.net.dim as usize * pass.store.size_in_bytes()
-        } else {
-            0
-        };
-        let (free, _) = self.device.cuda_stream().context().mem_get_info().w()?;
-        let bytes = size_of::<NetRecorded>() + state;
-        Ok(wanted.min(free / 4 / bytes).clamp(1, MOST_ROOM))
     }
 
     fn launch_forward(
