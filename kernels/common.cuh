@@ -29,13 +29,17 @@ template <class A> __device__ inline A wide(double x) { return static_cast<A>(x)
 __device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
 
+// Rounded, and never contracted with what follows.
+__device__ inline float plus(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline double plus(double a, double b) { return __dadd_rn(a, b); }
+
 // sum + c x, also where c is no normal number of the type of the sum.
 __device__ inline float add_product(double c, float x, float sum) {
     const double size = fabs(c);
-    if (size >= 1.1754943508222875e-38 && size <= 3.4028234663852886e38) return fmaf(static_cast<float>(c), x, sum);
-    return static_cast<float>(fma(c, static_cast<double>(x), static_cast<double>(sum)));
+    if (size >= 1.1754943508222875e-38 && size <= 3.4028234663852886e38) return fused(static_cast<float>(c), x, sum);
+    return static_cast<float>(fused(c, static_cast<double>(x), static_cast<double>(sum)));
 }
-__device__ inline double add_product(double c, double x, double sum) { return fma(c, x, sum); }
+__device__ inline double add_product(double c, double x, double sum) { return fused(c, x, sum); }
 
 // Written on bits: the compiler may not assume them away, and the sign does not matter.
 __device__ inline bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }

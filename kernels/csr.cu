@@ -10,10 +10,9 @@ struct Side {
     uint64_t lines;
 };
 
+// Rounded, and never contracted with the sum.
 __device__ inline float times(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double times(double a, double b) { return __dmul_rn(a, b); }
-__device__ inline float plus(float a, float b) { return __fadd_rn(a, b); }
-__device__ inline double plus(double a, double b) { return __dadd_rn(a, b); }
 
 __device__ inline uint64_t first() { return static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline uint64_t stride() { return static_cast<uint64_t>(gridDim.x) * blockDim.x; }

@@ -43,8 +43,6 @@ __device__ inline void sum(const Terms &terms, double inverse, uint64_t i, int c
 }
 
 // Rounded, and never contracted with what follows.
-__device__ inline float plus(float a, float b) { return __fadd_rn(a, b); }
-__device__ inline double plus(double a, double b) { return __dadd_rn(a, b); }
 __device__ inline float minus(float a, float b) { return __fsub_rn(a, b); }
 __device__ inline double minus(double a, double b) { return __dsub_rn(a, b); }
 

@@ -49,7 +49,8 @@ pub fn mmd(x: &Tensor, y: &Tensor, bandwidth: f64) -> Result<f64> {
             return Ok(f64::NAN);
         }
     }
-    // Around zero: differences of the squares of large numbers have no digits.  Few rows that are far away do not move it.
+    // Around zero: differences of the squares of large numbers have no digits.  A few rows that
+    // are far away do not move the medians.
     let middle = medians(&x)?;
     let (x, y) = (x.broadcast_sub(&middle)?, y.broadcast_sub(&middle)?);
     let c = -0.5 / (bandwidth * bandwidth);
@@ -79,7 +80,6 @@ fn medians(x: &Tensor) -> Result<Tensor> {
 
 /// Σ_ij exp(c ‖x_i − y_j‖²), or the sum without i = j.
 fn kernel_sum(x: &Tensor, y: &Tensor, c: f64, others: bool) -> Result<f64> {
-    let columns = Tensor::arange(0, y.dim(0)? as u32, y.device())?.unsqueeze(0)?;
     let (yt, y_norms) = (y.t()?, y.sqr()?.sum(1)?.unsqueeze(0)?);
     let mut total = 0.0;
     for from in (0..x.dim(0)?).step_by(BLOCK) {
@@ -91,7 +91,8 @@ fn kernel_sum(x: &Tensor, y: &Tensor, c: f64, others: bool) -> Result<f64> {
         if others {
             let end = (from + rows.dim(0)?) as u32;
             let own = Tensor::arange(from as u32, end, x.device())?.unsqueeze(1)?;
-            let is_other = own.broadcast_ne(&columns)?;
+            let all = Tensor::arange(0, y.dim(0)? as u32, y.device())?.unsqueeze(0)?;
+            let is_other = own.broadcast_ne(&all)?;
             kernel = (kernel * is_other.to_dtype(DType::F64)?)?;
         }
         total += kernel.sum_all()?.to_scalar::<f64>()?;

@@ -341,7 +341,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         self
     }
 
-    /// The same with options that are made of its own.
+    /// The same with the options that `adjust` makes of its own.
     pub(crate) fn adjusted(mut self, adjust: impl FnOnce(OdeOptions) -> OdeOptions) -> Self {
         self.options = adjust(self.options);
         self

@@ -58,17 +58,14 @@ fn steps(
                 return Ok(forward);
             }
         }
-        let continuous = problem.continuous.as_ref();
-        if continuous.is_some_and(|continuous| continuous.reads_states()) {
-            refuse_rows(problem, || {
-                ContinuousDefect::Unavailable {
-                    what: "forward steps by row with a gradient that reads y from the forward pass",
-                    take: "StepControl::Batch, Gradient::Backsolve or Gradient::Discrete",
-                }
-                .into()
-            })?;
-        }
         refuse_rows(problem, || {
+            let continuous = problem.continuous.as_ref();
+            if continuous.is_some_and(|continuous| continuous.reads_states()) {
+                let what =
+                    "forward steps by row with a gradient that reads y from the forward pass";
+                let take = "StepControl::Batch, Gradient::Backsolve or Gradient::Discrete";
+                return ContinuousDefect::Unavailable { what, take }.into();
+            }
             let rows = offered.and_then(|offered| offered.rows);
             let row_wise = rows.is_some_and(|rows| rows.may_part());
             Error::Adaptive(AdaptiveDefect::NoRows { row_wise })

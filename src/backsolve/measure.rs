@@ -88,7 +88,7 @@ impl<'a> Measure<'a> {
         let noise = [&precisions[..], &vec![of_sums; sums]].concat();
         let zeros = |p: &Tensor| Tensor::zeros(p.shape(), state, p.device());
         let mut zero_sums: Vec<Tensor> = vec![];
-        if continuous.norm.reads_sums() {
+        if matches!(continuous.norm, AdjointNorm::Own(_)) && continuous.norm.reads_sums() {
             let theta = augmented.theta.iter().map(zeros);
             zero_sums = theta.collect::<candle_core::Result<_>>()?;
             if augmented.reads_time() {

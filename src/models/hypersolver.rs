@@ -13,7 +13,7 @@ use candle_core::{Result, Tensor};
 use crate::field::autograd::check_traced;
 use crate::field::VectorField;
 use crate::tableau::{Tableau, EULER};
-use crate::time::{Time, TimeGrid};
+use crate::time::{beside, Time, TimeGrid};
 
 /// ψ + h^p g of a field, a method and a network, as a field: Euler's method with it is the hypersolver.
 ///
@@ -69,9 +69,9 @@ where
                 "a Hypersolver is evaluated inside of a step, from which it has its length"
             )
         };
-        // Beside a jump, time is moved by some roundings.
-        let moved = 16.0 * f64::EPSILON * start.abs().max(end.abs());
-        if (t.value() - start).abs() > 1e-9 * (end - start).abs() + moved {
+        // A step that begins at a jump is evaluated beside it.
+        let beside = (beside(start, end > start) - start).abs();
+        if (t.value() - start).abs() > 1e-9 * (end - start).abs() + beside {
             candle_core::bail!(
                 "a Hypersolver is evaluated at {} inside the step from {start} to {end}: solve it by {}, whose only stage \
                  is at the start",

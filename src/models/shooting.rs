@@ -209,9 +209,8 @@ fn largest(x: &Tensor) -> Result<f64> {
     if x.elem_count() == 0 {
         return Ok(0.0);
     }
-    Ok(x.abs()?
-        .flatten_all()?
-        .max(0)?
-        .to_dtype(DType::F64)?
-        .to_scalar()?)
+    let x = x.abs()?.flatten_all()?;
+    // A maximum may skip NaN, a sum does not.
+    let largest = (x.max(0)? + (&x * 0.0)?.sum(0)?)?;
+    Ok(largest.to_dtype(DType::F64)?.to_scalar()?)
 }

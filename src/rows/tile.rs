@@ -72,6 +72,11 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
         k: Option<&mut [T::Vector<S>]>,
     );
 
+    /// The feature of a slot that holds the time, if one does.
+    fn time_place(&self) -> Option<usize> {
+        None
+    }
+
     /// What may be kept of an evaluation by itself, the stage first; by default all or nothing.
     fn parts(&self) -> Vec<Part> {
         vec![Part {
@@ -81,14 +86,18 @@ pub(crate) trait TileField<T: Element>: Send + Sync {
     }
 
     /// Computes the missing parts of `kept`.  The parts marked in `known`, always including the first, are
-    /// already in place, perhaps in a lower precision, in which times must not be.
+    /// already in place, perhaps in a lower precision.  By default nothing is missing, and the time is written again.
+    #[inline(always)]
     fn recall<S: Simd, const V: usize>(
         &self,
         _: S,
-        _: &At<'_, T::Vector<S>>,
-        _kept: &mut [T::Vector<S>],
+        at: &At<'_, T::Vector<S>>,
+        kept: &mut [T::Vector<S>],
         _known: &[bool],
     ) {
+        if let Some(time) = self.time_place() {
+            kept[time * V..][..V].copy_from_slice(at.times);
+        }
     }
 
     /// vᵀ∂f/∂y into `w`, v being the first features of `cotangents`.

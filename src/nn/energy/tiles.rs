@@ -277,18 +277,8 @@ impl<T: Element> TileField<T> for EnergyTiles<T> {
         self.turn.apply::<T, S>(s, k);
     }
 
-    #[inline(always)]
-    fn recall<S: Simd, const V: usize>(
-        &self,
-        _: S,
-        at: &At<'_, T::Vector<S>>,
-        kept: &mut [T::Vector<S>],
-        _: &[bool],
-    ) {
-        // It may have been kept in a lower precision.
-        if self.time {
-            kept[self.features * V..][..V].copy_from_slice(at.times);
-        }
+    fn time_place(&self) -> Option<usize> {
+        self.time.then_some(self.features)
     }
 
     #[inline(always)]

@@ -18,11 +18,11 @@ const MOST: usize = 16;
 
 impl OnDevices {
     /// The rows, or the columns, on this device.
-    pub(super) fn get<'a>(
+    pub(super) fn get(
         &self,
         device: &CudaDevice,
         by_column: bool,
-        side: impl FnOnce() -> (&'a Side, Option<&'a [u32]>),
+        (side, names): (&Side, Option<&[u32]>),
     ) -> Result<Arc<DeviceSide>> {
         let mut all = self.0.lock().unwrap_or_else(|e| e.into_inner());
         let is_it =
@@ -30,7 +30,6 @@ impl OnDevices {
         if let Some((_, _, side)) = all.iter().find(is_it) {
             return Ok(Arc::clone(side));
         }
-        let (side, names) = side();
         // Entries are counted in 32 bits.
         let offsets: Vec<u32> = side.offsets.iter().map(|&n| n as u32).collect();
         let lines = side.line_of_each();

@@ -54,10 +54,11 @@ impl Pattern {
         device: &candle_core::CudaDevice,
         by_column: bool,
     ) -> Result<Arc<crate::ops::cuda::csr::DeviceSide>> {
-        self.on_devices.get(device, by_column, || match by_column {
+        let side = match by_column {
             true => (&self.by_column, Some(&self.numbers[..])),
             false => (&self.by_row, None),
-        })
+        };
+        self.on_devices.get(device, by_column, side)
     }
 
     /// Rows that begin at these entries, with the column of each entry.

@@ -225,18 +225,8 @@ impl<T: Element> TileField<T> for HutchinsonTiles<T> {
         of_probe.fill(T::zeros::<S>());
     }
 
-    #[inline(always)]
-    fn recall<S: Simd, const V: usize>(
-        &self,
-        _: S,
-        at: &At<'_, T::Vector<S>>,
-        kept: &mut [T::Vector<S>],
-        _: &[bool],
-    ) {
-        // It may have been kept in a lower precision.
-        if self.net.time {
-            kept[self.net.features() * V..][..V].copy_from_slice(at.times);
-        }
+    fn time_place(&self) -> Option<usize> {
+        self.net.time.then(|| self.net.features())
     }
 
     #[inline(always)]

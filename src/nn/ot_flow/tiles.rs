@@ -288,17 +288,8 @@ impl<T: Element> TileField<T> for OtFlowTiles<T> {
         }
     }
 
-    #[inline(always)]
-    fn recall<S: Simd, const V: usize>(
-        &self,
-        _: S,
-        at: &At<'_, T::Vector<S>>,
-        kept: &mut [T::Vector<S>],
-        _: &[bool],
-    ) {
-        // It may have been kept in a lower precision.
-        let time = self.features * V;
-        kept[time..][..V].copy_from_slice(at.times);
+    fn time_place(&self) -> Option<usize> {
+        Some(self.features)
     }
 
     #[inline(always)]
