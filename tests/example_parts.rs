@@ -3,9 +3,6 @@
 //!
 //! `cargo test --test example_parts`, seconds.
 
-#[path = "../examples/common/mod.rs"]
-#[allow(unreachable_pub)]
-mod common;
 #[allow(dead_code)]
 #[path = "../examples/stl10/field.rs"]
 mod field;

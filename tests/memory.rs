@@ -3,12 +3,10 @@
 //! `cargo test --release --test memory`, seconds.
 
 mod common;
-#[allow(dead_code)] // The examples use more of it.
-#[path = "../examples/common/memory.rs"]
-mod memory;
 
 use std::process::Command;
 
+use ::common::memory;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::cde::{cdeint, Observations};
 use candle_diffeq::fields::FieldCheck;

@@ -11,13 +11,6 @@ use candle_diffeq::scaling::{LossScaler, Scaling};
 use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
 use candle_diffeq::{odeint, solution, NeuralOde, OdeOptions, Precision, Time};
 
-#[allow(dead_code)]
-mod common {
-    #[path = "../../examples/common/model_equation.rs"]
-    pub(crate) mod model_equation;
-    #[path = "../../examples/common/problem.rs"]
-    pub(crate) mod problem;
-}
 #[path = "../examples/precision/studies.rs"]
 #[allow(dead_code)]
 mod studies;

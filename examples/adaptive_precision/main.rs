@@ -3,8 +3,6 @@
 //! `cargo run --release --example adaptive_precision` (a minute; `--smoke`: seconds).  Exits with 1 when low
 //! precision costs more evaluations or gains less with the floor than it should, or when f64 is changed by it.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod problem;
 
@@ -18,13 +16,13 @@ use candle_diffeq::{Error, OdeOptions};
 use clap::Parser;
 use serde_json::{json, Map, Value};
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{geometric_mean, progress, relative, values, Result};
 use crate::problem::Problem;
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{geometric_mean, progress, relative, values, Result};
 
 const DTYPES: [Dtype; 4] = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::Bf16];
 /// atol = rtol / 100.

@@ -4,12 +4,10 @@ use std::path::Path;
 
 use candle_diffeq::tableau::Tableau;
 
-use crate::common::chart::{
-    colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
-};
-use crate::common::dtype::Dtype;
-use crate::common::Result;
 use crate::{Run, Series};
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH};
+use common::dtype::Dtype;
+use common::Result;
 
 /// Draws one method: solid with the noise floor, dashed without.
 pub(crate) fn draw(
@@ -94,7 +92,7 @@ fn curves(of: &[&Series], named: bool, point: impl Fn(&Run) -> Option<(f64, f64)
     solid.iter().chain(&dashed).map(curve).collect()
 }
 
-fn of_dtype(dtype: Dtype) -> crate::common::chart::RGBColor {
+fn of_dtype(dtype: Dtype) -> common::chart::RGBColor {
     colour(match dtype {
         Dtype::F64 => 4,
         Dtype::F32 => 2,

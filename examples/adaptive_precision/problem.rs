@@ -6,8 +6,8 @@ use candle_diffeq::{predict, NeuralOde, OdeOptions, Time};
 use candle_nn::VarMap;
 use rand::rngs::StdRng;
 
-use crate::common::dtype::Dtype;
-use crate::common::random::{normal, uniform};
+use common::dtype::Dtype;
+use common::random::{normal, uniform};
 
 /// y' = f(y) on [0, T] from each of some starts, one solve for each.
 pub(crate) struct Problem {

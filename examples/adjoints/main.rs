@@ -5,9 +5,6 @@
 //! its own, as the most that it held beyond what it held before the solve.  Error: dopri5 at four tolerances, against a
 //! gradient in f64 at 10⁻¹².  The tables and the picture are those of docs/continuous.md.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
@@ -20,12 +17,12 @@ use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::common::chart::{self, colour, Curve, Mark, Panel, Scale, SeriesLabelPosition};
-use crate::common::flags::Flags;
-use crate::common::random::{generator, normal};
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{memory, relative, values, Result};
+use common::chart::{self, colour, Curve, Mark, Panel, Scale, SeriesLabelPosition};
+use common::flags::Flags;
+use common::random::{generator, normal};
+use common::report::{self, Report};
+use common::table::Table;
+use common::{memory, relative, values, Result};
 
 const ROWS: usize = 64;
 const FEATURES: usize = 16;

@@ -6,9 +6,6 @@
 //! table, writes a picture and the figures as JSON beside it.  Exits with 1 when an augmented flow does not part them, or
 //! does no better than the flow without.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 
 use candle_core::{Device, Tensor};
@@ -18,16 +15,16 @@ use candle_diffeq::{NeuralOde, VectorField};
 use candle_nn::{Module, VarBuilder, VarMap};
 use clap::Parser;
 
-use crate::common::chart::{colour, picture, Curve, Panel, Scale};
-use crate::common::classes::Sample;
-use crate::common::classifier::{options, Classifier, Flow, Trained};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::plane::dots;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
+use common::chart::{colour, picture, Curve, Panel, Scale};
+use common::classes::Sample;
+use common::classifier::{options, Classifier, Flow, Trained};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::plane::dots;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 const SPHERES: Labelled = Labelled::Spheres {
     features: 3,

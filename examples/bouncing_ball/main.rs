@@ -4,8 +4,6 @@
 //! derivatives are not those of the closed form, or when the fit does not find the restitution.
 
 mod ball;
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 
 use std::process::ExitCode;
@@ -15,12 +13,12 @@ use clap::Parser;
 use serde_json::json;
 
 use crate::ball::{Ball, Variables, PARAMETERS};
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::random::{generator, normal};
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{values, Result};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::random::{generator, normal};
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{values, Result};
 
 const BOUNCES: usize = 10;
 const TRUTH: Ball = Ball {

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use crate::ball::PARAMETERS;
-use crate::common::chart::{self, colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition};
-use crate::common::Result;
 use crate::{Bounce, Fit, Flight, GUESS, TRUTH};
+use common::chart::{self, colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition};
+use common::Result;
 
 /// `flights` are those of the truth, of the guess, and of the fit.
 pub(crate) fn draw(

@@ -5,8 +5,6 @@
 //! perceptron 8-128-24; 0, 30, 50 and 70 % of the coordinates are missing, each by itself.  Prints accuracies on other
 //! series; draws paths and progress.  Exits with 1 when an accuracy is below 97 %.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod spirals;
 
@@ -16,14 +14,14 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::path_classifier::{train, Labelled, Outcome, Setting};
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
 use crate::spirals::{paths, spirals, times, CHANNELS};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::path_classifier::{train, Labelled, Outcome, Setting};
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// Shares of missing coordinates, and what the accuracy must be.
 const MISSING: [f64; 4] = [0.0, 0.3, 0.5, 0.7];

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use candle_core::DType;
 
-use crate::common::chart::{colour, picture, Area, Curve, Mark, Panel, SeriesLabelPosition};
-use crate::common::Result;
 use crate::spirals::paths;
 use crate::{Run, MISSING};
+use common::chart::{colour, picture, Area, Curve, Mark, Panel, SeriesLabelPosition};
+use common::Result;
 
 /// Points of a drawn path.
 const POINTS: usize = 400;

@@ -8,8 +8,8 @@ use rand::rngs::StdRng;
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use crate::common::path_classifier::Labelled;
-use crate::common::Result;
+use common::path_classifier::Labelled;
+use common::Result;
 
 /// Times of observation, irregular in [0, 4π].
 pub(crate) const LENGTH: usize = 100;

@@ -6,8 +6,6 @@
 //! `mpirun -n N … --mpi` shares every batch among N processes.  Prints likelihoods and discrepancies, draws densities and samples, and how the density forms over
 //! time.  Exits with 1 when scaled f16 does not come within 2 % of the likelihood of f32.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod training;
 mod way;
@@ -20,16 +18,16 @@ use candle_diffeq::distributed::{Alone, Group};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::SeriesLabelPosition;
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::mode::Mode;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::team::{Team, Together};
-use crate::common::{jobs, mean, progress, Result};
 use crate::training::{train, Outcome, Setting};
 use crate::way::Way;
+use common::chart::SeriesLabelPosition;
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::mode::Mode;
+use common::report::{self, Report};
+use common::table::Table;
+use common::team::{Team, Together};
+use common::{jobs, mean, progress, Result};
 
 /// How far scaled f16 may end from f32.
 const CLOSE: f64 = 0.02;

@@ -5,11 +5,9 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::common::chart::{
-    colour, picture, Area, Curve, Heat, Mark, Panel, SeriesLabelPosition, TRUTH,
-};
-use crate::common::{mean, values, Result};
 use crate::training::{Flow, Outcome};
+use common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, SeriesLabelPosition, TRUTH};
+use common::{mean, values, Result};
 
 /// The window, in both directions.
 const WINDOW: Range<f64> = -4.0..4.0;

@@ -13,10 +13,10 @@ use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::ProgressBar;
 
-use crate::common::initial::layers;
-use crate::common::random::{generator, normal};
-use crate::common::{median, Result};
 use crate::way::Way;
+use common::initial::layers;
+use common::random::{generator, normal};
+use common::{median, Result};
 
 /// Sizes of a run.
 #[derive(Clone, Copy, Debug)]

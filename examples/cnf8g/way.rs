@@ -4,7 +4,7 @@ use candle_diffeq::options::{Adaptive, Steps};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5};
 use candle_diffeq::OdeOptions;
 
-use crate::common::mode::Mode;
+use common::mode::Mode;
 
 /// The tolerance that adaptive flows are judged at, in f32.
 const JUDGED: f64 = 1e-5;

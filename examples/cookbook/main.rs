@@ -12,9 +12,6 @@
 //!
 //! Prints a table, writes a picture and the figures as JSON beside it.  Exits with 1 when a flow does not part the moons.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 
 use candle_core::{DType, Device, Tensor};
@@ -26,15 +23,15 @@ use candle_diffeq::{NeuralOde, Time, VectorField};
 use candle_nn::{Module, VarBuilder, VarMap};
 use clap::Parser;
 
-use crate::common::chart::picture;
-use crate::common::classes::Sample;
-use crate::common::classifier::{options, tell, Classifier, Flow};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::{initial, progress, Result};
+use common::chart::picture;
+use common::classes::Sample;
+use common::classifier::{options, tell, Classifier, Flow};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::{initial, progress, Result};
 
 const MOONS: Labelled = Labelled::Moons { noise: 0.1 };
 const POINTS: usize = 512;

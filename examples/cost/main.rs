@@ -5,9 +5,6 @@
 //! for a product of numbers.  `--full` goes to 10⁵ steps
 //! (minutes), `--sweep steps` does only that.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -19,13 +16,13 @@ use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{self, colour, Curve, Mark, Panel, Scale};
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::random::{generator, normal};
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{initial, median, Result};
+use common::chart::{self, colour, Curve, Mark, Panel, Scale};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::random::{generator, normal};
+use common::report::{self, Report};
+use common::table::Table;
+use common::{initial, median, Result};
 
 /// Times solves of growing size.
 #[derive(Parser)]

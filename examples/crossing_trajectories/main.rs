@@ -5,9 +5,6 @@
 //! in [−1, 1], fields of 64 tanh units, Adam at 1e-2, 500 iterations (200 with data control).  Prints a table, writes a
 //! picture and the figures as JSON beside it.  Exits with 1 when one of the first three fields succeeds, or the last fails.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 
 use candle_core::{DType, Device, Tensor};
@@ -18,15 +15,15 @@ use candle_nn::{VarBuilder, VarMap};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, TRUTH};
-use crate::common::classifier::{options, Flow};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{initial, progress, values, Result};
+use common::chart::{colour, picture, Curve, Mark, Panel, TRUTH};
+use common::classifier::{options, Flow};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{initial, progress, values, Result};
 
 const POINTS: usize = 100;
 const FIT: Fit = Fit::new(500, 1e-2);

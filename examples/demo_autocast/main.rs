@@ -8,8 +8,6 @@
 //! `cargo run --release --example demo_autocast` (`--smoke`: seconds).  Exits with 1 when the tape
 //! holds, the recursion is not the tape, or ours grows with N.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod recursion;
 
@@ -20,13 +18,13 @@ use candle_diffeq::{tableau::EULER, OdeOptions};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::problem::{relative, Problem};
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
 use crate::recursion::{weight_gradient, Sum};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::problem::{relative, Problem};
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// How much worse than ours the tape must be in the end.
 const WORSE: f64 = 100.0;

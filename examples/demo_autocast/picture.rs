@@ -2,11 +2,9 @@
 
 use std::path::Path;
 
-use crate::common::chart::{
-    colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
-};
-use crate::common::Result;
 use crate::Row;
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH};
+use common::Result;
 
 /// A panel for each precision.
 pub(crate) fn draw(path: &Path, rows: &[Row]) -> Result<()> {

@@ -3,8 +3,8 @@
 use candle_core::DType;
 use half::{bf16, f16};
 
-use crate::common::problem::{values, Problem};
-use crate::common::Result;
+use common::problem::{values, Problem};
+use common::Result;
 
 /// In which precision θ̄ is summed.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rand::rngs::StdRng;
 
-use crate::common::problem::Problem;
-use crate::common::random::normal;
+use common::problem::Problem;
+use common::random::normal;
 
 /// A problem, and how many steps of RK4 it takes.
 pub(crate) struct Case {

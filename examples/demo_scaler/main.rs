@@ -5,8 +5,6 @@
 //! gradient is right without scaling in every part, or wrong by more than 1 % with it.
 
 mod cases;
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 
 use std::process::ExitCode;
@@ -20,13 +18,13 @@ use clap::Parser;
 use serde_json::json;
 
 use crate::cases::{cases, Case};
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::problem::{Errors, Gradients};
-use crate::common::random::generator;
-use crate::common::report::{self, any, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::problem::{Errors, Gradients};
+use common::random::generator;
+use common::report::{self, any, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// A gradient with a larger relative error is lost.
 const LOST: f64 = 0.5;

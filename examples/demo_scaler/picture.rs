@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use crate::common::chart::{colour, picture, Curve, Panel, Scale, SeriesLabelPosition};
-use crate::common::Result;
 use crate::Outcome;
+use common::chart::{colour, picture, Curve, Panel, Scale, SeriesLabelPosition};
+use common::Result;
 
 /// Steps of S over t, which the backward pass goes through from right to left.
 pub(crate) fn draw(path: &Path, outcomes: &[Outcome]) -> Result<()> {

@@ -7,8 +7,6 @@
 //! `cargo run --release --example demo_taylor` (`--smoke`: seconds).  Exits with 1 when a slope is
 //! another, or is seen over too few points.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod problems;
 mod taylor;
@@ -20,15 +18,15 @@ use candle_diffeq::{OdeOptions, Precision};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::problem::Problem;
-use crate::common::random::generator;
-use crate::common::report::{self, any, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
 use crate::problems::{problems, Named};
 use crate::taylor::{remainders, Direction, Fit, Remainders, Towards, LINEAR};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::problem::Problem;
+use common::random::generator;
+use common::report::{self, any, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// Slopes may be off by this much: E₀ by the part of E₁ that it may hold.
 const TOLERANCE: [f64; 2] = [LINEAR, 0.2];

@@ -2,12 +2,10 @@
 
 use std::path::Path;
 
-use crate::common::chart::{
-    colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
-};
-use crate::common::Result;
 use crate::taylor::Towards;
 use crate::Test;
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH};
+use common::Result;
 
 /// Columns: what is moved.  Rows: the numbers of steps.
 pub(crate) fn draw(path: &Path, tests: &[Test]) -> Result<()> {

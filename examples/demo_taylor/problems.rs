@@ -4,8 +4,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rand::rngs::StdRng;
 
-use crate::common::problem::Problem;
-use crate::common::random::normal;
+use common::problem::Problem;
+use common::random::normal;
 
 pub(crate) struct Named {
     pub(crate) name: &'static str,

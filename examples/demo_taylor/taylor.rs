@@ -5,9 +5,9 @@ use candle_diffeq::tableau::RK4;
 use candle_diffeq::OdeOptions;
 use rand::rngs::StdRng;
 
-use crate::common::dtype::Dtype;
-use crate::common::problem::{relative, values, Gradients, Problem};
-use crate::common::random::normal;
+use common::dtype::Dtype;
+use common::problem::{relative, values, Gradients, Problem};
+use common::random::normal;
 
 type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
 

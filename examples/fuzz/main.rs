@@ -23,8 +23,6 @@ mod shrink;
 mod still;
 mod subject;
 mod tape;
-#[path = "../common/threads.rs"]
-mod threads;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -67,7 +65,7 @@ fn main() -> ExitCode {
         _ => Until::Cases(20_000),
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    threads::set_to_every_core();
+    common::threads::set_to_every_core();
     let threads = args.threads.unwrap_or(cores).max(1);
     let passed = match args.self_test {
         true => fuzz::finds_what_is_broken(),

@@ -7,9 +7,9 @@ use candle_core::{DType, Device, Tensor};
 use candle_diffeq::Precision;
 use rand::rngs::StdRng;
 
-use crate::common::{random, Result};
 use crate::pass::{Pass, OURS};
 use crate::workload::Workload;
+use common::{random, Result};
 
 /// A field by kind and widths, rows, pixels along an image's edge, and steps.
 pub(crate) struct Cell {

@@ -11,8 +11,6 @@
 //! `--training 1000` trains W1 and fails where memory is not flat after ten iterations; `--products`
 //! measures matrix products alone.
 
-#[path = "../common/mod.rs"]
-mod common;
 #[allow(dead_code)]
 #[path = "../workloads/fields.rs"]
 mod fields;
@@ -37,13 +35,13 @@ use clap::Parser;
 use serde_json::{json, Value};
 
 use crate::cells::{Cell, CELLS, SMOKE};
-use crate::common::dtype::Dtype;
-use crate::common::environment::Environment;
-use crate::common::table::{sci, Table};
-use crate::common::{use_every_core, Result};
 use crate::pass::{products, Pass, Patience, GRAPHS, KEPT, OURS, UNFUSED};
 use crate::pool::Pool;
 use crate::workload::Workload;
+use common::dtype::Dtype;
+use common::environment::Environment;
+use common::table::{sci, Table};
+use common::{use_every_core, Result};
 
 /// Times solves on a GPU.
 #[derive(Parser)]

@@ -9,10 +9,10 @@ use candle_diffeq::{OdeOptions, Precision};
 use candle_nn::VarMap;
 use serde_json::{json, Value};
 
-use crate::common::{median, random, Result};
 use crate::fields::{Ode, Whose};
 use crate::pool::Pool;
 use crate::workload::{Initial, Workload};
+use common::{median, random, Result};
 
 /// A problem on a device in a precision, ready to be solved.
 pub(crate) struct Pass<'a> {

@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use crate::common::Result;
+use common::Result;
 
 /// Bytes of the pool and of graphs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,10 +5,10 @@ use candle_diffeq::Precision;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use serde_json::{json, Value};
 
-use crate::common::Result;
 use crate::pass::{Pass, OURS};
 use crate::pool::{Bytes, Pool};
 use crate::workload::Workload;
+use common::Result;
 
 /// Iterations after which nothing may be added.
 const SETTLED: usize = 10;

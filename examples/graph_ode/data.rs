@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use candle_diffeq::nn::graph::Csr;
 
-use crate::common::Result;
+use common::Result;
 
 const FILE: &[u8] = include_bytes!("cora.safetensors");
 

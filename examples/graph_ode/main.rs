@@ -5,8 +5,6 @@
 //! mask that is drawn once a solve.  Two seeds in f32 and in bf16, five with `--full`.  Prints a table, writes a picture and the figures as
 //! JSON beside it.  Exits with 1 when the mean accuracy is below 81 %, or that of bf16 a point below that of f32.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data;
 mod model;
 mod training;
@@ -17,16 +15,16 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{mean, progress, Result};
 use crate::data::Data;
 use crate::model::Kind;
 use crate::training::{train, Outcome};
+use common::chart::{colour, picture, Curve, Mark, Panel};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{mean, progress, Result};
 
 const ODE: Fit = Fit::new(300, 5e-3);
 const PLAIN: Fit = Fit::new(200, 1e-2);
@@ -153,13 +151,13 @@ fn draw(report: &mut Report, outcomes: &[Outcome], kinds: &[Kind]) -> Result<()>
         }
         Panel {
             curves: means,
-            legend: crate::common::chart::SeriesLabelPosition::LowerRight,
+            legend: common::chart::SeriesLabelPosition::LowerRight,
             ..Panel::new("mean test accuracy while training", "updates", "%")
         }
         .draw(&left)?;
         Panel {
             curves: dots,
-            legend: crate::common::chart::SeriesLabelPosition::LowerRight,
+            legend: common::chart::SeriesLabelPosition::LowerRight,
             ..Panel::new("test accuracy at the best validation", "seed", "%")
         }
         .draw(&right)

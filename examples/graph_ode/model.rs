@@ -8,10 +8,10 @@ use candle_diffeq::tableau::RK4;
 use candle_diffeq::{NeuralOde, OdeOptions, Time};
 use candle_nn::{Init, VarBuilder, VarMap};
 
-use crate::common::dtype::Dtype;
-use crate::common::random::generator;
-use crate::common::{initial, Result};
 use crate::data::{Data, CLASSES};
+use common::dtype::Dtype;
+use common::random::generator;
+use common::{initial, Result};
 
 const WIDTH: usize = 64;
 /// Dropout of words, and inside the field.

@@ -6,10 +6,10 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_nn::loss::cross_entropy;
 use indicatif::ProgressBar;
 
-use crate::common::fit::Fit;
-use crate::common::Result;
 use crate::data::{Data, Part};
 use crate::model::{Kind, Model};
+use common::fit::Fit;
+use common::Result;
 
 /// Weight decay, as a term of the loss.
 const DECAY: f64 = 5e-4;

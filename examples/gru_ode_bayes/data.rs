@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_diffeq::models::recurrent::Sporadic;
 use rand::seq::SliceRandom;
 
-use crate::common::random::generator;
-use crate::common::Result;
+use common::random::generator;
+use common::Result;
 
 const FILE: &[u8] = include_bytes!("bxlator.safetensors");
 
@@ -47,9 +47,9 @@ impl Data {
         let moments = |c: usize| {
             let seen = values.iter().zip(&mask).filter(|(_, m)| m[c] > 0.0);
             let seen: Vec<f64> = seen.map(|(v, _)| f64::from(v[c])).collect();
-            let mean = crate::common::mean(&seen);
+            let mean = common::mean(&seen);
             let squares: Vec<f64> = seen.iter().map(|x| (x - mean).powi(2)).collect();
-            (mean as f32, crate::common::mean(&squares).sqrt() as f32)
+            (mean as f32, common::mean(&squares).sqrt() as f32)
         };
         let moments = [moments(0), moments(1)];
         let scaled = |i: usize, c: usize| mask[i][c] * (values[i][c] - moments[c].0) / moments[c].1;

@@ -6,8 +6,6 @@
 //! JSON beside it.  Exits with 1 when the mean squared error of GRU-ODE-Bayes is above 0.05 of the variance, or in bf16 a tenth
 //! above that of f32.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data;
 mod model;
 
@@ -21,16 +19,16 @@ use clap::Parser;
 use rand::seq::SliceRandom;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, TRUTH};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{initial, progress, values, Result};
 use crate::data::{Data, VARIABLES};
 use crate::model::{Kind, Model};
+use common::chart::{colour, picture, Curve, Mark, Panel, TRUTH};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::Table;
+use common::{initial, progress, values, Result};
 
 const FIT: Fit = Fit::new(240, 5e-3).falling_to(0.05).weight_decay(5e-4);
 const BATCH: usize = 100;
@@ -168,7 +166,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
             format!("{:.3}", o.next),
             format!("{:.3}", o.mse),
             format!("{:.3}", o.nll),
-            format!("{:.3}", crate::common::mean(last)),
+            format!("{:.3}", common::mean(last)),
             format!("{:.0}", o.seconds),
         ]);
     }

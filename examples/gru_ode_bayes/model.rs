@@ -8,9 +8,9 @@ use candle_diffeq::tableau::RK4;
 use candle_diffeq::OdeOptions;
 use candle_nn::{VarBuilder, VarMap};
 
-use crate::common::dtype::Dtype;
-use crate::common::Result;
 use crate::data::VARIABLES;
+use common::dtype::Dtype;
+use common::Result;
 
 const HIDDEN: usize = 50;
 const WIDTH: usize = 25;

@@ -5,8 +5,6 @@
 //! training of "Hamiltonian Neural Networks" (arXiv 1906.01563).  Prints a table, writes a picture and the figures as
 //! JSON beside it.  Exits with 1 when the energy of the Hamiltonian network drifts as that of the perceptron does.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod system;
 mod training;
@@ -17,14 +15,14 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{mean, progress, Result};
 use crate::system::{Data, Task, TASKS};
 use crate::training::{train, Kind, Outcome};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{mean, progress, Result};
 
 /// Trains Hamiltonian networks and perceptrons on three systems.
 #[derive(Parser)]

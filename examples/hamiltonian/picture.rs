@@ -8,10 +8,10 @@ use candle_diffeq::nn::{Activation, EnergyMlp, Linear, Perceptron};
 use candle_diffeq::Time;
 use candle_nn::VarMap;
 
-use crate::common::chart::{colour, picture, Curve, Panel, TRUTH};
-use crate::common::plane::Window;
-use crate::common::{values, Result};
 use crate::training::{Kind, Outcome};
+use common::chart::{colour, picture, Curve, Panel, TRUTH};
+use common::plane::Window;
+use common::{values, Result};
 
 /// The trajectory that is shown.
 const SHOWN: usize = 0;

@@ -9,8 +9,8 @@ use rand::rngs::StdRng;
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use crate::common::random::{generator, normal};
-use crate::common::Result;
+use common::random::{generator, normal};
+use common::Result;
 
 /// A system, and how it is sampled.
 pub(crate) struct Task {

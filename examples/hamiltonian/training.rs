@@ -13,11 +13,11 @@ use indicatif::ProgressBar;
 use rand::rngs::StdRng;
 use rand::Rng;
 
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::random::generator;
-use crate::common::{initial, Result};
 use crate::system::{Data, Task};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::random::generator;
+use common::{initial, Result};
 
 /// Units of a hidden layer, of which there are two.
 const WIDTH: usize = 200;

@@ -4,9 +4,6 @@
 //! 2 with two zeros and a field 4-64-2, order 10 with eighteen and 20-128-2, a linear layer after the flow, Adam at 1e-2.
 //! Prints a table, writes a picture and the figures as JSON beside it.  Exits with 1 when the spirals are not parted.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 
 use candle_core::{DType, Device, Tensor};
@@ -16,14 +13,14 @@ use candle_diffeq::NeuralOde;
 use candle_nn::{Module, VarMap};
 use clap::Parser;
 
-use crate::common::chart::picture;
-use crate::common::classes::Sample;
-use crate::common::classifier::{options, tell, Classifier, Flow};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::{progress, Result};
+use common::chart::picture;
+use common::classes::Sample;
+use common::classifier::{options, tell, Classifier, Flow};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::{progress, Result};
 
 const SPIRALS: Labelled = Labelled::Spirals {
     turns: 1.0,

@@ -5,9 +5,6 @@
 //! integrated intensity λ_e meets a number drawn from the exponential distribution.  Prints the jumps, writes a picture and
 //! the figures as JSON beside it.  Exits with 1 when times of jumps differ from their closed forms.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
@@ -22,13 +19,13 @@ use rand::Rng;
 use rand_distr::Exp1;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Panel};
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{values, Result};
+use common::chart::{colour, picture, Curve, Panel};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{values, Result};
 
 /// Growth of the window in slow start, and its inverse round trips.
 const GROWTH: f64 = 0.693;

@@ -5,9 +5,6 @@
 //! and velocity fitted to them, and solves from other starts.  Prints errors and times, writes a picture and the figures as
 //! JSON beside it.  Exits with 1 when a correction does not make a method at least four times as accurate.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -22,14 +19,14 @@ use candle_nn::{VarBuilder, VarMap};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, Scale};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::{generator, normal};
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{initial, median, progress, values, Result};
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::{generator, normal};
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{initial, median, progress, values, Result};
 
 /// Length of a step, the end of training data, and of the comparison.
 const STEP: f64 = 0.02;
@@ -176,7 +173,7 @@ fn fitted(
     })?;
     bar.finish_and_clear();
     let last = &losses[losses.len().saturating_sub(100)..];
-    let ends = [losses[0], crate::common::mean(last)];
+    let ends = [losses[0], common::mean(last)];
     Ok((Correction { net, inputs, size }, ends))
 }
 
@@ -322,7 +319,7 @@ fn draw(report: &mut Report, lines: &[Line], times: &[f64]) -> Result<()> {
                 Panel {
                     curves: own.enumerate().map(curve).collect(),
                     scales: [Scale::Linear, Scale::Decades],
-                    legend: crate::common::chart::SeriesLabelPosition::LowerRight,
+                    legend: common::chart::SeriesLabelPosition::LowerRight,
                     ..Panel::new(
                         format!("relative error, {}, h = {STEP}", dtype.name()),
                         "t",

@@ -7,8 +7,6 @@
 //! it.  Exits with 1 when less than 95 % of the images held out are right (93 % with the
 //! test images alone), or in bf16 a point less than in f32.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod model;
 
 use std::path::PathBuf;
@@ -22,16 +20,16 @@ use indicatif::ProgressBar;
 use rand::seq::SliceRandom;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, SeriesLabelPosition};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::{Flags, Size};
-use crate::common::mnist::{shifts, Data, Images};
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{mean, progress, Result};
 use crate::model::{Kind, Model, STEPS};
+use common::chart::{colour, picture, Curve, Mark, Panel, SeriesLabelPosition};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::{Flags, Size};
+use common::mnist::{shifts, Data, Images};
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::Table;
+use common::{mean, progress, Result};
 
 /// One in so many of the test images is held out, where there are no others to train on.
 const HELD: usize = 5;
@@ -118,7 +116,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     report.figure("data", &data.name)?;
     report.figure("epochs", epochs)?;
     report.figure("runs", outcomes.iter().map(figures).collect::<Vec<_>>())?;
-    let least = ACCURACY[usize::from(data.training.len() < FULL)];
+    let least = ACCURACY[usize::from(data.training.count() < FULL)];
     demands(&outcomes, least, report);
     Ok(())
 }
@@ -134,7 +132,7 @@ fn train(
     let clock = Instant::now();
     let model = Model::new(kind, dtype, seed, device)?;
     let mut rng = generator(seed);
-    let mut order: Vec<usize> = (0..data.training.len()).collect();
+    let mut order: Vec<usize> = (0..data.training.count()).collect();
     let batches = order.len() / BATCH;
     let fit = Fit::new(epochs * batches, RATE).falling_to(0.02);
     bar.set_length(fit.iterations as u64);
@@ -180,7 +178,7 @@ fn loss(kind: Kind, logits: &[Tensor], classes: &Tensor) -> Result<Tensor> {
 /// The share of images that are right, read after each step.
 fn right(model: &Model, images: &Images, device: &Device) -> Result<Vec<f64>> {
     let mut counts = [0.0; STEPS + 1];
-    let all: Vec<usize> = (0..images.len()).collect();
+    let all: Vec<usize> = (0..images.count()).collect();
     for some in all.chunks(LOOKED) {
         let (x, classes) = images.batch(some, &vec![[0, 0]; some.len()], device)?;
         for (count, logits) in counts.iter_mut().zip(model.logits(&x)?) {

@@ -7,10 +7,10 @@ use candle_diffeq::tableau::RK4;
 use candle_diffeq::{odeint, OdeOptions, Time};
 use candle_nn::{Conv2d, Conv2dConfig, VarBuilder, VarMap};
 
-use crate::common::dtype::Dtype;
-use crate::common::mnist::{CLASSES, SIDE};
-use crate::common::random::generator;
-use crate::common::{initial, Result};
+use common::dtype::Dtype;
+use common::mnist::{CLASSES, SIDE};
+use common::random::generator;
+use common::{initial, Result};
 
 /// The image and five channels of zeros.
 pub(crate) const CHANNELS: usize = 6;

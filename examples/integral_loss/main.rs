@@ -7,9 +7,6 @@
 //! picture and the figures as JSON beside it.  Exits with 1 when the track is left within training's time, or when the radius
 //! is lost beyond it.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -22,15 +19,15 @@ use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Panel, TRUTH};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::plane::Window;
-use crate::common::random::{generator, normal};
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{initial, progress, relative, values, Result};
+use common::chart::{colour, picture, Curve, Panel, TRUTH};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::plane::Window;
+use common::random::{generator, normal};
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{initial, progress, relative, values, Result};
 
 const STARTS: usize = 100;
 const SPREAD: f64 = 0.1;
@@ -187,7 +184,7 @@ fn train((dtype, way): (Dtype, Way), (fit, seed): (&Fit, u64), device: &Device) 
         milliseconds,
         losses,
         track: f64::from(within).sqrt(),
-        radius: crate::common::mean(&squares).sqrt(),
+        radius: common::mean(&squares).sqrt(),
         states,
         ode,
     })
@@ -259,7 +256,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
 }
 
 /// Solutions over depth, in the plane with the learnt field, and the loss.
-fn draw(o: &Outcome, device: &Device, area: &crate::common::chart::Area<'_>) -> Result<()> {
+fn draw(o: &Outcome, device: &Device, area: &common::chart::Area<'_>) -> Result<()> {
     let parts = area.split_evenly((1, 3));
     let (all, count) = (values(&o.states)?, o.states.dim(0)?);
     let at = |i: usize, row: usize, c: usize| all[(i * STARTS + row) * 2 + c];
@@ -308,10 +305,7 @@ fn draw(o: &Outcome, device: &Device, area: &crate::common::chart::Area<'_>) -> 
     let losses = o.losses.iter().enumerate().map(|(i, l)| (i as f64, *l));
     Panel {
         curves: vec![Curve::new("", colour(0), losses)],
-        scales: [
-            crate::common::chart::Scale::Linear,
-            crate::common::chart::Scale::Decades,
-        ],
+        scales: [common::chart::Scale::Linear, common::chart::Scale::Decades],
         ..Panel::new("∫ |x − γ|² ds", "iteration", "loss")
     }
     .draw(&parts[2])

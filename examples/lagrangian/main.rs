@@ -5,9 +5,6 @@
 //! (arXiv 2003.04630), 4-128-128-1, along one trajectory.  Prints a table, writes a picture and the figures as JSON
 //! beside it.  Exits with 1 when the energy of the spring is off by more than a hundredth.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -24,14 +21,14 @@ use rand::rngs::StdRng;
 use rand::Rng;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Panel, TRUTH};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{initial, mean, progress, values, Result};
+use common::chart::{colour, picture, Curve, Panel, TRUTH};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{initial, mean, progress, values, Result};
 
 /// Largest energy error of a roll-out of the spring, of the energy at its start.
 const ENERGY: f64 = 0.01;
@@ -145,7 +142,7 @@ impl Data {
         let truth = predict(&task.system, &start, &times, &options)?;
         let x = match features {
             // torchdyn's: 2¹⁴ points, normal.
-            2 => crate::common::random::normal(rng, (1 << 14, 2), DType::F64, &Device::Cpu)?,
+            2 => common::random::normal(rng, (1 << 14, 2), DType::F64, &Device::Cpu)?,
             // The authors': one trajectory, 1500 seconds; here every fifth of a second of 300.
             _ => {
                 let long = TimeGrid::linspace(0.0, 300.0, 1501)?;

@@ -6,9 +6,6 @@
 //! Prints errors on held-out series, writes a picture and the figures as JSON beside it.  Exits with 1 when the mean squared
 //! error at the times that are not observed is above 0.01, or in bf16 twice that of f32.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::f64::consts::TAU;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -24,14 +21,14 @@ use rand::Rng;
 use rand_distr::StandardNormal;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, Scale, TRUTH};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::{generator, normal};
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{initial, progress, values, Result};
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale, TRUTH};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::{generator, normal};
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{initial, progress, values, Result};
 
 const FIT: Fit = Fit::new(2500, 4e-3).falling_to(0.02);
 const BATCH: usize = 50;
@@ -239,7 +236,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
 }
 
 /// Three test series, and the loss.
-fn draw(all: &[Outcome], data: &Data, area: &crate::common::chart::Area<'_>) -> Result<()> {
+fn draw(all: &[Outcome], data: &Data, area: &common::chart::Area<'_>) -> Result<()> {
     let parts = area.split_evenly((2, 2));
     for (series, part) in parts.iter().take(3).enumerate() {
         let truth = values(&data.test.get(series)?)?;

@@ -5,8 +5,6 @@
 //! `cargo run --release --example latent_sde` (two minutes; `--smoke`: seconds).  After Li, Wong, Chen, Duvenaud, "Scalable
 //! gradients for stochastic differential equations" (2020), §7.1.  Exits with 1 when the posterior misses the points.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod model;
 mod picture;
 
@@ -17,13 +15,13 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::{Flags, Size};
-use crate::common::progress;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::Result;
 use crate::model::{Data, Latent, Losses};
+use common::dtype::Dtype;
+use common::flags::{Flags, Size};
+use common::progress;
+use common::report::{self, Report};
+use common::table::Table;
+use common::Result;
 
 /// A path given points.
 #[derive(Parser)]

@@ -6,9 +6,9 @@ use candle_diffeq::sde::{ito, predict, NeuralSde, Noise, SdeOptions};
 use candle_diffeq::Time;
 use candle_nn::{linear, AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 
-use crate::common::dtype::Dtype;
-use crate::common::random::{generator, normal, uniform};
-use crate::common::{values, Result};
+use common::dtype::Dtype;
+use common::random::{generator, normal, uniform};
+use common::{values, Result};
 
 /// The prior dY = −RATE Y dt + SPREAD dW in its stationary state.
 const RATE: f64 = 1.0;

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, SeriesLabelPosition, TRUTH};
-use crate::common::Result;
 use crate::model::Data;
 use crate::Run;
+use common::chart::{colour, picture, Curve, Mark, Panel, SeriesLabelPosition, TRUTH};
+use common::Result;
 
 pub(crate) fn draw(path: &Path, data: &Data, run: &Run) -> Result<()> {
     picture(path, (1240, 760), |area| {

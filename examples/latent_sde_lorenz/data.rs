@@ -5,8 +5,8 @@ use candle_diffeq::options::Steps;
 use candle_diffeq::sde::{ito, predict, Noise, SdeOptions};
 use candle_diffeq::Time;
 
-use crate::common::random::{generator, normal};
-use crate::common::Result;
+use common::random::{generator, normal};
+use common::Result;
 
 /// Coordinates of an observation.
 pub(crate) const COORDINATES: usize = 3;

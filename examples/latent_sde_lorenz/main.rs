@@ -5,8 +5,6 @@
 //! Wong, Chen, Duvenaud, "Scalable gradients for stochastic differential equations" (2020), §7.2: fewer series, times,
 //! units and updates, and a wider likelihood.  Exits with 1 when samples given a series do not follow it.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data;
 mod model;
 mod networks;
@@ -20,14 +18,14 @@ use clap::Parser;
 use rand::Rng;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::{Flags, Size};
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{mean, progress, Result};
 use crate::data::Data;
 use crate::model::{by_row, Latent, Losses, Paths};
+use common::dtype::Dtype;
+use common::flags::{Flags, Size};
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::Table;
+use common::{mean, progress, Result};
 
 /// Root mean square distance of a series that was not trained on from the mean of its samples, in deviations of the data,
 /// at most.

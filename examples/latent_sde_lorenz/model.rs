@@ -4,11 +4,11 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_diffeq::sde::{NeuralSde, Noise, SdeOptions};
 use candle_nn::{linear, AdamW, Linear, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 
-use crate::common::dtype::Dtype;
-use crate::common::random::{generator, normal};
-use crate::common::{initial, values, Result};
 use crate::data::{Data, COORDINATES};
 use crate::networks::{posterior, prior, Encoder, Posterior, LATENT};
+use common::dtype::Dtype;
+use common::random::{generator, normal};
+use common::{initial, values, Result};
 
 /// Deviation of an observation around the decoded path.
 const SCALE: f64 = 0.1;

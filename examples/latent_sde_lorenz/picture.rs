@@ -2,13 +2,11 @@
 
 use std::path::Path;
 
-use crate::common::chart::{
-    colour, picture, Area, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
-};
-use crate::common::Result;
 use crate::data::Data;
 use crate::model::{by_row, Losses};
 use crate::Run;
+use common::chart::{colour, picture, Area, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH};
+use common::Result;
 
 /// Writes the picture of one run, whose samples are given this series.
 pub(crate) fn draw(path: &Path, (data, series): (&Data, usize), run: &Run) -> Result<()> {

@@ -6,8 +6,6 @@
 //! with 1 when ours are above rampde's in geometric mean over the numbers of steps and above the error
 //! of the scheme in f64, or grow with their number, or when the tape does not collapse.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod rampde;
 
@@ -21,14 +19,14 @@ use rand::Rng;
 use rand_distr::StandardNormal;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::model_equation::{exact, model_equation, Y0};
-use crate::common::problem::{Gradients, Problem};
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{geometric_mean, progress, Result};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::model_equation::{exact, model_equation, Y0};
+use common::problem::{Gradients, Problem};
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{geometric_mean, progress, Result};
 
 /// What errors are of.
 const QUANTITIES: [&str; 3] = ["y(T)", "∂L/∂y0", "∂L/∂A"];

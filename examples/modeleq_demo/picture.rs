@@ -4,12 +4,10 @@ use std::path::Path;
 
 use candle_diffeq::tableau::{EULER, RK4};
 
-use crate::common::chart::{
-    colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
-};
-use crate::common::dtype::Dtype;
-use crate::common::Result;
 use crate::{Series, Whose, QUANTITIES};
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH};
+use common::dtype::Dtype;
+use common::Result;
 
 /// Draws the low precisions, bf16 dashed.
 pub(crate) fn draw(path: &Path, all: &[Series]) -> Result<()> {

@@ -1,8 +1,8 @@
 //! What rampde reached on the same problem: its authors' figures (its repository at 21bedcf,
 //! 2025-02-12, then named torchmpnode; MIT), for states in f32.
 
-use crate::common::dtype::Dtype;
-use crate::common::Result;
+use common::dtype::Dtype;
+use common::Result;
 
 /// dtype_f, dtype_y, method, package, n_steps, and relative errors of y(T), ∂L/∂y0, ∂L/∂A.
 const FIGURES: &str = include_str!("rampde.csv");

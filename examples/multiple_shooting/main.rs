@@ -4,9 +4,6 @@
 //! intervals, which are rows of one batch.  Prints errors and times sweep by sweep, writes a picture and the figures as JSON
 //! beside it.  Exits with 1 when all sweeps together are not exact, or parareal takes longer than the serial solve.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -20,13 +17,13 @@ use candle_diffeq::{predict, OdeOptions, Time, VectorField};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, Scale};
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::random::{generator, normal};
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{median, values, Result};
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::random::{generator, normal};
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{median, values, Result};
 
 const STARTS: usize = 8;
 const END: f64 = 3.0;
@@ -255,7 +252,7 @@ fn draw(report: &mut Report, dtype: Dtype, all: &[Sweep], serial: f64) -> Result
         Panel {
             curves,
             scales: [Scale::Linear, Scale::Decades],
-            legend: crate::common::chart::SeriesLabelPosition::LowerRight,
+            legend: common::chart::SeriesLabelPosition::LowerRight,
             ..Panel::new("time", "sweeps", "ms")
         }
         .draw(&parts[2])

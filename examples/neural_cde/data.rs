@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_diffeq::cde::{ControlPath, Observations};
 use rand::rngs::StdRng;
 
-use crate::common::{random, Result};
+use common::{random, Result};
 
 const FILE: &[u8] = include_bytes!("japanese_vowels.safetensors");
 

@@ -6,8 +6,6 @@
 //! and in bf16.  `--path linear` takes straight lines, `--path log-signature` one step for four frames (a neural rough
 //! differential equation).  Prints accuracy, evaluations and time; draws confusions and progress.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data;
 mod picture;
 mod training;
@@ -18,13 +16,13 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{mean, progress, Result};
 use crate::data::{Data, Kind};
 use crate::training::{train, Outcome, Setting, BATCH};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::Table;
+use common::{mean, progress, Result};
 
 /// What the mean accuracy must be, also with a quarter of the evaluations, and how far below that of f32 it may be in
 /// low precision.

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::common::chart::{colour, picture, Area, Curve, Heat, Panel, SeriesLabelPosition};
-use crate::common::Result;
 use crate::data::CLASSES;
 use crate::training::{Epoch, Outcome};
+use common::chart::{colour, picture, Area, Curve, Heat, Panel, SeriesLabelPosition};
+use common::Result;
 
 /// Writes the picture.
 pub(crate) fn draw(path: &Path, outcomes: &[Outcome]) -> Result<()> {

@@ -12,10 +12,10 @@ use candle_nn::{loss::cross_entropy, AdamW, Linear, Optimizer, ParamsAdamW, VarB
 use indicatif::ProgressBar;
 use rand::seq::SliceRandom;
 
-use crate::common::dtype::Dtype;
-use crate::common::random::generator;
-use crate::common::{initial, mean, median, Result};
 use crate::data::{Data, Kind, Utterances, CLASSES};
+use common::dtype::Dtype;
+use common::random::generator;
+use common::{initial, mean, median, Result};
 
 const HIDDEN: usize = 32;
 const WIDTH: usize = 40;

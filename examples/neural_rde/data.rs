@@ -7,9 +7,9 @@ use candle_diffeq::sde::{ito, predict, Noise, SdeOptions};
 use candle_diffeq::Time;
 use rand::rngs::StdRng;
 
-use crate::common::path_classifier::Labelled;
-use crate::common::random::normal;
-use crate::common::Result;
+use common::path_classifier::Labelled;
+use common::random::normal;
+use common::Result;
 
 /// Points of a series.
 pub(crate) const LENGTH: usize = 513;

@@ -6,8 +6,6 @@
 //! the path and its chord too (depth 2).  Prints accuracy and evaluations; draws a window and accuracies.  Exits with 1 when
 //! depth 2 does not tell them apart in four steps, or depth 1 does.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data;
 mod picture;
 
@@ -17,14 +15,14 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::path_classifier::{train, Outcome, Setting};
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
 use crate::data::{paths, series, Depth};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::path_classifier::{train, Outcome, Setting};
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// Points of a window; the longest leaves four steps.
 const WINDOWS: [usize; 4] = [1, 8, 32, 128];

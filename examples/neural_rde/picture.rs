@@ -4,13 +4,11 @@ use std::path::Path;
 
 use candle_core::DType;
 
-use crate::common::chart::{
-    colour, picture, Area, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
-};
-use crate::common::path_classifier::Labelled;
-use crate::common::Result;
 use crate::data::Depth;
 use crate::Run;
+use common::chart::{colour, picture, Area, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH};
+use common::path_classifier::Labelled;
+use common::Result;
 
 /// Points of a window that is drawn, and how many windows are.
 const WINDOW: usize = 32;

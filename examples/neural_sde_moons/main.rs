@@ -5,9 +5,6 @@
 //! iteration draws new noise.  What is drawn and counted is a solve with noise of its own, and the mean over many.  Exits
 //! with 1 when less than 95 % of the points are right on the mean of the samples.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::cell::Cell;
 use std::process::ExitCode;
 
@@ -20,16 +17,16 @@ use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{picture, Panel};
-use crate::common::classes::Sample;
-use crate::common::classifier::{Classifier, Flow, Trained};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::plane::{dots, Window};
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
+use common::chart::{picture, Panel};
+use common::classes::Sample;
+use common::classifier::{Classifier, Flow, Trained};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::plane::{dots, Window};
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 const MOONS: Labelled = Labelled::Moons { noise: 0.1 };
 const FIT: Fit = Fit::new(250, 1e-2);

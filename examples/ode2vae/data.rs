@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use rand::rngs::StdRng;
 use rand::Rng;
 
-use crate::common::{mnist, Result};
+use common::{mnist, Result};
 
 /// Frames of a sequence, and pixels along the side of one.
 pub(crate) const FRAMES: usize = 16;

@@ -6,8 +6,6 @@
 //! without it, threes are drawn of arcs.  Prints errors on held-out sequences, writes a picture and the figures as JSON beside it.
 //! Exits with 1 when the error is above six tenths of that of the mean sequence, or in bf16 a tenth above that of f32.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data;
 mod model;
 
@@ -21,16 +19,16 @@ use clap::Parser;
 use rand::Rng;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Area, Curve, Heat, Panel, Scale};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{initial, progress, values, Result};
 use crate::data::{Data, FRAMES, SIDE};
 use crate::model::Model;
+use common::chart::{colour, picture, Area, Curve, Heat, Panel, Scale};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::Table;
+use common::{initial, progress, values, Result};
 
 const FIT: Fit = Fit::new(1200, 3e-3).falling_to(0.05);
 const BATCH: usize = 40;

@@ -9,10 +9,10 @@ use candle_diffeq::{NeuralOde, OdeOptions, Time};
 use candle_nn::{VarBuilder, VarMap};
 use rand::rngs::StdRng;
 
-use crate::common::dtype::Dtype;
-use crate::common::random::normal;
-use crate::common::Result;
 use crate::data::{FRAMES, PIXELS};
+use common::dtype::Dtype;
+use common::random::normal;
+use common::Result;
 
 /// Numbers of s, of hidden layers, and the published time between frames.  Four times as long, the second order lets s grow
 /// by the square of it: the decoder saw the time, and not the digit.

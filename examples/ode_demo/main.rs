@@ -4,8 +4,6 @@
 //! size).  Prints a table, writes a picture and the figures of the table as JSON beside it.  Exits
 //! with 1 when a precision has not learnt, or a low one has learnt less than f32.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod spiral;
 mod training;
@@ -16,13 +14,13 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
 use crate::spiral::{Spiral, Trajectory};
 use crate::training::{train, Outcome, Setting};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// How much lower the loss must end than it began.
 const LEARNT: f64 = 10.0;

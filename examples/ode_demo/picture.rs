@@ -4,10 +4,10 @@ use std::path::Path;
 
 use candle_core::DType;
 
-use crate::common::chart::{colour, picture, Area, Curve, Panel, Scale, TRUTH};
-use crate::common::Result;
 use crate::spiral::Trajectory;
 use crate::training::Outcome;
+use common::chart::{colour, picture, Area, Curve, Panel, Scale, TRUTH};
+use common::Result;
 
 /// Losses are averaged over this many iterations, to show the trend under the noise.
 const SMOOTHING: usize = 20;
@@ -87,7 +87,7 @@ fn losses(area: &Area<'_>, outcomes: &[Outcome]) -> Result<()> {
 
 fn smoothed(losses: &[f64]) -> Vec<(f64, f64)> {
     let window = SMOOTHING.min(losses.len());
-    let mean = |(i, window): (usize, &[f64])| (i as f64, crate::common::mean(window));
+    let mean = |(i, window): (usize, &[f64])| (i as f64, common::mean(window));
     losses
         .windows(window.max(1))
         .enumerate()

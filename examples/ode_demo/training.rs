@@ -13,10 +13,10 @@ use rand::rngs::StdRng;
 use rand::Rng;
 use rand_distr::{Distribution, Normal};
 
-use crate::common::dtype::Dtype;
-use crate::common::random::generator;
-use crate::common::{mean, median, Result};
 use crate::spiral::Trajectory;
+use common::dtype::Dtype;
+use common::random::generator;
+use common::{mean, median, Result};
 
 /// Network and training.
 #[derive(Clone)]

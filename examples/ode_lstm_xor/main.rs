@@ -8,8 +8,6 @@
 //! accuracies, writes a picture and the figures as JSON beside it.  Exits with 1 when a model that flows does not learn it,
 //! or in bf16 less than in f32.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod model;
 mod streams;
 mod training;
@@ -20,14 +18,14 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, SeriesLabelPosition};
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{mean, Result};
 use crate::model::Kind;
 use crate::training::{train, Outcome, Plan};
+use common::chart::{colour, picture, Curve, Mark, Panel, SeriesLabelPosition};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::Table;
+use common::{mean, Result};
 
 /// The share of test streams whose parity must be right, in the mean over the seeds, and how much less in low precision.
 const RIGHT: f64 = 0.99;

@@ -9,9 +9,9 @@ use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{VarBuilder, VarMap};
 use rand::rngs::StdRng;
 
-use crate::common::dtype::Dtype;
-use crate::common::{initial, Result};
 use crate::streams::Runs;
+use common::dtype::Dtype;
+use common::{initial, Result};
 
 const HIDDEN: usize = 32;
 /// Steps of RK4 over a run.

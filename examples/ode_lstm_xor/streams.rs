@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use rand::rngs::StdRng;
 use rand::Rng;
 
-use crate::common::Result;
+use common::Result;
 
 /// Streams, each as a list of its runs; after the last run of a stream its row is empty.
 pub(crate) struct Runs {

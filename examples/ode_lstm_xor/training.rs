@@ -6,10 +6,10 @@ use candle_core::{DType, Device, Tensor, Var, D};
 use candle_nn::loss::cross_entropy;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 
-use crate::common::random::generator;
-use crate::common::{gradients, progress, Result};
 use crate::model::{Kind, Model};
 use crate::streams::{streams, Runs};
+use common::random::generator;
+use common::{gradients, progress, Result};
 
 const BATCH: usize = 128;
 const RATE: f64 = 3e-3;

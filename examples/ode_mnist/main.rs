@@ -7,8 +7,6 @@
 //! processes.  Prints accuracy, evaluations, time and memory; draws confusions
 //! and progress.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod network;
 mod picture;
 mod training;
@@ -20,16 +18,16 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::{Flags, Size};
-use crate::common::mnist::Data;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::team::{Team, Together};
-use crate::common::{memory, progress, Result};
 use crate::network::{Field, Layout};
 use crate::training::{train, Outcome, Setting};
+use common::dtype::Dtype;
+use common::flags::{Flags, Size};
+use common::mnist::Data;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::Table;
+use common::team::{Team, Together};
+use common::{memory, progress, Result};
 
 /// What the accuracy must be in f32, and how far below it may be in low precision.
 const ACCURACY: f64 = 0.96;

@@ -10,10 +10,10 @@ use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{group_norm, linear, GroupNorm, Linear, VarBuilder, VarMap};
 use rand::rngs::StdRng;
 
-use crate::common::conv::Conv;
-use crate::common::dtype::Dtype;
-use crate::common::initial;
-use crate::common::mnist::CLASSES;
+use common::conv::Conv;
+use common::dtype::Dtype;
+use common::initial;
+use common::mnist::CLASSES;
 
 /// Which vector field.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -112,7 +112,7 @@ impl Network {
         device: &Device,
         recorder: &Recorder,
         rng: &mut StdRng,
-    ) -> crate::common::Result<Self> {
+    ) -> common::Result<Self> {
         let vars = VarMap::new();
         let ode = || match layout.field {
             Field::Plain => NeuralOde::new(&vars, "ode", device, move |vb| {

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, SeriesLabelPosition};
-use crate::common::mnist::{Data, CLASSES};
-use crate::common::Result;
 use crate::training::{Epoch, Outcome};
+use common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, SeriesLabelPosition};
+use common::mnist::{Data, CLASSES};
+use common::Result;
 
 /// Writes the picture.
 pub(crate) fn draw(path: &Path, data: &Data, outcomes: &[Outcome]) -> Result<()> {
@@ -38,7 +38,7 @@ fn confusions(area: &Area<'_>, data: &Data, outcomes: &[Outcome]) -> Result<()> 
     // Shares of a row are coloured, and counts written.
     let title = format!(
         "{} validation images, {}, {:.1} % right",
-        data.validation.len(),
+        data.validation.count(),
         outcome.dtype.name(),
         100.0 * outcome.accuracy()
     );

@@ -10,12 +10,12 @@ use candle_nn::Optimizer;
 use indicatif::ProgressBar;
 use rand::seq::SliceRandom;
 
-use crate::common::dtype::Dtype;
-use crate::common::mnist::{shifts, Data, Images, CLASSES};
-use crate::common::momentum::{cosine, Config, Momentum};
-use crate::common::random::generator;
-use crate::common::{mean, median, Result};
 use crate::network::{Layout, Network};
+use common::dtype::Dtype;
+use common::mnist::{shifts, Data, Images, CLASSES};
+use common::momentum::{cosine, Config, Momentum};
+use common::random::generator;
+use common::{mean, median, Result};
 
 /// Network and training.
 #[derive(Clone, Debug)]
@@ -90,7 +90,7 @@ pub(crate) fn train(
     };
     let replicas = Replicas::new(group, network.map())?;
     let mut optimiser = Momentum::new(replicas.variables(), config)?;
-    let mut order: Vec<usize> = (0..data.training.len()).collect();
+    let mut order: Vec<usize> = (0..data.training.count()).collect();
     let batches = order.len() / setting.batch;
     let iterations = batches * setting.epochs;
     bar.set_length(iterations as u64);
@@ -123,7 +123,7 @@ pub(crate) fn train(
         let right: f64 = (0..CLASSES).map(|c| confusion[c][c]).sum();
         epochs.push(Epoch {
             loss: mean(&losses),
-            accuracy: right / data.validation.len() as f64,
+            accuracy: right / data.validation.count() as f64,
             evaluations,
         });
         let Epoch { loss, accuracy, .. } = &epochs[epoch];
@@ -167,7 +167,7 @@ fn confusions(
     device: &Device,
 ) -> Result<Vec<Vec<f64>>> {
     let mut counts = vec![0.0; CLASSES * CLASSES];
-    let mine: Vec<usize> = share(group, images.len()).collect();
+    let mine: Vec<usize> = share(group, images.count()).collect();
     for indices in mine.chunks(TEST) {
         let (batch, labels) = images.batch(indices, &vec![[0; 2]; indices.len()], device)?;
         let taken: Tensor = network.test(&batch)?.argmax(D::Minus1)?;

@@ -15,14 +15,14 @@ use rand::rngs::StdRng;
 use rand::Rng;
 use serde_json::json;
 
-use crate::common::chart::{colour, Area, Curve, Panel};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::Report;
-use crate::common::table::{sci, Table};
-use crate::common::{initial, mean, progress, Result};
+use common::chart::{colour, Area, Curve, Panel};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::Report;
+use common::table::{sci, Table};
+use common::{initial, mean, progress, Result};
 
 const GRAVITY: f64 = 9.81;
 const FRICTION: f64 = 0.1;

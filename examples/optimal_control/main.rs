@@ -7,8 +7,6 @@
 //! two tables, writes a picture and the figures as JSON beside it.  Exits with 1 when the pendulum is not brought to rest, or
 //! the hypersolver is no closer to the true cost than Euler's method.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod hyper;
 mod shaping;
 
@@ -17,10 +15,10 @@ use std::process::ExitCode;
 use candle_core::Device;
 use clap::Parser;
 
-use crate::common::chart::picture;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::Result;
+use common::chart::picture;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::Result;
 
 /// Learns to control pendulums.
 #[derive(Parser)]

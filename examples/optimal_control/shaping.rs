@@ -12,14 +12,14 @@ use candle_nn::{VarBuilder, VarMap};
 use rand::Rng;
 use serde_json::json;
 
-use crate::common::chart::{colour, Area, Curve, Panel};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::Report;
-use crate::common::table::{sci, Table};
-use crate::common::{initial, progress, values, Result};
+use common::chart::{colour, Area, Curve, Panel};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::Report;
+use common::table::{sci, Table};
+use common::{initial, progress, values, Result};
 
 const MASS: f64 = 1.0;
 const SPRING: f64 = 0.5;

@@ -6,8 +6,6 @@
 //! discrepancies, and how far the map is from its inverse; draws densities, samples and paths.  Exits
 //! with 1 when scaled f16 does not come within 2 % of the loss of f32, or a map is not inverted.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod problem;
 mod training;
@@ -18,14 +16,14 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::mode::Mode;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{jobs, progress, Result};
 use crate::problem::Problem;
 use crate::training::{train, Outcome};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::mode::Mode;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{jobs, progress, Result};
 
 /// How far scaled f16 may end from f32.
 const CLOSE: f64 = 0.02;

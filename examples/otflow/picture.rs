@@ -5,10 +5,10 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use crate::common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, Scale, TRUTH};
-use crate::common::random::{generator, normal};
-use crate::common::{mean, values, Result};
 use crate::training::{Costs, Outcome};
+use common::chart::{colour, picture, Area, Curve, Heat, Mark, Panel, Scale, TRUTH};
+use common::random::{generator, normal};
+use common::{mean, values, Result};
 
 /// The window, in both directions.
 const WINDOW: Range<f64> = -4.5..4.5;

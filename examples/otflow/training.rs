@@ -12,11 +12,11 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::ProgressBar;
 use rand::rngs::StdRng;
 
-use crate::common::initial::{layers, uniform};
-use crate::common::mode::Mode;
-use crate::common::random::{generator, normal};
-use crate::common::{mean, median, values, Result};
 use crate::problem::Problem;
+use common::initial::{layers, uniform};
+use common::mode::Mode;
+use common::random::{generator, normal};
+use common::{mean, median, values, Result};
 
 /// Seeds of what flows are judged by; training's are below.
 const JUDGED: u64 = 1 << 40;

@@ -3,8 +3,6 @@
 //!
 //! `cargo run --release --example precision` (about a minute; `--smoke` a few seconds)
 
-#[path = "../common/mod.rs"]
-mod common;
 mod studies;
 
 use std::process::ExitCode;
@@ -13,11 +11,11 @@ use candle_core::DType;
 use candle_diffeq::Precision;
 use clap::Parser;
 
-use crate::common::flags::{Flags, Size};
-use crate::common::problem::Errors;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
+use common::flags::{Flags, Size};
+use common::problem::Errors;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// Errors of f16 and bf16 solves against f64.
 #[derive(Parser)]

@@ -9,8 +9,8 @@ use candle_diffeq::tableau::{Tableau, EULER, RK4};
 use candle_diffeq::{NeuralOde, OdeOptions, Precision, Time};
 use candle_nn::VarMap;
 
-use crate::common::model_equation;
-use crate::common::problem::{self, Errors, Problem};
+use common::model_equation;
+use common::problem::{self, Errors, Problem};
 
 fn options(method: Tableau, precision: Precision) -> OdeOptions {
     OdeOptions {

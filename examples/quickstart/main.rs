@@ -4,9 +4,6 @@
 //! the state at depth 1, Adam at 1e-2, 300 iterations on 520 points.  Prints a table, writes a picture and the figures
 //! as JSON beside it.  Exits with 1 when the moons are not separated.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::process::ExitCode;
 
 use candle_core::{Device, Tensor};
@@ -17,15 +14,15 @@ use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::picture;
-use crate::common::classes::Sample;
-use crate::common::classifier::{options, Classifier, Trained};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
+use common::chart::picture;
+use common::classes::Sample;
+use common::classifier::{options, Classifier, Trained};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 const MOONS: Labelled = Labelled::Moons { noise: 0.1 };
 const POINTS: usize = 520;

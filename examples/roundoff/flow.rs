@@ -6,8 +6,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rand::rngs::StdRng;
 
-use crate::common::problem::Problem;
-use crate::common::random::{normal, uniform};
+use common::problem::Problem;
+use common::random::{normal, uniform};
 
 const BATCH: usize = 16;
 const HYPER: usize = 32;

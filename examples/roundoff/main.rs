@@ -5,8 +5,6 @@
 //! bf16, in f16, or in f32 with compensated sums after the most steps is more than twice that after the
 //! fewest.  In plain f32 and in f64 the errors of the state's sums add up, and nothing is demanded.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod flow;
 mod picture;
 
@@ -19,13 +17,13 @@ use candle_diffeq::{Error, OdeOptions, Precision};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::problem::{Gradients, Problem};
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, relative, values, Result};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::problem::{Gradients, Problem};
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, relative, values, Result};
 
 /// What errors are of.
 const QUANTITIES: [&str; 4] = ["y(1)", "∂L/∂y0", "∂L/∂θ", "worst of ∂L/∂θ"];

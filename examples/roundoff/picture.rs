@@ -4,12 +4,10 @@ use std::path::Path;
 
 use candle_diffeq::tableau::{EULER, RK4};
 
-use crate::common::chart::{
-    colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
-};
-use crate::common::dtype::Dtype;
-use crate::common::Result;
 use crate::{Kind, Series, QUANTITIES};
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH};
+use common::dtype::Dtype;
+use common::Result;
 
 /// Solution, ∂L/∂y0 and ∂L/∂θ; scaled, unscaled and constant scale are drawn where they differ.
 const DRAWN: usize = 3;

@@ -14,13 +14,13 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::mnist::{shifts, Data};
-use crate::common::random::{generator, normal};
-use crate::common::team::Team;
-use crate::common::{initial, median, use_every_core, Result};
 use crate::network::{Field, Layout, Network};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::mnist::{shifts, Data};
+use common::random::{generator, normal};
+use common::team::Team;
+use common::{initial, median, use_every_core, Result};
 
 /// What stands before the line with the outcome.
 pub(crate) const MARK: &str = "measured: ";

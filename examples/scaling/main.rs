@@ -5,8 +5,6 @@
 //! the step against bytes of θ; sums over two ranks against bytes, to which α + β · bytes is fitted.  Exits with 1 if 2
 //! processes with 1 thread take longer than 1.10 times what 1 process with 2 threads takes on W1 or W2.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod job;
 mod model;
 #[path = "../ode_mnist/network.rs"]
@@ -19,14 +17,14 @@ use std::process::{Command, ExitCode, Stdio};
 use clap::Parser;
 use serde_json::{json, Value};
 
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::team::Together;
-use crate::common::threads::THREADS;
-use crate::common::{median, Result};
 use crate::job::{Job, Point, WORKLOADS};
 use crate::model::{fit, Linear, Network, NETWORKS, RANKS};
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::Table;
+use common::team::Together;
+use common::threads::THREADS;
+use common::{median, Result};
 
 /// Two processes with one thread, in times of one process with two.
 const BAR: f64 = 1.10;

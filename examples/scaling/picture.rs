@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use crate::common::chart::{colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition};
-use crate::common::Result;
 use crate::job::{Point, WORKLOADS};
 use crate::model::Linear;
 use crate::{networks, Measured, EFFICIENT, LAYOUTS};
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition};
+use common::Result;
 
 /// Ranks that are drawn.
 fn ranks() -> impl Iterator<Item = usize> {

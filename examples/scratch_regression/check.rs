@@ -6,12 +6,12 @@ use candle_nn::{Module, VarBuilder, VarMap};
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use crate::common::dtype::Dtype;
-use crate::common::random::generator;
-use crate::common::{gradients, relative, Result};
 use crate::network::{loss, network, ode, point, START, STEPS};
 use crate::training::{restore, Weights};
 use crate::{DIFFERENCES, EXACT};
+use common::dtype::Dtype;
+use common::random::generator;
+use common::{gradients, relative, Result};
 
 /// Random directions for differences, and the length of a step along one.
 const DIRECTIONS: usize = 10;

@@ -6,8 +6,6 @@
 //! Writes the loss curves, trajectories and the field that was learnt.
 
 mod check;
-#[path = "../common/mod.rs"]
-mod common;
 mod network;
 mod picture;
 mod training;
@@ -19,12 +17,12 @@ use clap::Parser;
 use serde_json::json;
 
 use crate::check::Check;
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
 use crate::training::{train, Outcome};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// The notebook's schedule.
 const EPOCHS: u32 = 2000;

@@ -7,7 +7,7 @@ use candle_diffeq::{NeuralOde, OdeOptions, Precision};
 use candle_nn::{linear, Module, VarBuilder, VarMap};
 use rand::rngs::StdRng;
 
-use crate::common::{initial, values};
+use common::{initial, values};
 
 const HIDDEN: usize = 64;
 const EPSILON: f64 = 1e-8;
@@ -58,7 +58,7 @@ pub(crate) fn ode(vars: &VarMap, precision: Precision, device: &Device) -> Resul
 
 /// Draws weights whose field leads away from the start.  One that leads back into it, one draw in
 /// seven, keeps the state where the norm is singular, and its first gradient may be 10³³.
-pub(crate) fn draw(vars: &VarMap, ode: &NeuralOde, rng: &mut StdRng) -> crate::common::Result<()> {
+pub(crate) fn draw(vars: &VarMap, ode: &NeuralOde, rng: &mut StdRng) -> common::Result<()> {
     const TRIES: usize = 100;
     for _ in 0..TRIES {
         initial::normal(vars, rng, initial::xavier)?;

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use crate::common::chart::{
-    colour, picture, Area, Arrows, Curve, Heat, Mark, Panel, RGBColor, Scale, SeriesLabelPosition,
-};
-use crate::common::Result;
 use crate::network::{START, TARGET};
 use crate::training::{Arrow, Outcome, GRID, SQUARE};
+use common::chart::{
+    colour, picture, Area, Arrows, Curve, Heat, Mark, Panel, RGBColor, Scale, SeriesLabelPosition,
+};
+use common::Result;
 
 const ENDS: RGBColor = RGBColor(40, 40, 40);
 /// On the colours of speeds.

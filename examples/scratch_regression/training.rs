@@ -9,10 +9,10 @@ use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{AdamW, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use indicatif::ProgressBar;
 
-use crate::common::dtype::Dtype;
-use crate::common::random::generator;
-use crate::common::{gradients, median, Result};
 use crate::network::{draw, loss, network, ode, point, START, STEPS};
+use common::dtype::Dtype;
+use common::random::generator;
+use common::{gradients, median, Result};
 
 const LEARNING_RATE: f64 = 5e-3;
 /// The learning rate is multiplied by `DECAY` in each third of the epochs.

@@ -4,8 +4,6 @@
 //! `cargo run --release --example sde_gbm` (a minute; `--smoke`: seconds).  Exits with 1 when an observed strong order is
 //! more than 0.1 below the method's, or the weak order of Euler-Maruyama is not one.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod problem;
 
@@ -17,11 +15,11 @@ use candle_diffeq::sde::{SdeMethod, ALL, EULER_MARUYAMA, SRA1};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
 use crate::problem::Problem;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 /// Orders of convergence.
 #[derive(Parser)]

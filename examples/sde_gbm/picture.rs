@@ -2,12 +2,10 @@
 
 use std::path::Path;
 
-use crate::common::chart::{
-    colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH,
-};
-use crate::common::Result;
 use crate::problem::Problem;
 use crate::Run;
+use common::chart::{colour, picture, Curve, Mark, Panel, Scale, SeriesLabelPosition, TRUTH};
+use common::Result;
 
 pub(crate) fn draw(path: &Path, runs: &[Run]) -> Result<()> {
     picture(path, (1500, 820), |area| {

@@ -8,7 +8,7 @@ use candle_diffeq::sde::{
 };
 use candle_diffeq::Time;
 
-use crate::common::Result;
+use common::Result;
 
 /// dY = A Y dt + B Y dW.
 const A: f64 = 0.5;

@@ -18,9 +18,9 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use rand::rngs::StdRng;
 use rand::Rng;
 
-use crate::common::random::{generator, uniform};
-use crate::common::{initial, median, Result};
 use crate::way::{Cost, Pair, Way};
+use common::random::{generator, uniform};
+use common::{initial, median, Result};
 
 const TOLERANCE: Pair = Pair(1e-4, 1e-4);
 const BATCH: usize = 256;

@@ -12,9 +12,9 @@ use rand::rngs::StdRng;
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use crate::common::random::generator;
-use crate::common::{initial, median, Result};
 use crate::way::{Cost, Pair, Way};
+use common::random::generator;
+use common::{initial, median, Result};
 
 const BATCH: usize = 512;
 const TOLERANCE: Pair = Pair(1e-5, 1e-5);

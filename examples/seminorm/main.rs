@@ -7,8 +7,6 @@
 //! a flow on eight Gaussians, and of a Symplectic ODE-Net on an acrobot.  Prints tables; draws where backward steps were tried, and evaluations by update.
 
 mod acrobot;
-#[path = "../common/mod.rs"]
-mod common;
 #[allow(dead_code)]
 #[path = "../neural_cde/data.rs"]
 mod data;
@@ -24,13 +22,13 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{mean, progress, relative, Result};
 use crate::data::{Data, LENGTH};
 use crate::vowels::{mean_of, PAIRS};
 use crate::way::{Cost, Pair, Way, ESTIMATE};
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::Table;
+use common::{mean, progress, relative, Result};
 
 /// The ways that a model is trained in.
 const TRAINED: [Way; 3] = [Way::Default, Way::Seminorm, Way::Discrete];

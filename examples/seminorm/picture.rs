@@ -4,10 +4,10 @@ use std::path::Path;
 
 use candle_diffeq::metrics::BackwardAttempt;
 
-use crate::common::chart::{colour, picture, Bars, Curve, Panel, SeriesLabelPosition};
-use crate::common::Result;
 use crate::vowels::Trained;
 use crate::way::{Cost, Way};
+use common::chart::{colour, picture, Bars, Curve, Panel, SeriesLabelPosition};
+use common::Result;
 
 /// Bins of a histogram: one for each interval of the path.
 const BINS: usize = 28;

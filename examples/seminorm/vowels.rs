@@ -14,10 +14,10 @@ use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMa
 use indicatif::ProgressBar;
 use rand::seq::SliceRandom;
 
-use crate::common::random::generator;
-use crate::common::{initial, mean, median, Result};
 use crate::data::{Data, Utterances, CHANNELS, CLASSES, COEFFICIENTS, LENGTH};
 use crate::way::{Cost, Pair, Way};
+use common::random::generator;
+use common::{initial, mean, median, Result};
 
 const HIDDEN: usize = 32;
 const WIDTH: usize = 40;

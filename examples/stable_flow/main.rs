@@ -5,9 +5,6 @@
 //! square.  Prints a table, writes a picture and the figures as JSON beside it.  Exits with 1 when solutions of the stable
 //! flow lose the energy that it has learnt, or more of the true one than those of the perceptron.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::f64::consts::PI;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -22,15 +19,15 @@ use candle_nn::{VarBuilder, VarMap};
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Panel, TRUTH};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::plane::{paths, Window};
-use crate::common::random::{generator, uniform};
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{initial, progress, values, Result};
+use common::chart::{colour, picture, Curve, Panel, TRUTH};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::plane::{paths, Window};
+use common::random::{generator, uniform};
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{initial, progress, values, Result};
 
 const FIT: Fit = Fit::new(4000, 3e-3).falling_to(0.01);
 const POINTS: usize = 256;
@@ -264,7 +261,7 @@ fn draw(
     own: &[&Outcome],
     exact: &Tensor,
     device: &Device,
-    area: &crate::common::chart::Area<'_>,
+    area: &common::chart::Area<'_>,
 ) -> Result<()> {
     let parts = area.split_evenly((1, 3));
     let window = Window::square(SIDE);

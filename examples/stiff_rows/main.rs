@@ -3,8 +3,6 @@
 //! `cargo run --release --example stiff_rows` (half a minute; `--smoke`: seconds).  Exits with 1 when rows of their
 //! own do not save evaluations at every tolerance, or when their error is out of proportion to it.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod picture;
 mod problem;
 
@@ -19,13 +17,13 @@ use candle_diffeq::OdeOptions;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{mean, median, progress, values, Result};
 use crate::problem::Problem;
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{mean, median, progress, values, Result};
 
 const TIMES: [f64; 2] = [0.0, 1.0];
 /// atol = rtol / 100.

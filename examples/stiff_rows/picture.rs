@@ -2,11 +2,9 @@
 
 use std::path::Path;
 
-use crate::common::chart::{
-    colour, picture, Curve, Mark, Panel, RGBColor, Scale, SeriesLabelPosition,
-};
-use crate::common::Result;
 use crate::{Control, Run, DRAWN};
+use common::chart::{colour, picture, Curve, Mark, Panel, RGBColor, Scale, SeriesLabelPosition};
+use common::Result;
 
 /// The runs of one precision.
 pub(crate) fn draw(path: &Path, speeds: &[f64], runs: &[&Run]) -> Result<()> {

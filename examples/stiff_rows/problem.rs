@@ -7,8 +7,8 @@ use candle_nn::VarMap;
 use rand::rngs::StdRng;
 use rand::Rng;
 
-use crate::common::dtype::Dtype;
-use crate::common::random::{normal, uniform};
+use common::dtype::Dtype;
+use common::random::{normal, uniform};
 
 /// Pairs of hidden units.
 const PAIRS: usize = 32;

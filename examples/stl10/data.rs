@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::Rng;
 
-use crate::common::Result;
+use common::Result;
 
 /// Of an image, in pixels.
 pub(crate) const SIDE: usize = 96;

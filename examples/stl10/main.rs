@@ -6,8 +6,6 @@
 //! trains on a drawn stand-in of the same shapes.  Prints losses, accuracies, time and memory; draws
 //! losses, and what becomes of a perturbation with both signs of the field.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data;
 mod field;
 mod network;
@@ -21,16 +19,16 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::{Flags, Size};
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::Table;
-use crate::common::{progress, Result};
 use crate::data::Data;
 use crate::field::Sign;
 use crate::network::Filters;
 use crate::training::{train, Outcome, Setting};
+use common::dtype::Dtype;
+use common::flags::{Flags, Size};
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::Table;
+use common::{progress, Result};
 
 /// How far the last loss in low precision may be above that in f32.
 const LOW: f64 = 1.25;

@@ -9,10 +9,10 @@ use candle_diffeq::{NeuralOde, OdeOptions, Precision};
 use candle_nn::{group_norm, linear, GroupNorm, Linear, VarBuilder, VarMap};
 use rand::rngs::StdRng;
 
-use crate::common::conv::Conv;
-use crate::common::{initial, random};
 use crate::data::CLASSES;
 use crate::field::{Sign, ThereAndBack};
+use common::conv::Conv;
+use common::{initial, random};
 
 pub(crate) const BLOCKS: usize = 3;
 /// Intervals of constant weights on [0, 1]; a step of RK4 each.
@@ -100,7 +100,7 @@ impl Network {
         device: &Device,
         recorder: &Recorder,
         rng: &mut StdRng,
-    ) -> crate::common::Result<Self> {
+    ) -> common::Result<Self> {
         let vars = VarMap::new();
         let training = OdeOptions {
             method: RK4,
@@ -140,7 +140,7 @@ impl Network {
     }
 
     /// Initial weights; in a block, each interval has those of the first.
-    fn draw(&self, filters: Filters, rng: &mut StdRng) -> crate::common::Result<()> {
+    fn draw(&self, filters: Filters, rng: &mut StdRng) -> common::Result<()> {
         initial::normal(&self.vars, rng, |name, shape| {
             match name.starts_with("block") {
                 true => None,

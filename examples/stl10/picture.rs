@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::common::chart::{colour, picture, Area, Curve, Mark, Panel, Scale, SeriesLabelPosition};
-use crate::common::{mean, Result};
 use crate::data::Data;
 use crate::training::{Outcome, Perturbations};
+use common::chart::{colour, picture, Area, Curve, Mark, Panel, Scale, SeriesLabelPosition};
+use common::{mean, Result};
 
 /// Losses are averaged over this many iterations.
 const SMOOTHING: usize = 10;

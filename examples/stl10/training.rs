@@ -11,13 +11,13 @@ use candle_nn::Optimizer;
 use indicatif::ProgressBar;
 use rand::seq::SliceRandom;
 
-use crate::common::dtype::Dtype;
-use crate::common::momentum::{cosine, Config, Momentum};
-use crate::common::random::{self, generator};
-use crate::common::{gradients, mean, median, Result};
 use crate::data::{Data, Images};
 use crate::field::Sign;
 use crate::network::{Filters, Network};
+use common::dtype::Dtype;
+use common::momentum::{cosine, Config, Momentum};
+use common::random::{self, generator};
+use common::{gradients, mean, median, Result};
 
 /// Network and training.
 #[derive(Clone, Debug)]

@@ -6,8 +6,6 @@
 //! mean squared error of windows.  Prints a table, writes a picture and the figures as JSON beside it.  Exits with 1 when the
 //! error on test windows is not below that of the perceptron.
 
-#[path = "../common/mod.rs"]
-mod common;
 #[path = "../conformance/zoo/symplectic.rs"]
 mod symplectic;
 
@@ -26,15 +24,15 @@ use rand::rngs::StdRng;
 use rand::Rng;
 use serde_json::json;
 
-use crate::common::chart::{colour, picture, Curve, Panel, Scale, TRUTH};
-use crate::common::dtype::Dtype;
-use crate::common::fit::Fit;
-use crate::common::flags::Flags;
-use crate::common::random::generator;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{initial, mean, progress, values, Result};
 use crate::symplectic::Symplectic;
+use common::chart::{colour, picture, Curve, Panel, Scale, TRUTH};
+use common::dtype::Dtype;
+use common::fit::Fit;
+use common::flags::Flags;
+use common::random::generator;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{initial, mean, progress, values, Result};
 
 const FIT: Fit = Fit::new(600, 2e-3).falling_to(0.02);
 const BATCH: usize = 64;
@@ -295,7 +293,7 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
 }
 
 /// Two coordinates of a test trajectory, and the losses.
-fn draw(own: &[&Outcome], data: &Data, area: &crate::common::chart::Area<'_>) -> Result<()> {
+fn draw(own: &[&Outcome], data: &Data, area: &common::chart::Area<'_>) -> Result<()> {
     let parts = area.split_evenly((1, 3));
     let trained = data.trajectories - data.test;
     let column = |states: &Tensor, row: usize, c: usize| -> Result<Vec<(f64, f64)>> {

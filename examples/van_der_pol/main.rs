@@ -4,8 +4,6 @@
 //! NeuroDiffEqLab's notebook 2: μ = 1, a perceptron 2-50-50-2, 20 windows of 10 times, Adam at 1e-3,
 //! 2000 iterations.  Prints the errors, draws trajectories, stream lines and a map of errors.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod model;
 mod oscillator;
 mod picture;
@@ -18,13 +16,13 @@ use candle_core::Device;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::flags::Flags;
-use crate::common::report::{self, Report};
-use crate::common::table::{sci, Table};
-use crate::common::{progress, Result};
 use crate::oscillator::Trajectory;
 use crate::training::{train, Outcome};
+use common::dtype::Dtype;
+use common::flags::Flags;
+use common::report::{self, Report};
+use common::table::{sci, Table};
+use common::{progress, Result};
 
 const ITERATIONS: u32 = 2000;
 /// What the best test error must be below in f32.

@@ -8,9 +8,9 @@ use candle_diffeq::tableau::RK4;
 use candle_diffeq::{NeuralOde, OdeOptions};
 use candle_nn::{Module, VarBuilder, VarMap};
 
-use crate::common::dtype::Dtype;
-use crate::common::random::generator;
-use crate::common::{initial, Result};
+use common::dtype::Dtype;
+use common::random::generator;
+use common::{initial, Result};
 
 const WIDTHS: [usize; 4] = [2, 50, 50, 2];
 

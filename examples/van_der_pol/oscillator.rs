@@ -6,7 +6,7 @@ use candle_diffeq::options::{Steps, TimeGrid};
 use candle_diffeq::tableau::DOPRI5;
 use candle_diffeq::{odeint, OdeOptions, Time};
 
-use crate::common::Result;
+use common::Result;
 
 const MU: f64 = 1.0;
 pub(crate) const START: [f64; 2] = [2.0, 0.0];

@@ -5,14 +5,14 @@ use std::path::Path;
 use candle_core::{Device, IndexOp, Tensor};
 use candle_diffeq::options::TimeGrid;
 
-use crate::common::chart::{
-    colour, picture, Area, Arrows, Curve, Heat, Mark, Panel, RGBColor, Scale, SeriesLabelPosition,
-    TRUTH,
-};
-use crate::common::Result;
 use crate::oscillator::{self, Trajectory, START};
 use crate::stream::{self, Square};
 use crate::training::Outcome;
+use common::chart::{
+    colour, picture, Area, Arrows, Curve, Heat, Mark, Panel, RGBColor, Scale, SeriesLabelPosition,
+    TRUTH,
+};
+use common::Result;
 
 const SQUARE: Square = [-3.0, 3.0];
 /// Where the trajectories of `draw_field` begin, and for how long they are followed.

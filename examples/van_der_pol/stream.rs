@@ -1,6 +1,6 @@
 //! Stream lines of a plane vector field, evenly spread (after Jobard & Lefer, 1997).
 
-use crate::common::Result;
+use common::Result;
 
 /// A square of the plane, from low to high in both directions.
 pub(crate) type Square = [f64; 2];

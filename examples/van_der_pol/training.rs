@@ -7,11 +7,11 @@ use candle_diffeq::metrics::{Recorder, Stats};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use indicatif::ProgressBar;
 
-use crate::common::dtype::Dtype;
-use crate::common::random::generator;
-use crate::common::{mean, median, Result};
 use crate::model::Model;
 use crate::oscillator::{velocity, Trajectory, START};
+use common::dtype::Dtype;
+use common::random::generator;
+use common::{mean, median, Result};
 
 const WINDOWS: usize = 20;
 const LENGTH: usize = 10;

@@ -7,8 +7,6 @@
 //! evaluations that a row has of its own where each has its own steps, the mean of all rows, `err_y` is the error of the
 //! states.  Of other files `nfe_bwd` counts evaluations that the backward pass repeats.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod fields;
 mod models;
 mod peak;
@@ -27,10 +25,10 @@ use candle_nn::VarMap;
 use clap::Parser;
 use serde_json::json;
 
-use crate::common::dtype::Dtype;
-use crate::common::{median, memory, use_every_core, Result};
 use crate::fields::Whose;
 use crate::workload::Workload;
+use common::dtype::Dtype;
+use common::{median, memory, use_every_core, Result};
 
 /// Times a workload and checks its gradients.
 #[derive(Parser)]

@@ -23,8 +23,8 @@ use candle_diffeq::{sde, OdeOptions};
 use candle_nn::{VarBuilder, VarMap};
 use safetensors::SafeTensors;
 
-use crate::common::Result;
 use crate::fields::{self, Drive, Kind, Ode, Place, Whose, KINDS};
+use common::Result;
 
 /// What a file says.
 pub(crate) struct Workload {

@@ -9,27 +9,27 @@ use super::fit::Fit;
 use super::Result;
 
 /// Points and their classes.
-pub(crate) struct Sample {
+pub struct Sample {
     /// `(rows, features)`.
-    pub(crate) x: Tensor,
+    pub x: Tensor,
     /// `(rows)`, u32.
-    pub(crate) classes: Tensor,
+    pub classes: Tensor,
 }
 
 impl Sample {
     /// The classes as numbers.
-    pub(crate) fn numbers(&self) -> Result<Vec<u32>> {
+    pub fn numbers(&self) -> Result<Vec<u32>> {
         Ok(self.classes.to_vec1()?)
     }
 
     /// The share of rows whose largest logit is that of their class.
-    pub(crate) fn accuracy(&self, logits: &Tensor) -> Result<f64> {
+    pub fn accuracy(&self, logits: &Tensor) -> Result<f64> {
         let right = logits.argmax(D::Minus1)?.eq(&self.classes)?;
         Ok(right.to_dtype(DType::F64)?.mean_all()?.to_scalar()?)
     }
 
     /// Trains on the whole sample by cross entropy.
-    pub(crate) fn fit(
+    pub fn fit(
         &self,
         (fit, vars): (&Fit, &VarMap),
         bar: &ProgressBar,

@@ -3,31 +3,31 @@
 use std::fmt;
 
 /// Columns and rows of text; all columns but the first are flushed right.
-pub(crate) struct Table {
+pub struct Table {
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    pub(crate) fn new<const N: usize>(columns: [&str; N]) -> Self {
+    pub fn new<const N: usize>(columns: [&str; N]) -> Self {
         Self {
             rows: vec![columns.map(str::to_owned).to_vec()],
         }
     }
 
     /// Of columns whose number is known at run time only.
-    pub(crate) fn of(columns: impl IntoIterator<Item = String>) -> Self {
+    pub fn of(columns: impl IntoIterator<Item = String>) -> Self {
         Self {
             rows: vec![columns.into_iter().collect()],
         }
     }
 
     /// One more row of such a table.
-    pub(crate) fn line(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub fn line(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().collect());
     }
 
     /// One more row, as long as the first.
-    pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
+    pub fn row<const N: usize>(&mut self, cells: [String; N]) {
         self.rows.push(cells.to_vec());
     }
 }
@@ -60,6 +60,6 @@ impl fmt::Display for Table {
 }
 
 /// Two significant digits: 1.2e-3.
-pub(crate) fn sci(x: f64) -> String {
+pub fn sci(x: f64) -> String {
     format!("{x:.1e}")
 }

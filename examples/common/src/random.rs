@@ -6,12 +6,12 @@ use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
 /// The generator of a seed.
-pub(crate) fn generator(seed: u64) -> StdRng {
+pub fn generator(seed: u64) -> StdRng {
     StdRng::seed_from_u64(seed)
 }
 
 /// Standard normal.
-pub(crate) fn normal(
+pub fn normal(
     rng: &mut StdRng,
     shape: impl Into<Shape>,
     dtype: DType,
@@ -26,7 +26,7 @@ pub(crate) fn normal(
 }
 
 /// Uniform in [0, 1).
-pub(crate) fn uniform(
+pub fn uniform(
     rng: &mut StdRng,
     shape: impl Into<Shape>,
     dtype: DType,

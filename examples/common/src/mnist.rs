@@ -10,44 +10,44 @@ use rand::Rng;
 use super::idx::{self, Idx};
 use super::Result;
 
-pub(crate) const SIDE: usize = 28;
-pub(crate) const PIXELS: usize = SIDE * SIDE;
-pub(crate) const CLASSES: usize = 10;
+pub const SIDE: usize = 28;
+pub const PIXELS: usize = SIDE * SIDE;
+pub const CLASSES: usize = 10;
 /// Of all training pixels, as share of white.
 const MEAN: f32 = 0.1307;
 const DEVIATION: f32 = 0.3081;
 
 /// By how many pixels an image is moved up and left.
-pub(crate) type Shift = [isize; 2];
+pub type Shift = [isize; 2];
 
 /// Of so many images, each of up to `most` pixels.
-pub(crate) fn shifts(images: usize, most: usize, rng: &mut StdRng) -> Vec<Shift> {
+pub fn shifts(images: usize, most: usize, rng: &mut StdRng) -> Vec<Shift> {
     let mut draw = || rng.random_range(0..=2 * most) as isize - most as isize;
     (0..images).map(|_| [draw(), draw()]).collect()
 }
 
 /// Images and labels.
 #[derive(Clone, Default)]
-pub(crate) struct Images {
+pub struct Images {
     pixels: Vec<u8>,
-    pub(crate) labels: Vec<u32>,
+    pub labels: Vec<u32>,
 }
 
 /// What is trained on and what is held out.
-pub(crate) struct Data {
-    pub(crate) training: Images,
-    pub(crate) validation: Images,
+pub struct Data {
+    pub training: Images,
+    pub validation: Images,
     /// Which images these are, for the table.
-    pub(crate) name: String,
+    pub name: String,
 }
 
 impl Images {
-    pub(crate) fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.labels.len()
     }
 
     /// The images of these indices, `(n, 1, 28, 28)` of mean 0 and deviation 1, each moved by its shift.
-    pub(crate) fn batch(
+    pub fn batch(
         &self,
         indices: &[usize],
         shifts: &[Shift],
@@ -77,14 +77,14 @@ impl Images {
     }
 
     /// The pixels of the images of a class, row by row.
-    pub(crate) fn of_class(&self, class: u32) -> impl Iterator<Item = &[u8]> {
+    pub fn of_class(&self, class: u32) -> impl Iterator<Item = &[u8]> {
         let all = self.pixels.chunks(PIXELS).zip(&self.labels);
         all.filter(move |(_, label)| **label == class)
             .map(|(pixels, _)| pixels)
     }
 
     /// The test images in the files of `dir`.
-    pub(crate) fn test(dir: &Path) -> Result<Self> {
+    pub fn test(dir: &Path) -> Result<Self> {
         pair(dir, "t10k")?.ok_or_else(|| missing(dir).into())
     }
 
@@ -113,7 +113,7 @@ impl Images {
 
     /// All but `count`, and `count`, drawn at random.
     fn split(&self, count: usize, rng: &mut StdRng) -> (Self, Self) {
-        let mut order: Vec<usize> = (0..self.len()).collect();
+        let mut order: Vec<usize> = (0..self.count()).collect();
         order.shuffle(rng);
         let (held, rest) = order.split_at(count.min(order.len()));
         (self.select(rest), self.select(held))
@@ -123,17 +123,17 @@ impl Images {
 impl Data {
     /// The files of `dir`: the full set where it is there, otherwise the test images, one in `part` to validate and the
     /// others to train on.
-    pub(crate) fn read(dir: &Path, part: usize, rng: &mut StdRng) -> Result<Self> {
+    pub fn read(dir: &Path, part: usize, rng: &mut StdRng) -> Result<Self> {
         let test = Images::test(dir)?;
         Ok(match pair(dir, "train")? {
             Some(training) => Self {
-                name: format!("MNIST, {} and {} images", training.len(), test.len()),
+                name: format!("MNIST, {} and {} images", training.count(), test.count()),
                 training,
                 validation: test,
             },
             None => {
-                let (training, validation) = test.split(test.len() / part.max(1), rng);
-                let (m, n) = (training.len(), validation.len());
+                let (training, validation) = test.split(test.count() / part.max(1), rng);
+                let (m, n) = (training.count(), validation.count());
                 Self {
                     name: format!("{m} and {n} of MNIST's test images"),
                     training,
@@ -144,12 +144,7 @@ impl Data {
     }
 
     /// The same, or drawn digits where `smoke` asks for a smoke test and there is no MNIST.
-    pub(crate) fn read_or_draw(
-        dir: &Path,
-        part: usize,
-        smoke: bool,
-        rng: &mut StdRng,
-    ) -> Result<Self> {
+    pub fn read_or_draw(dir: &Path, part: usize, smoke: bool, rng: &mut StdRng) -> Result<Self> {
         match Self::read(dir, part, rng) {
             Err(error) if smoke => {
                 eprintln!("{error}\n\nNOT MNIST: this smoke test runs on drawn digits.\n");
@@ -160,7 +155,7 @@ impl Data {
     }
 
     /// Drawn digits of seven segments with noise, where there is no MNIST.
-    pub(crate) fn stand_in(rng: &mut StdRng) -> Self {
+    pub fn stand_in(rng: &mut StdRng) -> Self {
         Self {
             training: segments(256, rng),
             validation: segments(64, rng),

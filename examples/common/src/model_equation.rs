@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::problem::{values, Gradients, Problem};
 
 /// rampde's initial value, a standard normal sample.
-pub(crate) const Y0: [f32; 10] = [
+pub const Y0: [f32; 10] = [
     0.336_690_37,
     0.128_809_4,
     0.234_462_37,
@@ -19,7 +19,7 @@ pub(crate) const Y0: [f32; 10] = [
 ];
 
 /// The equation from y0.
-pub(crate) fn model_equation(y0: [f32; 10]) -> Result<Problem> {
+pub fn model_equation(y0: [f32; 10]) -> Result<Problem> {
     Ok(Problem {
         field: |weights, _, y| y.matmul(&weights[0].t()?),
         weights: vec![(Tensor::eye(10, DType::F64, &Device::Cpu)? * -5.0)?],
@@ -33,7 +33,7 @@ pub(crate) fn model_equation(y0: [f32; 10]) -> Result<Problem> {
 ///
 /// ∂L/∂A = ∫ e^{sAᵀ} 1 y0ᵀ e^{(T−s)Aᵀ} ds is the upper right block of exp T (Aᵀ, 1 y0ᵀ; 0, Aᵀ)
 /// (Van Loan, "Computing Integrals Involving the Matrix Exponential", 1978).
-pub(crate) fn exact(problem: &Problem) -> Result<Gradients> {
+pub fn exact(problem: &Problem) -> Result<Gradients> {
     let a = &problem.weights[0];
     let (n, transposed) = (a.dim(0)?, a.t()?);
     let ones = Tensor::ones((n, 1), a.dtype(), a.device())?;

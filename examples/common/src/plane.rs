@@ -9,14 +9,14 @@ use super::{values, Result};
 
 /// A rectangle of the plane.
 #[derive(Clone, Debug)]
-pub(crate) struct Window {
-    pub(crate) x: Range<f64>,
-    pub(crate) y: Range<f64>,
+pub struct Window {
+    pub x: Range<f64>,
+    pub y: Range<f64>,
 }
 
 impl Window {
     /// Of this half width around zero.
-    pub(crate) fn square(half: f64) -> Self {
+    pub fn square(half: f64) -> Self {
         Self {
             x: -half..half,
             y: -half..half,
@@ -24,7 +24,7 @@ impl Window {
     }
 
     /// Around the points `(…, 2)` of a tensor, with a margin.
-    pub(crate) fn around(points: &Tensor) -> Result<Self> {
+    pub fn around(points: &Tensor) -> Result<Self> {
         let all = values(points)?;
         let range = |i: usize| {
             let each = all.iter().skip(i).step_by(2).filter(|x| x.is_finite());
@@ -41,7 +41,7 @@ impl Window {
     }
 
     /// The ranges of a panel.
-    pub(crate) fn ranges(&self) -> [Option<Range<f64>>; 2] {
+    pub fn ranges(&self) -> [Option<Range<f64>>; 2] {
         [Some(self.x.clone()), Some(self.y.clone())]
     }
 
@@ -57,7 +57,7 @@ impl Window {
     }
 
     /// The field at n × n places, longest arrows as long as a cell.
-    pub(crate) fn arrows(
+    pub fn arrows(
         &self,
         n: usize,
         (dtype, device): (DType, &Device),
@@ -79,7 +79,7 @@ impl Window {
     }
 
     /// A function at n × n places.
-    pub(crate) fn heat(
+    pub fn heat(
         &self,
         n: usize,
         (dtype, device): (DType, &Device),
@@ -99,7 +99,7 @@ impl Window {
 }
 
 /// The points `(rows, 2)` as dots in the colours of their classes.
-pub(crate) fn dots(points: &Tensor, classes: &[u32], names: bool) -> Result<Vec<Curve>> {
+pub fn dots(points: &Tensor, classes: &[u32], names: bool) -> Result<Vec<Curve>> {
     let all = values(points)?;
     let columns = points.dim(1)?;
     let most = classes.iter().max().map_or(0, |c| *c as usize + 1);
@@ -116,7 +116,7 @@ pub(crate) fn dots(points: &Tensor, classes: &[u32], names: bool) -> Result<Vec<
 }
 
 /// The paths of states `(times, rows, 2 or more)` in the plane of the first two, in the colours of their classes.
-pub(crate) fn paths(states: &Tensor, classes: &[u32]) -> Result<Vec<Curve>> {
+pub fn paths(states: &Tensor, classes: &[u32]) -> Result<Vec<Curve>> {
     let (times, rows, columns) = states.dims3()?;
     let all = values(states)?;
     let path = |row: usize| {
@@ -130,7 +130,7 @@ pub(crate) fn paths(states: &Tensor, classes: &[u32]) -> Result<Vec<Curve>> {
 }
 
 /// One coordinate of states `(times, rows, features)` over time, a curve for each row.
-pub(crate) fn over_time(
+pub fn over_time(
     times: &[f64],
     states: &Tensor,
     coordinate: usize,

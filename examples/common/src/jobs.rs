@@ -41,7 +41,7 @@ impl Drop for OneThread {
 ///
 /// # Errors
 /// That of the first job that fails; the others are finished.
-pub(crate) fn run<J: Sync, R: Send>(
+pub fn run<J: Sync, R: Send>(
     device: &Device,
     jobs: &[J],
     job: impl Fn(&J) -> Result<R> + Sync,

@@ -17,7 +17,7 @@ use super::{use_every_core, Result};
 ///
 /// The exit code is 1 after an error, a missed demand, a picture that was not drawn, or a figure that
 /// is not finite.
-pub(crate) fn run(
+pub fn run(
     name: &'static str,
     flags: &Flags,
     body: impl FnOnce(&Device, &mut Report) -> Result<()>,
@@ -27,7 +27,7 @@ pub(crate) fn run(
 }
 
 /// The same on one rank of a team, all of which run the body and come to the same; the first says it.
-pub(crate) fn run_together(
+pub fn run_together(
     name: &'static str,
     flags: &Flags,
     team: Result<Team>,
@@ -81,7 +81,7 @@ fn attempt(
 }
 
 /// Figures, pictures and demands of one run.
-pub(crate) struct Report {
+pub struct Report {
     stem: PathBuf,
     size: Size,
     pictures: Vec<PathBuf>,
@@ -101,7 +101,7 @@ impl Report {
     }
 
     /// Where to draw a picture: `NAME.png`, or `NAME_part.png`.
-    pub(crate) fn picture(&mut self, part: &str) -> PathBuf {
+    pub fn picture(&mut self, part: &str) -> PathBuf {
         let mut path = self.stem.clone().into_os_string();
         if !part.is_empty() {
             path.push("_");
@@ -114,14 +114,14 @@ impl Report {
 
     /// Notes a figure, or any structure of them.  What is missing is left out: a `None` counts as not
     /// finite, as NaN does.
-    pub(crate) fn figure(&mut self, name: &str, figure: impl Serialize) -> Result<()> {
+    pub fn figure(&mut self, name: &str, figure: impl Serialize) -> Result<()> {
         let figure = serde_json::to_value(figure)?;
         self.figures.insert(name.to_owned(), figure);
         Ok(())
     }
 
     /// Notes what must hold, unless the run is a smoke test.
-    pub(crate) fn demand(&mut self, holds: bool, otherwise: impl FnOnce() -> String) {
+    pub fn demand(&mut self, holds: bool, otherwise: impl FnOnce() -> String) {
         if !holds && self.size != Size::Smoke {
             self.missed.push(otherwise());
         }
@@ -165,7 +165,7 @@ impl Report {
 }
 
 /// A figure that may be infinite or NaN without anything being wrong: as text if it is.
-pub(crate) fn any(figure: f64) -> Value {
+pub fn any(figure: f64) -> Value {
     match figure.is_finite() {
         true => json!(figure),
         false => json!(figure.to_string()),

@@ -4,7 +4,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, Var};
 
 /// ‖∇L‖ over all of `vars`, in whatever order they come: a `VarMap` has another one in every run.
-pub(crate) fn norm(grads: &GradStore, vars: &[Var]) -> Result<f64> {
+pub fn norm(grads: &GradStore, vars: &[Var]) -> Result<f64> {
     let grads = vars.iter().filter_map(|var| grads.get(var));
     let square = |grad: &Tensor| {
         let grad = grad.detach().to_dtype(DType::F64)?;
@@ -16,7 +16,7 @@ pub(crate) fn norm(grads: &GradStore, vars: &[Var]) -> Result<f64> {
 }
 
 /// Scales gradients down to a norm of `limit` where theirs is larger; returns what it was.
-pub(crate) fn clip(grads: &mut GradStore, vars: &[Var], limit: f64) -> Result<f64> {
+pub fn clip(grads: &mut GradStore, vars: &[Var], limit: f64) -> Result<f64> {
     let norm = norm(grads, vars)?;
     if norm > limit {
         for var in vars {
@@ -29,7 +29,7 @@ pub(crate) fn clip(grads: &mut GradStore, vars: &[Var], limit: f64) -> Result<f6
 }
 
 /// One after the other as numbers; zeros where there is none.
-pub(crate) fn flat(grads: &GradStore, vars: &[Var]) -> Result<Vec<f64>> {
+pub fn flat(grads: &GradStore, vars: &[Var]) -> Result<Vec<f64>> {
     let of = |var: &Var| match grads.get(var) {
         Some(grad) => super::values(grad),
         None => super::values(&Tensor::zeros_like(var)?),

@@ -8,17 +8,17 @@ use super::Result;
 
 /// How a model is trained.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Fit {
-    pub(crate) iterations: usize,
-    pub(crate) rate: f64,
+pub struct Fit {
+    pub iterations: usize,
+    pub rate: f64,
     /// What the rate is multiplied with at the end; it falls geometrically over the last half.
-    pub(crate) falls_to: f64,
-    pub(crate) weight_decay: f64,
+    pub falls_to: f64,
+    pub weight_decay: f64,
 }
 
 impl Fit {
     /// At a constant rate, without weight decay.
-    pub(crate) const fn new(iterations: usize, rate: f64) -> Self {
+    pub const fn new(iterations: usize, rate: f64) -> Self {
         Self {
             iterations,
             rate,
@@ -28,15 +28,15 @@ impl Fit {
     }
 
     /// The same with other numbers of iterations.
-    pub(crate) const fn iterations(self, iterations: usize) -> Self {
+    pub const fn iterations(self, iterations: usize) -> Self {
         Self { iterations, ..self }
     }
 
-    pub(crate) const fn falling_to(self, falls_to: f64) -> Self {
+    pub const fn falling_to(self, falls_to: f64) -> Self {
         Self { falls_to, ..self }
     }
 
-    pub(crate) const fn weight_decay(self, weight_decay: f64) -> Self {
+    pub const fn weight_decay(self, weight_decay: f64) -> Self {
         Self {
             weight_decay,
             ..self
@@ -44,7 +44,7 @@ impl Fit {
     }
 
     /// Minimises the loss of each iteration; returns them all.
-    pub(crate) fn run(
+    pub fn run(
         &self,
         vars: &VarMap,
         bar: &ProgressBar,

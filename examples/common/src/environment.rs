@@ -9,26 +9,25 @@ use super::threads::THREADS;
 
 /// Where a run took place.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Environment {
-    /// Of this crate.
-    pub(crate) version: &'static str,
-    /// Of candle, where the lock file tells.
-    pub(crate) candle: String,
-    pub(crate) system: String,
-    pub(crate) cpu: String,
+pub struct Environment {
+    /// Of candle-diffeq and of candle, as the lock file tells.
+    pub version: String,
+    pub candle: String,
+    pub system: String,
+    pub cpu: String,
     /// The widest vectors of the processor.
-    pub(crate) vectors: &'static str,
-    pub(crate) threads: String,
-    pub(crate) device: String,
+    pub vectors: &'static str,
+    pub threads: String,
+    pub device: String,
 }
 
 const UNKNOWN: &str = "unknown";
 
 impl Environment {
-    pub(crate) fn of(device: &Device) -> Self {
+    pub fn of(device: &Device) -> Self {
         Self {
-            version: env!("CARGO_PKG_VERSION"),
-            candle: candle().unwrap_or_else(|| UNKNOWN.to_owned()),
+            version: locked("candle-diffeq").unwrap_or_else(|| UNKNOWN.to_owned()),
+            candle: locked("candle-core").unwrap_or_else(|| UNKNOWN.to_owned()),
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             cpu: cpu().unwrap_or_else(|| UNKNOWN.to_owned()),
             vectors: vectors(),
@@ -59,11 +58,15 @@ impl std::fmt::Display for Environment {
     }
 }
 
-fn candle() -> Option<String> {
-    let lock = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.lock");
+/// The version of a package.
+fn locked(package: &str) -> Option<String> {
+    let lock = concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.lock");
     let lock = std::fs::read_to_string(lock).ok()?;
     let mut lines = lock.lines();
-    lines.find(|line| *line == "name = \"candle-core\"")?;
+    lines.find(|line| {
+        line.strip_prefix("name = ")
+            .is_some_and(|name| name.trim_matches('"') == package)
+    })?;
     let version = lines.next()?.strip_prefix("version = ")?;
     Some(version.trim_matches('"').to_owned())
 }

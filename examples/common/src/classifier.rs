@@ -22,26 +22,26 @@ use super::table::{sci, Table};
 use super::{initial, Result};
 
 /// States at given times, `(times, rows, features)`, of rows of x.
-pub(crate) type Flow = Box<dyn Fn(&Tensor, &[f64]) -> Result<Tensor>>;
+pub type Flow = Box<dyn Fn(&Tensor, &[f64]) -> Result<Tensor>>;
 
 /// A flow with its variables.
-pub(crate) struct Classifier {
-    pub(crate) name: String,
+pub struct Classifier {
+    pub name: String,
     vars: VarMap,
     flow: Flow,
     readout: Option<Linear>,
 }
 
 /// What training came to.
-pub(crate) struct Trained {
-    pub(crate) classifier: Classifier,
-    pub(crate) losses: Vec<f64>,
-    pub(crate) accuracy: f64,
-    pub(crate) seconds: f64,
+pub struct Trained {
+    pub classifier: Classifier,
+    pub losses: Vec<f64>,
+    pub accuracy: f64,
+    pub seconds: f64,
 }
 
 /// RK4 with so many steps over [0, 1], in this precision.
-pub(crate) fn options(dtype: Dtype, steps: usize) -> OdeOptions {
+pub fn options(dtype: Dtype, steps: usize) -> OdeOptions {
     OdeOptions {
         method: RK4,
         steps: Steps::Size(1.0 / steps as f64),
@@ -53,7 +53,7 @@ pub(crate) fn options(dtype: Dtype, steps: usize) -> OdeOptions {
 impl Classifier {
     /// A flow whose last state holds the logits, or whose features a linear layer `readout` of so many `(features,
     /// classes)` reads; its layers are drawn from the seed.
-    pub(crate) fn new(
+    pub fn new(
         name: impl Into<String>,
         (vars, flow): (VarMap, Flow),
         readout: Option<(usize, usize)>,
@@ -72,12 +72,12 @@ impl Classifier {
     }
 
     /// States at these times.
-    pub(crate) fn states(&self, x: &Tensor, times: &[f64]) -> Result<Tensor> {
+    pub fn states(&self, x: &Tensor, times: &[f64]) -> Result<Tensor> {
         (self.flow)(x, times)
     }
 
     /// Of x at time 1.
-    pub(crate) fn logits(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         let states = self.states(x, &[0.0, 1.0])?;
         let last = states.get(states.dim(0)? - 1)?;
         match &self.readout {
@@ -87,7 +87,7 @@ impl Classifier {
     }
 
     /// Trains it on the whole sample.
-    pub(crate) fn train(self, sample: &Sample, fit: &Fit, bar: &ProgressBar) -> Result<Trained> {
+    pub fn train(self, sample: &Sample, fit: &Fit, bar: &ProgressBar) -> Result<Trained> {
         let clock = Instant::now();
         let losses = sample.fit((fit, &self.vars), bar, |x| self.logits(x))?;
         let accuracy = sample.accuracy(&self.logits(&sample.x)?.detach())?;
@@ -101,7 +101,7 @@ impl Classifier {
 }
 
 /// Prints a row for each of these models, notes their figures, and demands that so great a share of the points is right.
-pub(crate) fn tell(all: &[(Dtype, Trained)], right: f64, report: &mut Report) -> Result<()> {
+pub fn tell(all: &[(Dtype, Trained)], right: f64, report: &mut Report) -> Result<()> {
     let mut table = Table::new(["model", "precision", "loss, first", "last", "right", "s"]);
     for (dtype, o) in all {
         let (name, share) = (&o.classifier.name, o.accuracy);
@@ -129,7 +129,7 @@ pub(crate) fn tell(all: &[(Dtype, Trained)], right: f64, report: &mut Report) ->
 
 impl Trained {
     /// Name, losses, accuracy and time.
-    pub(crate) fn figures(&self) -> serde_json::Value {
+    pub fn figures(&self) -> serde_json::Value {
         json!({
             "model": self.classifier.name,
             "loss_first": self.losses[0],
@@ -140,12 +140,12 @@ impl Trained {
     }
 
     /// The mean of the last losses.
-    pub(crate) fn last(&self) -> f64 {
+    pub fn last(&self) -> f64 {
         super::mean(&self.losses[self.losses.len().saturating_sub(10)..])
     }
 
     /// Three panels of a flow in the plane: a coordinate over time, the paths, and the regions of the classes.
-    pub(crate) fn draw(&self, sample: &Sample, rows: usize, area: &Area<'_>) -> Result<()> {
+    pub fn draw(&self, sample: &Sample, rows: usize, area: &Area<'_>) -> Result<()> {
         let parts = area.split_evenly((1, 3));
         let times: Vec<f64> = (0..=40).map(|i| f64::from(i) / 40.0).collect();
         let rows = rows.min(sample.x.dim(0)?);

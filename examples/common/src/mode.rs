@@ -9,15 +9,15 @@ use super::dtype::Dtype;
 
 /// A compute precision, and how the adjoint is scaled in it.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Mode {
-    pub(crate) name: &'static str,
-    pub(crate) dtype: Dtype,
+pub struct Mode {
+    pub name: &'static str,
+    pub dtype: Dtype,
     scaling: Scaling,
 }
 
 impl Mode {
     /// One for each precision, f16 without scaling and with.
-    pub(crate) fn of(precisions: &[Dtype]) -> Vec<Self> {
+    pub fn of(precisions: &[Dtype]) -> Vec<Self> {
         let mode = |name, dtype, scaling| Self {
             name,
             dtype,
@@ -35,7 +35,7 @@ impl Mode {
 
     /// For a state (z, what is summed along the way): the first in this precision, the second in
     /// state precision.  Gradients that overflow are NaN.
-    pub(crate) fn options(&self) -> OdeOptions {
+    pub fn options(&self) -> OdeOptions {
         let precision = self.dtype.precision();
         let sums = Precision::new(precision.state, precision.state);
         OdeOptions {
@@ -47,7 +47,7 @@ impl Mode {
     }
 
     /// Whether it is f16 with scaling.
-    pub(crate) fn is_scaled_f16(&self) -> bool {
+    pub fn is_scaled_f16(&self) -> bool {
         self.dtype == Dtype::F16 && self.scaling != Scaling::Off
     }
 }

@@ -18,11 +18,11 @@ use super::random::generator;
 use super::{initial, mean, median, Result};
 
 /// Series, and which of two classes each belongs to.
-pub(crate) struct Labelled {
+pub struct Labelled {
     /// `(series, length, channels)`.
-    pub(crate) values: Tensor,
+    pub values: Tensor,
     /// 0 or 1.
-    pub(crate) labels: Vec<f32>,
+    pub labels: Vec<f32>,
 }
 
 impl Labelled {
@@ -42,47 +42,47 @@ impl Labelled {
 
 /// A model and its training: features `hidden` driven by F, a perceptron hidden-`width`-(hidden · channels).
 #[derive(Clone, Copy)]
-pub(crate) struct Setting {
-    pub(crate) hidden: usize,
-    pub(crate) width: usize,
-    pub(crate) epochs: usize,
-    pub(crate) batch: usize,
-    pub(crate) rate: f64,
+pub struct Setting {
+    pub hidden: usize,
+    pub width: usize,
+    pub epochs: usize,
+    pub batch: usize,
+    pub rate: f64,
 }
 
 impl Setting {
     /// Updates of a training on so many series.
-    pub(crate) fn updates(&self, series: usize) -> usize {
+    pub fn updates(&self, series: usize) -> usize {
         self.epochs * (series / self.batch)
     }
 }
 
 /// What a training came to.
-pub(crate) struct Outcome {
+pub struct Outcome {
     /// The mean of each epoch.
-    pub(crate) losses: Vec<f64>,
+    pub losses: Vec<f64>,
     /// On the other series, after every epoch.
-    pub(crate) accuracies: Vec<f64>,
+    pub accuracies: Vec<f64>,
     /// Evaluations of the field in a forward pass.
-    pub(crate) evaluations: f64,
+    pub evaluations: f64,
     /// Median of an update.
-    pub(crate) milliseconds: f64,
+    pub milliseconds: f64,
 }
 
 impl Outcome {
     /// After the last epoch: none is picked.
-    pub(crate) fn accuracy(&self) -> f64 {
+    pub fn accuracy(&self) -> f64 {
         self.accuracies.last().copied().unwrap_or(f64::NAN)
     }
 
     /// Of the last epoch.
-    pub(crate) fn loss(&self) -> f64 {
+    pub fn loss(&self) -> f64 {
         self.losses.last().copied().unwrap_or(f64::NAN)
     }
 }
 
 /// How values become paths, and the channels of these.
-pub(crate) type Paths<'a> = (&'a dyn Fn(&Tensor) -> Result<ControlPath>, usize);
+pub type Paths<'a> = (&'a dyn Fn(&Tensor) -> Result<ControlPath>, usize);
 
 /// The mean of ln(1 + eˣ) − y x, without overflow.
 fn cross_entropy(x: &Tensor, y: &Tensor) -> candle_core::Result<Tensor> {
@@ -91,7 +91,7 @@ fn cross_entropy(x: &Tensor, y: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 /// Trains on some series and tests on others.
-pub(crate) fn train(
+pub fn train(
     setting: &Setting,
     [training, test]: [&Labelled; 2],
     (path, channels): Paths<'_>,

@@ -10,19 +10,19 @@ use super::Result;
 
 /// To be flattened into an example's own flags.
 #[derive(Args, Clone, Debug)]
-pub(crate) struct Flags {
+pub struct Flags {
     /// Compute precisions, one after the other [default: all that the example compares].
     #[arg(long, value_delimiter = ',')]
-    pub(crate) precision: Vec<Dtype>,
+    pub precision: Vec<Dtype>,
     /// Where to compute.
     #[arg(long, value_enum, default_value_t = Place::Cpu)]
     device: Place,
     /// The folder for pictures and figures.
     #[arg(long, value_name = "DIR", default_value = "out")]
-    pub(crate) out: PathBuf,
+    pub out: PathBuf,
     /// Of everything that is drawn at random.
     #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
+    pub seed: u64,
     /// The published size.
     #[arg(long)]
     full: bool,
@@ -39,7 +39,7 @@ enum Place {
 
 /// How much is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Size {
+pub enum Size {
     Smoke,
     Default,
     Full,
@@ -47,7 +47,7 @@ pub(crate) enum Size {
 
 impl Size {
     /// The value for this size.
-    pub(crate) fn pick<T>(self, smoke: T, default: T, full: T) -> T {
+    pub fn pick<T>(self, smoke: T, default: T, full: T) -> T {
         match self {
             Self::Smoke => smoke,
             Self::Default => default,
@@ -57,7 +57,7 @@ impl Size {
 }
 
 impl Flags {
-    pub(crate) fn size(&self) -> Size {
+    pub fn size(&self) -> Size {
         match (self.smoke, self.full) {
             (true, _) => Size::Smoke,
             (_, true) => Size::Full,
@@ -69,7 +69,7 @@ impl Flags {
     ///
     /// # Errors
     /// f64 was asked for.
-    pub(crate) fn precisions(&self, default: &[Dtype]) -> Result<Vec<Dtype>> {
+    pub fn precisions(&self, default: &[Dtype]) -> Result<Vec<Dtype>> {
         self.precisions_among(default, &[Dtype::F32, Dtype::Bf16, Dtype::F16])
     }
 
@@ -77,11 +77,7 @@ impl Flags {
     ///
     /// # Errors
     /// Another was asked for.
-    pub(crate) fn precisions_among(
-        &self,
-        default: &[Dtype],
-        can_be: &[Dtype],
-    ) -> Result<Vec<Dtype>> {
+    pub fn precisions_among(&self, default: &[Dtype], can_be: &[Dtype]) -> Result<Vec<Dtype>> {
         let asked = match self.precision.as_slice() {
             [] => default,
             asked => asked,
@@ -100,7 +96,7 @@ impl Flags {
     ///
     /// # Errors
     /// One was asked for.
-    pub(crate) fn fixed_precisions(&self, names: &str) -> Result<()> {
+    pub fn fixed_precisions(&self, names: &str) -> Result<()> {
         match self.precision.is_empty() {
             true => Ok(()),
             false => Err(format!(
@@ -114,7 +110,7 @@ impl Flags {
     ///
     /// # Errors
     /// A seed was given that is not the default.
-    pub(crate) fn nothing_random(&self) -> Result<()> {
+    pub fn nothing_random(&self) -> Result<()> {
         match self.seed {
             0 => Ok(()),
             seed => Err(format!("--seed {seed}: nothing in this example is random").into()),
@@ -125,7 +121,7 @@ impl Flags {
     ///
     /// # Errors
     /// CUDA was asked for.
-    pub(crate) fn cpu_only(&self) -> Result<()> {
+    pub fn cpu_only(&self) -> Result<()> {
         match self.device {
             Place::Cpu => Ok(()),
             Place::Cuda => Err("--device cuda: this example computes on the CPU alone".into()),
@@ -136,7 +132,7 @@ impl Flags {
     ///
     /// # Errors
     /// CUDA in a build without it, or without a GPU.
-    pub(crate) fn device(&self) -> Result<Device> {
+    pub fn device(&self) -> Result<Device> {
         match self.device {
             Place::Cpu => Ok(Device::Cpu),
             Place::Cuda if candle_core::utils::cuda_is_available() => Device::new_cuda(0)

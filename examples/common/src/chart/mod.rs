@@ -17,14 +17,14 @@ use png::{BitDepth, ColorType, Compression, Encoder, FilterType};
 
 use super::Result;
 
-pub(crate) use axis::Scale;
-pub(crate) use heat::Heat;
-pub(crate) use panel::{Arrows, Bars, Curve, Mark, Panel};
-pub(crate) use plotters::prelude::{RGBColor, SeriesLabelPosition};
+pub use axis::Scale;
+pub use heat::Heat;
+pub use panel::{Arrows, Bars, Curve, Mark, Panel};
+pub use plotters::prelude::{RGBColor, SeriesLabelPosition};
 
 /// What is drawn on; `split_evenly((rows, columns))`, `split_vertically(y)` and
 /// `split_horizontally(x)` divide it.
-pub(crate) type Area<'a> = DrawingArea<BitMapBackend<'a>, plotters::coord::Shift>;
+pub type Area<'a> = DrawingArea<BitMapBackend<'a>, plotters::coord::Shift>;
 
 const FONT: &str = "sans-serif";
 const TITLE: u32 = 20;
@@ -32,10 +32,10 @@ const AXIS: u32 = 15;
 const LABEL: u32 = 14;
 
 /// Of what is known to be true: light, for the curves that are to lie on it.
-pub(crate) const TRUTH: RGBColor = RGBColor(175, 175, 175);
+pub const TRUTH: RGBColor = RGBColor(175, 175, 175);
 
 /// Of one series after the other (Okabe & Ito, distinct for the colour-blind).
-pub(crate) const COLOURS: [RGBColor; 6] = [
+pub const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -45,12 +45,12 @@ pub(crate) const COLOURS: [RGBColor; 6] = [
 ];
 
 /// The colour of the i-th series.
-pub(crate) fn colour(i: usize) -> RGBColor {
+pub fn colour(i: usize) -> RGBColor {
     COLOURS[i % COLOURS.len()]
 }
 
 /// Draws a picture of (width, height) pixels and writes it.
-pub(crate) fn picture(
+pub fn picture(
     path: &Path,
     size: (u32, u32),
     draw: impl FnOnce(&Area<'_>) -> Result<()>,

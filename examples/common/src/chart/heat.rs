@@ -7,20 +7,20 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::axis::{number, Axis, Scale};
 use super::{Area, AXIS, FONT, LABEL};
-use crate::common::Result;
+use crate::Result;
 
 /// Values over a rectangle, to be put behind what else is in a panel.
-pub(crate) struct Heat {
-    pub(crate) x: Range<f64>,
-    pub(crate) y: Range<f64>,
+pub struct Heat {
+    pub x: Range<f64>,
+    pub y: Range<f64>,
     /// Rows of equal length, from low y to high y.
-    pub(crate) values: Vec<Vec<f64>>,
+    pub values: Vec<Vec<f64>>,
     /// What the values are, beside the bar; no bar if empty.
-    pub(crate) name: String,
+    pub name: String,
     /// The values of the darkest and the lightest colour; the least and the greatest if `None`.
-    pub(crate) limits: Option<Range<f64>>,
+    pub limits: Option<Range<f64>>,
     /// Whether values stand in their cells as numbers.
-    pub(crate) numbers: bool,
+    pub numbers: bool,
 }
 
 impl Heat {

@@ -1,12 +1,12 @@
 //! Memory of this process in bytes, where the system tells (Linux).
 
 /// Held now.
-pub(crate) fn resident() -> Option<u64> {
+pub fn resident() -> Option<u64> {
     status("VmRSS:")
 }
 
 /// The most that was ever held.
-pub(crate) fn peak() -> Option<u64> {
+pub fn peak() -> Option<u64> {
     status("VmHWM:")
 }
 
@@ -21,7 +21,7 @@ fn status(key: &str) -> Option<u64> {
 /// kilobytes of it are free, and asks for them again at the next operation on a tensor, page by page.  The limit follows the
 /// largest block that was freed, if that is below 32 MB; the block itself is never touched.
 #[allow(dead_code)] // tests read this file, too, and leave the allocator alone
-pub(crate) fn keep_freed() {
+pub fn keep_freed() {
     const BLOCK: usize = 24 << 20;
     drop(std::hint::black_box(Vec::<u8>::with_capacity(BLOCK)));
 }

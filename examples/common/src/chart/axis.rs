@@ -6,7 +6,7 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 
 /// How an axis is spaced.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) enum Scale {
+pub enum Scale {
     #[default]
     Linear,
     /// Logarithmic, ticks at powers of ten.
@@ -25,25 +25,25 @@ impl Scale {
     }
 
     /// Whether x has a place on such an axis.
-    pub(crate) fn holds(self, x: f64) -> bool {
+    pub fn holds(self, x: f64) -> bool {
         x.is_finite() && (self == Self::Linear || x > 0.0)
     }
 }
 
 /// A range and how it is spaced.
 #[derive(Clone, Debug)]
-pub(crate) struct Axis {
+pub struct Axis {
     range: Range<f64>,
     scale: Scale,
 }
 
 impl Axis {
-    pub(crate) fn new(range: Range<f64>, scale: Scale) -> Self {
+    pub fn new(range: Range<f64>, scale: Scale) -> Self {
         Self { range, scale }
     }
 
     /// Around all of the values that have a place on it, with a margin relative to their range.
-    pub(crate) fn around(values: impl Iterator<Item = f64>, scale: Scale, margin: f64) -> Self {
+    pub fn around(values: impl Iterator<Item = f64>, scale: Scale, margin: f64) -> Self {
         let held = values.filter(|x| scale.holds(*x));
         let (low, high) = held.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| {
             (low.min(x), high.max(x))
@@ -145,7 +145,7 @@ impl ValueFormatter<f64> for Axis {
 }
 
 /// Plain where that is short, otherwise with a power of ten.
-pub(crate) fn number(x: f64) -> String {
+pub fn number(x: f64) -> String {
     let size = x.abs();
     if x == 0.0 || (0.0099..99_999.5).contains(&size) {
         let text = format!("{x:.4}");

@@ -5,7 +5,7 @@ use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// w ∗ x + b, from `(batch, in, height, width)` to `(batch, out, …)`.
-pub(crate) struct Conv {
+pub struct Conv {
     /// `(out, in, size, size)`.
     weight: Tensor,
     bias: Tensor,
@@ -15,7 +15,7 @@ pub(crate) struct Conv {
 
 impl Conv {
     /// Inputs, outputs and size of the filters; named `weight` and `bias`, and zero until drawn.
-    pub(crate) fn new(
+    pub fn new(
         [inputs, outputs, size]: [usize; 3],
         stride: usize,
         padding: usize,

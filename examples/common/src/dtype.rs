@@ -6,7 +6,7 @@ use clap::ValueEnum;
 
 /// A compute dtype; sums and master weights are f32, or f64 for f64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Dtype {
+pub enum Dtype {
     F64,
     F32,
     Bf16,
@@ -14,10 +14,10 @@ pub(crate) enum Dtype {
 }
 
 impl Dtype {
-    pub(crate) const ALL: [Self; 4] = [Self::F64, Self::F32, Self::Bf16, Self::F16];
+    pub const ALL: [Self; 4] = [Self::F64, Self::F32, Self::Bf16, Self::F16];
 
     /// The dtype roles.
-    pub(crate) fn precision(self) -> Precision {
+    pub fn precision(self) -> Precision {
         match self {
             Self::F64 => Precision::f64(),
             Self::F32 => Precision::f32(),
@@ -27,12 +27,12 @@ impl Dtype {
     }
 
     /// The dtype of states and of the user's variables.
-    pub(crate) fn state(self) -> DType {
+    pub fn state(self) -> DType {
         self.precision().state
     }
 
     /// Unit roundoff of the compute dtype.
-    pub(crate) fn roundoff(self) -> f64 {
+    pub fn roundoff(self) -> f64 {
         match self {
             Self::F64 => 2f64.powi(-53),
             Self::F32 => 2f64.powi(-24),
@@ -42,7 +42,7 @@ impl Dtype {
     }
 
     /// As on the command line.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::F64 => "f64",
             Self::F32 => "f32",

@@ -6,14 +6,14 @@ use candle_nn::Optimizer;
 
 /// As PyTorch's: v ← m v + ∇L + d θ, θ ← θ − r v.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Config {
-    pub(crate) rate: f64,
-    pub(crate) momentum: f64,
+pub struct Config {
+    pub rate: f64,
+    pub momentum: f64,
     /// Weight decay.
-    pub(crate) decay: f64,
+    pub decay: f64,
 }
 
-pub(crate) struct Momentum {
+pub struct Momentum {
     /// Variables and their v, from their first gradient on.
     vars: Vec<(Var, Option<Tensor>)>,
     config: Config,
@@ -56,6 +56,6 @@ impl Optimizer for Momentum {
 }
 
 /// The rate r after a share of the training, from 0 to 1: half a cosine from r to `last`.
-pub(crate) fn cosine(rate: f64, last: f64, share: f64) -> f64 {
+pub fn cosine(rate: f64, last: f64, share: f64) -> f64 {
     last + 0.5 * (rate - last) * (1.0 + (std::f64::consts::PI * share).cos())
 }

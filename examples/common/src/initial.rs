@@ -10,7 +10,7 @@ use super::{random, Result};
 
 /// Draws the variables of a map, by name in order, from normal distributions of mean zero and the
 /// deviation that `of(name, shape)` gives; one of `None` stays as it is.
-pub(crate) fn normal(
+pub fn normal(
     vars: &VarMap,
     rng: &mut StdRng,
     of: impl Fn(&str, &Shape) -> Option<f64>,
@@ -30,7 +30,7 @@ pub(crate) fn normal(
 }
 
 /// Inputs and outputs of a weight `(out, in, …)`, each with the pixels of a filter.
-pub(crate) fn fans(shape: &Shape) -> (f64, f64) {
+pub fn fans(shape: &Shape) -> (f64, f64) {
     let dims = shape.dims();
     let size = |i: usize| dims.get(i).copied().unwrap_or(1) as f64;
     let pixels = dims.iter().skip(2).product::<usize>() as f64;
@@ -38,12 +38,12 @@ pub(crate) fn fans(shape: &Shape) -> (f64, f64) {
 }
 
 /// √(2 / inputs) for weights, for networks with rectifiers (He et al., 2015); the rest as `or_zero`.
-pub(crate) fn he(name: &str, shape: &Shape) -> Option<f64> {
+pub fn he(name: &str, shape: &Shape) -> Option<f64> {
     or_zero(name, shape, (2.0 / fans(shape).0).sqrt())
 }
 
 /// √(2 / (inputs + outputs)) for weights (Glorot & Bengio, 2010); the rest as `or_zero`.
-pub(crate) fn xavier(name: &str, shape: &Shape) -> Option<f64> {
+pub fn xavier(name: &str, shape: &Shape) -> Option<f64> {
     let (inputs, outputs) = fans(shape);
     or_zero(name, shape, (2.0 / (inputs + outputs)).sqrt())
 }
@@ -59,7 +59,7 @@ fn or_zero(name: &str, shape: &Shape, weight: f64) -> Option<f64> {
 
 /// Values uniform in ±1/√inputs for layers `NAME.weight` and their `NAME.bias`, as PyTorch's linear
 /// layers have; other variables stay as they are.
-pub(crate) fn layers(vars: &VarMap, rng: &mut StdRng) -> Result<()> {
+pub fn layers(vars: &VarMap, rng: &mut StdRng) -> Result<()> {
     let data = vars.data().lock().map_err(|_| "the variables are locked")?;
     let mut names: Vec<_> = data.keys().filter(|n| n.ends_with(".weight")).collect();
     names.sort();
@@ -74,14 +74,14 @@ pub(crate) fn layers(vars: &VarMap, rng: &mut StdRng) -> Result<()> {
 }
 
 /// Values of a variable, uniform in ±`bound`.
-pub(crate) fn uniform(var: &Var, rng: &mut StdRng, bound: f64) -> Result<()> {
+pub fn uniform(var: &Var, rng: &mut StdRng, bound: f64) -> Result<()> {
     let x = random::uniform(rng, var.shape(), var.dtype(), var.device())?;
     Ok(var.set(&(((x * 2.0)? - 1.0)? * bound)?)?)
 }
 
 /// Weights with orthonormal rows, or columns where there are fewer of them (Saxe et al., 2014), drawn by name in order;
 /// biases zero.
-pub(crate) fn orthogonal(vars: &VarMap, rng: &mut StdRng) -> Result<()> {
+pub fn orthogonal(vars: &VarMap, rng: &mut StdRng) -> Result<()> {
     let data = vars.data().lock().map_err(|_| "the variables are locked")?;
     let mut named: Vec<_> = data.iter().collect();
     named.sort_by_key(|(name, _)| name.as_str());

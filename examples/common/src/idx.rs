@@ -10,13 +10,13 @@ use super::Result;
 
 /// An array of bytes, the last dimension running fastest.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Idx {
-    pub(crate) dims: Vec<usize>,
-    pub(crate) bytes: Vec<u8>,
+pub struct Idx {
+    pub dims: Vec<usize>,
+    pub bytes: Vec<u8>,
 }
 
 /// Reads a file; that it is gzipped is seen from its first bytes.
-pub(crate) fn read(path: &Path) -> Result<Idx> {
+pub fn read(path: &Path) -> Result<Idx> {
     let named = |what: String| format!("{}: {what}", path.display());
     let mut file = vec![];
     File::open(path)
@@ -33,7 +33,7 @@ pub(crate) fn read(path: &Path) -> Result<Idx> {
 }
 
 /// Magic number `0, 0, type, dimensions`, the dimensions in four bytes each, big end first; the array.
-pub(crate) fn parse(file: &[u8]) -> std::result::Result<Idx, String> {
+pub fn parse(file: &[u8]) -> std::result::Result<Idx, String> {
     const BYTES: u8 = 8;
     let &[0, 0, kind, rank, ref rest @ ..] = file else {
         return Err("no IDX file".to_owned());

@@ -7,11 +7,11 @@ use plotters::prelude::*;
 use super::axis::{Axis, Scale};
 use super::heat::{colour, Heat};
 use super::{Area, AXIS, FONT, LABEL, TITLE};
-use crate::common::Result;
+use crate::Result;
 
 /// How the points of a curve are drawn.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) enum Mark {
+pub enum Mark {
     #[default]
     Line,
     Dashed,
@@ -22,17 +22,17 @@ pub(crate) enum Mark {
 }
 
 /// Points, colour, name in the legend (none if empty).  Points that are not finite are left out.
-pub(crate) struct Curve {
-    pub(crate) name: String,
-    pub(crate) colour: RGBColor,
-    pub(crate) points: Vec<(f64, f64)>,
-    pub(crate) mark: Mark,
-    pub(crate) width: u32,
+pub struct Curve {
+    pub name: String,
+    pub colour: RGBColor,
+    pub points: Vec<(f64, f64)>,
+    pub mark: Mark,
+    pub width: u32,
 }
 
 impl Curve {
     /// A thin line.
-    pub(crate) fn new(
+    pub fn new(
         name: impl Into<String>,
         colour: RGBColor,
         points: impl IntoIterator<Item = (f64, f64)>,
@@ -46,34 +46,34 @@ impl Curve {
         }
     }
 
-    pub(crate) fn mark(mut self, mark: Mark) -> Self {
+    pub fn mark(mut self, mark: Mark) -> Self {
         self.mark = mark;
         self
     }
 
     /// In pixels.
-    pub(crate) fn width(mut self, width: u32) -> Self {
+    pub fn width(mut self, width: u32) -> Self {
         self.width = width;
         self
     }
 }
 
 /// Arrows of one colour: (where from, how far), both in the units of the axes.
-pub(crate) struct Arrows {
-    pub(crate) colour: RGBColor,
-    pub(crate) arrows: Vec<((f64, f64), (f64, f64))>,
+pub struct Arrows {
+    pub colour: RGBColor,
+    pub arrows: Vec<((f64, f64), (f64, f64))>,
 }
 
 /// Bars of one colour from zero up: (left, right, height).
-pub(crate) struct Bars {
-    pub(crate) name: String,
-    pub(crate) colour: RGBColor,
-    pub(crate) bars: Vec<(f64, f64, f64)>,
+pub struct Bars {
+    pub name: String,
+    pub colour: RGBColor,
+    pub bars: Vec<(f64, f64, f64)>,
 }
 
 impl Bars {
     /// The density of a sample over equal bins.
-    pub(crate) fn histogram(
+    pub fn histogram(
         name: impl Into<String>,
         colour: RGBColor,
         sample: &[f64],
@@ -100,18 +100,18 @@ impl Bars {
 }
 
 /// Title, axes, contents.  Everything is public, for `..Panel::new(title, x, y)`.
-pub(crate) struct Panel {
-    pub(crate) title: String,
+pub struct Panel {
+    pub title: String,
     /// Names of the axes, with units.
-    pub(crate) names: [String; 2],
-    pub(crate) scales: [Scale; 2],
+    pub names: [String; 2],
+    pub scales: [Scale; 2],
     /// Around all contents where `None`.
-    pub(crate) ranges: [Option<Range<f64>>; 2],
-    pub(crate) heat: Option<Heat>,
-    pub(crate) bars: Vec<Bars>,
-    pub(crate) arrows: Vec<Arrows>,
-    pub(crate) curves: Vec<Curve>,
-    pub(crate) legend: SeriesLabelPosition,
+    pub ranges: [Option<Range<f64>>; 2],
+    pub heat: Option<Heat>,
+    pub bars: Vec<Bars>,
+    pub arrows: Vec<Arrows>,
+    pub curves: Vec<Curve>,
+    pub legend: SeriesLabelPosition,
 }
 
 type Chart<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<Axis, Axis>>;
@@ -123,7 +123,7 @@ const BAR: i32 = 110;
 
 impl Panel {
     /// Empty, with linear axes of these names.
-    pub(crate) fn new(title: impl Into<String>, x: &str, y: &str) -> Self {
+    pub fn new(title: impl Into<String>, x: &str, y: &str) -> Self {
         Self {
             title: title.into(),
             names: [x.to_owned(), y.to_owned()],
@@ -138,7 +138,7 @@ impl Panel {
     }
 
     /// Draws it into the whole of the area.
-    pub(crate) fn draw(&self, area: &Area<'_>) -> Result<()> {
+    pub fn draw(&self, area: &Area<'_>) -> Result<()> {
         match self.heat.as_ref().filter(|heat| !heat.name.is_empty()) {
             Some(heat) => {
                 let width = area.dim_in_pixel().0 as i32;

@@ -9,29 +9,29 @@ use candle_nn::VarMap;
 
 /// y(T), ∂L/∂y0 and ∂L/∂θ, all parameters in one.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Gradients {
-    pub(crate) state: Vec<f64>,
-    pub(crate) y0: Vec<f64>,
-    pub(crate) theta: Vec<f64>,
-    pub(crate) stats: Stats,
+pub struct Gradients {
+    pub state: Vec<f64>,
+    pub y0: Vec<f64>,
+    pub theta: Vec<f64>,
+    pub stats: Stats,
 }
 
 /// Relative errors of the three.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Errors {
-    pub(crate) state: f64,
-    pub(crate) y0: f64,
-    pub(crate) theta: f64,
+pub struct Errors {
+    pub state: f64,
+    pub y0: f64,
+    pub theta: f64,
 }
 
 impl Errors {
-    pub(crate) fn all(&self) -> [f64; 3] {
+    pub fn all(&self) -> [f64; 3] {
         [self.state, self.y0, self.theta]
     }
 }
 
 impl Gradients {
-    pub(crate) fn errors(&self, reference: &Self) -> Errors {
+    pub fn errors(&self, reference: &Self) -> Errors {
         Errors {
             state: relative(&self.state, &reference.state),
             y0: relative(&self.y0, &reference.y0),
@@ -41,12 +41,12 @@ impl Gradients {
 }
 
 /// All values of a tensor of any dtype and device.
-pub(crate) fn values(x: &Tensor) -> Result<Vec<f64>> {
+pub fn values(x: &Tensor) -> Result<Vec<f64>> {
     x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
 /// ‖x − y‖ / ‖y‖; NaN where the lengths differ.
-pub(crate) fn relative(x: &[f64], y: &[f64]) -> f64 {
+pub fn relative(x: &[f64], y: &[f64]) -> f64 {
     if x.len() != y.len() {
         return f64::NAN;
     }
@@ -57,7 +57,7 @@ pub(crate) fn relative(x: &[f64], y: &[f64]) -> f64 {
 /// Solves to the last time, forms the loss, and pulls it back through candle's graph.  `leaf` is the
 /// variable in y0 whose gradient is wanted, `state` picks what is compared; statistics are taken from
 /// the recorder of the options, if there is one.
-pub(crate) fn solve<S: State + 'static>(
+pub fn solve<S: State + 'static>(
     ode: NeuralOde<S>,
     (vars, y0, leaf): (&VarMap, &S, &Var),
     times: &[f64],
@@ -89,13 +89,13 @@ pub(crate) fn solve<S: State + 'static>(
 
 /// y' = f(w, t, y) on [0, T], and a loss of y(T), which is formed in f64.
 #[derive(Clone)]
-pub(crate) struct Problem {
+pub struct Problem {
     /// Of weights, t and y, in the dtype of y.
-    pub(crate) field: fn(&[Tensor], f64, &Tensor) -> Result<Tensor>,
-    pub(crate) weights: Vec<Tensor>,
-    pub(crate) y0: Tensor,
-    pub(crate) end: f64,
-    pub(crate) loss: fn(&Tensor) -> Result<Tensor>,
+    pub field: fn(&[Tensor], f64, &Tensor) -> Result<Tensor>,
+    pub weights: Vec<Tensor>,
+    pub y0: Tensor,
+    pub end: f64,
+    pub loss: fn(&Tensor) -> Result<Tensor>,
 }
 
 fn in_steps(options: OdeOptions, steps: usize) -> OdeOptions {
@@ -110,11 +110,7 @@ const STACK: usize = 2 << 30;
 
 impl Problem {
     /// By the library, in equal steps.
-    pub(crate) fn solve(
-        &self,
-        options: OdeOptions,
-        steps: usize,
-    ) -> candle_diffeq::Result<Gradients> {
+    pub fn solve(&self, options: OdeOptions, steps: usize) -> candle_diffeq::Result<Gradients> {
         let state = options.precision.map_or(DType::F32, |p| p.state);
         let (vars, ode) = self.ode(state)?;
         let y0 = Var::from_tensor(&self.y0.to_dtype(state)?)?;
@@ -125,7 +121,7 @@ impl Problem {
     }
 
     /// L alone.
-    pub(crate) fn value(&self, options: OdeOptions, steps: usize) -> candle_diffeq::Result<f64> {
+    pub fn value(&self, options: OdeOptions, steps: usize) -> candle_diffeq::Result<f64> {
         let state = options.precision.map_or(DType::F32, |p| p.state);
         let ode = self.ode(state)?.1.options(OdeOptions {
             checkpoint: Checkpoint::Nothing,
@@ -154,7 +150,7 @@ impl Problem {
 
     /// By candle's tape over all steps, as autocast does it: weights cast to `compute` once, f in
     /// `compute`, y and sums over stages in `state`.
-    pub(crate) fn tape(
+    pub fn tape(
         &self,
         method: &Tableau,
         (state, compute): (DType, DType),
@@ -215,7 +211,7 @@ impl Problem {
     }
 
     /// The same elsewhere.
-    pub(crate) fn on(mut self, device: &Device) -> Result<Self> {
+    pub fn on(mut self, device: &Device) -> Result<Self> {
         self.y0 = self.y0.to_device(device)?;
         for weight in &mut self.weights {
             *weight = weight.to_device(device)?;

@@ -7,21 +7,21 @@ use super::Result;
 
 /// To be flattened into the flags of an example that can be started by `mpirun`.
 #[derive(Args, Clone, Debug)]
-pub(crate) struct Together {
+pub struct Together {
     /// Share every batch with the other processes that mpirun has started (build with --features mpi).
     #[arg(long)]
     mpi: bool,
 }
 
 /// One process, or those of MPI.
-pub(crate) struct Team(Box<dyn Group>);
+pub struct Team(Box<dyn Group>);
 
 impl Together {
     /// The processes.
     ///
     /// # Errors
     /// MPI in a build without it, or where it cannot be started.
-    pub(crate) fn team(&self) -> Result<Team> {
+    pub fn team(&self) -> Result<Team> {
         match self.mpi {
             false => Ok(Team(Box::new(Alone))),
             true => mpi(),
@@ -41,21 +41,21 @@ fn mpi() -> Result<Team> {
 }
 
 impl Team {
-    pub(crate) fn group(&self) -> &dyn Group {
+    pub fn group(&self) -> &dyn Group {
         &*self.0
     }
 
-    pub(crate) fn is_several(&self) -> bool {
+    pub fn is_several(&self) -> bool {
         self.0.size() > 1
     }
 
     /// An outcome of this process, of which the others hear if it is an error.
-    pub(crate) fn told<T>(&self, outcome: Result<T>) -> Result<T> {
+    pub fn told<T>(&self, outcome: Result<T>) -> Result<T> {
         told(self.group(), outcome)
     }
 
     /// Whether this process prints and draws.
-    pub(crate) fn leads(&self) -> bool {
+    pub fn leads(&self) -> bool {
         self.0.rank() == 0
     }
 }
