@@ -215,7 +215,10 @@ impl Backsolve {
             (Output::All, _) => vec![(output, 1.0)],
             (Output::Final, _) => vec![(points.len() - 1, 1.0)],
             (Output::Steps, Some(schedule)) => match output.checked_sub(1) {
-                Some(step) => schedule.step(step).nodes[1].derivatives().collect(),
+                Some(step) => schedule.step(step).nodes[1]
+                    .of_output()
+                    .derivatives()
+                    .collect(),
                 None => vec![],
             },
             // Of adaptive steps only those that end at a time of the user move.

@@ -188,11 +188,13 @@ fn root(
 }
 
 /// The place behind which a step is to end, so that the place is as accurate as a step: the one at which the solve ends, or
-/// the first of all if the interpolant is less accurate than steps are (`refines`).  Places are in ascending order, each
-/// with whether the solve ends there.
+/// the first of all if the interpolant is less accurate than steps are (`refines`); the first that is [inner](is_inner), if
+/// there is one.  Places are in ascending order, each with whether the solve ends there.
 pub(crate) fn behind_which(places: &[(f64, bool)], refines: bool) -> Option<f64> {
-    let mut places = places.iter().filter(|(_, ends)| refines || *ends);
-    places.next().map(|(x, _)| *x)
+    let places = places.iter().filter(|(_, ends)| refines || *ends);
+    let mut places = places.map(|(x, _)| *x);
+    let first = places.clone().next();
+    places.find(|x| is_inner(*x)).or(first)
 }
 
 /// Whether the interpolant may be less accurate at a fraction x of a step than at its ends.
@@ -284,6 +286,9 @@ mod tests {
         assert_eq!(behind_which(&places, false), Some(0.6));
         assert_eq!(behind_which(&places, true), Some(0.3));
         assert_eq!(behind_which(&places[..1], false), None);
+        // Near the start of the step the interpolant is accurate.
+        assert_eq!(behind_which(&[(5e-4, false), (0.5, true)], true), Some(0.5));
+        assert_eq!(behind_which(&[(5e-4, false)], true), Some(5e-4));
         for (t, h) in [(0.0, 1.0), (5.0, -2.0)] {
             let x = (0.3 * h) / (behind(t, h, 0.3) - t);
             assert!(x < 1.0 && !is_inner(x) && is_inner(0.3));

@@ -63,6 +63,8 @@ pub enum Output {
 pub(crate) enum Node {
     /// It is t_i + s (t_{i+1} − t_i), 0 ≤ s ≤ 1.
     Between(usize, f64),
+    /// The field jumps there, and t_i is the same time: steps end at the jump, wherever t_i is moved.
+    AtJump(usize),
     /// It is a constant.
     Constant,
 }
@@ -72,9 +74,26 @@ impl Node {
     pub(crate) fn derivatives(self) -> impl Iterator<Item = (usize, f64)> {
         let of = match self {
             Self::Between(i, s) => [(i, 1.0 - s), (i + 1, s)],
-            Self::Constant => [(0, 0.0); 2],
+            Self::AtJump(_) | Self::Constant => [(0, 0.0); 2],
         };
         of.into_iter().filter(|(_, d)| *d != 0.0)
+    }
+
+    /// What the time of a state that is returned here depends on, which a step need not end at.
+    pub(crate) fn of_output(self) -> Self {
+        match self {
+            Self::AtJump(i) => Self::Between(i, 0.0),
+            other => other,
+        }
+    }
+
+    /// The same node between two steps, where the field jumps.
+    fn at_jump(self) -> Self {
+        match self {
+            Self::Between(i, 0.0) => Self::AtJump(i),
+            Self::Between(i, 1.0) => Self::AtJump(i + 1),
+            _ => Self::Constant,
+        }
     }
 }
 

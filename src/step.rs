@@ -50,7 +50,8 @@ pub(crate) struct Taken {
 #[derive(Clone, Debug)]
 pub(crate) struct Scheme {
     pub(crate) tableau: Tableau,
-    /// Stages that the solution depends on, and those that an output inside a step does.
+    /// Stages that the solution depends on, and an output inside a step if the next step begins with its last stage; and
+    /// those that an output inside any other step depends on.
     active: Vec<bool>,
     dense_active: Vec<bool>,
     /// Roles of each leaf.
@@ -66,13 +67,15 @@ pub(crate) struct Scheme {
 impl Scheme {
     /// A method that interpolates if `dense` says so.
     pub(crate) fn new(method: &Tableau, dense: bool, roles: Vec<Roles>, device: Device) -> Self {
-        let tableau = if dense {
-            method.dense()
-        } else {
-            method.clone()
+        let tableau = match dense {
+            true => method.dense(),
+            false => method.clone(),
         };
         Self {
-            active: tableau.active(),
+            active: match dense {
+                true => tableau.joined_active(),
+                false => tableau.active(),
+            },
             dense_active: tableau.dense_active(),
             tableau,
             roles,

@@ -539,7 +539,7 @@ fn the_floor_is_known_before_the_attempt() {
 #[test]
 fn the_first_step_is_found_from_states_and_velocities_of_any_size() {
     for (y0, rate) in [
-        (0.0, 0.0),
+        (0.0f64, 0.0),
         (0.0, 1.0),
         (1.0, 0.0),
         (1e-30, 1e-3),
@@ -548,9 +548,30 @@ fn the_first_step_is_found_from_states_and_velocities_of_any_size() {
     ] {
         let field = move |_: &Time, y: &Tensor| (y * 0.0)? + rate;
         let y = Tensor::new(&[y0], &Device::Cpu).unwrap();
+        // Hairer, Nørsett, Wanner, "Solving Ordinary Differential Equations I", II.4, for f that does not change.
+        let scale = 1e-8 + 1e-6 * y0.abs();
+        let [d0, d1] = [y0 / scale, rate / scale];
+        let probe = match d0 < 1e-5 || d1 < 1e-5 {
+            true => 1e-6,
+            false => 0.01 * d0 / d1,
+        };
+        let length = match d1 <= 1e-15 {
+            true => f64::max(1e-6, 1e-3 * probe),
+            false => (0.01 / d1).powf(0.2),
+        };
         for end in [1.0, 1e-9, 1e6] {
-            let options = options(&DOPRI5, Adaptive::new(1e-6, 1e-8));
+            let recorder = Recorder::default();
+            let options = OdeOptions {
+                recorder: Some(recorder.clone()),
+                ..options(&DOPRI5, Adaptive::new(1e-6, 1e-8))
+            };
             let ys = predict(&field, &y, &[0.0, end], &options).unwrap();
+            let first = recorder.take().first_step.unwrap();
+            let expected = length.min(100.0 * probe).min(end);
+            assert!(
+                (first - expected).abs() <= 1e-9 * expected,
+                "{y0} {rate} {end}: {first} {expected}"
+            );
             let exact = y0 + rate * end;
             let got = values(&ys)[1];
             assert!(

@@ -420,6 +420,14 @@ fn the_state_at_the_time_of_a_jump_is_the_one_before_it() {
                 "{level} {states:?}"
             );
         }
+        // Where the time is zero, and rounding is that of the times before.
+        let options_at_zero = options(&DOPRI5, 1e-6);
+        for time in [-U_F64 * level, 0.0, U_F64 * level] {
+            let times = [-level, time, 0.5 * level];
+            let solved = system.solve(&start(0.0), &times, &options_at_zero);
+            let states = values(&solved.unwrap().states);
+            assert!((states[1] - level).abs() <= 1e-14, "{level} {states:?}");
+        }
         // Where it is the last time.
         let solved = system
             .solve(&start(0.0), &[0.0, level], &options(&DOPRI5, 1e-6))
@@ -790,7 +798,7 @@ fn events_at_the_same_time_all_occur_in_a_hybrid_system() {
     let floor = |ball: usize| {
         Event::new(move |_: &Time, y: &Tensor| y.get(2 * ball)).direction(Direction::Falling)
     };
-    for i in 1..40 {
+    for (i, at_zero) in (1..40).flat_map(|i| [(i, false), (i, true)]) {
         let height = 0.3 + i as f64 / 17.0;
         let system = Hybrid::new(fall, vec![floor(0), floor(1)], |event, _, y: &Tensor| {
             let mut numbers = y.to_vec1::<f64>()?;
@@ -800,9 +808,10 @@ fn events_at_the_same_time_all_occur_in_a_hybrid_system() {
         });
         let y0 = Tensor::new(&[height, 0.0, height, 0.0], &Device::Cpu).unwrap();
         let first = (2.0 * height / 9.81).sqrt();
-        let solved = system
-            .solve(&y0, &[0.0, 1.5 * first], &options(&DOPRI5, 1e-9))
-            .unwrap();
+        // At time zero nothing but the step says how exact a time is.
+        let from = if at_zero { -first } else { 0.0 };
+        let times = [from, from + 1.5 * first];
+        let solved = system.solve(&y0, &times, &options(&DOPRI5, 1e-9)).unwrap();
         // Crossings in both directions, with a jump that leaves the places as they are.
         let both = |ball: usize| Event::new(move |_: &Time, y: &Tensor| y.get(2 * ball));
         let system = Hybrid::new(fall, vec![both(0), both(1)], |event, _, y: &Tensor| {
@@ -810,9 +819,7 @@ fn events_at_the_same_time_all_occur_in_a_hybrid_system() {
             numbers[2 * event + 1] *= -0.5;
             Tensor::new(numbers, y.device())
         });
-        let again = system
-            .solve(&y0, &[0.0, 1.5 * first], &options(&DOPRI5, 1e-9))
-            .unwrap();
+        let again = system.solve(&y0, &times, &options(&DOPRI5, 1e-9)).unwrap();
         assert_eq!(again.jumps.len(), 2, "{height}");
         let mut balls: Vec<_> = solved.jumps.iter().map(|jump| jump.before.event).collect();
         balls.sort_unstable();

@@ -160,3 +160,75 @@ fn a_jump_at_an_end_is_met_from_the_side_of_the_step_with_noise_too() {
         );
     }
 }
+
+#[test]
+fn times_that_lie_on_jumps_have_the_gradients_of_the_exact_flow() {
+    let field = |says| Switch {
+        at: 1.0,
+        before: 0.5,
+        after: -1.25,
+        says,
+    };
+    let at: Vec<f64> = (0..=512).map(|n| n as f64 / 256.0).collect();
+    let fixed = |steps| OdeOptions {
+        method: RK4,
+        steps,
+        ..Default::default()
+    };
+    let backward = at.iter().rev().copied().collect();
+    for (says, options, reversed) in [
+        (true, fixed(Steps::PerInterval(256)), None),
+        (true, fixed(Steps::Size(1.0 / 256.0)), None),
+        (true, fixed(Steps::At(at)), Some(fixed(Steps::At(backward)))),
+        (false, adaptive(DOPRI5, vec![1.0]), None),
+        (true, adaptive(BOSH3, vec![]), None),
+    ] {
+        for times in [
+            vec![0.0, 1.0, 2.0],
+            vec![0.0, 2.0],
+            vec![0.0, 0.5, 1.0],
+            vec![1.0, 1.5, 2.0],
+        ] {
+            for is_reversed in [false, true] {
+                let times: Vec<f64> = match is_reversed {
+                    false => times.clone(),
+                    true => times.iter().rev().copied().collect(),
+                };
+                let ends = [times[0], times[times.len() - 1]];
+                let options = match (&options.steps, is_reversed, &reversed) {
+                    (Steps::At(_), true, Some(reversed)) => reversed,
+                    _ => &options,
+                };
+                let mut options = options.clone();
+                if let Steps::At(at) = &mut options.steps {
+                    let [low, high] = [ends[0].min(ends[1]), ends[0].max(ends[1])];
+                    at.retain(|t| (low..=high).contains(t));
+                }
+                let field = field(says);
+                let t = Var::new(times.as_slice(), &Device::Cpu).unwrap();
+                let y0 = Tensor::new(&[1f64], &Device::Cpu).unwrap();
+                let ys = odeint(field, &y0, &t, &options).unwrap();
+                let weights: Vec<f64> = (0..times.len()).map(|i| 1.0 + 0.3 * i as f64).collect();
+                let of = Tensor::new(weights.as_slice(), &Device::Cpu).unwrap();
+                let loss = (ys.squeeze(1).unwrap() * of).unwrap().sum_all().unwrap();
+                let got = values(loss.backward().unwrap().get(&t).unwrap());
+                // The rate on the side of a time on which another time lies.
+                let rate = |t: f64, towards: f64| match 0.5 * (t + towards) < 1.0 {
+                    true => field.before,
+                    false => field.after,
+                };
+                let mut exact = vec![0.0; times.len()];
+                for (i, weight) in weights.iter().enumerate().skip(1) {
+                    let y = weight * field.growth([times[0], times[i]]);
+                    exact[0] -= rate(times[0], 0.999 * times[0] + 0.001 * times[i]) * y;
+                    exact[i] += rate(times[i], 0.999 * times[i] + 0.001 * times[i - 1]) * y;
+                }
+                for (got, exact) in got.iter().zip(&exact) {
+                    let steps = &options.steps;
+                    let error = (got - exact).abs();
+                    assert!(error < 1e-8, "{steps:?} {times:?}: {got} {exact}");
+                }
+            }
+        }
+    }
+}

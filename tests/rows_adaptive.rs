@@ -17,7 +17,7 @@ use candle_diffeq::options::{
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};
 use candle_diffeq::{NeuralOde, OdeOptions, Precision, State};
 use candle_nn::{VarBuilder, VarMap};
-use common::{all, bits, fill, relative, scattered, values};
+use common::{all, bits, fill, relative, scattered, values, U_F64};
 
 /// Whether the process has no vector unit, so that rows cannot have steps of their own.
 fn without_tiles() -> bool {
@@ -475,6 +475,7 @@ fn lanes_that_are_done_take_other_rows() {
         return;
     }
     let y0 = start(Kind::Mlp, 800, DType::F32);
+    let alike = rows(&y0, &[0; 1024]);
     let options = OdeOptions {
         checkpoint: Checkpoint::Nothing,
         ..options(&DOPRI5, adaptive(1e-5, 1e-7))
@@ -495,13 +496,17 @@ fn lanes_that_are_done_take_other_rows() {
         evaluations
     );
     let used = row_evaluations as f64 / tile_evaluations as f64;
-    // Tiles have 4 to 32 lanes.
-    let lanes = [4, 8, 16, 32]
-        .into_iter()
-        .find(|&lanes| used <= f64::from(lanes))
-        .unwrap();
+    // Of rows that are alike, all lanes are always in use.
+    let stats = solve(Kind::Mlp, &alike, &[0.0, 2.0], &options).unwrap();
+    let Stats {
+        row_evaluations,
+        tile_evaluations,
+        ..
+    } = stats.stats;
+    let lanes = (row_evaluations as f64 / tile_evaluations as f64).round();
+    assert!([4.0, 8.0, 16.0, 32.0].contains(&lanes), "{lanes}");
     println!("{used} of {lanes} lanes");
-    assert!(used >= 0.75 * f64::from(lanes), "{used} of {lanes} lanes");
+    assert!(used >= 0.75 * lanes, "{used} of {lanes} lanes");
 }
 
 #[test]
@@ -1024,4 +1029,57 @@ fn rows_of_sines_do_not_depend_on_rows_that_are_far_away_or_lost() {
     let alone = of(&[0.3]);
     assert_eq!(of(&[0.3, 2e5]), alone);
     assert_eq!(of(&[0.3, 2e5, -0.4, 1e30]), alone);
+}
+
+/// The midpoint rule with a third stage that neither the solution nor the pair reads, but the interpolant does.
+fn far_interpolant() -> Tableau {
+    let midpoint = Tableau::new(
+        "far_interpolant",
+        2,
+        vec![vec![], vec![0.5], vec![1.0, 0.0]],
+        vec![0.0, 1.0, 0.0],
+        vec![0.0, 0.5, 1.0],
+    );
+    let pair = midpoint.unwrap().with_embedded(vec![1.0, 0.0, 0.0]);
+    let rows = vec![
+        vec![1.0, -1.5, 0.5],
+        vec![0.0, 2.0, -1.0],
+        vec![0.0, -0.5, 0.5],
+    ];
+    pair.unwrap().with_interpolant(rows).unwrap()
+}
+
+#[test]
+fn a_stage_that_only_the_interpolant_reads_is_differentiated() {
+    // Of a linear equation every solution of a method is y0 times a number, which is its derivative.
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'_>| Mlp::new(&[1, 1], Activation::Tanh, vb);
+    let model = || NeuralOde::from_field(&vars, "", DType::F64, &Device::Cpu, build).unwrap();
+    model();
+    for (name, var) in vars.data().lock().unwrap().iter() {
+        let value = f64::from(u8::from(name.contains("weight"))) * 1.3;
+        var.set(&var.affine(0.0, value).unwrap()).unwrap();
+    }
+    for control in [StepControl::Rows, StepControl::Batch] {
+        for fusion in [true, false] {
+            if (control == StepControl::Rows) && (!fusion || without_tiles()) {
+                continue;
+            }
+            let steps = adaptive(1e-4, 1e-3).control(control);
+            let mut options = options(&far_interpolant(), steps);
+            options.fusion = fusion;
+            let ode = model().options(options);
+            let y0 = [0.01, 0.3, 1.0, 20.0, -3.0];
+            let y0 = Var::from_vec(y0.to_vec(), (5, 1), &Device::Cpu).unwrap();
+            let times = [0.0, 0.11, 0.3, 0.47, 1.0];
+            let ys = ode.solve(&y0, &times).unwrap();
+            for i in 0..times.len() {
+                let y = ys.get(i).unwrap();
+                let grads = y.sum_all().unwrap().backward().unwrap();
+                let exact = (&y / y0.as_tensor()).unwrap();
+                let error = relative(grads.get(&y0).unwrap(), &exact);
+                assert!(error < 64.0 * U_F64, "{control:?} {fusion} {i}: {error:e}");
+            }
+        }
+    }
 }

@@ -36,8 +36,18 @@ fn additive(t: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
     (y.ones_like()? * 0.6)?.broadcast_mul(&size)
 }
 
+/// Noise of the same size for every state, growing in time.
+fn growing(t: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
+    let size = ((t.tensor()? * 2.0)? + 0.2)?.to_dtype(y.dtype())?;
+    y.ones_like()?.broadcast_mul(&size)
+}
+
+fn still(_: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
+    y.zeros_like()
+}
+
 /// Diagonal, additive, scalar; and noise alone.
-fn equations() -> [(&'static str, Sde<Part, Part>); 4] {
+fn equations() -> [(&'static str, Sde<Part, Part>); 5] {
     let of = |g: fn(&Time, &Tensor) -> candle_core::Result<Tensor>| {
         stratonovich(Box::new(drift) as Part, Box::new(g) as Part)
     };
@@ -47,10 +57,11 @@ fn equations() -> [(&'static str, Sde<Part, Part>); 4] {
         ("scalar", of(spread).scalar()),
         (
             "without drift",
-            stratonovich(
-                Box::new(|_: &Time, y: &Tensor| y.zeros_like()) as Part,
-                Box::new(spread) as Part,
-            ),
+            stratonovich(Box::new(still) as Part, Box::new(spread) as Part),
+        ),
+        (
+            "additive, without drift",
+            stratonovich(Box::new(still) as Part, Box::new(growing) as Part).additive(),
         ),
     ]
 }
@@ -312,10 +323,13 @@ fn the_norm_and_limits_of_adaptive_steps_hold() {
     let (_, batch) = steps(Adaptive::new(1e-2, 1e-2));
     let (_, worst) = steps(Adaptive::new(1e-2, 1e-2).norm(Norm::WorstRow));
     assert!(worst.steps > batch.steps);
-    // Two evaluations at the start of a step, five of each attempt, and once two at five states with other components: at
-    // one all of them differ, at four some.
+    // Two evaluations at the start of a step, five of each attempt, and once, at the first and at the last time, two at five
+    // states with other components: at one all of them differ, at four some.
     let attempts = batch.steps + batch.rejected;
-    assert_eq!(batch.evaluations, 2 * batch.steps + 5 * attempts + 2 * 5);
+    assert_eq!(
+        batch.evaluations,
+        2 * batch.steps + 5 * attempts + 2 * 2 * 5
+    );
     let (_, short) = steps(Adaptive::new(1e-2, 1e-2).max_step(0.01));
     assert!(short.steps >= 200 && short.step_range.unwrap().1 <= 0.01 * (1.0 + 1e-12));
     let (stopped, _) = steps(Adaptive::new(1e-2, 1e-2).max_steps(5));
@@ -379,18 +393,37 @@ fn what_would_have_another_limit_is_refused_with_the_reason() {
             1,
         )
     };
-    let still = Tensor::zeros((2, 3), DType::F64, &Device::Cpu).unwrap();
-    let found = predict(
-        &stratonovich(drift, crossed),
-        &still,
-        &TIMES,
-        &tree(),
-        &options,
-    );
-    assert!(matches!(
-        found,
-        Err(Error::Sde(SdeDefect::AdaptiveCoupled { leaf: 0 }))
-    ));
+    let is_coupled = |g: Part, y0: &[f64]| {
+        let y0 = Tensor::new(y0, &Device::Cpu).unwrap();
+        let y0 = y0.repeat((2, 1)).unwrap();
+        let sde = stratonovich(drift, g);
+        let found = predict(&sde, &y0, &TIMES, &tree(), &options);
+        matches!(
+            found,
+            Err(Error::Sde(SdeDefect::AdaptiveCoupled { leaf: 0 }))
+        )
+    };
+    assert!(is_coupled(Box::new(crossed), &[0.0; 3]));
+    // A factor that is zero at the start.
+    let factor = |_: &Time, y: &Tensor| {
+        let next = Tensor::cat(&[&y.narrow(1, 1, 2)?, &y.narrow(1, 0, 1)?], 1)?;
+        y * candle_nn::ops::sigmoid(&next)?
+    };
+    assert!(is_coupled(Box::new(factor), &[0.0; 3]));
+    // Changes that cancel where all components are moved alike.
+    let cancels = |_: &Time, y: &Tensor| {
+        let of = |i: usize| y.narrow(1, i, 1);
+        let first = ((of(1)? + of(2)?)? - of(3)?)?;
+        Tensor::cat(&[&first, &of(1)?, &of(2)?, &of(3)?], 1)
+    };
+    assert!(is_coupled(Box::new(cancels), &[0.0; 4]));
+    // What is coupled after the start alone.
+    let later = |t: &Time, y: &Tensor| {
+        let next = Tensor::cat(&[&y.narrow(1, 1, 2)?, &y.narrow(1, 0, 1)?], 1)?;
+        next.broadcast_mul(&t.tensor()?.to_dtype(DType::F64)?)? + 1.0
+    };
+    assert!(is_coupled(Box::new(later), &[0.5, 0.2, -0.1]));
+    assert!(!is_coupled(Box::new(spread), &[0.5, 0.2, -0.1]));
     let vars = candle_nn::VarMap::new();
     let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
     let net = Mlp::new(&[3, 8, 3], Activation::Tanh, vb).unwrap();

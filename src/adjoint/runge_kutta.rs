@@ -10,7 +10,7 @@ use crate::field::{pullback, Field, Pullback};
 use crate::ops;
 use crate::precision::{Roles, Rounding};
 use crate::scaler::{Outcome, Scaler};
-use crate::schedule::Step;
+use crate::schedule::{Node, Step};
 use crate::stats::Stats;
 use crate::step::{located, LinearStage, Scheme};
 use crate::watch::Watch;
@@ -50,6 +50,7 @@ impl Method for Scheme {
         if sweep.times > 0 {
             let after = sums.after.take();
             sums.after = sweep.times_of_outputs(step, &linear, after, &mut sums.times)?;
+            sweep.time_of_output_at_jump(step, &linear, sums, stats)?;
         }
         let incoming = sweep.outputs.at_node(sweep.schedule, n)?;
         sweep.update(step, &seeds, &ws, incoming.as_deref())
@@ -113,6 +114,41 @@ impl Sweep<'_> {
             }
         }
         Ok(first.cloned())
+    }
+
+    /// The time term of an output at the end of the step, where the field jumps: the step ends at the jump, but an output that
+    /// moves alone would move along the solution before it.
+    fn time_of_output_at_jump(
+        &self,
+        step: Step,
+        linear: &[Option<LinearStage<'_>>],
+        sums: &mut Sums,
+        stats: &mut Stats,
+    ) -> Result<()> {
+        let Node::AtJump(given) = step.nodes[1] else {
+            return Ok(());
+        };
+        let Some(adj) = self.outputs.at_node(self.schedule, step.index + 1)? else {
+            return Ok(());
+        };
+        let nothing = Dense::default();
+        let mut own = Sums {
+            theta: self.accumulator()?,
+            times: TimeGradients::new(self.times),
+            scaler: sums.scaler.aimed(self.magnitude(&adj, &nothing)?),
+            after: None,
+        };
+        let seeds = StageSeeds {
+            adj: &adj,
+            dense: &nothing,
+        };
+        let step = Step {
+            nodes: [Node::Constant, Node::Between(given, 0.0)],
+            ..step
+        };
+        self.pull_stages_back(step, &seeds, linear, &mut own, stats)?;
+        sums.times.add_all(own.times);
+        Ok(())
     }
 
     /// max|λ| over the leaves whose cotangents can overflow.  Over all if none can, or while it is

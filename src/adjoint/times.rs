@@ -64,6 +64,14 @@ impl TimeGradients {
         Ok(())
     }
 
+    /// Adds the terms of another sum.
+    pub(super) fn add_all(&mut self, other: Self) {
+        self.pending.extend(other.pending);
+        for (time, other) in self.times.iter_mut().zip(other.times) {
+            *time += other;
+        }
+    }
+
     pub(super) fn finish(mut self) -> Result<Vec<f64>> {
         self.flush()?;
         Ok(self.times)

@@ -11,18 +11,20 @@ use crate::field::Field;
 use crate::schedule::Step;
 
 impl Driven {
-    /// Refuses diagonal noise whose diffusion of one component changes with another component that has noise.  `start` are
-    /// the evaluations at y; returns how many more were made.
+    /// Refuses diagonal noise whose diffusion of one component changes with another component that has noise.  `steps` are
+    /// the first and the last step, `start` are the evaluations at y in the first; returns how many more were made.
     ///
-    /// A component has noise if its diffusion is not zero at y, or where all components are moved: at y it may be zero by
-    /// chance, such as that of a state that begins at zero.  A diffusion that is zero at the start for every state passes.
+    /// Components are moved from a state that is not y, at both times, because the diffusion may be zero at y or at the start
+    /// by chance, such as that of a state that begins at zero; each is moved by a length of its own, so that changes do not
+    /// cancel.  A component has noise if its diffusion is not zero at y or at that state.  The test is local: it does not see
+    /// a diffusion that reads other components only far from y.
     ///
     /// With d components, log₂ d pairs of states are enough: the bits of an index say in which of them the component is
     /// moved, and the indices of two components differ in a bit.
     pub(crate) fn check_commuting(
         &self,
         field: &Field<'_>,
-        step: Step,
+        steps: [Step; 2],
         y: &[Tensor],
         start: &[Evaluated<()>],
     ) -> Result<usize> {
@@ -36,38 +38,50 @@ impl Driven {
         let widths: Vec<usize> = values.iter().map(width).collect();
         let components: usize = widths.iter().sum();
         let by = |y: &Tensor| (y.abs()? + 1.0)? * 0.25;
-        let elsewhere = y.iter().map(|y| y + by(y)?);
-        let elsewhere = elsewhere.collect::<candle_core::Result<Vec<_>>>()?;
-        let there = self.start(field, step, &elsewhere)?;
-        let mut evaluations = there.len();
-        let noisy = values.iter().zip(diffusion(&there).unwrap_or_default());
-        let noisy = noisy.map(|(here, there)| (here.ne(0.0)? + there.ne(0.0)?)?.ne(0u8));
-        let noisy = noisy.collect::<candle_core::Result<Vec<_>>>()?;
-        for bit in 0..components.next_power_of_two().trailing_zeros() {
-            for side in [0, 1] {
-                let is_moved = |index: usize| (index >> bit) & 1 == side;
-                let mut moved = y.to_vec();
-                let mut others = vec![];
-                let mut first = 0;
-                for ((y, noisy), width) in moved.iter_mut().zip(&noisy).zip(&widths) {
-                    let mask = mask(y, first..first + width, is_moved)?;
-                    let noisy = noisy.to_dtype(y.dtype())?;
-                    others.push((1.0 - &mask)?);
-                    *y = (&*y + (by(y)? * noisy.broadcast_mul(&mask)?)?)?;
-                    first += width;
-                }
-                let again = self.start(field, step, &moved)?;
-                evaluations += again.len();
-                let now = diffusion(&again).unwrap_or_default();
-                for (leaf, ((then, now), others)) in values.iter().zip(now).zip(&others).enumerate()
-                {
-                    // Selected, not multiplied: what was moved may have left the domain of its own diffusion.
-                    let change = (now - then)?.abs()?.to_dtype(DType::F64)?;
-                    let others = others.ne(0.0)?.broadcast_as(change.shape())?;
-                    let change = others.where_cond(&change, &change.zeros_like()?)?;
-                    let change = change.sum_all()?.to_scalar::<f64>()?;
-                    if change > 0.0 || change.is_nan() {
-                        return Err(Error::Sde(SdeDefect::AdaptiveCoupled { leaf }));
+        let base = y.iter().map(|y| y + by(y)?);
+        let base = base.collect::<candle_core::Result<Vec<_>>>()?;
+        let mut evaluations = 0;
+        let mut there = vec![];
+        for step in steps {
+            let evaluated = self.start(field, step, &base)?;
+            evaluations += evaluated.len();
+            there.push(diffusion(&evaluated).unwrap_or_default().to_vec());
+        }
+        let mut noisy = vec![];
+        for (leaf, here) in values.iter().enumerate() {
+            let mut any = here.ne(0.0)?;
+            for there in &there {
+                any = (any + there[leaf].ne(0.0)?)?;
+            }
+            noisy.push(any.ne(0u8)?);
+        }
+        for (step, values) in steps.into_iter().zip(&there) {
+            for bit in 0..components.next_power_of_two().trailing_zeros() {
+                for side in [0, 1] {
+                    let is_moved = |index: usize| (index >> bit) & 1 == side;
+                    let mut moved = base.clone();
+                    let mut others = vec![];
+                    let mut first = 0;
+                    for ((y, noisy), width) in moved.iter_mut().zip(&noisy).zip(&widths) {
+                        let lengths = lengths(y, first..first + width, is_moved)?;
+                        others.push(lengths.eq(0.0)?);
+                        let noisy = noisy.to_dtype(y.dtype())?;
+                        *y = (&*y + (by(y)? * noisy.broadcast_mul(&lengths)?)?)?;
+                        first += width;
+                    }
+                    let again = self.start(field, step, &moved)?;
+                    evaluations += again.len();
+                    let now = diffusion(&again).unwrap_or_default();
+                    let all = values.iter().zip(now).zip(&others);
+                    for (leaf, ((then, now), others)) in all.enumerate() {
+                        // Selected, not multiplied: what was moved may have left the domain of its own diffusion.
+                        let change = (now - then)?.abs()?.to_dtype(DType::F64)?;
+                        let others = others.broadcast_as(change.shape())?;
+                        let change = others.where_cond(&change, &change.zeros_like()?)?;
+                        let change = change.sum_all()?.to_scalar::<f64>()?;
+                        if change > 0.0 || change.is_nan() {
+                            return Err(Error::Sde(SdeDefect::AdaptiveCoupled { leaf }));
+                        }
                     }
                 }
             }
@@ -87,14 +101,20 @@ fn width(g: &Tensor) -> usize {
     g.dims().iter().skip(1).product()
 }
 
-/// One where a component, by its index among all, `is_moved`, otherwise zero: (1, …), like a row of y.
-fn mask(
+/// How far a component is moved, by its index among all, in units of its size: between one and two where it `is_moved`,
+/// otherwise zero; (1, …), like a row of y.
+fn lengths(
     y: &Tensor,
     indices: std::ops::Range<usize>,
     is_moved: impl Fn(usize) -> bool,
 ) -> Result<Tensor> {
-    let numbers: Vec<f32> = indices.map(|i| f32::from(u8::from(is_moved(i)))).collect();
+    const GOLDEN: f64 = 0.618_033_988_749_894_9;
+    let length = |i: usize| match is_moved(i) {
+        true => 1.0 + (i as f64 * GOLDEN).fract(),
+        false => 0.0,
+    };
+    let numbers: Vec<f64> = indices.map(length).collect();
     let shape = [&[1], &y.dims()[1..]].concat();
-    let mask = Tensor::from_vec(numbers, shape, &Device::Cpu)?;
-    Ok(mask.to_device(y.device())?.to_dtype(y.dtype())?)
+    let lengths = Tensor::from_vec(numbers, shape, &Device::Cpu)?;
+    Ok(lengths.to_dtype(y.dtype())?.to_device(y.device())?)
 }

@@ -118,16 +118,17 @@ pub const EULER_HEUN: SdeMethod = SdeMethod(&Table {
 
 const EULER: Sum = y(&[f(0, 1.0), g(1, W, 1.0)]);
 
-/// The sum of two differences from Heun's method, each of order h^{3/2} in a step.
+/// The sum of two parts, each of order h^{3/2} in a step.
 ///
-/// The difference from [`EULER_HEUN`] is ½ (f_2 − f_0) h + ½ (g_3 − g_4) ΔW with g_4 at y + g ΔW.  It sees what the drift and
-/// the noise do to each other, but it is zero without a drift.  The difference from the strong-stability-preserving method
-/// of order three (C.-W. Shu, S. Osher, J. Comput. Phys. 77, 1988), which shares the stages of Heun's method, is
-/// ⅓ (f_0 + f_2 − 2 f_5) h + ⅓ (g_1 + g_3 − 2 g_6) ΔW with f_5 and g_6 in the middle.  It sees what the noise does to itself,
-/// but it is small under additive noise.
+/// The first is ½ (f_2 − f_0) h − ½ (g_3 − g_4) ΔW with g_4 at t and y + g ΔW.  It is ½ (f′g − g′f − ∂g/∂t) h ΔW and more of
+/// higher order.  In a step, drift, noise and time contribute (f′g − g′f − ∂g/∂t) (U − ½ h ΔW) to the error of Heun's method,
+/// whose root mean square is smaller by a factor of √3.  The second part is the difference from the
+/// strong-stability-preserving method of order three (C.-W. Shu, S. Osher, J. Comput. Phys. 77, 1988), which shares the
+/// stages of Heun's method: ⅓ (f_0 + f_2 − 2 f_5) h + ⅓ (g_1 + g_3 − 2 g_6) ΔW with f_5 and g_6 in the middle.  It contains
+/// what the noise does to itself.
 const EMBEDDED_IN_HEUN: Embedded = Embedded {
     evaluations: &[
-        at(Diffusion, 1.0, y(&[g(1, W, 1.0)])),
+        at(Diffusion, 0.0, y(&[g(1, W, 1.0)])),
         at(Drift, 0.5, MIDDLE),
         at(Diffusion, 0.5, MIDDLE),
     ],
@@ -137,8 +138,8 @@ const EMBEDDED_IN_HEUN: Embedded = Embedded {
             f(0, -1.0 / 6.0),
             g(1, W, 1.0 / 3.0),
             f(2, 5.0 / 6.0),
-            g(3, W, 5.0 / 6.0),
-            g(4, W, -0.5),
+            g(3, W, -1.0 / 6.0),
+            g(4, W, 0.5),
             f(5, -2.0 / 3.0),
             g(6, W, -2.0 / 3.0),
         ],
@@ -149,8 +150,8 @@ const EMBEDDED_IN_HEUN: Embedded = Embedded {
 const MIDDLE: Sum = y(&[f(0, 0.25), g(1, W, 0.25), f(2, 0.25), g(3, W, 0.25)]);
 
 /// Heun's method: the mean of f h + g ΔW at the start and at the end of a step of Euler's method.  Stratonovich; strong
-/// order one, ½ for general noise.  With adaptive steps it estimates its error by its differences from [`EULER_HEUN`] and
-/// from a method of order three, added.
+/// order one, ½ for general noise.  With adaptive steps it estimates its error by what drift, noise and time do to each
+/// other in a step and by its difference from a method of order three, added.
 pub const HEUN: SdeMethod = SdeMethod(&Table {
     name: "heun",
     calculus: Stratonovich,
@@ -310,6 +311,9 @@ pub const ALL: [SdeMethod; 11] = [
 
 #[cfg(test)]
 mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_distr::StandardNormal;
+
     use super::*;
 
     /// ⟨1, coefficients⟩ of a part on a functional.
@@ -361,6 +365,80 @@ mod tests {
                 }
             }
             assert_eq!(embedded.order, table.orders[0] + 0.5);
+        }
+    }
+
+    /// The evaluations of a step of f and g, one number each, and the sums that are asked for.
+    fn step(
+        table: &Table,
+        [f, g]: [&dyn Fn(f64, f64) -> f64; 2],
+        [t, h, dw]: [f64; 3],
+        y: f64,
+    ) -> [f64; 2] {
+        let embedded = table.embedded.unwrap();
+        let mut done: Vec<(Part, f64)> = vec![];
+        let sum = |sum: &Sum, done: &[(Part, f64)]| {
+            let terms = sum.terms.iter().map(|term| {
+                let (part, value) = done[term.of];
+                term.c * value * if part == Drift { h } else { dw }
+            });
+            sum.base[0] * y + terms.sum::<f64>()
+        };
+        for evaluation in table.evaluations.iter().chain(embedded.evaluations) {
+            let at = (t + evaluation.c * h, sum(&evaluation.at, &done));
+            let value = match evaluation.part {
+                Drift => f(at.0, at.1),
+                _ => g(at.0, at.1),
+            };
+            done.push((evaluation.part, value));
+        }
+        [
+            sum(&table.next[0], &done),
+            sum(&embedded.error, &done).abs(),
+        ]
+    }
+
+    #[test]
+    fn the_estimate_of_heun_is_of_the_size_of_its_error_whatever_the_equation() {
+        type Function = fn(f64, f64) -> f64;
+        let equations: [(&str, Function, Function); 6] = [
+            ("f and g commute", |_, y| -y, |_, y| 0.5 * y),
+            ("f g is constant", |_, y| 1.0 / y, |_, y| 0.3 * y),
+            ("noise in time", |_, _| 0.0, |t, _| 1.0 + 10.0 * t),
+            (
+                "drift and noise in time",
+                |_, y| -y,
+                |t, _| 1.5 + (20.0 * t).cos(),
+            ),
+            ("noise alone", |_, _| 0.0, |_, y| (1.0 + y * y).sqrt()),
+            (
+                "both",
+                |_, y| y - y * y * y,
+                |_, y| 0.5 * (1.0 + y * y).sqrt(),
+            ),
+        ];
+        const PATHS: usize = 400;
+        const PARTS: usize = 32;
+        let mut draw = rand::rngs::StdRng::seed_from_u64(5);
+        for (name, f, g) in equations {
+            for h in [0.1, 0.01] {
+                let (mut errors, mut estimates) = (0.0, 0.0);
+                for _ in 0..PATHS {
+                    let part = h / PARTS as f64;
+                    let increments: Vec<f64> = (0..PARTS)
+                        .map(|_| part.sqrt() * draw.sample::<f64, _>(StandardNormal))
+                        .collect();
+                    let dw = increments.iter().sum();
+                    let [y, estimate] = step(HEUN.0, [&f, &g], [0.05, h, dw], 1.0);
+                    let exact = increments.iter().enumerate().fold(1.0, |y, (i, &dw)| {
+                        step(HEUN.0, [&f, &g], [0.05 + i as f64 * part, part, dw], y)[0]
+                    });
+                    errors += (y - exact).powi(2);
+                    estimates += estimate.powi(2);
+                }
+                let ratio = (estimates / errors).sqrt();
+                assert!((0.8..5.0).contains(&ratio), "{name}, h = {h}: {ratio}");
+            }
         }
     }
 

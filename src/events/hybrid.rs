@@ -137,7 +137,7 @@ where
             // Times that are behind that of the jump only by rounding have the state before it, too.
             while points
                 .get(done)
-                .is_some_and(|&next| is_met(next, t, [t; 2]))
+                .is_some_and(|&next| is_met(next, t, origin.ends))
             {
                 let leaves = before.y.leaves();
                 let state = leaves.iter().map(|y| y.unsqueeze(0));

@@ -156,7 +156,7 @@ pub struct RowEventSolution<S> {
 /// The occurrences of one event in all rows.
 #[derive(Clone, Debug)]
 pub struct RowOccurrences<S> {
-    /// How often it has occurred in each row.
+    /// How often it has occurred in each row; 0 in a row that has failed ([`OnFailure::Nan`]), also if it failed later.
     pub counts: Vec<usize>,
     /// The times, `(most, rows)` in f64, NaN where it has not occurred.  Differentiable with respect to everything that
     /// the solve read, and the values.

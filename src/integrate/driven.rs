@@ -143,8 +143,10 @@ impl DrivenPass<'_> {
             }
         }
         if step.index == 0 {
+            let end = self.control.targets.last().map_or(step.end, |end| end.t);
+            let last = Step::free(step.index, end - step.h, step.h, end);
             let (field, y, start) = (self.field, &self.y, &self.start);
-            self.evaluations += self.driven.check_commuting(field, step, y, start)?;
+            self.evaluations += self.driven.check_commuting(field, [step, last], y, start)?;
         }
         self.floor = self.floor_terms()?;
         Ok(())

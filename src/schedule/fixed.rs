@@ -269,7 +269,7 @@ impl Fixed {
         let i = self.piece(n);
         let (piece, j) = (&self.pieces[i], (n - self.first[i]) as f64);
         let [t, end] = [j, j + 1.0].map(|j| piece.at(j));
-        let step = Step {
+        let mut step = Step {
             index: n,
             t,
             h: piece.h(),
@@ -280,9 +280,17 @@ impl Fixed {
         };
         let [start_jumps, end_jumps] = piece.jumps;
         let is_last = n + 1 == self.first[i + 1];
-        match piece.jumps {
+        let jumps = [start_jumps && j == 0.0, end_jumps && is_last];
+        // The ends of the solve move with their times.
+        if jumps[0] && n > 0 {
+            step.nodes[0] = step.nodes[0].at_jump();
+        }
+        if jumps[1] && n + 1 < self.len() {
+            step.nodes[1] = step.nodes[1].at_jump();
+        }
+        match jumps {
             [false, false] => step,
-            _ => step.between_jumps([start_jumps && j == 0.0, end_jumps && is_last]),
+            _ => step.between_jumps(jumps),
         }
     }
 }

@@ -194,9 +194,15 @@ impl Recorded {
     }
 
     fn node(&self, n: usize) -> Node {
-        match self.given.binary_search_by_key(&n, |(n, _)| *n) {
+        let node = match self.given.binary_search_by_key(&n, |(n, _)| *n) {
             Ok(i) => self.given[i].1,
             Err(_) => Node::Constant,
+        };
+        // The ends of the solve move with their times.
+        let is_inner = n > 0 && n < self.len();
+        match is_inner && self.breaks.binary_search(&n).is_ok() {
+            true => node.at_jump(),
+            false => node,
         }
     }
 

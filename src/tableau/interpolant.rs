@@ -98,11 +98,19 @@ impl Tableau {
 
     /// The stages that the solution or the interpolant depends on.
     pub(crate) fn dense_active(&self) -> Vec<bool> {
+        self.active_with_rows(self.stages())
+    }
+
+    /// The same of a step that hands its last stage on to the next, which then counts it among its own.
+    pub(crate) fn joined_active(&self) -> Vec<bool> {
+        self.active_with_rows(self.stages() - 1)
+    }
+
+    /// The stages that the solution or the first rows of the interpolant depend on.
+    fn active_with_rows(&self, rows: usize) -> Vec<bool> {
         let read = |i: usize| {
-            let row = self
-                .interpolant
-                .as_ref()
-                .map_or(&[][..], |rows| rows.row(i));
+            let row = self.interpolant.as_ref().filter(|_| i < rows);
+            let row = row.map_or(&[][..], |rows| rows.row(i));
             self.b[i] != 0.0 || row.iter().any(|c| *c != 0.0)
         };
         self.read_by((0..self.stages()).map(read).collect())
