@@ -163,7 +163,16 @@ impl Step {
 
     /// A time within it, which knows so.
     pub(crate) fn within(&self, time: Time) -> Time {
-        time.within(self.index, [self.t, self.end])
+        let time = time.within(self.index, [self.t, self.end]);
+        let forward = self.h.is_sign_positive();
+        let [start, end] = self.limits;
+        if start != self.t && time.is_at(start) {
+            return time.beside_jump(forward);
+        }
+        if end != self.end && time.is_at(end) {
+            return time.beside_jump(!forward);
+        }
+        time
     }
 
     /// Whether it begins and ends at one number of this dtype.

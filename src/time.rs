@@ -26,6 +26,17 @@ pub(crate) fn beside(t: f64, after: bool) -> f64 {
     }
 }
 
+/// The next number of f32 that is not before t, or not after it.
+fn on_side(t: f64, after: bool) -> f64 {
+    let near = t as f32;
+    let other = match after {
+        true if f64::from(near) < t => near.next_up(),
+        false if f64::from(near) > t => near.next_down(),
+        _ => near,
+    };
+    other.into()
+}
+
 /// The time at which a field is evaluated.
 #[derive(Debug)]
 pub struct Time {
@@ -35,6 +46,8 @@ pub struct Time {
     differentiable: bool,
     /// The step of the solve: its number, and its start and end.
     step: Option<(usize, [f64; 2])>,
+    /// If it is next to a jump of the field: whether it is after it.
+    after_jump: Option<bool>,
     tensor: OnceCell<Tensor>,
     /// Whether the field asked for the value.
     read: Cell<bool>,
@@ -51,6 +64,7 @@ impl Time {
             device: device.clone(),
             differentiable: false,
             step: None,
+            after_jump: None,
             tensor: OnceCell::new(),
             read: Cell::new(false),
             shown: Cell::new(false),
@@ -89,6 +103,19 @@ impl Time {
             step: Some((step, interval)),
             ..self
         }
+    }
+
+    /// The same next to a jump, at whose side [`tensor`](Self::tensor) is, too.
+    pub(crate) fn beside_jump(self, after: bool) -> Self {
+        Self {
+            after_jump: Some(after),
+            ..self
+        }
+    }
+
+    /// Whether it is t.
+    pub(crate) fn is_at(&self, t: f64) -> bool {
+        self.value == t
     }
 
     /// Start and end of the step that the field is evaluated in, in the direction of the solve; `None` outside a
@@ -163,7 +190,11 @@ impl Time {
         if let Some(tensor) = self.tensor.get() {
             return Ok(tensor.clone());
         }
-        let tensor = Tensor::new(self.value, &self.device)?.to_dtype(self.dtype)?;
+        let t = match (self.after_jump, self.dtype) {
+            (Some(after), DType::F32) => on_side(self.value, after),
+            _ => self.value,
+        };
+        let tensor = Tensor::new(t, &self.device)?.to_dtype(self.dtype)?;
         let tensor = if self.differentiable {
             Var::from_tensor(&tensor)?.into_inner()
         } else {

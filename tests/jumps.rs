@@ -4,12 +4,13 @@
 
 mod common;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_diffeq::metrics::Recorder;
 use candle_diffeq::options::{Adaptive, Steps};
 use candle_diffeq::sde::{sdeint, stratonovich, BrownianTree, Noise, SdeOptions, HEUN};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, RK4};
-use candle_diffeq::{odeint, OdeOptions, Time, VectorField};
-use common::{values, U_F64};
+use candle_diffeq::{odeint, predict, OdeOptions, Time, VectorField};
+use common::{values, U_F32, U_F64};
 
 /// y' = before · y until the jump, and after · y from there on.
 #[derive(Clone, Copy)]
@@ -228,6 +229,33 @@ fn times_that_lie_on_jumps_have_the_gradients_of_the_exact_flow() {
                     let error = (got - exact).abs();
                     assert!(error < 1e-8, "{steps:?} {times:?}: {got} {exact}");
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_tensor_of_a_time_in_f32_is_on_the_side_of_the_step_too() {
+    for at in [1.0f64, 0.3, 1.0 / 3.0, 0.7] {
+        for times in [[0.0f64, 1.6], [1.6, 0.0]] {
+            let field = move |t: &Time, y: &Tensor| {
+                let is_after = t.tensor()?.ge(at as f32)?.to_dtype(y.dtype())?;
+                (y * 0.0)?.broadcast_add(&((is_after * 2.0)? - 0.5)?)
+            };
+            for method in [DOPRI5, BOSH3] {
+                let recorder = Recorder::default();
+                let options = OdeOptions {
+                    method,
+                    steps: Steps::Adaptive(Adaptive::new(1e-6, 1e-6).jump_t([at])),
+                    recorder: Some(recorder.clone()),
+                    ..Default::default()
+                };
+                let y0 = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
+                let ys = predict(&field, &y0, &times, &options).unwrap();
+                let exact = (1.5 * (1.6 - at) - 0.5 * at) * (times[1] - times[0]).signum();
+                let error = (values(&ys)[1] - exact).abs();
+                assert!(error <= 16.0 * U_F32, "{at} {times:?}: {error:e}");
+                assert_eq!(recorder.take().rejected, 0, "{at} {times:?}");
             }
         }
     }
