@@ -651,9 +651,12 @@ fn options_that_cannot_be_followed_are_refused_before_any_evaluation() {
         ),
         (
             ok().controller(controller(0.9, [0.0, 10.0])),
-            "limits = 0.0",
+            "limits[0] = 0.0",
         ),
-        (ok().controller(controller(0.9, [0.2, 0.5])), "limits = 0.5"),
+        (
+            ok().controller(controller(0.9, [0.2, 0.5])),
+            "limits[1] = 0.5",
+        ),
     ] {
         let error = refused(&DOPRI5, adaptive);
         assert!(matches!(error, Error::Adaptive(_)), "{error}");
