@@ -103,7 +103,7 @@ impl Adaptive {
     }
 
     /// The step-size controller: how the next step length is computed from the error estimates.  Default:
-    /// [`Controller::I`].
+    /// [`Controller::I`].  See [`Controller`] for the formula.
     #[must_use]
     pub fn controller(self, controller: Controller) -> Self {
         Self { controller, ..self }
@@ -181,6 +181,8 @@ impl Adaptive {
     /// Whether steps end at output times too, instead of outputs being interpolated.  Default: only if the method has
     /// an order above four and no interpolant of its own, such as [`FEHLBERG45`](crate::tableau::FEHLBERG45).  For such
     /// a method outputs would be interpolated by the cubic Hermite polynomial, which is less accurate than its steps.
+    /// The interpolant of [`DOPRI8`](crate::tableau::DOPRI8) has order 5 and is less accurate than its steps, too: set this
+    /// option if outputs must be as accurate as the steps.
     #[must_use]
     pub fn step_on_outputs(self, on: bool) -> Self {
         Self {
@@ -247,10 +249,10 @@ pub enum StepControl {
     ///
     /// With `Rows`, an easy row takes fewer steps than with `Batch`, and is less accurate than with steps that are
     /// chosen for the most difficult row.  Therefore compare the two settings at equal error, not at equal tolerance.
-    /// [`Checkpoint::States`](crate::options::Checkpoint::States) and [`Bytes`](crate::options::Checkpoint::Bytes) are
-    /// budgets of every row in the same way as of the batch: so many states of each.  Nothing is kept of evaluations
-    /// ([`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache)).  In f16 every row has its own adjoint
-    /// scale.
+    /// With [`Checkpoint::States`](crate::options::Checkpoint::States), each row keeps at most the given number of its
+    /// states; with [`Bytes`](crate::options::Checkpoint::Bytes), it keeps as many states as fit if every row keeps the same
+    /// number.  [`OdeOptions::activation_cache`](crate::OdeOptions::activation_cache) has no effect.  In f16 every row has
+    /// its own adjoint scale.
     Rows,
     /// All rows of the batch have the same steps, which are chosen by one error estimate of the whole batch; see
     /// [`Norm`].
@@ -284,6 +286,69 @@ pub enum Norm {
     WorstRow,
 }
 
+/// The values that numbers among the options may have, in words.
+const RANGES: [(&str, &str); 13] = [
+    ("p", "finite"),
+    ("i", "finite"),
+    ("d", "finite"),
+    ("p + i + d", "positive and finite"),
+    ("safety", "at least 0.001 and at most 1"),
+    ("limits[0]", "positive and at most 0.999"),
+    ("limits[1]", "at least 1 and finite"),
+    ("first_step", "positive and finite"),
+    ("max_step", "positive"),
+    ("max_steps", "at least 1"),
+    ("min_step", "at least 0 and at most max_step"),
+    ("step_t", "finite"),
+    ("jump_t", "finite"),
+];
+
 fn out_of_range(option: &'static str, value: f64) -> Error {
-    Error::Adaptive(AdaptiveDefect::Number { option, value })
+    let range = RANGES.iter().find(|(name, _)| *name == option);
+    let range = range.map_or("another number", |(_, range)| *range);
+    let defect = AdaptiveDefect::Number {
+        option,
+        value,
+        range,
+    };
+    Error::Adaptive(defect)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_that_is_out_of_range_is_refused_with_its_range() {
+        let grid = crate::time::TimeGrid::new(vec![0.0, 1.0]).unwrap();
+        let refused = |adaptive: Adaptive| {
+            let method = crate::tableau::DOPRI5;
+            match Control::new(&adaptive, &method, &grid, &[]).err().unwrap() {
+                Error::Adaptive(AdaptiveDefect::Number { option, range, .. }) => (option, range),
+                other => panic!("{other}"),
+            }
+        };
+        let ok = || Adaptive::new(1e-3, 1e-3);
+        let by = |change: fn(&mut Controller)| {
+            let mut controller = Controller::I;
+            change(&mut controller);
+            refused(ok().controller(controller))
+        };
+        let each = [
+            by(|c| c.p = f64::NAN),
+            by(|c| c.i = f64::INFINITY),
+            by(|c| c.d = f64::NAN),
+            by(|c| c.i = 0.0),
+            by(|c| c.safety = 2.0),
+            by(|c| c.limits[0] = 1.0),
+            by(|c| c.limits[1] = 0.5),
+            refused(ok().first_step(0.0)),
+            refused(ok().max_step(0.0)),
+            refused(ok().max_steps(0)),
+            refused(ok().min_step(-1.0)),
+            refused(ok().step_t([f64::NAN])),
+            refused(ok().jump_t([f64::NAN])),
+        ];
+        assert_eq!(each, RANGES);
+    }
 }

@@ -46,17 +46,17 @@ pub enum Error {
         /// Its value.
         given: String,
     },
-    /// The time grid has no point.
-    #[error("the time grid is empty")]
+    /// There are no times.
+    #[error("no times were given: at least the first time, at which the state is y0, is needed")]
     EmptyGrid,
-    /// A grid tensor is not one-dimensional.
-    #[error("the time grid must be a 1-D tensor, got shape {shape:?}")]
+    /// A tensor of times is not one-dimensional.
+    #[error("times must be a 1-D tensor, got shape {shape:?}: flatten it (flatten_all)")]
     GridShape {
         /// Shape that was given.
         shape: Shape,
     },
-    /// A grid tensor is neither f32 nor f64; lower precisions do not tell neighbouring times apart.
-    #[error("the time grid must be an f32 or f64 tensor, got {dtype:?}")]
+    /// A tensor of times is neither f32 nor f64; lower precisions do not tell neighbouring times apart.
+    #[error("times must be an f32 or f64 tensor, got {dtype:?}: convert them (to_dtype)")]
     GridDtype {
         /// Dtype that was given.
         dtype: DType,
@@ -72,7 +72,7 @@ pub enum Error {
         t1: f64,
     },
     /// A tensor has more elements than a GPU kernel counts.
-    #[error("{elements} elements in one tensor: kernels on CUDA take 2^31 − 1 at most")]
+    #[error("a tensor has {elements} elements, and kernels on CUDA take 2^31 − 1 at most: solve the batch in parts, or return fewer states (Output::Final)")]
     TooLarge {
         /// Elements of the tensor.
         elements: usize,
@@ -86,7 +86,7 @@ pub enum Error {
         t: f64,
     },
     /// A field that is piecewise constant in time needs one field for each interval.
-    #[error("{fields} fields for {intervals} intervals of time: one for each, and at least one")]
+    #[error("{fields} fields were given for {intervals} intervals of time: give one field for each interval, and at least one")]
     FieldCount {
         /// Fields that were given.
         fields: usize,
@@ -150,7 +150,7 @@ pub enum Error {
     #[error("{0}")]
     Continuous(ContinuousDefect),
     /// A step so small that the time does not change in f64.
-    #[error("step {step} at t = {t:?} is below the resolution of f64")]
+    #[error("step {step} at t = {t:?} is so short that the time does not change in f64: take longer steps, or let the times begin nearer to zero")]
     StepUnderflow {
         /// Index of the step.
         step: usize,
@@ -170,7 +170,7 @@ pub enum Error {
         dtype: DType,
     },
     /// The state has no tensor.
-    #[error("the state has no tensor")]
+    #[error("the state has no tensor: at least one is needed")]
     EmptyState,
     /// A state tensor is not of a floating-point dtype that can be integrated.
     #[error("state tensor {leaf} is {dtype:?}; f16, bf16, f32 and f64 can be integrated")]
@@ -181,7 +181,7 @@ pub enum Error {
         dtype: DType,
     },
     /// y0 holds NaN or infinity.
-    #[error("initial state: tensor {leaf} holds NaN or infinity")]
+    #[error("state tensor {leaf} of y0 holds NaN or infinity")]
     NonFiniteState {
         /// Index of the tensor in the state.
         leaf: usize,
@@ -197,7 +197,7 @@ pub enum Error {
         store: DType,
     },
     /// Per-tensor precisions do not fit the state.
-    #[error("{given} precisions were given for a state of {leaves} tensors")]
+    #[error("{given} precisions were given for a state of {leaves} tensors: OdeOptions::leaf_precision needs none, or one for each tensor")]
     PrecisionCount {
         /// Tensors in the state.
         leaves: usize,
@@ -206,7 +206,7 @@ pub enum Error {
     },
     /// The state dtype differs between tensors of one state.
     #[error(
-        "all tensors of a state are summed in one dtype: {first:?} and {other:?} were asked for"
+        "all tensors of a state are summed in one dtype, but {first:?} and {other:?} were asked for"
     )]
     MixedState {
         /// State dtype of the solve.
@@ -215,7 +215,9 @@ pub enum Error {
         other: DType,
     },
     /// A tensor lies on another device than y0.
-    #[error("{what} is on {got:?}, the state on {expected:?}")]
+    #[error(
+        "{what} is on {got:?}, the state on {expected:?}: move both to one device (to_device)"
+    )]
     DeviceMismatch {
         /// The tensor: a parameter's name, or a part of the state.
         what: String,
@@ -265,7 +267,7 @@ pub enum Error {
         defect: PullbackDefect,
     },
     /// The velocity holds NaN or infinity.
-    #[error("the velocity is not finite at step {step}, stage {stage}, t = {t:?}")]
+    #[error("the velocity is not finite at step {step}, stage {stage}, t = {t:?}: examine the field at this time; if the state grows too far, take shorter steps; if numbers leave the range of f16, compute in bf16 or f32")]
     NonFiniteVelocity {
         /// Index of the step.
         step: usize,
@@ -275,7 +277,7 @@ pub enum Error {
         t: f64,
     },
     /// The state overflowed although the velocities were finite.
-    #[error("the state is not finite after step {step}, t = {t:?}")]
+    #[error("the state is not finite after step {step}, t = {t:?}, although the velocities were: take shorter steps, and examine whether the exact solution grows without bound")]
     NonFiniteSolution {
         /// Index of the step.
         step: usize,
@@ -364,21 +366,21 @@ pub enum Error {
     /// see [`OdeOptions::graphs`](crate::OdeOptions::graphs).
     #[error("the field keeps a tensor that it made in a step captured as a CUDA graph, which has no memory outside it: build the field anew, and solve without OdeOptions::graphs")]
     KeptInGraph,
-    /// The factory's field reads a variable that the factory did not ask for.
-    #[error("the velocity at t = {t:?} reads a variable that its factory did not ask the VarBuilder for: it would get no gradient")]
+    /// The field reads a variable that the constructor of its model did not ask for.
+    #[error("the velocity at t = {t:?} reads a variable that the constructor of the NeuralOde did not get from its VarBuilder, so that it would get no gradient: get the variable from the VarBuilder inside the constructor, or pass it as an argument (NeuralOde::with_args)")]
     ForeignParameter {
         /// Time of the evaluation.
         t: f64,
     },
-    /// A field's own list of parameters holds a tensor that its factory did not get from the
+    /// A field's own list of parameters holds a tensor that the constructor of its model did not get from the
     /// `VarBuilder`: its gradient would reach no variable.
-    #[error("parameter {index} of VectorField::parameters is no tensor that the factory got from the VarBuilder: list these tensors themselves, not what was computed from them")]
+    #[error("parameter {index} of VectorField::parameters is no tensor that the constructor of the NeuralOde got from its VarBuilder: list those tensors themselves, not what was computed from them")]
     UnknownParameter {
         /// Position in the list.
         index: usize,
     },
     /// Gradients were asked of a solution that kept nothing.
-    #[error("the solve kept nothing for a backward pass (Checkpoint::Nothing)")]
+    #[error("the solve kept nothing for a backward pass (Checkpoint::Nothing): set the option checkpoint to another plan, such as Checkpoint::All")]
     NothingKept,
     /// The cotangent carries a graph: second derivatives are not supported.
     #[error("the cotangent is tracked by candle: second derivatives are not supported, detach it")]
@@ -395,10 +397,10 @@ pub enum Error {
     #[error(transparent)]
     Loss(#[from] LossDefect),
     /// The cotangent that arrives from the loss holds NaN or infinity.
-    #[error("the gradient that arrives from the loss holds NaN or infinity")]
+    #[error("the gradient that arrives from the loss holds NaN or infinity: examine the loss and the layers behind the solve; if they overflow in f16, scale the loss by a LossScaler and set OnOverflow::SkipUpdate")]
     NonFiniteCotangent,
     /// The adjoint or a time gradient overflowed (no scaler at work).
-    #[error("gradients became non-finite in the backward pass at step {step}, t = {t:?}")]
+    #[error("gradients became non-finite in the backward pass at step {step}, t = {t:?}: leave OdeOptions::scaling at Scaling::Auto, take shorter steps, or set OnOverflow::SkipUpdate to skip such updates")]
     NonFiniteGradient {
         /// Index of the step.
         step: usize,
@@ -407,10 +409,10 @@ pub enum Error {
     },
     /// A parameter gradient overflowed.  It is a sum over all steps that is looked at once, after
     /// the sweep, so no step is named.
-    #[error("the gradient of a parameter became non-finite in the backward pass")]
+    #[error("the gradient of a parameter became non-finite in the backward pass: make the loss smaller (a mean instead of a sum), or set OnOverflow::SkipUpdate to skip such updates")]
     NonFiniteParameterGradient,
     /// Lowering the adjoint scale did not cure an overflow.
-    #[error("the adjoint overflows at step {step}, t = {t:?}, even scaled by {scale:e} ({attempts} attempts)")]
+    #[error("the adjoint overflows at step {step}, t = {t:?}, even scaled by {scale:e} ({attempts} attempts): compute in bf16 or f32, or set OnOverflow::SkipUpdate to skip such updates")]
     ScaleExhausted {
         /// Index of the step.
         step: usize,
@@ -422,12 +424,14 @@ pub enum Error {
         attempts: usize,
     },
     /// A scaling option is out of range.
-    #[error("{what} = {value} is out of range")]
+    #[error("{what} = {value} is out of range: it must be {range}")]
     InvalidScaling {
         /// The option.
         what: &'static str,
         /// Its value.
         value: f64,
+        /// The values that are possible, in words.
+        range: &'static str,
     },
     /// A checkpoint plan that could not keep one state.
     #[error("Checkpoint::{option}({given}) cannot keep one state: at least {needed} is needed")]

@@ -22,6 +22,14 @@ use crate::time::TimeGrid;
 /// How the gradients of a solve are computed; an option of every solve,
 /// [`OdeOptions::gradient`](crate::OdeOptions::gradient).
 ///
+/// Let L be the loss, λ(t) = ∂L/∂y(t) its adjoint, and θ̄ = ∂L/∂θ its gradient with respect to the parameters.  A
+/// continuous adjoint is a numerical solution of the adjoint equation
+///
+/// λ' = −(∂f/∂y)ᵀ λ,  θ̄' = −(∂f/∂θ)ᵀ λ,
+///
+/// backward in time, from λ = 0 and θ̄ = 0 behind the last output to t_0.  At each output time t_i, the cotangent ∂L/∂y(t_i)
+/// of this output is added to λ (R. T. Q. Chen and others, "Neural ordinary differential equations", NeurIPS 2018).
+///
 /// | | y(t) in the backward pass | θ̄ | memory |
 /// |---|---|---|---|
 /// | `Discrete` | states that were kept | the exact sum over the steps that were taken | states by [`Checkpoint`](crate::options::Checkpoint) |
@@ -147,7 +155,7 @@ impl AdjointSolve {
     }
 
     /// Points of the Gauss rule of [`Gradient::Quadrature`] in each backward step, 1 to 16; the other kinds have none.
-    /// Default: as many as have the order of the method, half of it.
+    /// Default: half the order of the method, rounded up.  (A Gauss rule of n points has order 2n.)
     #[must_use]
     pub fn points(self, points: usize) -> Self {
         Self {
@@ -254,10 +262,12 @@ impl OwnNorm {
     }
 }
 
-/// Errors of a backward step relative to their tolerances, of the shapes of what they belong to, in state dtype.  An error
-/// of zero is 0 whatever its tolerance.  A norm is also given the state and its velocity at the last time, in the place of
-/// errors, to choose the length of the first step; and where there is a [noise floor](Adaptive::noise_floor), every error
-/// twice: relative to the tolerance with the floor, and without.
+/// The errors of a backward step, each divided by its tolerance.  Every tensor is in state dtype and has the shape of what
+/// it belongs to.  An error of zero is 0, whatever its tolerance.
+///
+/// A norm is used for two other purposes.  To choose the length of the first step, it is given the state and its velocity
+/// at the last time in the place of errors.  If there is a [noise floor](Adaptive::noise_floor), it is called twice for
+/// every step: for errors relative to the tolerance with the floor, and relative to the tolerance without it.
 #[derive(Clone, Debug, Default)]
 pub struct ErrorRatios {
     /// Of y by tensor; empty where y is interpolated.

@@ -76,6 +76,7 @@ impl LossScaler {
         Err(Error::InvalidScaling {
             what: "scale",
             value: scale,
+            range: "positive and finite",
         })
     }
 

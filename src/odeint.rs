@@ -29,7 +29,7 @@ use crate::time::{TimeGrid, Times};
 ///
 /// Returns a state whose tensors have the shape `(times, …)`, `(…)` with [`Output::Final`](crate::options::Output::Final), or
 /// `(steps + 1, …)` with [`Output::Steps`](crate::options::Output::Steps), in **state** dtype, which is the widest of
-/// y0's leaves unless the options say otherwise (f32 for f16 and bf16).
+/// y0's tensors unless the options say otherwise (f32 for f16 and bf16).
 ///
 /// The gradients are exact for the steps that were run (see [the theory](crate)).  They are detached: second
 /// derivatives are not supported, and a `backward()` on what was computed from them finds no gradient.

@@ -24,7 +24,7 @@ pub enum Arithmetic {
 /// | role | quantities |
 /// |---|---|
 /// | **state** | y, λ, gradients, all sums over stages, the returned states |
-/// | **compute** | y and θ as the field sees them, k, the cotangents fed to the vjp |
+/// | **compute** | y and θ as the field sees them, k, the cotangents that are given to the pull-back |
 /// | **store** | the kept trajectory |
 ///
 /// After "Mixed Precision Training of Neural ODEs", arXiv 2510.23498, with the sums over stages and

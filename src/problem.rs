@@ -24,22 +24,23 @@ use crate::time::TimeGrid;
 use crate::trajectory::Checkpoint;
 
 /// What a solve keeps from its evaluations, in addition to the states, so that the backward pass need not repeat them.
-/// It saves up to a fifth of the time of a forward and backward pass tile by tile, up to a third on the general path,
+/// It saves up to a fifth of the time of a forward and backward pass tile by tile, up to two fifths on the general path,
 /// and needs much memory.
 ///
 /// If the bytes are not enough for everything, the last steps have priority over the first.  Tile by tile, for an
 /// [`nn::Mlp`](crate::nn::Mlp), the stages come first, then the hidden layers that save the most work per byte.
 ///
-/// On the general path, on the CPU and on CUDA, whole steps are kept, with fixed steps and in candle's graph: the graphs of
-/// closures, of candle's modules, and of fields whose [`is_traced`](crate::VectorField::is_traced) is true, and what the
-/// pull-backs of [`nn::Mlp`](crate::nn::Mlp) and, on the CPU, of [`nn::graph::GcnField`](crate::nn::graph::GcnField) read.
-/// The bytes are those of the numbers in these tensors, without the parameters, and 384 more for each tensor; what candle's
-/// operations hold beside them is not known.  On CUDA, steps that are kept are launched operation by operation, also with
-/// [`graphs`](OdeOptions::graphs), and a small `nn::Mlp` that is solved in one launch keeps nothing.
+/// On the general path, on the CPU and on CUDA, this needs fixed steps, and whole steps are kept.  Of closures, of candle's
+/// modules, and of fields whose [`is_traced`](crate::VectorField::is_traced) is true, candle's graphs are kept.  Of
+/// [`nn::Mlp`](crate::nn::Mlp) and, on the CPU, of [`nn::graph::GcnField`](crate::nn::graph::GcnField), the tensors are kept
+/// that their pull-backs read.  The bytes are counted as those of the numbers in these tensors, without the parameters, and
+/// 384 more for each tensor.  What candle's operations hold beside these tensors is not known, and is not counted.  On CUDA,
+/// steps that are kept are launched operation by operation, also with [`graphs`](OdeOptions::graphs).  A small `nn::Mlp`
+/// that is solved in one launch keeps nothing.
 ///
-/// Nothing is kept if the store precision is lower than the state precision, because the backward pass then linearises
-/// at the stored states; nothing on the general path with noise, adaptive steps or a continuous adjoint.
-/// [`NeuralOde::loss`](crate::NeuralOde::loss) has its own plan.
+/// Nothing is kept in two cases.  The first is a store precision that is lower than the state precision: the backward pass
+/// then linearises at the stored states, which are not those of the evaluations.  The second is the general path with noise,
+/// with adaptive steps, or with a continuous adjoint.  [`NeuralOde::loss`](crate::NeuralOde::loss) has its own plan.
 ///
 /// ```
 /// use candle_diffeq::OdeOptions;
@@ -69,7 +70,7 @@ impl ActivationCache {
     }
 
     /// Keeps them in bf16, which is half the bytes of f32.  The forward pass does not change; gradients are computed
-    /// at values that are rounded to 8 bits.  On the general path it has no effect.
+    /// at values with a relative rounding error of up to 2⁻⁸.  On the general path it has no effect.
     #[must_use]
     pub const fn in_bf16(self) -> Self {
         Self { low: true, ..self }
@@ -98,7 +99,8 @@ pub struct OdeOptions {
     /// Dtype roles.  Default: all in the dtype of y0, the widest if its tensors differ, with sums in
     /// f32 at least.
     pub precision: Option<Precision>,
-    /// Dtype roles for each tensor of the state, if they are not all the same; empty, or one for each tensor.  The
+    /// Dtype roles for each tensor of the state (in names and in error messages, a tensor of the state is a "leaf" or a
+    /// "state tensor"), if they are not all the same; empty, or one for each tensor.  The
     /// state dtype must be the same for all.  Parameters follow `precision` or, without it, the tensor with the
     /// narrowest compute dtype, the first of several.
     ///
@@ -142,8 +144,13 @@ pub struct OdeOptions {
     /// rounding.
     pub fusion: bool,
     /// Whether a step on CUDA is captured as a graph, and later steps are launched as this graph, forward and
-    /// backward, with the same bits.  Default: no.  It has no effect on other devices, or if the whole solve is one
-    /// launch.
+    /// backward, with the same bits.  Default: no.
+    ///
+    /// This works with fixed steps if every output lies at the end of a step.  It has no effect with adaptive steps, with
+    /// [`Steps::At`] if an output lies inside a step, for stochastic equations, with [`Gradient::Interpolated`] or
+    /// [`Gradient::Quadrature`], on other devices, and if the whole solve is one launch.  Then
+    /// [`Stats::replayed`](crate::metrics::Stats::replayed) is 0 and
+    /// [`Stats::not_replayed`](crate::metrics::Stats::not_replayed) is `None`.
     ///
     /// The field's own code runs in the first steps of a pass only, so it must do the same in every step: read time
     /// by [`Time::tensor`](crate::Time::tensor), and keep nothing from an evaluation.  If a step cannot be captured,

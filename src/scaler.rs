@@ -20,18 +20,27 @@ pub enum Scaling {
     Dynamic(DynamicScaling),
 }
 
-/// Options of the adjoint scaler.
+/// Options of the adjoint scaler, which chooses the power of two S by which cotangents are multiplied before they are
+/// rounded to f16.
+///
+/// The pull-back of a stage is given S times its cotangent, and what it returns is divided by S in state precision.
+/// At the start of every step of the backward pass, S is aimed at the largest power of two for which S·max|λ| is at most
+/// 2¹⁵ / `headroom` (`headroom` rounded up to a power of two).  A larger S is lowered to this at once; a smaller one is
+/// raised to it after `growth_interval` steps without overflow.  If a pull-back overflows, S is halved, the target with it,
+/// and the pull-back is repeated.
+///
+/// After "Mixed Precision Training of Neural ODEs", arXiv 2510.23498, §4, which decides about growth by λ instead of S·λ.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DynamicScaling {
     /// S·max|λ| is kept this factor below the overflow of f16: room for the growth of the
     /// cotangents inside the field.  Default 64.
     pub headroom: f64,
-    /// If max|λ| falls, S is raised only after so many backward steps without overflow since the last overflow.  It is
-    /// then raised to its target at once, if that is at least a factor of two.  If max|λ| rises, S is lowered at every
-    /// step.  Default 2.
+    /// The number of backward steps without overflow after which S may be raised.  It is then raised to its target at
+    /// once.  (S may always be lowered.)  Default 2.
     pub growth_interval: usize,
-    /// Steps backward without overflow after which a factor of two of the room that an overflow of
-    /// the adjoint took is tried again.  Default 64.
+    /// An overflow of λ lowers the target of S·max|λ|.  After so many backward steps without overflow the target is
+    /// doubled again, and so on up to its first value.  An overflow of a parameter gradient lowers the target for the rest
+    /// of the backward pass, because parameter gradients grow with the batch and the width, not with λ.  Default 64.
     pub recovery_interval: usize,
     /// Pull-backs of one stage before the scaler gives up.  Default 48.
     pub max_attempts: usize,
@@ -106,6 +115,7 @@ impl Scaler {
                     return Err(Error::InvalidScaling {
                         what: "scale",
                         value: scale,
+                        range: "at least 2^-100 and at most 2^100",
                     });
                 }
                 return Ok(fixed(Some(exponent as i32)));
@@ -117,12 +127,14 @@ impl Scaler {
             return Err(Error::InvalidScaling {
                 what: "headroom",
                 value: rule.headroom,
+                range: "at least 1 and at most 2^39",
             });
         }
         if rule.max_attempts == 0 {
             return Err(Error::InvalidScaling {
                 what: "max_attempts",
                 value: 0.0,
+                range: "at least 1",
             });
         }
         Ok(Self {

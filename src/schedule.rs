@@ -41,13 +41,13 @@ impl Default for Steps {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Output {
-    /// A state for every time of the grid: leaves of shape `(times, …)`.
+    /// A state for every given time: tensors of shape `(times, …)`.
     #[default]
     All,
-    /// The state at the last time: leaves of shape `(…)`.
+    /// The state at the last time: tensors of shape `(…)`.
     Final,
-    /// A state for every node of the solve (its start, and the end of every step that was taken): leaves of shape
-    /// `(steps + 1, …)`.  A time of the grid at which no step ends, which is possible with adaptive steps and with
+    /// A state for every node of the solve (its start, and the end of every step that was taken): tensors of shape
+    /// `(steps + 1, …)`.  A given time at which no step ends, which is possible with adaptive steps and with
     /// [`Steps::At`], has no state of its own.  [`Solution::times`](crate::Solution::times) and
     /// [`Stats::step_times`](crate::metrics::Stats::step_times) are the times of the states.
     ///

@@ -111,11 +111,11 @@ pub use options::SdeOptions;
 /// Solves dY = f dt + g dW from y0 and returns the states at `times`, differentiable with `loss.backward()`.
 ///
 /// * `sde`: the equation, which owns what it reads.  Variables that its closures capture receive gradients.
-/// * `y0`: leaves of shapes `(rows, …)`.  It receives a gradient if candle tracks it.
+/// * `y0`: a tensor, or several, of shapes `(rows, …)`.  It receives a gradient if candle tracks it.
 /// * `times`: t_0 < … < t_N, as numbers.
 /// * `noise`: where the increments come from; the same noise gives the same solution to the bit.
 ///
-/// Returns leaves in state dtype, as [`odeint`](crate::odeint) does: of shape `(times, …)` for `Output::All`, `(…)`
+/// Returns a state whose tensors are in state dtype, as [`odeint`](crate::odeint) does: of shape `(times, …)` for `Output::All`, `(…)`
 /// for `Output::Final`, and `(steps + 1, …)` for `Output::Steps`.
 ///
 /// ```

@@ -53,7 +53,10 @@ pub struct Stats {
     /// If an [`ActivationCache`](crate::options::ActivationCache) keeps evaluations, a step that is kept completely adds
     /// nothing to this count, and a step that is kept in part adds all of its evaluations.
     pub recomputed: usize,
-    /// Pull-backs, repeated ones included: steps × stages + `retries`.
+    /// Pull-backs, repeated ones included.  In each step there is one for every stage of
+    /// [`Tableau::active`](crate::tableau::Tableau::active), for example for six of the seven stages of
+    /// [`DOPRI5`](crate::tableau::DOPRI5).  If an output lies inside the step, there is also one for every other stage that the
+    /// interpolant reads.  `retries` are added to this.
     pub vjps: usize,
     /// Pull-backs repeated with a smaller adjoint scale.  Each tile has its own scale (each row, if it has its own steps)
     /// and repeats its own pull-backs.  This number is the sum over all tiles, and may differ from the number for a batch that has one common scale.
@@ -81,12 +84,12 @@ pub struct Stats {
     /// counted.
     /// Zero on the CPU.
     pub host_reads: usize,
-    /// Steps, forward and backward, that were launched as one CUDA graph each; see
-    /// [`OdeOptions::graphs`](crate::OdeOptions::graphs).
+    /// Steps, forward and backward, that were launched as one CUDA graph each ("replayed" means "launched as a
+    /// graph"); see [`OdeOptions::graphs`](crate::OdeOptions::graphs).
     pub replayed: usize,
     /// The reason why other steps were not launched as graphs although
     /// [`OdeOptions::graphs`](crate::OdeOptions::graphs) is set.  If there were several reasons, this is the last
-    /// one.
+    /// one.  It is `None` for solves in which the option has no effect.
     pub not_replayed: Option<NotReplayed>,
     /// The backward solves of continuous adjoints ([`Gradient`](crate::options::Gradient)).
     pub backward: BackwardStats,
@@ -97,18 +100,18 @@ pub struct Stats {
 #[non_exhaustive]
 pub enum StopReason {
     /// All attempts were used up.
-    #[error("all {max_steps} attempts are used up")]
+    #[error("all {max_steps} attempts are used up: permit more (Adaptive::max_steps), or set larger tolerances; a stiff problem needs very many short steps")]
     Attempts {
         /// How many there were.
         max_steps: usize,
     },
     /// The step is so short that the time does not change (for a row with its own steps: the time in the precision in
     /// which its field reads it): the problem is stiff, or the field has a singularity.
-    #[error("the step is below the resolution of f64: the problem is stiff or singular here, or the tolerance is out of reach")]
+    #[error("the step is so short that the time does not change (in f64, or for a row with its own steps in the precision in which the field reads time): the problem is stiff or singular here, or the field jumps at a time that Adaptive::jump_t does not name, or the tolerance is too small for this precision")]
     Underflow,
     /// Velocities or states were NaN or infinite at the start, or in many consecutive attempts although each attempt
     /// was shorter than the previous one.
-    #[error("the field gives NaN or infinity here, however short the step is")]
+    #[error("the field gives NaN or infinity here, however short the step is: examine the field at this time and state")]
     NonFinite,
     /// The states that were kept for a backward pass and the outputs have grown until the machine had no memory left:
     /// keep fewer states ([`Checkpoint`](crate::options::Checkpoint)).
@@ -121,7 +124,7 @@ pub enum StopReason {
     },
     /// More than a tenth of the steps were accepted only because of the noise floor
     /// ([`Adaptive::precision_limit_is_error`](crate::options::Adaptive::precision_limit_is_error)).
-    #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}")]
+    #[error("{limited} steps are limited by the compute precision: tolerances were kept to within a factor of {factor:.1}; set larger tolerances, or compute in a higher precision")]
     PrecisionLimited {
         /// How many.
         limited: usize,
@@ -154,7 +157,7 @@ pub struct RowStats {
 #[non_exhaustive]
 pub enum NotReplayed {
     /// The solve has so few steps that capturing a graph would cost more time than it saves.
-    #[error("there are {steps} steps, and a graph pays from {least} on")]
+    #[error("there are {steps} steps, and a graph saves time only from {least} steps on")]
     FewSteps {
         /// Steps of the solve.
         steps: usize,
@@ -171,14 +174,14 @@ pub enum NotReplayed {
     #[error("the evaluations of the step are kept, and what is created in a graph cannot be")]
     KeptEvaluations,
     /// Gradients with respect to the times are required.
-    #[error("gradients of the times are wanted")]
+    #[error("gradients of the times are required: give the times as numbers if they are not")]
     TimeGradients,
     /// The device has its own stream and synchronises it by events.  A call of `CudaDevice::disable_event_tracking`
     /// turns this off.
     #[error("the device orders its stream by events: disable_event_tracking turns that off")]
     EventTracking,
     /// The field copies from or to the memory of the host.
-    #[error("the field copies from or to the memory of the host")]
+    #[error("the field copies from or to the memory of the host: leave out what reads numbers from the device, and upload what does not change before the solve")]
     HostMemory,
     /// The error message of the field, candle or the driver when a step was captured.
     #[error("a step cannot be captured: {0}")]

@@ -29,7 +29,7 @@ pub enum Checkpoint {
     /// holds its k states in store precision.
     Every(usize),
     /// At most this many states at any time, in state precision.  With fixed steps they are placed so that the fewest
-    /// steps are computed again; with adaptive steps, up to half as many more may be computed again.  A first
+    /// steps are computed again (A. Griewank, A. Walther, "Algorithm 799: revolve", ACM Trans. Math. Software 26, 2000); with adaptive steps, up to half as many more may be computed again.  A first
     /// backward pass frees the states that the forward pass kept, all but y_0.  A further backward pass of the same
     /// solve computes all steps again from y_0, with the same bits.
     States(usize),

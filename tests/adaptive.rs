@@ -655,7 +655,10 @@ fn options_that_cannot_be_followed_are_refused_before_any_evaluation() {
         (Adaptive::new(-1.0, 0.1), "rtol = -1.0"),
         (Adaptive::new(0.1, f64::NAN), "atol = NaN"),
         (Adaptive::new(0.0, 0.0), "both zero"),
-        (Adaptive::new([1.0, 2.0], 1.0), "2 tolerances for 1"),
+        (
+            Adaptive::new([1.0, 2.0], 1.0),
+            "2 tolerances were given for a state of 1",
+        ),
         (ok().first_step(0.0), "first_step = 0.0"),
         (ok().first_step(f64::INFINITY), "first_step"),
         (ok().max_step(-1.0), "max_step = -1.0"),
@@ -672,9 +675,12 @@ fn options_that_cannot_be_followed_are_refused_before_any_evaluation() {
         ),
         (
             ok().controller(controller(0.9, [0.0, 10.0])),
-            "limits = 0.0",
+            "limits[0] = 0.0",
         ),
-        (ok().controller(controller(0.9, [0.2, 0.5])), "limits = 0.5"),
+        (
+            ok().controller(controller(0.9, [0.2, 0.5])),
+            "limits[1] = 0.5",
+        ),
     ] {
         let error = refused(&DOPRI5, adaptive);
         assert!(matches!(error, Error::Adaptive(_)), "{error}");

@@ -352,25 +352,27 @@ fn options_out_of_range_are_refused_before_any_evaluation() {
         max_attempts: 0,
         ..rule
     };
-    let mut cases = vec![(dynamic(none), "max_attempts", 0.0)];
+    let mut cases = vec![(dynamic(none), "max_attempts", 0.0, "at least 1")];
     for headroom in [0.5, -1.0, f64::NAN, f64::INFINITY] {
         cases.push((
             dynamic(DynamicScaling { headroom, ..rule }),
             "headroom",
             headroom,
+            "at least 1 and at most 2^39",
         ));
     }
     for scale in [0.0, -2.0, f64::NAN, f64::INFINITY, 1e200] {
-        cases.push((Scaling::Fixed(scale), "scale", scale));
+        let range = "at least 2^-100 and at most 2^100";
+        cases.push((Scaling::Fixed(scale), "scale", scale, range));
     }
-    for (scaling, what, value) in cases {
+    for (scaling, what, value, range) in cases {
         let options = OdeOptions {
             scaling,
             ..Default::default()
         };
         assert_is(
             refused_options(options),
-            Error::InvalidScaling { what, value },
+            Error::InvalidScaling { what, value, range },
         );
     }
     // Two f32 are eight bytes.
@@ -393,10 +395,10 @@ fn options_out_of_range_are_refused_before_any_evaluation() {
         );
     }
     for scale in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let (what, value) = ("scale", scale);
+        let (what, value, range) = ("scale", scale, "positive and finite");
         assert_is(
             error(LossScaler::new(scale)),
-            Error::InvalidScaling { what, value },
+            Error::InvalidScaling { what, value, range },
         );
     }
 }
@@ -850,7 +852,7 @@ fn captured_variables_of_integers_or_of_several_dtypes_are_refused() {
 }
 
 #[test]
-fn a_variable_that_the_factory_did_not_ask_for_is_refused() {
+fn a_variable_that_the_constructor_did_not_ask_for_is_refused() {
     let foreign = Var::new(&[1f32, 2.0], &Device::Cpu).unwrap();
     let y0 = cpu(&[[1f32, 2.0]]);
     let (vars, calls, captured) = (VarMap::new(), Calls::default(), foreign.clone());
@@ -1604,7 +1606,7 @@ fn a_pull_back_of_fewer_tensors_than_the_state_has_is_refused() {
 }
 
 #[test]
-fn parameters_that_a_factory_lists_are_those_it_got() {
+fn parameters_that_a_constructor_lists_are_those_it_got() {
     let y0 = cpu(&[[1f32, 1.0]]);
     let ode = |of: fn(&Tensor) -> candle_core::Result<Tensor>| {
         let vars = VarMap::new();

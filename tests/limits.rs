@@ -860,7 +860,8 @@ fn the_text_of_an_error_out_of_backward_is_its_own() {
     };
     let ys = odeint(decay, y0.as_tensor(), &[0.0, 1.0], &options).unwrap();
     let error = ys.sum_all().unwrap().backward().unwrap_err();
-    let text = "the solve kept nothing for a backward pass (Checkpoint::Nothing)";
+    let text = "the solve kept nothing for a backward pass (Checkpoint::Nothing): \
+                set the option checkpoint to another plan, such as Checkpoint::All";
     assert_eq!(error.to_string(), text);
     assert_eq!(format!("{error:?}"), text);
     assert!(matches!(

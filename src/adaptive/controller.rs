@@ -3,18 +3,33 @@
 use super::out_of_range;
 use crate::error::Result;
 
-/// The exponents and limits of a PID controller of the step length.
+/// A PID controller of the step length (G. Söderlind, "Digital filters in adaptive time-stepping", ACM Trans. Math.
+/// Software 29, 2003).
+///
+/// Let r be the error estimate of an attempt relative to the tolerance, r₁ that of the last accepted step before it, r₂
+/// that of the accepted step before that one (both are 1 at the start), and m the order of the method.  The attempt is
+/// accepted if r ≤ 1, and the length of the next attempt is the length of this one, multiplied by
+///
+/// safety · r^{−(p+i+d)/m} · r₁^{(p+2d)/m} · r₂^{−d/m}.
+///
+/// After an accepted step this factor is limited to \[1, `limits[1]`\], so an accepted step never makes the next one
+/// shorter.  After a rejected attempt it is limited to \[`limits[0]`, `safety`\]; it is `limits[0]` if r is not finite, or if
+/// `safety` is smaller than `limits[0]`.  [`Adaptive`](crate::options::Adaptive) sets limits of the length itself.
+///
+/// A number that is out of its range is an error, [`AdaptiveDefect::Number`](crate::error::AdaptiveDefect::Number).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Controller {
-    /// Proportional coefficient P.
+    /// Proportional coefficient: any finite number.
     pub p: f64,
-    /// Integral coefficient I.
+    /// Integral coefficient: any finite number, but p + i + d must be positive.
     pub i: f64,
-    /// Derivative coefficient D.
+    /// Derivative coefficient: any finite number.
     pub d: f64,
-    /// Safety factor: the step length that the error estimate permits is multiplied by this number.
+    /// Safety factor: the step length that the error estimate permits is multiplied by this number,
+    /// which is from 0.001 to 1.
     pub safety: f64,
-    /// The smallest and the largest factor by which the step length may change from one attempt to the next.
+    /// The smallest and the largest factor by which the step length may change from one attempt to the next:
+    /// the smallest is positive and at most 0.999, the largest at least 1 and finite.
     pub limits: [f64; 2],
 }
 
@@ -72,10 +87,14 @@ impl Controller {
             true => Ok(()),
             false => Err(out_of_range(option, value)),
         };
-        within("i", self.p + self.i + self.d, f64::MIN_POSITIVE..=f64::MAX)?;
+        within(
+            "p + i + d",
+            self.p + self.i + self.d,
+            f64::MIN_POSITIVE..=f64::MAX,
+        )?;
         within("safety", self.safety, 1e-3..=1.0)?;
-        within("limits", least, f64::MIN_POSITIVE..=1.0 - 1e-3)?;
-        within("limits", most, 1.0..=f64::MAX)
+        within("limits[0]", least, f64::MIN_POSITIVE..=1.0 - 1e-3)?;
+        within("limits[1]", most, 1.0..=f64::MAX)
     }
 }
 

@@ -87,7 +87,7 @@ impl Labelled {
     pub fn sample(&self, n: usize, seed: u64, device: &Device) -> Result<(Tensor, Tensor)> {
         let (features, classes) = (self.features(), self.classes());
         if features * classes == 0 {
-            candle_core::bail!("{self:?} has {features} features and {classes} classes")
+            candle_core::bail!("a data set needs at least one feature and one class: {self:?} has {features} features and {classes} classes")
         }
         let mut rng = StdRng::seed_from_u64(seed);
         let mut points = room_within("points of a set", n.saturating_mul(features))?;

@@ -43,7 +43,7 @@ pub struct Shards {
 }
 
 impl Shards {
-    /// Of a data set of `rows` rows, in batches of `batch` rows of all ranks together.
+    /// Splits a data set of `rows` rows into batches that have `batch` rows on all ranks together.
     ///
     /// # Errors
     /// [`GroupDefect::EmptyBatch`].

@@ -119,12 +119,12 @@ impl PartialEq for SdeMethod {
 }
 
 impl SdeMethod {
-    /// The name, as that of its constant in small letters.
+    /// The name of its constant in small letters, for example `euler_maruyama`.
     pub fn name(&self) -> &'static str {
         self.0.name
     }
 
-    /// The calculus whose solution it converges to.  Of additive noise both solutions are one.
+    /// The calculus whose solution it converges to.  With additive noise, the solutions in both calculi are the same.
     pub fn calculus(&self) -> Calculus {
         self.0.calculus
     }
@@ -151,12 +151,12 @@ impl SdeMethod {
         })
     }
 
-    /// Whether it estimates the error of a step, as adaptive steps need it.
+    /// Whether it estimates the error of a step, which adaptive steps need.
     pub fn estimates_errors(&self) -> bool {
         self.0.embedded.is_some()
     }
 
-    /// Whether the integrals U of the increments enter.
+    /// Whether it reads the integrals U = ∫(W − W(t)) ds over each step, in addition to the increments of W.
     pub fn needs_integrals(&self) -> bool {
         self.sums()
             .any(|sum| sum.terms.iter().any(|term| term.on == Functional::U))

@@ -9,12 +9,14 @@ use crate::stats::StopReason;
 #[non_exhaustive]
 pub enum AdaptiveDefect {
     /// A number is out of range.
-    #[error("{option} = {value:?} is out of range")]
+    #[error("{option} = {value:?} is out of range: it must be {range}")]
     Number {
         /// The option.
         option: &'static str,
         /// Its value.
         value: f64,
+        /// The values that are possible, in words.
+        range: &'static str,
     },
     /// A tolerance is negative or not finite.
     #[error("{which} = {value:?}: a tolerance is a finite number that is not negative")]
@@ -25,13 +27,13 @@ pub enum AdaptiveDefect {
         value: f64,
     },
     /// Both tolerances of a tensor of the state are zero everywhere.
-    #[error("rtol and atol of tensor {leaf} of the state are both zero")]
+    #[error("rtol and atol of state tensor {leaf} are both zero: one of them must be positive in some element")]
     NoTolerance {
         /// The tensor.
         leaf: usize,
     },
     /// Tolerances by tensor of the state, but not one for each.
-    #[error("{which}: {got} tolerances for {leaves} tensors of the state")]
+    #[error("{which}: {got} tolerances were given for a state of {leaves} tensors: give one number for all, or one tolerance for each tensor")]
     ToleranceCount {
         /// `rtol` or `atol`.
         which: &'static str,
@@ -47,7 +49,7 @@ pub enum AdaptiveDefect {
         method: String,
     },
     /// A dense solution is asked for a time outside of its interval.
-    #[error("t = {t:?} is outside of the interval from {from:?} to {to:?}")]
+    #[error("t = {t:?} is outside of the interval from {from:?} to {to:?}, in which the solution is known")]
     Outside {
         /// The time.
         t: f64,
@@ -68,7 +70,7 @@ pub enum AdaptiveDefect {
     #[error("rows with steps of their own have different numbers of states: with Output::Steps use StepControl::Batch, or read the steps of each row from Stats::rows")]
     StepsOfRows,
     /// Control per row was asked for and cannot be had.
-    #[error("StepControl::Rows needs a field that is integrated tile by tile on the CPU (nn::Mlp, nn::Cnf, nn::Hutchinson of an nn::Mlp, nn::OtFlow, nn::ConvField, nn::ConstantField, nn::energy::Hamiltonian or GradientFlow of an nn::EnergyMlp, nn::RowSpeed or nn::Relaxation around one of them, with OdeOptions::fusion, in f32 or f64 with one store precision, over times that are not tracked), or an nn::Mlp that CUDA solves in one launch, without compensated sums{}", if *row_wise { "" } else { ": this one is not" })]
+    #[error("StepControl::Rows is not available for this {}. On the CPU it needs a field that is integrated tile by tile (nn::Mlp, nn::Cnf, nn::Hutchinson of an nn::Mlp, nn::OtFlow, nn::ConvField, nn::ConstantField, nn::energy::Hamiltonian or GradientFlow of an nn::EnergyMlp, nn::CdeMlp along a control path, nn::RowSpeed or nn::Relaxation around one of them), a processor with AVX2, AVX-512 or NEON, OdeOptions::fusion, f32 or f64 with one store precision, and times that are not tracked. On CUDA it needs an nn::Mlp that is solved in one launch, without compensated sums. Otherwise use StepControl::Batch", if *row_wise { "solve, although its field has independent rows" } else { "field" })]
     NoRows {
         /// Whether the field itself is one whose rows are independent.
         row_wise: bool,
@@ -77,7 +79,7 @@ pub enum AdaptiveDefect {
     #[error("events and dense solutions have one step length for the batch: leave Adaptive::control unset, or find the events of each row by row_events")]
     RowsObserved,
     /// A time is in `step_t` and in `jump_t`.
-    #[error("t = {t:?} is in step_t and in jump_t")]
+    #[error("t = {t:?} is in step_t and in jump_t: if the field jumps there, leave it in jump_t alone, otherwise in step_t alone")]
     ForcedTwice {
         /// The time.
         t: f64,
@@ -136,7 +138,10 @@ impl std::fmt::Display for Stopped {
             "the solve stopped at t = {t:?}, h = {h:e}, error {error:.3e}"
         )?;
         if let Some(Worst { leaf, row, index }) = self.worst {
-            write!(f, " (largest in tensor {leaf}, row {row}, element {index})")?;
+            write!(
+                f,
+                " (largest in state tensor {leaf}, row {row}, element {index})"
+            )?;
         }
         write!(
             f,

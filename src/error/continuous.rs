@@ -16,7 +16,7 @@ pub enum ContinuousDefect {
         take: &'static str,
     },
     /// Points of a Gauss rule.
-    #[error("a Gauss rule of {points} points: 1 to 16 can be had")]
+    #[error("a Gauss rule of {points} points was asked for: 1 to 16 are available")]
     Points {
         /// How many were asked for.
         points: usize,

@@ -15,7 +15,7 @@ pub enum EventDefect {
         shape: Shape,
     },
     /// An event of rows is about a component that rows do not have.
-    #[error("event {event} is about component {component} of tensor {leaf}, but rows have {features:?} components by tensor")]
+    #[error("event {event} is about component {component} of state tensor {leaf}, but a row has {features:?} components in the tensors of the state")]
     NoComponent {
         /// Which of the events.
         event: usize,
@@ -37,7 +37,7 @@ pub enum EventDefect {
         rows: usize,
     },
     /// An event function is NaN or infinite.
-    #[error("event function {event} is not finite at t = {t:?}")]
+    #[error("event function {event} is not finite at t = {t:?}: it must be finite at every state of the solution")]
     NonFinite {
         /// Which of the events.
         event: usize,
@@ -46,7 +46,7 @@ pub enum EventDefect {
     },
     /// The trajectory touches the surface of an event without crossing it, so that the time of the event has no
     /// derivative.
-    #[error("event {event} grazes its surface at t = {t:?}: the derivative of its function along the trajectory is {derivative:e}, so its time has no gradient")]
+    #[error("event {event} grazes its surface at t = {t:?}: the derivative of its function along the trajectory is {derivative:e}, so its time has no gradient: detach the time and the state of the event, or choose a function that crosses zero along the trajectory")]
     Grazing {
         /// Which of the events.
         event: usize,

@@ -25,7 +25,7 @@ pub enum PathDefect {
         length: usize,
     },
     /// Times do not belong to the observations.
-    #[error("{times} times for series of {length} observations: one for each")]
+    #[error("{times} times were given for series of {length} observations: give one for each")]
     Times {
         /// Times that were given.
         times: usize,
@@ -65,7 +65,7 @@ pub enum PathDefect {
         value: f64,
     },
     /// Lengths do not belong to the batch.
-    #[error("{given} lengths for {rows} series: one for each")]
+    #[error("{given} lengths were given for {rows} series: give one for each")]
     Lengths {
         /// Lengths that were given.
         given: usize,
@@ -83,7 +83,7 @@ pub enum PathDefect {
         most: usize,
     },
     /// A channel that is not there.
-    #[error("channel {channel} of {channels} was named as that of time")]
+    #[error("channel {channel} was named as that of time, but there are {channels} channels, numbered from 0")]
     NoChannel {
         /// What was named.
         channel: usize,
@@ -101,7 +101,7 @@ pub enum PathDefect {
         channel: usize,
     },
     /// Windows of no interval.
-    #[error("windows of 0 intervals: at least 1")]
+    #[error("a window of 0 intervals was asked for: it needs at least 1")]
     Window,
     /// A time at which the path is not defined.
     #[error("the path is defined from {start} to {end}, not at t = {t:?}")]
@@ -150,6 +150,6 @@ pub enum PathDefect {
         got: Shape,
     },
     /// Tensors that are not those of a path.
-    #[error("these tensors are not those of a control path")]
+    #[error("these tensors are not those of a control path: hand on all tensors of State::leaves of a ControlPath, in their order, with their shapes and dtypes")]
     NoPath,
 }

@@ -7,7 +7,7 @@ use candle_core::Shape;
 #[non_exhaustive]
 pub enum SdeDefect {
     /// The method converges to the solution of the other calculus.
-    #[error("{method} converges to the {of} solution, and the equation is in the sense of {given}: take a method of that calculus, or convert the drift (Stratonovich = Itô − ½ g ∂g/∂y)")]
+    #[error("{method} converges to the {of} solution, and the equation is in the sense of {given}: take a method whose SdeMethod::calculus is {given}, or convert the drift f and state the equation in the sense of {of} (for diagonal noise, the drift of Stratonovich is that of Itô less ½ g ∂g/∂y)")]
     Calculus {
         /// The method.
         method: &'static str,
@@ -29,7 +29,7 @@ pub enum SdeDefect {
         method: &'static str,
     },
     /// Noise that was declared additive is not.
-    #[error("the diffusion was declared additive, but its derivative with respect to the state is not zero at step {step}, t = {t:?}")]
+    #[error("the diffusion was declared additive, but its derivative with respect to the state is not zero at step {step}, t = {t:?}: leave out Sde::additive, or let the diffusion not read the state")]
     NotAdditive {
         /// Index of the step.
         step: usize,
@@ -55,7 +55,7 @@ pub enum SdeDefect {
         got: Shape,
     },
     /// The diffusion returned more tensors than the state has.
-    #[error("the diffusion returned {got} tensors, the state has {state}: one for each of the first ones, those that follow have no noise")]
+    #[error("the diffusion returned {got} tensors, the state has {state}: the diffusion returns one tensor for each of the first state tensors, and those that follow have no noise")]
     DiffusionCount {
         /// Tensors of the state.
         state: usize,
@@ -107,7 +107,7 @@ pub enum SdeDefect {
         got: String,
     },
     /// A tree with more levels than can be counted.
-    #[error("a Brownian tree of depth {depth}: 52 at most")]
+    #[error("a Brownian tree cannot have depth {depth}: 52 is the most")]
     Depth {
         /// The depth.
         depth: u32,
@@ -136,13 +136,13 @@ pub enum SdeDefect {
     AdaptiveGeneral,
     /// Adaptive steps under noise that was declared diagonal, and whose diffusion of a component reads another
     /// component that has noise, too.
-    #[error("adaptive steps under noise that is declared diagonal, but whose diffusion of a component in tensor {leaf} reads other components that have noise: as under general noise, the limit depends on how the steps were chosen; take fixed steps, or a diffusion that acts on each component by itself")]
+    #[error("adaptive steps under noise that is declared diagonal, but whose diffusion of a component in state tensor {leaf} reads other components that have noise: as under general noise, the limit depends on how the steps were chosen; take fixed steps, or a diffusion that acts on each component by itself")]
     AdaptiveCoupled {
         /// Index of the tensor.
         leaf: usize,
     },
     /// More rows than there are numbers of rows, from which noise is computed.
-    #[error("rows of noise up to {end}, and samples are rows, too: they are numbered by 32 bits")]
+    #[error("rows of noise are numbered by 32 bits, but their numbers go up to {end}: take fewer rows or samples (each sample of an initial state is a row)")]
     TooManyRows {
         /// The number behind the last.
         end: u128,

@@ -117,12 +117,18 @@ impl RowEvent {
             }
         };
         if let Some(&value) = values.iter().find(|value| !value.is_finite()) {
-            let option = "the value of a row event";
-            return Err(Error::Adaptive(AdaptiveDefect::Number { option, value }));
+            return Err(Error::Adaptive(AdaptiveDefect::Number {
+                option: "the value of a row event",
+                value,
+                range: "finite",
+            }));
         }
         if self.most == 0 {
-            let (option, value) = ("most", 0.0);
-            return Err(Error::Adaptive(AdaptiveDefect::Number { option, value }));
+            return Err(Error::Adaptive(AdaptiveDefect::Number {
+                option: "the number of recorded events",
+                value: 0.0,
+                range: "at least 1",
+            }));
         }
         // A row that begins on a value, as its dtype rounds it, has no sign there.
         let rounded = |value: f64| match state {

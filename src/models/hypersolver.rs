@@ -48,7 +48,7 @@ where
     F: VectorField,
     G: Fn(&Time, &Tensor, &Tensor) -> Result<Tensor>,
 {
-    /// Of a field f, an explicit method, and the correction g, which returns a tensor like y.
+    /// The hypersolver of a field f by an explicit method and the correction g, which returns a tensor of the shape of y.
     pub fn new(field: F, method: Tableau, correction: G) -> Self {
         Self {
             field,
@@ -151,7 +151,7 @@ pub fn residuals<F: VectorField>(
     let count = states.dim(0)?;
     if count != points.len() || count < 2 {
         candle_core::bail!(
-            "{} times of {count} states: one for each, and two at least",
+            "{} times were given for {count} states: give one for each, and at least two",
             points.len()
         )
     }

@@ -65,7 +65,7 @@ pub struct OdeRnn<C> {
 }
 
 impl<C: Cell> OdeRnn<C> {
-    /// Of a neural ODE over (h, ln Δ) and a cell.
+    /// A model that consists of a neural ODE over (h, ln Δ) and a cell.
     ///
     /// Where the neural ODE has one precision for all tensors, ln Δ is read in its state precision: rounded to bf16, it would
     /// change all gaps by up to a hundredth.  A lower precision in which states are stored still rounds it for the gradient.
@@ -172,7 +172,7 @@ impl Gaps {
             .flatten_all()?
             .to_vec1()?;
         if let Some(bad) = all.iter().find(|gap| !(gap.is_finite() && **gap >= 0.0)) {
-            candle_core::bail!("a gap of time of {bad}: gaps are finite and not negative")
+            candle_core::bail!("a gap of time is {bad}: gaps must be finite and not negative")
         }
         let moves = (0..times).map(|i| (0..rows).any(|row| all[row * times + i] > 0.0));
         let gaps = match gaps.dtype() {

@@ -54,12 +54,13 @@ pub struct Shooting {
 pub struct Shot {
     /// The states at the bounds of the intervals, `(intervals + 1, rows, …)`, without history.
     pub states: Tensor,
-    /// By how much a number has changed in every sweep at most, in units of the largest number.
+    /// For every sweep, the largest change of any number of the states in it, divided by the largest absolute value of any
+    /// number after it.
     pub changes: Vec<f64>,
 }
 
 impl Shooting {
-    /// How the coarse and the fine solver solve over one interval.
+    /// Shooting with these options of the coarse and of the fine solver over one interval.
     pub fn new(coarse: OdeOptions, fine: OdeOptions) -> Self {
         let last = |options: OdeOptions| OdeOptions {
             output: Output::Final,
@@ -91,7 +92,7 @@ impl Shooting {
     /// The states of y' = f(y) from y0 `(rows, …)` at the bounds of so many intervals of this length, by parareal.
     ///
     /// # Errors
-    /// Of the solves.
+    /// Those of the solves.
     pub fn solve<F: VectorField>(
         &self,
         field: &F,
@@ -123,7 +124,7 @@ impl Shooting {
     /// DF has a column for every feature, all of which are rows of the fine solve, too.
     ///
     /// # Errors
-    /// Of the solves; if y0 is no matrix.
+    /// Those of the solves; if y0 is no matrix.
     pub fn newton<F: VectorField + Jvp>(
         &self,
         field: &F,

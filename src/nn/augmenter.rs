@@ -87,7 +87,10 @@ impl Module for Augmenter<Zeros> {
         let mut shape = x.dims().to_vec();
         let rank = shape.len();
         let Some(size) = shape.get_mut(self.dim) else {
-            candle_core::bail!("augmentation on dimension {} of {rank}", self.dim)
+            candle_core::bail!(
+                "dimension {} cannot be augmented: the tensor has {rank} dimensions, numbered from 0",
+                self.dim
+            )
         };
         *size = self.more.0;
         self.join(x, &Tensor::zeros(shape, x.dtype(), x.device())?)

@@ -24,11 +24,13 @@ use trace::Trace;
 /// exact.
 ///
 /// z: `(…, features)`, l: `(…, 1)`, with the same rows.  Along a solution, l grows by
-/// log p(z(t)) − log p(z(0)), whatever the density p at the start.
+/// log p(z(t)) − log p(z(0)), whatever the density p at the start (R. T. Q. Chen and others, "Neural ordinary differential
+/// equations", NeurIPS 2018, theorem 1).
 ///
-/// With one or two hidden layers, the trace costs as much as g itself, however many features there
-/// are: tr W₃ D₂ W₂ D₁ W₁ = d₂ᵀ B d₁ with B = W₂ ∘ (W₁ W₃)ᵀ.  With more hidden layers it costs
-/// as much as g for each feature.
+/// Let W_i be the weights of layer i, `(outputs, inputs)`, d_i the derivatives of the activation of hidden layer i, and D_i
+/// the diagonal matrix of d_i.  With one or two hidden layers, the trace costs as much as g itself, however many features
+/// there are: tr W₃ D₂ W₂ D₁ W₁ = d₂ᵀ B d₁ with B = W₂ ∘ (W₁ W₃)ᵀ.  With more hidden layers it costs as much as g for
+/// each feature.
 ///
 /// Where an `Mlp` is integrated tile by tile, such a field is too, unless it has no hidden layer, or
 /// has more than two of them and features · (n₁ n₂ + n_{L−1} n_L) is above 2²², for L hidden layers of
@@ -70,7 +72,9 @@ impl Cnf {
     /// ```
     pub fn new(mlp: Mlp) -> Result<Self> {
         if mlp.residual {
-            candle_core::bail!("the trace of a residual Mlp is not implemented")
+            candle_core::bail!(
+                "the exact trace of a residual Mlp is not implemented: leave out Mlp::residual, or estimate the trace by nn::Hutchinson"
+            )
         }
         Ok(Self { mlp })
     }

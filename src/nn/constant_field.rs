@@ -17,7 +17,7 @@ use crate::state::RowLayout;
 use crate::time::Time;
 
 /// f(t, y) = c in every row.  As the diffusion of an equation it gives additive noise, whose strength differs from
-/// component to component and may be learned.
+/// component to component and may be learnt.
 ///
 /// y: `(…, features)`.  On the CPU the solver integrates it tile by tile, alone and as a part of an equation.
 ///

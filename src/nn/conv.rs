@@ -207,7 +207,9 @@ impl ConvField {
         for (l, layer) in field.layers[..hidden].iter_mut().enumerate() {
             let [channels, ..] = layer.shape();
             if groups == 0 || channels % groups != 0 {
-                candle_core::bail!("{channels} channels of layer {l} in {groups} groups")
+                candle_core::bail!(
+                    "the {channels} channels of layer {l} cannot be put in {groups} groups: their number must be a multiple of that of the groups"
+                )
             }
             let vb = vb.pp(l).pp("norm");
             layer.norm = Some(GroupNorm {
@@ -351,12 +353,14 @@ impl ConvField {
 
 fn filter(layer: &Conv2d) -> Result<Filter> {
     let (Some(bias), config, dims) = (layer.bias(), layer.config(), layer.weight().dims()) else {
-        candle_core::bail!("a layer of a ConvField needs a bias")
+        candle_core::bail!("every layer of a ConvField needs a bias")
     };
     let keeps_size =
         matches!(dims, [_, _, k, l] if k == l && k % 2 == 1 && config.padding == k / 2);
     if !keeps_size || [config.stride, config.dilation, config.groups] != [1; 3] {
-        candle_core::bail!("filters {dims:?} with {config:?} do not keep the size of an image")
+        candle_core::bail!(
+            "filters {dims:?} with {config:?} do not keep the size of an image: a ConvField needs square filters of odd size k, padding (k - 1)/2, and a stride, dilation and groups of 1"
+        )
     }
     Ok(Filter {
         weight: layer.weight().clone(),

@@ -32,7 +32,7 @@ pub struct Conv1d {
 }
 
 impl Conv1d {
-    /// Of filters and biases that exist.
+    /// A layer made of filters and biases that exist.
     pub fn new(weight: Tensor, bias: Option<Tensor>, config: Conv1dConfig) -> Self {
         Self {
             weight,

@@ -4,7 +4,9 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-/// A mask of dropout: 0 with this probability, otherwise 1/(1 − probability), the same for the same seed on every device.
+/// A mask of dropout, a tensor of this shape and dtype by which activations are multiplied: each element is 0 with this
+/// probability and otherwise 1/(1 − probability), so that its mean is 1 (N. Srivastava and others, "Dropout: a simple way to
+/// prevent neural networks from overfitting", JMLR 15, 2014).  It is the same for the same seed on every device.
 ///
 /// Noise that is drawn anew at every evaluation is no vector field.  A mask that is drawn once, and that the solve is
 /// given as an argument ([`NeuralOde::with_args`](crate::NeuralOde::with_args)), leaves the field a field, and

@@ -32,12 +32,12 @@ pub enum Basis {
         /// Number of functions.
         terms: usize,
     },
-    /// exp(−((u − c_k)/w_k)²) with learned centres c and widths w.
+    /// exp(−((u − c_k)/w_k)²) with learnt centres c and widths w.
     Gaussian {
         /// Number of functions.
         terms: usize,
     },
-    /// √(1 + ((u − c_k)/w_k)²) with learned centres c and widths w.
+    /// √(1 + ((u − c_k)/w_k)²) with learnt centres c and widths w.
     Multiquadric {
         /// Number of functions.
         terms: usize,
@@ -110,7 +110,9 @@ impl Galerkin {
     pub fn new(numbers: usize, basis: Basis, deviation: f64, vb: VarBuilder<'_>) -> Result<Self> {
         let functions = basis.len();
         if numbers * functions == 0 {
-            candle_core::bail!("an expansion of {numbers} numbers in {functions} functions")
+            candle_core::bail!(
+                "a Galerkin expansion needs at least one number and one function, got {numbers} numbers and {functions} functions"
+            )
         }
         // Zeros, as elsewhere, would leave two such layers in a row without a gradient for ever.
         let stdev = deviation / (functions as f64).sqrt();
@@ -128,7 +130,7 @@ impl Galerkin {
         Self::from_tensors(basis, coeffs, [dilation, shift], radial.transpose()?)
     }
 
-    /// Of tensors that exist: coefficients, dilation and shift, centres and widths.
+    /// An expansion made of tensors that exist: coefficients, dilation and shift, centres and widths.
     ///
     /// # Errors
     /// If their shapes do not belong together.
@@ -257,7 +259,9 @@ impl GalerkinLinear {
     /// As [`Galerkin::new`].
     pub fn new(inputs: usize, outputs: usize, basis: Basis, vb: VarBuilder<'_>) -> Result<Self> {
         if inputs * outputs == 0 {
-            candle_core::bail!("a GalerkinLinear layer of {inputs} inputs and {outputs} outputs")
+            candle_core::bail!(
+                "a GalerkinLinear layer needs at least one input and one output, got {inputs} and {outputs}"
+            )
         }
         let deviation = 1.0 / (inputs as f64).sqrt();
         let weights = Galerkin::new(outputs * (inputs + 1), basis, deviation, vb)?;

@@ -45,7 +45,7 @@ impl GruField {
     /// [`candle_nn::linear()`].
     ///
     /// # Errors
-    /// Of the builder.
+    /// Those of the builder.
     pub fn new(features: usize, vb: VarBuilder<'_>) -> Result<Self> {
         let gate = |name: &str| Linear::new(features, features, vb.pp(name));
         Self::of([gate("r")?, gate("z")?, gate("u")?])
@@ -54,7 +54,7 @@ impl GruField {
     /// The same without biases, as the authors have it.
     ///
     /// # Errors
-    /// Of the builder.
+    /// Those of the builder.
     pub fn without_bias(features: usize, vb: VarBuilder<'_>) -> Result<Self> {
         let gate = |name: &str| Linear::without_bias(features, features, vb.pp(name));
         Self::of([gate("r")?, gate("z")?, gate("u")?])

@@ -39,7 +39,7 @@ impl<F: VectorField<Tensor>> HigherOrder<F> {
     /// n = 0.
     pub fn new(f: F, n: usize) -> Result<Self> {
         if n == 0 {
-            candle_core::bail!("a differential equation of order 0")
+            candle_core::bail!("the order of a HigherOrder field must be at least 1, got 0")
         }
         Ok(Self { field: f, order: n })
     }

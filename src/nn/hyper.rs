@@ -63,7 +63,9 @@ impl HyperCnf {
     /// Those of the builder; if a number is 0.
     pub fn new(features: usize, width: usize, hidden: usize, vb: VarBuilder<'_>) -> Result<Self> {
         if features * width * hidden == 0 {
-            candle_core::bail!("a HyperCnf of {features} features, width {width}, hidden {hidden}")
+            candle_core::bail!(
+                "every size of a HyperCnf must be at least 1, got {features} features, width {width}, hidden {hidden}"
+            )
         }
         let widths = [1, hidden, hidden, 3 * features * width + width];
         let layer = |(i, w): (usize, &[usize])| candle_nn::linear(w[0], w[1], vb.pp(i));

@@ -36,7 +36,7 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Of γ, β and ε.
+    /// The norm with these γ, β and ε.
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
         Self {
             bias: Some(bias),
@@ -44,7 +44,7 @@ impl LayerNorm {
         }
     }
 
-    /// Of γ and ε, without β.
+    /// The norm with these γ and ε, without β.
     pub fn new_no_bias(weight: Tensor, eps: f64) -> Self {
         Self {
             weight,
@@ -54,7 +54,7 @@ impl LayerNorm {
         }
     }
 
-    /// Of γ and ε, without β and without removing the mean.
+    /// The norm with these γ and ε, without β and without removing the mean.
     pub fn rms_norm(weight: Tensor, eps: f64) -> Self {
         Self {
             remove_mean: false,
@@ -155,7 +155,7 @@ pub fn layer_norm_no_bias(size: usize, eps: f64, vb: VarBuilder<'_>) -> Result<L
 pub struct RmsNorm(LayerNorm);
 
 impl RmsNorm {
-    /// Of γ and ε.
+    /// The norm with these γ and ε.
     pub fn new(weight: Tensor, eps: f64) -> Self {
         Self(LayerNorm::rms_norm(weight, eps))
     }

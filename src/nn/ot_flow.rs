@@ -80,7 +80,9 @@ impl OtFlow {
     /// Those of the builder; if a number is 0.
     pub fn new(features: usize, width: usize, rank: usize, vb: VarBuilder<'_>) -> Result<Self> {
         if features * width * rank == 0 {
-            candle_core::bail!("an OtFlow of {features} features, width {width}, rank {rank}")
+            candle_core::bail!(
+                "every size of an OtFlow must be at least 1, got {features} features, width {width}, rank {rank}"
+            )
         }
         let layer = |inputs, vb: VarBuilder<'_>| {
             let layer = candle_nn::linear(inputs, width, vb.clone())?;

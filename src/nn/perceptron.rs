@@ -472,7 +472,7 @@ impl Mlp {
 /// That there are layers, and none without width.
 pub(super) fn check_widths(widths: &[usize]) -> Result<()> {
     if widths.len() < 2 || widths.contains(&0) {
-        candle_core::bail!("a network of widths {widths:?}: at least two, and each at least 1")
+        candle_core::bail!("a network of widths {widths:?} cannot be built: at least two are needed, and each must be at least 1")
     }
     Ok(())
 }

@@ -58,9 +58,10 @@ impl<F, G> Sde<F, G> {
         }
     }
 
-    /// With g ∂g/∂y (of scalar noise Σ_j ∂g_i/∂y_j g_j), of the state's shape: what
-    /// [`MILSTEIN_ITO`](super::MILSTEIN_ITO) and [`MILSTEIN_STRATONOVICH`](super::MILSTEIN_STRATONOVICH) evaluate beside
-    /// drift and diffusion.  Written as ordinary operations it is differentiated as they are.
+    /// Adds the Milstein term g ∂g/∂y to the equation.  The methods [`MILSTEIN_ITO`](super::MILSTEIN_ITO) and
+    /// [`MILSTEIN_STRATONOVICH`](super::MILSTEIN_STRATONOVICH) evaluate it in addition to drift and diffusion.  It has the
+    /// shape of the state; for scalar noise, its component i is Σ_j g_j ∂g_i/∂y_j.  If it is computed by candle's operations,
+    /// it is differentiated like drift and diffusion.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};

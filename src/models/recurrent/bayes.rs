@@ -78,7 +78,7 @@ impl GruOdeBayes {
     /// variable.
     ///
     /// # Errors
-    /// Of the constructors of its parts.
+    /// Those of the constructors of its parts.
     pub fn new(
         vars: &VarMap,
         prefix: &str,
@@ -189,19 +189,20 @@ impl GruOdeBayes {
 }
 
 impl Normal {
-    /// −ln p(x) of every number.
+    /// −ln p(x) of every number, for x of the shape of `mean`, `(rows, times, variables)`; the result has this shape.
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn negative_log_likelihood(&self, x: &Tensor) -> Result<Tensor> {
         let error = ((x - &self.mean)? * (&self.log_variance * -0.5)?.exp()?)?;
         ((error.sqr()? + &self.log_variance)? + TAU.ln())? * 0.5
     }
 
-    /// KL(N(mean, σ²) ‖ N(x, s²)) of every number.
+    /// KL(N(mean, σ²) ‖ N(x, s²)) of every number, for x of the shape of `mean`, `(rows, times, variables)`; the result has
+    /// this shape.
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn divergence_from(&self, x: &Tensor, s: f64) -> Result<Tensor> {
         let square = (self.log_variance.exp()? + (&self.mean - x)?.sqr()?)?;
         let logarithms = ((&self.log_variance * -0.5)? + s.ln())?;
@@ -210,10 +211,12 @@ impl Normal {
 }
 
 impl Predictions {
-    /// Σ −ln p of the observations before they are made + λ Σ KL after them, by observed variable; 0 if nothing was observed.
+    /// The loss of GRU-ODE-Bayes, a tensor of shape `()`: (Σ −ln p(x) + λ Σ KL) / n over the n numbers x that were observed.
+    /// Here p is the distribution before the observation, and KL is the divergence of the distribution after it from
+    /// N(x, 0.01²).  It is 0 if nothing was observed (E. De Brouwer and others, "GRU-ODE-Bayes", NeurIPS 2019).
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn loss(&self, seen: &Sporadic, lambda: f64) -> Result<Tensor> {
         let values = zero_unless_seen(&seen.values, &seen.mask)?;
         let before = self.before.negative_log_likelihood(&values)?;

@@ -52,18 +52,18 @@ impl Elbo {
     /// −likelihood + β divergence, the mean over rows.
     ///
     /// # Errors
-    /// Of candle's operations.
+    /// Those of candle's operations.
     pub fn loss(&self, beta: f64) -> Result<Tensor> {
         ((&self.divergence * beta)? - &self.likelihood)?.mean_all()
     }
 }
 
 impl LatentOde {
-    /// Of so many `[features, recurrent, latent, width]`: numbers of x, of the encoder's state, of z, and of the hidden
-    /// layers; and the deviation σ of observations.
+    /// A model of the sizes `[features, recurrent, latent, width]`: the features of x, of the encoder's state and of z, and
+    /// the units of each hidden layer.  `sigma` is the deviation σ of observations.
     ///
     /// # Errors
-    /// Of the constructors of its parts.
+    /// Those of the constructors of its parts.
     pub fn new(
         vars: &VarMap,
         prefix: &str,
@@ -122,7 +122,10 @@ impl LatentOde {
     pub fn encode(&self, x: &Tensor, times: &[f64]) -> Result<(Tensor, Tensor)> {
         let (rows, count, _) = x.dims3()?;
         if count != times.len() || count == 0 {
-            candle_core::bail!("{} times of a series of {count} observations", times.len())
+            candle_core::bail!(
+                "a series needs at least one observation and a time for each, got {count} observations and {} times",
+                times.len()
+            )
         }
         let last = Tensor::arange_step(count as i64 - 1, -1, -1, x.device())?;
         let backward = x.index_select(&last.to_dtype(DType::U32)?, 1)?;
@@ -149,7 +152,7 @@ impl LatentOde {
     /// The series from z at the first of these times, `(rows, times, features)`.
     ///
     /// # Errors
-    /// Of the solve, and of candle's operations.
+    /// Those of the solve, and of candle's operations.
     pub fn decode(&self, z: &Tensor, times: &[f64]) -> Result<Tensor> {
         let zs = self.flow.solve(z, times)?;
         self.readout.forward(&zs)?.transpose(0, 1)?.contiguous()

@@ -137,7 +137,7 @@ impl EnergyMlp {
     /// As [`of`](Self::of); if time is the only input.
     pub fn of_time(net: Perceptron, energy: Energy) -> Result<Self> {
         if net.inputs() < 2 {
-            candle_core::bail!("a potential of time alone has no gradient")
+            candle_core::bail!("a potential of time alone has no gradient: give the network at least one input before time")
         }
         let of = Self::of(net, energy)?;
         Ok(Self { time: true, ..of })

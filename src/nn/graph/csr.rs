@@ -74,7 +74,9 @@ impl Csr {
         let mut neighbours: Vec<Vec<u32>> = (0..nodes).map(|i| vec![i as u32]).collect();
         for &[i, j] in edges {
             if i.max(j) as usize >= nodes {
-                candle_core::bail!("an edge from {i} to {j} in a graph of {nodes} nodes")
+                candle_core::bail!(
+                    "an edge joins the nodes {i} and {j}, but a graph of {nodes} nodes numbers them from 0 to {nodes} - 1"
+                )
             }
             neighbours[i as usize].push(j);
             neighbours[j as usize].push(i);

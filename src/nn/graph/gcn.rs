@@ -27,7 +27,7 @@ impl Gcn {
     /// [`candle_nn::linear()`].
     ///
     /// # Errors
-    /// Of the builder.
+    /// Those of the builder.
     pub fn new(inputs: usize, outputs: usize, graph: &Csr, vb: VarBuilder<'_>) -> Result<Self> {
         let layer = Linear::new(inputs, outputs, vb)?;
         match layer.bias {
@@ -36,7 +36,7 @@ impl Gcn {
         }
     }
 
-    /// Of tensors that exist.
+    /// A layer over this graph, made of tensors that exist.
     ///
     /// # Errors
     /// If W is no matrix, or b has not a number for each of its rows.

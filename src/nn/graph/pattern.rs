@@ -75,14 +75,16 @@ impl Pattern {
             )
         }
         if let Some(beyond) = across.iter().find(|&&j| j as usize >= columns) {
-            candle_core::bail!("column {beyond} of a sparse matrix of {columns} columns")
+            candle_core::bail!(
+                "an entry of a sparse matrix is in column {beyond}, but there are {columns} columns, numbered from 0"
+            )
         }
         let rows = offsets.len() - 1;
         if [rows, columns, entries]
             .iter()
             .any(|&n| n > u32::MAX as usize)
         {
-            candle_core::bail!("a sparse matrix of {rows} x {columns} with {entries} entries: each must be below 2^32")
+            candle_core::bail!("a sparse matrix cannot have {rows} rows, {columns} columns and {entries} entries: each number must be below 2^32")
         }
         // Counting sort by column keeps the order of rows, so sums over a column have a fixed order, too.
         let mut starts = vec![0; columns + 1];
