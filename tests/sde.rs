@@ -1019,10 +1019,12 @@ fn every_method_solves_exactly_the_noise_that_the_documentation_says() {
                 "{case}"
             );
             // What an error advises is possible.
-            if let Err(Error::Sde(SdeDefect::NeedsAdditive { .. })) = solved {
+            if let Err(Error::Sde(found @ SdeDefect::NeedsAdditive { .. })) = solved {
                 let advised = if is_general { EULER_MARUYAMA } else { SRI2 };
                 let order = advised.strong_order(noise, is_additive);
                 assert!(order.is_some() && advised.calculus() == calculus, "{case}");
+                let named = advised.name().to_uppercase();
+                assert!(found.to_string().contains(&named), "{case}: {found}");
             }
         }
     }
