@@ -12,8 +12,10 @@
 //! * Steps: with [`ControlPath::knots`] as times, there is one step for each interval of the path, or n steps with
 //!   [`Steps::PerInterval`](crate::options::Steps::PerInterval); [`Output::Final`](crate::options::Output::Final)
 //!   returns only the last state.  Other times are possible: steps are cut where the slope of the path jumps.
-//! * Precision: the slope is formed in the dtype of the observations, f32 at least, and rounded to compute precision
-//!   where it meets F.
+//! * Precision: the slope is formed in the dtype of the observations, f32 at least.  Where it meets F, it is converted to
+//!   the dtype in which F is given z.  This is the compute dtype, with one exception: if f16 or bf16 are emulated by rounded
+//!   f32 ([`Arithmetic::Rounded`](crate::options::Arithmetic::Rounded), on the CPU the default), the slope stays in f32.  The
+//!   product F X' is summed in f32 at least and rounded to compute precision in any case.
 
 use std::sync::Arc;
 
@@ -41,7 +43,7 @@ use crate::time::Times;
 /// * `path`: built from [`Observations`], which receive gradients if candle tracks them.
 /// * `times`: within the knots of the path, in either direction.
 ///
-/// Options, result and other errors are those of [`odeint`](crate::odeint()).
+/// Options and result are those of [`odeint`](crate::odeint()).
 ///
 /// ```
 /// use candle_core::{Device, IndexOp, Tensor, Var};
@@ -63,7 +65,8 @@ use crate::time::Times;
 /// ```
 ///
 /// # Errors
-/// [`PathDefect::State`], [`PathDefect::Matrix`], [`PathDefect::Outside`].
+/// [`PathDefect::State`], [`PathDefect::Matrix`], [`PathDefect::Channels`], [`PathDefect::Outside`], and those of
+/// [`odeint`](crate::odeint()).
 pub fn cdeint<F, T>(
     field: F,
     z0: &Tensor,

@@ -43,6 +43,14 @@ pub(crate) struct Drive {
 }
 
 impl Drive {
+    /// The same for a solve that may be pulled back.
+    pub(crate) fn kept(self) -> Result<Self> {
+        Ok(Self {
+            noise: self.noise.kept()?,
+            ..self
+        })
+    }
+
     /// Whether the lengths of steps may be chosen by looking at the noise in them.
     fn may_adapt(&self) -> Result<()> {
         let Equation {
@@ -73,13 +81,14 @@ impl Drive {
             ..Default::default()
         };
         need.check()?;
-        let end = u128::from(first_row) + samples as u128 * rows as u128;
-        Err(Error::Sde(match samples {
-            0 => SdeDefect::NoSamples,
-            _ if end > 1 << 32 => SdeDefect::TooManyRows { end },
-            2.. if first_row > 0 => SdeDefect::SamplesOfPart { samples, first_row },
-            _ => return Ok(()),
-        }))
+        if samples == 0 {
+            return Err(Error::Sde(SdeDefect::NoSamples));
+        }
+        self.noise.check_rows(samples as u128 * rows as u128)?;
+        match samples > 1 && first_row > 0 {
+            true => Err(Error::Sde(SdeDefect::SamplesOfPart { samples, first_row })),
+            false => Ok(()),
+        }
     }
 
     /// The given increments that gradients are computed of: those that candle tracks, or all of them.

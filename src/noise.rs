@@ -10,6 +10,7 @@ mod tree;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result, SdeDefect};
+use crate::schedule::Step;
 use draw::{Place, Purpose};
 pub use increments::Increments;
 pub use philox::philox4x32;
@@ -26,6 +27,12 @@ pub use tree::BrownianTree;
 ///   the backward pass computes them again, in any order.  If you change the steps, you get another Brownian path.
 /// * [`BrownianTree`]: a path that is a function of time, so that solves with other steps see the same path.
 /// * [`Increments`]: increments that the user gives, with gradients if candle tracks them.
+///
+/// **Every solve begins its noise anew.**  The numbers of [`Noise::seeded`] belong to the numbers of the steps, and the path
+/// of a [`BrownianTree`] to the interval of the solve, from its first time to its last.  Two solves with one seed are
+/// therefore not independent: if [0, 1] and then [1, 2] are solved with the same seed, both have the same increments, and
+/// W(2) = 2 W(1).  Give every further solve, such as one that continues another, a seed of its own.  A part of a solve has
+/// other noise than the whole: a solve over [0, ½] sees another path than the first half of a solve over [0, 1].
 ///
 /// **Bits.**  The numbers are computed by integer arithmetic and by additions, products, quotients and square roots
 /// of f64, so that the bits do not depend on the machine, the number of threads or the vector unit.  The numbers of a
@@ -90,9 +97,13 @@ impl Noise {
     /// The increments of all steps between the times of a grid for a number of rows and channels: ΔW and U of shapes
     /// (steps, rows, channels).
     ///
+    /// They are those of a solve whose steps end at the times of the grid.  The grid must begin and end where the solve
+    /// does: with a [`BrownianTree`], the increments over [0, ½] alone are not those of a solve over [0, 1].  Another solve
+    /// needs another seed.  Increments that were given are converted to the dtype and moved to the device.
+    ///
     /// # Errors
-    /// Those of a solve: [`SdeDefect::TreeTooCoarse`], [`SdeDefect::BackwardTime`], and [`SdeDefect::Increments`] if
-    /// given increments are not for this grid.
+    /// Those of a solve: [`SdeDefect::TreeTooCoarse`], [`SdeDefect::BackwardTime`], [`SdeDefect::TooManyRows`], and
+    /// [`SdeDefect::Increments`] if given increments are not for this grid.
     pub fn increments(
         &self,
         grid: &[f64],
@@ -102,17 +113,18 @@ impl Noise {
     ) -> Result<Increments> {
         if let Source::Given(given) = &self.0 {
             given.check(grid.len().saturating_sub(1), rows, channels)?;
-            return Ok(given.clone());
+            return given.converted(dtype, device);
         }
+        self.check_rows(rows as u128)?;
         let span = [0, grid.len().saturating_sub(1)].map(|i| grid.get(i).copied().unwrap_or(0.0));
         let (mut ws, mut us) = (vec![], vec![]);
         for (n, ends) in grid.windows(2).enumerate() {
-            let ends = [ends[0], ends[1]];
             let h = ends[1] - ends[0];
             if h <= 0.0 || h.is_nan() {
                 return Err(Error::Sde(SdeDefect::BackwardTime));
             }
-            let drawn = self.draw((n, ends), span, (rows, channels), true)?;
+            let step = Step::free(n, ends[0], h, ends[1]);
+            let drawn = self.draw(step, span, (rows, channels), true)?;
             if let Some(Drawn { w, u }) = drawn {
                 ws.extend(w.iter().map(|w| h.sqrt() * w));
                 us.extend(u.iter().map(|u| h * h.sqrt() * u));
@@ -124,23 +136,23 @@ impl Noise {
         Increments::new(tensor(ws)?).with_integrals(tensor(us)?)
     }
 
-    /// The increments of step n between its ends, in units of its length; `None` of those that are given.
+    /// The increments of a step, in units of its length; `None` of those that are given.
     pub(crate) fn draw(
         &self,
-        (n, ends): (usize, [f64; 2]),
+        step: Step,
         span: [f64; 2],
         (rows, channels): (usize, usize),
         integrals: bool,
     ) -> Result<Option<Drawn>> {
         match &self.0 {
             Source::Given(_) => Ok(None),
-            Source::Tree(tree) => tree.step(ends, span, (rows, channels)).map(Some),
+            Source::Tree(tree) => tree.step(step, span, (rows, channels)).map(Some),
             &Source::Steps { seed, first_row } => {
                 let of = |purpose| {
                     let place = Place {
                         seed,
                         purpose,
-                        at: n as u64,
+                        at: step.index as u64,
                         first_row,
                         blocks: 0,
                     };
@@ -158,6 +170,31 @@ impl Noise {
                 Ok(Some(Drawn { w, u }))
             }
         }
+    }
+
+    /// Rows are numbered by 32 bits, from the first row of the noise on.
+    pub(crate) fn check_rows(&self, rows: u128) -> Result<()> {
+        let end = u128::from(self.first_row()) + rows;
+        match end > 1 << 32 {
+            true => Err(Error::Sde(SdeDefect::TooManyRows { end })),
+            false => Ok(()),
+        }
+    }
+
+    /// The shortest step over a span that it resolves.
+    pub(crate) fn finest(&self, span: [f64; 2]) -> f64 {
+        match &self.0 {
+            Source::Tree(tree) => tree.finest(span),
+            _ => 0.0,
+        }
+    }
+
+    /// The same for a solve: those that are given may be written before its backward pass.
+    pub(crate) fn kept(self) -> Result<Self> {
+        Ok(Self(match self.0 {
+            Source::Given(given) => Source::Given(given.copied()?),
+            drawn => drawn,
+        }))
     }
 
     /// Whether it is a path that does not depend on the steps.

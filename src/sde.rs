@@ -9,14 +9,17 @@
 //! | method | calculus | noise | strong order (in brackets: for general noise) | evaluations of f, g in a step |
 //! |---|---|---|---|---|
 //! | [`EULER_MARUYAMA`] | Itô | any | ½, 1 for additive noise (½) | 1, 1 |
-//! | [`MILSTEIN_FREE_ITO`] | Itô | diagonal, scalar | 1 | 1, 2 |
-//! | [`MILSTEIN_FREE_STRATONOVICH`] | Stratonovich | diagonal, scalar | ½, 1 if g is linear or additive | 1, 2 |
+//! | [`MILSTEIN_FREE_ITO`] | Itô | diagonal, scalar, additive | 1 | 1, 2 |
+//! | [`MILSTEIN_FREE_STRATONOVICH`] | Stratonovich | diagonal, scalar, additive | ½, 1 if g is linear or additive | 1, 2 |
 //! | [`MILSTEIN_ITO`], [`MILSTEIN_STRATONOVICH`] | Itô, Stratonovich | diagonal, scalar; with [`Sde::milstein_term`] | 1 | 1, 1 |
 //! | [`EULER_HEUN`] | Stratonovich | any | 1 (½) | 1, 2 |
 //! | [`HEUN`], [`MIDPOINT`] | Stratonovich | any | 1 (½) | 2, 2 |
-//! | [`REVERSIBLE_HEUN`] | Stratonovich | any | 1 (½) | 2, 2 |
+//! | [`REVERSIBLE_HEUN`] | Stratonovich | any | 1 for additive noise; ½ is proved and 1 measured for diagonal and scalar noise (½) | 2, 2 |
 //! | [`SRA1`] | both | additive | 1.5 | 2, 2 |
-//! | [`SRI2`] | Itô | diagonal, scalar | 1.5 | 3, 4 |
+//! | [`SRI2`] | Itô | diagonal, scalar, additive | 1.5 | 3, 4 |
+//!
+//! "Additive" is said of any noise that is declared so by [`Sde::additive`], also of general noise, for which the order is
+//! that of additive noise.  The evaluations are those of a step of fixed length; an adaptive step evaluates more.
 //!
 //! If a method does not fit the calculus or the noise of the equation, the solve returns an error
 //! ([`SdeDefect`](crate::error::SdeDefect)).  An equation with additive noise fits both calculi.
@@ -153,7 +156,7 @@ where
     M: VectorField<S> + Send + Sync + 'static,
     T: Times + ?Sized,
 {
-    let drive = sde.drive(noise, options);
+    let drive = sde.drive(noise, options).kept()?;
     let increments = drive.masters(false);
     let bind = |_| {
         let field: SharedField = Arc::new(Parts::new(equation::shared::<S, F, G, M>(sde)));
@@ -216,7 +219,7 @@ where
     M: VectorField<S> + 'f,
     T: Times + ?Sized,
 {
-    let drive = sde.drive(noise, options);
+    let drive = sde.drive(noise, options).kept()?;
     let increments = drive.masters(matches!(options.gradient, Gradient::Discrete));
     let bind = |_| -> Result<Box<Field<'f>>> {
         Ok(Box::new(Parts::new(equation::borrowed::<S, F, G, M>(sde))))

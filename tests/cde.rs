@@ -11,8 +11,8 @@ use candle_diffeq::cde::{cdeint, ControlPath, NeuralCde, Observations};
 use candle_diffeq::error::PathDefect;
 use candle_diffeq::metrics::Recorder;
 use candle_diffeq::nn::{Activation, CdeMlp};
-use candle_diffeq::options::{Adaptive, Checkpoint, Output, Steps};
-use candle_diffeq::tableau::{DOPRI5, RK4};
+use candle_diffeq::options::{Adaptive, Arithmetic, Checkpoint, Output, Steps};
+use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
 use candle_diffeq::{Error, OdeOptions, Precision, Result, Time};
 use candle_nn::VarMap;
 
@@ -739,6 +739,12 @@ fn bad_observations_and_uses_of_paths_are_told_apart() {
         defect(Observations::at(&falling, &xs)),
         PathDefect::Decreasing { .. }
     ));
+    let tracked = Var::new(&TIMES, &CPU).unwrap();
+    assert_eq!(
+        defect(Observations::at(&tracked, &xs)),
+        PathDefect::TimeGradients
+    );
+    assert!(Observations::at(&tracked.detach(), &xs).is_ok());
     let infinite = Tensor::new(&[[[1f64], [f64::INFINITY]]], &CPU).unwrap();
     assert!(matches!(
         defect(made(&infinite)),
@@ -827,4 +833,150 @@ fn bad_observations_and_uses_of_paths_are_told_apart() {
             channels: 2
         } | PathDefect::Matrix { .. }
     ));
+}
+
+#[test]
+fn every_window_of_a_log_signature_rises_by_its_increments_and_its_own_areas() {
+    // Windows of 3, 3 and 2 intervals; the second series ends inside the second window, the third in the last one.
+    let times = [0.0, 0.4, 1.0, 1.3, 2.1, 2.5, 3.5, 3.6, 4.2];
+    let (cuts, lengths) = ([0, 3, 6, 8], [9, 5, 8]);
+    let xs = some(&[3, 9, 3], 11);
+    let seen = Observations::at(&times, &xs).unwrap().lengths(&lengths);
+    let path = seen.unwrap().log_signature(3).unwrap();
+    assert_eq!(path.knots(), cuts.map(|i| times[i]));
+    let x = xs.to_vec3::<f64>().unwrap();
+    let mut expected = vec![vec![0.0; 6]; 3];
+    for (expected, x) in expected.iter_mut().zip(&x) {
+        expected[..3].copy_from_slice(&x[0]);
+    }
+    for window in cuts.windows(2) {
+        let (from, to) = (times[window[0]], times[window[1]]);
+        let start = path.evaluate(from).unwrap().to_vec2::<f64>().unwrap();
+        let slope = path.derivative(from).unwrap().to_vec2::<f64>().unwrap();
+        for (row, length) in lengths.into_iter().enumerate() {
+            // Constant after its length.
+            let at = |k: usize| &x[row][k.min(length - 1)];
+            let first = at(window[0]);
+            let mut rise = [0.0; 6];
+            for k in window[0]..window[1] {
+                let away = |i: usize| at(k)[i] - first[i];
+                let delta = |i: usize| at(k + 1)[i] - at(k)[i];
+                for (i, rise) in rise[..3].iter_mut().enumerate() {
+                    *rise += delta(i);
+                }
+                for (area, (i, j)) in [(0, 1), (0, 2), (1, 2)].into_iter().enumerate() {
+                    rise[3 + area] += 0.5 * (away(i) * delta(j) - away(j) * delta(i));
+                }
+            }
+            for channel in 0..6 {
+                let found = slope[row][channel] * (to - from);
+                // Some ten roundings of numbers of size one.
+                assert!((found - rise[channel]).abs() < 1e-14, "{window:?} {row}");
+                let value = start[row][channel];
+                assert!((value - expected[row][channel]).abs() < 1e-14);
+                expected[row][channel] += rise[channel];
+            }
+        }
+    }
+}
+
+#[test]
+fn the_backward_pass_of_a_log_signature_costs_the_same_for_every_window() {
+    let cost = |windows: usize| {
+        let xs = Var::from_tensor(&some(&[8, windows + 1, 3], 1)).unwrap();
+        let path = Observations::new(&xs).unwrap().log_signature(1).unwrap();
+        let pieces = (0..windows).map(|i| path.coefficients(i).unwrap().clone());
+        let all = Tensor::stack(&pieces.collect::<Vec<_>>(), 0).unwrap();
+        let loss = all.sqr().unwrap().sum_all().unwrap();
+        let clock = std::time::Instant::now();
+        let grads = loss.backward().unwrap();
+        let passed = clock.elapsed().as_secs_f64();
+        assert!(grads.get(&xs).is_some());
+        passed
+    };
+    let least = |windows: usize| (0..3).map(|_| cost(windows)).fold(f64::INFINITY, f64::min);
+    let (few, many) = (least(256), least(4096));
+    // Sixteen times as many; with gradients as large as the series for each, it would be 256 times as much.
+    assert!(many < 64.0 * few, "{few} s and {many} s");
+}
+
+#[test]
+fn numbers_behind_the_end_of_a_series_change_nothing() {
+    let lengths = [6, 4, 2];
+    let xs = some(&[3, 6, 2], 1);
+    let filled = |with: f64| {
+        let mut x = xs.to_vec3::<f64>().unwrap();
+        for (row, length) in x.iter_mut().zip(lengths) {
+            row[length..].fill(vec![with; 2]);
+        }
+        Var::from_tensor(&Tensor::new(x, &CPU).unwrap()).unwrap()
+    };
+    for (name, kind) in KINDS {
+        let all = [0.0, 1e300, f64::NAN].map(|with| {
+            let xs = filled(with);
+            let path = kind(&observations(&xs).lengths(&lengths).unwrap()).unwrap();
+            let value = path.evaluate(path.ends()[1]).unwrap();
+            let grads = value.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            (numbers(&value), numbers(grads.get(&xs).unwrap()))
+        });
+        assert!(all[0] == all[1] && all[0] == all[2], "{name}");
+    }
+    // They are finite or NaN: lengths are given after the observations have been looked at.
+    assert!(matches!(
+        defect(Observations::new(&filled(f64::INFINITY))),
+        PathDefect::Infinite {
+            row: 1,
+            index: 4,
+            ..
+        }
+    ));
+}
+
+#[test]
+fn gradients_are_at_the_observations_that_were_given_whatever_is_written_to_them_afterwards() {
+    let given = |written: &str| {
+        let xs = Var::from_tensor(&some(&[3, 6, 2], 1)).unwrap();
+        let write = |when: &str| {
+            if when == written {
+                // All of them are missing.
+                let gone = Tensor::full(f64::NAN, (3, 6, 2), &CPU).unwrap();
+                xs.set(&gone).unwrap();
+            }
+        };
+        let seen = observations(&xs);
+        write("before there is a path");
+        let path = seen.hermite().unwrap();
+        let value = path.evaluate(1.1).unwrap();
+        write("before the backward pass");
+        let grads = value.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        numbers(grads.get(&xs).unwrap())
+    };
+    let exact = given("never");
+    for when in ["before there is a path", "before the backward pass"] {
+        assert_eq!(given(when), exact, "{when}");
+    }
+}
+
+#[test]
+fn the_slope_has_the_dtype_in_which_the_field_is_given_the_state() {
+    // F is one in both channels, whose slopes nearly cancel: 1.001 is 1 in bf16.
+    let xs = Tensor::new(&[[[0f32, 0.0], [1.001, -1.0]]], &CPU).unwrap();
+    let path = Observations::new(&xs).unwrap().linear().unwrap();
+    let z0 = Tensor::zeros((1, 1), DType::F32, &CPU).unwrap();
+    let end = |arithmetic| {
+        let options = OdeOptions {
+            method: EULER,
+            precision: Some(Precision::bf16().arithmetic(arithmetic)),
+            output: Output::Final,
+            ..Default::default()
+        };
+        let ones = |_: &Time, z: &Tensor| Tensor::ones((1, 1, 2), z.dtype(), &CPU);
+        numbers(&cdeint(ones, &z0, &path, path.knots(), &options).unwrap())[0]
+    };
+    assert_eq!(end(Arithmetic::Native), 0.0);
+    for arithmetic in [Arithmetic::Auto, Arithmetic::Rounded] {
+        let error = (end(arithmetic) - 0.001).abs();
+        // One rounding of the product to bf16, of slopes in f32.
+        assert!(error <= 0.001 * 2f64.powi(-8) + 2f64.powi(-23));
+    }
 }

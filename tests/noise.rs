@@ -4,7 +4,7 @@
 
 mod common;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::error::SdeDefect;
 use candle_diffeq::sde::{BrownianTree, Increments, Noise};
 use candle_diffeq::Error;
@@ -192,4 +192,65 @@ fn a_step_that_a_tree_does_not_resolve_is_an_error() {
         Err(Error::Sde(SdeDefect::TreeTooCoarse { .. }))
     ));
     assert!(BrownianTree::new(17, 53).is_err());
+}
+
+#[test]
+fn rows_that_32_bits_do_not_number_are_refused() {
+    for noise in [
+        || Noise::seeded(1),
+        || Noise::from(BrownianTree::new(1, 4).unwrap()),
+    ] {
+        let draw = |first_row: u64| {
+            let noise = noise().from_row(first_row);
+            noise.increments(&[0.0, 1.0], (2, 1), DType::F64, &Device::Cpu)
+        };
+        assert!(draw((1 << 32) - 2).is_ok());
+        for first_row in [(1 << 32) - 1, 1 << 32, u64::MAX] {
+            let end = u128::from(first_row) + 2;
+            match draw(first_row) {
+                Err(Error::Sde(found)) => assert_eq!(found, SdeDefect::TooManyRows { end }),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    // Of no row, nothing is numbered.
+    let none = Noise::seeded(1).from_row(1 << 32);
+    assert!(none
+        .increments(&[0.0, 1.0], (0, 1), DType::F64, &Device::Cpu)
+        .is_ok());
+}
+
+#[test]
+fn given_increments_are_converted_and_keep_their_gradients() {
+    let w = Var::new(&[[[0.1f64, 1.0 + 1e-12]]], &Device::Cpu).unwrap();
+    let given = Increments::new(w.as_tensor().clone());
+    let given = given.with_integrals((w.as_tensor() * 0.5).unwrap());
+    let noise = Noise::from(given.unwrap());
+    let got = noise
+        .increments(&[0.0, 1.0], (1, 2), DType::F32, &Device::Cpu)
+        .unwrap();
+    assert_eq!(got.w().dtype(), DType::F32);
+    assert_eq!(got.u().unwrap().dtype(), DType::F32);
+    assert_eq!(values(got.w()), [f64::from(0.1f32), 1.0]);
+    let grads = got.w().sum_all().unwrap().backward().unwrap();
+    assert_eq!(values(grads.get(&w).unwrap()), [1.0, 1.0]);
+}
+
+#[test]
+fn increments_without_steps_and_rows_cannot_be_joined() {
+    for shape in [&[][..], &[4]] {
+        let x = || Tensor::zeros(shape, DType::F64, &Device::Cpu).unwrap();
+        let plain = Increments::new(x());
+        let both = Increments::new(x()).with_integrals(x()).unwrap();
+        for increments in [plain, both] {
+            assert!(matches!(
+                increments.coarsened(1, 0.5),
+                Err(Error::Sde(SdeDefect::Mismatch { .. }))
+            ));
+        }
+    }
+    // One channel need not have a dimension.
+    let x = Tensor::ones((4, 3), DType::F64, &Device::Cpu).unwrap();
+    let joined = Increments::new(x).coarsened(2, 0.5).unwrap();
+    assert_eq!(values(joined.w()), [2.0; 6]);
 }

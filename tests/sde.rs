@@ -20,10 +20,11 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_diffeq::error::SdeDefect;
+use candle_diffeq::nn::ConstantField;
 use candle_diffeq::options::{Checkpoint, Output, Steps};
 use candle_diffeq::sde::{
     ito, predict, sdeint, solution, stratonovich, BrownianTree, Calculus, Increments, NeuralSde,
-    Noise, NoiseType, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN,
+    Noise, NoiseType, OfField, SdeMethod, SdeOptions, ALL, EULER_HEUN, EULER_MARUYAMA, HEUN,
     MILSTEIN_FREE_ITO, MILSTEIN_ITO, REVERSIBLE_HEUN, SRA1, SRI2,
 };
 use candle_diffeq::{Error, Precision, Time};
@@ -808,4 +809,223 @@ fn a_wrong_pull_back_of_the_diffusion_is_found() {
         ),
         "{found:?}"
     );
+}
+
+#[test]
+fn gradients_are_at_the_increments_that_were_given_whatever_is_written_to_them_afterwards() {
+    let fresh = || {
+        let path = Noise::seeded(5).increments(&grid(4), (3, 2), DType::F64, &Device::Cpu);
+        let path = path.unwrap();
+        let [w, u] = [path.w(), path.u().unwrap()].map(|x| Var::from_tensor(x).unwrap());
+        let start = Var::from_tensor(&common::scattered(&[3, 2], 1.0, 1)).unwrap();
+        (w, u, start)
+    };
+    let parts = || {
+        ito(
+            |_: &Time, y: &Tensor| y.sin(),
+            |_: &Time, y: &Tensor| y.cos(),
+        )
+    };
+    let options = || SdeOptions {
+        method: SRI2,
+        output: Output::Final,
+        ..Default::default()
+    };
+    let overwrite = |var: &Var| var.set(&var.zeros_like().unwrap()).unwrap();
+    let in_graph = |written: bool, tracked: bool| {
+        let (w, u, start) = fresh();
+        // Increments that candle does not track may lie in the memory of a variable, too.
+        let of = |x: &Var| match tracked {
+            true => x.as_tensor().clone(),
+            false => x.as_tensor().detach(),
+        };
+        let noise = Increments::new(of(&w)).with_integrals(of(&u)).unwrap();
+        let y = sdeint(
+            parts(),
+            start.as_tensor(),
+            &grid(4),
+            &noise.into(),
+            &options(),
+        );
+        let y = y.unwrap();
+        if written {
+            overwrite(&w);
+            overwrite(&u);
+        }
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        let vars: &[&Var] = match tracked {
+            true => &[&start, &w, &u],
+            false => &[&start],
+        };
+        let all: Vec<_> = vars.iter().map(|x| bits(grads.get(x).unwrap())).collect();
+        all
+    };
+    for tracked in [true, false] {
+        assert_eq!(in_graph(true, tracked), in_graph(false, tracked));
+    }
+    let on_request = |written: bool| {
+        let (w, u, start) = fresh();
+        let noise = Increments::new(w.as_tensor().clone());
+        let noise = noise.with_integrals(u.as_tensor().clone()).unwrap().into();
+        let sde = parts();
+        let y0 = start.as_tensor().detach();
+        let solved = solution(&sde, &y0, &grid(4), &noise, &options()).unwrap();
+        if written {
+            overwrite(&w);
+            overwrite(&u);
+        }
+        let grads = solved.vjp(&solved.states().ones_like().unwrap()).unwrap();
+        [
+            bits(&grads.y0),
+            bits(grads.params.get(w.as_tensor()).unwrap()),
+            bits(grads.params.get(u.as_tensor()).unwrap()),
+        ]
+    };
+    assert_eq!(on_request(true), on_request(false));
+}
+
+/// y' = dW from 0 over an interval: rows of one channel.
+fn driven_by(noise: &Noise, y0: &Tensor, interval: [f64; 2], steps: usize) -> Tensor {
+    let sde = ito(
+        |_: &Time, y: &Tensor| y.zeros_like(),
+        |_: &Time, y: &Tensor| y.ones_like(),
+    )
+    .additive();
+    let options = SdeOptions {
+        steps: Steps::PerInterval(steps),
+        output: Output::Final,
+        ..Default::default()
+    };
+    predict(&sde, y0, &interval, noise, &options).unwrap()
+}
+
+#[test]
+fn a_solve_that_continues_another_with_a_seed_of_its_own_continues_brownian_motion() {
+    const ROWS: usize = 20_000;
+    let y0 = Tensor::zeros((ROWS, 1), DType::F64, &Device::Cpu).unwrap();
+    let second_moment = |y: &Tensor| values(y).iter().map(|y| y * y).sum::<f64>() / ROWS as f64;
+    // Y(2) ~ N(0, 2), so that Y² has the variance 8: five standard deviations of the mean.
+    let bound = 5.0 * (8.0 / ROWS as f64).sqrt();
+    type Kind = fn(u64) -> Noise;
+    let kinds: [Kind; 2] = [Noise::seeded, |seed| {
+        BrownianTree::new(seed, 10).unwrap().into()
+    }];
+    for noise in kinds {
+        for seed in [0, 1, 12_345, u64::MAX - 1] {
+            let half = driven_by(&noise(seed), &y0, [0.0, 1.0], 4);
+            let end = driven_by(&noise(seed + 1), &half, [1.0, 2.0], 4);
+            let got = second_moment(&end);
+            assert!((got - 2.0).abs() <= bound, "{seed}: {got}");
+            // What the documentation warns of: the same seed gives the same increments again.
+            let twice = driven_by(&noise(seed), &half, [1.0, 2.0], 4);
+            assert!(relative(&twice, &(half * 2.0).unwrap()) < 1e-14);
+        }
+    }
+}
+
+#[test]
+fn increments_of_a_tree_add_up_where_the_resolution_of_times_is_coarse() {
+    // Times near 1.7e9 are 2.4e-7 apart: steps of 1e-3 differ from the distance of their ends by some 1e-4 of it.
+    let ends = [1.7e9, 1.7e9 + 1.0];
+    let noise = Noise::from(BrownianTree::new(3, 20).unwrap());
+    let y0 = Tensor::zeros((16, 2), DType::F64, &Device::Cpu).unwrap();
+    let w = noise.increments(&ends, (16, 2), DType::F64, &Device::Cpu);
+    let w = w.unwrap().w().get(0).unwrap();
+    // A thousand roundings, of sums of size one.
+    let bound = 1000.0 * 2f64.powi(-53) * 4.0;
+    assert!(relative(&driven_by(&noise, &y0, ends, 1000), &w) <= bound);
+    // The same tile by tile.
+    let field = |x: f64| ConstantField::from_value(Tensor::full(x, 2, &Device::Cpu).unwrap());
+    let sde = ito(field(0.0).unwrap(), OfField(field(1.0).unwrap())).additive();
+    let options = SdeOptions {
+        steps: Steps::PerInterval(1000),
+        output: Output::Final,
+        ..Default::default()
+    };
+    let y = predict(&sde, &y0, &ends, &noise, &options).unwrap();
+    assert!(relative(&y, &w) <= bound);
+}
+
+#[test]
+fn every_method_solves_exactly_the_noise_that_the_documentation_says() {
+    let y0 = Tensor::ones((4, 2), DType::F64, &Device::Cpu).unwrap();
+    let f = |_: &Time, y: &Tensor| y.neg();
+    // What the diffusion is does not matter here, but its shape does.
+    let g = |_: &Time, y: &Tensor| y.ones_like();
+    let wide = |_: &Time, y: &Tensor| Tensor::stack(&[y.ones_like()?, y.ones_like()?], 2);
+    let zero = |_: &Time, y: &Tensor| y.zeros_like();
+    for method in ALL {
+        let name = method.name();
+        let needs_term = matches!(name, "milstein_ito" | "milstein_stratonovich");
+        for (calculus, kind, is_additive, has_term) in [Calculus::Ito, Calculus::Stratonovich]
+            .into_iter()
+            .flat_map(|c| ["diagonal", "scalar", "general"].map(|kind| (c, kind)))
+            .flat_map(|(c, kind)| [false, true].map(|additive| (c, kind, additive)))
+            .flat_map(|(c, kind, additive)| [false, true].map(|term| (c, kind, additive, term)))
+        {
+            let is_general = kind == "general";
+            // The table of `sde`.
+            let reaches = match name {
+                "euler_maruyama" | "euler_heun" | "heun" | "midpoint" | "reversible_heun" => true,
+                "milstein_free_ito" | "milstein_free_stratonovich" | "sri2" => {
+                    !is_general || is_additive
+                }
+                "milstein_ito" | "milstein_stratonovich" => !is_general && has_term,
+                "sra1" => is_additive,
+                other => panic!("{other}"),
+            };
+            let says = reaches && (is_additive || calculus == method.calculus());
+            let options = SdeOptions {
+                method,
+                ..Default::default()
+            };
+            macro_rules! solve {
+                ($sde:expr) => {{
+                    let sde = $sde;
+                    let sde = if is_additive { sde.additive() } else { sde };
+                    let sde = match kind {
+                        "scalar" => sde.scalar(),
+                        "general" => sde.general(2),
+                        _ => sde,
+                    };
+                    let noise = Noise::seeded(1);
+                    match has_term {
+                        true => {
+                            predict(&sde.milstein_term(zero), &y0, &[0.0, 1.0], &noise, &options)
+                        }
+                        false => predict(&sde, &y0, &[0.0, 1.0], &noise, &options),
+                    }
+                }};
+            }
+            let solved = match (calculus, is_general) {
+                (Calculus::Ito, false) => solve!(ito(f, g)),
+                (Calculus::Ito, true) => solve!(ito(f, wide)),
+                (Calculus::Stratonovich, false) => solve!(stratonovich(f, g)),
+                (Calculus::Stratonovich, true) => solve!(stratonovich(f, wide)),
+            };
+            let case =
+                format!("{name}, {calculus:?}, {kind}, additive {is_additive}, term {has_term}");
+            assert_eq!(solved.is_ok(), says, "{case}: {solved:?}");
+            // The order says the same, but for the term and the calculus.
+            let noise = match kind {
+                "scalar" => NoiseType::Scalar,
+                "general" => NoiseType::General { channels: 2 },
+                _ => NoiseType::Diagonal,
+            };
+            let order = method.strong_order(noise, is_additive);
+            assert_eq!(
+                order.is_some(),
+                reaches || needs_term && !is_general,
+                "{case}"
+            );
+            // What an error advises is possible.
+            if let Err(Error::Sde(found @ SdeDefect::NeedsAdditive { .. })) = solved {
+                let advised = if is_general { EULER_MARUYAMA } else { SRI2 };
+                let order = advised.strong_order(noise, is_additive);
+                assert!(order.is_some() && advised.calculus() == calculus, "{case}");
+                let named = advised.name().to_uppercase();
+                assert!(found.to_string().contains(&named), "{case}: {found}");
+            }
+        }
+    }
 }

@@ -507,3 +507,73 @@ fn a_model_takes_adaptive_steps_in_low_precision_with_gradients_of_all_parameter
         assert!(largest > 0.0 && largest.is_finite());
     }
 }
+
+/// The state at the end, and the times of the steps, of one y0.
+fn walked<F, G>(sde: &Sde<F, G>, y0: &Tensor, options: &SdeOptions) -> (Vec<u64>, Vec<f64>)
+where
+    F: VectorField<Tensor>,
+    G: Diffusion<Tensor>,
+{
+    let recorder = Recorder::tracing();
+    let options = SdeOptions {
+        recorder: Some(recorder.clone()),
+        ..options.clone()
+    };
+    let y = predict(sde, y0, &TIMES, &tree(), &options).unwrap();
+    (bits(&y), recorder.take().step_times)
+}
+
+#[test]
+fn the_numbers_of_a_vector_are_rows_as_those_of_a_column_are() {
+    // Two channels for each number of a state of any shape, the same for every state.
+    let wide = |t: &Time, y: &Tensor| {
+        let g = additive(t, y)?;
+        Tensor::stack(&[&g, &(&g * 0.5)?], y.rank())
+    };
+    let column = |rows: usize| start(rows).narrow(1, 0, 1).unwrap().contiguous().unwrap();
+    for dtype in [DType::F64, DType::F32] {
+        for norm in [Norm::Batch, Norm::WorstRow] {
+            for rows in [5, 40] {
+                let options = SdeOptions {
+                    steps: Steps::Adaptive(Adaptive::new(1e-3, 1e-3).norm(norm.clone())),
+                    ..adaptive(1e-3)
+                };
+                let column = column(rows).to_dtype(dtype).unwrap();
+                let vector = column.flatten_all().unwrap();
+                let general = stratonovich(drift, wide).general(2).additive();
+                let pair = [&vector, &column].map(|y0| walked(&general, y0, &options));
+                assert!(pair[0].1.len() > 10 && pair[0] == pair[1]);
+                let diagonal = stratonovich(drift, spread);
+                let pair = [&vector, &column].map(|y0| walked(&diagonal, y0, &options));
+                assert!(pair[0].1.len() > 10 && pair[0] == pair[1]);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_attempt_is_a_hundredth_of_the_interval_unless_a_limit_or_the_tree_says_otherwise() {
+    let sde = stratonovich(drift, additive).additive();
+    let first = |depth: u32, steps: Adaptive| {
+        let recorder = Recorder::default();
+        let options = SdeOptions {
+            steps: Steps::Adaptive(steps),
+            recorder: Some(recorder.clone()),
+            ..adaptive(1.0)
+        };
+        let noise = BrownianTree::new(1, depth).unwrap().into();
+        predict(&sde, &start(2), &[0.0, 1.0], &noise, &options).unwrap();
+        recorder.take().first_step.unwrap()
+    };
+    // Tolerances that accept every attempt.
+    let loose = || Adaptive::new(1e3, 1e3);
+    assert_eq!(first(20, loose()), 0.01);
+    assert_eq!(first(20, loose().max_step(0.005)), 0.005);
+    assert_eq!(first(20, loose().jump_t([0.004])), 0.004);
+    assert_eq!(first(20, loose().first_step(0.125)), 0.125);
+    for depth in 0..=6 {
+        assert_eq!(first(depth, loose()), 0.5f64.powi(depth as i32));
+    }
+    // The longest step is not divided once more: a hundredth of it would be finer than the tree.
+    assert_eq!(first(10, Adaptive::new(1e-2, 1e-2).max_step(0.01)), 0.01);
+}

@@ -93,13 +93,8 @@ impl<'a> StepNoise<'a> {
         let driven = self.driven;
         let (rows, channels) = (driven.rows, self.channels(with_noise));
         let integrals = driven.drive.method.needs_integrals();
-        let step = &self.step;
-        let drawn = driven.drive.noise.draw(
-            (step.index, [step.t, step.end]),
-            driven.span,
-            (rows, channels),
-            integrals,
-        )?;
+        let noise = &driven.drive.noise;
+        let drawn = noise.draw(self.step, driven.span, (rows, channels), integrals)?;
         let (w, u) = match drawn {
             Some(Drawn { w, u }) => {
                 let tensor = |x: Vec<f64>| -> Result<Tensor> {
@@ -154,7 +149,8 @@ impl<'a> StepNoise<'a> {
                 Rounding::cast(self.driven.state()),
             )
         };
-        let u = match (integrals, given.u()) {
+        let (w, u) = given.read();
+        let u = match (integrals, u) {
             (false, _) => None,
             (true, Some(u)) => Some(of_step(u, h * h.sqrt())?),
             (true, None) => {
@@ -162,7 +158,7 @@ impl<'a> StepNoise<'a> {
                 return Err(Error::Sde(SdeDefect::NoIntegrals { method }));
             }
         };
-        Ok((of_step(given.w(), h.sqrt())?, u))
+        Ok((of_step(w, h.sqrt())?, u))
     }
 
     /// Numbers of rows and channels in the shape that multiplies what the diffusion returns for a tensor, whose

@@ -143,7 +143,8 @@ impl SdeMethod {
         }
     }
 
-    /// Evaluations of the drift and of the diffusion in a step.
+    /// Evaluations of the drift and of the diffusion in a step of fixed length.  An adaptive step evaluates more, for the
+    /// estimate of its error.
     pub fn evaluations(&self) -> [usize; 2] {
         [Part::Drift, Part::Diffusion].map(|part| {
             let all = self.0.evaluations.iter();

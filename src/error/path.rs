@@ -40,6 +40,9 @@ pub enum PathDefect {
         /// The last.
         end: f64,
     },
+    /// Gradients with respect to times of observation.
+    #[error("times of observation receive no gradients: give them as numbers, or detached; times that are data are a channel of the observations")]
+    TimeGradients,
     /// Times of observation are equal in the dtype of the observations, in which they were to be a channel.
     #[error("the times {start} and {end} are equal in {dtype:?}: let times begin at 0, or use another unit or f64")]
     TimesCoincide {

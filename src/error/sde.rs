@@ -23,7 +23,7 @@ pub enum SdeDefect {
         method: &'static str,
     },
     /// The method is for additive noise.
-    #[error("{method} is for additive noise only: its order rests on a diffusion that does not read the state; declare it by Sde::additive, or take SRI2")]
+    #[error("{method} is for additive noise only: its order rests on a diffusion that does not read the state; declare it by Sde::additive if it does not, or take SRI2 for diagonal or scalar noise, EULER_MARUYAMA for general noise")]
     NeedsAdditive {
         /// The method.
         method: &'static str,

@@ -20,7 +20,8 @@ use crate::problem::Problem;
 use crate::schedule::Step;
 use crate::stats::Stats;
 
-/// The first attempt is the interval divided by this number, unless the user says otherwise.
+/// The first attempt is the interval divided by this number, unless the user says otherwise, a jump or the longest step is
+/// shorter, or the noise does not resolve it.
 const FIRST: f64 = 100.0;
 
 /// One pass from the start to the end.
@@ -34,11 +35,14 @@ pub(super) fn pass(
 ) -> Result<Forward> {
     let y = driven.begin(y0);
     let of = (problem, control);
-    let first = control.options.first_step;
+    let [start, end] = driven.span;
+    let hundredth = (end - start) / FIRST;
+    let finest = driven.drive.noise.finest(driven.span);
+    let first = hundredth.min(control.longest()).max(finest);
     let mut pass = DrivenPass {
         kept: Kept::from(of, (&y, driven.carried_roles()), false, keep)?,
         estimate: Estimate::new(problem, control)?,
-        pace: Pace::new(control, first.unwrap_or(control.longest() / FIRST)),
+        pace: Pace::new(control, control.options.first_step.unwrap_or(first)),
         control,
         driven,
         field,
@@ -85,6 +89,20 @@ struct FloorTerms {
     gamma: Option<Tensor>,
 }
 
+/// `(rows, …)`: the first dimension of a state that is driven by noise is that of rows, also of a vector.
+fn rows_of(x: &Tensor) -> Result<Tensor> {
+    Ok(match x.rank() {
+        1 => x.unsqueeze(1)?,
+        _ => x.clone(),
+    })
+}
+
+/// The error of an attempt, and the state at both its ends, by row.
+fn by_row(error: &[Tensor], [y, next]: [&[Tensor]; 2]) -> Result<[Vec<Tensor>; 3]> {
+    let all = |x: &[Tensor]| x.iter().map(rows_of).collect::<Result<_>>();
+    Ok([all(error)?, all(y)?, all(next)?])
+}
+
 impl DrivenPass<'_> {
     fn run(&mut self, keep: &dyn Fn() -> bool) -> Result<()> {
         let control = self.control;
@@ -104,7 +122,8 @@ impl DrivenPass<'_> {
             let leaves = self.driven.leaves();
             let ends = [&self.y[..leaves], &tried.next[..leaves]];
             let floor = self.floor_of(step.h)?;
-            let [r, plain] = self.estimate.norms(&tried.error, ends, &floor, step.h)?;
+            let ([error, y, next], floor) = (by_row(&tried.error, ends)?, &floor);
+            let [r, plain] = self.estimate.norms(&error, [&y, &next], floor, step.h)?;
             let verdict = self.pace.judge(control, &attempt, r, plain);
             tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
             match verdict {
@@ -189,9 +208,10 @@ impl DrivenPass<'_> {
         };
         let of_leaf = |(leaf, (u, least)): (usize, &(f64, f64))| -> Result<FloorTerms> {
             let times = |c: f64, x: Option<&Tensor>| -> Result<Option<Tensor>> {
-                x.map(|x| Ok((row_rms(x, *least)? * c)?)).transpose()
+                x.map(|x| Ok((row_rms(&rows_of(x)?, *least)? * c)?))
+                    .transpose()
             };
-            let alpha = (row_rms(&self.y[leaf], 0.0)? * *u)?;
+            let alpha = (row_rms(&rows_of(&self.y[leaf])?, 0.0)? * *u)?;
             let beta = times(*u, value(Part::Drift, leaf))?;
             Ok(FloorTerms {
                 beta: match beta {
@@ -225,10 +245,12 @@ impl DrivenPass<'_> {
         let last = last.map(|(attempt, tried, error)| {
             let leaves = self.driven.leaves();
             let ends = [&self.y[..leaves], &tried.next[..leaves]];
+            let worst = by_row(&tried.error, ends)
+                .and_then(|[error, y, next]| self.estimate.worst(&error, [&y, &next]));
             Last {
                 h: attempt.h,
                 error,
-                worst: self.estimate.worst(&tried.error, ends).ok().flatten(),
+                worst: worst.ok().flatten(),
             }
         });
         self.kept

@@ -5,6 +5,7 @@ use pulp::{Simd, WithSimd};
 use super::draw::{Place, Purpose, LANES};
 use super::{normal, philox, spread_of_area, Drawn, Noise, Source};
 use crate::error::Result;
+use crate::schedule::Step;
 use crate::simd::unit;
 
 impl Noise {
@@ -13,11 +14,11 @@ impl Noise {
         self.given().is_none()
     }
 
-    /// The increments of step n between its ends, in units of its length, ξ and (unless it is empty) η, each
+    /// The increments of a step, in units of its length, ξ and (unless it is empty) η, each
     /// `[channel][lane]`.  Lanes hold consecutive rows, and then copies of the last one.
     pub(crate) fn draw_lanes(
         &self,
-        (n, ends): (usize, [f64; 2]),
+        step: Step,
         span: [f64; 2],
         rows: &[usize],
         [w, u]: [&mut [f64]; 2],
@@ -31,7 +32,7 @@ impl Noise {
                 let channels = w.len() / rows.len();
                 let mut tree = *tree;
                 tree.first_row += *first as u64;
-                let Drawn { w: ws, u: us } = tree.step(ends, span, (last + 1 - first, channels))?;
+                let Drawn { w: ws, u: us } = tree.step(step, span, (last + 1 - first, channels))?;
                 for (lane, row) in rows.iter().enumerate() {
                     for c in 0..channels {
                         let from = (row - first) * channels + c;
@@ -46,7 +47,7 @@ impl Noise {
                 let of = |purpose| Place {
                     seed,
                     purpose,
-                    at: n as u64,
+                    at: step.index as u64,
                     first_row,
                     blocks: 0,
                 };

@@ -8,7 +8,7 @@ fn bits_are_the_same_on_every_vector_unit() {
     let on = |cap: Cap| {
         allowed::under(cap, || {
             let noise = Noise::seeded(9);
-            let drawn = noise.draw((3, [0.0, 1.0]), [0.0, 8.0], (37, 5), true);
+            let drawn = noise.draw(Step::free(3, 0.0, 1.0, 1.0), [0.0, 8.0], (37, 5), true);
             let Drawn { w, u } = drawn.unwrap().unwrap();
             [w, u]
         })
@@ -19,7 +19,7 @@ fn bits_are_the_same_on_every_vector_unit() {
 
 #[test]
 fn lanes_of_a_tile_have_the_bits_of_their_rows() {
-    let (span, step) = ([0.0, 8.0], (3, [0.5, 1.25]));
+    let (span, step) = ([0.0, 8.0], Step::free(3, 0.5, 0.75, 1.25));
     let tree = Noise::from(BrownianTree::new(4, 12).unwrap());
     for noise in [Noise::seeded(9), Noise::seeded(9).from_row(70), tree] {
         for channels in [1, 4, 5] {

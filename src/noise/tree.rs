@@ -19,11 +19,20 @@
 use super::draw::{Place, Purpose};
 use super::Drawn;
 use crate::error::{Error, Result, SdeDefect};
+use crate::schedule::Step;
 
 /// A Brownian path over the interval of a solve, which does not depend on the steps; see [`Noise`](super::Noise).
 ///
-/// The interval is halved `depth` times at most.  One point inside a finest interval has the law that it has in Brownian
-/// motion, but two points have not, so a step must not be shorter than the interval divided by 2^depth.
+/// The path over the interval is halved again and again, by the conditional law of the increment and the space-time area of
+/// each half (J. Foster, T. Lyons, H. Oberhauser, "An optimal polynomial approximation of Brownian motion", SIAM J. Numer.
+/// Anal. 58, 2020).  `depth` is how often: the finest of the 2^depth intervals have the length of the whole divided by
+/// 2^depth.  One point inside a finest interval has the law that it has in Brownian motion, but two points have not, so a
+/// step must not be shorter than a finest interval.  The time of a step grows with the depth, and nothing is stored.
+///
+/// The path belongs to the interval from the first time of a solve to its last.  Over another interval, the same seed gives
+/// the same path in other units of time, neither its continuation nor a part of it.  So a solve that continues another
+/// needs another seed, and the grid of [`Noise::increments`](super::Noise::increments) must begin and end where the solve
+/// does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BrownianTree {
     pub(super) seed: u64,
@@ -94,7 +103,7 @@ impl Walk {
 }
 
 impl BrownianTree {
-    /// The path of a seed.  Twenty halvings resolve steps of a millionth of the interval.
+    /// The path of a seed, of so many halvings.  Twenty of them resolve steps of a millionth of the interval.
     ///
     /// # Errors
     /// [`SdeDefect::Depth`]: a depth above 52.
@@ -159,26 +168,22 @@ impl BrownianTree {
         Ok(walk)
     }
 
-    /// Of the step from `ends[0]` to `ends[1]` of a solve over the span.
-    pub(super) fn step(
-        &self,
-        ends: [f64; 2],
-        span: [f64; 2],
-        shape: (usize, usize),
-    ) -> Result<Drawn> {
-        let h = ends[1] - ends[0];
-        let finest = (span[1] - span[0]) / f64::from(self.depth).exp2();
-        if h < finest * (1.0 - ON_NODE) {
-            return Err(Error::Sde(SdeDefect::TreeTooCoarse {
-                t: ends[0],
-                h,
-                finest,
-            }));
+    /// The length of a finest interval.
+    pub(super) fn finest(&self, span: [f64; 2]) -> f64 {
+        (span[1] - span[0]) / f64::from(self.depth).exp2()
+    }
+
+    /// Of a step of a solve over the span.
+    pub(super) fn step(&self, step: Step, span: [f64; 2], shape: (usize, usize)) -> Result<Drawn> {
+        let Step { t, h, end, .. } = step;
+        // Times are rounded, so that this is not h where they are large.
+        let apart = end - t;
+        let finest = self.finest(span);
+        if h.max(apart) < finest * (1.0 - ON_NODE) {
+            return Err(Error::Sde(SdeDefect::TreeTooCoarse { t, h, finest }));
         }
-        let (start, end) = (
-            self.at(ends[0], span, shape)?,
-            self.at(ends[1], span, shape)?,
-        );
+        let (start, end) = (self.at(t, span, shape)?, self.at(end, span, shape)?);
+        // The solve multiplies by powers of h.
         let (root, cube) = (h.sqrt(), h * h.sqrt());
         let each = 0..start.value.len();
         Ok(Drawn {
@@ -187,7 +192,7 @@ impl BrownianTree {
                 .map(|i| (end.value[i] - start.value[i]) / root)
                 .collect(),
             u: each
-                .map(|i| (end.integral[i] - start.integral[i] - h * start.value[i]) / cube)
+                .map(|i| (end.integral[i] - start.integral[i] - apart * start.value[i]) / cube)
                 .collect(),
         })
     }

@@ -14,11 +14,12 @@ use crate::time::Times;
 /// A value that is NaN was not observed.  Times are common to all series: the solution of a CDE does not depend on
 /// how fast its path is run through, so a series with times of its own has them as a channel (as
 /// [`with_time`](Self::with_time) adds the common ones), at knots 0, 1, ….  Shorter series are filled up with any
-/// numbers, and their [`lengths`](Self::lengths) are given: after its end a path is constant, and so is the solution.
+/// finite numbers or NaN, and their [`lengths`](Self::lengths) are given: after its end a path is constant, and so is the solution.
 /// (A path of log-signatures is constant from the end of the window in which the series ends.)
 ///
 /// Paths have the dtype of the observations, f32 at least, and their gradients reach the observations if candle tracks
-/// these.  The polynomials are computed in f64; log-signatures are computed in the dtype of the path.
+/// these.  The polynomials are computed in f64; log-signatures are computed in the dtype of the path.  Observations are
+/// copied: paths and gradients are those of the numbers that were given, whatever is written to a variable afterwards.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -48,12 +49,17 @@ impl Observations {
         Self::made((0..length).map(|i| i as f64).collect(), xs)
     }
 
-    /// Observations at times that increase.
+    /// Observations at times that increase.  Times of observation receive no gradients; times as data are a channel.
     ///
     /// # Errors
-    /// As [`new`](Self::new), those of the grid, [`PathDefect::Times`] and [`PathDefect::Decreasing`].
+    /// As [`new`](Self::new), those of the grid, [`PathDefect::Times`], [`PathDefect::Decreasing`] and
+    /// [`PathDefect::TimeGradients`].
     pub fn at<T: Times + ?Sized>(times: &T, xs: &Tensor) -> Result<Self> {
-        Self::made(times.to_grid()?.points().into(), xs)
+        let grid = times.to_grid()?;
+        match grid.is_tracked() {
+            true => Err(PathDefect::TimeGradients.into()),
+            false => Self::made(grid.points().into(), xs),
+        }
     }
 
     fn made(times: Arc<[f64]>, xs: &Tensor) -> Result<Self> {
@@ -76,7 +82,7 @@ impl Observations {
             return Err(PathDefect::Decreasing { start, end }.into());
         }
         let xs = match xs.dtype() {
-            DType::F32 | DType::F64 => xs.clone(),
+            DType::F32 | DType::F64 => xs.copy()?,
             DType::F16 | DType::BF16 => xs.to_dtype(DType::F32)?,
             dtype => return Err(PathDefect::Dtype { dtype }.into()),
         };

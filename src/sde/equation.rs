@@ -102,8 +102,10 @@ impl<F, G, M> Sde<F, G, M> {
     }
 
     /// Declares that g does not read the state.  If it does, the backward pass returns an error, but
-    /// [`predict`](super::predict) does not notice it.  Both calculi then have
-    /// the same solution, and every method solves it.
+    /// [`predict`](super::predict) does not notice it.  Both calculi then have the same solution, and methods of both solve
+    /// it, whichever kind the noise is.  Only [`MILSTEIN_ITO`](super::MILSTEIN_ITO) and
+    /// [`MILSTEIN_STRATONOVICH`](super::MILSTEIN_STRATONOVICH) still need a [`milstein_term`](Self::milstein_term) (which is
+    /// zero), and noise that is diagonal or scalar.
     #[must_use]
     pub fn additive(mut self) -> Self {
         self.equation.additive = true;

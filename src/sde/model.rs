@@ -133,7 +133,7 @@ impl<S: State + 'static> NeuralSde<S> {
     /// # Errors
     /// As [`sdeint`](super::sdeint), and those of parameters.
     pub fn solve<T: Times + ?Sized>(&self, y0: &S, times: &T, noise: &Noise) -> Result<S> {
-        let drive = self.drive(noise);
+        let drive = self.drive(noise).kept()?;
         let solve = self.model.run((y0, &()), times, None, true, Some(&drive))?;
         solve.in_graph()
     }
@@ -148,7 +148,7 @@ impl<S: State + 'static> NeuralSde<S> {
         times: &T,
         noise: &Noise,
     ) -> Result<Solution<'static, S>> {
-        let drive = self.drive(noise);
+        let drive = self.drive(noise).kept()?;
         let solve = self
             .model
             .run((y0, &()), times, None, false, Some(&drive))?;

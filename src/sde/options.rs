@@ -40,8 +40,10 @@ pub struct SdeOptions {
     /// With [`Steps::Adaptive`] they are as long as a tolerance permits.  This needs [`HEUN`](super::HEUN), a
     /// [`BrownianTree`](super::BrownianTree) as noise, and one of these: additive noise (of Itô or of Stratonovich); or, in
     /// the sense of Stratonovich, scalar noise, or diagonal noise in which the diffusion of a component reads no other
-    /// component that has noise.  A perceptron as diffusion is therefore refused.  All rows have the same steps; a step ends at every time of the solve; the first attempt is a hundredth
-    /// of the interval unless [`Adaptive::first_step`](crate::options::Adaptive::first_step) says otherwise.
+    /// component that has noise.  A perceptron as diffusion is therefore refused.  All rows have the same steps, and a step
+    /// ends at every time of the solve.  The first attempt is a hundredth of the interval, or as long as
+    /// [`Adaptive::max_step`](crate::options::Adaptive::max_step) permits or a jump leaves if this is shorter, but not shorter
+    /// than the finest interval of the tree.  [`Adaptive::first_step`](crate::options::Adaptive::first_step) sets another.
     pub steps: Steps,
     /// How many solutions (samples) of each initial state are computed.  Every sample has its own noise.  Default: one.
     ///

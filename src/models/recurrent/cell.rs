@@ -132,13 +132,22 @@ impl Cell for GruCell {
     }
 }
 
-/// c ← f ∘ c + i ∘ tanh(…), h ← o ∘ tanh(c) with gates i, f and o; c stands still between observations.
+/// A memory c with three gates; c stands still between observations.  With z = W x + b + U h + d, whose four parts of the size
+/// of h are z_i, z_f, z_g and z_o in this order,
+///
+/// i = σ(z_i), f = σ(z_f + 1), g = tanh(z_g), o = σ(z_o),
+///
+/// c ← f ∘ c + i ∘ g, h ← o ∘ tanh(c).
+///
+/// The gate f has one added to its bias in every update, so that the memory begins by remembering (R. Jozefowicz,
+/// W. Zaremba, I. Sutskever, "An empirical exploration of recurrent network architectures", ICML 2015).  Weights of an LSTM
+/// that does not add it are those of this one if 1 is subtracted from their second part of b or of d.
 #[derive(Clone, Debug)]
 pub struct LstmCell(Layers);
 
 impl LstmCell {
-    /// From so many features to a state of so many; variables `x` and `h`, each with a `weight` and a `bias` of i, f, the
-    /// candidate, and o.
+    /// From so many features to a state of so many; variables `x.weight` (W), `x.bias` (b), `h.weight` (U) and `h.bias` (d),
+    /// each with four parts one below the other: of i, f, g and o.
     ///
     /// # Errors
     /// Of the builder.
@@ -158,7 +167,6 @@ impl Cell for LstmCell {
         let layers = &self.0;
         let sum = (layers.of_x.forward(x)? + layers.of_h.forward(&before.h)?)?;
         let gate = |i: usize, by: Activation| by.forward(&layers.part(&sum, i)?);
-        // A bias of one lets the memory begin by remembering (Jozefowicz and others, 2015).
         let forget = Activation::Sigmoid.forward(&(layers.part(&sum, 1)? + 1.0)?)?;
         let new = (gate(0, Activation::Sigmoid)? * gate(2, Activation::Tanh)?)?;
         let c = match &before.still {

@@ -66,11 +66,10 @@ impl<T: Element> LaneNoise<T> {
             return Ok(());
         }
         let (w, u) = (&mut self.w, &mut self.u);
-        let at = (step.index, [step.t, step.end]);
         driven
             .drive
             .noise
-            .draw_lanes(at, driven.span, rows, [&mut w[..], &mut u[..]])?;
+            .draw_lanes(step, driven.span, rows, [&mut w[..], &mut u[..]])?;
         let batch = rows.len();
         let size = self.w.len() * self.shared;
         let values = self.values.chunks_exact_mut(size.max(1));
