@@ -341,6 +341,55 @@ fn statistics_are_those_of_the_general_path() {
 }
 
 #[test]
+fn what_states_are_said_to_need_is_what_is_kept_of_all_that_a_step_carries() {
+    /// Steps in each of two intervals: few, and more than any machine has memory for.
+    const STEPS: [usize; 2] = [32, 1 << 40];
+    for method in [HEUN, REVERSIBLE_HEUN] {
+        for fusion in [true, false] {
+            let mut case = case(Kind::Diagonal, method);
+            case.rows = 1 << 12;
+            let mut run = |steps: usize, checkpoint: Checkpoint| {
+                let recorder = Recorder::default();
+                case.options.steps = Steps::PerInterval(steps);
+                case.options.checkpoint = checkpoint;
+                case.options.recorder = Some(recorder.clone());
+                let sde = case.model(&VarMap::new(), fusion);
+                let y0 = some(&[case.rows, FEATURES], 1.0, 40, case.dtype);
+                let y0 = Var::from_tensor(&y0).unwrap();
+                let ys = sde.solve(y0.as_tensor(), &[0.0, 0.3, 1.0], &case.noise)?;
+                ys.sum_all()?.backward()?;
+                Ok::<_, Error>(recorder.take())
+            };
+            let budget = |steps: usize| Checkpoint::Bytes(steps << 15);
+            for plan in [|_| Checkpoint::All, |_| Checkpoint::Every(8), budget] {
+                let kept = run(STEPS[0], plan(STEPS[0])).unwrap();
+                let (name, plan) = (method.name(), plan(STEPS[1]));
+                let need = match run(STEPS[1], plan) {
+                    Err(Error::OutOfMemory { need, .. }) => need.states as f64,
+                    other => panic!("{name} {plan:?}: {other:?}"),
+                };
+                let steps = (2 * STEPS[1]) as f64;
+                let will_be_kept = match plan {
+                    Checkpoint::Bytes(bytes) => bytes as f64,
+                    _ => {
+                        let states = match plan {
+                            Checkpoint::Every(k) => steps / k as f64,
+                            _ => steps,
+                        };
+                        states * kept.bytes_kept as f64 / kept.states_kept as f64
+                    }
+                };
+                let ratio = need / will_be_kept;
+                assert!(
+                    (1.0 - 1e-6..=1.2).contains(&ratio),
+                    "{name} {plan:?} {fusion}: {ratio}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn a_row_does_not_depend_on_the_rows_beside_it() {
     let states = |rows: usize| {
         let mut case = case(Kind::Diagonal, HEUN);

@@ -3,6 +3,9 @@
 use super::out_of_range;
 use crate::error::Result;
 
+/// The largest factor after an attempt that was rejected.
+const SHORTER: f64 = 0.999;
+
 /// The exponents and limits of a PID controller of the step length.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Controller {
@@ -54,7 +57,8 @@ impl Controller {
         };
         match accepted {
             true => factor.clamp(1.0, most.max(1.0)),
-            false => factor.clamp(least, self.safety.max(least)),
+            // What was rejected is tried again in a shorter step, even without any safety.
+            false => factor.clamp(least, self.safety.min(SHORTER).max(least)),
         }
     }
 
@@ -74,7 +78,7 @@ impl Controller {
         };
         within("i", self.p + self.i + self.d, f64::MIN_POSITIVE..=f64::MAX)?;
         within("safety", self.safety, 1e-3..=1.0)?;
-        within("limits", least, f64::MIN_POSITIVE..=1.0 - 1e-3)?;
+        within("limits", least, f64::MIN_POSITIVE..=SHORTER)?;
         within("limits", most, 1.0..=f64::MAX)
     }
 }
