@@ -109,7 +109,9 @@ __device__ inline double factor_of(const Control &control, double r, const doubl
         if (p + 2 * d != 0) factor *= pow(before[0], (p + 2 * d) / m);
         if (d != 0) factor *= pow(before[1], -d / m);
     }
-    return accepted ? clamped(factor, 1, fmax(control.most, 1.0)) : clamped(factor, control.least, fmax(control.safety, control.least));
+    // What was rejected is tried again in a shorter step, even without any safety; as SHORTER in adaptive/controller.rs.
+    const double shorter = fmax(fmin(control.safety, 0.999), control.least);
+    return accepted ? clamped(factor, 1, fmax(control.most, 1.0)) : clamped(factor, control.least, shorter);
 }
 
 // Judges an attempt by its error r; `plain` is the error without a noise floor.

@@ -96,10 +96,11 @@ pub enum Error {
     /// [`Steps::PerInterval`](crate::options::Steps::PerInterval)`(0)`.
     #[error("Steps::PerInterval(0): an interval between two times needs at least one step")]
     NoSteps,
-    /// Two neighbouring times whose difference overflows.
+    /// Two neighbouring times, or the ends of a step of [`Steps::At`](crate::options::Steps::At), or the ends of a
+    /// solve in adaptive steps, whose difference overflows.
     #[error("the interval from t[{index}] = {t0:e} to {t1:e} is longer than f64 can hold")]
     IntervalOverflow {
-        /// Index of `t0`.
+        /// Index of `t0`; with `Steps::At`, among the ends of steps.
         index: usize,
         /// Time before.
         t0: f64,
@@ -443,7 +444,9 @@ pub enum Error {
         /// The least number that will do: 1, or the bytes of one state.
         needed: usize,
     },
-    /// A solve would hold more memory than there is.
+    /// A solve would hold more memory than there is: on Linux no more than the limit of addresses (`ulimit -v`), than
+    /// what is free of memory and swap, and than what every control group that the process is in leaves of both.  Each
+    /// rank reckons alone: of several processes on one machine, each takes what is free for its own.
     #[error("the solve needs {need} of memory, and {} can be had: keep fewer states (Checkpoint::Every, States or Bytes) or evaluations (ActivationCache::within), return fewer (Output::Final), or take fewer steps", Bytes((*available).into()))]
     OutOfMemory {
         /// What the solve would hold, by what for.

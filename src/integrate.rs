@@ -76,23 +76,34 @@ impl Forward {
 /// What a solve step by step holds at once.
 fn need(problem: &Problem, steps: usize, checkpoint: Checkpoint) -> MemoryNeed {
     let roles = &problem.scheme.roles;
-    let bytes = |dtype: fn(&Roles) -> DType| {
+    // The numbers of a device are in memory of its own.
+    let here = u128::from(problem.device().is_cpu());
+    let numbers = |dtype: fn(&Roles) -> DType| -> u128 {
         let leaves = problem.packing.shapes().iter().zip(roles);
         let of = |(shape, roles): (&Shape, &Roles)| {
             shape.elem_count() as u128 * dtype(roles).size_in_bytes() as u128
         };
-        // The numbers of a device are in memory of its own.
-        let here = problem.device().is_cpu();
-        let numbers: u128 = leaves.map(of).sum();
-        roles.len() as u128 * TENSOR + if here { numbers } else { 0 }
+        here * leaves.map(of).sum::<u128>()
     };
-    let (state, store) = (bytes(|roles| roles.state), bytes(|roles| roles.store.to));
-    let carried = state * problem.scheme.carried() as u128;
-    let whole = problem.packing.len() * problem.state().size_in_bytes() * problem.scheme.carried();
+    let (state, store) = (numbers(|r| r.state), numbers(|r| r.store.to));
+    let whole = problem.packing.len() * problem.state().size_in_bytes() * problem.carried();
     let (restart, stored) = checkpoint.most(steps, whole);
+    let beside = roles.len() as u128 * TENSOR;
+    let kept = |states: usize, of_each: usize, numbers: u128| {
+        states as u128 * of_each as u128 * (beside + numbers)
+    };
+    // A state of one tensor that is kept as it was computed shares its numbers with the one that is returned.
+    let as_computed = match checkpoint {
+        _ if roles.len() > 1 => 0,
+        Checkpoint::All if problem.stores_state() => stored,
+        _ => restart,
+    };
+    let outputs = problem.outputs() as u128;
+    let shared = outputs.min(as_computed as u128);
     MemoryNeed {
-        states: restart as u128 * carried + stored as u128 * store,
-        returned: problem.outputs() as u128 * state,
+        states: kept(restart, problem.carried(), state) + kept(stored, problem.copied(), store),
+        // Each by itself, and at the end all of them joined.
+        returned: outputs * (2 * state + TENSOR) - shared * state,
         ..Default::default()
     }
 }

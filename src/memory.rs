@@ -2,6 +2,10 @@
 //!
 //! Systems promise more memory than they have, so an allocation that succeeds proves nothing: a solve
 //! that cannot fit would fill the machine and be killed.
+//!
+//! A process reckons alone: of several that share a machine, or a control group, each takes what there is for its own.
+
+mod control_groups;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{Layout, Tensor};
 
 use crate::error::{Error, MemoryNeed, Result};
+use control_groups::Left;
 
 /// Needs below this are not compared with the free memory: a small solve would take longer to ask than to
 /// run.
@@ -154,8 +159,8 @@ fn addresses() -> Option<u64> {
     None
 }
 
-/// On Linux what is free or can be freed, with what is free of the swap and within the limit of the
-/// control group; elsewhere, where systems make room as they go, what there is in all.
+/// On Linux what is free or can be freed, with what is free of the swap, both within the limits of the
+/// control groups; elsewhere, where systems make room as they go, what there is in all.
 fn of_machine() -> Option<u64> {
     if !sysinfo::IS_SUPPORTED_SYSTEM {
         return None;
@@ -165,12 +170,7 @@ fn of_machine() -> Option<u64> {
     if !cfg!(target_os = "linux") {
         return Some(system.total_memory()).filter(|&bytes| bytes > 0);
     }
-    let free = system.available_memory().saturating_add(system.free_swap());
-    let group = system.cgroup_limits().map(|group| {
-        let left = group.total_memory.saturating_sub(group.rss);
-        left.saturating_add(group.free_swap)
-    });
-    Some(group.map_or(free, |left| free.min(left)))
+    Some(Left::here().of_machine(system.available_memory(), system.free_swap()))
 }
 
 /// An empty vector with room for as many numbers as a user asks for, if the machine has so much.

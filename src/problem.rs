@@ -344,6 +344,22 @@ impl Problem {
         }
     }
 
+    /// How many states a step carries: y, and what a method needs beside it.
+    pub(crate) fn carried(&self) -> usize {
+        match &self.driven {
+            Some(driven) => driven.table().next.len(),
+            None => self.scheme.carried(),
+        }
+    }
+
+    /// How many of them are kept where states are kept to linearise at only.
+    pub(crate) fn copied(&self) -> usize {
+        match &self.driven {
+            Some(_) => self.carried(),
+            None => 1,
+        }
+    }
+
     /// Whether states are kept as they are, so that evaluations of both passes are the same.
     pub(crate) fn stores_state(&self) -> bool {
         let mut roles = self.scheme.roles.iter();

@@ -309,3 +309,75 @@ fn is_moderate(h: f64, octaves: i32) -> bool {
     let far = 2f64.powi(octaves);
     (1.0 / far..=far).contains(&h.abs())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many that comparing each with each would take minutes.
+    const MANY: usize = 1 << 16;
+
+    fn times_of(points: &[f64], steps: &Steps, jumps: &[f64]) -> (Vec<f64>, Vec<Step>) {
+        let grid = TimeGrid::new(points.to_vec()).unwrap();
+        let schedule = Schedule::new(&grid, steps, Output::All, jumps).unwrap();
+        let steps = (0..schedule.len()).map(|n| schedule.step(n));
+        (schedule.times(), steps.collect())
+    }
+
+    fn mirrored(times: &[f64]) -> Vec<f64> {
+        times.iter().map(|t| -t).collect()
+    }
+
+    #[test]
+    fn steps_end_at_each_of_very_many_jumps_on_the_right_side_of_it() {
+        let whole: Vec<_> = (0..=MANY).map(|n| n as f64).collect();
+        let halves: Vec<_> = (0..MANY).map(|n| n as f64 + 0.5).collect();
+        let both: Vec<_> = (0..=2 * MANY).map(|n| n as f64 / 2.0).collect();
+        let ends = [0.0, MANY as f64].as_slice();
+        let points = whole.as_slice();
+        let one = || Steps::PerInterval(1);
+        let inner = || Steps::At(whole.clone());
+        let many = || Steps::PerInterval(MANY);
+        // Points, steps and jumps, and the ends of steps.
+        let cases = [
+            (points, one(), &halves, &both),
+            (points, one(), &whole, &whole),
+            (ends, one(), &whole, &whole),
+            (ends, many(), &halves, &both),
+            (ends, many(), &whole, &whole),
+            (ends, inner(), &halves, &both),
+            (points, Steps::At(vec![]), &whole, &whole),
+        ];
+        for (points, steps, jumps, expected) in cases {
+            let (there, limits) = times_of(points, &steps, jumps);
+            assert_eq!(&there, expected);
+            for step in &limits {
+                let jumps_at = |t: f64| jumps.binary_search_by(|at| at.total_cmp(&t)).is_ok();
+                let inward = [step.limits[0] > step.t, step.limits[1] < step.end];
+                assert_eq!(inward, [step.t, step.end].map(jumps_at), "{step:?}");
+            }
+            // The order in which a field lists them is of no importance.
+            let listed: Vec<_> = jumps.iter().rev().copied().collect();
+            assert_eq!(times_of(points, &steps, &listed).1, limits);
+            let back = match &steps {
+                Steps::At(times) => Steps::At(mirrored(times)),
+                steps => steps.clone(),
+            };
+            let (back, _) = times_of(&mirrored(points), &back, &mirrored(&listed));
+            assert_eq!(back, mirrored(&there));
+        }
+    }
+
+    #[test]
+    fn jumps_that_differ_from_ends_of_steps_or_from_each_other_by_rounding_cut_nothing() {
+        let sum = 0.1 + 0.2;
+        for steps in [Steps::PerInterval(1), Steps::At(vec![])] {
+            for jumps in [vec![0.3, sum], vec![sum, 0.3], vec![sum, 1.0, 0.3, -1.0]] {
+                for points in [[0.0, 1.0f64.next_up()], [1.0f64.next_up(), 0.0]] {
+                    let (times, _) = times_of(&points, &steps, &jumps);
+                    assert_eq!(times.len(), 3, "{steps:?} {jumps:?} {times:?}");
+                }
+            }
+        }
+    }
+}

@@ -17,6 +17,17 @@ pub(crate) fn coincide(a: f64, b: f64) -> bool {
     (a - b).abs() <= ROUNDING * a.abs().max(b.abs())
 }
 
+/// The finite ones of these times, in the order in which they are met.
+pub(crate) fn in_order(times: &[f64], forward: bool) -> Vec<f64> {
+    let finite = times.iter().copied().filter(|t| t.is_finite());
+    let mut times: Vec<_> = finite.collect();
+    times.sort_by(|a, b| match forward {
+        true => a.total_cmp(b),
+        false => b.total_cmp(a),
+    });
+    times
+}
+
 /// A time next to t, after it or before it, which is also after or before every time that differs from t by rounding only.
 pub(crate) fn beside(t: f64, after: bool) -> f64 {
     let by = 2.0 * ROUNDING * t.abs();

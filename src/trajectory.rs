@@ -35,7 +35,8 @@ pub enum Checkpoint {
     States(usize),
     /// As many states as fit into this many bytes, placed as with [`Checkpoint::States`].  The bytes are those of the
     /// numbers in the states of the whole batch, as in [`Stats::bytes_kept`](crate::metrics::Stats::bytes_kept); with
-    /// [compensated sums](crate::Precision::compensated) a state has twice as many.
+    /// [compensated sums](crate::Precision::compensated), and with a method that carries two states from step to step
+    /// ([`REVERSIBLE_HEUN`](crate::sde::REVERSIBLE_HEUN)), a state has twice as many.
     Bytes(usize),
     /// Nothing: the solution has no gradients, and its backward pass is an error.
     Nothing,

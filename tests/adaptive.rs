@@ -794,6 +794,67 @@ fn a_solve_that_stops_says_why_and_hands_over_what_it_had_computed() {
 }
 
 #[test]
+fn a_solve_that_stops_shows_its_last_attempt_only_if_it_was_rejected() {
+    // The first length is far too long, and one at a cliff later.
+    let field = |t: &Time, y: &Tensor| y * if t.value() < 0.5 { -3.0 } else { 30.0 };
+    let y0 = Tensor::new(&[1f64, 2.0], &Device::Cpu).unwrap();
+    let (mut rejected, mut seen) = (0, [0, 0]);
+    for limit in 1..30 {
+        let steps = Adaptive::new(1e-6, 1e-6).first_step(0.4).max_steps(limit);
+        let error = predict(&field, &y0, &[0.0, 1.0], &options(&DOPRI5, steps)).unwrap_err();
+        let Error::Stopped(stopped) = error else {
+            panic!("{error}");
+        };
+        let was_rejected = stopped.rejected > rejected;
+        rejected = stopped.rejected;
+        seen[usize::from(was_rejected)] += 1;
+        let shown = [
+            stopped.h > 0.0,
+            stopped.error > 1.0,
+            stopped.worst.is_some(),
+        ];
+        assert_eq!(shown, [was_rejected; 3], "{limit}: {stopped}");
+        assert!(was_rejected || (stopped.h, stopped.error) == (0.0, 0.0));
+    }
+    assert!(seen[0] > 3 && seen[1] > 3, "{seen:?}");
+}
+
+#[test]
+fn times_that_differ_by_rounding_only_are_one_time_at_which_a_step_ends() {
+    let sum = 0.1 + 0.2;
+    assert_ne!(sum, 0.3);
+    let ok = || Adaptive::new(1e-4, 1e-4);
+    let forced = [
+        ok().step_t([0.3, sum]),
+        ok().jump_t([sum, 0.3, 0.3]),
+        ok().jump_t([0.3, sum, 0.5]).step_t([0.7, 0.7f64.next_up()]),
+    ];
+    for steps in forced {
+        for times in [[0.0, 1.0], [1.0, 0.0]] {
+            let recorder = Recorder::tracing();
+            let options = OdeOptions {
+                recorder: Some(recorder.clone()),
+                ..options(&DOPRI5, steps.clone())
+            };
+            // In f32 a field that reads time refuses a step in which it stands still.
+            let field =
+                |t: &Time, y: &Tensor| y.broadcast_mul(&t.tensor()?.to_dtype(y.dtype())?.cos()?);
+            let y0 = Tensor::new(&[1f32], &Device::Cpu).unwrap();
+            predict(&field, &y0, &times, &options).unwrap();
+            let nodes = recorder.take().step_times;
+            assert!(nodes.iter().any(|t| (t - 0.3).abs() < 1e-12), "{nodes:?}");
+            let shortest = nodes.windows(2).map(|w| (w[1] - w[0]).abs());
+            assert!(shortest.fold(f64::INFINITY, f64::min) > 1e-12, "{nodes:?}");
+        }
+    }
+    let both = refused(&DOPRI5, ok().step_t([0.3]).jump_t([sum]));
+    assert!(
+        matches!(&both, Error::Adaptive(AdaptiveDefect::ForcedTwice { t }) if *t == 0.3),
+        "{both}"
+    );
+}
+
+#[test]
 fn a_step_that_may_not_be_shorter_is_accepted_and_counted() {
     let recorder = Recorder::default();
     let options = OdeOptions {

@@ -243,6 +243,25 @@ fn steps_that_cannot_be_counted_are_refused_before_any_evaluation() {
             Error::IntervalOverflow { index, t0, t1 },
         );
     }
+    // So are steps that would be longer than any number: one between given times, and the search for the first.
+    let (index, [t0, t1]) = (0, [-1e308, 1e308]);
+    for steps in [
+        Steps::At(vec![]),
+        Steps::Adaptive(Adaptive::new(1e-3, 1e-3)),
+        Steps::Adaptive(Adaptive::new(1e-3, 1e-3).first_step(1.0).step_t([0.0])),
+    ] {
+        for times in [vec![t0, t1], vec![t0, 0.0, t1]] {
+            let options = OdeOptions {
+                method: DOPRI5,
+                steps: steps.clone(),
+                ..Default::default()
+            };
+            assert_is(
+                self::refused(&cpu(&[1f64]), &times, &options),
+                Error::IntervalOverflow { index, t0, t1 },
+            );
+        }
+    }
     let most = 1usize << 53;
     let too_many = |steps: Steps, interval, count| Error::TooManySteps {
         steps: format!("{steps:?}"),

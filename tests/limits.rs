@@ -817,6 +817,43 @@ fn rows_that_fill_the_memory_stop() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn returned_states_are_reckoned_once_more_where_they_are_joined_child() {
+    if !limited(384 << 20) {
+        return;
+    }
+    let calls = AtomicUsize::new(0);
+    let field = |t: &Time, y: &Tensor| {
+        calls.fetch_add(1, Ordering::SeqCst);
+        decay(t, y)
+    };
+    let y0 = scattered(&[1 << 17], 1.0, 1);
+    let solve = |outputs: usize, checkpoint| {
+        let times = TimeGrid::linspace(0.0, 1.0, outputs).unwrap();
+        let options = OdeOptions {
+            method: EULER,
+            checkpoint,
+            ..Default::default()
+        };
+        solution(&field, &y0, &times, &options)
+    };
+    // Each of them has its place, but not all of them joined, too.
+    assert_cannot_fit(solve(250, Checkpoint::Nothing));
+    assert_eq!(calls.load(Ordering::SeqCst), 0);
+    // Kept states are the returned ones: those and all of them joined have their place, and once more would not fit.
+    for checkpoint in [Checkpoint::All, Checkpoint::Every(1)] {
+        let states = solve(130, checkpoint).unwrap().states().clone();
+        assert_eq!(states.dims(), [130, 1 << 17]);
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn returned_states_are_reckoned_once_more_where_they_are_joined() {
+    in_its_own_process("returned_states_are_reckoned_once_more_where_they_are_joined_child");
+}
+
+#[test]
 fn adaptive_steps_that_cannot_fit_are_refused_before_the_first() {
     let calls: &'static AtomicUsize = Box::leak(Box::default());
     let short = OdeOptions {

@@ -338,6 +338,24 @@ fn the_norm_and_limits_of_adaptive_steps_hold() {
     };
     assert_eq!(stopped.accepted + stopped.rejected, 5);
     assert!(stopped.t > 0.0 && stopped.t < 2.0);
+    // The last attempt is shown if it was rejected, and no earlier one.
+    let (mut rejected, mut seen) = (0, [0, 0]);
+    for limit in 1..20 {
+        let steps_of = Adaptive::new(1e-3, 1e-3).first_step(0.5).max_steps(limit);
+        let Err(Error::Stopped(stopped)) = steps(steps_of).0 else {
+            panic!("{limit} attempts sufficed")
+        };
+        let was_rejected = stopped.rejected > rejected;
+        rejected = stopped.rejected;
+        seen[usize::from(was_rejected)] += 1;
+        let shown = [
+            stopped.h > 0.0,
+            stopped.error > 1.0,
+            stopped.worst.is_some(),
+        ];
+        assert_eq!(shown, [was_rejected; 3], "{limit}: {stopped}");
+    }
+    assert!(seen[0] > 1 && seen[1] > 1, "{seen:?}");
 }
 
 /// The defect of a solve that must be refused.

@@ -341,6 +341,61 @@ fn statistics_are_those_of_the_general_path() {
 }
 
 #[test]
+fn what_states_are_said_to_need_is_what_is_kept_of_all_that_a_step_carries() {
+    /// Steps in each of two intervals: few, and more than any machine has memory for, all of moderate length.
+    const STEPS: [usize; 2] = [32, 1 << 40];
+    const ENDS: [f64; 2] = [1.0, (1 << 20) as f64];
+    for method in [HEUN, REVERSIBLE_HEUN] {
+        for fusion in [true, false] {
+            let mut case = case(Kind::Diagonal, method);
+            case.rows = 1 << 12;
+            let mut run = |steps: usize, end: f64, checkpoint: Checkpoint| {
+                let recorder = Recorder::default();
+                case.options.steps = Steps::PerInterval(steps);
+                case.options.checkpoint = checkpoint;
+                case.options.recorder = Some(recorder.clone());
+                let sde = case.model(&VarMap::new(), fusion);
+                let y0 = some(&[case.rows, FEATURES], 1.0, 40, case.dtype);
+                let y0 = Var::from_tensor(&y0).unwrap();
+                let ys = sde.solve(y0.as_tensor(), &[0.0, 0.3 * end, end], &case.noise)?;
+                ys.sum_all()?.backward()?;
+                Ok::<_, Error>(recorder.take())
+            };
+            let budget = |steps: usize| Checkpoint::Bytes(steps << 15);
+            for plan in [|_| Checkpoint::All, |_| Checkpoint::Every(8), budget] {
+                let kept = run(STEPS[0], ENDS[0], plan(STEPS[0])).unwrap();
+                let (name, plan) = (method.name(), plan(STEPS[1]));
+                let need = match run(STEPS[1], ENDS[1], plan) {
+                    Err(Error::OutOfMemory { need, .. }) => need.states as f64,
+                    other => panic!("{name} {plan:?}: {other:?}"),
+                };
+                let steps = (2 * STEPS[1]) as f64;
+                let will_be_kept = match plan {
+                    Checkpoint::Bytes(bytes) => bytes as f64,
+                    _ => {
+                        let states = match plan {
+                            Checkpoint::Every(k) => steps / k as f64,
+                            _ => steps,
+                        };
+                        states * kept.bytes_kept as f64 / kept.states_kept as f64
+                    }
+                };
+                let ratio = need / will_be_kept;
+                // Every state of a tile that is kept by itself takes 64 bytes more.
+                assert!(
+                    (1.0 - 1e-6..=1.4).contains(&ratio),
+                    "{name} {plan:?} {fusion}: {ratio}"
+                );
+                if plan == Checkpoint::All {
+                    // Tensors take some more than their numbers, tiles do not.
+                    assert_eq!(ratio > 1.001, !(fusion && common::has_tiles()), "{name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_row_does_not_depend_on_the_rows_beside_it() {
     let states = |rows: usize| {
         let mut case = case(Kind::Diagonal, HEUN);

@@ -67,6 +67,13 @@ impl Control {
         estimate.resize(method.dense().stages(), 0.0);
         let points = grid.points();
         let (start, end) = (points[0], points[points.len() - 1]);
+        if !(end - start).is_finite() {
+            return Err(Error::IntervalOverflow {
+                index: 0,
+                t0: start,
+                t1: end,
+            });
+        }
         let mut targets = targets(options, method, points, jumps)?;
         let jumps_at = |end: f64| {
             let mut all = options.jump_t.iter().chain(jumps);
@@ -198,65 +205,125 @@ fn targets(
     let (start, end) = (points[0], points[points.len() - 1]);
     let forward = end >= start;
     let is_inside = |t: f64| match forward {
-        true => start < t && t < end,
-        false => end < t && t < start,
+        true => start < t && t < end && !coincide(t, start),
+        false => end < t && t < start && !coincide(t, start),
     };
-    let mut all = vec![];
-    for (times, jumps) in [(&options.step_t, false), (&options.jump_t, true)] {
-        for &t in times {
-            if !t.is_finite() {
-                let option = if jumps { "jump_t" } else { "step_t" };
-                return Err(out_of_range(option, t));
-            }
-            if is_inside(t) && !coincide(t, start) {
-                all.push(Target {
-                    t,
-                    given: None,
-                    jumps,
-                });
-            }
-        }
-    }
     let later = |a: &Target, b: &Target| match forward {
         true => a.t.total_cmp(&b.t),
         false => b.t.total_cmp(&a.t),
     };
+    let forced = |t: f64, jumps: bool| Target {
+        t,
+        given: None,
+        jumps,
+    };
+    let mut all = vec![];
+    for (option, times, jumps) in [
+        ("step_t", &options.step_t, false),
+        ("jump_t", &options.jump_t, true),
+    ] {
+        if let Some(t) = times.iter().find(|t| !t.is_finite()) {
+            return Err(out_of_range(option, *t));
+        }
+        let inside = times.iter().filter(|t| is_inside(**t));
+        all.extend(inside.map(|t| forced(*t, jumps)));
+    }
     all.sort_by(later);
-    if let Some(w) = all
-        .windows(2)
-        .find(|w| w[0].t == w[1].t && w[0].jumps != w[1].jumps)
-    {
+    let twice = |w: &&[Target]| coincide(w[0].t, w[1].t) && w[0].jumps != w[1].jumps;
+    if let Some(w) = all.windows(2).find(twice) {
         return Err(Error::Adaptive(AdaptiveDefect::ForcedTwice { t: w[0].t }));
     }
-    all.dedup_by(|a, b| a.t == b.t);
     // Those that the field says itself.
-    for &t in jumps
-        .iter()
-        .filter(|&&t| is_inside(t) && !coincide(t, start))
-    {
-        match all.iter_mut().find(|target| coincide(target.t, t)) {
-            Some(target) => target.jumps = true,
-            None => all.push(Target {
-                t,
-                given: None,
-                jumps: true,
-            }),
-        }
-    }
+    let inside = jumps.iter().filter(|t| is_inside(**t));
+    all.extend(inside.map(|t| forced(*t, true)));
     let on_outputs = options.on_outputs.unwrap_or(method.ends_steps_at_outputs());
-    for (given, &t) in points.iter().enumerate().skip(1) {
-        let is_end = given + 1 == points.len();
-        if let Some(target) = all.iter_mut().find(|target| coincide(target.t, t)) {
-            // The user's own time, to the bit.
-            (target.t, target.given) = (t, Some(given));
-        } else if on_outputs || is_end {
-            all.push(Target {
-                t,
-                given: Some(given),
-                jumps: false,
-            });
+    let is_wanted = |target: &Target| match target.given {
+        Some(given) => on_outputs || given + 1 == points.len(),
+        None => true,
+    };
+    let given = points.iter().enumerate().skip(1);
+    all.extend(given.map(|(given, &t)| Target {
+        t,
+        given: Some(given),
+        jumps: false,
+    }));
+    all.sort_by(later);
+    // A step ends once at times that differ by rounding only.
+    let mut once: Vec<(Target, bool)> = vec![];
+    for target in all {
+        let wanted = is_wanted(&target);
+        match once.last_mut() {
+            Some((before, is_wanted)) if coincide(before.t, target.t) => {
+                before.jumps |= target.jumps;
+                *is_wanted |= wanted;
+                if target.given.is_some() {
+                    // The user's own time, to the bit.
+                    (before.t, before.given) = (target.t, target.given);
+                }
+            }
+            _ => once.push((target, wanted)),
         }
     }
-    all.sort_by(later);
-    Ok(all)
+    let wanted = once.into_iter().filter(|(_, is_wanted)| *is_wanted);
+    Ok(wanted.map(|(target, _)| target).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tableau::DOPRI5;
+
+    fn targets_of(options: &Adaptive, points: &[f64], jumps: &[f64]) -> Vec<Target> {
+        targets(options, &DOPRI5, points, jumps).unwrap()
+    }
+
+    #[test]
+    fn steps_end_once_at_each_of_very_many_times() {
+        // As many that comparing each with each would take minutes.
+        const MANY: usize = 1 << 17;
+        let options = Adaptive::new(1e-3, 1e-3).step_on_outputs(true);
+        let whole: Vec<_> = (0..=MANY).map(|n| n as f64).collect();
+        // Every second one is a jump, but for rounding; others lie between.  They are listed in no order.
+        let jumps = whole.iter().step_by(2).skip(1).rev();
+        let jumps = jumps.map(|t| t.next_up());
+        let between = whole.iter().map(|t| t + 0.5);
+        let jumps: Vec<_> = jumps.chain(between).collect();
+        let mirrored = |times: &[f64]| times.iter().map(|t| -t).collect::<Vec<_>>();
+        let there = targets_of(&options, &whole, &jumps);
+        let back = targets_of(&options, &mirrored(&whole), &mirrored(&jumps));
+        assert_eq!(there.len(), 2 * MANY);
+        for (n, (there, back)) in there.iter().zip(&back).enumerate() {
+            let is_given = n % 2 == 1;
+            let expected = Target {
+                t: (n + 1) as f64 / 2.0,
+                given: is_given.then_some(n / 2 + 1),
+                jumps: !is_given || n % 4 == 3 && n + 1 < 2 * MANY,
+            };
+            assert_eq!(*there, expected);
+            assert_eq!(
+                Target {
+                    t: -back.t,
+                    ..*back
+                },
+                expected
+            );
+        }
+    }
+
+    #[test]
+    fn of_times_that_differ_by_rounding_the_users_output_time_stays_and_the_jump_counts() {
+        let (sum, third) = (0.1 + 0.2, 0.3);
+        let options = Adaptive::new(1e-3, 1e-3).step_t([third, sum]);
+        let expected = |t: f64, given: Option<usize>, jumps: bool| Target { t, given, jumps };
+        let end = |given: usize| expected(1.0, Some(given), false);
+        for (points, jumps, t, given) in [
+            (vec![0.0, 1.0], vec![], third, None),
+            (vec![0.0, sum, 1.0], vec![], sum, Some(1)),
+            (vec![0.0, third, 1.0], vec![sum], third, Some(1)),
+        ] {
+            let first = expected(t, given, !jumps.is_empty());
+            let found = targets_of(&options, &points, &jumps);
+            assert_eq!(found, [first, end(points.len() - 1)]);
+        }
+    }
 }

@@ -3,6 +3,9 @@
 use super::out_of_range;
 use crate::error::Result;
 
+/// The largest factor after an attempt that was rejected.
+const SHORTER: f64 = 0.999;
+
 /// A PID controller of the step length (G. Söderlind, "Digital filters in adaptive time-stepping", ACM Trans. Math.
 /// Software 29, 2003).
 ///
@@ -13,7 +16,7 @@ use crate::error::Result;
 /// safety · r^{−(p+i+d)/m} · r₁^{(p+2d)/m} · r₂^{−d/m}.
 ///
 /// After an accepted step this factor is limited to \[1, `limits[1]`\], so an accepted step never makes the next one
-/// shorter.  After a rejected attempt it is limited to \[`limits[0]`, `safety`\]; it is `limits[0]` if r is not finite, or if
+/// shorter.  After a rejected attempt it is limited to \[`limits[0]`, `safety`\], and is at most 0.999; it is `limits[0]` if r is not finite, or if
 /// `safety` is smaller than `limits[0]`.  [`Adaptive`](crate::options::Adaptive) sets limits of the length itself.
 ///
 /// A number that is out of its range is an error, [`AdaptiveDefect::Number`](crate::error::AdaptiveDefect::Number).
@@ -69,7 +72,8 @@ impl Controller {
         };
         match accepted {
             true => factor.clamp(1.0, most.max(1.0)),
-            false => factor.clamp(least, self.safety.max(least)),
+            // What was rejected is tried again in a shorter step, even without any safety.
+            false => factor.clamp(least, self.safety.min(SHORTER).max(least)),
         }
     }
 
@@ -93,7 +97,7 @@ impl Controller {
             f64::MIN_POSITIVE..=f64::MAX,
         )?;
         within("safety", self.safety, 1e-3..=1.0)?;
-        within("limits[0]", least, f64::MIN_POSITIVE..=1.0 - 1e-3)?;
+        within("limits[0]", least, f64::MIN_POSITIVE..=SHORTER)?;
         within("limits[1]", most, 1.0..=f64::MAX)
     }
 }

@@ -319,6 +319,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_rejected_goes_on_with_a_shorter_step_even_without_safety() {
+        let law = super::super::Controller {
+            p: 0.2,
+            i: 0.3,
+            d: 0.2,
+            safety: 1.0,
+            ..Default::default()
+        };
+        let control = control(&Adaptive::new(1e-3, 1e-3).controller(law), &[0.0, 100.0]);
+        let mut pace = Pace::new(&control, 0.01);
+        for r in [1e-6, 0.1] {
+            let attempt = pace.attempt(&control).unwrap();
+            let verdict = pace.judge(&control, &attempt, r, r);
+            assert_eq!(verdict, Ok(Verdict::Accepted));
+        }
+        let refused = pace.attempt(&control).unwrap();
+        let verdict = pace.judge(&control, &refused, 2.0, 2.0);
+        assert_eq!(verdict, Ok(Verdict::Rejected));
+        let again = pace.attempt(&control).unwrap();
+        assert_eq!(again.t, refused.t);
+        assert!(again.h <= 0.999 * refused.h && again.h > 0.9 * refused.h);
+    }
+
+    #[test]
     fn the_time_of_a_mirrored_interval_is_mirrored_to_the_bit() {
         let options = Adaptive::new(1e-3, 1e-3).controller(super::super::Controller::PI);
         let r = |h: f64| (h / 0.13).powi(5) + 0.01;

@@ -78,7 +78,7 @@ pub enum AdaptiveDefect {
     /// Control per row was asked for in a solve that looks at every step of the whole batch.
     #[error("events and dense solutions have one step length for the batch: leave Adaptive::control unset, or find the events of each row by row_events")]
     RowsObserved,
-    /// A time is in `step_t` and in `jump_t`.
+    /// A time is in `step_t` and in `jump_t`, up to rounding.
     #[error("t = {t:?} is in step_t and in jump_t: if the field jumps there, leave it in jump_t alone, otherwise in step_t alone")]
     ForcedTwice {
         /// The time.
@@ -104,13 +104,14 @@ pub struct Worst {
 pub struct Stopped {
     /// Why.
     pub reason: StopReason,
-    /// Time at the start of the last attempt.
+    /// Where the solve was: the time at the end of the last step that was accepted, at which an attempt that was
+    /// rejected after it began.
     pub t: f64,
-    /// Its signed length.
+    /// The signed length of the last attempt, if it was rejected; 0 if it was accepted.
     pub h: f64,
-    /// The norm of its error relative to the tolerance.
+    /// The norm of its error relative to the tolerance, if it was rejected; otherwise 0.
     pub error: f64,
-    /// Where the error was largest.
+    /// Where the error was largest, if it was rejected.
     pub worst: Option<Worst>,
     /// Steps that were accepted until then.
     pub accepted: usize,

@@ -9,7 +9,8 @@ pub struct MemoryNeed {
     pub states: u128,
     /// Evaluations that are kept, as [`ActivationCache`](crate::options::ActivationCache) says.
     pub evaluations: u128,
-    /// States that are returned, as [`Output`](crate::options::Output) says.
+    /// States that are returned, as [`Output`](crate::options::Output) says: each by itself, and at the end all of them
+    /// joined.  On the general path one that is kept as it was computed takes no further memory by itself.
     pub returned: u128,
     /// The evaluations at hand, where rows are solved tile by tile on several threads.
     pub work: u128,

@@ -172,6 +172,7 @@ impl<'a> AdaptivePass<'a> {
             tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
             match verdict {
                 Ok(Verdict::Accepted) => {
+                    last = None;
                     self.accept(step, &attempt, tried, observer)?;
                     if let Some(reason) = self.kept.outgrown(&self.y, observer.bytes())? {
                         return Err(self.stopped(reason, None));

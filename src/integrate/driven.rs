@@ -128,6 +128,7 @@ impl DrivenPass<'_> {
             tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
             match verdict {
                 Ok(Verdict::Accepted) => {
+                    last = None;
                     self.accept(step, &attempt, tried)?;
                     if let Some(reason) = self.kept.outgrown(&self.y, 0)? {
                         return Err(self.stopped(reason, None));

@@ -128,14 +128,13 @@ impl<'a> Kept<'a> {
             };
             numbers as u64 + tensors as u64 * TENSOR as u64
         };
-        let (elements, leaves) = (self.problem.packing.len(), y.len());
+        let (elements, leaves) = (self.problem.packing.len(), self.problem.scheme.roles.len());
         let outputs = self.outputs.len() as u64 * of(elements, 1);
-        // Everything that a step carries, except where states are kept to linearise at only.
-        let carried = match self.trajectory.keeps_copies() {
-            true => elements,
-            false => elements * (leaves / self.problem.scheme.roles.len()),
+        let states = match self.trajectory.keeps_copies() {
+            true => self.problem.copied(),
+            false => self.problem.carried(),
         };
-        let kept = self.trajectory.kept_states() as u64 * of(carried, leaves);
+        let kept = self.trajectory.kept_states() as u64 * of(states * elements, states * leaves);
         let held = outputs + kept + others;
         // Outputs are joined at the end, which takes their memory once more.
         let Some([need, available]) = self.growth.reaches(held, outputs) else {

@@ -101,7 +101,7 @@ impl<'p> TilePlan<'p> {
         const STATE: usize = 64;
         let problem = self.problem;
         let bytes = elements.saturating_mul(size_of::<T>());
-        let carried = problem.scheme.carried();
+        let (carried, copied) = (problem.carried(), problem.copied());
         let (restart, stored) = problem
             .checkpoint
             .most(steps, bytes.saturating_mul(carried));
@@ -112,7 +112,8 @@ impl<'p> TilePlan<'p> {
         let store = problem.scheme.roles[0].store.to.size_in_bytes();
         let single = state * carried as u128 + (tiles * STATE) as u128;
         MemoryNeed {
-            states: restart as u128 * single + stored as u128 * numbers * store as u128,
+            states: restart as u128 * single
+                + stored as u128 * copied as u128 * numbers * store as u128,
             // As tiles leave them, and as they are handed over.
             returned: 2 * problem.outputs() as u128 * bytes as u128,
             work: self.at_work(field),

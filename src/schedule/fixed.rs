@@ -4,7 +4,7 @@ use candle_core::DType;
 
 use super::{is_moderate, Node, Output, Step, Steps};
 use crate::error::{Error, Result};
-use crate::time::{coincide, TimeGrid};
+use crate::time::{coincide, in_order, TimeGrid};
 
 /// The steps of a solve: their number is stored, but not the steps; step n is computed on request.
 #[derive(Clone, Debug)]
@@ -153,11 +153,18 @@ impl Fixed {
 
     /// The same steps, cut in two where the field jumps inside of one.
     pub(super) fn cut(self, jumps: &[f64]) -> Self {
-        let mut pieces = self.pieces;
-        for &t in jumps {
+        let forward = self.pieces.iter().all(|piece| piece.h() > 0.0);
+        let before = |a: f64, b: f64| (a < b) == forward && !coincide(a, b);
+        // In one sweep: pieces that no further jump can meet, and those ahead, the next one last.
+        let mut done = vec![];
+        let mut ahead: Vec<_> = self.pieces.into_iter().rev().collect();
+        for t in in_order(jumps, forward) {
+            while let Some(piece) = ahead.pop_if(|piece| before(piece.ends[1], t)) {
+                done.push(piece);
+            }
             let close = |end: f64| coincide(t, end);
-            let mut next = Vec::with_capacity(pieces.len() + 3);
-            for mut piece in pieces {
+            let mut next = vec![];
+            while let Some(mut piece) = ahead.pop_if(|piece| !before(t, piece.ends[0])) {
                 let [t0, t1] = piece.ends;
                 // In steps from the start of the piece.
                 let place = (t - t0) / piece.h();
@@ -196,13 +203,14 @@ impl Fixed {
                 }
                 next.extend(piece.part(k, piece.steps));
             }
-            pieces = next;
+            ahead.extend(next.into_iter().rev());
         }
+        done.extend(ahead.into_iter().rev());
         let points = match self.output {
             Output::All => self.outputs,
             Output::Final | Output::Steps => 0,
         };
-        Self::of(pieces, self.output, points, self.start)
+        Self::of(done, self.output, points, self.start)
     }
 
     /// Whether no step can begin and end at one number of this dtype.

@@ -3,7 +3,7 @@
 use super::{Inside, Node, Output, Step};
 use crate::error::{Error, Result};
 use crate::memory::{push, room_within};
-use crate::time::{coincide, TimeGrid};
+use crate::time::{coincide, in_order, TimeGrid};
 
 /// The steps that a solve has taken, in order, and the states that it has returned.
 #[derive(Clone, Debug)]
@@ -65,14 +65,29 @@ impl Recorded {
                 last,
             });
         }
-        let inside = |t: f64| follows(&[first, t]) && follows(&[t, last]);
-        for &jump in jumps.iter().filter(|&&t| inside(t)) {
-            let at = nodes.partition_point(|&t| t == jump || follows(&[t, jump]));
-            let near = |i: usize| nodes.get(i).is_some_and(|&t| coincide(t, jump));
-            if !near(at - 1) && !near(at) {
-                nodes.insert(at, jump);
-            }
+        let too_long = |w: &[f64]| !(w[1] - w[0]).is_finite();
+        if let Some(index) = nodes.windows(2).position(too_long) {
+            return Err(Error::IntervalOverflow {
+                index,
+                t0: nodes[index],
+                t1: nodes[index + 1],
+            });
         }
+        let inside = |t: f64| follows(&[first, t]) && follows(&[t, last]);
+        let jumps = in_order(jumps, forward);
+        let mut ahead = jumps.iter().copied().filter(|&t| inside(t)).peekable();
+        let mut all: Vec<f64> = room_within("steps", nodes.len().saturating_add(jumps.len()))?;
+        for node in nodes {
+            while let Some(jump) = ahead.next_if(|&jump| follows(&[jump, node])) {
+                let near = |t: f64| coincide(t, jump);
+                if !near(node) && !all.last().is_some_and(|&t| near(t)) {
+                    all.push(jump);
+                }
+            }
+            all.push(node);
+        }
+        let nodes = all;
+        let mut ahead = jumps.into_iter().peekable();
         let mut record = Self::from(first, false);
         let mut points = points.iter().enumerate().peekable();
         let is_last = |i: usize| i + 1 == grid.points().len();
@@ -80,7 +95,11 @@ impl Recorded {
             if w[0] != w[1] {
                 record.push(w[0], w[1] - w[0], w[1])?;
             }
-            if jumps.iter().any(|&jump| coincide(jump, w[1])) {
+            while ahead
+                .next_if(|&t| follows(&[t, w[1]]) && !coincide(t, w[1]))
+                .is_some()
+            {}
+            if ahead.peek().is_some_and(|&jump| coincide(jump, w[1])) {
                 record.break_here();
             }
             if output == Output::Steps {

@@ -40,10 +40,9 @@ pub(super) fn run<T: Element>(
     stats: &mut Stats,
 ) -> Result<Solved> {
     let (problem, layout) = (plan.problem, plan.layout);
-    let (batch, states) = (parts[0].batch(), driven.table().next.len());
+    let batch = parts[0].batch();
     let rows = layout.rows.next_multiple_of(batch);
     let mut need = plan.need(&*parts[0], schedule.len(), rows, problem.packing.len());
-    need.states *= states as u128;
     need.work = parts.iter().map(|part| plan.at_work(&**part)).sum();
     need.check()?;
     let parameters = parts.iter().map(|part| part.parameters()).sum();
