@@ -83,7 +83,8 @@ const KINDS: usize = Kind::Barrier as usize + 1;
 /// time to finish.
 ///
 /// A program that calls MPI by itself must start it before, with threads that may call it in turn: here a thread answers
-/// the other ranks.  If both call MPI at the same time, that must be `Threading::Multiple`.
+/// the other ranks.  If both call MPI at the same time, that must be `Threading::Multiple`.  Once a group is made, errors of
+/// `MPI_COMM_WORLD` are returned instead of ending the process: MPI reports failures of a group's operations there, too.
 pub struct MpiGroup {
     rank: usize,
     size: usize,

@@ -132,27 +132,22 @@ static COPIES: Mutex<()> = Mutex::new(());
 /// Who waits for a copy looks so often.
 const COPIED: Duration = Duration::from_micros(100);
 
-/// The communicator of all processes, to be copied.  While this lives, its errors are returned; then they are treated as
-/// before, because it may be another library's, too.
+/// The communicator of all processes, to be copied.
 pub(super) struct World {
-    before: ffi::MPI_Errhandler,
     _alone: MutexGuard<'static, ()>,
 }
 
 impl World {
-    /// Waits for other threads that copy it.
+    /// Waits for other threads that copy it.  Its errors are returned from here on: MPI reports there what fails in
+    /// operations on copies, too, when they are tested.
     pub(super) fn new() -> Result<Self, Failure> {
         let _alone = COPIES.lock().unwrap_or_else(PoisonError::into_inner);
         let _serial = serial();
-        let mut before = MaybeUninit::uninit();
-        // SAFETY: MPI is initialised, and writes the handle if it succeeds.
-        let before = unsafe {
-            let all = ffi::RSMPI_COMM_WORLD;
-            check(ffi::MPI_Comm_get_errhandler(all, before.as_mut_ptr()))?;
-            check(ffi::MPI_Comm_set_errhandler(all, ffi::RSMPI_ERRORS_RETURN))?;
-            before.assume_init()
-        };
-        Ok(Self { before, _alone })
+        // SAFETY: MPI is initialised.
+        check(unsafe {
+            ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN)
+        })?;
+        Ok(Self { _alone })
     }
 
     /// All processes, in a new space of messages; errors are returned.  Waits until all ranks copy it, and lets other threads
@@ -172,17 +167,6 @@ impl World {
         // SAFETY: the communicator exists.
         check(unsafe { ffi::MPI_Comm_set_errhandler(copy, ffi::RSMPI_ERRORS_RETURN) })?;
         Ok(Communicator(copy))
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _serial = serial();
-        // SAFETY: the handler is one that MPI has given, for this communicator, and is not used again.
-        unsafe {
-            ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, self.before);
-            ffi::MPI_Errhandler_free(&mut self.before);
-        }
     }
 }
 
@@ -434,37 +418,6 @@ impl<T> Drop for Pending<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// How errors of the communicator of all processes are treated.
-    fn handler() -> ffi::MPI_Errhandler {
-        let mut handler = MaybeUninit::uninit();
-        let _serial = serial();
-        // SAFETY: MPI is initialised, and writes the handle if it succeeds.
-        unsafe {
-            check(ffi::MPI_Comm_get_errhandler(
-                ffi::RSMPI_COMM_WORLD,
-                handler.as_mut_ptr(),
-            ))
-            .unwrap();
-            handler.assume_init()
-        }
-    }
-
-    #[test]
-    fn errors_of_all_processes_are_treated_as_before_when_copies_are_made() {
-        let _session = Session::start().unwrap();
-        // SAFETY: a constant that MPI's library defines.
-        let (before, returned) = (handler(), unsafe { ffi::RSMPI_ERRORS_RETURN });
-        assert_ne!(before, returned);
-        let world = World::new().unwrap();
-        let copy = world.copy().unwrap();
-        assert_eq!(handler(), returned);
-        drop(world);
-        assert_eq!(handler(), before);
-        assert_eq!(copy.place(), Ok((0, 1)));
-        // Errors of the copy are still returned.
-        assert!(copy.broadcast(vec![0], 7).is_err());
-    }
 
     #[test]
     fn the_memory_of_an_operation_that_fails_to_begin_is_not_used_again() {
