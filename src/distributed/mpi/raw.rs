@@ -422,7 +422,7 @@ mod tests {
     #[test]
     fn the_memory_of_an_operation_that_fails_to_begin_is_not_used_again() {
         let _session = Session::start().unwrap();
-        let fresh = || vec![0u8; 300];
+        let fresh = || vec![1u8; 300];
         let mut held = vec![];
         let failed = Pending::start(fresh(), fresh(), |send, receive, _| {
             held = vec![send, receive.cast_const()];
