@@ -10,6 +10,15 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::scaler::LIMIT;
 
+/// Whether all elements of a tensor are finite, in the dtype that it has.
+pub(crate) fn is_finite(x: &Tensor) -> Result<bool> {
+    let finite = match x.dtype() {
+        DType::F64 => ops::magnitude(x)?.is_finite(),
+        _ => ops::magnitude(&x.to_dtype(DType::F32)?)?.is_finite(),
+    };
+    Ok(finite)
+}
+
 /// What became of a training step; see [`LossScaler::backward_step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stepped {
@@ -155,7 +164,7 @@ impl LossScaler {
             if let Some(grad) = grads.remove(var) {
                 // What f32 holds may be infinite in the dtype of the variable.
                 let grad = grad.to_dtype(var.dtype())?;
-                finite = finite && ops::magnitude(&grad.to_dtype(DType::F32)?)?.is_finite();
+                finite = finite && is_finite(&grad)?;
                 grads.insert(var, grad);
             }
         }

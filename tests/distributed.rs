@@ -8,8 +8,8 @@ mod group;
 use candle_core::{Device, Var};
 use candle_diffeq::distributed::{share, told, Alone, Replicas, Shards};
 use candle_diffeq::error::GroupDefect;
-use candle_diffeq::odeint;
 use candle_diffeq::scaling::LossScaler;
+use candle_diffeq::{odeint, Error};
 use candle_nn::{Optimizer, VarMap, SGD};
 
 use crate::group::{cpu, defect, Threads, SCENARIOS};
@@ -74,6 +74,7 @@ scenarios! {
     a_batch_without_rows_is_refused_on_all_ranks = "empty",
     gradients_are_averaged_in_f32_or_f64_and_given_in_the_dtype_of_the_variable = "precisions",
     frozen_variables_are_equal_but_have_no_part_in_training = "frozen",
+    a_rank_without_rows_has_no_part_in_gradients = "idle",
 }
 
 #[test]
@@ -109,6 +110,14 @@ fn ranks_take_every_row_of_every_batch_once_in_an_order_that_does_not_depend_on_
 }
 
 #[test]
+fn rows_that_memory_cannot_list_are_refused() {
+    for rows in [1 << 45, usize::MAX] {
+        let shards = Shards::new(&Alone, rows, 4, 7);
+        assert!(matches!(shards, Err(Error::AllocationFailed { .. })));
+    }
+}
+
+#[test]
 fn an_error_in_the_backward_pass_of_one_rank_ends_the_others_with_its_reason() {
     Threads::run(3, |group| {
         let vars = VarMap::new();
@@ -125,10 +134,7 @@ fn an_error_in_the_backward_pass_of_one_rank_ends_the_others_with_its_reason() {
         }
         let failed = replicas.backward_step(&loss, 1, &mut sgd);
         match group.rank() {
-            1 => assert!(matches!(
-                failed,
-                Err(candle_diffeq::Error::NonFiniteCotangent)
-            )),
+            1 => assert!(matches!(failed, Err(Error::NonFiniteCotangent))),
             _ => match defect(failed) {
                 GroupDefect::Left { rank: 1, reason } => {
                     assert!(reason.contains("NaN or infinity"))

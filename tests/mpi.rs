@@ -232,6 +232,20 @@ fn a_rank_that_computes_for_longer_than_the_silence_is_waited_for() {
 }
 
 #[test]
+fn a_rank_that_is_done_waits_for_the_others_for_longer_than_a_rank_may_be_late() {
+    let run = run("done early", 2, &[]);
+    assert!(run.ended, "{}", run.text);
+    (0..2).for_each(|rank| run.says(rank, "done"));
+}
+
+#[test]
+fn a_rank_that_waits_for_another_to_start_a_second_group_is_not_taken_for_dead() {
+    let run = run("second", 2, &[]);
+    assert!(run.ended, "{}", run.text);
+    (0..2).for_each(|rank| run.says(rank, "done, done"));
+}
+
+#[test]
 fn a_rank_that_is_alive_but_does_not_come_is_named() {
     let run = run("late", 2, GOES_ON);
     run.says(0, "Late { rank: 1");
@@ -321,6 +335,14 @@ fn worker() {
             late: seconds(2),
             ..short
         },
+        "done early" => Patience {
+            late: seconds(1),
+            ..short
+        },
+        "second" => Patience {
+            silence: seconds(1),
+            ..short
+        },
         _ => short,
     };
     let group = MpiGroup::with_patience(patience).unwrap();
@@ -345,6 +367,25 @@ fn worker() {
                 std::thread::sleep(seconds(6));
             }
             outcome(group.barrier())
+        }
+        "done early" => {
+            if rank == 0 {
+                std::thread::sleep(seconds(4));
+            }
+            "done".into()
+        }
+        "second" => {
+            let start = move || {
+                if rank == 1 {
+                    std::thread::sleep(seconds(4));
+                }
+                outcome(MpiGroup::with_patience(short).and_then(|second| second.barrier()))
+            };
+            let second = std::thread::spawn(start);
+            // Rank 0 is in the start of the second group by now, and rank 1 waits for it in the first.
+            std::thread::sleep(Duration::from_millis([500, 0][rank]));
+            let first = outcome(group.barrier());
+            format!("{first}, {}", second.join().unwrap())
         }
         "suspended" => {
             if rank == 1 {

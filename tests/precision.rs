@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_diffeq::fields::FieldCheck;
 use candle_diffeq::metrics::Recorder;
 use candle_diffeq::options::{Arithmetic, Output, Steps};
-use candle_diffeq::scaling::{LossScaler, Scaling};
+use candle_diffeq::scaling::{LossScaler, Scaling, Stepped};
 use candle_diffeq::tableau::{DOPRI5, EULER, RK4};
 use candle_diffeq::{odeint, solution, NeuralOde, OdeOptions, Precision, Time};
 
@@ -372,10 +372,27 @@ fn a_loss_scaler_steps_variables_of_every_dtype() {
         let mut scaler = LossScaler::new(1024.0).unwrap();
         let loss = w.as_tensor().sqr().unwrap().sum_all().unwrap();
         let step = scaler.backward_step(&loss, std::slice::from_ref(&w), &mut sgd);
-        assert_eq!(step.unwrap(), candle_diffeq::scaling::Stepped::Taken);
+        assert_eq!(step.unwrap(), Stepped::Taken);
         assert_eq!(
             (w.dtype(), problem::values(&w).unwrap()),
             (dtype, vec![0.5; 2])
         );
     }
+}
+
+#[test]
+fn a_loss_scaler_steps_by_gradients_of_f64_that_f32_does_not_hold() {
+    let w = Var::new(&[1f64, 2.0], &Device::Cpu).unwrap();
+    let mut sgd = candle_nn::SGD::new(vec![w.clone()], 2f64.powi(-500)).unwrap();
+    let mut scaler = LossScaler::new(1024.0).unwrap();
+    let mut step = |size: f64| {
+        let loss = (w.sum_all().unwrap() * size).unwrap();
+        let step = scaler.backward_step(&loss, std::slice::from_ref(&w), &mut sgd);
+        (step.unwrap(), problem::values(&w).unwrap())
+    };
+    let taken = (Stepped::Taken, vec![0.0, 1.0]);
+    assert_eq!(step(2f64.powi(500)), taken);
+    // With the scale it is more than f64 holds.
+    let skipped = (Stepped::Skipped, taken.1);
+    assert_eq!(step(2f64.powi(1020)), skipped);
 }

@@ -61,7 +61,7 @@ pub trait Group {
     /// how long.  To be called from time to time.
     ///
     /// # Errors
-    /// [`GroupDefect::Lost`], [`GroupDefect::Left`], [`GroupDefect::Late`].
+    /// [`GroupDefect::Lost`], [`GroupDefect::Left`], [`GroupDefect::Late`], [`GroupDefect::Stuck`].
     fn watch(&self, waited: Duration) -> Result<()> {
         let _ = waited;
         Ok(())

@@ -16,7 +16,7 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 
 use self::peers::{Listener, Operation, Peers, Wait};
-use self::raw::{Communicator, Number, Pending, Reduction, Session, Started};
+use self::raw::{Communicator, Number, Pending, Reduction, Session, Started, World};
 use super::group::{exists, takes, COMPARED, SENT, SUMMED};
 use super::Group;
 use crate::error::{GroupDefect, Result};
@@ -27,7 +27,8 @@ pub struct Patience {
     /// A rank that has not answered for this long is considered dead.  Every process answers while it computes, so
     /// this need not be longer than a step; but it must be longer than a process may be suspended.  Default: 15 s.
     pub silence: Duration,
-    /// How long to wait for a rank that answers, but does not reach the operation.  Default: one hour.
+    /// How long to wait for a rank that answers, but does not reach the operation.  A rank that has done its work waits for
+    /// those that answer without limit.  Default: one hour.
     pub late: Duration,
 }
 
@@ -72,7 +73,8 @@ const KINDS: usize = Kind::Barrier as usize + 1;
 /// sent through the host.  A program that is started without a launcher is a group of one.
 ///
 /// All ranks may make several groups, in the same order, for operations that do not depend on each other; MPI ends with
-/// the last of them, which must be dropped on the thread that made the first.
+/// the last of them, which must be dropped on the thread that made the first.  A group takes ten communicators of MPI, which
+/// are not given back before the process ends.  MPI has room for some thousands, so make few groups and keep them.
 ///
 /// A rank that gets an error should end: its group does nothing more, and the others are told the rank where it began.
 /// They hear the reason of an error that does not come from the group if the rank tells it; see [`told`](super::told).
@@ -81,7 +83,8 @@ const KINDS: usize = Kind::Barrier as usize + 1;
 /// time to finish.
 ///
 /// A program that calls MPI by itself must start it before, with threads that may call it in turn: here a thread answers
-/// the other ranks.  If both call MPI at the same time, that must be `Threading::Multiple`.
+/// the other ranks.  If both call MPI at the same time, that must be `Threading::Multiple`.  Once a group is made, errors of
+/// `MPI_COMM_WORLD` are returned instead of ending the process: MPI reports failures of a group's operations there, too.
 pub struct MpiGroup {
     rank: usize,
     size: usize,
@@ -118,9 +121,11 @@ impl MpiGroup {
 
     fn begin(patience: Patience) -> std::result::Result<Self, String> {
         let session = Session::start()?;
-        let data = (0..KINDS).map(|_| Communicator::world());
+        let world = World::new()?;
+        let data = (0..KINDS).map(|_| world.copy());
         let data = data.collect::<std::result::Result<Vec<_>, _>>()?;
-        let (farewell, control) = (Communicator::world()?, Communicator::world()?);
+        let (farewell, control) = (world.copy()?, world.copy()?);
+        drop(world);
         let (rank, size) = control.place()?;
         let peers = Arc::new(Peers::new(control, (rank, size), patience));
         let listener = Listener::start(&peers).map_err(|e| e.to_string())?;

@@ -18,7 +18,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 
-use super::group::{exists, takes, COMPARED, SENT, SUMMED};
+use super::group::{exists, takes, told, COMPARED, SENT, SUMMED};
 use super::Group;
 use crate::error::{GroupDefect, Result};
 
@@ -32,6 +32,8 @@ const LOOK: Duration = Duration::from_millis(10);
 /// still there, and NCCL's operation is aborted if somebody is missing.  Sums of bf16 are rounded after each addition.
 /// Sums are the same bits from run to run as long as NCCL takes the same algorithm and the same ring.  There is no limit of
 /// time while NCCL itself is started, in [`new`](Self::new).
+/// The other group does not know to which operation on the GPU a rank has come: if ranks wait in different ones, the error is
+/// [`GroupDefect::Late`] or [`GroupDefect::Stuck`], after the patience of the other group.
 /// Let all ranks come to a [`barrier`](Group::barrier) before the group is dropped.
 ///
 /// NCCL has been compiled and linked against, but this has not run on GPUs yet.
@@ -63,6 +65,9 @@ impl<G: Group> NcclGroup<G> {
             others.give_up(&reason);
             return Err(refused(reason).into());
         };
+        // Before rank 0 sends the id: a rank that has it waits in NCCL, and hears nothing.
+        let bound = device.cuda_stream().context().bind_to_thread();
+        told(&others, bound.w())?;
         let mut id = [0u8; 128];
         let mut failed = None;
         if others.rank() == 0 {
@@ -83,7 +88,6 @@ impl<G: Group> NcclGroup<G> {
         let internal = std::array::from_fn(|i| sent[i] as std::ffi::c_char);
         let mut communicator = MaybeUninit::uninit();
         let (size, rank) = (others.size() as c_int, others.rank() as c_int);
-        device.cuda_stream().context().bind_to_thread().w()?;
         // SAFETY: NCCL writes the handle if it succeeds; the device's context is current.
         let started = unsafe {
             let id = sys::ncclUniqueId { internal };
@@ -131,13 +135,13 @@ impl<G: Group> NcclGroup<G> {
             self.others.watch(Duration::ZERO)?;
             return Err(self.failed(job.operation, "it has been aborted"));
         };
-        let x = x.detach().contiguous()?;
+        let x = told(self, x.detach().contiguous())?;
         let n = x.elem_count();
         if n == 0 {
             return Ok(x);
         }
         let stream = self.device.cuda_stream();
-        let mut result = stream.alloc_zeros::<T>(n).w()?;
+        let mut result = told(self, stream.alloc_zeros::<T>(n).w())?;
         let begun = {
             let (storage, layout) = x.storage_and_layout();
             let Storage::Cuda(on_device) = &*storage else {

@@ -12,7 +12,7 @@ use super::buckets::{self, Wire};
 use super::group::{told, Group};
 use super::totals::{maxima, of_first, sums};
 use crate::error::{Error, GroupDefect, Result};
-use crate::loss_scaler::{LossScaler, Stepped};
+use crate::loss_scaler::{is_finite, LossScaler, Stepped};
 use crate::ops;
 
 /// Bytes of gradients in one message: long enough that its latency does not count.
@@ -45,14 +45,15 @@ struct Agreement {
     rows: f64,
     /// On any rank.
     overflow: bool,
-    /// Which variables have a gradient on any rank.
+    /// Which trained variables have a gradient on any rank with rows.
     present: Vec<usize>,
 }
 
 /// Those of these variables that are not another one under a second name: a gradient is there once.
-fn first_of_each(variables: &[Var], of: impl Iterator<Item = usize>) -> Vec<usize> {
+fn first_of_each(variables: &[Var]) -> Vec<usize> {
     let mut seen = HashSet::new();
-    of.filter(|i| seen.insert(variables[*i].id())).collect()
+    let all = 0..variables.len();
+    all.filter(|i| seen.insert(variables[*i].id())).collect()
 }
 
 impl<'g> Replicas<'g> {
@@ -71,7 +72,7 @@ impl<'g> Replicas<'g> {
         let (names, variables): (Vec<_>, Vec<_>) = named.into_iter().unzip();
         let replicas = Self {
             group,
-            trained: first_of_each(&variables, 0..names.len()),
+            trained: first_of_each(&variables),
             names,
             variables,
             wire: Wire::default(),
@@ -96,14 +97,15 @@ impl<'g> Replicas<'g> {
     }
 
     /// Names the variables that are not trained.  They start equal and are in checkpoints like all, but have no part in
-    /// averages, norms and overflows, and [`variables`](Self::variables) leaves them out.  A variable with several names is
-    /// frozen by any of them.  Default: all are trained.
+    /// averages, norms and overflows, and [`variables`](Self::variables) leaves them out.  Their gradients are removed, so that
+    /// no optimiser changes them.  A variable with several names is frozen by any of them.  Of several calls, each freezes
+    /// more.  Default: all are trained.
     pub fn freeze(mut self, frozen: impl Fn(&str) -> bool) -> Self {
         let all = self.names.iter().zip(&self.variables);
         let frozen = all.filter(|(name, _)| frozen(name));
         let frozen: HashSet<_> = frozen.map(|(_, var)| var.id()).collect();
-        let trained = (0..self.names.len()).filter(|i| !frozen.contains(&self.variables[*i].id()));
-        self.trained = first_of_each(&self.variables, trained);
+        self.trained
+            .retain(|i| !frozen.contains(&self.variables[*i].id()));
         self
     }
 
@@ -156,8 +158,8 @@ impl<'g> Replicas<'g> {
 
     /// Replaces the gradients of this rank's mean over its `rows` by those of the mean over the rows of all ranks, in
     /// the dtypes of the variables.  They are summed in f32 (f64 for variables of f64), and are the same bits on all
-    /// ranks and in every run with as many ranks.  A variable that has a gradient on some rank gets a gradient on all
-    /// ranks.  A variable that has no gradient on any rank stays without a gradient.
+    /// ranks and in every run with as many ranks.  A trained variable that has a gradient on some rank with rows gets a
+    /// gradient on all ranks.  The other variables have no gradient afterwards.
     ///
     /// # Errors
     /// [`GroupDefect::EmptyBatch`] on all ranks if none has rows; [`GroupDefect::OtherOptions`] on all ranks if one trains in
@@ -340,7 +342,7 @@ impl<'g> Replicas<'g> {
         let first = given.len();
         given.resize(first + self.variables.len(), 0.0);
         for i in &self.trained {
-            given[first + i] = flag(grads.get(&self.variables[*i]).is_some());
+            given[first + i] = flag(rows > 0 && grads.get(&self.variables[*i]).is_some());
         }
         let sums = sums(self.group, &given)?;
         let [sum, squares] = [sums[2] as u128, sums[3] as u128];
@@ -378,6 +380,10 @@ impl<'g> Replicas<'g> {
         let weight = rows as f64 / agreed.rows;
         let parts = vars.iter().map(|i| self.part(grads, *i, weight));
         let parts = told(self.group, parts.collect::<Result<Vec<_>>>())?;
+        // What is not averaged differs by rank, and may still have the loss's scale: no optimiser must get it.
+        for var in &self.variables {
+            grads.remove(var);
+        }
         let sums = buckets::sum(self.group, &parts, self.bucket, self.wire);
         let mut means = told(self.group, sums)?;
         if let Some(limit) = self.clip {
@@ -419,11 +425,7 @@ impl<'g> Replicas<'g> {
         for (i, mean) in vars.iter().zip(means) {
             let var = &self.variables[*i];
             let mean = mean.reshape(var.shape())?.to_dtype(var.dtype())?;
-            let held = match var.dtype() {
-                DType::F64 => mean.clone(),
-                _ => mean.to_dtype(DType::F32)?,
-            };
-            finite &= ops::magnitude(&held)?.is_finite();
+            finite &= is_finite(&mean)?;
             grads.insert(var, mean);
         }
         Ok(finite)

@@ -11,6 +11,7 @@ use rand::SeedableRng;
 
 use super::Group;
 use crate::error::{GroupDefect, Result};
+use crate::memory::room_within;
 
 /// Which of the `rows` of a batch of the whole group are this rank's.  Shares differ by one row at most, and are empty
 /// for some ranks if there are fewer rows than ranks.
@@ -46,11 +47,14 @@ impl Shards {
     /// Splits a data set of `rows` rows into batches that have `batch` rows on all ranks together.
     ///
     /// # Errors
-    /// [`GroupDefect::EmptyBatch`].
+    /// [`GroupDefect::EmptyBatch`]; [`Error::AllocationFailed`](crate::Error::AllocationFailed) for more rows than memory can
+    /// list.
     pub fn new(group: &dyn Group, rows: usize, batch: usize, seed: u64) -> Result<Self> {
         if batch == 0 {
             return Err(GroupDefect::EmptyBatch.into());
         }
+        // An epoch lists all rows, and this rank's once more.
+        let _: Vec<usize> = room_within("the rows of an epoch", rows.saturating_mul(2))?;
         Ok(Self {
             rows,
             batch,

@@ -4,7 +4,7 @@ use candle_core::DType;
 
 /// Failures of the processes that train one model together.
 ///
-/// The first five end the group: every later operation of it returns the same error again.
+/// The first six end the group: every later operation of it returns the same error again.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GroupDefect {
@@ -29,6 +29,12 @@ pub enum GroupDefect {
     Late {
         /// The rank that is missing.
         rank: usize,
+        /// How long this rank has waited.
+        seconds: f64,
+    },
+    /// All ranks are alive and have come to as many operations, but this one is not done.
+    #[error("every rank of the group is alive, and none is behind, but this rank has waited for {seconds:.0} s: do all ranks do the same operations, on tensors of the same device?")]
+    Stuck {
         /// How long this rank has waited.
         seconds: f64,
     },

@@ -38,7 +38,7 @@ pub(crate) fn defect<T>(result: Result<T>) -> GroupDefect {
 pub(crate) type Scenario = (&'static str, fn(&dyn Group));
 
 /// All that need no time.
-pub(crate) const SCENARIOS: [Scenario; 17] = [
+pub(crate) const SCENARIOS: [Scenario; 18] = [
     ("operations", operations_are_those_of_all_ranks),
     ("dtypes", other_dtypes_and_ranks_are_refused),
     (
@@ -71,6 +71,7 @@ pub(crate) const SCENARIOS: [Scenario; 17] = [
         "frozen",
         frozen_variables_are_equal_but_have_no_part_in_training,
     ),
+    ("idle", a_rank_without_rows_has_no_part_in_gradients),
 ];
 
 /// A perceptron in time over variables of its own, its options, and its optimiser's variables.
@@ -852,6 +853,59 @@ pub(crate) fn frozen_variables_are_equal_but_have_no_part_in_training(group: &dy
     assert_eq!(stepped.unwrap(), Stepped::Taken);
     assert_eq!(values(&var[0]), [0.0]);
     assert_eq!(values(&var[1]), [0.0, f64::from(f32::MAX)]);
+    // Not even in an optimiser that has them, though their gradients differ by rank.
+    let (vars, var) = variables(&[("head", 1, DType::F32), ("stem", 2, DType::F32)]);
+    let replicas = Replicas::new(group, &vars).unwrap();
+    let replicas = replicas.freeze(|name| name == "stem");
+    let mut sgd = SGD::new(vars.all_vars(), 0.5).unwrap();
+    let loss = || {
+        let read = (var[0].sum_all().unwrap() + var[1].sum_all().unwrap()).unwrap();
+        (read * (1.0 + group.rank() as f64)).unwrap()
+    };
+    replicas.backward_step(&loss(), 1, &mut sgd).unwrap();
+    let stepped = replicas.scaled_step(&mut scaler, &loss(), 1, &mut sgd);
+    assert_eq!(stepped.unwrap(), Stepped::Taken);
+    assert_eq!(values(&var[1]), [1.0, 1.0]);
+    assert_eq!(replicas.spread().unwrap(), 0.0);
+    let mut grads = loss().backward().unwrap();
+    replicas.average(&mut grads, 1).unwrap();
+    assert!(grads.get(&var[0]).is_some() && grads.get(&var[1]).is_none());
+    // Who freezes again freezes more.
+    assert!(replicas
+        .freeze(|name| name == "head")
+        .variables()
+        .is_empty());
+}
+
+pub(crate) fn a_rank_without_rows_has_no_part_in_gradients(group: &dyn Group) {
+    let (vars, var) = variables(&[("u", 2, DType::F32), ("w", 3, DType::F32)]);
+    let (u, w) = (&var[0], &var[1]);
+    let replicas = Replicas::new(group, &vars).unwrap();
+    let parameters = ParamsAdamW {
+        weight_decay: 0.5,
+        ..Default::default()
+    };
+    let mut adam = AdamW::new(replicas.variables(), parameters).unwrap();
+    let mut scaler = LossScaler::new(8.0).unwrap();
+    let idle = group.rank() > 0 && group.rank() == group.size() - 1;
+    let rows = usize::from(!idle);
+    // Only the rank without rows reads u.
+    let loss = || match idle {
+        true => (u.sum_all().unwrap() + (w.sum_all().unwrap() * 100.0).unwrap()).unwrap(),
+        false => w.sum_all().unwrap(),
+    };
+    let before = bits(u);
+    replicas.backward_step(&loss(), rows, &mut adam).unwrap();
+    let stepped = replicas.scaled_step(&mut scaler, &loss(), rows, &mut adam);
+    assert_eq!(stepped.unwrap(), Stepped::Taken);
+    assert_eq!(bits(u), before);
+    assert_eq!(replicas.spread().unwrap(), 0.0);
+    let mut grads = loss().backward().unwrap();
+    replicas.average(&mut grads, rows).unwrap();
+    assert!(grads.get(u).is_none());
+    let of_w = values(grads.get(w).unwrap());
+    let u = 2.0 * U_F32 * group.size() as f64;
+    assert!(of_w.iter().all(|x| (x - 1.0).abs() <= u), "{of_w:?}");
 }
 
 /// A group of threads of one process, by which all that does not depend on messages is tested quickly.

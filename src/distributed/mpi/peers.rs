@@ -99,10 +99,55 @@ struct State {
 }
 
 impl State {
+    /// Of a group of this size, before its first operation.
+    fn of(size: usize) -> Self {
+        Self {
+            peers: vec![Peer::default(); size],
+            outbox: vec![],
+            last_call: None,
+            entered: 0,
+            completed: 0,
+            operations: VecDeque::with_capacity(REMEMBERED),
+        }
+    }
+
     /// The operation of a number, if this rank has come to it and still knows it.
     fn operation(&self, number: u64) -> Option<Operation> {
         let before = usize::try_from(self.entered.checked_sub(number)?).ok()?;
         self.operations.iter().rev().nth(before).copied()
+    }
+
+    /// Who does not answer this rank, or does not come, if it has waited for long enough.
+    fn missing(
+        &self,
+        rank: usize,
+        patience: Patience,
+        waited: Duration,
+        wait: Wait,
+    ) -> Result<(), GroupDefect> {
+        let others = self.peers.iter().enumerate();
+        let others = others.filter(|(other, _)| *other != rank);
+        for (rank, peer) in others.clone() {
+            let silent = peer
+                .called
+                .map_or(Duration::ZERO, |called| called.elapsed());
+            if silent > patience.silence {
+                let seconds = silent.as_secs_f64();
+                return Err(GroupDefect::Lost { rank, seconds });
+            }
+        }
+        // Who waits only for the others' end loses nothing by it, and would end their work by going.
+        if waited <= patience.late || matches!(wait, Wait::Farewell) {
+            return Ok(());
+        }
+        let seconds = waited.as_secs_f64();
+        let last = others.min_by_key(|(_, peer)| peer.here.entered);
+        Err(match last {
+            Some((rank, peer)) if peer.here.entered < self.entered => {
+                GroupDefect::Late { rank, seconds }
+            }
+            _ => GroupDefect::Stuck { seconds },
+        })
     }
 }
 
@@ -124,14 +169,7 @@ impl Peers {
             control,
             rank,
             patience,
-            state: Mutex::new(State {
-                peers: vec![Peer::default(); size],
-                outbox: vec![],
-                last_call: None,
-                entered: 0,
-                completed: 0,
-                operations: VecDeque::with_capacity(REMEMBERED),
-            }),
+            state: Mutex::new(State::of(size)),
         }
     }
 
@@ -175,24 +213,7 @@ impl Peers {
         if let Wait::Operation(number) = wait {
             Self::compare(&state, number)?;
         }
-        let others = state.peers.iter().enumerate();
-        let others = others.filter(|(rank, _)| *rank != self.rank);
-        for (rank, peer) in others.clone() {
-            let silent = peer
-                .called
-                .map_or(Duration::ZERO, |called| called.elapsed());
-            if silent > self.patience.silence {
-                let seconds = silent.as_secs_f64();
-                return Err(GroupDefect::Lost { rank, seconds });
-            }
-        }
-        match others.min_by_key(|(_, peer)| peer.here.entered) {
-            Some((rank, _)) if waited > self.patience.late => {
-                let seconds = waited.as_secs_f64();
-                Err(GroupDefect::Late { rank, seconds })
-            }
-            _ => Ok(()),
-        }
+        state.missing(self.rank, self.patience, waited, wait)
     }
 
     /// Whether all that have answered do the same in an operation.
@@ -351,5 +372,53 @@ impl Listener {
             thread.thread().unpark();
             drop(thread.join());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What rank 1 of three says when it has come to five operations, and the others have answered that they have come to so
+    /// many, after a wait.
+    fn found(others: [u64; 2], seconds: u64, wait: Wait) -> Option<GroupDefect> {
+        let mut state = State::of(3);
+        state.entered = 5;
+        for (rank, entered) in [0, 2].into_iter().zip(others) {
+            state.peers[rank].here.entered = entered;
+        }
+        let patience = Patience {
+            silence: Duration::from_secs(1),
+            late: Duration::from_secs(10),
+        };
+        let waited = Duration::from_secs(seconds);
+        state.missing(1, patience, waited, wait).err()
+    }
+
+    #[test]
+    fn a_rank_is_named_as_late_only_if_it_has_come_to_fewer_operations() {
+        for wait in [Wait::Operation(5), Wait::Else] {
+            let seconds = 11.0;
+            assert_eq!(found([3, 5], 10, wait), None);
+            let late = |rank| Some(GroupDefect::Late { rank, seconds });
+            assert_eq!(found([3, 5], 11, wait), late(0));
+            assert_eq!(found([6, 4], 11, wait), late(2));
+            let stuck = Some(GroupDefect::Stuck { seconds });
+            assert_eq!(found([5, 5], 11, wait), stuck);
+            assert_eq!(found([6, 5], 11, wait), stuck);
+        }
+    }
+
+    #[test]
+    fn who_waits_for_the_end_of_others_waits_while_they_answer() {
+        assert_eq!(found([6, 4], 1_000_000, Wait::Farewell), None);
+        let mut state = State::of(2);
+        state.peers[1].called = Instant::now().checked_sub(Duration::from_secs(3));
+        let patience = Patience {
+            silence: Duration::from_secs(1),
+            ..Default::default()
+        };
+        let silent = state.missing(0, patience, Duration::from_secs(5), Wait::Farewell);
+        assert!(matches!(silent, Err(GroupDefect::Lost { rank: 1, .. })));
     }
 }

@@ -8,6 +8,7 @@ use std::ffi::{c_char, c_int};
 use std::mem::MaybeUninit;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
+use std::time::Duration;
 
 use mpi::environment::Universe;
 use mpi::{ffi, Threading};
@@ -126,24 +127,50 @@ unsafe impl Send for Communicator {}
 // SAFETY: as above.
 unsafe impl Sync for Communicator {}
 
-impl Communicator {
-    /// All processes, in a new space of messages; errors are returned.  It is never freed, which would be an operation of
-    /// all ranks.
-    pub(super) fn world() -> Result<Self, Failure> {
+/// MPI matches the copies of all ranks by their order, so one thread of a process makes all that it needs before another.
+static COPIES: Mutex<()> = Mutex::new(());
+/// Who waits for a copy looks so often.
+const COPIED: Duration = Duration::from_micros(100);
+
+/// The communicator of all processes, to be copied.
+pub(super) struct World {
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl World {
+    /// Waits for other threads that copy it.  Its errors are returned from here on: MPI reports there what fails in
+    /// operations on copies, too, when they are tested.
+    pub(super) fn new() -> Result<Self, Failure> {
+        let _alone = COPIES.lock().unwrap_or_else(PoisonError::into_inner);
         let _serial = serial();
-        let mut copy = MaybeUninit::uninit();
-        // SAFETY: MPI is initialised, and writes the handle of the copy if it succeeds.
-        let copy = unsafe {
-            let all = ffi::RSMPI_COMM_WORLD;
-            check(ffi::MPI_Comm_set_errhandler(all, ffi::RSMPI_ERRORS_RETURN))?;
-            check(ffi::MPI_Comm_dup(all, copy.as_mut_ptr()))?;
-            copy.assume_init()
-        };
-        // SAFETY: the communicator exists.
-        check(unsafe { ffi::MPI_Comm_set_errhandler(copy, ffi::RSMPI_ERRORS_RETURN) })?;
-        Ok(Self(copy))
+        // SAFETY: MPI is initialised.
+        check(unsafe {
+            ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN)
+        })?;
+        Ok(Self { _alone })
     }
 
+    /// All processes, in a new space of messages; errors are returned.  Waits until all ranks copy it, and lets other threads
+    /// call MPI meanwhile.  The copy is never freed, which would be an operation of all ranks.
+    pub(super) fn copy(&self) -> Result<Communicator, Failure> {
+        // SAFETY: a constant that MPI's library defines.
+        let none = vec![unsafe { ffi::RSMPI_COMM_NULL }];
+        let mut pending = Pending::start(vec![], none, |_, copy, request| {
+            // SAFETY: MPI is initialised; the handle's place lives until the request is done.
+            unsafe { ffi::MPI_Comm_idup(ffi::RSMPI_COMM_WORLD, copy, request) }
+        })?;
+        while !pending.test()? {
+            thread::sleep(COPIED);
+        }
+        let copy = pending.received()[0];
+        let _serial = serial();
+        // SAFETY: the communicator exists.
+        check(unsafe { ffi::MPI_Comm_set_errhandler(copy, ffi::RSMPI_ERRORS_RETURN) })?;
+        Ok(Communicator(copy))
+    }
+}
+
+impl Communicator {
     /// Rank of this process, and how many there are.
     pub(super) fn place(self) -> Result<(usize, usize), Failure> {
         let _serial = serial();
@@ -159,7 +186,7 @@ impl Communicator {
     /// Starts a reduction of all ranks' numbers.
     pub(super) fn reduce<T: Number>(self, send: Vec<T>, how: Reduction) -> Started<T> {
         let length = send.len();
-        Pending::start(send, length, |send, receive, request| {
+        Pending::start(send, room(length), |send, receive, request| {
             let n = length as c_int;
             // SAFETY: both buffers have n elements of this type and live until the request is done.
             unsafe {
@@ -179,7 +206,7 @@ impl Communicator {
     /// Starts to send the i-th of equal pieces to rank i, and to receive theirs.
     pub(super) fn exchange<T: Number>(self, send: Vec<T>, size: usize) -> Started<T> {
         let (length, each) = (send.len(), (send.len() / size.max(1)) as c_int);
-        Pending::start(send, length, |send, receive, request| {
+        Pending::start(send, room(length), |send, receive, request| {
             let of = T::datatype();
             // SAFETY: both buffers have `each` elements for every rank, and live until the request is done.
             unsafe {
@@ -200,7 +227,7 @@ impl Communicator {
     /// Starts to collect the pieces of all ranks, on all of them.
     pub(super) fn gather<T: Number>(self, send: Vec<T>, size: usize) -> Started<T> {
         let each = send.len();
-        Pending::start(send, each * size, |send, receive, request| {
+        Pending::start(send, room(each * size), |send, receive, request| {
             let (n, of) = (each as c_int, T::datatype());
             // SAFETY: n elements are sent, n received from every rank; buffers live until the request is done.
             unsafe {
@@ -212,21 +239,16 @@ impl Communicator {
     /// Starts to send the bytes of one rank to all.
     pub(super) fn broadcast(self, bytes: Vec<u8>, root: usize) -> Started<u8> {
         let length = bytes.len() as c_int;
-        let mut pending = Pending::new(vec![], bytes);
-        let (buffer, request) = (pending.receive.as_mut_ptr(), &mut pending.request);
-        let of = u8::datatype();
-        let _serial = serial();
-        // SAFETY: the buffer has this length and lives until the request is done.
-        check(unsafe {
-            ffi::MPI_Ibcast(buffer.cast(), length, of, root as c_int, self.0, request)
-        })?;
-        pending.done = false;
-        Ok(pending)
+        Pending::start(vec![], bytes, |_, buffer, request| {
+            let of = u8::datatype();
+            // SAFETY: the buffer has this length and lives until the request is done.
+            unsafe { ffi::MPI_Ibcast(buffer.cast(), length, of, root as c_int, self.0, request) }
+        })
     }
 
     /// Starts to wait until all ranks have done the same.
     pub(super) fn barrier(self) -> Started<u8> {
-        Pending::start(vec![], 0, |_, _, request| {
+        Pending::start(vec![], vec![], |_, _, request| {
             // SAFETY: the communicator exists; the request lives until it is done.
             unsafe { ffi::MPI_Ibarrier(self.0, request) }
         })
@@ -235,7 +257,7 @@ impl Communicator {
     /// Starts to send a message to one rank.
     pub(super) fn send(self, message: Vec<u8>, to: usize) -> Started<u8> {
         let length = message.len() as c_int;
-        Pending::start(message, 0, |message, _, request| {
+        Pending::start(message, vec![], |message, _, request| {
             let of = u8::datatype();
             // SAFETY: the message has this length and lives until the request is done.
             unsafe { ffi::MPI_Isend(message.cast(), length, of, to as c_int, 0, self.0, request) }
@@ -325,8 +347,13 @@ numbers! {
     u8 = RSMPI_UINT8_T,
 }
 
+/// Where so many numbers are received.
+fn room<T: Number>(numbers: usize) -> Vec<T> {
+    vec![T::default(); numbers]
+}
+
 /// An operation that goes on while the program runs, with the memory that it reads and writes.
-pub(super) struct Pending<T: Number> {
+pub(super) struct Pending<T> {
     request: ffi::MPI_Request,
     send: Vec<T>,
     receive: Vec<T>,
@@ -334,32 +361,28 @@ pub(super) struct Pending<T: Number> {
 }
 
 // SAFETY: as of communicators; the buffers are ordinary vectors that nothing else refers to.
-unsafe impl<T: Number + Send> Send for Pending<T> {}
+unsafe impl<T: Send> Send for Pending<T> {}
 
 /// An operation that has begun, or why it could not.
 pub(super) type Started<T> = Result<Pending<T>, Failure>;
 
-impl<T: Number> Pending<T> {
-    fn new(send: Vec<T>, receive: Vec<T>) -> Self {
-        Self {
+impl<T> Pending<T> {
+    fn start(
+        send: Vec<T>,
+        receive: Vec<T>,
+        begin: impl FnOnce(*const T, *mut T, *mut ffi::MPI_Request) -> c_int,
+    ) -> Started<T> {
+        let mut pending = Self {
             // SAFETY: a constant that MPI's library defines.
             request: unsafe { ffi::RSMPI_REQUEST_NULL },
             send,
             receive,
-            done: true,
-        }
-    }
-
-    fn start(
-        send: Vec<T>,
-        received: usize,
-        begin: impl FnOnce(*const T, *mut T, *mut ffi::MPI_Request) -> c_int,
-    ) -> Started<T> {
-        let mut pending = Self::new(send, vec![T::default(); received]);
+            // Also if it fails to begin: a part of it may have begun.
+            done: false,
+        };
         let (send, receive) = (pending.send.as_ptr(), pending.receive.as_mut_ptr());
         let _serial = serial();
         check(begin(send, receive, &mut pending.request))?;
-        pending.done = false;
         Ok(pending)
     }
 
@@ -382,12 +405,32 @@ impl<T: Number> Pending<T> {
     }
 }
 
-impl<T: Number> Drop for Pending<T> {
+impl<T> Drop for Pending<T> {
     fn drop(&mut self) {
         if !self.done {
             // MPI may still read and write it.
             std::mem::forget(std::mem::take(&mut self.send));
             std::mem::forget(std::mem::take(&mut self.receive));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_memory_of_an_operation_that_fails_to_begin_is_not_used_again() {
+        let _session = Session::start().unwrap();
+        let fresh = || vec![1u8; 300];
+        let mut held = vec![];
+        let failed = Pending::start(fresh(), fresh(), |send, receive, _| {
+            held = vec![send, receive.cast_const()];
+            SUCCESS + 1
+        });
+        assert!(failed.is_err());
+        // An allocator gives what was freed last to who asks next for as much.
+        let others: Vec<_> = (0..64).map(|_| fresh()).collect();
+        assert!(others.iter().all(|other| !held.contains(&other.as_ptr())));
     }
 }
