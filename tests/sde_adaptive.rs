@@ -553,7 +553,7 @@ fn the_numbers_of_a_vector_are_rows_as_those_of_a_column_are() {
         for norm in [Norm::Batch, Norm::WorstRow] {
             for rows in [5, 40] {
                 let options = SdeOptions {
-                    steps: Steps::Adaptive(Adaptive::new(1e-3, 1e-3).norm(norm.clone())),
+                    steps: Steps::Adaptive(Adaptive::new(1e-3, 1e-3).norm(norm)),
                     ..adaptive(1e-3)
                 };
                 let column = column(rows).to_dtype(dtype).unwrap();
