@@ -444,9 +444,8 @@ pub enum Error {
         /// The least number that will do: 1, or the bytes of one state.
         needed: usize,
     },
-    /// A solve would hold more memory than there is: on Linux no more than the limit of addresses (`ulimit -v`), than
-    /// what is free of memory and swap, and than what every control group that the process is in leaves of both.  Each
-    /// rank reckons alone: of several processes on one machine, each takes what is free for its own.
+    /// A solve would hold more memory than there is: on Linux the least of the limit of addresses (`ulimit -v`), of what is
+    /// free of memory and swap, and of what the control groups leave of both.  Of several processes, each reckons alone.
     #[error("the solve needs {need} of memory, and {} can be had: keep fewer states (Checkpoint::Every, States or Bytes) or evaluations (ActivationCache::within), return fewer (Output::Final), or take fewer steps", Bytes((*available).into()))]
     OutOfMemory {
         /// What the solve would hold, by what for.

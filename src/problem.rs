@@ -24,8 +24,7 @@ use crate::time::TimeGrid;
 use crate::trajectory::Checkpoint;
 
 /// What a solve keeps from its evaluations, in addition to the states, so that the backward pass need not repeat them.
-/// It saves up to a fifth of the time of a forward and backward pass tile by tile, up to two fifths on the general path,
-/// and needs much memory.
+/// It needs much memory, and saves up to a fifth of both passes' time tile by tile, up to two fifths on the general path.
 ///
 /// If the bytes are not enough for everything, the last steps have priority over the first.  Tile by tile, for an
 /// [`nn::Mlp`](crate::nn::Mlp), the stages come first, then the hidden layers that save the most work per byte.

@@ -37,13 +37,12 @@ pub(crate) fn beside(t: f64, after: bool) -> f64 {
     }
 }
 
-/// The next number of f32 that is not before t, or not after it.
+/// The number of f32 after the one that t rounds to, or before it.
 fn on_side(t: f64, after: bool) -> f64 {
     let near = t as f32;
     let other = match after {
-        true if f64::from(near) < t => near.next_up(),
-        false if f64::from(near) > t => near.next_down(),
-        _ => near,
+        true => near.next_up(),
+        false => near.next_down(),
     };
     other.into()
 }
@@ -116,7 +115,7 @@ impl Time {
         }
     }
 
-    /// The same next to a jump, at whose side [`tensor`](Self::tensor) is, too.
+    /// The same next to a jump; in f32 [`tensor`](Self::tensor) is on its side, too, whichever number the jump rounds to.
     pub(crate) fn beside_jump(self, after: bool) -> Self {
         Self {
             after_jump: Some(after),

@@ -671,8 +671,14 @@ const LIMITED: &str = "CANDLE_DIFFEQ_TEST_LIMITED";
 
 /// Runs a test in a process of its own, which limits its memory by [`limited`].
 fn in_its_own_process(test: &str) {
+    in_its_own_process_with(test, &[]);
+}
+
+/// The same with variables of the environment.
+fn in_its_own_process_with(test: &str, set: &[(&str, &str)]) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let output = command.args(["--exact", test]).env(LIMITED, "1");
+    let output = output.envs(set.iter().copied());
     let output = output.env("RAYON_NUM_THREADS", "2").output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(
@@ -816,41 +822,67 @@ fn rows_that_fill_the_memory_stop() {
     in_its_own_process("rows_that_fill_the_memory_stop_child");
 }
 
-#[test]
-#[cfg(target_os = "linux")]
-fn returned_states_are_reckoned_once_more_where_they_are_joined_child() {
-    if !limited(384 << 20) {
-        return;
-    }
-    let calls = AtomicUsize::new(0);
+/// A solve with so many outputs of a megabyte each.
+fn of_megabytes(
+    calls: &AtomicUsize,
+    outputs: usize,
+    checkpoint: Checkpoint,
+) -> Result<Tensor, Error> {
     let field = |t: &Time, y: &Tensor| {
         calls.fetch_add(1, Ordering::SeqCst);
         decay(t, y)
     };
-    let y0 = scattered(&[1 << 17], 1.0, 1);
-    let solve = |outputs: usize, checkpoint| {
-        let times = TimeGrid::linspace(0.0, 1.0, outputs).unwrap();
-        let options = OdeOptions {
-            method: EULER,
-            checkpoint,
-            ..Default::default()
-        };
-        solution(&field, &y0, &times, &options)
+    let times = TimeGrid::linspace(0.0, 1.0, outputs)?;
+    let options = OdeOptions {
+        method: EULER,
+        checkpoint,
+        ..Default::default()
     };
-    // Each of them has its place, but not all of them joined, too.
-    assert_cannot_fit(solve(250, Checkpoint::Nothing));
-    assert_eq!(calls.load(Ordering::SeqCst), 0);
-    // Kept states are the returned ones: those and all of them joined have their place, and once more would not fit.
-    for checkpoint in [Checkpoint::All, Checkpoint::Every(1)] {
-        let states = solve(130, checkpoint).unwrap().states().clone();
-        assert_eq!(states.dims(), [130, 1 << 17]);
+    let y0 = scattered(&[1 << 17], 1.0, 1);
+    let solution = solution(&field, &y0, &times, &options)?;
+    Ok(solution.states().clone())
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn returned_states_are_reckoned_once_more_where_they_are_joined_child() {
+    if limited(384 << 20) {
+        // Each of them has its place, but not all of them joined, too.
+        let calls = AtomicUsize::new(0);
+        assert_cannot_fit(of_megabytes(&calls, 250, Checkpoint::Nothing));
+        assert_eq!(calls.load(Ordering::SeqCst), 0);
     }
 }
 
 #[test]
 #[cfg(target_os = "linux")]
+fn kept_states_are_the_returned_ones_child() {
+    if limited(384 << 20) {
+        // They and all of them joined have their place, and once more would not fit.
+        let checkpoint = match std::env::var_os(EVERY).is_some() {
+            true => Checkpoint::Every(1),
+            false => Checkpoint::All,
+        };
+        let states = of_megabytes(&AtomicUsize::new(0), 130, checkpoint).unwrap();
+        assert_eq!(states.dims(), [130, 1 << 17]);
+    }
+}
+
+/// Asks for the other plan that keeps every state.
+const EVERY: &str = "CANDLE_DIFFEQ_TEST_EVERY";
+
+#[test]
+#[cfg(target_os = "linux")]
 fn returned_states_are_reckoned_once_more_where_they_are_joined() {
     in_its_own_process("returned_states_are_reckoned_once_more_where_they_are_joined_child");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn kept_states_are_the_returned_ones() {
+    for set in [&[][..], &[(EVERY, "1")]] {
+        in_its_own_process_with("kept_states_are_the_returned_ones_child", set);
+    }
 }
 
 #[test]
