@@ -381,9 +381,9 @@ fn what_states_are_said_to_need_is_what_is_kept_of_all_that_a_step_carries() {
                     }
                 };
                 let ratio = need / will_be_kept;
-                // Every state of a tile that is kept by itself takes 64 bytes more.
+                // What is kept of a tile by itself takes 64 bytes more, where the numbers of four rows take 96.
                 assert!(
-                    (1.0 - 1e-6..=1.4).contains(&ratio),
+                    (1.0 - 1e-6..=1.7).contains(&ratio),
                     "{name} {plan:?} {fusion}: {ratio}"
                 );
                 if plan == Checkpoint::All {
