@@ -348,7 +348,7 @@ fn what_states_are_said_to_need_is_what_is_kept_of_all_that_a_step_carries() {
     for method in [HEUN, REVERSIBLE_HEUN] {
         for fusion in [true, false] {
             let mut case = case(Kind::Diagonal, method);
-            case.rows = 1 << 12;
+            case.rows = 1 << 9;
             let mut run = |steps: usize, end: f64, checkpoint: Checkpoint| {
                 let recorder = Recorder::default();
                 case.options.steps = Steps::PerInterval(steps);
@@ -361,7 +361,7 @@ fn what_states_are_said_to_need_is_what_is_kept_of_all_that_a_step_carries() {
                 ys.sum_all()?.backward()?;
                 Ok::<_, Error>(recorder.take())
             };
-            let budget = |steps: usize| Checkpoint::Bytes(steps << 15);
+            let budget = |steps: usize| Checkpoint::Bytes(steps << 13);
             for plan in [|_| Checkpoint::All, |_| Checkpoint::Every(8), budget] {
                 let kept = run(STEPS[0], ENDS[0], plan(STEPS[0])).unwrap();
                 let (name, plan) = (method.name(), plan(STEPS[1]));
