@@ -846,9 +846,9 @@ fn of_megabytes(
 #[test]
 #[cfg(target_os = "linux")]
 fn returned_states_are_reckoned_once_more_where_they_are_joined_child() {
-    if limited(384 << 20) {
+    let calls = AtomicUsize::new(0);
+    if limited_behind_threads(384 << 20) {
         // Each of them has its place, but not all of them joined, too.
-        let calls = AtomicUsize::new(0);
         assert_cannot_fit(of_megabytes(&calls, 250, Checkpoint::Nothing));
         assert_eq!(calls.load(Ordering::SeqCst), 0);
     }
@@ -857,7 +857,7 @@ fn returned_states_are_reckoned_once_more_where_they_are_joined_child() {
 #[test]
 #[cfg(target_os = "linux")]
 fn kept_states_are_the_returned_ones_child() {
-    if limited(384 << 20) {
+    if limited_behind_threads(384 << 20) {
         // They and all of them joined have their place, and once more would not fit.
         let checkpoint = match std::env::var_os(EVERY).is_some() {
             true => Checkpoint::Every(1),
@@ -866,6 +866,12 @@ fn kept_states_are_the_returned_ones_child() {
         let states = of_megabytes(&AtomicUsize::new(0), 130, checkpoint).unwrap();
         assert_eq!(states.dims(), [130, 1 << 17]);
     }
+}
+
+/// As [`limited`], once there are threads, which take addresses of their own when they begin.
+fn limited_behind_threads(bytes: u64) -> bool {
+    of_megabytes(&AtomicUsize::new(0), 2, Checkpoint::All).unwrap();
+    limited(bytes)
 }
 
 /// Asks for the other plan that keeps every state.

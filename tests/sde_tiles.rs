@@ -348,7 +348,7 @@ fn what_states_are_said_to_need_is_what_is_kept_of_all_that_a_step_carries() {
     for method in [HEUN, REVERSIBLE_HEUN] {
         for fusion in [true, false] {
             let mut case = case(Kind::Diagonal, method);
-            case.rows = 1 << 12;
+            case.rows = 1 << 9;
             let mut run = |steps: usize, end: f64, checkpoint: Checkpoint| {
                 let recorder = Recorder::default();
                 case.options.steps = Steps::PerInterval(steps);
@@ -361,7 +361,7 @@ fn what_states_are_said_to_need_is_what_is_kept_of_all_that_a_step_carries() {
                 ys.sum_all()?.backward()?;
                 Ok::<_, Error>(recorder.take())
             };
-            let budget = |steps: usize| Checkpoint::Bytes(steps << 15);
+            let budget = |steps: usize| Checkpoint::Bytes(steps << 13);
             for plan in [|_| Checkpoint::All, |_| Checkpoint::Every(8), budget] {
                 let kept = run(STEPS[0], ENDS[0], plan(STEPS[0])).unwrap();
                 let (name, plan) = (method.name(), plan(STEPS[1]));
@@ -381,9 +381,9 @@ fn what_states_are_said_to_need_is_what_is_kept_of_all_that_a_step_carries() {
                     }
                 };
                 let ratio = need / will_be_kept;
-                // Every state of a tile that is kept by itself takes 64 bytes more.
+                // What is kept of a tile by itself takes 64 bytes more, where the numbers of four rows take 96.
                 assert!(
-                    (1.0 - 1e-6..=1.4).contains(&ratio),
+                    (1.0 - 1e-6..=1.7).contains(&ratio),
                     "{name} {plan:?} {fusion}: {ratio}"
                 );
                 if plan == Checkpoint::All {
