@@ -15,30 +15,21 @@ pub(super) fn pieces(xs: &Tensor, cuts: &[usize], knots: &[f64]) -> Result<Vec<T
     let above =
         (0..channels).flat_map(|i| (i + 1..channels).map(move |j| (i * channels + j) as u32));
     let above: Vec<u32> = above.collect();
-    let rises = rises(xs, cuts, &above)?;
-    let (windows, rows, _) = rises.dims3()?;
-    let lengths: Vec<f64> = knots.windows(2).map(|knots| knots[1] - knots[0]).collect();
-    let lengths = Tensor::from_vec(lengths, (windows, 1, 1), xs.device())?;
-    let slopes = rises.broadcast_div(&lengths.to_dtype(xs.dtype())?)?;
-    let mut first = xs.narrow(1, 0, 1)?.transpose(0, 1)?;
+    let mut value = xs.narrow(1, 0, 1)?.squeeze(1)?;
     if !above.is_empty() {
-        let zeros = Tensor::zeros((1, rows, above.len()), xs.dtype(), xs.device())?;
-        first = Tensor::cat(&[&first, &zeros], 2)?;
+        let zeros = Tensor::zeros((xs.dim(0)?, above.len()), xs.dtype(), xs.device())?;
+        value = Tensor::cat(&[&value, &zeros], 1)?;
     }
-    let before = Tensor::cat(&[&first, &rises], 0)?.narrow(0, 0, windows)?;
-    unstacked(&Tensor::stack(&[&sums_so_far(before)?, &slopes], 2)?)
-}
-
-/// Σ_{j ≤ i} x_j along the first dimension, by doubling: a sum one after the other is a graph as deep as it is long.
-fn sums_so_far(x: Tensor) -> Result<Tensor> {
-    let count = x.dim(0)?;
-    let (mut sums, mut reach) = (x, 1);
-    while reach < count {
-        let further = sums.narrow(0, 0, count - reach)?;
-        sums = (&sums + further.pad_with_zeros(0, reach, 0)?)?;
-        reach *= 2;
+    let mut pieces = Vec::with_capacity(cuts.len() - 1);
+    for (rise, knots) in unstacked(&rises(xs, cuts, &above)?)?
+        .iter()
+        .zip(knots.windows(2))
+    {
+        let slope = (rise / (knots[1] - knots[0]))?;
+        pieces.push(Tensor::stack(&[&value, &slope], 1)?);
+        value = (value + rise)?;
     }
-    Ok(sums)
+    Ok(pieces)
 }
 
 /// What the path rises in every window, `(windows, rows, channels)`; `above` are the places of areas in a matrix.
