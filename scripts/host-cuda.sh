@@ -5,14 +5,17 @@
 #
 #   scripts/host-cuda.sh FOLDER && LD_LIBRARY_PATH=FOLDER/host:FOLDER/toolkit/lib cargo test --features cuda
 set -euo pipefail
+folder=$(cd "${1:?usage: scripts/host-cuda.sh FOLDER}" && pwd)
 cd "$(dirname "$0")/.."
-folder=${1:?usage: scripts/host-cuda.sh FOLDER}
 host=$folder/host
 mkdir -p "$host"
 flags=(-std=c++17 -O2 -fPIC -fvisibility=hidden -fno-strict-aliasing -w -Itests/host-cuda/include)
 
 candle=$(cargo metadata --format-version 1 --features cuda |
     python3 -c 'import json, os, sys; print(*[os.path.dirname(p["manifest_path"]) for p in json.load(sys.stdin)["packages"] if p["name"] == "candle-kernels"])')
+# Files of the registry have an old date, whatever their version.
+[ "$(cat "$host/candle" 2> /dev/null)" = "$candle" ] || rm -f "$host"/candle_*.o
+echo "$candle" > "$host/candle"
 sources=(kernels/*.cu)
 for name in affine binary cast conv fill indexing reduce ternary unary; do sources+=("$candle/src/$name.cu"); done
 

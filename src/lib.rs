@@ -229,8 +229,7 @@ pub mod metrics {
 }
 
 #[cfg(test)]
-#[path = "../tests/common/threads.rs"]
-mod threads;
+mod every_core;
 
 /// The README's example, run as a test.
 #[cfg(doctest)]

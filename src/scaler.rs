@@ -38,7 +38,7 @@ pub struct DynamicScaling {
     /// The number of backward steps without overflow after which S may be raised.  It is then raised to its target at
     /// once.  (S may always be lowered.)  Default 2.
     pub growth_interval: usize,
-    /// An overflow of λ lowers the target of S·max|λ|.  After so many backward steps without overflow the target is
+    /// An overflow of λ lowers the target of S·max|λ|.  After this number of backward steps without overflow the target is
     /// doubled again, and so on up to its first value.  An overflow of a parameter gradient lowers the target for the rest
     /// of the backward pass, because parameter gradients grow with the batch and the width, not with λ.  Default 64.
     pub recovery_interval: usize,

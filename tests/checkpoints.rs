@@ -1,8 +1,8 @@
 //! Memory plans: every plan sees the same numbers, keeps what it says, and replays no more than it
 //! must.
 
-#[path = "common/threads.rs"]
-mod threads;
+#[path = "../src/every_core.rs"]
+mod every_core;
 
 use std::sync::mpsc;
 use std::time::Duration;

@@ -1,7 +1,7 @@
 //! Solves tile by tile are the solves of the general path.
 
-#[path = "common/threads.rs"]
-mod threads;
+#[path = "../src/every_core.rs"]
+mod every_core;
 
 use candle_core::{DType, Device, IndexOp, Module, Result, Shape, Tensor, Var};
 use candle_diffeq::metrics::{Recorder, Stats};

@@ -4,8 +4,8 @@
 
 #![allow(dead_code)] // what only the command needs
 
-#[path = "common/threads.rs"]
-mod threads;
+#[path = "../src/every_core.rs"]
+mod every_core;
 
 #[path = "../examples/fuzz/bad/mod.rs"]
 mod bad;

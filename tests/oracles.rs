@@ -3,8 +3,8 @@
 //!
 //! `cargo test --test oracles`, seconds.
 
-#[path = "common/threads.rs"]
-mod threads;
+#[path = "../src/every_core.rs"]
+mod every_core;
 
 use std::path::{Path, PathBuf};
 

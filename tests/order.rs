@@ -1,7 +1,7 @@
 //! Every method converges with its order, on a problem whose field depends on time.
 
-#[path = "common/threads.rs"]
-mod threads;
+#[path = "../src/every_core.rs"]
+mod every_core;
 
 use candle_core::{Device, Tensor, D};
 use candle_diffeq::options::{Output, Steps};

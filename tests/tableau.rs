@@ -1,7 +1,7 @@
 //! Tableaux: row sums and order conditions of every constant, and what makes a tableau invalid.
 
-#[path = "common/threads.rs"]
-mod threads;
+#[path = "../src/every_core.rs"]
+mod every_core;
 
 use candle_diffeq::error::TableauDefect;
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, RK4, TSIT5};

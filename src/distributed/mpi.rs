@@ -27,8 +27,8 @@ pub struct Patience {
     /// A rank that has not answered for this long is considered dead.  Every process answers while it computes, so
     /// this need not be longer than a step; but it must be longer than a process may be suspended.  Default: 15 s.
     pub silence: Duration,
-    /// How long to wait for a rank that answers, but does not reach the operation.  A rank that has done its work waits for
-    /// those that answer without limit.  Default: one hour.
+    /// How long to wait for a rank that answers, but does not reach the operation.  A rank that has finished waits
+    /// without a time limit for the ranks that still answer.  Default: one hour.
     pub late: Duration,
 }
 

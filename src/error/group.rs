@@ -32,8 +32,8 @@ pub enum GroupDefect {
         /// How long this rank has waited.
         seconds: f64,
     },
-    /// All ranks are alive and have come to as many operations, but this one is not done.
-    #[error("every rank of the group is alive, and none is behind, but this rank has waited for {seconds:.0} s: do all ranks do the same operations, on tensors of the same device?")]
+    /// All ranks answer and have reached the same number of operations, but this operation does not end.
+    #[error("every rank of the group answers and none is behind, but this rank has waited for {seconds:.0} s: do all ranks do the same operations, on tensors of the same device?")]
     Stuck {
         /// How long this rank has waited.
         seconds: f64,

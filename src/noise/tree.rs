@@ -25,7 +25,7 @@ use crate::schedule::Step;
 ///
 /// The path over the interval is halved again and again, by the conditional law of the increment and the space-time area of
 /// each half (J. Foster, T. Lyons, H. Oberhauser, "An optimal polynomial approximation of Brownian motion", SIAM J. Numer.
-/// Anal. 58, 2020).  `depth` is how often: the finest of the 2^depth intervals have the length of the whole divided by
+/// Anal. 58, 2020).  `depth` is the number of halvings: the finest of the 2^depth intervals have the length of the whole divided by
 /// 2^depth.  One point inside a finest interval has the law that it has in Brownian motion, but two points have not, so a
 /// step must not be shorter than a finest interval.  The time of a step grows with the depth, and nothing is stored.
 ///
@@ -103,7 +103,7 @@ impl Walk {
 }
 
 impl BrownianTree {
-    /// The path of a seed, of so many halvings.  Twenty of them resolve steps of a millionth of the interval.
+    /// The path of a seed, with `depth` halvings.  A depth of 20 resolves steps of a millionth of the interval.
     ///
     /// # Errors
     /// [`SdeDefect::Depth`]: a depth above 52.

@@ -2,7 +2,8 @@
 //! that every gradient is held against: the method unrolled in candle's own autograd.
 #![allow(dead_code)] // each test binary uses a part of it
 
-mod threads;
+#[path = "../../src/every_core.rs"]
+mod every_core;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
