@@ -86,9 +86,10 @@ pub(crate) struct RowFound {
     pub(crate) slope: Vec<f64>,
 }
 
-/// Whether two times within `ends` are one: roots are found to four ulps of the larger end, and rounding adds a few.
-pub(crate) fn is_met(time: f64, other: f64, ends: [f64; 2]) -> bool {
-    (time - other).abs() <= 8.0 * f64::EPSILON * ends[0].abs().max(ends[1].abs())
+/// Whether two times of a solve whose `largest` time is this are one: roots are found to four ulps of it, and rounding adds
+/// a few.
+pub(crate) fn is_met(time: f64, other: f64, largest: f64) -> bool {
+    (time - other).abs() <= 8.0 * f64::EPSILON * largest
 }
 
 /// The sign of a number, if it has one.

@@ -92,14 +92,15 @@ fn need(problem: &Problem, steps: usize, checkpoint: Checkpoint) -> MemoryNeed {
     let kept = |states: usize, of_each: usize, numbers: u128| {
         states as u128 * of_each as u128 * (beside + numbers)
     };
-    // A state of one tensor that is kept as it was computed shares its numbers with the one that is returned.
-    let as_computed = match checkpoint {
-        _ if roles.len() > 1 => 0,
-        Checkpoint::All if problem.stores_state() => stored,
-        _ => restart,
-    };
+    // A state of one tensor that is kept as it was computed shares its numbers with the one that is returned, if every
+    // state is kept and outputs are among them.
     let outputs = problem.outputs() as u128;
-    let shared = outputs.min(as_computed as u128);
+    let shared = match checkpoint {
+        _ if roles.len() > 1 || problem.plan.is_dense() => 0,
+        Checkpoint::All if !problem.stores_state() => 0,
+        Checkpoint::All | Checkpoint::Every(1) => outputs.min(restart.max(stored) as u128),
+        _ => 0,
+    };
     MemoryNeed {
         states: kept(restart, problem.carried(), state) + kept(stored, problem.copied(), store),
         // Each by itself, and at the end all of them joined.

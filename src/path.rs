@@ -96,7 +96,9 @@ impl ControlPath {
             return Err(PathDefect::TooShort { length: 1 }.into());
         };
         let bits = knots.iter().map(|t| t.to_bits() as i64);
-        let marks = knots.iter().map(|t| i64::from(jumps.contains(t)));
+        let marks = knots
+            .iter()
+            .map(|t| i64::from(jumps.binary_search_by(|jump| jump.total_cmp(t)).is_ok()));
         let table: Vec<i64> = bits.chain(marks).collect();
         let table = Tensor::from_vec(table, (2, knots.len()), first.device())?;
         Ok(Self {

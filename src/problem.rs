@@ -456,7 +456,7 @@ impl Plan {
     }
 
     /// Whether states may be returned inside steps.
-    fn is_dense(&self) -> bool {
+    pub(crate) fn is_dense(&self) -> bool {
         self.known().is_none_or(|schedule| schedule.is_dense())
     }
 }

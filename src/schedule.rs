@@ -161,18 +161,26 @@ impl Step {
         }
     }
 
+    /// What the tensor of a time within it shows: in f32 the neighbour, inside the step, of the number that a jump at one of
+    /// its ends rounds to.
+    pub(crate) fn shown(&self, t: f64, dtype: DType) -> f64 {
+        let forward = self.h.is_sign_positive();
+        let after = match self.limits {
+            [start, _] if t == start && start != self.t => forward,
+            [_, end] if t == end && end != self.end => !forward,
+            _ => return t,
+        };
+        match (dtype, after) {
+            (DType::F32, true) => (t as f32).next_up().into(),
+            (DType::F32, false) => (t as f32).next_down().into(),
+            _ => t,
+        }
+    }
+
     /// A time within it, which knows so.
     pub(crate) fn within(&self, time: Time) -> Time {
-        let time = time.within(self.index, [self.t, self.end]);
-        let forward = self.h.is_sign_positive();
-        let [start, end] = self.limits;
-        if start != self.t && time.is_at(start) {
-            return time.beside_jump(forward);
-        }
-        if end != self.end && time.is_at(end) {
-            return time.beside_jump(!forward);
-        }
-        time
+        let shown = self.shown(time.peek(), time.kind().0);
+        time.within(self.index, [self.t, self.end]).shown_as(shown)
     }
 
     /// Whether it begins and ends at one number of this dtype.
@@ -314,7 +322,7 @@ fn is_moderate(h: f64, octaves: i32) -> bool {
 mod tests {
     use super::*;
 
-    /// As many that comparing each with each would take minutes.
+    /// So many that comparing each with each would take minutes.
     const MANY: usize = 1 << 16;
 
     fn times_of(points: &[f64], steps: &Steps, jumps: &[f64]) -> (Vec<f64>, Vec<Step>) {

@@ -56,7 +56,8 @@ pub struct Stats {
     /// Pull-backs, repeated ones included.  In each step there is one for every stage of
     /// [`Tableau::active`](crate::tableau::Tableau::active), for example for six of the seven stages of
     /// [`DOPRI5`](crate::tableau::DOPRI5).  If an output lies inside the step, there is also one for every other stage that the
-    /// interpolant reads.  `retries` are added to this.
+    /// interpolant reads.  If times have gradients, a step that ends at an output on a jump is pulled back once more.
+    /// `retries` are added to this.
     pub vjps: usize,
     /// Pull-backs repeated with a smaller adjoint scale.  Each tile has its own scale (each row, if it has its own steps)
     /// and repeats its own pull-backs.  This number is the sum over all tiles, and may differ from the number for a batch that has one common scale.

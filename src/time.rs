@@ -37,16 +37,6 @@ pub(crate) fn beside(t: f64, after: bool) -> f64 {
     }
 }
 
-/// The number of f32 after the one that t rounds to, or before it.
-fn on_side(t: f64, after: bool) -> f64 {
-    let near = t as f32;
-    let other = match after {
-        true => near.next_up(),
-        false => near.next_down(),
-    };
-    other.into()
-}
-
 /// The time at which a field is evaluated.
 #[derive(Debug)]
 pub struct Time {
@@ -56,8 +46,8 @@ pub struct Time {
     differentiable: bool,
     /// The step of the solve: its number, and its start and end.
     step: Option<(usize, [f64; 2])>,
-    /// If it is next to a jump of the field: whether it is after it.
-    after_jump: Option<bool>,
+    /// The number that the tensor shows, before it is rounded to `dtype`.
+    shown_as: f64,
     tensor: OnceCell<Tensor>,
     /// Whether the field asked for the value.
     read: Cell<bool>,
@@ -74,7 +64,7 @@ impl Time {
             device: device.clone(),
             differentiable: false,
             step: None,
-            after_jump: None,
+            shown_as: t,
             tensor: OnceCell::new(),
             read: Cell::new(false),
             shown: Cell::new(false),
@@ -115,17 +105,23 @@ impl Time {
         }
     }
 
-    /// The same next to a jump; in f32 [`tensor`](Self::tensor) is on its side, too, whichever number the jump rounds to.
-    pub(crate) fn beside_jump(self, after: bool) -> Self {
+    /// The same, with a tensor that shows another number, as [`Step::shown`](crate::schedule::Step::shown) says.
+    pub(crate) fn shown_as(self, shown_as: f64) -> Self {
+        Self { shown_as, ..self }
+    }
+
+    /// The same time with a tensor that candle tracks.
+    pub(crate) fn tracked(&self) -> Self {
         Self {
-            after_jump: Some(after),
-            ..self
+            step: self.step,
+            shown_as: self.shown_as,
+            ..Self::differentiable(self.value, self.dtype, &self.device)
         }
     }
 
-    /// Whether it is t.
-    pub(crate) fn is_at(&self, t: f64) -> bool {
-        self.value == t
+    /// The number that the tensor shows.
+    pub(crate) fn peek_shown(&self) -> f64 {
+        self.shown_as
     }
 
     /// Start and end of the step that the field is evaluated in, in the direction of the solve; `None` outside a
@@ -180,7 +176,8 @@ impl Time {
     /// t as a 0-d tensor in **state** dtype, tracked when time gradients are wanted.  If the
     /// field runs in low precision, compute coefficients from this tensor first, and cast the coefficients, not t.
     ///
-    /// It is t rounded to that dtype, in which neighbouring numbers have a distance: in f32, 2⁻²³ near 1 and 8
+    /// It is t rounded to that dtype; at a jump of the field, where the solve goes step by step over the whole batch, it is the
+    /// neighbour of that number on the side of the step.  Neighbouring numbers of the dtype have a distance: in f32, 2⁻²³ near 1 and 8
     /// near 10⁸.  If the start and the end of a step round to the same number and the field asks for this
     /// tensor, the solve returns [`Error::TimeUnresolved`], because time would not change for the field.  Stages
     /// inside a step may round to the same number; this is ordinary rounding of t.
@@ -200,11 +197,7 @@ impl Time {
         if let Some(tensor) = self.tensor.get() {
             return Ok(tensor.clone());
         }
-        let t = match (self.after_jump, self.dtype) {
-            (Some(after), DType::F32) => on_side(self.value, after),
-            _ => self.value,
-        };
-        let tensor = Tensor::new(t, &self.device)?.to_dtype(self.dtype)?;
+        let tensor = Tensor::new(self.shown_as, &self.device)?.to_dtype(self.dtype)?;
         let tensor = if self.differentiable {
             Var::from_tensor(&tensor)?.into_inner()
         } else {

@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_diffeq::metrics::Recorder;
-use candle_diffeq::options::{Adaptive, Steps};
+use candle_diffeq::options::{Adaptive, AdjointSolve, Gradient, Steps};
 use candle_diffeq::sde::{sdeint, stratonovich, BrownianTree, Noise, SdeOptions, HEUN};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, RK4};
 use candle_diffeq::{odeint, predict, OdeOptions, Time, VectorField};
@@ -258,5 +258,45 @@ fn the_tensor_of_a_time_in_f32_is_on_the_side_of_the_step_too() {
                 assert_eq!(recorder.take().rejected, 0, "{at} {times:?}");
             }
         }
+    }
+}
+
+#[test]
+fn continuous_adjoints_in_f32_take_as_many_evaluations_at_a_jump_as_in_f64() {
+    let at = 0.3f64;
+    let field = move |t: &Time, y: &Tensor| {
+        let is_after = t.tensor()?.ge(at)?.to_dtype(y.dtype())?;
+        y.broadcast_mul(&((is_after * 2.0)? - 0.5)?)
+    };
+    let solve = AdjointSolve::new();
+    for gradient in [
+        Gradient::Backsolve(solve.clone()),
+        Gradient::Interpolated(solve.clone()),
+        Gradient::Quadrature(solve),
+    ] {
+        let of = |dtype| {
+            let recorder = Recorder::default();
+            let options = OdeOptions {
+                method: DOPRI5,
+                steps: Steps::Adaptive(Adaptive::new(1e-4, 1e-4).jump_t([at])),
+                gradient: gradient.clone(),
+                recorder: Some(recorder.clone()),
+                ..Default::default()
+            };
+            let t = Var::new(&[0.0f64, 1.6], &Device::Cpu).unwrap();
+            let y0 = Tensor::ones(1, dtype, &Device::Cpu).unwrap();
+            let y0 = Var::from_tensor(&y0).unwrap();
+            let ys = odeint(field, y0.as_tensor(), &t, &options).unwrap();
+            let grads = ys.get(1).unwrap().sum_all().unwrap().backward().unwrap();
+            let exact = (1.5 * (1.6 - at) - 0.5 * at).exp();
+            let error = values(grads.get(&y0).unwrap())[0] - exact;
+            assert!(
+                error.abs() < 2e-3 * exact,
+                "{gradient:?} {dtype:?}: {error:e}"
+            );
+            recorder.take().backward.evaluations
+        };
+        let (single, double) = (of(DType::F32), of(DType::F64));
+        assert!(single <= double + 6, "{gradient:?}: {single} {double}");
     }
 }

@@ -442,6 +442,14 @@ fn what_would_have_another_limit_is_refused_with_the_reason() {
     };
     assert!(is_coupled(Box::new(later), &[0.5, 0.2, -0.1]));
     assert!(!is_coupled(Box::new(spread), &[0.5, 0.2, -0.1]));
+    // Numbers for which the diffusion has no value are not moved to.
+    let bounded = |_: &Time, y: &Tensor| (y * (1.0 - y)?)?.sqrt();
+    assert!(!is_coupled(Box::new(bounded), &[0.9, 0.9, 0.1]));
+    let bounded_and_coupled = |_: &Time, y: &Tensor| {
+        let next = Tensor::cat(&[&y.narrow(1, 1, 2)?, &y.narrow(1, 0, 1)?], 1)?;
+        ((y * (1.0 - y)?)?.sqrt()? * next)? + 0.1
+    };
+    assert!(is_coupled(Box::new(bounded_and_coupled), &[0.9, 0.9, 0.1]));
     let vars = candle_nn::VarMap::new();
     let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
     let net = Mlp::new(&[3, 8, 3], Activation::Tanh, vb).unwrap();

@@ -140,7 +140,7 @@ fn mnist(group: &dyn Group, rows: usize, seed: u64) -> Result<Step<'_>> {
     let (mut rng, device) = (generator(seed), Device::Cpu);
     let network = Network::new(layout, Dtype::F32, &device, &Recorder::default(), &mut rng)?;
     let data = Data::stand_in(&mut rng).training;
-    let indices: Vec<usize> = (0..rows).map(|i| i % data.len()).collect();
+    let indices: Vec<usize> = (0..rows).map(|i| i % data.count()).collect();
     let mine = share(group, rows);
     let shifts = shifts(mine.len(), 0, &mut rng);
     let (images, labels) = data.batch(&indices[mine.clone()], &shifts, &device)?;

@@ -253,9 +253,9 @@ fn targets(
     for target in all {
         let wanted = is_wanted(&target);
         match once.last_mut() {
-            Some((before, is_wanted)) if coincide(before.t, target.t) => {
+            Some((before, wanted_before)) if coincide(before.t, target.t) => {
                 before.jumps |= target.jumps;
-                *is_wanted |= wanted;
+                *wanted_before |= wanted;
                 if target.given.is_some() {
                     // The user's own time, to the bit.
                     (before.t, before.given) = (target.t, target.given);
@@ -264,7 +264,7 @@ fn targets(
             _ => once.push((target, wanted)),
         }
     }
-    let wanted = once.into_iter().filter(|(_, is_wanted)| *is_wanted);
+    let wanted = once.into_iter().filter(|(_, wanted)| *wanted);
     Ok(wanted.map(|(target, _)| target).collect())
 }
 
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn steps_end_once_at_each_of_very_many_times() {
-        // As many that comparing each with each would take minutes.
+        // So many that comparing each with each would take minutes.
         const MANY: usize = 1 << 17;
         let options = Adaptive::new(1e-3, 1e-3).step_on_outputs(true);
         let whole: Vec<_> = (0..=MANY).map(|n| n as f64).collect();

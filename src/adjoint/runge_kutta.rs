@@ -135,7 +135,10 @@ impl Sweep<'_> {
         let mut own = Sums {
             theta: self.accumulator()?,
             times: TimeGradients::new(self.times),
-            scaler: sums.scaler.aimed(self.magnitude(&adj, &nothing)?),
+            scaler: match sums.scaler.is_dynamic() {
+                true => sums.scaler.aimed(self.magnitude(&adj, &nothing)?),
+                false => sums.scaler,
+            },
             after: None,
         };
         let seeds = StageSeeds {

@@ -53,13 +53,12 @@ pub(super) fn linearised<'a>(
         }
     }
     let own;
-    let time = match (wants.t, t.peek_step()) {
-        (true, Some((step, interval))) => {
-            let (dtype, device) = t.kind();
-            own = Time::differentiable(t.peek(), dtype, &device).within(step, interval);
+    let time = match wants.t && t.peek_step().is_some() {
+        true => {
+            own = t.tracked();
             &own
         }
-        _ => t,
+        false => t,
     };
     let (k, pull) = field.vjp(time, y)?;
     if time.was_shown() {

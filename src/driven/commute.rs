@@ -11,6 +11,39 @@ use crate::field::Field;
 use crate::schedule::Step;
 
 impl Driven {
+    /// A state beside y, of which every number is larger than that of y, or smaller where the diffusion is not finite
+    /// otherwise, or the same; the diffusion there, and how many evaluations that took.
+    fn beside(
+        &self,
+        field: &Field<'_>,
+        step: Step,
+        y: &[Tensor],
+    ) -> Result<(Vec<Tensor>, Vec<Tensor>, usize)> {
+        let moved = |side: f64| {
+            let each = y.iter().map(|y| y + (by(y)? * side)?);
+            each.collect::<candle_core::Result<Vec<_>>>()
+        };
+        let (mut base, mut evaluations) = (moved(1.0)?, 0);
+        let mut others = [-1.0, 0.0].into_iter();
+        loop {
+            let evaluated = self.start(field, step, &base)?;
+            evaluations += evaluated.len();
+            let values = diffusion(&evaluated).unwrap_or_default().to_vec();
+            let kept = values.iter().map(is_finite);
+            let kept = kept.collect::<candle_core::Result<Vec<_>>>()?;
+            let mut is_lost = false;
+            for kept in &kept {
+                is_lost |= kept.min_all()?.to_scalar::<u8>()? == 0;
+            }
+            let Some(side) = others.next().filter(|_| is_lost) else {
+                return Ok((base, values, evaluations));
+            };
+            for ((base, other), kept) in base.iter_mut().zip(moved(side)?).zip(kept) {
+                *base = kept.where_cond(base, &other)?;
+            }
+        }
+    }
+
     /// Refuses diagonal noise whose diffusion of one component changes with another component that has noise.  `steps` are
     /// the first and the last step, `start` are the evaluations at y in the first; returns how many more were made.
     ///
@@ -37,16 +70,11 @@ impl Driven {
         };
         let widths: Vec<usize> = values.iter().map(width).collect();
         let components: usize = widths.iter().sum();
-        let by = |y: &Tensor| (y.abs()? + 1.0)? * 0.25;
-        let base = y.iter().map(|y| y + by(y)?);
-        let base = base.collect::<candle_core::Result<Vec<_>>>()?;
-        let mut evaluations = 0;
-        let mut there = vec![];
-        for step in steps {
-            let evaluated = self.start(field, step, &base)?;
-            evaluations += evaluated.len();
-            there.push(diffusion(&evaluated).unwrap_or_default().to_vec());
-        }
+        let (base, values_there, mut evaluations) = self.beside(field, steps[0], y)?;
+        let at_end = self.start(field, steps[1], &base)?;
+        evaluations += at_end.len();
+        let at_end = diffusion(&at_end).unwrap_or_default().to_vec();
+        let there = [values_there, at_end];
         let mut noisy = vec![];
         for (leaf, here) in values.iter().enumerate() {
             let mut any = here.ne(0.0)?;
@@ -76,7 +104,7 @@ impl Driven {
                     for (leaf, ((then, now), others)) in all.enumerate() {
                         // Selected, not multiplied: what was moved may have left the domain of its own diffusion.
                         let change = (now - then)?.abs()?.to_dtype(DType::F64)?;
-                        let others = others.broadcast_as(change.shape())?;
+                        let others = (others.broadcast_as(change.shape())? * is_finite(then)?)?;
                         let change = others.where_cond(&change, &change.zeros_like()?)?;
                         let change = change.sum_all()?.to_scalar::<f64>()?;
                         if change > 0.0 || change.is_nan() {
@@ -88,6 +116,16 @@ impl Driven {
         }
         Ok(evaluations)
     }
+}
+
+/// A quarter of the size of every number.
+fn by(y: &Tensor) -> candle_core::Result<Tensor> {
+    (y.abs()? + 1.0)? * 0.25
+}
+
+/// One where a number is finite, otherwise zero.
+fn is_finite(x: &Tensor) -> candle_core::Result<Tensor> {
+    (x - x)?.eq(0.0)
 }
 
 /// The first values of the diffusion.

@@ -76,8 +76,8 @@ where
     }
 
     /// The states at `times`, and the jumps between them.  Events at one time all occur, except at the last of `times`,
-    /// where the first of them ends the solve.  At the time of a jump (up to eight units of the last
-    /// place), the state is the state before the jump.
+    /// where the first of them ends the solve.  At the time of a jump, the state is the state before the
+    /// jump; times are the same up to eight roundings of the largest time since the jump before.
     ///
     /// # Errors
     /// As [`odeint_event`](super::odeint_event), of the jump, and [`EventDefect::TooMany`].
@@ -137,7 +137,7 @@ where
             // Times that are behind that of the jump only by rounding have the state before it, too.
             while points
                 .get(done)
-                .is_some_and(|&next| is_met(next, t, origin.ends))
+                .is_some_and(|&next| is_met(next, t, origin.largest))
             {
                 let leaves = before.y.leaves();
                 let state = leaves.iter().map(|y| y.unsqueeze(0));

@@ -13,8 +13,8 @@ use crate::time::Time;
 pub(super) struct Crossing {
     pub(super) event: usize,
     pub(super) t: f64,
-    /// The start of the solve and the end of the step in which it was found.
-    ends: [f64; 2],
+    /// The largest time from the start of the solve to the step in which it was found.
+    largest: f64,
     /// How fast its function changes in the step on average.
     pub(super) speed: f64,
     /// ṗ there.
@@ -30,8 +30,8 @@ pub(super) struct Origin {
     pub(super) fired: Vec<usize>,
     /// Events that occurred at the same time and were not reached: their number, and the sign that they had before.
     pub(super) together: Vec<(usize, f64)>,
-    /// The start of the solve that the event ended and the end of the step in which it was found: how exact its time is.
-    pub(super) ends: [f64; 2],
+    /// The largest time from the start of the solve to the event that ended it, whose rounding is that of the event.
+    pub(super) largest: f64,
 }
 
 /// The search for all crossings of a solve.
@@ -70,27 +70,20 @@ impl<'a, S: State> Search<'a, S> {
 
     /// What a solve from the end of this one has to know, if an event has ended it.
     pub(super) fn origin(&self) -> Origin {
-        let (mut fired, mut ends) = (vec![], [0.0; 2]);
+        let (mut fired, mut largest) = (vec![], 0.0);
         if let Some(last) = self.found.last().filter(|f| self.events[f.event].terminal) {
             fired.push(last.event);
-            ends = last.ends;
-            let size = |ends: &[f64; 2]| ends[0].abs().max(ends[1].abs());
-            let larger = match size(&self.origin.ends) > size(&ends) {
-                true => self.origin.ends,
-                false => ends,
-            };
-            if self
-                .begun
-                .is_some_and(|start| is_met(start, last.t, larger))
-            {
+            largest = last.largest;
+            let both = self.origin.largest.max(largest);
+            if self.begun.is_some_and(|start| is_met(start, last.t, both)) {
                 fired.extend(&self.origin.fired);
-                ends = larger;
+                largest = both;
             }
         }
         Origin {
             fired,
             together: self.together.clone(),
-            ends,
+            largest,
         }
     }
 
@@ -156,7 +149,7 @@ impl<S: State> Observer for Search<'_, S> {
             let (end, step) = (inside.time(end.x), inside.step());
             let is_left = |crossing: &&(Place, usize)| {
                 let (place, event) = crossing;
-                let at_end = is_met(inside.time(place.x), end, [step.t, step.end]);
+                let at_end = is_met(inside.time(place.x), end, step.t.abs().max(step.end.abs()));
                 at_end && event != fired && !found.contains(crossing)
             };
             let left = all.iter().filter(is_left);
@@ -169,7 +162,10 @@ impl<S: State> Observer for Search<'_, S> {
             self.found.push(Crossing {
                 event,
                 t: inside.time(x),
-                ends: [self.begun.unwrap_or(inside.step().t), inside.step().end],
+                largest: {
+                    let start = self.begun.unwrap_or(inside.step().t);
+                    start.abs().max(inside.step().end.abs())
+                },
                 speed,
                 slope: inside.slope(x)?,
                 row: returned + before + wanted.at.len(),

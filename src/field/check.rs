@@ -141,6 +141,7 @@ fn own_variables(field: &Field<'_>, t: &Time, y: &[Tensor]) -> Result<Vec<Tensor
 #[derive(Clone, Debug)]
 pub(crate) struct Point {
     pub(crate) t: f64,
+    shown_as: f64,
     step: Option<(usize, [f64; 2])>,
     pub(crate) y: Vec<Tensor>,
 }
@@ -150,6 +151,7 @@ impl Point {
     pub(crate) fn of(t: &Time, y: &[Tensor]) -> Self {
         Self {
             t: t.peek(),
+            shown_as: t.peek_shown(),
             step: t.peek_step(),
             y: y.iter().map(Tensor::detach).collect(),
         }
@@ -161,6 +163,10 @@ impl Point {
     }
 
     fn placed(&self, time: Time) -> Time {
+        let time = match time.peek() == self.t {
+            true => time.shown_as(self.shown_as),
+            false => time,
+        };
         match self.step {
             Some((step, interval)) => time.within(step, interval),
             None => time,

@@ -12,13 +12,14 @@ use super::kept::{Kept, Last};
 use super::Forward;
 use crate::adaptive::{Attempt, Control, Pace, Verdict};
 use crate::driven::{Attempted, Driven, Evaluated, NoiseType, Part};
-use crate::error::{Error, Result, StopReason};
+use crate::error::{Error, Result, SdeDefect, StopReason};
 use crate::field::Field;
 use crate::ops;
 use crate::ops::ratio::row_rms;
 use crate::problem::Problem;
 use crate::schedule::Step;
 use crate::stats::Stats;
+use crate::time::coincide;
 
 /// The first attempt is the interval divided by this number, unless the user says otherwise, a jump or the longest step is
 /// shorter, or the noise does not resolve it.
@@ -35,9 +36,14 @@ pub(super) fn pass(
 ) -> Result<Forward> {
     let y = driven.begin(y0);
     let of = (problem, control);
+    let finest = driven.drive.noise.finest(driven.span);
+    let points = problem.grid.points();
+    if let Some(w) = points.windows(2).find(|w| coincide(w[0], w[1])) {
+        let (t, h) = (w[0], w[1] - w[0]);
+        return Err(Error::Sde(SdeDefect::TreeTooCoarse { t, h, finest }));
+    }
     let [start, end] = driven.span;
     let hundredth = (end - start) / FIRST;
-    let finest = driven.drive.noise.finest(driven.span);
     let first = hundredth.min(control.longest()).max(finest);
     let mut pass = DrivenPass {
         kept: Kept::from(of, (&y, driven.carried_roles()), false, keep)?,
@@ -163,13 +169,26 @@ impl DrivenPass<'_> {
             }
         }
         if step.index == 0 {
-            let end = self.control.targets.last().map_or(step.end, |end| end.t);
-            let last = Step::free(step.index, end - step.h, step.h, end);
+            let last = self.last(step);
             let (field, y, start) = (self.field, &self.y, &self.start);
             self.evaluations += self.driven.check_commuting(field, [step, last], y, start)?;
         }
         self.floor = self.floor_terms()?;
         Ok(())
+    }
+
+    /// A step of the length of the first at the end of the solve, or one from the last jump if that is shorter.
+    fn last(&self, first: Step) -> Step {
+        let Some((end, before)) = self.control.targets.split_last() else {
+            return first;
+        };
+        let jump = before.iter().rev().find(|target| target.jumps);
+        let start = end.t - first.h;
+        let (start, jumps) = match jump {
+            Some(jump) if jump.t >= start => (jump.t, true),
+            _ => (start, false),
+        };
+        Step::free(first.index, start, end.t - start, end.t).between_jumps([jumps, end.jumps])
     }
 
     fn attempt(&mut self, step: Step) -> Result<Attempted> {

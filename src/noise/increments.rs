@@ -55,7 +55,8 @@ impl Increments {
 
     /// The same, of which a solve reads copies.
     pub(crate) fn copied(self) -> Result<Self> {
-        let copy = |x: &Tensor| x.detach().copy();
+        // Of a view alone, not of all that it is a part of.
+        let copy = |x: &Tensor| x.detach().force_contiguous();
         let copies = (copy(&self.w)?, self.u.as_ref().map(copy).transpose()?);
         Ok(Self {
             copies: Some(copies),

@@ -82,7 +82,7 @@ impl Observations {
             return Err(PathDefect::Decreasing { start, end }.into());
         }
         let xs = match xs.dtype() {
-            DType::F32 | DType::F64 => xs.copy()?,
+            DType::F32 | DType::F64 => xs.force_contiguous()?,
             DType::F16 | DType::BF16 => xs.to_dtype(DType::F32)?,
             dtype => return Err(PathDefect::Dtype { dtype }.into()),
         };

@@ -56,7 +56,8 @@ impl Recorded {
         if !is_still {
             nodes.push(last);
         }
-        let follows = |w: &[f64]| w[0] != w[1] && (w[0] < w[1]) == forward;
+        // Of NaN nothing is true.
+        let follows = |w: &[f64]| (w[0] < w[1] && forward) || (w[0] > w[1] && !forward);
         if let Some(index) = nodes.windows(2).position(|w| is_still || !follows(w)) {
             return Err(Error::StepTimes {
                 t0: nodes[index],

@@ -39,7 +39,13 @@ impl Fixture {
 
     /// Shows a step, and the number of its first look.
     pub(crate) fn show(&self, scheme: &Scheme, step: Step, look: u32) -> Result<()> {
-        let times: Vec<_> = scheme.tableau.c().iter().map(|&c| step.at(c)).collect();
+        let dtype = scheme.roles[0].state;
+        let times = scheme
+            .tableau
+            .c()
+            .iter()
+            .map(|&c| step.shown(step.at(c), dtype));
+        let times: Vec<_> = times.collect();
         self.clock.tick(step.h, &times, look, step.index)
     }
 }
