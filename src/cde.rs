@@ -162,6 +162,7 @@ impl NeuralCde {
     }
 
     /// Another method.
+    #[must_use]
     pub fn method(self, method: Tableau) -> Self {
         Self {
             field: self.field.method(method),
@@ -170,6 +171,7 @@ impl NeuralCde {
     }
 
     /// Other dtype roles.
+    #[must_use]
     pub fn precision(self, precision: Precision) -> Self {
         Self {
             field: self.field.precision(precision),
@@ -178,6 +180,7 @@ impl NeuralCde {
     }
 
     /// All options at once; they replace a method and a precision set before.
+    #[must_use]
     pub fn options(self, options: OdeOptions) -> Self {
         Self {
             field: self.field.options(options),

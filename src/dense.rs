@@ -79,7 +79,7 @@ impl Observer for All {
 }
 
 /// Solves y' = f(t, y) from y0 over the interval between the first and the last of `times`, with adaptive steps.
-/// Other times in `times` are not used.
+/// Other times in `times` and [`OdeOptions::output`] are not used: [`DenseSolution::at`] is asked for states.
 ///
 /// ```
 /// use candle_core::{Device, Var};
@@ -228,7 +228,9 @@ impl<S: State> DenseSolution<S> {
         if let Some(&t) = times.iter().find(is_outside) {
             return Err(Error::Adaptive(AdaptiveDefect::Outside { t, from, to }));
         }
-        let all = vec![&self.y0; times.len()];
+        // A copy: the user's own may be written.
+        let y0 = self.y0.force_contiguous()?;
+        let all = vec![&y0; times.len()];
         let packing = &self.problem.packing;
         let states =
             Tensor::stack(&all, 0)?.reshape([vec![times.len()], packing.joined()].concat())?;

@@ -4,7 +4,7 @@
 use candle_core::{DType, Shape, Tensor, D};
 use candle_nn::loss::cross_entropy;
 
-use crate::error::{LossDefect, Result};
+use crate::error::{Error, LossDefect, Result};
 use crate::problem::Problem;
 use crate::rows::{Grade, RowGrade, RowsOf};
 use crate::schedule::Output;
@@ -41,11 +41,18 @@ impl RowLoss {
         let leaves = states.leaves();
         let shapes: Vec<_> = leaves.iter().map(|y| y.dims().to_vec()).collect();
         self.fits(&shapes)?;
-        let first = &leaves[0];
-        match self {
-            Self::MeanSquaredError(target) => Ok((first - target.to_dtype(first.dtype())?)?
-                .sqr()?
-                .mean_all()?),
+        // Sums of low precision are made in f32.
+        let dtype = leaves[0].dtype();
+        let first = &match dtype {
+            DType::F16 | DType::BF16 => leaves[0].to_dtype(DType::F32)?,
+            _ => leaves[0].clone(),
+        };
+        let loss: Tensor = match self {
+            Self::MeanSquaredError(target) => Ok::<_, Error>(
+                (first - target.to_dtype(first.dtype())?)?
+                    .sqr()?
+                    .mean_all()?,
+            ),
             Self::GaussianNll => {
                 let features = first.dim(D::Minus1)?;
                 let rows = first.elem_count() / features.max(1);
@@ -61,7 +68,8 @@ impl RowLoss {
                 self.classes(first.dim(1)?)?;
                 Ok(cross_entropy(first, classes)?)
             }
-        }
+        }?;
+        Ok(loss.to_dtype(dtype)?)
     }
 
     /// The classes, where it has some, all below their number.  candle takes the largest u32 for a row

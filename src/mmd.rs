@@ -49,14 +49,18 @@ pub fn mmd(x: &Tensor, y: &Tensor, bandwidth: f64) -> Result<f64> {
             return Ok(f64::NAN);
         }
     }
-    // Around zero: differences of the squares of large numbers have no digits.  A few rows that
-    // are far away do not move the medians.
-    let middle = medians(&x)?;
-    let (x, y) = (x.broadcast_sub(&middle)?, y.broadcast_sub(&middle)?);
     let c = -0.5 / (bandwidth * bandwidth);
     let (n, m) = (n as f64, m as f64);
-    let within = |s: &Tensor, n: f64| Ok::<_, Error>(kernel_sum(s, s, c, true)? / (n * (n - 1.0)));
-    Ok(within(&x, n)? + within(&y, m)? - 2.0 * kernel_sum(&x, &y, c, false)? / (n * m))
+    // Around zero: differences of the squares of large numbers have no digits.  A few rows that
+    // are far away do not move the medians.
+    let within = |s: &Tensor, n: f64| {
+        let s = s.broadcast_sub(&medians(s)?)?;
+        Ok::<_, Error>(kernel_sum(&s, &s, c, true)? / (n * (n - 1.0)))
+    };
+    let (within_x, within_y) = (within(&x, n)?, within(&y, m)?);
+    let middle = medians(&x)?;
+    let (x, y) = (x.broadcast_sub(&middle)?, y.broadcast_sub(&middle)?);
+    Ok(within_x + within_y - 2.0 * kernel_sum(&x, &y, c, false)? / (n * m))
 }
 
 fn samples(x: &Tensor, y: &Tensor) -> Error {
@@ -86,6 +90,10 @@ fn kernel_sum(x: &Tensor, y: &Tensor, c: f64, others: bool) -> Result<f64> {
         let rows = x.narrow(0, from, BLOCK.min(x.dim(0)? - from))?;
         let norms = rows.sqr()?.sum_keepdim(1)?.broadcast_add(&y_norms)?;
         let distances = (norms - (rows.matmul(&yt)? * 2.0)?)?;
+        // Of points so far away that their squares overflow nothing is left.
+        let is_known = distances.eq(&distances)?;
+        let far = (distances.ones_like()? * f64::INFINITY)?;
+        let distances = is_known.where_cond(&distances, &far)?;
         // Below zero by rounding only, where the points are the same.
         let mut kernel = (distances.relu()? * c)?.exp()?;
         if others {

@@ -330,12 +330,14 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
     }
 
     /// Another method.
+    #[must_use]
     pub fn method(mut self, method: Tableau) -> Self {
         self.options.method = method;
         self
     }
 
     /// Other dtype roles.
+    #[must_use]
     pub fn precision(mut self, precision: Precision) -> Self {
         self.options.precision = Some(precision);
         self
@@ -348,6 +350,7 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
     }
 
     /// All options at once; they replace a method and a precision set before.
+    #[must_use]
     pub fn options(mut self, options: OdeOptions) -> Self {
         self.options = options;
         self
@@ -366,7 +369,9 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
             }
             self.frozen.push((*name).to_owned());
         }
-        self.packable = None;
+        if !names.is_empty() {
+            self.packable = None;
+        }
         Ok(self)
     }
 

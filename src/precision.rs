@@ -88,12 +88,14 @@ impl Precision {
 
     /// Another dtype for the kept trajectory: `store(BF16)` halves its memory.  The point at which the adjoint
     /// linearises then has an error of one rounding.
+    #[must_use]
     pub const fn store(mut self, store: DType) -> Self {
         self.store = store;
         self
     }
 
     /// Another [`Arithmetic`].
+    #[must_use]
     pub const fn arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.arithmetic = arithmetic;
         self
@@ -135,6 +137,7 @@ impl Precision {
     /// assert!(error(Precision::f32())? > 1e-5);
     /// # Ok::<(), candle_diffeq::Error>(())
     /// ```
+    #[must_use]
     pub const fn compensated(mut self) -> Self {
         self.compensated = true;
         self

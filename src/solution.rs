@@ -6,14 +6,15 @@ use candle_core::backprop::GradStore;
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
-use crate::field::Field;
+use crate::field::{Field, VectorField};
 use crate::integrate::Forward;
-use crate::parameters::Theta;
+use crate::parameters::{Observed, Theta};
 use crate::passes::adjoint;
 use crate::problem::{Plan, Problem};
 use crate::reverse::{Backward, Reversible};
 use crate::schedule::Output;
 use crate::state::State;
+use crate::time::Time;
 
 /// A solve without a graph: the states, and what its backward pass needs.
 pub struct Solution<'f, S> {
@@ -60,10 +61,36 @@ impl<'f, S: State> Solution<'f, S> {
         }
     }
 
+    /// Makes sure, at one of the states, that candle sees how the velocity depends on the state.
+    fn check_connected(&self) -> Result<()> {
+        let problem = &self.problem;
+        if !self.field.is_traced() || self.field.parameters().is_some() || problem.is_empty() {
+            return Ok(());
+        }
+        let (Some(&t), Some(last)) = (self.times().last(), self.times().len().checked_sub(1))
+        else {
+            return Ok(());
+        };
+        let roles = &problem.scheme.roles;
+        let states = self.states.leaves();
+        let y = states.iter().zip(roles).map(|(y, roles)| {
+            let y = match problem.output {
+                Output::Final => y.clone(),
+                Output::All | Output::Steps => y.get(last)?,
+            };
+            roles.compute.round(&y)
+        });
+        let y = y.collect::<Result<Vec<_>>>()?;
+        let t = Time::new(t, problem.state(), problem.device());
+        let observed = Observed::closure(&*self.field, true).solving(problem, 0, false);
+        observed.velocity(&t, &y)?;
+        Ok(())
+    }
+
     /// Gradients of L where `cotangent` = ∂L/∂[`states`](Self::states), of their shapes.
     ///
     /// # Errors
-    /// [`Error::TrackedCotangent`], [`Error::CotangentShape`], [`Error::DeviceMismatch`],
+    /// [`Error::TrackedCotangent`], [`Error::CotangentShape`], [`Error::DeviceMismatch`], [`Error::UntrackedVelocity`],
     /// [`Error::NothingKept`], those of the field, and those of an overflow: here the policy is the
     /// caller's, so they are always returned.
     pub fn vjp(&self, cotangent: &S) -> Result<Gradients<S>> {
@@ -95,6 +122,7 @@ impl<'f, S: State> Solution<'f, S> {
                 .to_dtype(problem.state())
         });
         let packed = Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 1)?;
+        self.check_connected()?;
         let back = Backward {
             problem,
             field: &*self.field,

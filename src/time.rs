@@ -98,6 +98,7 @@ impl Time {
 
     /// Marks this time as that of a stage of step number `step` of a solve; the step goes from `interval[0]` to
     /// `interval[1]`.  A solve passes such times to the field; use this in tests of fields that read the step.
+    #[must_use]
     pub fn within(self, step: usize, interval: [f64; 2]) -> Self {
         Self {
             step: Some((step, interval)),

@@ -1057,6 +1057,15 @@ fn a_state_tensor_whose_velocity_is_untracked_is_refused() {
     let run = || odeint(field, &y0, &[0.25, 1.0], &method(&EULER, 1));
     let got = unchanged(&[&q, &p], || error(run()));
     assert_is(got, Error::UntrackedVelocity { t: 0.25 });
+    // Without a graph the gradient is asked for later, and nothing is refused before.
+    let solution = solution(&field, &y0, &[0.25, 1.0], &method(&EULER, 1)).unwrap();
+    let pulled = solution.vjp(solution.states());
+    assert_is(error(pulled), Error::UntrackedVelocity { t: 1.0 });
+    // Two tensors of which one does not read the other are no fault.
+    let separate = |_: &Time, (q, p): &(Tensor, Tensor)| Ok((q.neg()?, p.neg()?));
+    let solution =
+        candle_diffeq::solution(&separate, &y0, &[0.0, 1.0], &method(&EULER, 1)).unwrap();
+    solution.vjp(solution.states()).unwrap();
 }
 
 /// f(y) = w y of two captured numbers, solved in f64 from t = 0 over 1 to 2.

@@ -782,6 +782,14 @@ fn a_discrepancy_does_not_depend_on_where_the_samples_are() {
         let lost = offset * U_F64;
         assert!((got - expected).abs() <= 16.0 * lost, "{got} {expected}");
     }
+    // Nor on how far they are from each other, once nothing is left of the kernel between them.
+    let apart = |offset: f64| mmd(&x, &(&y + offset).unwrap(), 0.7).unwrap();
+    let expected = apart(1e3);
+    for offset in [1e6, 1e9] {
+        let lost = offset * U_F64;
+        assert!((apart(offset) - expected).abs() <= 16.0 * lost, "{offset}");
+    }
+    assert!(apart(1e200).is_finite());
     // A lost row is far from all but itself, and the others are as far from each other as before.
     let far = mmd(
         &Tensor::cat(

@@ -459,6 +459,97 @@ fn a_latent_ode_is_decoded_from_its_code_and_every_parameter_has_a_gradient() {
         assert!(grads.get(var).is_some(), "no gradient of {name}");
     }
     assert!(model.encode(&x, &times[..2]).is_err());
+    for sigma in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let refused = LatentOde::new(&vars, "m", [2, 6, 3, 7], sigma, DType::F64, &cpu());
+        assert!(refused.err().unwrap().to_string().contains("sigma"));
+    }
+}
+
+#[test]
+fn models_return_the_dtype_of_their_series_whatever_their_solves_sum_in() {
+    for dtype in [DType::F32, DType::BF16] {
+        let vars = VarMap::new();
+        let build =
+            |vb: VarBuilder<'_>| Ok(RowSpeed::new(Mlp::new(&[3, 5, 3], Activation::Tanh, vb)?));
+        let flow = NeuralOde::from_field(&vars, "f", dtype, &cpu(), build).unwrap();
+        let flow = match dtype {
+            DType::F32 => flow.options(OdeOptions {
+                precision: Some(Precision::f64()),
+                ..Default::default()
+            }),
+            _ => flow,
+        };
+        let vb = VarBuilder::from_varmap(&vars, dtype, &cpu());
+        let cell = GruCell::new(2, 3, vb.pp("cell")).unwrap();
+        let model = OdeRnn::new(flow, cell);
+        fill(&vars);
+        let gaps = Tensor::new(&[[0.5f32, 0.0, 100.0]; 4], &cpu()).unwrap();
+        let x = scattered(&[4, 3, 2], 1.0, 1).to_dtype(dtype).unwrap();
+        let hs = model.forward(&x, &gaps, None).unwrap();
+        assert_eq!(hs.dtype(), dtype);
+    }
+    let vars = VarMap::new();
+    let model = LatentOde::new(&vars, "m", [2, 6, 3, 7], 0.1, DType::F32, &cpu()).unwrap();
+    let double = OdeOptions {
+        precision: Some(Precision::f64()),
+        ..Default::default()
+    };
+    let model = model.options(double.clone(), double);
+    fill(&vars);
+    let [x, noise] = [&[4, 3, 2][..], &[4, 3]].map(|shape| scattered(shape, 1.0, 1));
+    let [x, noise] = [x, noise].map(|x| x.to_dtype(DType::F32).unwrap());
+    let elbo = model.elbo(&x, &[0.0, 0.4, 1.0], &noise).unwrap();
+    assert_eq!(elbo.loss(1.0).unwrap().dtype(), DType::F32);
+}
+
+#[test]
+fn parareal_sums_in_the_dtype_of_the_fine_solver() {
+    let (intervals, length) = (6, 0.1);
+    let (y0, exact) = serial(intervals, length);
+    let single = OdeOptions {
+        precision: Some(Precision::f32()),
+        ..steps(4)
+    };
+    let shot = Shooting::new(single, steps(20));
+    let shot = shot.solve(&lorenz, &y0, (intervals, length)).unwrap();
+    assert_eq!(shot.states.dtype(), DType::F64);
+    assert!(apart(&shot.states, &exact) <= 1e-9 * 50.0);
+    // From a start of low precision.
+    let low = y0.to_dtype(DType::BF16).unwrap();
+    let double = |n| OdeOptions {
+        precision: Some(Precision::f64()),
+        ..steps(n)
+    };
+    let shot = Shooting::new(double(4), double(20));
+    let shot = shot.solve(&lorenz, &low, (intervals, length)).unwrap();
+    let error = apart(
+        &shot.states.get(0).unwrap(),
+        &low.to_dtype(DType::F64).unwrap(),
+    );
+    assert_eq!((shot.states.dtype(), error), (DType::F64, 0.0));
+}
+
+#[test]
+fn what_was_not_observed_does_not_overflow() {
+    let vars = VarMap::new();
+    let model = GruOdeBayes::new(&vars, "m", [2, 5, 4], DType::F32, &cpu()).unwrap();
+    fill(&vars);
+    let mask = Tensor::new(&[[[1f32, 0.0]], [[0.0, 1.0]]], &cpu()).unwrap();
+    let seen = Sporadic {
+        values: scattered(&[2, 1, 2], 1.0, 1).to_dtype(DType::F32).unwrap(),
+        gaps: Tensor::new(&[[0.3f32], [0.2]], &cpu()).unwrap(),
+        mask,
+    };
+    let mut predictions = model.forward(&seen).unwrap();
+    let loss = values(&predictions.loss(&seen, 0.1).unwrap());
+    for size in [-200f64, 200.0] {
+        let unseen = seen.mask.eq(0.0).unwrap();
+        for normal in [&mut predictions.before, &mut predictions.after] {
+            let far = (normal.log_variance.ones_like().unwrap() * size).unwrap();
+            normal.log_variance = unseen.where_cond(&far, &normal.log_variance).unwrap();
+        }
+        assert_eq!(values(&predictions.loss(&seen, 0.1).unwrap()), loss);
+    }
 }
 
 fn lorenz(_: &Time, y: &Tensor) -> candle_core::Result<Tensor> {
@@ -862,10 +953,14 @@ fn gaps_of_time_are_not_rounded_to_compute_precision() {
                 };
                 assert!((h / gap - 1.0).abs() <= u, "{gap}: {h}");
             }
-            // Gaps in low precision have logarithms, too.
+            // Gaps in low precision have logarithms, too, and of gaps in one column one may be zero.
             let low = all.to_dtype(DType::F16).unwrap();
-            let none = (low * 0.0).unwrap();
-            assert!(model.forward(&x, &none, Some(&seen)).is_ok());
+            let rows = low.dim(0).unwrap();
+            let first = Tensor::from_vec(vec![0f32; 1], (1, 1), &cpu()).unwrap();
+            let first = first.to_dtype(DType::F16).unwrap();
+            let some = Tensor::cat(&[&first, &low.narrow(0, 1, rows - 1).unwrap()], 0).unwrap();
+            let h = values(&model.forward(&x, &some, Some(&seen)).unwrap());
+            assert!(h.iter().all(|h| h.is_finite()) && h[0] == 0.0, "{h:?}");
         }
     }
 }

@@ -85,12 +85,14 @@ impl<'g> Replicas<'g> {
     }
 
     /// The numbers in which gradients travel.  Default [`Wire::F32`].
+    #[must_use]
     pub fn wire(mut self, wire: Wire) -> Self {
         self.wire = wire;
         self
     }
 
     /// How many bytes of gradients, in f32, one message holds.  Default 4 MiB.  A larger gradient is a message of its own.
+    #[must_use]
     pub fn bucket(mut self, bytes: usize) -> Self {
         self.bucket = bytes;
         self
@@ -100,6 +102,7 @@ impl<'g> Replicas<'g> {
     /// averages, norms and overflows, and [`variables`](Self::variables) leaves them out.  Their gradients are removed, so that
     /// no optimiser changes them.  A variable with several names is frozen by any of them.  Of several calls, each freezes
     /// more.  Default: all are trained.
+    #[must_use]
     pub fn freeze(mut self, frozen: impl Fn(&str) -> bool) -> Self {
         let all = self.names.iter().zip(&self.variables);
         let frozen = all.filter(|(name, _)| frozen(name));

@@ -23,6 +23,7 @@ use rand::SeedableRng;
 
 use crate::error::{Error, Result};
 use crate::field::{autograd, pullback, pullback::alike, Cotangents, Field, Leaves, VectorField};
+use crate::precision::Precision;
 use crate::state::State;
 use crate::time::Time;
 pub(crate) use differences::depends_on;
@@ -48,7 +49,9 @@ pub enum FieldCheck {
     /// For a [`NeuralOde`](crate::NeuralOde), at its first solves for each set of tensor shapes until one confirms
     /// the gradient of every parameter, at most at three; for [`odeint`](crate::odeint), at the first solve in a
     /// process for each combination of closure type, tensor shapes and size of the closure's graph.  For this, all
-    /// batches of two or more rows count as equal.
+    /// batches of two or more rows count as equal.  Function pointers, boxed closures and candle's `Sequential` have one type
+    /// whatever they compute, and a closure may compute something else after a captured value has changed: take
+    /// [`Always`](Self::Always) to have each of them checked.
     #[default]
     Once,
     /// At every solve that becomes part of candle's graph.
@@ -94,7 +97,9 @@ where
     let Some(first) = y.first() else {
         return Err(Error::EmptyState);
     };
-    let (dtype, device) = (first.dtype(), first.device().clone());
+    // A field is shown the time in the dtype of the sums.
+    let dtype = Precision::of(first.dtype()).state;
+    let device = first.device().clone();
     let point = Point::of(&Time::new(t, dtype, &device), &y);
     let field = Leaves::<&F, S>::new(field);
     let time = Time::differentiable(t, dtype, &device);

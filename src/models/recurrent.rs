@@ -191,11 +191,18 @@ impl Gaps {
         if !self.moves[i] {
             return Ok(h.clone());
         }
-        let speed = self.logarithms.narrow(1, i, 1)?.to_dtype(h.dtype())?;
-        let (hs, _) = ode.solve(&(h.clone(), speed), &[0.0, 1.0])?;
-        match hs.rank() > h.rank() {
-            true => hs.get(hs.dim(0)? - 1),
-            false => Ok(hs),
-        }
+        // In f32 at least: a logarithm that is rounded to bf16 is another gap.
+        let wide = match h.dtype() {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        let speed = self.logarithms.narrow(1, i, 1)?.to_dtype(wide)?;
+        let (hs, _) = ode.solve(&(h.to_dtype(wide)?, speed), &[0.0, 1.0])?;
+        let last = match hs.rank() > h.rank() {
+            true => hs.get(hs.dim(0)? - 1)?,
+            false => hs,
+        };
+        // A solve may have another dtype of its sums.
+        last.to_dtype(h.dtype())
     }
 }

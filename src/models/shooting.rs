@@ -22,6 +22,7 @@ use crate::error::Result;
 use crate::field::VectorField;
 use crate::nn::Jvp;
 use crate::odeint::predict;
+use crate::precision::Precision;
 use crate::problem::OdeOptions;
 use crate::schedule::Output;
 use crate::time::Time;
@@ -110,7 +111,7 @@ impl Shooting {
                 let new = match n == first {
                     // Its start was exact before the sweep.
                     true => old[n].clone(),
-                    false => over(&self.coarse, &next[n])?,
+                    false => over(&self.coarse, &next[n])?.to_dtype(fines.dtype())?,
                 };
                 next[n + 1] = ((part(&fines, n - first, y0)? + &new)? - &old[n])?;
                 old[n] = new;
@@ -134,7 +135,7 @@ impl Shooting {
         let (rows, features) = y0.dims2()?;
         let guesses = self.guesses(field, y0, (intervals, length))?;
         let along = |t: &Time, (y, v): &(Tensor, Tensor)| field.jvp(t, y, v);
-        let unit = Tensor::eye(features, y0.dtype(), y0.device())?;
+        let unit = Tensor::eye(features, guesses[0].dtype(), y0.device())?;
         self.sweeping(guesses, |first, guesses| {
             let starts = Tensor::cat(&guesses[first..intervals], 0)?;
             let count = starts.dim(0)?;
@@ -168,10 +169,15 @@ impl Shooting {
         y0: &Tensor,
         (intervals, length): (usize, f64),
     ) -> Result<Vec<Tensor>> {
-        let mut guesses = vec![y0.detach()];
+        // All in the dtype in which the fine solver sums.
+        let precision = self
+            .fine
+            .precision
+            .unwrap_or_else(|| Precision::of(y0.dtype()));
+        let mut guesses = vec![y0.detach().to_dtype(precision.state)?];
         for n in 0..intervals {
             let next = predict(field, &guesses[n], &[0.0, length], &self.coarse)?;
-            guesses.push(next);
+            guesses.push(next.to_dtype(precision.state)?);
         }
         Ok(guesses)
     }

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use pulp::Simd;
 
-use super::elementwise;
+use super::{elementwise, wide};
 use crate::simd::product::Epilogue;
 use crate::simd::{Element, Kernel};
 
@@ -67,7 +67,12 @@ impl Activation {
         match self {
             Self::Tanh => x.tanh(),
             Self::Sigmoid => sigmoid(x),
-            Self::Softplus => x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?,
+            Self::Softplus => {
+                // 1 + e⁻ˣ has too few digits in low precision.
+                let wide = wide(x)?;
+                let tail = (wide.abs()?.neg()?.exp()? + 1.0)?.log()?;
+                (wide.relu()? + tail)?.to_dtype(x.dtype())
+            }
             Self::Relu => relu(x),
             Self::Silu => (near(x)? * sigmoid(x)?)? + beyond(x)?,
             Self::Gelu => (near(x)? * normal(x)?)? + beyond(x)?,
@@ -434,14 +439,15 @@ const FAR: f64 = 200.0;
 
 /// z, but not further from zero than that: its products with such tails are zeros, not ∞ · 0.
 fn near(z: &Tensor) -> Result<Tensor> {
-    // Not `clamp`, which is generic and would be compiled here for every dtype.
-    let far = Tensor::new(FAR, z.device())?.to_dtype(z.dtype())?;
-    z.broadcast_maximum(&far.neg()?)?.broadcast_minimum(&far)
+    // Not by minimum and maximum, whose gradient is a half where both sides are equal.
+    let ends = (z.ones_like()? * FAR)?;
+    let ends = z.lt(0.0)?.where_cond(&ends.neg()?, &ends)?;
+    z.abs()?.gt(FAR)?.where_cond(&ends, z)
 }
 
 /// What lies above the nearer part, where σ is one.
 fn beyond(z: &Tensor) -> Result<Tensor> {
-    (z - FAR)?.relu()
+    z.gt(FAR)?.where_cond(&(z - FAR)?, &z.zeros_like()?)
 }
 
 /// max(x, 0) with NaN for NaN, in value and slope; candle's has 0.

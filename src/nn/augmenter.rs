@@ -62,11 +62,13 @@ impl<G> Augmenter<G> {
     }
 
     /// On another dimension.
+    #[must_use]
     pub fn on(self, dim: usize) -> Self {
         Self { dim, ..self }
     }
 
     /// Before the features, not after.
+    #[must_use]
     pub fn before(self) -> Self {
         Self {
             before: true,

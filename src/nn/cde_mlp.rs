@@ -103,6 +103,7 @@ impl CdeMlp {
     }
 
     /// The same field without tanh after the last layer.
+    #[must_use]
     pub fn linear_output(mut self) -> Self {
         self.output = None;
         self

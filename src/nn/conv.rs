@@ -8,7 +8,7 @@ use candle_core::{DType, Module, Result, Tensor, D};
 use candle_nn::{Conv2d, Conv2dConfig, Init, VarBuilder};
 
 use super::Activation;
-use super::{add_gradient, wrong_state, Checked};
+use super::{add_gradient, wide, wrong_state, Checked};
 use crate::field::{Cotangents, Offer, Pullback, VectorField};
 use crate::offer::Offered;
 use crate::time::Time;
@@ -84,7 +84,11 @@ impl Filter {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        convolve(x, &self.weight)?.broadcast_add(&by_channel(&self.bias)?)
+        let x = convolve(x, &self.weight)?;
+        // candle sums the gradient of a broadcast in its dtype.
+        let bias = by_channel(&wide(&self.bias)?)?.broadcast_as(x.shape())?;
+        let bias = bias.to_dtype(x.dtype())?;
+        x + bias
     }
 
     fn tensors(&self) -> Vec<&Tensor> {
@@ -118,9 +122,9 @@ fn by_channel(x: &Tensor) -> Result<Tensor> {
     x.reshape(((), 1, 1))
 }
 
-/// Σ over images and pixels.
+/// Σ over images and pixels, of low precision in f32.
 fn channel_sums(x: &Tensor) -> Result<Tensor> {
-    x.sum((0, 2, 3))
+    wide(x)?.sum((0, 2, 3))
 }
 
 impl GroupNorm {

@@ -37,7 +37,8 @@ pub fn depth_cat(t: &Time, x: &Tensor, dim: usize) -> Result<Tensor> {
         return Err(wrong_state("depth_cat".into(), needs, &[x]));
     }
     shape[dim] = 1;
-    let t = t.tensor()?.to_dtype(x.dtype())?.broadcast_as(shape)?;
+    // In this order the gradient of time is summed in its own dtype.
+    let t = t.tensor()?.broadcast_as(shape)?.to_dtype(x.dtype())?;
     Tensor::cat(&[x, &t], dim)
 }
 
@@ -74,6 +75,7 @@ impl<M: Module> DataControl<M> {
     }
 
     /// Joined on another dimension, 1 for images.
+    #[must_use]
     pub fn on(self, dim: usize) -> Self {
         Self {
             dim: Some(dim),

@@ -142,7 +142,8 @@ impl Galerkin {
     ) -> Result<Self> {
         let functions = basis.len();
         let fits = |x: &Tensor, n: usize| x.dims() == [n];
-        let all = coeffs.rank() == 2
+        let all = functions > 0
+            && coeffs.rank() == 2
             && coeffs.dims()[0] == functions
             && [&dilation, &shift].into_iter().all(|x| fits(x, 1))
             && radial.is_some() == basis.is_radial()

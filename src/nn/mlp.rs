@@ -160,6 +160,7 @@ impl Mlp {
     }
 
     /// Adds its input to what every hidden layer that keeps the width puts out: h ↦ h + σ(W h + b).
+    #[must_use]
     pub fn residual(mut self) -> Self {
         self.residual = true;
         self

@@ -117,6 +117,7 @@ impl Perceptron {
     }
 
     /// Adds to the output of every hidden layer its input, if both have the same width: h ↦ h + σ(W h + b).
+    #[must_use]
     pub fn residual(mut self) -> Self {
         self.residual = Some(0);
         self

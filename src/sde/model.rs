@@ -94,6 +94,7 @@ impl<S: State + 'static> NeuralSde<S> {
     }
 
     /// All options at once.
+    #[must_use]
     pub fn options(self, options: SdeOptions) -> Self {
         Self {
             model: self.model.options(options.ode()),

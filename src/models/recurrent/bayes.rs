@@ -167,7 +167,9 @@ impl GruOdeBayes {
     fn observed(&self, h: &Tensor, predicted: &Tensor, [x, mask]: [Tensor; 2]) -> Result<Tensor> {
         let mean = predicted.narrow(1, 0, self.variables)?;
         let log_variance = predicted.narrow(1, self.variables, self.variables)?;
-        let error = ((&x - &mean)? * (&log_variance * -0.5)?.exp()?)?;
+        // Of what was not seen nothing may overflow: zero times infinity is no number.
+        let seen_variance = zero_unless_seen(&log_variance, &mask)?;
+        let error = ((&x - &mean)? * (seen_variance * -0.5)?.exp()?)?;
         // (variables, rows, 4) times (variables, 4, width).
         let four = Tensor::stack(&[x, mean, log_variance, error], 2)?;
         let [weight, bias] = &self.prepare;
@@ -189,6 +191,14 @@ impl GruOdeBayes {
 }
 
 impl Normal {
+    /// Zeros where nothing was observed, so that nothing overflows there.
+    fn where_seen(&self, mask: &Tensor) -> Result<Self> {
+        Ok(Self {
+            mean: zero_unless_seen(&self.mean, mask)?,
+            log_variance: zero_unless_seen(&self.log_variance, mask)?,
+        })
+    }
+
     /// −ln p(x) of every number, for x of the shape of `mean`, `(rows, times, variables)`; the result has this shape.
     ///
     /// # Errors
@@ -219,8 +229,9 @@ impl Predictions {
     /// Those of candle's operations.
     pub fn loss(&self, seen: &Sporadic, lambda: f64) -> Result<Tensor> {
         let values = zero_unless_seen(&seen.values, &seen.mask)?;
-        let before = self.before.negative_log_likelihood(&values)?;
-        let after = self.after.divergence_from(&values, OBSERVED)?;
+        let [before, after] = [&self.before, &self.after].map(|of| of.where_seen(&seen.mask));
+        let before = before?.negative_log_likelihood(&values)?;
+        let after = after?.divergence_from(&values, OBSERVED)?;
         let all = ((before + (after * lambda)?)? * &seen.mask)?.sum_all()?;
         // Where nothing was observed there is no loss.
         let count = seen.mask.sum_all()?;

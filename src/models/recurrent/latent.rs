@@ -63,7 +63,7 @@ impl LatentOde {
     /// the units of each hidden layer.  `sigma` is the deviation σ of observations.
     ///
     /// # Errors
-    /// Those of the constructors of its parts.
+    /// Those of the constructors of its parts, and a σ that is not above 0.
     pub fn new(
         vars: &VarMap,
         prefix: &str,
@@ -72,6 +72,10 @@ impl LatentOde {
         dtype: DType,
         device: &Device,
     ) -> crate::error::Result<Self> {
+        if !(sigma > 0.0 && sigma.is_finite()) {
+            let message = format!("LatentOde needs a finite sigma above 0, got {sigma}");
+            return Err(candle_core::Error::Msg(message).into());
+        }
         let vb = VarBuilder::from_varmap(vars, dtype, device).pp(prefix);
         let name = |part: &str| format!("{prefix}.{part}");
         let back = NeuralOde::from_field(vars, &name("back"), dtype, device, move |vb| {
@@ -154,7 +158,7 @@ impl LatentOde {
     /// # Errors
     /// Those of the solve, and of candle's operations.
     pub fn decode(&self, z: &Tensor, times: &[f64]) -> Result<Tensor> {
-        let zs = self.flow.solve(z, times)?;
+        let zs = self.flow.solve(z, times)?.to_dtype(z.dtype())?;
         self.readout.forward(&zs)?.transpose(0, 1)?.contiguous()
     }
 

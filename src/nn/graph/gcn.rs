@@ -84,6 +84,7 @@ impl Gcn {
     }
 
     /// The same weights over another graph.
+    #[must_use]
     pub fn over(&self, graph: &Csr) -> Self {
         Self {
             graph: graph.clone(),
