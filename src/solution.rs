@@ -122,7 +122,6 @@ impl<'f, S: State> Solution<'f, S> {
                 .to_dtype(problem.state())
         });
         let packed = Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 1)?;
-        self.check_connected()?;
         let back = Backward {
             problem,
             field: &*self.field,
@@ -131,6 +130,7 @@ impl<'f, S: State> Solution<'f, S> {
             differentiate_time: problem.grid.is_tracked(),
         };
         let adjoint = adjoint(&*self.back, theta, &back)?;
+        self.check_connected()?;
         let mut params = GradStore::default();
         for (master, grad) in theta.masters.iter().zip(adjoint.theta) {
             // A tensor may be given twice.

@@ -115,3 +115,16 @@ fn a_field_is_checked_with_the_time_that_a_solve_would_show() {
         check_field(&field, 1.003, &y).unwrap();
     }
 }
+
+#[test]
+fn an_empty_part_of_a_tensor_has_activations() {
+    for dtype in [DType::BF16, DType::F32] {
+        let all = Var::from_tensor(&Tensor::zeros((0, 4), dtype, &Device::Cpu).unwrap()).unwrap();
+        let part = all.narrow(1, 2, 2).unwrap();
+        for activation in Activation::ALL {
+            let value = activation.forward(&part).unwrap();
+            assert_eq!(value.dims(), [0, 2], "{activation:?}");
+            assert_eq!(value.dtype(), dtype);
+        }
+    }
+}

@@ -148,6 +148,9 @@ fn speed_in_state_precision(options: OdeOptions) -> OdeOptions {
 
 /// x where `seen`, of its shape or with ones in it, is not 0, and 0 elsewhere, whatever x is there.
 fn zero_unless_seen(x: &Tensor, seen: &Tensor) -> Result<Tensor> {
+    if x.elem_count() == 0 {
+        return Ok(x.clone());
+    }
     let seen = seen.ne(0.0)?.broadcast_as(x.shape())?;
     seen.where_cond(x, &x.zeros_like()?)
 }

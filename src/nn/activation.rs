@@ -64,6 +64,10 @@ impl Activation {
 
     /// σ(x) in candle's operations.
     fn composed(self, x: &Tensor) -> Result<Tensor> {
+        // candle's selections panic on an empty part of a tensor.
+        if x.elem_count() == 0 {
+            return x * 1.0;
+        }
         match self {
             Self::Tanh => x.tanh(),
             Self::Sigmoid => sigmoid(x),
