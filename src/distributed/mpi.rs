@@ -144,6 +144,7 @@ impl MpiGroup {
     }
 
     /// How many numbers one message of MPI holds, the same on all ranks.  Default 2²⁸, and no more: MPI counts in 32 bits.
+    #[must_use]
     pub fn longest_message(mut self, numbers: usize) -> Self {
         self.longest = numbers.clamp(1, LONGEST);
         self
