@@ -1,10 +1,11 @@
 //! Fields of controlled differential equations, z' = F(t, z) X'(t).
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use crate::error::PathDefect;
 use crate::field::{autograd, Bound, Cotangents, FieldWithArgs, LatePullback, Offer, Pullback};
 use crate::path::ControlPath;
+use crate::precision::at_least_f32;
 use crate::time::Time;
 
 /// The matrix field F of a controlled differential equation z' = F(t, z) X'(t).
@@ -181,10 +182,7 @@ impl<F: ControlledField> FieldWithArgs<Tensor, ControlPath> for Driven<F> {
 /// `(rows, hidden, channels)` times `(rows, channels)`; summed in f32 where the tensors are narrower.
 pub(crate) fn product(matrix: &Tensor, slope: &Tensor) -> candle_core::Result<Tensor> {
     let dtype = matrix.dtype();
-    let wide = match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        _ => dtype,
-    };
+    let wide = at_least_f32(dtype);
     let slope = slope.to_dtype(wide)?.unsqueeze(1)?;
     let terms = matrix.to_dtype(wide)?.broadcast_mul(&slope)?;
     terms.sum(2)?.to_dtype(dtype)

@@ -5,6 +5,7 @@ use candle_core::{DType, Shape, Tensor, D};
 use candle_nn::loss::cross_entropy;
 
 use crate::error::{Error, LossDefect, Result};
+use crate::precision::at_least_f32;
 use crate::problem::Problem;
 use crate::rows::{Grade, RowGrade, RowsOf};
 use crate::schedule::Output;
@@ -43,10 +44,7 @@ impl RowLoss {
         self.fits(&shapes)?;
         // Sums of low precision are made in f32.
         let dtype = leaves[0].dtype();
-        let first = &match dtype {
-            DType::F16 | DType::BF16 => leaves[0].to_dtype(DType::F32)?,
-            _ => leaves[0].clone(),
-        };
+        let first = &leaves[0].to_dtype(at_least_f32(dtype))?;
         let loss: Tensor = match self {
             Self::MeanSquaredError(target) => Ok::<_, Error>(
                 (first - target.to_dtype(first.dtype())?)?

@@ -8,6 +8,7 @@ use candle_nn::Optimizer;
 
 use crate::error::{Error, Result};
 use crate::ops;
+use crate::precision::at_least_f32;
 use crate::scaler::LIMIT;
 
 /// Whether all elements of a tensor are finite, in the dtype that it has.
@@ -117,10 +118,7 @@ impl LossScaler {
             let Some(grad) = grads.remove(var) else {
                 continue;
             };
-            let grad = match grad.dtype() {
-                DType::F16 | DType::BF16 => grad.to_dtype(DType::F32)?,
-                _ => grad,
-            };
+            let grad = grad.to_dtype(at_least_f32(grad.dtype()))?;
             let grad = (grad.detach() / self.scale)?;
             finite &= ops::magnitude(&grad)?.is_finite();
             grads.insert(var, grad);

@@ -53,14 +53,12 @@ pub fn mmd(x: &Tensor, y: &Tensor, bandwidth: f64) -> Result<f64> {
     let (n, m) = (n as f64, m as f64);
     // Around zero: differences of the squares of large numbers have no digits.  A few rows that
     // are far away do not move the medians.
-    let within = |s: &Tensor, n: f64| {
-        let s = s.broadcast_sub(&medians(s)?)?;
-        Ok::<_, Error>(kernel_sum(&s, &s, c, true)? / (n * (n - 1.0)))
-    };
-    let (within_x, within_y) = (within(&x, n)?, within(&y, m)?);
-    let middle = medians(&x)?;
-    let (x, y) = (x.broadcast_sub(&middle)?, y.broadcast_sub(&middle)?);
-    Ok(within_x + within_y - 2.0 * kernel_sum(&x, &y, c, false)? / (n * m))
+    let (of_x, of_y) = (medians(&x)?, medians(&y)?);
+    let within = |s: Tensor, n: f64| Ok::<_, Error>(kernel_sum(&s, &s, c, true)? / (n * (n - 1.0)));
+    let within_y = within(y.broadcast_sub(&of_y)?, m)?;
+    let (x, y) = (x.broadcast_sub(&of_x)?, y.broadcast_sub(&of_x)?);
+    let between = kernel_sum(&x, &y, c, false)? / (n * m);
+    Ok(within(x, n)? + within_y - 2.0 * between)
 }
 
 fn samples(x: &Tensor, y: &Tensor) -> Error {

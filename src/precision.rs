@@ -195,6 +195,14 @@ impl Precision {
     }
 }
 
+/// The dtype in which sums of numbers of this one are made: f32 for f16 and bf16.
+pub(crate) fn at_least_f32(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        dtype => dtype,
+    }
+}
+
 /// Half of the distance from one to the next number.
 pub(crate) fn unit_roundoff(dtype: DType) -> f64 {
     match dtype {

@@ -1,6 +1,6 @@
 //! A solve without a graph, whose gradients are computed on request.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::backprop::GradStore;
 use candle_core::Tensor;
@@ -23,6 +23,8 @@ pub struct Solution<'f, S> {
     theta: Theta,
     back: Arc<dyn Reversible>,
     states: S,
+    /// Set once the connection between state and velocity has been looked at.
+    is_checked: OnceLock<()>,
 }
 
 impl<'f, S: State> Solution<'f, S> {
@@ -41,6 +43,7 @@ impl<'f, S: State> Solution<'f, S> {
             field,
             theta,
             back: forward.back,
+            is_checked: OnceLock::new(),
         })
     }
 
@@ -61,27 +64,27 @@ impl<'f, S: State> Solution<'f, S> {
         }
     }
 
-    /// Makes sure, at one of the states, that candle sees how the velocity depends on the state.
+    /// Makes sure, at the end of the last step, that candle sees how the velocity depends on the state.
     fn check_connected(&self) -> Result<()> {
         let problem = &self.problem;
         if !self.field.is_traced() || self.field.parameters().is_some() || problem.is_empty() {
             return Ok(());
         }
-        let (Some(&t), Some(last)) = (self.times().last(), self.times().len().checked_sub(1))
-        else {
+        let times = self.back.step_times();
+        let [.., start, end] = times[..] else {
             return Ok(());
         };
-        let roles = &problem.scheme.roles;
         let states = self.states.leaves();
-        let y = states.iter().zip(roles).map(|(y, roles)| {
-            let y = match problem.output {
+        let y = states.iter().zip(&problem.scheme.roles).map(|(y, roles)| {
+            let last = match problem.output {
                 Output::Final => y.clone(),
-                Output::All | Output::Steps => y.get(last)?,
+                Output::All | Output::Steps => y.get(y.dim(0)? - 1)?,
             };
-            roles.compute.round(&y)
+            roles.compute.round(&last)
         });
         let y = y.collect::<Result<Vec<_>>>()?;
-        let t = Time::new(t, problem.state(), problem.device());
+        let step = times.len() - 2;
+        let t = Time::new(end, problem.state(), problem.device()).within(step, [start, end]);
         let observed = Observed::closure(&*self.field, true).solving(problem, 0, false);
         observed.velocity(&t, &y)?;
         Ok(())
@@ -130,7 +133,10 @@ impl<'f, S: State> Solution<'f, S> {
             differentiate_time: problem.grid.is_tracked(),
         };
         let adjoint = adjoint(&*self.back, theta, &back)?;
-        self.check_connected()?;
+        if self.is_checked.get().is_none() {
+            self.check_connected()?;
+            self.is_checked.get_or_init(|| ());
+        }
         let mut params = GradStore::default();
         for (master, grad) in theta.masters.iter().zip(adjoint.theta) {
             // A tensor may be given twice.

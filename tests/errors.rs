@@ -1066,6 +1066,21 @@ fn a_state_tensor_whose_velocity_is_untracked_is_refused() {
     let solution =
         candle_diffeq::solution(&separate, &y0, &[0.0, 1.0], &method(&EULER, 1)).unwrap();
     solution.vjp(solution.states()).unwrap();
+    // A field is told its step there, too, and is looked at once.
+    let calls = Calls::default();
+    let told = |t: &Time, y: &Tensor| {
+        calls.note();
+        let [start, end] = t.interval().unwrap();
+        y * (end - start)
+    };
+    let y0 = var(&[2], 1.0, 1);
+    let solution =
+        candle_diffeq::solution(&told, y0.as_tensor(), &[0.0, 0.5, 2.0], &method(&EULER, 1))
+            .unwrap();
+    solution.vjp(solution.states()).unwrap();
+    let first = calls.count();
+    solution.vjp(solution.states()).unwrap();
+    assert_eq!(calls.count() - first, 2);
 }
 
 /// f(y) = w y of two captured numbers, solved in f64 from t = 0 over 1 to 2.

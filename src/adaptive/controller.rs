@@ -16,8 +16,9 @@ const SHORTER: f64 = 0.999;
 /// safety · r^{−(p+i+d)/m} · r₁^{(p+2d)/m} · r₂^{−d/m}.
 ///
 /// After an accepted step this factor is limited to \[1, `limits[1]`\], so an accepted step never makes the next one
-/// shorter.  After a rejected attempt it is limited to \[`limits[0]`, `safety`\], and is at most 0.999; it is `limits[0]` if r is not finite, or if
-/// `safety` is smaller than `limits[0]`.  [`Adaptive`](crate::options::Adaptive) sets limits of the length itself.
+/// shorter.  After a rejected attempt it is limited to \[`limits[0]`, `safety`\], and is at most 0.999; it is `limits[0]` if
+/// r is not finite, or if `safety` is smaller than `limits[0]`.  [`Adaptive`](crate::options::Adaptive) sets limits of the
+/// length itself.
 ///
 /// A number that is out of its range is an error, [`AdaptiveDefect::Number`](crate::error::AdaptiveDefect::Number).
 #[derive(Clone, Copy, Debug, PartialEq)]

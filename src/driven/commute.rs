@@ -29,7 +29,7 @@ impl Driven {
             let evaluated = self.start(field, step, &base)?;
             evaluations += evaluated.len();
             let values = diffusion(&evaluated).unwrap_or_default().to_vec();
-            let kept = values.iter().map(is_finite);
+            let kept = values.iter().map(finite_mask);
             let kept = kept.collect::<candle_core::Result<Vec<_>>>()?;
             let mut is_lost = false;
             for kept in &kept {
@@ -83,39 +83,42 @@ impl Driven {
             }
             noisy.push(any.ne(0u8)?);
         }
-        for (step, values) in steps.into_iter().zip(&there) {
-            for bit in 0..components.next_power_of_two().trailing_zeros() {
-                for side in [0, 1] {
-                    let is_moved = |index: usize| (index >> bit) & 1 == side;
-                    let mut moved = base.clone();
-                    let mut others = vec![];
-                    let mut first = 0;
-                    for ((y, noisy), width) in moved.iter_mut().zip(&noisy).zip(&widths) {
-                        let lengths = lengths(y, first..first + width, is_moved)?;
-                        others.push(lengths.eq(0.0)?);
-                        let noisy = noisy.to_dtype(y.dtype())?;
-                        *y = (&*y + (by(y)? * noisy.broadcast_mul(&lengths)?)?)?;
-                        first += width;
-                    }
-                    let again = self.start(field, step, &moved)?;
-                    evaluations += again.len();
-                    let now = diffusion(&again).unwrap_or_default();
-                    let all = values.iter().zip(now).zip(&others);
-                    for (leaf, ((then, now), others)) in all.enumerate() {
-                        // Selected, not multiplied: what was moved may have left the domain of its own diffusion.
-                        let change = (now - then)?.abs()?.to_dtype(DType::F64)?;
-                        let others = (others.broadcast_as(change.shape())? * is_finite(then)?)?;
-                        let change = others.where_cond(&change, &change.zeros_like()?)?;
-                        let change = change.sum_all()?.to_scalar::<f64>()?;
-                        if change > 0.0 || change.is_nan() {
-                            return Err(Error::Sde(SdeDefect::AdaptiveCoupled { leaf }));
-                        }
-                    }
+        let bits = 0..components.next_power_of_two().trailing_zeros();
+        let halves: Vec<_> = bits.flat_map(|bit| [(bit, 0), (bit, 1)]).collect();
+        let all = steps.into_iter().zip(&there);
+        for ((step, values), &(bit, side)) in
+            all.flat_map(|at| halves.iter().map(move |half| (at, half)))
+        {
+            let is_moved = |index: usize| (index >> bit) & 1 == side;
+            let (mut moved, mut others, mut first) = (base.clone(), vec![], 0);
+            for ((y, noisy), width) in moved.iter_mut().zip(&noisy).zip(&widths) {
+                let lengths = lengths(y, first..first + width, is_moved)?;
+                others.push(lengths.eq(0.0)?);
+                let noisy = noisy.to_dtype(y.dtype())?;
+                *y = (&*y + (by(y)? * noisy.broadcast_mul(&lengths)?)?)?;
+                first += width;
+            }
+            let again = self.start(field, step, &moved)?;
+            evaluations += again.len();
+            let now = diffusion(&again).unwrap_or_default();
+            for (leaf, ((then, now), others)) in values.iter().zip(now).zip(&others).enumerate() {
+                if changes(then, now, others)? {
+                    return Err(Error::Sde(SdeDefect::AdaptiveCoupled { leaf }));
                 }
             }
         }
         Ok(evaluations)
     }
+}
+
+/// Whether any of these numbers has changed that was finite and is among the `others`, `(1, …)`, which were not moved.
+fn changes(then: &Tensor, now: &Tensor, others: &Tensor) -> Result<bool> {
+    // Selected, not multiplied: what was moved may have left the domain of its own diffusion.
+    let change = (now - then)?.abs()?.to_dtype(DType::F64)?;
+    let others = (others.broadcast_as(change.shape())? * finite_mask(then)?)?;
+    let change = others.where_cond(&change, &change.zeros_like()?)?;
+    let change = change.sum_all()?.to_scalar::<f64>()?;
+    Ok(change > 0.0 || change.is_nan())
 }
 
 /// A quarter of the size of every number.
@@ -124,7 +127,7 @@ fn by(y: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 /// One where a number is finite, otherwise zero.
-fn is_finite(x: &Tensor) -> candle_core::Result<Tensor> {
+fn finite_mask(x: &Tensor) -> candle_core::Result<Tensor> {
     (x * 0.0)?.eq(0.0)
 }
 

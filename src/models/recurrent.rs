@@ -22,7 +22,7 @@ pub use latent::{Elbo, LatentOde};
 use candle_core::{DType, Result, Tensor};
 
 use crate::neural_ode::NeuralOde;
-use crate::precision::Precision;
+use crate::precision::{at_least_f32, Precision};
 use crate::problem::OdeOptions;
 
 /// Whether a gap of time lies before its observation or behind it.
@@ -195,10 +195,7 @@ impl Gaps {
             return Ok(h.clone());
         }
         // In f32 at least: a logarithm that is rounded to bf16 is another gap.
-        let wide = match h.dtype() {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
-        };
+        let wide = at_least_f32(h.dtype());
         let speed = self.logarithms.narrow(1, i, 1)?.to_dtype(wide)?;
         let (hs, _) = ode.solve(&(h.to_dtype(wide)?, speed), &[0.0, 1.0])?;
         let last = match hs.rank() > h.rank() {

@@ -3,7 +3,8 @@
 use candle_core::{Result, Tensor};
 use pulp::Simd;
 
-use super::{elementwise, wide};
+use super::elementwise;
+use crate::precision::at_least_f32;
 use crate::simd::product::Epilogue;
 use crate::simd::{Element, Kernel};
 
@@ -73,7 +74,7 @@ impl Activation {
             Self::Sigmoid => sigmoid(x),
             Self::Softplus => {
                 // 1 + e⁻ˣ has too few digits in low precision.
-                let wide = wide(x)?;
+                let wide = x.to_dtype(at_least_f32(x.dtype()))?;
                 let tail = (wide.abs()?.neg()?.exp()? + 1.0)?.log()?;
                 (wide.relu()? + tail)?.to_dtype(x.dtype())
             }

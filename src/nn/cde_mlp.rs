@@ -5,7 +5,7 @@ mod tiles;
 use std::rc::Rc;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
 
 use super::linear::{affine, matmul, sum_of_rows, transposed_matmul};
@@ -15,6 +15,7 @@ use crate::controlled::{product, ControlledField, ControlledPullback};
 use crate::error::PathDefect;
 use crate::field::{Cotangents, LateGradients, LatePullback, Offer};
 use crate::path::ControlPath;
+use crate::precision::at_least_f32;
 use crate::time::Time;
 
 /// The field of a neural CDE: F(z) = ρ(W_L σ(… σ(W_1 z + b_1) …) + b_L) as a matrix `(hidden, channels)`, row major.
@@ -294,10 +295,7 @@ impl ControlledField for CdeMlp {
 /// Σ_i v_i F_ic of matrices F `(rows, hidden, channels)`, in f32 where they are narrower.
 fn pulled_to_slope(matrix: &Tensor, v: &Tensor) -> Result<Tensor> {
     let dtype = matrix.dtype();
-    let wide = match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        _ => dtype,
-    };
+    let wide = at_least_f32(dtype);
     let v = v.to_dtype(wide)?.unsqueeze(2)?;
     let terms = matrix.to_dtype(wide)?.broadcast_mul(&v)?;
     terms.sum(1)?.to_dtype(dtype)

@@ -4,13 +4,14 @@ mod normed;
 mod tiles;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Module, Result, Tensor, D};
+use candle_core::{Module, Result, Tensor, D};
 use candle_nn::{Conv2d, Conv2dConfig, Init, VarBuilder};
 
 use super::Activation;
-use super::{add_gradient, wide, wrong_state, Checked};
+use super::{add_gradient, wrong_state, Checked};
 use crate::field::{Cotangents, Offer, Pullback, VectorField};
 use crate::offer::Offered;
+use crate::precision::at_least_f32;
 use crate::time::Time;
 
 /// f(t, y) = w_L ∗ σ(… σ(w_1 ∗ y + b_1) …) + b_L, with `[out, in, k, k]` filters, k odd, of stride 1
@@ -86,7 +87,8 @@ impl Filter {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = convolve(x, &self.weight)?;
         // candle sums the gradient of a broadcast in its dtype.
-        let bias = by_channel(&wide(&self.bias)?)?.broadcast_as(x.shape())?;
+        let bias = self.bias.to_dtype(at_least_f32(x.dtype()))?;
+        let bias = by_channel(&bias)?.broadcast_as(x.shape())?;
         let bias = bias.to_dtype(x.dtype())?;
         x + bias
     }
@@ -124,7 +126,7 @@ fn by_channel(x: &Tensor) -> Result<Tensor> {
 
 /// Σ over images and pixels, of low precision in f32.
 fn channel_sums(x: &Tensor) -> Result<Tensor> {
-    wide(x)?.sum((0, 2, 3))
+    x.to_dtype(at_least_f32(x.dtype()))?.sum((0, 2, 3))
 }
 
 impl GroupNorm {
@@ -137,10 +139,7 @@ impl GroupNorm {
     /// γ n + β, and n.
     fn forward(&self, z: &Tensor) -> Result<(Tensor, Normed)> {
         // As candle_nn does: low precision is normed in f32.
-        let inner = match z.dtype() {
-            DType::F16 | DType::BF16 => DType::F32,
-            dtype => dtype,
-        };
+        let inner = at_least_f32(z.dtype());
         let grouped = self.grouped(&z.to_dtype(inner)?)?;
         let centred = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
         let variance = centred.sqr()?.mean_keepdim(2)?;

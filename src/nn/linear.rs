@@ -8,6 +8,7 @@ use candle_nn::VarBuilder;
 use super::elementwise::numbers;
 use super::spread::spread;
 use super::{wrong_state, Checked};
+use crate::precision::at_least_f32;
 use crate::simd::matrix::{column_sums, product, Matrix};
 use crate::simd::Element;
 
@@ -134,8 +135,7 @@ pub(super) fn sum_of_rows(x: &Tensor) -> Result<Tensor> {
     match x.dtype() {
         _ if ours(&[Some(x)]) => x.contiguous()?.apply_op1_no_bwd(&ColumnSums),
         // candle sums bf16 in bf16: of 4096 ones it makes 256.
-        DType::F16 | DType::BF16 => x.detach().to_dtype(DType::F32)?.sum(0),
-        _ => x.detach().sum(0),
+        dtype => x.detach().to_dtype(at_least_f32(dtype))?.sum(0),
     }
 }
 

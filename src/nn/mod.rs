@@ -120,14 +120,6 @@ fn coefficients(t: &Tensor, field: DType) -> DType {
     }
 }
 
-/// Low precision in f32, in which its sums are made.
-fn wide(x: &Tensor) -> candle_core::Result<Tensor> {
-    match x.dtype() {
-        DType::F16 | DType::BF16 => x.to_dtype(DType::F32),
-        _ => Ok(x.clone()),
-    }
-}
-
 /// The tensors of layers that exist, checked: as many dimensions as they need, and one dtype on one
 /// device for all.
 struct Checked<'a> {

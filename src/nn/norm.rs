@@ -5,10 +5,11 @@
 //! notices.  These are the same functions in operations that candle pulls back.
 
 use candle_core::shape::Dim;
-use candle_core::{DType, Module, Result, Tensor, D};
+use candle_core::{Module, Result, Tensor, D};
 use candle_nn::{LayerNormConfig, VarBuilder};
 
 use super::{wrong_state, Checked};
+use crate::precision::at_least_f32;
 
 /// y = γ (x − mean) / √(variance + ε) + β over the last dimension; without `remove_mean`, the mean
 /// stays and the variance is the mean square.
@@ -113,7 +114,7 @@ impl From<candle_nn::LayerNorm> for LayerNorm {
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.check(x)?;
-        let wide = inner(x.dtype());
+        let wide = at_least_f32(x.dtype());
         let mut y = x.to_dtype(wide)?;
         if self.remove_mean {
             y = y.broadcast_sub(&y.mean_keepdim(D::Minus1)?)?;
@@ -217,7 +218,7 @@ pub fn softmax<S: Dim>(x: &Tensor, dim: S) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return Ok(x.clone());
     }
-    let y = x.to_dtype(inner(x.dtype()))?;
+    let y = x.to_dtype(at_least_f32(x.dtype()))?;
     // A shift, which changes nothing but the range of exp.
     let shift = y.detach().max_keepdim(dim)?;
     let powers = y.broadcast_sub(&shift)?.exp()?;
@@ -231,12 +232,4 @@ pub fn softmax<S: Dim>(x: &Tensor, dim: S) -> Result<Tensor> {
 /// As [`softmax`].
 pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
     softmax(x, D::Minus1)
-}
-
-/// The dtype in which statistics are formed.
-fn inner(dtype: DType) -> DType {
-    match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        dtype => dtype,
-    }
 }
