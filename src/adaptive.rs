@@ -7,9 +7,8 @@
 //! safety · r^{−(P+I+D)/m} · r₁^{(P+2D)/m} · r₂^{−D/m},
 //!
 //! where P, I and D are the coefficients of the controller, m is the order of the method, r₁ is the value of r in the
-//! last accepted step, and r₂ the value in the
-//! accepted step before it (Söderlind, "Digital
-//! filters in adaptive time-stepping", ACM Trans. Math. Software 29, 2003).
+//! last accepted step, and r₂ the value in the accepted step before it (Söderlind, "Digital filters in adaptive
+//! time-stepping", ACM Trans. Math. Software 29, 2003).
 
 mod control;
 mod controller;
@@ -22,8 +21,8 @@ pub(crate) use control::Control;
 pub(crate) use control::Target;
 pub use controller::Controller;
 pub(crate) use pace::{Attempt, Halt, Pace, Verdict};
-pub(crate) use tolerance::OfLeaf;
 pub use tolerance::Tolerance;
+pub(crate) use tolerance::{ratio, OfLeaf};
 
 /// Steps that are as long as a tolerance permits, for [`Steps::Adaptive`](crate::options::Steps::Adaptive).
 ///
@@ -127,7 +126,7 @@ impl Adaptive {
 
     /// The shortest length that the controller chooses.  An attempt of this length is accepted even if its error, as
     /// long as it is finite, exceeds the tolerance; [`Stats::forced`](crate::metrics::Stats::forced) counts such steps.
-    /// Only steps before a time at which a step must end may be shorter.  The default is 0: then the solve fails with
+    /// Only steps that end at a given time, or just after an event, may be shorter.  The default is 0: then the solve fails with
     /// [`StopReason::Underflow`](crate::error::StopReason::Underflow) when a step is too short to change the time.
     #[must_use]
     pub fn min_step(self, h: f64) -> Self {
@@ -197,7 +196,8 @@ impl Adaptive {
     /// φ = u ‖b − b̂‖₂ (RMS(y_n) + |h| RMS(max(|k_1|, κ))),
     ///
     /// computed for each row and each tensor of the state, where u is the unit roundoff of the compute precision and
-    /// κ its smallest normal number.  Default: yes.  Without the noise floor, the number of steps in low precision
+    /// κ its smallest normal number.  Default: yes.  In f64 there is a floor only if the smallest relative tolerance is
+    /// below 1e-12.  Without the noise floor, the number of steps in low precision
     /// grows like 1/rtol at small tolerances, and the error does not become smaller.
     #[must_use]
     pub fn noise_floor(self, on: bool) -> Self {

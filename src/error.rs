@@ -62,7 +62,7 @@ pub enum Error {
         dtype: DType,
     },
     /// Times repeat, or change direction.
-    #[error("times must be strictly monotone: t[{index}] = {t0} is followed by {t1}")]
+    #[error("times must be strictly monotone: t[{index}] = {t0} is followed by {t1}: sort them, and remove times that are equal")]
     GridNotMonotone {
         /// Index of `t0`.
         index: usize,
@@ -98,7 +98,7 @@ pub enum Error {
     NoSteps,
     /// Two neighbouring times, or the ends of a step of [`Steps::At`](crate::options::Steps::At), or the ends of a
     /// solve in adaptive steps, whose difference overflows.
-    #[error("the interval from t[{index}] = {t0:e} to {t1:e} is longer than f64 can hold")]
+    #[error("the interval from t[{index}] = {t0:e} to {t1:e} is longer than f64 can hold: measure time in a larger unit")]
     IntervalOverflow {
         /// Index of `t0`; with `Steps::At`, among the ends of steps.
         index: usize,
@@ -159,7 +159,7 @@ pub enum Error {
         t: f64,
     },
     /// A step that begins and ends at one number of the state dtype, in which the field reads time.
-    #[error("step {step} from t = {t:?} to {end:?} begins and ends at one number of {dtype:?}, in which the field reads time (Time::tensor): take larger steps, begin the times nearer to zero, or solve with an f64 state")]
+    #[error("step {step} from t = {t:?} to {end:?} begins and ends at one number of {dtype:?}, in which the field reads time (Time::tensor): take larger steps (Adaptive::first_step sets the first one), begin the times nearer to zero, or solve with an f64 state")]
     TimeUnresolved {
         /// Index of the step.
         step: usize,

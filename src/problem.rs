@@ -236,14 +236,8 @@ impl Problem {
         }
 
         let plan = Plan::new(&grid, options, &[])?;
-        let common = options
-            .precision
-            .or_else(|| narrowest(&options.leaf_precision))
-            .unwrap_or_else(|| {
-                y0.iter()
-                    .map(Tensor::dtype)
-                    .fold(Precision::of(first.dtype()), widest)
-            });
+        let common = options.common_precision(y0);
+        let common = common.unwrap_or_else(|| Precision::of(first.dtype()));
         let theta = common.roles(&device)?.compute;
         let mut each = options.leaf_precision.iter();
         let compensated = common.compensated || each.any(|p| p.compensated);
@@ -468,14 +462,18 @@ fn narrowest(each: &[Precision]) -> Option<Precision> {
         .copied()
 }
 
-/// The precision for a state of leaves of several dtypes: the widest.
-fn widest(so_far: Precision, dtype: DType) -> Precision {
-    let next = Precision::of(dtype);
-    let bytes = |p: &Precision| (p.state.size_in_bytes(), p.compute.size_in_bytes());
-    if bytes(&next) > bytes(&so_far) {
-        next
-    } else {
-        so_far
+impl OdeOptions {
+    /// The precision of a solve from y0 but for that of single tensors: the one that was set, or that of the widest
+    /// tensor.
+    pub(crate) fn common_precision(&self, y0: &[Tensor]) -> Option<Precision> {
+        let bytes = |p: &Precision| (p.state.size_in_bytes(), p.compute.size_in_bytes());
+        let of_state = || {
+            let each = y0.iter().map(|y| Precision::of(y.dtype()));
+            each.reduce(|a, b| if bytes(&b) > bytes(&a) { b } else { a })
+        };
+        self.precision
+            .or_else(|| narrowest(&self.leaf_precision))
+            .or_else(of_state)
     }
 }
 

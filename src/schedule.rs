@@ -48,8 +48,7 @@ pub enum Output {
     Final,
     /// A state for every node of the solve (its start, and the end of every step that was taken): tensors of shape
     /// `(steps + 1, …)`.  A given time at which no step ends, which is possible with adaptive steps and with
-    /// [`Steps::At`], has no state of its own.  [`Solution::times`](crate::Solution::times) and
-    /// [`Stats::step_times`](crate::metrics::Stats::step_times) are the times of the states.
+    /// [`Steps::At`], has no state of its own.  [`Solution::times`](crate::Solution::times) are the times of the states.
     ///
     /// With adaptive steps, the whole batch then has the same steps
     /// ([`StepControl::Batch`](crate::options::StepControl::Batch)).  Rows with steps of their own would have

@@ -30,8 +30,8 @@ pub struct Stats {
     pub tolerance_factor: f64,
     /// The shortest and the longest adaptive step.
     pub step_range: Option<(f64, f64)>,
-    /// The times at which adaptive steps begin or end, from the first to the last time of each solve.  Filled only by
-    /// a [`Recorder::tracing`], and not for solves in which every row has its own steps; see [`rows`](Self::rows) for
+    /// The times at which adaptive steps begin or end, from the start of each solve to the end of its last step, which may
+    /// be after an event that ends the solve.  Filled only by a [`Recorder::tracing`], and not for solves in which every row has its own steps; see [`rows`](Self::rows) for
     /// these.
     pub step_times: Vec<f64>,
     /// The length of the first adaptive step of the last solve.  If every row has its own steps, this is the length
@@ -110,9 +110,9 @@ pub enum StopReason {
     /// which its field reads it): the problem is stiff, or the field has a singularity.
     #[error("the step is so short that the time does not change (in f64, or for a row with its own steps in the precision in which the field reads time): the problem is stiff or singular here, or the field jumps at a time that Adaptive::jump_t does not name, or the tolerance is too small for this precision")]
     Underflow,
-    /// Velocities or states were NaN or infinite at the start, or in many consecutive attempts although each attempt
-    /// was shorter than the previous one.
-    #[error("the field gives NaN or infinity here, however short the step is: examine the field at this time and state")]
+    /// Velocities or states were NaN or infinite in many consecutive attempts although each attempt was shorter than the
+    /// previous one, or in an attempt that could not be shorter, or, of a row with its own steps, at the start.
+    #[error("the field gives NaN or infinity here in all attempts, each shorter than the one before: examine the field at this time and state; if Adaptive::min_step or the limits of the controller keep the attempts long, permit shorter ones")]
     NonFinite,
     /// The states that were kept for a backward pass and the outputs have grown until the machine had no memory left:
     /// keep fewer states ([`Checkpoint`](crate::options::Checkpoint)).

@@ -294,8 +294,13 @@ impl TimeGrid {
     pub fn linspace(start: f64, end: f64, n: usize) -> Result<Self> {
         let last = n.saturating_sub(1).max(1) as f64;
         let at = |i: usize| {
-            let s = i as f64 / last;
-            start * (1.0 - s) + end * s
+            let (s, length) = (i as f64 / last, end - start);
+            match i + 1 == n && n > 1 {
+                true => end,
+                // One rounding less, so that neighbours that are near stay apart.
+                false if length.is_finite() => start + length * s,
+                false => start * (1.0 - s) + end * s,
+            }
         };
         let mut points = room_within("a time grid", n)?;
         points.extend((0..n).map(at));

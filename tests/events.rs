@@ -15,7 +15,7 @@ use candle_diffeq::options::{Adaptive, Checkpoint, Output, StepControl, Steps};
 use candle_diffeq::tableau::{Tableau, BOSH3, DOPRI5, DOPRI8, FEHLBERG45, TSIT5};
 use candle_diffeq::{odeint, NeuralOde, OdeOptions, Precision, Time};
 use candle_nn::{Init, VarBuilder, VarMap};
-use common::{bits, values, U_F64};
+use common::{bits, values, U_F32, U_F64};
 
 fn options(method: &Tableau, tolerance: f64) -> OdeOptions {
     OdeOptions {
@@ -491,6 +491,87 @@ fn the_state_after_jumps_has_the_derivative_of_the_closed_form() {
     assert!((number(grads.get(&g).unwrap()) - slope(1.0, 0.0, 0.0)).abs() < 1e-7);
     assert!((number(grads.get(&e).unwrap()) - slope(0.0, 1.0, 0.0)).abs() < 1e-7);
     assert!((number(grads.get(&y0).unwrap()) - slope(0.0, 0.0, 1.0)).abs() < 1e-7);
+}
+
+#[test]
+fn an_event_that_a_jump_has_left_is_met_again_in_the_first_step_after_it() {
+    // A neuron: y' = 1200 from −65, at −50 back to −65.  The first step after a jump may pass the level at once.
+    let drift = |_: &Time, y: &Tensor| y.ones_like()? * 1200.0;
+    let level = Event::new(|_: &Time, y: &Tensor| y.get(0)? + 50.0);
+    let reset = |_: usize, _: &Tensor, y: &Tensor| y.ones_like()? * -65.0;
+    for dtype in [DType::F64, DType::F32] {
+        let system = Hybrid::new(drift, vec![level.clone()], reset);
+        let steps = Adaptive::new(1e-3, 1e-6);
+        for steps in [steps.clone(), steps.first_step(0.9)] {
+            let options = OdeOptions {
+                method: DOPRI5,
+                steps: Steps::Adaptive(steps),
+                ..Default::default()
+            };
+            let y0 = start(-65.0).to_dtype(dtype).unwrap();
+            let solved = system.solve(&y0, &[0.0, 0.99], &options).unwrap();
+            assert_eq!(solved.jumps.len(), 79, "{dtype:?}");
+            let u = if dtype == DType::F64 { U_F64 } else { U_F32 };
+            for (i, jump) in solved.jumps.iter().enumerate() {
+                let error = number(&jump.before.t) - 0.0125 * (i + 1) as f64;
+                assert!(error.abs() <= 64.0 * u, "{dtype:?} {i}: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_flow_of_a_hybrid_system_has_the_precision_of_y0() {
+    let drift = |_: &Time, y: &Tensor| {
+        let rounded = y.to_dtype(DType::BF16)?.to_dtype(y.dtype())?;
+        assert_eq!(
+            bits(&rounded),
+            bits(y),
+            "a stage that is not rounded to bf16"
+        );
+        (y * 0.5)? + 1.0
+    };
+    let event = Event::new(|_: &Time, y: &Tensor| y.get(0)?.to_dtype(DType::F32)? - 0.25);
+    let reset = |_: usize, _: &Tensor, y: &Tensor| y * 0.0;
+    let system = Hybrid::new(drift, vec![event], reset);
+    let y0 = start(0.0).to_dtype(DType::BF16).unwrap();
+    let solved = system.solve(&y0, &[0.0, 0.9], &options(&DOPRI5, 1e-3));
+    assert_eq!(solved.unwrap().jumps.len(), 3);
+}
+
+#[test]
+fn events_that_are_recorded_between_jumps_are_returned() {
+    let event = |level: f64| Event::new(move |_: &Time, y: &Tensor| y.get(0)? - level);
+    let events = vec![event(1.0), event(0.5).recorded()];
+    let system = Hybrid::new(clock, events, |_, _, y: &Tensor| y * 0.0);
+    let solved = system.solve(&start(0.0), &[0.0, 2.75], &options(&DOPRI5, 1e-6));
+    let solved = solved.unwrap();
+    let times = solved.recorded.iter().map(|occurred| number(&occurred.t));
+    for (t, exact) in times.zip([0.5, 1.5, 2.5]) {
+        assert!((t - exact).abs() <= 64.0 * U_F64, "{t}");
+    }
+    assert_eq!((solved.recorded.len(), solved.jumps.len()), (3, 2));
+    assert!(solved.recorded.iter().all(|occurred| occurred.event == 1));
+}
+
+#[test]
+fn a_jump_to_a_state_of_other_shapes_is_an_error() {
+    let still = |_: &Time, y: &Vec<Tensor>| y.iter().map(Tensor::ones_like).collect();
+    for count in [1, 3] {
+        let event = Event::new(|_: &Time, y: &Vec<Tensor>| y[0].get(0)? - 0.5);
+        let jump = move |_: usize, _: &Tensor, y: &Vec<Tensor>| Ok(vec![y[0].clone(); count]);
+        let y0 = vec![start(0.0); 2];
+        for end in [0.5, 1.0] {
+            let system = Hybrid::new(still, vec![event.clone()], jump);
+            let refused = system.solve(&y0, &[0.0, end], &options(&DOPRI5, 1e-6));
+            match defect(refused) {
+                EventDefect::JumpShapes { expected, got, .. } => {
+                    assert_eq!((expected.len(), got.len()), (2, count));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
 }
 
 fn defect(result: candle_diffeq::Result<impl std::fmt::Debug>) -> EventDefect {

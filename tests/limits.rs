@@ -148,6 +148,33 @@ fn a_grid_that_cannot_fit_is_refused() {
 }
 
 #[test]
+fn neighbouring_points_that_are_near_stay_apart() {
+    for (start, end, n) in [(1e9, 1e9 + 1e-5, 50), (0.1, 0.7, 7), (3.0, -4.0, 9)] {
+        let grid = TimeGrid::linspace(start, end, n).unwrap();
+        assert_eq!((grid.points()[0], grid.points()[n - 1]), (start, end));
+    }
+    assert_eq!(TimeGrid::linspace(2.0, 3.0, 1).unwrap().points(), [2.0]);
+}
+
+#[test]
+fn a_solve_from_rest_begins_wherever_time_is() {
+    // Neither the state nor its velocity tells a length, and 1e-4 would not change the time.
+    for start in [0.0, 1.7e12, -3e12] {
+        let y0 = Tensor::zeros((2, 3), DType::F64, &Device::Cpu).unwrap();
+        let options = OdeOptions {
+            method: DOPRI5,
+            steps: Steps::Adaptive(Adaptive::new(1e-6, 1e-9)),
+            ..Default::default()
+        };
+        let drift = |_: &Time, y: &Tensor| y.ones_like()?.affine(-1.0, 0.0)? - y;
+        let times = [start, start + 64.0];
+        let y = odeint(drift, &y0, &times, &options).unwrap();
+        let y = values(&y.get(1).unwrap());
+        assert!(y.iter().all(|y| (y + 1.0).abs() < 1e-5), "{start}: {y:?}");
+    }
+}
+
+#[test]
 fn a_loss_takes_every_budget_that_a_solve_takes() {
     for batch in [1, 3, 17, 40] {
         let vars = VarMap::new();

@@ -640,6 +640,22 @@ fn a_row_that_fails_leaves_the_others_alone() {
 }
 
 #[test]
+fn of_all_rows_that_fail_the_first_is_the_error() {
+    if without_tiles() {
+        return;
+    }
+    // All rows need several steps; lanes take those with short first steps first, wherever they are in the batch.
+    for rows in [1, 5, 20, 50] {
+        let y0 = start(Kind::Mlp, rows, DType::F64);
+        let stopped = adaptive(1e-9, 1e-9).max_steps(1);
+        match solve(Kind::Mlp, &y0, &TIMES, &options(&DOPRI5, stopped)) {
+            Err(Error::Stopped(stopped)) => assert_eq!(stopped.worst.unwrap().row, 0),
+            other => panic!("{:?}", other.err()),
+        }
+    }
+}
+
+#[test]
 fn rows_that_are_asked_for_and_cannot_be_had_are_an_error() {
     if without_tiles() {
         return;

@@ -173,13 +173,24 @@ impl Control {
         (end - self.start).abs().min(self.options.max_step)
     }
 
+    /// The length that is tried where the state or its velocity gives none: the time changes by it in f64.
+    fn shortest(&self) -> f64 {
+        f64::max(1e-6, 64.0 * f64::EPSILON * self.start.abs())
+    }
+
+    /// Whether the field jumps at a time at which a step ends.
+    pub(crate) fn jumps_on(&self, t: f64) -> bool {
+        let mut targets = self.targets.iter();
+        targets.any(|target| target.jumps && coincide(target.t, t))
+    }
+
     /// The length of the first attempt but for limits, from ‖y0‖, ‖f0‖ in the norm of the tolerance; the first part,
     /// which says where to evaluate once more.
-    pub(crate) fn probe(d0: f64, d1: f64) -> f64 {
+    pub(crate) fn probe(&self, d0: f64, d1: f64) -> f64 {
         // A tolerance of zero, such as a relative one of a component that is zero, makes the norm infinite.
         let says_nothing = !d0.is_finite() || !d1.is_finite();
         match d0 < 1e-5 || d1 < 1e-5 || says_nothing {
-            true => 1e-6,
+            true => self.shortest(),
             false => 0.01 * d0 / d1,
         }
     }
@@ -188,7 +199,7 @@ impl Control {
     pub(crate) fn first_length(&self, probe: f64, d1: f64, d2: f64) -> f64 {
         let d = d1.max(d2);
         let h = match d <= 1e-15 {
-            true => f64::max(1e-6, probe * 1e-3),
+            true => self.shortest().max(probe * 1e-3),
             false => (0.01 / d).powf(1.0 / self.order),
         };
         h.min(100.0 * probe)

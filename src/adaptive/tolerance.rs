@@ -132,3 +132,12 @@ impl OfLeaf {
         })
     }
 }
+
+/// An error relative to its tolerance: an error of zero needs none, and one that is NaN is larger than all.
+pub(crate) fn ratio(error: f64, tolerance: f64) -> f64 {
+    match error.abs() / tolerance {
+        _ if error == 0.0 => 0.0,
+        ratio if ratio.is_nan() => f64::INFINITY,
+        ratio => ratio,
+    }
+}

@@ -91,9 +91,9 @@ pub enum AdaptiveDefect {
 pub struct Worst {
     /// Tensor of the state.
     pub leaf: usize,
-    /// Index along its first dimension.
+    /// Index along its first dimension; 0 if the tensor has one dimension.
     pub row: usize,
-    /// Index within the row.
+    /// Index within the row, or in the tensor of one dimension.
     pub index: usize,
 }
 
@@ -117,7 +117,7 @@ pub struct Stopped {
     pub accepted: usize,
     /// Attempts that were rejected.
     pub rejected: usize,
-    /// How many of the returned states were computed.
+    /// How many of the returned states, those at events included, were computed.
     pub outputs: usize,
     /// These, `(outputs, …)` for each tensor of the state, without gradients; empty if there are none.
     pub states: Vec<Tensor>,
@@ -134,10 +134,13 @@ impl std::fmt::Display for Stopped {
             rejected,
             ..
         } = self;
-        write!(
-            f,
-            "the solve stopped at t = {t:?}, h = {h:e}, error {error:.3e}"
-        )?;
+        write!(f, "the solve stopped at t = {t:?}")?;
+        if *h != 0.0 {
+            write!(
+                f,
+                ", where an attempt of length {h:e} had the error {error:.3e}"
+            )?;
+        }
         if let Some(Worst { leaf, row, index }) = self.worst {
             write!(
                 f,

@@ -11,7 +11,7 @@ pub enum TableauDefect {
     /// A vector has not one entry for each stage.
     #[error("{what} has {got} entries for {stages} stages")]
     Length {
-        /// `a`, `c`, `embedded` or `weights`.
+        /// `a`, `c`, `embedded`, `interpolant` or `weights`.  An interpolant may also have one entry more than stages.
         what: &'static str,
         /// Stages, by the length of b.
         stages: usize,
@@ -29,7 +29,7 @@ pub enum TableauDefect {
     /// A coefficient is NaN or infinite.
     #[error("a coefficient of {what} is not finite")]
     NonFinite {
-        /// `a`, `b`, `c` or `embedded`.
+        /// `a`, `b`, `c`, `embedded` or `interpolant`.
         what: &'static str,
     },
     /// c_i is not the sum of row i.

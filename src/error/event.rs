@@ -2,12 +2,14 @@
 
 use candle_core::Shape;
 
+use super::defects::listed;
+
 /// Events that cannot be found or differentiated.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EventDefect {
     /// An event function is not one number.
-    #[error("event function {event} is of shape {shape:?}, not one number")]
+    #[error("event function {event} is of shape {shape:?}: it must return one number, for example by sum_all, or by get for one component")]
     NotScalar {
         /// Which of the events.
         event: usize,
@@ -60,6 +62,16 @@ pub enum EventDefect {
     TimeValue {
         /// Which of the events.
         event: usize,
+    },
+    /// The jump of a hybrid system returned tensors of other shapes than the state has.
+    #[error("the jump after event {event} returned {}, but the state is {}: return the state behind the jump, in the same tensors", listed(got), listed(expected))]
+    JumpShapes {
+        /// Which of the events.
+        event: usize,
+        /// Shapes of the state before the jump.
+        expected: Vec<Shape>,
+        /// Shapes of the state after the jump.
+        got: Vec<Shape>,
     },
     /// There are more events than permitted: perhaps infinitely many in a finite time.
     #[error("{count} events until t = {t:?}: are there infinitely many (Zeno)? Hybrid::max_events sets the limit")]

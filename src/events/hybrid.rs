@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 
 use super::search::Origin;
 use super::{solve, Event, Occurrence};
@@ -45,6 +45,8 @@ pub struct HybridSolution<S> {
     pub states: S,
     /// The jumps, in order of time.
     pub jumps: Vec<Jump<S>>,
+    /// The events that were [recorded](Event::recorded), without a jump, in order of time.
+    pub recorded: Vec<Occurrence<S>>,
 }
 
 impl<S, F> Hybrid<S, F>
@@ -77,10 +79,10 @@ where
 
     /// The states at `times`, and the jumps between them.  Events at one time all occur, except at the last of `times`,
     /// where the first of them ends the solve.  At the time of a jump, the state is the state before the
-    /// jump; times are the same up to eight roundings of the largest time since the jump before.
+    /// jump; times are the same up to sixteen unit roundoffs of the largest time since the jump before.
     ///
     /// # Errors
-    /// As [`odeint_event`](super::odeint_event), of the jump, and [`EventDefect::TooMany`].
+    /// As [`odeint_event`](super::odeint_event), of the jump, [`EventDefect::JumpShapes`] and [`EventDefect::TooMany`].
     pub fn solve<T: Times + ?Sized>(
         &self,
         y0: &S,
@@ -89,6 +91,11 @@ where
     ) -> Result<HybridSolution<S>> {
         let grid = times.to_grid()?;
         let points = grid.points();
+        // The state that an event returns has another dtype than y0 may have, and says nothing of the precision.
+        let options = &OdeOptions {
+            precision: options.common_precision(&y0.leaves()),
+            ..options.clone()
+        };
         let device = y0
             .leaves()
             .first()
@@ -98,7 +105,7 @@ where
             None => Tensor::new(points, &device)?,
         };
         let mut parts: Vec<Vec<Tensor>> = vec![];
-        let (mut jumps, mut done) = (vec![], 0);
+        let (mut jumps, mut recorded, mut done) = (vec![], vec![], 0);
         let (mut y, mut start, mut origin) = (y0.clone(), None, Origin::default());
         loop {
             let rest = all.narrow(0, done, points.len() - done)?;
@@ -125,8 +132,10 @@ where
                 parts.push(part);
             }
             done += kept;
-            let ended = solved.ended;
-            let Some(before) = solved.events.into_iter().last().filter(|_| ended) else {
+            let (ended, mut events) = (solved.ended, solved.events);
+            let last = if ended { events.pop() } else { None };
+            recorded.extend(events);
+            let Some(before) = last else {
                 break;
             };
             let t: f64 = before.t.to_scalar()?;
@@ -145,6 +154,7 @@ where
                 done += 1;
             }
             y = (self.jump)(before.event, &before.t, &before.y)?;
+            check_jump(&before, &y)?;
             start = Some(before.t.reshape(1)?);
             jumps.push(Jump {
                 before,
@@ -162,7 +172,22 @@ where
         Ok(HybridSolution {
             states: S::from_leaves(leaves.collect::<candle_core::Result<_>>()?)?,
             jumps,
+            recorded,
         })
+    }
+}
+
+/// That a jump has returned a state of the shapes of the state before it.
+fn check_jump<S: State>(before: &Occurrence<S>, after: &S) -> Result<()> {
+    let shapes = |y: &S| y.leaves().iter().map(|y| y.shape().clone()).collect();
+    let (expected, got): (Vec<Shape>, Vec<Shape>) = (shapes(&before.y), shapes(after));
+    match expected == got {
+        true => Ok(()),
+        false => Err(Error::Event(EventDefect::JumpShapes {
+            event: before.event,
+            expected,
+            got,
+        })),
     }
 }
 

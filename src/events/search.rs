@@ -17,6 +17,8 @@ pub(super) struct Crossing {
     largest: f64,
     /// How fast its function changes in the step on average.
     pub(super) speed: f64,
+    /// What is rounding in a value of its function near this place.
+    rounding: f64,
     /// ṗ there.
     pub(super) slope: Vec<Tensor>,
     /// Its number among the returned states.
@@ -26,8 +28,9 @@ pub(super) struct Crossing {
 /// What the events of a solve know of the solve before it, which an event ended.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Origin {
-    /// The events that ended it and those before at the same time, whose signs at the start are rounding.
-    pub(super) fired: Vec<usize>,
+    /// The events that ended it and those before at the same time, each with what is rounding in a value of its
+    /// function.  A value of this size has no sign: the jump has left the state on the surface.
+    pub(super) fired: Vec<(usize, f64)>,
     /// Events that occurred at the same time and were not reached: their number, and the sign that they had before.
     pub(super) together: Vec<(usize, f64)>,
     /// The largest time from the start of the solve to the event that ended it, whose rounding is that of the event.
@@ -72,7 +75,7 @@ impl<'a, S: State> Search<'a, S> {
     pub(super) fn origin(&self) -> Origin {
         let (mut fired, mut largest) = (vec![], 0.0);
         if let Some(last) = self.found.last().filter(|f| self.events[f.event].terminal) {
-            fired.push(last.event);
+            fired.push((last.event, last.rounding));
             largest = last.largest;
             let both = self.origin.largest.max(largest);
             if self.begun.is_some_and(|start| is_met(start, last.t, both)) {
@@ -124,11 +127,15 @@ impl<S: State> Observer for Search<'_, S> {
         if self.begun.is_none() {
             self.begun = Some(inside.step().t);
             for event in 0..self.events.len() {
-                let together = self.origin.together.iter().find(|(e, _)| *e == event);
-                self.signs[event] = match together {
-                    _ if self.origin.fired.contains(&event) => None,
-                    Some((_, before)) => Some(*before),
-                    None => sign(self.value(event, inside, 0.0)?),
+                let of =
+                    |list: &[(usize, f64)]| list.iter().find(|(e, _)| *e == event).map(|(_, x)| *x);
+                let (fired, together) = (of(&self.origin.fired), of(&self.origin.together));
+                self.signs[event] = match (fired, together) {
+                    (None, Some(before)) => Some(before),
+                    (rounding, _) => {
+                        let g = self.value(event, inside, 0.0)?;
+                        sign(g).filter(|_| rounding.is_none_or(|rounding| g.abs() > rounding))
+                    }
                 };
             }
         }
@@ -159,14 +166,18 @@ impl<S: State> Observer for Search<'_, S> {
         for (Place { x, speed, .. }, event) in found {
             // States at one time: those of events come first.
             let before = others.iter().filter(|&&other| other < x).count();
+            let (start, step) = (self.begun.unwrap_or(inside.step().t), inside.step());
+            let largest = start.abs().max(step.end.abs());
+            // The root is found to four ulps of time, and the number changes by speed · h in the step.
+            let of_time = 8.0 * f64::EPSILON * largest * speed;
+            let of_state = inside.roundoff() * speed * (step.end - step.t).abs();
+            let residual = self.value(event, inside, x)?.abs();
             self.found.push(Crossing {
                 event,
                 t: inside.time(x),
-                largest: {
-                    let start = self.begun.unwrap_or(inside.step().t);
-                    start.abs().max(inside.step().end.abs())
-                },
+                largest,
                 speed,
+                rounding: 16.0 * residual.max(of_time).max(of_state),
                 slope: inside.slope(x)?,
                 row: returned + before + wanted.at.len(),
             });

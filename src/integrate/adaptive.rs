@@ -146,7 +146,8 @@ impl<'a> AdaptivePass<'a> {
         let control = self.control;
         self.start_anew((control.targets[0].t - control.start).abs())?;
         let probe = |h: f64| {
-            let step = self.step(h, control.start + h, false);
+            let end = control.start + h;
+            let step = self.step(h, end, control.jumps_on(end));
             let scheme = &self.problem.scheme;
             scheme.after_euler(self.field, step, &self.y, &self.k)
         };

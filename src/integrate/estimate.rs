@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::adaptive::{Control, Norm, OfLeaf};
+use crate::adaptive::{ratio, Control, Norm, OfLeaf};
 use crate::error::{Result, Worst};
 use crate::ops::ratio::{error_norms, row_rms, rows_of, Estimated};
 use crate::problem::Problem;
@@ -104,8 +104,7 @@ impl Estimate {
             let (y0, y1) = (numbers(&y[0][leaf])?, numbers(&y[1][leaf])?);
             let features = rows_of(error).1.max(1);
             for (i, e) in numbers(error)?.into_iter().enumerate() {
-                let ratio = e.abs() / (atol[i] + rtol[i] * y0[i].abs().max(y1[i].abs()));
-                let ratio = if ratio.is_nan() { f64::INFINITY } else { ratio };
+                let ratio = ratio(e, atol[i] + rtol[i] * y0[i].abs().max(y1[i].abs()));
                 if ratio > largest {
                     largest = ratio;
                     worst = Some(Worst {
@@ -134,7 +133,7 @@ pub(crate) fn first_length(
     let k = k.iter().map(wide).collect::<Result<Vec<_>>>()?;
     let (d0, d1) = (norm(y)?, norm(&k)?);
     let most = control.longest();
-    let length = Control::probe(d0, d1).min(most);
+    let length = control.probe(d0, d1).min(most);
     let further = probe(control.direction * length)?;
     let difference = |((a, b), u): ((&Tensor, &Tensor), &f64)| -> Result<Tensor> {
         let noise = (a.abs()? * (2.0 * u))?;

@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::precision::unit_roundoff;
 use crate::schedule::Step;
 use crate::step::{Increments, Scheme};
 
@@ -23,6 +24,11 @@ impl InStep<'_> {
     /// The step.
     pub(crate) fn step(&self) -> &Step {
         self.step
+    }
+
+    /// The unit roundoff of the state.
+    pub(crate) fn roundoff(&self) -> f64 {
+        self.y.first().map_or(0.0, |y| unit_roundoff(y.dtype()))
     }
 
     /// The time at a fraction x of the step.

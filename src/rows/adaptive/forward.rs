@@ -40,7 +40,7 @@ impl<T: Element> IntegrateRows<'_, T> {
     pub(super) fn group(&self, rows: Range<usize>) -> std::result::Result<SolvedGroup<T>, Failure> {
         let anywhere = |error| Failure { at: (0, 0), error };
         let mut group = Group::new(*self, rows).map_err(anywhere)?;
-        while group.lanes.iter().any(Option::is_some) {
+        while group.lanes.iter().any(Option::is_some) || !group.waiting.is_empty() {
             group.round().map_err(anywhere)?;
         }
         group.finish()
@@ -252,6 +252,12 @@ impl<'a, T: Element> Group<'a, T> {
     /// The next attempt of every lane that is ready.
     fn plan_attempts(&mut self) -> Result<()> {
         let control = self.pass.control;
+        // Where a row that fails ends the solve, lanes with later rows are empty, and rows before it may wait.
+        for at in 0..self.batch() {
+            if self.lanes[at].is_none() {
+                self.refill(at);
+            }
+        }
         for at in 0..self.batch() {
             // A row that cannot go on leaves its place to the next one, which begins.
             let planned = match &mut self.lanes[at] {

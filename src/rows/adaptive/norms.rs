@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::adaptive::{Control, OfLeaf};
+use crate::adaptive::{ratio, Control, OfLeaf};
 use crate::error::{Result, Worst};
 use crate::problem::Problem;
 use crate::simd::Element;
@@ -211,7 +211,7 @@ impl<'a> Norms<'a> {
     ) -> (f64, f64) {
         let d0 = self.of_lane(lane, y, |_, at| y[at].wide());
         let d1 = self.of_lane(lane, y, |_, at| k[at].wide());
-        (Control::probe(d0, d1).min(control.longest()), d1)
+        (control.probe(d0, d1).min(control.longest()), d1)
     }
 
     /// The first length, from the velocity `further` after that step.  The part of the difference that can be
@@ -248,8 +248,7 @@ impl<'a> Norms<'a> {
             for index in 0..features {
                 let size = f64::max(attempt.y[at].wide().abs(), attempt.next[at].wide().abs());
                 let tolerance = self.atol[at] + self.rtol[at] * size;
-                let ratio = attempt.error[at].wide().abs() / tolerance;
-                let ratio = if ratio.is_nan() { f64::INFINITY } else { ratio };
+                let ratio = ratio(attempt.error[at].wide(), tolerance);
                 if ratio > largest {
                     largest = ratio;
                     worst = Some(Worst { leaf, row, index });
