@@ -4,9 +4,9 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use pulp::{Simd, WithSimd};
 
-use super::activation::{Activation, Apply};
+use super::activation::{Activation, Apply, Expand};
 use crate::simd::pieces::{by_piece, share};
-use crate::simd::{enter, scalars, scalars_mut, unit, vectors, Element};
+use crate::simd::{enter, scalars, scalars_mut, unit, Element};
 
 /// Numbers that are not worth a second thread.
 const ALONE: usize = 1 << 17;
@@ -135,49 +135,90 @@ impl<T: Element> WithSimd for ElementJob<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, s: S) {
-        let size = BLOCK * T::lanes::<S>();
-        let mut values = vectors::<T, S>(BLOCK);
-        let mut slopes = vectors::<T, S>(BLOCK);
-        for (b, out) in self.out.chunks_mut(size).enumerate() {
-            let range = b * size..b * size + out.len();
-            let x = match self.of {
-                Of::Both(_) => &*out,
-                Of::Value | Of::Cotangent(_) => &self.x[range.clone()],
-            };
-            scalars_mut::<T, S>(&mut values)[..x.len()].copy_from_slice(x);
-            let used = out.len().div_ceil(T::lanes::<S>());
-            let block = Apply::<T, S> {
-                activation: self.activation,
-                z: &mut values[..used],
-                slope: &mut slopes[..used],
-            };
-            enter(s, block);
-            if !matches!(self.of, Of::Cotangent(_)) {
-                out.copy_from_slice(&scalars::<T, S>(&values)[..out.len()]);
+    fn with_simd<S: Simd>(self, s: S) {
+        let Self {
+            activation,
+            x,
+            of,
+            out,
+        } = self;
+        let lanes = T::lanes::<S>();
+        let whole = out.len() / lanes * lanes;
+        let (out, out_rest) = out.split_at_mut(whole);
+        let out = T::vectors_mut::<S>(out);
+        // What fills no vector, in one.
+        let mut last = [[T::zeros::<S>(); 1]; 2];
+        let held = out_rest.len();
+        let load = |to: &mut [T::Vector<S>; 1], from: &[T]| {
+            scalars_mut::<T, S>(to)[..held].copy_from_slice(from);
+        };
+        match of {
+            Of::Both(slope) => {
+                let (slope, slope_rest) = slope.split_at_mut(whole);
+                expand::<T, S>(s, activation, [out, T::vectors_mut::<S>(slope)]);
+                load(&mut last[0], out_rest);
+                let [z, d] = &mut last;
+                expand::<T, S>(s, activation, [z, d]);
+                out_rest.copy_from_slice(&scalars::<T, S>(&last[0])[..held]);
+                slope_rest.copy_from_slice(&scalars::<T, S>(&last[1])[..held]);
             }
-            if matches!(self.of, Of::Value) {
-                continue;
+            Of::Value => {
+                let (x, x_rest) = x.split_at(whole);
+                let mut unused = [T::zeros::<S>(); BLOCK];
+                let blocks = T::vectors::<S>(x).chunks(BLOCK);
+                for (out, x) in out.chunks_mut(BLOCK).zip(blocks) {
+                    out.copy_from_slice(x);
+                    apply::<T, S>(s, activation, [out, &mut unused]);
+                }
+                load(&mut last[0], x_rest);
+                let [z, d] = &mut last;
+                apply::<T, S>(s, activation, [z, d]);
+                out_rest.copy_from_slice(&scalars::<T, S>(&last[0])[..held]);
             }
-            if !self.activation.keeps_slope() {
-                slopes[..used].fill(T::splat(s, T::of(1.0)));
-                let pull = super::activation::Pull::<T, S> {
-                    activation: self.activation,
-                    value: &values[..used],
-                    g: &mut slopes[..used],
-                };
-                enter(s, pull);
-            }
-            let slopes = scalars::<T, S>(&slopes);
-            match &mut self.of {
-                Of::Value => {}
-                Of::Cotangent(g) => {
-                    for ((out, d), g) in out.iter_mut().zip(slopes).zip(&g[range]) {
-                        *out = *d * *g;
+            Of::Cotangent(g) => {
+                let ((x, x_rest), (g, g_rest)) = (x.split_at(whole), g.split_at(whole));
+                let mut values = [T::zeros::<S>(); BLOCK];
+                let xs = T::vectors::<S>(x).chunks(BLOCK);
+                let gs = T::vectors::<S>(g).chunks(BLOCK);
+                for (out, (x, g)) in out.chunks_mut(BLOCK).zip(xs.zip(gs)) {
+                    let z = &mut values[..x.len()];
+                    z.copy_from_slice(x);
+                    expand::<T, S>(s, activation, [z, &mut *out]);
+                    for (out, g) in out.iter_mut().zip(g) {
+                        *out = T::times(s, *out, *g);
                     }
                 }
-                Of::Both(slope) => slope[range].copy_from_slice(&slopes[..out.len()]),
+                load(&mut last[0], x_rest);
+                let [z, d] = &mut last;
+                expand::<T, S>(s, activation, [z, d]);
+                let slopes = scalars::<T, S>(&last[1]);
+                for (out, (d, g)) in out_rest.iter_mut().zip(slopes.iter().zip(g_rest)) {
+                    *out = *d * *g;
+                }
             }
         }
     }
+}
+
+/// z becomes σ(z), and the slopes are written beside it where σ gives them at once.
+#[inline(always)]
+fn apply<T: Element, S: Simd>(s: S, activation: Activation, [z, slope]: [&mut [T::Vector<S>]; 2]) {
+    let apply = Apply::<T, S> {
+        activation,
+        slope: &mut slope[..z.len()],
+        z,
+    };
+    enter(s, apply);
+}
+
+/// z becomes σ(z), and `slope` becomes σ'(z).
+#[inline(always)]
+fn expand<T: Element, S: Simd>(s: S, activation: Activation, [z, slope]: [&mut [T::Vector<S>]; 2]) {
+    let expand = Expand::<T, S> {
+        activation,
+        z,
+        slope,
+        curvature: &mut [],
+    };
+    enter(s, expand);
 }

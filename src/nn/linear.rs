@@ -10,6 +10,7 @@ use super::spread::spread;
 use super::{wrong_state, Checked};
 use crate::precision::at_least_f32;
 use crate::simd::matrix::{column_sums, product, Matrix};
+use crate::simd::unit;
 use crate::simd::Element;
 
 /// y = x Wᵀ + b: x `(…, inputs)`, W `(outputs, inputs)`, b `(outputs)`, y `(…, outputs)`.
@@ -302,10 +303,10 @@ impl CustomOp1 for ColumnSums {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (_, columns) = layout.shape().dims2()?;
+        let ((_, columns), unit) = (layout.shape().dims2()?, unit()?);
         let out = match x {
-            CpuStorage::F32(x) => CpuStorage::F32(column_sums(numbers(x, layout)?, columns)),
-            CpuStorage::F64(x) => CpuStorage::F64(column_sums(numbers(x, layout)?, columns)),
+            CpuStorage::F32(x) => CpuStorage::F32(column_sums(unit, numbers(x, layout)?, columns)),
+            CpuStorage::F64(x) => CpuStorage::F64(column_sums(unit, numbers(x, layout)?, columns)),
             _ => candle_core::bail!("column sums of numbers that are neither f32 nor f64"),
         };
         Ok((out, Shape::from(columns)))

@@ -73,6 +73,7 @@ impl<T: Element> Tiled<T> for Relaxing<T> {
         // Every feature of y is read here.
         let at = &At {
             is_weighed: true,
+            is_repeated: false,
             ..*at
         };
         let Some(out) = k else {

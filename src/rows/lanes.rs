@@ -130,6 +130,7 @@ impl<T: Element> LaneClock<T> {
                 false => &self.instants,
             },
             is_weighed: true,
+            is_repeated: false,
         }
     }
 }

@@ -160,12 +160,19 @@ impl<'p, T: Element> Stepper<'p, T> {
                 return;
             };
             self.stage(i, y, slot);
-            if at + 1 < self.stages(dense).len() {
-                self.evaluate(steps, i, slot);
-            } else {
-                let at = self.clock.at(steps, self.c[i]);
-                let is_weighed = self.weighed[i];
-                self.field.velocity(&At { is_weighed, ..at }, slot, None);
+            let is_last = at + 1 == self.stages(dense).len();
+            let at = At {
+                is_weighed: self.weighed[i],
+                is_repeated: true,
+                ..self.clock.at(steps, self.c[i])
+            };
+            let k = &mut self.ks[i * self.size..][..self.size];
+            match is_last {
+                true => self.field.velocity(&at, slot, None),
+                false => {
+                    self.field.velocity(&at, slot, Some(&mut *k));
+                    round::<T>(self.on, self.plan, self.batch, k);
+                }
             }
         }
     }

@@ -17,6 +17,9 @@ pub(crate) struct At<'a, X> {
     /// Whether the state, its error, or an output inside the step reads this velocity.  Otherwise only other stages
     /// do, and features of y that f does not depend on need no velocity.
     pub(crate) is_weighed: bool,
+    /// Whether an evaluation is repeated to be pulled back: then only other stages read the velocity, also where what
+    /// is kept of all features is needed.
+    pub(crate) is_repeated: bool,
 }
 
 impl<X> At<'_, X> {
@@ -272,6 +275,7 @@ impl<T: Element> At<'_, T> {
             rows: self.rows,
             instants: self.instants,
             is_weighed: self.is_weighed,
+            is_repeated: self.is_repeated,
         }
     }
 }

@@ -41,6 +41,13 @@ impl<T: Element> TileTrajectory<T> {
         })
     }
 
+    /// Makes room for so many states, if there is memory and they are small.
+    pub(super) fn expect(&mut self, states: usize) {
+        if let Self::All(all) = self {
+            all.expect(states);
+        }
+    }
+
     /// Whether a backward pass is possible.
     pub(super) fn can_rewind(&self) -> bool {
         match self {
@@ -118,6 +125,18 @@ impl<T: Element> States<T> {
             Numbers::Bf16(all) => all.capacity(),
             Numbers::F16(all) => all.capacity(),
         }
+    }
+
+    /// Makes room for so many in all, as far as they fill a few kilobytes.
+    fn expect(&mut self, states: usize) {
+        const MOST: usize = 1 << 10;
+        let more = states.saturating_mul(self.store.size).min(MOST);
+        // Without it, memory is found later or refused there.
+        let _ = match &mut self.numbers {
+            Numbers::State(all) => all.try_reserve_exact(more),
+            Numbers::Bf16(all) => all.try_reserve_exact(more),
+            Numbers::F16(all) => all.try_reserve_exact(more),
+        };
     }
 
     /// How many there are.

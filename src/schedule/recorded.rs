@@ -38,6 +38,13 @@ impl Recorded {
         }
     }
 
+    /// Makes room for so many steps, as far as they fill a few kilobytes.
+    pub(crate) fn expect(&mut self, steps: usize) {
+        const MOST: usize = 1 << 8;
+        // Without it, memory is found later or refused there.
+        let _ = self.steps.try_reserve_exact(steps.min(MOST));
+    }
+
     /// The steps between these times and the ends of the grid; one ends where the field jumps, too.
     pub(super) fn at(
         grid: &TimeGrid,

@@ -8,6 +8,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::pieces::by_piece;
 use super::product::{block, has_block};
+use super::transpose::transposed;
 use super::{enter, scalars, scalars_mut, unit, vectors, Element, Kernel};
 use crate::error::Result;
 
@@ -57,8 +58,8 @@ impl<'a, T: Element> Matrix<'a, T> {
     }
 }
 
-/// Products of numbers in a piece that one thread takes, which are half a hundred microseconds of work.
-const PIECE: usize = 1 << 22;
+/// Products of numbers that one thread does as fast as several: some tens of microseconds of work.
+const ALONE: usize = 1 << 22;
 
 /// `a b + start`, by rows; `start` is a row that is added to all, or empty.
 pub(crate) fn product<T: Element>(
@@ -71,8 +72,12 @@ pub(crate) fn product<T: Element>(
     if out.is_empty() {
         return Ok(out);
     }
-    // Whole blocks of rows, as many as are worth a thread, and a copy of b.
-    let rows = (PIECE / (a.columns * b.columns).max(1)).max(16);
+    // Whole blocks of rows, which are worth a copy of b.
+    let of_a_row = (a.columns * b.columns).max(1);
+    let rows = match a.rows.saturating_mul(of_a_row) <= ALONE {
+        true => a.rows,
+        false => (ALONE / 4 / of_a_row).max(16),
+    };
     by_piece(
         &mut out,
         rows.next_multiple_of(8) * b.columns,
@@ -108,24 +113,41 @@ pub(crate) fn product_of_rows<T: Element>(
 }
 
 /// Σ over the rows.
-pub(crate) fn column_sums<T: Element>(x: &[T], columns: usize) -> Vec<T> {
+pub(crate) fn column_sums<T: Element>(unit: Arch, x: &[T], columns: usize) -> Vec<T> {
     let mut total = vec![T::default(); columns];
-    if columns == 0 {
-        return total;
-    }
-    // In blocks: a running sum over a large batch would lose digits.
-    for block in x.chunks(BLOCK * columns) {
-        let mut sums = vec![T::default(); columns];
-        for row in block.chunks_exact(columns) {
-            for (sum, x) in sums.iter_mut().zip(row) {
-                *sum += *x;
-            }
-        }
-        for (total, sum) in total.iter_mut().zip(sums) {
-            *total += sum;
-        }
+    if columns > 0 {
+        let total = &mut total;
+        unit.dispatch(ColumnSums { x, columns, total });
     }
     total
+}
+
+struct ColumnSums<'a, T> {
+    x: &'a [T],
+    columns: usize,
+    total: &'a mut [T],
+}
+
+impl<T: Element> WithSimd for ColumnSums<'_, T> {
+    type Output = ();
+
+    /// In plain loops, which the compiler turns into vectors of the unit.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let mut sums = vec![T::default(); self.columns];
+        // In blocks: a running sum over a large batch would lose digits.
+        for block in self.x.chunks(BLOCK * self.columns) {
+            sums.fill(T::default());
+            for row in block.chunks_exact(self.columns) {
+                for (sum, x) in sums.iter_mut().zip(row) {
+                    *sum += *x;
+                }
+            }
+            for (total, sum) in self.total.iter_mut().zip(&sums) {
+                *total += *sum;
+            }
+        }
+    }
 }
 
 /// Terms of a sum before it is added to the total.
@@ -180,7 +202,7 @@ impl<T: Element> RowBlock<'_, T> {
             for depth in (0..inner).step_by(BLOCK) {
                 let n = BLOCK.min(inner - depth);
                 let width = width.min(columns - column);
-                pack::<T, S, V>(&self.b, depth, column, width, &mut panel[..V * n]);
+                pack::<T, S, V>(s, &self.b, (depth, column), width, &mut panel[..V * n]);
                 let panel = Panel::<T, S, V> {
                     a: self.a,
                     first: self.first,
@@ -200,24 +222,40 @@ impl<T: Element> RowBlock<'_, T> {
 /// Rows from `depth` on of some columns of b, padded with whatever there is to whole vectors.
 #[inline(always)]
 fn pack<T: Element, S: Simd, const V: usize>(
+    s: S,
     b: &Matrix<'_, T>,
-    depth: usize,
-    column: usize,
+    (depth, column): (usize, usize),
     width: usize,
     panel: &mut [T::Vector<S>],
 ) {
-    let stride = b.stride();
-    let size = V * T::lanes::<S>();
+    let (stride, lanes) = (b.stride(), T::lanes::<S>());
+    if b.transposed {
+        // Square by square.
+        let rows = panel.len() / V;
+        for first in (0..rows).step_by(lanes) {
+            let count = lanes.min(rows - first);
+            for v in 0..V {
+                let columns = width.saturating_sub(v * lanes).min(lanes);
+                if columns == 0 {
+                    continue;
+                }
+                let from = &b.data[(column + v * lanes) * stride + depth + first..];
+                let square = transposed::<T, S>(s, from, stride, (columns, count));
+                for (k, row) in square[..count].iter().enumerate() {
+                    panel[(first + k) * V + v] = *row;
+                }
+            }
+        }
+        return;
+    }
+    let size = V * lanes;
     let rows = scalars_mut::<T, S>(panel).chunks_exact_mut(size);
     for (k, row) in rows.enumerate() {
-        if b.transposed {
-            let from = &b.data[column * stride + depth + k..];
-            for (to, from) in row[..width].iter_mut().zip(from.iter().step_by(stride)) {
-                *to = *from;
-            }
-        } else {
-            let from = &b.data[(depth + k) * stride + column..];
-            row[..width].copy_from_slice(&from[..width]);
+        let from = &b.data[(depth + k) * stride + column..];
+        // Of a length that the compiler knows, where it can be.
+        match width == size {
+            true => row[..size].copy_from_slice(&from[..size]),
+            false => row[..width].copy_from_slice(&from[..width]),
         }
     }
 }
@@ -273,32 +311,38 @@ impl<T: Element, S: Simd, const V: usize> Panel<'_, T, S, V> {
     /// would keep them out of registers.
     #[inline(always)]
     fn add<const R: usize>(&mut self, s: S, row: usize, sums: [[T::Vector<S>; V]; R]) {
-        let width = (V * T::lanes::<S>()).min(self.columns - self.column);
-        for r in 0..R {
-            let at = (row + r) * self.columns + self.column;
-            let out = &mut self.out[at..][..width];
-            let start = self.start.get(..width);
-            if width == V * T::lanes::<S>() {
-                let start: Option<&[T::Vector<S>]> = start.map(bytemuck::cast_slice);
+        let (columns, from) = (self.columns, self.column);
+        let width = (V * T::lanes::<S>()).min(columns - from);
+        let start = self.start.get(..width);
+        let rows = &mut self.out[row * columns + from..];
+        if width == V * T::lanes::<S>() {
+            let start: Option<&[T::Vector<S>]> = start.map(bytemuck::cast_slice);
+            let mut first = [T::zeros::<S>(); V];
+            if let Some(start) = start {
+                for v in 0..V {
+                    first[v] = start[v];
+                }
+            }
+            for r in 0..R {
+                let out = &mut rows[r * columns..][..V * T::lanes::<S>()];
                 let out: &mut [T::Vector<S>] = bytemuck::cast_slice_mut(out);
                 for v in 0..V {
-                    let before = match (self.depth, start) {
-                        (0, Some(start)) => start[v],
-                        (0, None) => T::zeros::<S>(),
-                        _ => out[v],
-                    };
+                    let before = if self.depth == 0 { first[v] } else { out[v] };
                     out[v] = T::plus(s, before, sums[r][v]);
                 }
-            } else {
-                match (self.depth, start) {
-                    (0, Some(start)) => out.copy_from_slice(start),
-                    (0, None) => out.fill(T::default()),
-                    _ => {}
-                }
-                let sums = sums[r];
-                for (out, sum) in out.iter_mut().zip(scalars::<T, S>(&sums)) {
-                    *out += *sum;
-                }
+            }
+            return;
+        }
+        for r in 0..R {
+            let out = &mut rows[r * columns..][..width];
+            match (self.depth, start) {
+                (0, Some(start)) => out.copy_from_slice(start),
+                (0, None) => out.fill(T::default()),
+                _ => {}
+            }
+            let sums = sums[r];
+            for (out, sum) in out.iter_mut().zip(scalars::<T, S>(&sums)) {
+                *out += *sum;
             }
         }
     }
@@ -308,16 +352,20 @@ impl<T: Element, S: Simd, const V: usize> Panel<'_, T, S, V> {
     fn sums_of_rows<const R: usize>(&self, s: S, row: usize) -> [[T::Vector<S>; V]; R] {
         let stride = self.a.stride();
         let a = &self.a.data[(self.first + row) * stride + self.depth..];
-        let (panel, rest) = self.panel.as_chunks::<V>().0.as_chunks::<AHEAD>();
-        let mut sums = [[T::zeros::<S>(); V]; R];
-        for (i, b) in panel.iter().enumerate() {
-            let mut x = [[T::default(); AHEAD]; R];
-            for (r, x) in x.iter_mut().enumerate() {
-                let a = a.get(r * stride + i * AHEAD..);
-                *x = match a.and_then(<[T]>::first_chunk) {
-                    Some(a) => *a,
-                    None => [T::default(); AHEAD],
-                };
+        let panel = self.panel.as_chunks::<V>().0;
+        let (ahead, rest) = panel.as_chunks::<AHEAD>();
+        // References, not copies: numbers that are copied into registers are spread from there by shuffles, for which
+        // there are fewer ports than for loads.
+        let mut rows: [&[[T; AHEAD]]; R] = [&[]; R];
+        let mut last: [&[T]; R] = [&[]; R];
+        for r in 0..R {
+            (rows[r], last[r]) = a[r * stride..][..panel.len()].as_chunks();
+        }
+        let (mut sums, none) = ([[T::zeros::<S>(); V]; R], [T::default(); AHEAD]);
+        for (i, b) in ahead.iter().enumerate() {
+            let mut x = [&none; R];
+            for r in 0..R {
+                x[r] = &rows[r][i];
             }
             for k in 0..AHEAD {
                 for r in 0..R {
@@ -330,8 +378,7 @@ impl<T: Element, S: Simd, const V: usize> Panel<'_, T, S, V> {
         }
         for (k, b) in rest.iter().enumerate() {
             for (r, sums) in sums.iter_mut().enumerate() {
-                let x = a.get(r * stride + panel.len() * AHEAD + k);
-                let x = T::splat(s, x.copied().unwrap_or_default());
+                let x = T::splat(s, last[r][k]);
                 for v in 0..V {
                     sums[v] = T::mul_add(s, x, b[v], sums[v]);
                 }

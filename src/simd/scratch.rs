@@ -59,7 +59,8 @@ impl Scratch {
     pub(crate) fn numbers<N: Pod>(&self) -> &[N] {
         let all = match &self.memory {
             Memory::Heap(lines) => bytemuck::cast_slice(lines),
-            Memory::Pages(pages) => bytemuck::cast_slice(pages),
+            // Whole ones: what is cast must not leave a rest.
+            Memory::Pages(pages) => bytemuck::cast_slice(&pages[..whole::<N>(self.bytes)]),
         };
         &all[..self.bytes / size_of::<N>()]
     }
@@ -67,8 +68,29 @@ impl Scratch {
     pub(crate) fn numbers_mut<N: Pod>(&mut self) -> &mut [N] {
         let all = match &mut self.memory {
             Memory::Heap(lines) => bytemuck::cast_slice_mut(lines),
-            Memory::Pages(pages) => bytemuck::cast_slice_mut(pages),
+            Memory::Pages(pages) => bytemuck::cast_slice_mut(&mut pages[..whole::<N>(self.bytes)]),
         };
         &mut all[..self.bytes / size_of::<N>()]
+    }
+}
+
+/// Bytes of the numbers of which there are whole ones.
+fn whole<N>(bytes: usize) -> usize {
+    bytes / size_of::<N>() * size_of::<N>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_holds_as_many_numbers_as_there_are_whole_ones_of() {
+        for bytes in [0, 4, 12, 60, 68, LARGE, LARGE + 4, 1_199_988] {
+            let mut scratch = Scratch::new(bytes);
+            assert_eq!(scratch.numbers::<u8>().len(), bytes);
+            assert_eq!(scratch.numbers::<f32>().len(), bytes / 4);
+            assert_eq!(scratch.numbers::<f64>().len(), bytes / 8);
+            assert_eq!(scratch.numbers_mut::<f64>().len(), bytes / 8);
+        }
     }
 }

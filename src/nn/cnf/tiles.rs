@@ -252,7 +252,7 @@ impl<T: Element> TileField<T> for CnfTiles<T> {
                 out: velocity,
             };
             enter(s, product);
-            if !at.is_weighed {
+            if !at.is_weighed || at.is_repeated {
                 trace.fill(T::zeros::<S>());
                 return;
             }

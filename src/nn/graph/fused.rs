@@ -18,6 +18,7 @@ use crate::simd::matrix::{column_sums, product_of_rows, Matrix};
 use crate::simd::pieces::for_each;
 use crate::simd::{unit, Element};
 use candle_core::{Device, Result, Tensor};
+use pulp::{Simd, WithSimd};
 
 /// Products of a chunk of nodes, which takes some tens of microseconds.
 const CHUNK: usize = 1 << 20;
@@ -28,9 +29,8 @@ const FEWEST: usize = 32;
 struct Layer<T> {
     pattern: Arc<Pattern>,
     values: Vec<T>,
-    /// `[output][input]`, and the same transposed: a product copies its right operand faster by rows.
+    /// `[output][input]`.
     weight: Vec<T>,
-    transposed: Vec<T>,
     bias: Vec<T>,
     inputs: usize,
     outputs: usize,
@@ -49,10 +49,6 @@ impl<T: Element> Layer<T> {
 
     fn weights(&self) -> Matrix<'_, T> {
         Matrix::new(&self.weight, self.outputs, self.inputs)
-    }
-
-    fn transposed_weights(&self) -> Matrix<'_, T> {
-        Matrix::new(&self.transposed, self.inputs, self.outputs)
     }
 }
 
@@ -83,7 +79,6 @@ impl<T: Element> Stack<T> {
                 pattern: Arc::clone(layer.graph.pattern()),
                 values: numbers(layer.graph.values())?,
                 weight: numbers(&layer.linear.weight)?,
-                transposed: numbers(&layer.linear.weight.detach().t()?.contiguous()?)?,
                 bias: numbers(&layer.bias)?,
                 inputs,
                 outputs,
@@ -147,7 +142,7 @@ impl<T: Element> Stack<T> {
                     out: s,
                 });
                 let s = Matrix::new(s, z.len() / outputs, inputs);
-                product_of_rows(unit, s, layer.transposed_weights(), &layer.bias, z);
+                product_of_rows(unit, s, layer.weights().t(), &layer.bias, z);
                 if !last {
                     unit.dispatch(ElementJob {
                         activation: self.activation,
@@ -184,8 +179,7 @@ impl<T: Element> Evaluation<T> {
                 .map_or(0, |slope| slope.numbers::<T>().len());
             kept.gathered.numbers::<T>().len() + slope
         };
-        let weights =
-            |layer: &Layer<T>| layer.values.len() + 2 * layer.weight.len() + layer.bias.len();
+        let weights = |layer: &Layer<T>| layer.values.len() + layer.weight.len() + layer.bias.len();
         let kept: usize = self.kept.iter().map(of).sum();
         let layers: usize = self.stack.layers.iter().map(weights).sum();
         (kept + layers) * size_of::<T>()
@@ -216,15 +210,16 @@ impl<T: Element> Evaluation<T> {
                     let x = after.numbers();
                     unit.dispatch(transposed(next, x, c * chunk, g.numbers_mut()));
                     let slopes = &slope.numbers::<T>()[places.clone()];
-                    for (g, slope) in g.numbers_mut::<T>().iter_mut().zip(slopes) {
-                        *g *= *slope;
-                    }
+                    unit.dispatch(TimesSlope {
+                        g: g.numbers_mut(),
+                        slopes,
+                    });
                     from_next = Some(g);
                 }
                 let g = from_next
                     .as_ref()
                     .map_or_else(|| &v[places], Buffer::numbers);
-                let to_bias = column_sums(g, outputs);
+                let to_bias = column_sums(unit, g, outputs);
                 let g = Matrix::new(g, rows, outputs);
                 product_of_rows(unit, g, layer.weights(), &[], out);
                 let s = &gathered[c * chunk * inputs..][..rows * inputs];
@@ -271,6 +266,24 @@ impl<T: Element> Evaluation<T> {
             state: stack.tensor(state, 0)?,
             layers: gradients,
         })
+    }
+}
+
+/// σ'(z) g in place of g.
+struct TimesSlope<'a, T> {
+    g: &'a mut [T],
+    slopes: &'a [T],
+}
+
+impl<T: Element> WithSimd for TimesSlope<'_, T> {
+    type Output = ();
+
+    /// In a plain loop, which the compiler turns into vectors of the unit.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (g, slope) in self.g.iter_mut().zip(self.slopes) {
+            *g *= *slope;
+        }
     }
 }
 

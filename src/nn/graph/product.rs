@@ -18,9 +18,6 @@ use crate::simd::{unit, Element};
 /// Products that one thread takes: tens of microseconds of work.
 const CHUNK: usize = 1 << 17;
 
-/// Columns whose sums stay in registers.
-const BLOCK: usize = 32;
-
 /// A x of the values of A's entries and x, differentiable by candle in both.
 pub(super) struct Product(pub(super) Arc<Pattern>);
 
@@ -229,36 +226,92 @@ pub(super) struct Lines<'a, T, V> {
 impl<T: Element, V: Fn(usize) -> T> WithSimd for Lines<'_, T, V> {
     type Output = ();
 
-    /// In plain loops, which the compiler turns into vectors of the unit.  A product and a sum are two roundings on every
-    /// unit, so that all of them give the same bits.
+    /// A product and a sum are two roundings on every unit, so that all of them give the same bits.
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        for (i, out) in self.out.chunks_exact_mut(self.width).enumerate() {
-            let entries = self.side.line(self.first + i);
-            let (blocks, rest) = out.as_chunks_mut::<BLOCK>();
+    fn with_simd<S: Simd>(self, s: S) {
+        let Self {
+            side,
+            value,
+            x,
+            width,
+            first,
+            out,
+        } = self;
+        for (i, out) in out.chunks_exact_mut(width).enumerate() {
+            let entries = side.line(first + i);
+            let across = &side.across[entries.clone()];
+            let line = Line {
+                terms: entries.zip(across),
+                value: &value,
+                x,
+                width,
+            };
+            let lanes = T::lanes::<S>();
+            let (whole, rest) = out.split_at_mut(width / lanes * lanes);
+            let whole: &mut [T::Vector<S>] = bytemuck::cast_slice_mut(whole);
+            let (eights, few) = whole.as_chunks_mut::<8>();
             let mut from = 0;
-            for block in blocks {
-                let mut sums = [T::default(); BLOCK];
-                for e in entries.clone() {
-                    let (v, at) = ((self.value)(e), self.side.across[e] as usize * self.width);
-                    let x = &self.x[at + from..at + from + BLOCK];
-                    for (sum, x) in sums.iter_mut().zip(x) {
-                        *sum += v * *x;
-                    }
-                }
-                *block = sums;
-                from += BLOCK;
+            for out in eights {
+                line.add(s, &mut from, out);
             }
-            if rest.is_empty() {
-                continue;
+            let (twos, one) = few.as_chunks_mut::<2>();
+            let (fours, two) = twos.as_chunks_mut::<2>();
+            for out in fours {
+                let mut four = [T::zeros::<S>(); 4];
+                line.add(s, &mut from, &mut four);
+                *out = [[four[0], four[1]], [four[2], four[3]]];
             }
-            rest.fill(T::default());
-            for e in entries {
-                let (v, at) = ((self.value)(e), self.side.across[e] as usize * self.width);
-                let x = &self.x[at + from..at + self.width];
-                for (sum, x) in rest.iter_mut().zip(x) {
-                    *sum += v * *x;
-                }
+            for out in two {
+                line.add(s, &mut from, out);
+            }
+            if let [out] = one {
+                line.add(s, &mut from, std::array::from_mut(out));
+            }
+            line.add_rest(from, rest);
+        }
+    }
+}
+
+/// One line: the number of each entry and where it is, and what it is multiplied with.
+struct Line<'a, T, V, I> {
+    terms: I,
+    value: &'a V,
+    x: &'a [T],
+    width: usize,
+}
+
+impl<'e, T: Element, V: Fn(usize) -> T, I: Iterator<Item = (usize, &'e u32)> + Clone>
+    Line<'_, T, V, I>
+{
+    /// N vectors of columns, whose sums stay in registers.
+    #[inline(always)]
+    fn add<S: Simd, const N: usize>(&self, s: S, from: &mut usize, out: &mut [T::Vector<S>; N]) {
+        let size = N * T::lanes::<S>();
+        let mut sums = [T::zeros::<S>(); N];
+        for (e, across) in self.terms.clone() {
+            let v = T::splat(s, (self.value)(e));
+            let x = &self.x[*across as usize * self.width + *from..][..size];
+            let x: &[T::Vector<S>] = bytemuck::cast_slice(x);
+            for n in 0..N {
+                sums[n] = T::plus(s, sums[n], T::times(s, v, x[n]));
+            }
+        }
+        *out = sums;
+        *from += size;
+    }
+
+    /// The columns that fill no vector.
+    #[inline(always)]
+    fn add_rest(&self, from: usize, out: &mut [T]) {
+        out.fill(T::default());
+        if out.is_empty() {
+            return;
+        }
+        for (e, across) in self.terms.clone() {
+            let (v, at) = ((self.value)(e), *across as usize * self.width + from);
+            let x = &self.x[at..at + out.len()];
+            for (sum, x) in out.iter_mut().zip(x) {
+                *sum += v * *x;
             }
         }
     }

@@ -151,6 +151,10 @@ impl<T: Element> Group<'_, T> {
             return Ok(());
         };
         let before = lane.trajectory.held(y.len());
+        if lane.record.len() == 0 {
+            lane.record.expect(self.expected);
+            lane.trajectory.expect(self.expected);
+        }
         if let Err(error) = lane.trajectory.keep(lane.record.len(), y) {
             return Err(self.refused(at, error));
         }
@@ -268,6 +272,7 @@ impl<T: Element> Group<'_, T> {
                 let reached: Vec<_> = lane.record.numbers().collect();
                 self.void(row, &reached);
             }
+            self.expected = self.expected.max(lane.record.len());
             self.solves[place] = Some(lane.finish(stopped));
         }
         self.refill(at);

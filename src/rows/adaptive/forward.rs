@@ -1,5 +1,6 @@
 //! The forward pass of a group of rows, which are integrated in the lanes of one tile.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 
 use super::inside::{put, take, LaneOutputs};
@@ -73,6 +74,8 @@ pub(super) struct Group<'a, T: Element> {
     /// The numbers of one row.
     pub(super) row: Vec<T>,
     pub(super) solves: Vec<Option<RowSolve<T>>>,
+    /// Steps that a row is expected to take: as many as the longest one that has ended.
+    pub(super) expected: usize,
     /// `[row][output][feature]`.
     pub(super) states: Vec<T>,
     pub(super) failure: Option<Failure>,
@@ -98,6 +101,7 @@ impl<'a, T: Element> Group<'a, T> {
             inside: LaneOutputs::new(&stepper),
             row: vec![T::default(); stepper.carried / batch],
             solves: rows.clone().map(|_| None).collect(),
+            expected: 8,
             states: zeros("returned states", numbers.saturating_mul(rows.len()))?,
             failure: None,
             calls: 0,
@@ -155,10 +159,8 @@ impl<'a, T: Element> Group<'a, T> {
             first += batch;
         }
         waiting.retain(|row| self.rows.contains(&row.lane.row));
-        waiting.sort_by(|a, b| {
-            let [a, b] = [a, b].map(|row| (row.lane.pace.h, row.lane.row));
-            b.0.total_cmp(&a.0).then(b.1.cmp(&a.1))
-        });
+        // Lengths are positive, so that they are in the order of their bits.
+        waiting.sort_by_cached_key(|row| Reverse((row.lane.pace.h.to_bits(), row.lane.row)));
         self.waiting = waiting;
         for at in 0..batch {
             self.refill(at);
