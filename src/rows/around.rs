@@ -168,7 +168,11 @@ impl<T: Element> Tiled<T> for Faster<T> {
         let (velocity, slot) = rest.split_at_mut(all);
         let (velocity, factor) = velocity.split_at_mut(x);
         slot[..x].copy_from_slice(&state[..x]);
-        // The pull-back to s reads it, whether or not it is asked for.
+        // The pull-back to s reads all of it, whether or not it is asked for.
+        let at = &At {
+            is_repeated: false,
+            ..*at
+        };
         self.field.velocity(at, slot, Some(&mut *velocity));
         let on = self.field.lanewise();
         on.exponential(&state[x..], factor);

@@ -132,10 +132,17 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> MatVec<'_, T, S, V,
         sums
     }
 
-    /// The numbers of the inputs, and where among them those of a place are: of row v, v vectors further.
+    /// The numbers of an input, of all rows: those of row v are v vectors behind the first.  One slice of a length that
+    /// the compiler knows: a check in the loops that could fail would keep sums out of registers.
     #[inline(always)]
-    fn input(x: &[T], [vector, lane]: [u32; 2]) -> &[T] {
-        &x[vector as usize * V * T::lanes::<S>() + lane as usize..]
+    fn input(x: &[T], [vector, lane]: [u32; 2]) -> [T; V] {
+        let lanes = T::lanes::<S>();
+        let x = &x[vector as usize * V * lanes + lane as usize..][..(V - 1) * lanes + 1];
+        let mut each = [T::default(); V];
+        for v in 0..V {
+            each[v] = x[v * lanes];
+        }
+        each
     }
 
     /// R vectors of a block of H, from the vector `from` of the block on.
@@ -147,13 +154,12 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> MatVec<'_, T, S, V,
         first: usize,
         from: usize,
     ) {
-        let lanes = T::lanes::<S>();
         let x = scalars::<T, S>(self.x);
         let mut sums = self.start::<R>(first + from);
         for (weights, place) in weights.as_chunks::<H>().0.iter().zip(&self.weights.places) {
             let x = Self::input(x, *place);
             for v in 0..V {
-                let x = T::splat(s, x[v * lanes]);
+                let x = T::splat(s, x[v]);
                 for r in 0..R {
                     sums[r][v] = T::mul_add(s, weights[from + r], x, sums[r][v]);
                 }
@@ -176,7 +182,7 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> MatVec<'_, T, S, V,
             for u in 0..4 {
                 let x = Self::input(x, places[u]);
                 for v in 0..V {
-                    let x = T::splat(s, x[v * lanes]);
+                    let x = T::splat(s, x[v]);
                     chain[0][v] = T::mul_add(s, weights[u], x, chain[0][v]);
                     parts[u][v] = T::mul_add(s, weights[u], x, parts[u][v]);
                 }
@@ -185,7 +191,7 @@ impl<T: Element, S: Simd, const V: usize, E: Epilogue<T, S>> MatVec<'_, T, S, V,
         for (weights, place) in last_weights.iter().zip(last_places) {
             let x = Self::input(x, *place);
             for v in 0..V {
-                let x = T::splat(s, x[v * lanes]);
+                let x = T::splat(s, x[v]);
                 chain[0][v] = T::mul_add(s, *weights, x, chain[0][v]);
                 parts[0][v] = T::mul_add(s, *weights, x, parts[0][v]);
             }
