@@ -361,21 +361,24 @@ fn the_first_bad_velocity_is_named_wherever_its_row_is() {
     let bias = Var::new(&[0f32], &Device::Cpu).unwrap();
     let layer = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()));
     let field = Mlp::from_layers(&[layer], Activation::Tanh, false).unwrap();
-    let mut rows = vec![1e20f32; 300];
-    rows[250] = 1e30;
-    let y0 = Tensor::from_vec(rows, (300, 1), &Device::Cpu).unwrap();
-    let error = |fusion| {
-        let options = OdeOptions {
-            fusion,
-            steps: Steps::Size(0.1),
-            ..Default::default()
+    // In a tile of its own, and in one of several that a thread takes after each other.
+    for count in [300, 5000] {
+        let mut rows = vec![1e20f32; count];
+        rows[250] = 1e30;
+        let y0 = Tensor::from_vec(rows, (count, 1), &Device::Cpu).unwrap();
+        let error = |fusion| {
+            let options = OdeOptions {
+                fusion,
+                steps: Steps::Size(0.1),
+                ..Default::default()
+            };
+            odeint(field.clone(), &y0, &[0.0, 10.0], &options)
+                .err()
+                .map(|e| e.to_string())
         };
-        odeint(field.clone(), &y0, &[0.0, 10.0], &options)
-            .err()
-            .map(|e| e.to_string())
-    };
-    assert!(error(true).is_some());
-    assert_eq!(error(true), error(false));
+        assert!(error(true).is_some());
+        assert_eq!(error(true), error(false), "{count} rows");
+    }
 }
 
 #[test]

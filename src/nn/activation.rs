@@ -83,8 +83,9 @@ impl Activation {
             Self::Gelu => (near(x)? * normal(x)?)? + beyond(x)?,
             Self::Sin => x.sin(),
             Self::LogTwoCosh => {
-                let size = x.abs()?;
-                &size + ((&size * -2.0)?.exp()? + 1.0)?.log()?
+                let size = x.to_dtype(at_least_f32(x.dtype()))?.abs()?;
+                let tail = ((&size * -2.0)?.exp()? + 1.0)?.log()?;
+                (size + tail)?.to_dtype(x.dtype())
             }
         }
     }
@@ -470,6 +471,19 @@ mod tests {
 
     use super::*;
     use crate::simd::{enter, scalars, scalars_mut, vectors};
+
+    #[test]
+    fn the_tail_of_gelu_keeps_its_digits_in_f64() {
+        for x in [-9.0f64, -8.0, -5.0, -1.0, 2.0] {
+            let exact = x * 0.5 * candle_core::cpu::erf::erfc_f64(-x * 0.5f64.sqrt());
+            let y = Activation::Gelu.forward(&Tensor::new(&[x], &Device::Cpu).unwrap());
+            let y = y.unwrap().get(0).unwrap().to_scalar::<f64>().unwrap();
+            assert!(
+                (y - exact).abs() <= 1e-14 * exact.abs(),
+                "{x}: {y:e} {exact:e}"
+            );
+        }
+    }
 
     /// Numbers between −3 and 3, the same in every run.
     fn scattered(n: usize) -> Tensor {

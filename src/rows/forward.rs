@@ -166,7 +166,9 @@ impl<T: Element> Integrate<'_, T> {
         let numbers = rows.saturating_mul(layout.dim());
         let numbers = numbers.saturating_mul(problem.outputs());
         group.states = room_for("returned states", numbers).map_err(anywhere)?;
-        for &first in tiles {
+        // Tiles behind one that fails may fail at an earlier step.
+        let mut failure = None;
+        'tiles: for &first in tiles {
             let rows = plan.rows(first, batch);
             stepper.clock.hold(rows.clone());
             each_leaf(layout, batch, |leaf, features, range| {
@@ -202,7 +204,10 @@ impl<T: Element> Integrate<'_, T> {
                 if !inside.is_empty() {
                     start.copy_from_slice(&y[..stepper.size]);
                 }
-                stepper.advance(step, &mut y, &mut slot, wanted)?;
+                if let Err(failed) = stepper.advance(step, &mut y, &mut slot, wanted) {
+                    Failure::first(&mut failure, failed);
+                    continue 'tiles;
+                }
                 for at in inside {
                     stepper.interpolate((&step, at.x), &start, &mut output);
                     returned(&output, &mut group.states);
@@ -217,7 +222,7 @@ impl<T: Element> Integrate<'_, T> {
                 kept,
             });
         }
-        Ok(group)
+        failure.map_or(Ok(group), Err)
     }
 }
 

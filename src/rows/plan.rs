@@ -72,9 +72,11 @@ impl<'p> TilePlan<'p> {
             Some(driven) => driven.table().evaluations.len(),
             None => self.problem.scheme.dense_stages().len(),
         };
+        // Velocities of all stages, the state, the state after it and its error, and a cotangent.
+        let of_steps = (stages + 4) * self.layout.dim();
         let numbers = match self.problem.checkpoint {
-            Checkpoint::Nothing => field.kept(),
-            _ => (stages + 1) * field.kept() + field.cotangents(),
+            Checkpoint::Nothing => field.kept() + of_steps,
+            _ => (stages + 1) * field.kept() + field.cotangents() + of_steps,
         };
         numbers as u128 * (field.batch() * size_of::<T>() * threads) as u128
     }

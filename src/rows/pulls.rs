@@ -5,12 +5,12 @@
 //! v_i = b_i λ + Σ_m b_i(x_m) ȳ_m + Σ_{j>i} a_ji w'_j,  w'_i = (∂f/∂y)ᵀ (h v_i),  θ̄ += (∂f/∂θ)ᵀ (h v_i),
 //! λ ← λ + Σ_m ȳ_m + Σ_i w'_i + ȳ_n,
 //!
-//! With compensated sums λ carries what rounding has taken from it, as y does in the forward pass.
-//!
 //! where ȳ_m are the cotangents of outputs at fractions x_m of the step, and h may differ from lane to lane.  So the
 //! contribution of a step to θ̄ needs no further factor, and a window may span several steps.  A very
 //! small or very large h is factored as m p, where p is a power of two: v_i is multiplied by m only, so that it
 //! stays in the range of f32, and p is part of the scale of the window and of w'_i.
+//!
+//! With compensated sums λ carries what rounding has taken from it, as y does in the forward pass.
 
 use super::lanes::{add, add_carried, combine, Coefficients, Factor, First, LaneSteps, Row};
 use super::lanewise::Lanewise;

@@ -12,6 +12,15 @@ pub(super) struct Failure {
     pub(super) error: Error,
 }
 
+impl Failure {
+    /// Keeps the one of both that is first in the order of the pass, of those at one time the one that is there.
+    pub(super) fn first(found: &mut Option<Self>, next: Self) {
+        if found.as_ref().is_none_or(|found| next.at < found.at) {
+            *found = Some(next);
+        }
+    }
+}
+
 /// Runs every group, on all threads, each thread with its own scratch memory, and folds the results in
 /// the order of the groups; a result waits only for those of earlier groups.
 pub(super) fn on_all_threads<G: Sync, W, R: Send>(

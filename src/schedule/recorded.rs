@@ -8,8 +8,10 @@ use crate::time::{coincide, in_order, TimeGrid};
 /// The steps that a solve has taken, in order, and the states that it has returned.
 #[derive(Clone, Debug)]
 pub(crate) struct Recorded {
-    /// Start and length of each step.
+    /// Start and length of each step, if they are kept, and how many there were.
     steps: Vec<(f64, f64)>,
+    count: usize,
+    keeps: bool,
     /// The time at the end of the last one.
     end: f64,
     /// The nodes that are times of the user's, and the outputs that are returned at nodes.
@@ -28,6 +30,8 @@ impl Recorded {
     pub(crate) fn from(t: f64, joins: bool) -> Self {
         Self {
             steps: vec![],
+            count: 0,
+            keeps: true,
             end: t,
             given: vec![],
             returned: vec![],
@@ -38,9 +42,26 @@ impl Recorded {
         }
     }
 
+    /// The same, which counts its steps and keeps nothing of them.
+    pub(crate) fn counting(self) -> Self {
+        Self {
+            keeps: false,
+            ..self
+        }
+    }
+
+    /// Bytes of what is kept, with the room that more of it will take first.
+    pub(crate) fn held(&self) -> u64 {
+        let steps = self.steps.capacity() * size_of::<(f64, f64)>();
+        (steps + self.inside.capacity() * size_of::<Inside>()) as u64
+    }
+
     /// Makes room for so many steps, as far as they fill a few kilobytes.
     pub(crate) fn expect(&mut self, steps: usize) {
         const MOST: usize = 1 << 8;
+        if !self.keeps {
+            return;
+        }
         // Without it, memory is found later or refused there.
         let _ = self.steps.try_reserve_exact(steps.min(MOST));
     }
@@ -132,27 +153,39 @@ impl Recorded {
 
     /// Another step.
     pub(crate) fn push(&mut self, t: f64, h: f64, end: f64) -> Result<()> {
-        push("steps", &mut self.steps, (t, h))?;
+        if self.keeps {
+            push("steps", &mut self.steps, (t, h))?;
+        }
+        self.count += 1;
         self.end = end;
         Ok(())
     }
 
     /// The end so far is the user's time `given`.
     pub(crate) fn mark(&mut self, given: usize) -> Result<()> {
-        let at = (self.steps.len(), Node::Between(given, 0.0));
+        if !self.keeps {
+            return Ok(());
+        }
+        let at = (self.count, Node::Between(given, 0.0));
         push("steps", &mut self.given, at)
     }
 
     /// An output is returned at the end so far.
     pub(crate) fn ret(&mut self, output: usize) -> Result<()> {
         self.outputs = self.outputs.max(output + 1);
-        push("steps", &mut self.returned, (self.steps.len(), output))
+        if !self.keeps {
+            return Ok(());
+        }
+        push("steps", &mut self.returned, (self.count, output))
     }
 
     /// An output is returned at a fraction x of the last step.
     pub(crate) fn save(&mut self, x: f64, output: usize, given: Option<usize>) -> Result<()> {
-        let step = self.steps.len() - 1;
         self.outputs = self.outputs.max(output + 1);
+        if !self.keeps {
+            return Ok(());
+        }
+        let step = self.count - 1;
         push(
             "steps",
             &mut self.inside,
@@ -186,7 +219,9 @@ impl Recorded {
 
     /// The next step begins with an evaluation of its own.
     pub(crate) fn break_here(&mut self) {
-        self.breaks.push(self.steps.len());
+        if self.keeps {
+            self.breaks.push(self.count);
+        }
     }
 
     /// t_0 … t_N.
@@ -195,8 +230,9 @@ impl Recorded {
         starts.chain(std::iter::once(self.end))
     }
 
+    /// How many steps there were.
     pub(crate) fn len(&self) -> usize {
-        self.steps.len()
+        self.count
     }
 
     /// The signed length of step n < len.
@@ -268,5 +304,31 @@ impl Recorded {
     pub(crate) fn is_joined(&self, n: usize) -> bool {
         let inner = n > 0 && n < self.len();
         self.joins && inner && self.breaks.binary_search(&n).is_err()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_that_are_only_counted_take_no_memory() {
+        let mut kept = Recorded::from(0.0, true);
+        let mut counted = Recorded::from(0.0, true).counting();
+        for record in [&mut kept, &mut counted] {
+            record.expect(8);
+            record.mark(0).unwrap();
+            record.ret(0).unwrap();
+            for n in 0..1000 {
+                let t = f64::from(n);
+                record.push(t, 1.0, t + 1.0).unwrap();
+                record.save(0.5, n as usize + 1, None).unwrap();
+                record.break_here();
+            }
+            assert_eq!((record.len(), record.outputs()), (1000, 1001));
+        }
+        assert!(kept.held() >= 1000 * 16 && counted.held() == 0);
+        assert_eq!(kept.numbers().count(), 1001);
+        assert_eq!(kept.times().last(), Some(1000.0));
     }
 }

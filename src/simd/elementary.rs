@@ -299,7 +299,7 @@ pub(crate) fn sigmoid_f64(x: f64) -> f64 {
 }
 
 pub(super) fn normal_f64(x: f64) -> f64 {
-    0.5 * (1.0 + candle_core::cpu::erf::erf_f64(x * std::f64::consts::FRAC_1_SQRT_2))
+    0.5 * candle_core::cpu::erf::erfc_f64(-x * std::f64::consts::FRAC_1_SQRT_2)
 }
 
 pub(super) fn normal_density_f64(x: f64) -> f64 {

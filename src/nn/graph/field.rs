@@ -10,7 +10,7 @@ use super::fused::{Evaluation, Stack};
 use super::{Csr, Gcn};
 use crate::field::{autograd, over_leaves, Cotangents, KeptVjp, Pullback, VectorField};
 use crate::nn::elementwise::{is_for, numbers};
-use crate::nn::{add_gradient, wrong_state, Activation};
+use crate::nn::{add_gradient, wrong_state, Activation, Checked};
 use crate::time::Time;
 
 /// h' = A σ(… A σ(A h W_1ᵀ + b_1) …) W_Lᵀ + b_L, a graph neural ODE ("Graph Neural Ordinary Differential Equations", arXiv
@@ -59,9 +59,14 @@ impl GcnField {
     /// Layers that exist.
     ///
     /// # Errors
-    /// If there is none, they do not follow on each other or do not map a state to its velocity, or a graph is not over as
-    /// many nodes as it reads.
+    /// If there is none, they do not follow on each other or do not map a state to its velocity, their tensors do not have
+    /// one dtype on one device, or a graph is not over as many nodes as it reads.
     pub fn from_layers(layers: Vec<Gcn>, activation: Activation) -> Result<Self> {
+        let mut checked = Checked::new("GcnField::from_layers");
+        for (l, layer) in layers.iter().enumerate() {
+            checked.weight(l, layer.weight(), 2, "a matrix (outputs, inputs)")?;
+            checked.bias(l, layer.bias(), layer.widths().1)?;
+        }
         let widths: Vec<_> = layers.iter().map(Gcn::widths).collect();
         let follows = widths.windows(2).all(|pair| pair[0].1 == pair[1].0);
         let closed = match (widths.first(), widths.last()) {

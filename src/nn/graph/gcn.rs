@@ -9,7 +9,7 @@ use super::pool::Pool;
 use super::Csr;
 use crate::nn::linear::affine;
 use crate::nn::spread::spread;
-use crate::nn::Linear;
+use crate::nn::{Checked, Linear};
 
 /// y = A x Wᵀ + b: a linear layer of every node, averaged over its neighbours (Kipf & Welling, "Semi-supervised
 /// classification with graph convolutional networks", arXiv 1609.02907).
@@ -39,15 +39,11 @@ impl Gcn {
     /// A layer over this graph, made of tensors that exist.
     ///
     /// # Errors
-    /// If W is no matrix, or b has not a number for each of its rows.
+    /// If W is no matrix, b has not a number for each of its rows, or both do not have one dtype on one device.
     pub fn from_tensors(graph: &Csr, weight: Tensor, bias: Tensor) -> Result<Self> {
-        let (outputs, _) = weight.dims2()?;
-        if bias.dims() != [outputs] {
-            candle_core::bail!(
-                "a Gcn layer of {outputs} outputs needs as many biases, got {:?}",
-                bias.shape()
-            )
-        }
+        let mut checked = Checked::new("Gcn::from_tensors");
+        checked.weight(0, &weight, 2, "a matrix (outputs, inputs)")?;
+        checked.bias(0, &bias, weight.dims()[0])?;
         Ok(Self {
             graph: graph.clone(),
             linear: Linear { weight, bias: None },
@@ -64,6 +60,14 @@ impl Gcn {
     /// Memory for evaluations over its graph.
     pub(super) fn pool(&self) -> Arc<Pool> {
         Arc::clone(&self.graph.pattern().pool)
+    }
+
+    pub(super) fn weight(&self) -> &Tensor {
+        &self.linear.weight
+    }
+
+    pub(super) fn bias(&self) -> &Tensor {
+        &self.bias
     }
 
     /// W and b.

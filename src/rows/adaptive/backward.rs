@@ -462,7 +462,8 @@ impl<'a, T: Element> Walks<'a, T> {
                 }
             }
             let mut lane = adj.iter().skip(at).step_by(batch);
-            if !finite && !lane.all(|x| x.wide().is_finite()) {
+            let was_added = walk.solve.steps.at_node(walk.n).is_some();
+            if (!finite || was_added) && !lane.all(|x| x.wide().is_finite()) {
                 let step = walk.solve.steps.step(walk.n);
                 let error = Error::NonFiniteGradient {
                     step: step.index,

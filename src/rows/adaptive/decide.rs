@@ -150,7 +150,7 @@ impl<T: Element> Group<'_, T> {
         let Some(lane) = &mut self.lanes[at] else {
             return Ok(());
         };
-        let before = lane.trajectory.held(y.len());
+        let before = lane.held(y.len());
         if lane.record.len() == 0 {
             lane.record.expect(self.expected);
             lane.trajectory.expect(self.expected);
@@ -158,12 +158,12 @@ impl<T: Element> Group<'_, T> {
         if let Err(error) = lane.trajectory.keep(lane.record.len(), y) {
             return Err(self.refused(at, error));
         }
-        let after = lane.trajectory.held(y.len());
-        if let Some([need, available]) = self.pass.growth.grows(before, after) {
-            return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
-        }
         if let Err(error) = lane.record.push(attempt.t, attempt.h, attempt.end) {
             return Err(self.refused(at, error));
+        }
+        let after = lane.held(y.len());
+        if let Some([need, available]) = self.pass.growth.grows(before, after) {
+            return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
         }
         for i in inside.clone() {
             let x = taken.fraction(problem.grid.points()[i]);

@@ -179,7 +179,10 @@ impl<'a, T: Element> Group<'a, T> {
         );
         let y = self.numbers(&self.y, at);
         let trajectory = TileTrajectory::online(plan.problem.checkpoint, store, &y)?;
-        let mut lane = Lane::new(self.pass.control, row, trajectory);
+        // Without a way back, only a trace and the search for events read the steps of rows.
+        let problem = plan.problem;
+        let keeps_steps = trajectory.can_rewind() || problem.recorder.traces() || self.has_events();
+        let mut lane = Lane::new(self.pass.control, row, trajectory, keeps_steps);
         if let Some(output) = lane.node(plan.problem, self.pass.control.start)? {
             self.returned(row, output).copy_from_slice(&y[..dim]);
         }

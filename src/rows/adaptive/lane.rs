@@ -48,9 +48,17 @@ pub(super) struct Lane<T> {
 }
 
 impl<T: Element> Lane<T> {
-    /// At the start of a row.
-    pub(super) fn new(control: &Control, row: usize, trajectory: TileTrajectory<T>) -> Self {
+    /// At the start of a row, whose steps are kept or only counted.
+    pub(super) fn new(
+        control: &Control,
+        row: usize,
+        trajectory: TileTrajectory<T>,
+        keeps_steps: bool,
+    ) -> Self {
         let mut record = Recorded::from(control.start, true);
+        if !keeps_steps {
+            record = record.counting();
+        }
         if control.starts_at_jump {
             record.break_here();
         }
@@ -68,6 +76,11 @@ impl<T: Element> Lane<T> {
             last: None,
             events: RowEvents::default(),
         }
+    }
+
+    /// Bytes of what is kept of its steps and states, where steps carry so many numbers.
+    pub(super) fn held(&self, numbers: usize) -> u64 {
+        self.record.held() + self.trajectory.held(numbers)
     }
 
     /// A step of length h from where the row is.
@@ -244,7 +257,7 @@ mod tests {
             let control = Control::new(&Adaptive::new(1e-3, 1e-3), &DOPRI5, &grid, &[]).unwrap();
             let store = TileStore::new(DType::F64, 1, 1);
             let kept = TileTrajectory::online(Checkpoint::All, store, &[0.0]).unwrap();
-            let mut lane = Lane::new(&control, 0, kept);
+            let mut lane = Lane::new(&control, 0, kept, true);
             assert_eq!(lane.standing().at(0.0), 1.0);
             lane.jumps = true;
             let behind = (lane.standing().at(0.0) - 1.0) * sign;
@@ -254,7 +267,7 @@ mod tests {
             let control = Control::new(&Adaptive::new(1e-3, 1e-3), &DOPRI5, &grid, &jumps).unwrap();
             let store = TileStore::new(DType::F64, 1, 1);
             let kept = TileTrajectory::online(Checkpoint::All, store, &[0.0]).unwrap();
-            let beginning = Lane::new(&control, 0, kept);
+            let beginning = Lane::new(&control, 0, kept, true);
             assert_eq!(beginning.standing().at(0.0), lane.standing().at(0.0));
         }
     }

@@ -115,7 +115,9 @@ impl<T: Element> Integrate<'_, T> {
         };
         let steps = schedule.len();
         let carried = self.driven.table().next.len();
-        for &first in tiles {
+        // Tiles behind one that fails may fail at an earlier step.
+        let mut failure = None;
+        'tiles: for &first in tiles {
             let rows = plan.rows(first, batch);
             stepper.clock.hold(rows.clone());
             each_leaf(layout, batch, |leaf, features, range| {
@@ -143,13 +145,17 @@ impl<T: Element> Integrate<'_, T> {
             }
             for n in 0..steps {
                 trajectory.keep(n, stepper.carried()).map_err(anywhere)?;
-                stepper.advance(schedule.step(n), &mut shared(&mut scratch))?;
+                let advanced = stepper.advance(schedule.step(n), &mut shared(&mut scratch));
+                if let Err(failed) = advanced {
+                    Failure::first(&mut failure, failed);
+                    continue 'tiles;
+                }
                 if schedule.at_node(n + 1).is_some() {
                     returned(stepper.y(), &mut group.states);
                 }
             }
             group.tiles.push(DrivenTile { rows, trajectory });
         }
-        Ok(group)
+        failure.map_or(Ok(group), Err)
     }
 }
