@@ -319,9 +319,7 @@ impl<T: Element, S: Simd, const V: usize> Panel<'_, T, S, V> {
             let start: Option<&[T::Vector<S>]> = start.map(bytemuck::cast_slice);
             let mut first = [T::zeros::<S>(); V];
             if let Some(start) = start {
-                for v in 0..V {
-                    first[v] = start[v];
-                }
+                first.copy_from_slice(&start[..V]);
             }
             for r in 0..R {
                 let out = &mut rows[r * columns..][..V * T::lanes::<S>()];
