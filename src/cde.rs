@@ -161,7 +161,7 @@ impl NeuralCde {
         Ok(cde)
     }
 
-    /// Another method.
+    /// Sets the method.
     #[must_use]
     pub fn method(self, method: Tableau) -> Self {
         Self {
@@ -170,7 +170,7 @@ impl NeuralCde {
         }
     }
 
-    /// Other dtype roles.
+    /// Sets the dtype roles.
     #[must_use]
     pub fn precision(self, precision: Precision) -> Self {
         Self {

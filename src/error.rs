@@ -1,4 +1,4 @@
-//! What can go wrong, one variant each, carrying the numbers that say where.
+//! The errors of this crate: one variant for each kind of failure, with the numbers that say where it happened.
 
 mod adaptive;
 mod continuous;
@@ -235,7 +235,7 @@ pub enum Error {
         /// Tensors in the velocity.
         got: usize,
     },
-    /// The velocity has not the state's shape.
+    /// The velocity does not have the state's shape.
     #[error("the field returned shape {got:?} for state tensor {leaf} of shape {expected:?}")]
     ShapeChanged {
         /// Index of the tensor in the state.
@@ -245,7 +245,7 @@ pub enum Error {
         /// Shape of the velocity.
         got: Shape,
     },
-    /// The velocity has not the dtype that the field was given.
+    /// The velocity does not have the dtype that the field was given.
     #[error("the field returned {got:?} for state tensor {leaf}, but was given {expected:?}")]
     DtypeChanged {
         /// Index of the tensor in the state.
@@ -386,7 +386,7 @@ pub enum Error {
     /// The cotangent carries a graph: second derivatives are not supported.
     #[error("the cotangent is tracked by candle: second derivatives are not supported, detach it")]
     TrackedCotangent,
-    /// The cotangent has not the shape of the solution.
+    /// The cotangent does not have the shape of the solution.
     #[error("the cotangent has shape {got:?}, the solution {expected:?}")]
     CotangentShape {
         /// Shape of the solution.
@@ -445,16 +445,16 @@ pub enum Error {
         needed: usize,
     },
     /// A solve would hold more memory than there is: on Linux the least of the limit of addresses (`ulimit -v`), of what is
-    /// free of memory and swap, and of what the control groups leave of both.  Of several processes, each reckons alone.
+    /// free of memory and swap, and of what the control groups leave of both.  Each process estimates this alone.
     #[error("the solve needs {need} of memory, and {} can be had: keep fewer states (Checkpoint::Every, States or Bytes) or evaluations (ActivationCache::within), return fewer (Output::Final), or take fewer steps", Bytes((*available).into()))]
     OutOfMemory {
         /// What the solve would hold, by what for.
         need: MemoryNeed,
-        /// Bytes that can be had.
+        /// Bytes that are available.
         available: u64,
     },
-    /// Memory that was asked for cannot be had.
-    #[error("there are no {} of memory for {what}", Bytes(*bytes))]
+    /// Memory that was asked for is not available.
+    #[error("{} of memory for {what} are not available", Bytes(*bytes))]
     AllocationFailed {
         /// What for.
         what: &'static str,

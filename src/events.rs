@@ -69,7 +69,7 @@ impl<S> std::fmt::Debug for Event<S> {
 }
 
 impl<S> Event<S> {
-    /// An event that ends the solve, where `function` crosses zero in any direction.  The function returns a tensor of
+    /// An event where `function` crosses zero in any direction; the solve ends there.  The function returns a tensor of
     /// one element.  It reads the time by [`Time::tensor`]: with [`Time::value`] the derivative of the event's time is not
     /// known, and where it is wanted the solve returns [`EventDefect::TimeValue`](crate::error::EventDefect::TimeValue).
     pub fn new(

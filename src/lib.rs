@@ -15,7 +15,7 @@
 //! * [`check_field`](fields::check_field): compares a field's pull-back (vector-Jacobian product) with finite
 //!   differences.  The first solves of a model do the same.
 //! * [`nn`]: layers and fields.  On the CPU, some of the fields are integrated in tiles (groups of rows of the batch),
-//!   several times faster than through candle's operations.  These fields are perceptrons, continuous flows (also those
+//!   several times faster than through candle's operations.  Among them are perceptrons, continuous flows (also those
 //!   of OT-Flow, and with weights that depend on time), gradients ∇Φ of a potential Φ that is a perceptron,
 //!   convolutions, and perceptrons as fields of a CDE.
 //! * [`nn::energy`]: fields that are built from the gradient of a potential, such as Hamiltonian and Lagrangian

@@ -1,5 +1,5 @@
-//! Losses that are means over the rows of a batch, which a solve tile by tile can look at while a
-//! tile is at hand.
+//! Losses that are means over the rows of a batch.  A solve tile by tile can compute its part of such a loss while the
+//! states of a tile are in the cache.
 
 use candle_core::{DType, Shape, Tensor, D};
 use candle_nn::loss::cross_entropy;

@@ -90,7 +90,7 @@ impl LossScaler {
         })
     }
 
-    /// Another number of steps without overflow after which the scale doubles.
+    /// Sets the number of steps without overflow after which the scale doubles.
     #[must_use]
     pub fn growth_interval(mut self, steps: usize) -> Self {
         self.growth_interval = steps;

@@ -1,9 +1,10 @@
-//! Memory: what a solve is going to hold, reckoned before its first step, and what there is.
+//! Memory: how much a solve is going to hold, estimated before its first step, and how much is available.
 //!
 //! Systems promise more memory than they have, so an allocation that succeeds proves nothing: a solve
 //! that cannot fit would fill the machine and be killed.
 //!
-//! A process reckons alone: of several that share a machine, or a control group, each takes what there is for its own.
+//! A process estimates for itself alone: if several share a machine or a control group, each of them counts all
+//! available memory as its own.
 
 mod control_groups;
 

@@ -2,9 +2,9 @@
 //!
 //! The model's constructor is called on a `VarBuilder` of ours: once to record which names it asks
 //! for, and at every solve to build it over private copies of these variables, rounded to compute
-//! precision.  The user's variables are read once a solve and never written.  A field of ours that is
-//! integrated tile by tile in the variables' own precision packs them from where they are: no model is
-//! built for the solve.
+//! precision.  The user's variables are read once a solve and never written.  If a field of this crate is
+//! integrated tile by tile in the precision of the variables, the solve packs the weights directly from
+//! the user's variables, and builds no model.
 
 mod display;
 mod events;
@@ -329,14 +329,14 @@ impl<S: State + 'static, A: State + 'static> NeuralOde<S, A> {
         Ok(ode)
     }
 
-    /// Another method.
+    /// Sets the method.
     #[must_use]
     pub fn method(mut self, method: Tableau) -> Self {
         self.options.method = method;
         self
     }
 
-    /// Other dtype roles.
+    /// Sets the dtype roles.
     #[must_use]
     pub fn precision(mut self, precision: Precision) -> Self {
         self.options.precision = Some(precision);

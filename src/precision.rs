@@ -1,4 +1,4 @@
-//! Which dtype plays which role, and the border at which numbers change dtype.
+//! Which dtype is used for which numbers, and the places at which numbers are converted from one dtype to another.
 
 use candle_core::{DType, Device};
 
@@ -86,7 +86,7 @@ impl Precision {
         Self::new(DType::F32, DType::F16)
     }
 
-    /// Another dtype for the kept trajectory: `store(BF16)` halves its memory.  The point at which the adjoint
+    /// Sets the dtype of the kept trajectory: `store(BF16)` halves its memory.  The point at which the adjoint
     /// linearises then has an error of one rounding.
     #[must_use]
     pub const fn store(mut self, store: DType) -> Self {
@@ -94,7 +94,7 @@ impl Precision {
         self
     }
 
-    /// Another [`Arithmetic`].
+    /// Sets the [`Arithmetic`].
     #[must_use]
     pub const fn arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.arithmetic = arithmetic;

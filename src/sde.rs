@@ -24,17 +24,19 @@
 //! If a method does not fit the calculus or the noise of the equation, the solve returns an error
 //! ([`SdeDefect`](crate::error::SdeDefect)).  An equation with additive noise fits both calculi.
 //!
-//! **Adaptive steps** ([`Steps::Adaptive`](crate::options::Steps::Adaptive)) are available for [`HEUN`] in the sense of
-//! Stratonovich, with scalar or additive noise (for which both calculi agree), or with diagonal noise whose diffusion of
-//! each component reads no other component that has noise.  There the solution is a continuous function of the path W (H. Doss, Ann. Inst. Henri
-//! Poincaré 13, 1977; H. Sussmann, Ann. Probab. 6, 1978), so that every choice of steps has the same limit, also a choice
-//! that depends on W.  Otherwise this is not so (J. Gaines, T. Lyons, SIAM J. Appl. Math. 57, 1997), and adaptive steps
-//! are an error that says so.  Whether diagonal noise is of this kind is tested once, before the first step, near y0
-//! and at the first and the last time, by 4 + 8 ⌈log₂ d⌉ evaluations for d components; a perceptron is not.  (A diffusion that
-//! reads other components only far from y0, or only at other times, is not noticed.)  W comes from a [`BrownianTree`]; it does
-//! not change when an attempt is rejected and repeated.  The error of a step is estimated by the sum of two terms of order
-//! h^{3/2}: one for what drift, noise and time do to each other, and the difference from a method of order three.  If rtol
-//! is reduced, the error at a fixed time falls like rtol^{2/3}.
+//! **Adaptive steps** ([`Steps::Adaptive`](crate::options::Steps::Adaptive)) are available for [`HEUN`] with additive
+//! noise (for which Itô's and Stratonovich's sense agree).  In Stratonovich's sense they are also available with
+//! scalar noise, and with diagonal noise whose diffusion of each component reads no other component that has noise.
+//! In these cases the solution is a continuous function of the path W (H. Doss, Ann. Inst. Henri Poincaré 13, 1977;
+//! H. Sussmann, Ann. Probab. 6, 1978), so that every choice of steps has the same limit, also a choice that depends
+//! on W.  Otherwise this is not so (J. Gaines, T. Lyons, SIAM J. Appl. Math. 57, 1997), and adaptive steps are an
+//! error that says so.  Whether diagonal noise is of this kind is tested once, before the first step, near y0 and at
+//! the first and the last time, usually by 4 + 8 ⌈log₂ d⌉ evaluations for d components.  A perceptron reads all
+//! components, so it is refused.  (A diffusion that reads other components only far from y0, or only at other times,
+//! is not noticed.)  W comes from a [`BrownianTree`]; it does not change when an attempt is rejected and repeated.
+//! The error of a step is estimated by the sum of two terms of order h^{3/2}: one for the interaction of drift, noise
+//! and time, and the difference from a method of order three.  If rtol is reduced, the error at a fixed time falls
+//! like rtol^{2/3}.
 //!
 //! **Gradients** with respect to y0, to every variable that the equation reads, and to increments that candle tracks
 //! are by default exact for the steps that were run and for the given increments.  No noise is stored; the backward pass

@@ -1,5 +1,6 @@
-//! The watch for NaN and infinity: at once where reading a tensor costs nothing; on CUDA once, at the
-//! end of a sweep; on other devices in blocks, so that a step loop hardly ever waits for one.
+//! The check for NaN and infinity.  If reading a tensor costs nothing, it is checked at once.  On CUDA the results of
+//! all checks are read once, at the end of a sweep.  On other devices they are read in blocks, so that a loop over
+//! steps hardly ever waits for one.
 
 use candle_core::Tensor;
 

@@ -1,6 +1,6 @@
 //! Tells spirals that turn to the left from those that turn to the right, of which up to 70 % was not seen.
 //!
-//! `cargo run --release --example cde_spirals` (a minute or two; `--smoke`: seconds).  The setting of torchcde's example,
+//! `cargo run --release --example cde_spirals` (`--smoke`: seconds).  The setting of torchcde's example,
 //! at irregular times: 128 series of 100 points, 8 features driven by a Hermite path through what was seen, F a
 //! perceptron 8-128-24; 0, 30, 50 and 70 % of the coordinates are missing, each by itself.  Prints accuracies on other
 //! series; draws paths and progress.  Exits with 1 when an accuracy is below 97 %.

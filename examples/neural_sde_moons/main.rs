@@ -1,6 +1,6 @@
 //! Two moons pulled apart by a neural SDE: a drift and a diffusion that are perceptrons, and a linear layer after them.
 //!
-//! `cargo run --release --example neural_sde_moons` (a minute or two; `--smoke`: seconds).  torchdyn's tutorial on neural
+//! `cargo run --release --example neural_sde_moons` (`--smoke`: seconds).  torchdyn's tutorial on neural
 //! SDEs: 2-64-2 with tanh for both, diagonal noise in the sense of Itô, Euler–Maruyama on [0, 0.1], Adam at 1e-2.  Every
 //! iteration draws new noise.  What is drawn and counted is a solve with noise of its own, and the mean over many.  Exits
 //! with 1 when less than 95 % of the points are right on the mean of the samples.

@@ -1,6 +1,6 @@
 //! Rows of very different speeds in one batch: steps of their own against steps of the whole batch.
 //!
-//! `cargo run --release --example stiff_rows` (half a minute; `--smoke`: seconds).  Exits with 1 when rows of their
+//! `cargo run --release --example stiff_rows` (`--smoke`: seconds).  Exits with 1 when rows of their
 //! own do not save evaluations at every tolerance, or when their error is out of proportion to it.
 
 mod picture;

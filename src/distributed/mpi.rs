@@ -1,7 +1,7 @@
 //! A group on MPI, on any cluster.
 //!
-//! Collective operations are started without blocking and tested until they are done, so that who waits can look after the
-//! others; `peers` says how.
+//! Collective operations are started without blocking and tested until they are done.  So a rank that waits can
+//! meanwhile find out whether the other ranks still answer; the module `peers` does this.
 
 mod peers;
 mod raw;

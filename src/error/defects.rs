@@ -8,7 +8,7 @@ pub enum TableauDefect {
     /// No stage at all.
     #[error("it has no stage")]
     NoStages,
-    /// A vector has not one entry for each stage.
+    /// A vector does not have one entry for each stage.
     #[error("{what} has {got} entries for {stages} stages")]
     Length {
         /// `a`, `c`, `embedded`, `interpolant` or `weights`.  An interpolant may also have one entry more than stages.
@@ -89,7 +89,7 @@ pub enum PullbackDefect {
         /// Cotangents returned.
         got: usize,
     },
-    /// A cotangent has not the shape of what it belongs to.
+    /// A cotangent does not have the shape of what it belongs to.
     #[error("the cotangent of {of} has shape {got:?} instead of {expected:?}")]
     Shape {
         /// What it belongs to.
@@ -99,7 +99,7 @@ pub enum PullbackDefect {
         /// Shape of the cotangent.
         got: Shape,
     },
-    /// A cotangent of the state has not the dtype that the pull-back was given, or one of time or
+    /// A cotangent of the state does not have the dtype that the pull-back was given, or one of time or
     /// of a parameter is not floating-point.
     #[error("the cotangent of {of} is {got:?} instead of {expected:?}")]
     Dtype {

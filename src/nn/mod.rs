@@ -5,9 +5,9 @@
 //! tile, too; they carry a log-density beside the state, as `Cnf` does.
 //!
 //! [`EnergyMlp`] is a potential, and [`energy`] has the fields that are built from its gradient: Hamiltonian and
-//! Lagrangian systems, flows along a gradient, and flows orthogonal to it.  Hamiltonian systems and flows along a gradient
-//! are integrated tile by tile, too.  [`Perceptron`] is a network with its
-//! derivatives as values.
+//! Lagrangian systems, flows along a gradient, and flows orthogonal to it.  [`energy::Hamiltonian`] and
+//! [`energy::GradientFlow`] of an `EnergyMlp` that has hidden layers, none of them residual, are integrated tile by
+//! tile, too.  [`Perceptron`] is a network with its derivatives as values.
 //!
 //! [`HigherOrder`] gives fields of second and higher order.  [`DataControl`] and [`depth_cat`] give fields that read
 //! their data or time, and the weights of a [`GalerkinLinear`] depend on time.  [`Augmenter`] gives the state more

@@ -1,8 +1,8 @@
 //! Normalisations over the last dimension, and softmax, with pull-backs.
 //!
-//! The fused kernels of `candle_nn` that stand behind its own layers record no backward operation: a
-//! loss behind them reaches neither their input nor their weights, and beside any other path nobody
-//! notices.  These are the same functions in operations that candle pulls back.
+//! The layers of `candle_nn` call fused kernels that record no backward operation.  So their input and their weights
+//! get no gradient from a loss, and if the loss also depends on the input in another way, nobody notices.  The
+//! functions of this module compute the same by operations for which candle has a backward operation.
 
 use candle_core::shape::Dim;
 use candle_core::{Module, Result, Tensor, D};
