@@ -119,7 +119,9 @@ pub(super) enum Of<'a, T> {
     Value,
     /// σ'(x) g.
     Cotangent(&'a [T]),
-    /// σ(x) in place of x, and σ'(x) beside it.
+    /// σ(x) in place of x.
+    Own,
+    /// The same, and σ'(x) beside it.
     Both(&'a mut [T]),
 }
 
@@ -162,15 +164,22 @@ impl<T: Element> WithSimd for ElementJob<'_, T> {
                 out_rest.copy_from_slice(&scalars::<T, S>(&last[0])[..held]);
                 slope_rest.copy_from_slice(&scalars::<T, S>(&last[1])[..held]);
             }
-            Of::Value => {
-                let (x, x_rest) = x.split_at(whole);
+            Of::Value | Of::Own => {
                 let mut unused = [T::zeros::<S>(); BLOCK];
-                let blocks = T::vectors::<S>(x).chunks(BLOCK);
-                for (out, x) in out.chunks_mut(BLOCK).zip(blocks) {
-                    out.copy_from_slice(x);
-                    apply::<T, S>(s, activation, [out, &mut unused]);
+                if let Of::Value = of {
+                    let (x, x_rest) = x.split_at(whole);
+                    let blocks = T::vectors::<S>(x).chunks(BLOCK);
+                    for (out, x) in out.chunks_mut(BLOCK).zip(blocks) {
+                        out.copy_from_slice(x);
+                        apply::<T, S>(s, activation, [out, &mut unused]);
+                    }
+                    load(&mut last[0], x_rest);
+                } else {
+                    for out in out.chunks_mut(BLOCK) {
+                        apply::<T, S>(s, activation, [out, &mut unused]);
+                    }
+                    load(&mut last[0], out_rest);
                 }
-                load(&mut last[0], x_rest);
                 let [z, d] = &mut last;
                 apply::<T, S>(s, activation, [z, d]);
                 out_rest.copy_from_slice(&scalars::<T, S>(&last[0])[..held]);

@@ -147,6 +147,18 @@ enum AnyEvaluation {
 }
 
 impl AnyStack {
+    fn velocity(&self, y: &CpuStorage, at: &Layout) -> Result<CpuStorage> {
+        Ok(match (self, y) {
+            (Self::Single(stack), CpuStorage::F32(y)) => {
+                CpuStorage::F32(stack.velocity(numbers(y, at)?)?)
+            }
+            (Self::Double(stack), CpuStorage::F64(y)) => {
+                CpuStorage::F64(stack.velocity(numbers(y, at)?)?)
+            }
+            _ => candle_core::bail!("graph convolutions of a state of another dtype"),
+        })
+    }
+
     fn evaluate(&self, y: &CpuStorage, at: &Layout) -> Result<(CpuStorage, AnyEvaluation)> {
         Ok(match (self, y) {
             (Self::Single(stack), CpuStorage::F32(y)) => {
@@ -198,29 +210,39 @@ impl AnyEvaluation {
 /// One evaluation, differentiable in y.
 struct Evaluate {
     stack: AnyStack,
+    /// Whether a pull-back by candle is likely.  Solvers evaluate at states that are not tracked, and have pull-backs of
+    /// their own: what is kept for candle then would only be written.
+    keeps: bool,
     /// What it has kept, once it has been made.
     kept: OnceLock<AnyEvaluation>,
 }
 
 impl Evaluate {
-    fn new(stack: AnyStack) -> Self {
+    fn new(stack: AnyStack, keeps: bool) -> Self {
         Self {
             stack,
+            keeps,
             kept: OnceLock::new(),
         }
     }
 
     fn velocity(&self, y: &CpuStorage, at: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (k, kept) = self.stack.evaluate(y, at)?;
-        // An operation is applied once; of a second time, the first one's is as good.
-        let _ = self.kept.set(kept);
+        let k = if self.keeps {
+            let (k, kept) = self.stack.evaluate(y, at)?;
+            // An operation is applied once; of a second time, the first one's is as good.
+            let _ = self.kept.set(kept);
+            k
+        } else {
+            self.stack.velocity(y, at)?
+        };
         Ok((k, at.shape().clone()))
     }
 
-    fn pull(&self, v: &Tensor) -> Result<Found> {
+    /// At y, where it is evaluated again if nothing was kept.
+    fn pull(&self, y: &Tensor, v: &Tensor) -> Result<Found> {
         match self.kept.get() {
             Some(kept) => kept.pull(v),
-            None => candle_core::bail!("graph convolutions that were not evaluated"),
+            None => self.stack.evaluate_tensor(y)?.1.pull(v),
         }
     }
 }
@@ -234,8 +256,8 @@ impl CustomOp1 for Evaluate {
         self.velocity(y, at)
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, v: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.pull(v)?.state))
+    fn bwd(&self, y: &Tensor, _: &Tensor, v: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.pull(y, v)?.state))
     }
 }
 
@@ -259,12 +281,12 @@ impl CustomOp2 for EvaluateAll {
 
     fn bwd(
         &self,
-        _: &Tensor,
+        y: &Tensor,
         _: &Tensor,
         _: &Tensor,
         v: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let found = self.0.pull(v)?;
+        let found = self.0.pull(y, v)?;
         let flat = found.layers.iter().flatten().map(Tensor::flatten_all);
         let flat = Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?;
         Ok((Some(found.state), Some(flat)))
@@ -277,7 +299,11 @@ impl VectorField<Tensor> for GcnField {
         if !self.is_fused(y) {
             return self.composed(y);
         }
-        let (y, op) = (y.contiguous()?, Evaluate::new(self.stack(y.dtype())?));
+        let keeps = y.track_op();
+        let (y, op) = (
+            y.contiguous()?,
+            Evaluate::new(self.stack(y.dtype())?, keeps),
+        );
         let tensors = || self.layers.iter().flat_map(Gcn::tensors);
         if tensors().all(|p| !p.track_op()) {
             return y.apply_op1(op);

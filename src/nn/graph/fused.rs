@@ -20,8 +20,8 @@ use crate::simd::{unit, Element};
 use candle_core::{Device, Result, Tensor};
 use pulp::{Simd, WithSimd};
 
-/// Products of a chunk of nodes, which takes some tens of microseconds.
-const CHUNK: usize = 1 << 20;
+/// Products of a chunk of nodes at most, which takes some tens of microseconds.
+const CHUNK: usize = 1 << 21;
 /// Nodes of a chunk at least.
 const FEWEST: usize = 32;
 
@@ -41,10 +41,12 @@ impl<T: Element> Layer<T> {
         self.pattern.by_row.lines()
     }
 
-    /// Nodes of a chunk.
+    /// Nodes of a chunk: all chunks have nearly as many, and two or four threads have as many chunks each.
     fn chunk(&self) -> usize {
-        let nodes = CHUNK / (self.inputs * self.outputs).max(1);
-        nodes.max(FEWEST).next_multiple_of(8)
+        let most = (CHUNK / (self.inputs * self.outputs).max(1)).max(FEWEST);
+        let chunks = self.nodes().div_ceil(most).next_multiple_of(4);
+        let nodes = self.nodes().div_ceil(chunks).max(FEWEST);
+        nodes.next_multiple_of(8)
     }
 
     fn weights(&self) -> Matrix<'_, T> {
@@ -96,9 +98,14 @@ impl<T: Element> Stack<T> {
         Tensor::from_vec(x, (layer.nodes(), layer.inputs), &Device::Cpu)
     }
 
-    /// The velocity at y, `(nodes, features)`, and what its pull-back reads.
+    /// The velocity at y, `(nodes, features)`.
+    pub(super) fn velocity(&self, y: &[T]) -> Result<Vec<T>> {
+        Ok(self.run(y, false)?.0)
+    }
+
+    /// The same, and what its pull-back reads.
     pub(super) fn evaluate(self: &Arc<Self>, y: &[T]) -> Result<(Vec<T>, Evaluation<T>)> {
-        let (velocity, kept) = self.run(y)?;
+        let (velocity, kept) = self.run(y, true)?;
         let stack = Arc::clone(self);
         Ok((velocity, Evaluation { stack, kept }))
     }
@@ -109,7 +116,8 @@ impl<T: Element> Stack<T> {
         Ok((self.tensor(velocity, 0)?, kept))
     }
 
-    fn run(&self, y: &[T]) -> Result<(Vec<T>, Vec<Kept>)> {
+    /// The velocity, and what is kept of each layer if anything is.
+    fn run(&self, y: &[T], keeps: bool) -> Result<(Vec<T>, Vec<Kept>)> {
         let unit = unit()?;
         let (mut kept, mut velocity) = (vec![], vec![]);
         let mut hidden: Option<Buffer> = None;
@@ -117,7 +125,6 @@ impl<T: Element> Stack<T> {
             let (inputs, outputs, nodes) = (layer.inputs, layer.outputs, layer.nodes());
             let last = l + 1 == self.layers.len();
             let x = hidden.as_ref().map_or(y, Buffer::numbers);
-            let mut gathered = Buffer::new::<T>(nodes * inputs, &self.pool);
             let buffer = || Buffer::new::<T>(nodes * outputs, &self.pool);
             let (mut slope, mut value) = (None, None);
             let z: &mut [T] = match last {
@@ -127,12 +134,8 @@ impl<T: Element> Stack<T> {
                 }
                 false => value.insert(buffer()).numbers_mut(),
             };
-            let slopes: &mut [T] = match last {
-                true => &mut [],
-                false => slope.insert(buffer()).numbers_mut(),
-            };
             let chunk = layer.chunk();
-            let work = |c: usize, s: &mut [T], z: &mut [T], slope: &mut [T]| {
+            let work = |c: usize, s: &mut [T], z: &mut [T], slope: Option<&mut [T]>| {
                 unit.dispatch(Lines {
                     side: &layer.pattern.by_row,
                     value: &|e| layer.values[e],
@@ -147,22 +150,30 @@ impl<T: Element> Stack<T> {
                     unit.dispatch(ElementJob {
                         activation: self.activation,
                         x: &[],
-                        of: Of::Both(slope),
+                        of: slope.map_or(Of::Own, Of::Both),
                         out: z,
                     });
                 }
             };
-            let gather = gathered.numbers_mut().chunks_mut(chunk * inputs);
-            let both = gather.zip(z.chunks_mut(chunk * outputs)).enumerate();
-            if last {
-                for_each(both, &|(c, (s, z))| work(c, s, z, &mut []));
+            let each = z.chunks_mut(chunk * outputs).enumerate();
+            if keeps {
+                let mut gathered = Buffer::new::<T>(nodes * inputs, &self.pool);
+                let each = each.zip(gathered.numbers_mut().chunks_mut(chunk * inputs));
+                if last {
+                    for_each(each, &|((c, z), s)| work(c, s, z, None));
+                } else {
+                    let slopes = slope.insert(buffer()).numbers_mut();
+                    let each = each.zip(slopes.chunks_mut(chunk * outputs));
+                    for_each(each, &|(((c, z), s), slope)| work(c, s, z, Some(slope)));
+                }
+                kept.push(Kept { gathered, slope });
             } else {
-                let slopes = slopes.chunks_mut(chunk * outputs);
-                for_each(both.zip(slopes), &|((c, (s, z)), slope)| {
-                    work(c, s, z, slope)
+                for_each(each, &|(c, z)| {
+                    let rows = z.len() / outputs;
+                    let mut s = Buffer::new::<T>(rows * inputs, &self.pool);
+                    work(c, s.numbers_mut(), z, None);
                 });
             }
-            kept.push(Kept { gathered, slope });
             hidden = value;
         }
         Ok((velocity, kept))
