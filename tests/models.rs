@@ -864,6 +864,13 @@ fn the_velocity_of_graph_convolutions_is_differentiable_in_weights_and_state() {
         let error = relative(got, expected);
         assert!(error <= 1e-13, "{:?}: {error:e}", got.dims());
     }
+    // At a state that is not tracked nothing is kept, and the weights have the same gradients.
+    let k = field.velocity(&t, &y.as_detached_tensor()).unwrap();
+    let grads = k.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    for ((_, var), expected) in all(&vars).iter().zip(&theirs) {
+        let error = relative(grads.get(var).unwrap(), expected);
+        assert!(error <= 1e-13, "{:?}: {error:e}", var.dims());
+    }
 }
 
 #[test]
@@ -895,6 +902,14 @@ fn layers_that_are_no_field_over_one_graph_are_refused() {
             "{text}"
         );
     }
+    let zeros = |dtype| Tensor::zeros((3, 3), dtype, &cpu()).unwrap();
+    let single = zeros(DType::F32).get(0).unwrap();
+    let mixed = Gcn::from_tensors(&ring(5), zeros(DType::F64), single);
+    let text = mixed.unwrap_err().to_string();
+    assert!(
+        text.contains("Gcn::from_tensors, layer 0: bias is F32"),
+        "{text}"
+    );
     let (_, field, _) = graph_field(DType::F64, &[3, 3]);
     let y = scattered(&[5, 3], 1.0, 1);
     let text = field.velocity(&Time::new(0.0, DType::F64, &cpu()), &y);
