@@ -248,14 +248,14 @@ fn pack<T: Element, S: Simd, const V: usize>(
         }
         return;
     }
-    let size = V * lanes;
-    let rows = scalars_mut::<T, S>(panel).chunks_exact_mut(size);
-    for (k, row) in rows.enumerate() {
-        let from = &b.data[(depth + k) * stride + column..];
-        // Of a length that the compiler knows, where it can be.
-        match width == size {
-            true => row[..size].copy_from_slice(&from[..size]),
-            false => row[..width].copy_from_slice(&from[..width]),
+    for (k, row) in panel.as_chunks_mut::<V>().0.iter_mut().enumerate() {
+        let from = &b.data[(depth + k) * stride + column..][..width];
+        if width == V * lanes {
+            // Vector by vector: a copy of any length is a call.
+            let from: &[T::Vector<S>] = bytemuck::cast_slice(from);
+            row.copy_from_slice(&from[..V]);
+        } else {
+            scalars_mut::<T, S>(row)[..width].copy_from_slice(from);
         }
     }
 }
