@@ -49,6 +49,7 @@ struct Pace {
     double refused; // the end of the last attempt, if it was rejected
     double factor; // the largest error without a floor
     double shortest, longest, first; // accepted steps
+    double controlled; // the length of the last one whose error has determined the next length, or 0
     int target; // the next one
     int non_finite, has_refused;
     unsigned accepted, rejected, forced, limited;
@@ -118,7 +119,7 @@ __device__ inline double factor_of(const Control &control, double r, const doubl
 __device__ inline bool judge(const Control &control, const Attempt &attempt, double r, double plain, Pace &pace, Reason &reason) {
     const bool accepted = r <= 1 || (attempt.forced && is_finite(r));
     const double length = fabs(attempt.h);
-    const double next = length * factor_of(control, r, pace.before, accepted);
+    double next = length * factor_of(control, r, pace.before, accepted);
     if (!accepted) {
         pace.rejected += 1;
         pace.non_finite = is_finite(r) ? 0 : pace.non_finite + 1;
@@ -137,6 +138,9 @@ __device__ inline bool judge(const Control &control, const Attempt &attempt, dou
     pace.limited += r <= 1 && plain > 1;
     pace.factor = fmax(pace.factor, plain);
     pace.shortest = fmin(pace.shortest, length), pace.longest = fmax(pace.longest, length);
+    // The state has come to rest: see adaptive/pace.rs.
+    if (r == 0 && pace.controlled > 0) next = fmin(next, control.safety * pace.controlled);
+    if (r >= 0.1) pace.controlled = length;
     // A step that a target has shortened says nothing about the length that the problem wants.
     pace.h = length < attempt.wanted ? fmax(next, attempt.wanted) : next;
     if (r > 0) pace.before[1] = pace.before[0], pace.before[0] = r;

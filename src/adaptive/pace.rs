@@ -7,6 +7,9 @@ use crate::stats::Stats;
 /// Attempts in a row whose error is not finite, after which a solve fails.
 const MOST_NON_FINITE: usize = 10;
 
+/// An error from which on the length of a step is determined by it: less lets the next step be half as long again.
+const CONTROLS: f64 = 0.1;
+
 /// An attempt [t, t + h] that is to be made.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Attempt {
@@ -73,6 +76,8 @@ pub(crate) struct Pace {
     pub(crate) h: f64,
     /// r of the last two accepted steps.
     before: [f64; 2],
+    /// The length of the last accepted step whose error has determined the length of the next one.
+    controlled: Option<f64>,
     /// The next target.
     target: usize,
     non_finite: usize,
@@ -98,6 +103,7 @@ impl Pace {
             t: control.start,
             h,
             before: [1.0; 2],
+            controlled: None,
             target: 0,
             non_finite: 0,
             refused: None,
@@ -216,6 +222,15 @@ impl Pace {
         self.factor = self.factor.max(plain);
         self.lengths_before = self.lengths;
         self.lengths = with_length(self.lengths, length);
+        // An error of exactly zero after others: the state has come to rest in its precision.  It would stay there in steps
+        // of any length, but cotangents grow without bound in steps that are too long for a stiff field.
+        let next = match self.controlled.filter(|_| r == 0.0) {
+            Some(longest) => next.min(controller.safety * longest),
+            None => next,
+        };
+        if r >= CONTROLS {
+            self.controlled = Some(length);
+        }
         // A step that a target has shortened says nothing about the length that the problem wants.
         self.h = match length < attempt.wanted {
             true => next.max(attempt.wanted),
@@ -246,6 +261,28 @@ mod tests {
     fn control(options: &Adaptive, times: &[f64]) -> Control {
         let grid = TimeGrid::new(times.to_vec()).unwrap();
         Control::new(options, &DOPRI5, &grid, &[]).unwrap()
+    }
+
+    #[test]
+    fn steps_at_rest_are_not_longer_than_those_that_an_error_has_controlled() {
+        let options = Adaptive::new(1e-3, 1e-3);
+        let control = control(&options, &[0.0, 100.0]);
+        let attempt = |pace: &mut Pace, r: f64| {
+            let attempt = pace.attempt(&control).unwrap();
+            assert_eq!(pace.judge(&control, &attempt, r, r), Ok(Verdict::Accepted));
+            attempt.h
+        };
+        let mut pace = Pace::new(&control, 0.1);
+        // Before any error, lengths grow as fast as they may.
+        assert_eq!((attempt(&mut pace, 0.0), pace.h), (0.1, 1.0));
+        let controlled = attempt(&mut pace, 0.5);
+        let longer = attempt(&mut pace, 1e-4);
+        assert!(longer > controlled);
+        attempt(&mut pace, 0.0);
+        assert!(pace.h < controlled);
+        let at_rest = pace.h;
+        attempt(&mut pace, 0.0);
+        assert_eq!(pace.h, at_rest);
     }
 
     /// All accepted attempts, where the error of a length is `r`.
