@@ -555,6 +555,29 @@ fn events_that_are_recorded_between_jumps_are_returned() {
 }
 
 #[test]
+fn an_event_that_is_recorded_with_the_one_that_ends_a_flow_occurs_once() {
+    // A ball that is reflected where it is, on both sides of rounding.
+    for height in [0.7, 1.0, 2f64.sqrt(), 3.3] {
+        let g = Var::new(&[2f64], &Device::Cpu).unwrap();
+        let floor = || Event::new(|_: &Time, y: &Tensor| y.get(0));
+        let events = vec![floor().direction(Direction::Falling), floor().recorded()];
+        let jump = |_: usize, _: &Tensor, y: &Tensor| {
+            Tensor::cat(&[&y.narrow(0, 0, 1)?, &(y.narrow(0, 1, 1)? * -0.9)?], 0)
+        };
+        let system = Hybrid::new(ball(&g), events, jump);
+        let y0 = Tensor::new(&[height, 0.0], &Device::Cpu).unwrap();
+        let first = height.sqrt();
+        let times = [0.0, 2.0 * first];
+        let solved = system.solve(&y0, &times, &options(&DOPRI5, 1e-10)).unwrap();
+        assert_eq!(
+            (solved.jumps.len(), solved.recorded.len()),
+            (1, 1),
+            "{height}"
+        );
+    }
+}
+
+#[test]
 fn a_jump_to_a_state_of_other_shapes_is_an_error() {
     let still = |_: &Time, y: &Vec<Tensor>| y.iter().map(Tensor::ones_like).collect();
     for count in [1, 3] {

@@ -178,12 +178,6 @@ impl Control {
         f64::max(1e-6, 64.0 * f64::EPSILON * self.start.abs())
     }
 
-    /// Whether the field jumps at a time at which a step ends.
-    pub(crate) fn jumps_on(&self, t: f64) -> bool {
-        let mut targets = self.targets.iter();
-        targets.any(|target| target.jumps && coincide(target.t, t))
-    }
-
     /// The length of the first attempt but for limits, from ‖y0‖, ‖f0‖ in the norm of the tolerance; the first part,
     /// which says where to evaluate once more.
     pub(crate) fn probe(&self, d0: f64, d1: f64) -> f64 {

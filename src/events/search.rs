@@ -17,7 +17,7 @@ pub(super) struct Crossing {
     largest: f64,
     /// How fast its function changes in the step on average.
     pub(super) speed: f64,
-    /// What is rounding in a value of its function near this place.
+    /// Values of its function up to this size near this place may be rounding alone.
     rounding: f64,
     /// ṗ there.
     pub(super) slope: Vec<Tensor>,
@@ -75,8 +75,10 @@ impl<'a, S: State> Search<'a, S> {
     pub(super) fn origin(&self) -> Origin {
         let (mut fired, mut largest) = (vec![], 0.0);
         if let Some(last) = self.found.last().filter(|f| self.events[f.event].terminal) {
-            fired.push((last.event, last.rounding));
             largest = last.largest;
+            // Also those that were recorded at the same time.
+            let at_once = self.found.iter().filter(|f| is_met(f.t, last.t, largest));
+            fired.extend(at_once.map(|f| (f.event, f.rounding)));
             let both = self.origin.largest.max(largest);
             if self.begun.is_some_and(|start| is_met(start, last.t, both)) {
                 fired.extend(&self.origin.fired);

@@ -146,8 +146,7 @@ impl<'a> AdaptivePass<'a> {
         let control = self.control;
         self.start_anew((control.targets[0].t - control.start).abs())?;
         let probe = |h: f64| {
-            let end = control.start + h;
-            let step = self.step(h, end, control.jumps_on(end));
+            let step = self.step(h, control.start + h, false);
             let scheme = &self.problem.scheme;
             scheme.after_euler(self.field, step, &self.y, &self.k)
         };

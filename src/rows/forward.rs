@@ -197,6 +197,12 @@ impl<T: Element> Integrate<'_, T> {
                 None => KeptEvaluations::new(selection, batch).map_err(anywhere)?,
             };
             for n in 0..steps {
+                if failure
+                    .as_ref()
+                    .is_some_and(|first: &Failure| first.at.0 < n)
+                {
+                    continue 'tiles;
+                }
                 let step = schedule.step(n);
                 trajectory.keep(n, &y).map_err(anywhere)?;
                 let wanted = Some((selection, &mut kept));

@@ -63,8 +63,8 @@ impl<'p> TilePlan<'p> {
         }
     }
 
-    /// Bytes that the evaluations at hand take, of all threads: a slot of the forward pass, and, where there is a backward pass,
-    /// the slots of a step with the cotangents of one.
+    /// Bytes that the steps at hand take, of all threads: the velocities of a step, a slot of the forward pass, and, where
+    /// there is a backward pass, the slots of a step with the cotangents of one.
     pub(super) fn at_work<T: Element>(&self, field: &dyn Tiled<T>) -> u128 {
         let groups = self.groups(field.batch(), field.parameters()).len();
         let threads = rayon::current_num_threads().min(groups);

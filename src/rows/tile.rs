@@ -17,8 +17,8 @@ pub(crate) struct At<'a, X> {
     /// Whether the state, its error, or an output inside the step reads this velocity.  Otherwise only other stages
     /// do, and features of y that f does not depend on need no velocity.
     pub(crate) is_weighed: bool,
-    /// Whether an evaluation is repeated to be pulled back: then only other stages read the velocity, also where what
-    /// is kept of all features is needed.
+    /// Whether an evaluation is repeated to be pulled back.  Then only other stages read the velocity, but everything
+    /// that is kept must still be computed.
     pub(crate) is_repeated: bool,
 }
 

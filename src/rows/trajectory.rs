@@ -42,9 +42,9 @@ impl<T: Element> TileTrajectory<T> {
     }
 
     /// Makes room for so many states, if there is memory and they are small.
-    pub(super) fn expect(&mut self, states: usize) {
+    pub(super) fn reserve(&mut self, states: usize) {
         if let Self::All(all) = self {
-            all.expect(states);
+            all.reserve(states);
         }
     }
 
@@ -127,9 +127,9 @@ impl<T: Element> States<T> {
         }
     }
 
-    /// Makes room for so many in all, as far as they fill a few kilobytes.
-    fn expect(&mut self, states: usize) {
-        const MOST: usize = 1 << 10;
+    /// Makes room for so many more, as far as they fill a kilobyte.
+    fn reserve(&mut self, states: usize) {
+        const MOST: usize = 1 << 8;
         let more = states.saturating_mul(self.store.size).min(MOST);
         // Without it, memory is found later or refused there.
         let _ = match &mut self.numbers {

@@ -50,15 +50,15 @@ impl Recorded {
         }
     }
 
-    /// Bytes of what is kept, with the room that more of it will take first.
+    /// Bytes of the steps and of the outputs inside them, with the room that more of them will take first.
     pub(crate) fn held(&self) -> u64 {
         let steps = self.steps.capacity() * size_of::<(f64, f64)>();
         (steps + self.inside.capacity() * size_of::<Inside>()) as u64
     }
 
-    /// Makes room for so many steps, as far as they fill a few kilobytes.
-    pub(crate) fn expect(&mut self, steps: usize) {
-        const MOST: usize = 1 << 8;
+    /// Makes room for so many more steps, as far as they fill a kilobyte.
+    pub(crate) fn reserve(&mut self, steps: usize) {
+        const MOST: usize = 1 << 6;
         if !self.keeps {
             return;
         }
@@ -316,7 +316,7 @@ mod tests {
         let mut kept = Recorded::from(0.0, true);
         let mut counted = Recorded::from(0.0, true).counting();
         for record in [&mut kept, &mut counted] {
-            record.expect(8);
+            record.reserve(8);
             record.mark(0).unwrap();
             record.ret(0).unwrap();
             for n in 0..1000 {

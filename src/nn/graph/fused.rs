@@ -41,7 +41,7 @@ impl<T: Element> Layer<T> {
         self.pattern.by_row.lines()
     }
 
-    /// Nodes of a chunk: all chunks have nearly as many, and two or four threads have as many chunks each.
+    /// Nodes of a chunk.  Of a large graph, the chunks have nearly as many each, and their number is a multiple of four.
     fn chunk(&self) -> usize {
         let most = (CHUNK / (self.inputs * self.outputs).max(1)).max(FEWEST);
         let chunks = self.nodes().div_ceil(most).next_multiple_of(4);

@@ -152,8 +152,8 @@ impl<T: Element> Group<'_, T> {
         };
         let before = lane.held(y.len());
         if lane.record.len() == 0 {
-            lane.record.expect(self.expected);
-            lane.trajectory.expect(self.expected);
+            lane.record.reserve(self.expected);
+            lane.trajectory.reserve(self.expected);
         }
         if let Err(error) = lane.trajectory.keep(lane.record.len(), y) {
             return Err(self.refused(at, error));
@@ -161,14 +161,14 @@ impl<T: Element> Group<'_, T> {
         if let Err(error) = lane.record.push(attempt.t, attempt.h, attempt.end) {
             return Err(self.refused(at, error));
         }
-        let after = lane.held(y.len());
-        if let Some([need, available]) = self.pass.growth.grows(before, after) {
-            return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
-        }
         for i in inside.clone() {
             let x = taken.fraction(problem.grid.points()[i]);
             lane.record.save(x, i, Some(i))?;
             lane.returned += 1;
+        }
+        let after = lane.held(y.len());
+        if let Some([need, available]) = self.pass.growth.grows(before, after) {
+            return Err(self.out_of_memory(at, StopReason::Memory { need, available }));
         }
         match met {
             Some(met) => {
@@ -272,7 +272,7 @@ impl<T: Element> Group<'_, T> {
                 let reached: Vec<_> = lane.record.numbers().collect();
                 self.void(row, &reached);
             }
-            self.expected = self.expected.max(lane.record.len());
+            self.expected = lane.record.len();
             self.solves[place] = Some(lane.finish(stopped));
         }
         self.refill(at);

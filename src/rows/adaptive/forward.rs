@@ -74,7 +74,7 @@ pub(super) struct Group<'a, T: Element> {
     /// The numbers of one row.
     pub(super) row: Vec<T>,
     pub(super) solves: Vec<Option<RowSolve<T>>>,
-    /// Steps that a row is expected to take: as many as the longest one that has ended.
+    /// Steps that a row is expected to take: as many as the last one that has ended.
     pub(super) expected: usize,
     /// `[row][output][feature]`.
     pub(super) states: Vec<T>,

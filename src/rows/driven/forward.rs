@@ -144,6 +144,12 @@ impl<T: Element> Integrate<'_, T> {
                 returned(stepper.y(), &mut group.states);
             }
             for n in 0..steps {
+                if failure
+                    .as_ref()
+                    .is_some_and(|first: &Failure| first.at.0 < n)
+                {
+                    continue 'tiles;
+                }
                 trajectory.keep(n, stepper.carried()).map_err(anywhere)?;
                 let advanced = stepper.advance(schedule.step(n), &mut shared(&mut scratch));
                 if let Err(failed) = advanced {
