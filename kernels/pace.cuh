@@ -99,6 +99,9 @@ __device__ inline bool stands_still(const Attempt &attempt) {
     return static_cast<float>(attempt.t) == static_cast<float>(__dadd_rn(attempt.t, attempt.h));
 }
 
+// An error from which on it determines the length of the next step; as in adaptive/pace.rs.
+constexpr double CONTROLS = 0.1;
+
 // What a length is multiplied with after an error r.
 __device__ inline double factor_of(const Control &control, double r, const double *before, bool accepted) {
     double factor = control.least;
@@ -119,7 +122,7 @@ __device__ inline double factor_of(const Control &control, double r, const doubl
 __device__ inline bool judge(const Control &control, const Attempt &attempt, double r, double plain, Pace &pace, Reason &reason) {
     const bool accepted = r <= 1 || (attempt.forced && is_finite(r));
     const double length = fabs(attempt.h);
-    double next = length * factor_of(control, r, pace.before, accepted);
+    const double next = length * factor_of(control, r, pace.before, accepted);
     if (!accepted) {
         pace.rejected += 1;
         pace.non_finite = is_finite(r) ? 0 : pace.non_finite + 1;
@@ -138,29 +141,32 @@ __device__ inline bool judge(const Control &control, const Attempt &attempt, dou
     pace.limited += r <= 1 && plain > 1;
     pace.factor = fmax(pace.factor, plain);
     pace.shortest = fmin(pace.shortest, length), pace.longest = fmax(pace.longest, length);
-    // The state has come to rest: see adaptive/pace.rs.
-    if (r == 0 && pace.controlled > 0) next = fmin(next, control.safety * pace.controlled);
-    if (r >= 0.1) pace.controlled = length;
     // A step that a target has shortened says nothing about the length that the problem wants.
     pace.h = length < attempt.wanted ? fmax(next, attempt.wanted) : next;
+    // The state has come to rest: see adaptive/pace.rs.
+    if (r == 0 && pace.controlled > 0) pace.h = fmin(pace.h, control.safety * pace.controlled);
+    if (r >= CONTROLS) pace.controlled = length;
     if (r > 0) pace.before[1] = pace.before[0], pace.before[0] = r;
     pace.t = attempt.end;
     pace.target += attempt.lands >= 0;
     return true;
 }
 
+// The length that is tried where the state or its velocity gives none: the time changes by it in f64.
+__device__ inline double shortest_probe(const Control &control) { return fmax(1e-6, 64 * 0x1p-52 * fabs(control.start)); }
+
 // The length of the first attempt but for limits, from ‖y0‖ and ‖f0‖ in the norm of the tolerance (Hairer, Nørsett &
 // Wanner I, §II.4): the first part, which says where to evaluate once more.
 __device__ inline double probe_length(const Control &control, double d0, double d1) {
     // A tolerance of zero, such as a relative one of a component that is zero, makes the norm infinite.
     const bool says_nothing = !is_finite(d0) || !is_finite(d1);
-    return fmin(d0 < 1e-5 || d1 < 1e-5 || says_nothing ? 1e-6 : 0.01 * d0 / d1, control.longest);
+    return fmin(d0 < 1e-5 || d1 < 1e-5 || says_nothing ? shortest_probe(control) : 0.01 * d0 / d1, control.longest);
 }
 
 // The second part, from the difference d2 of the two evaluations divided by the length of the probe.
 __device__ inline double first_length(const Control &control, double probe, double d1, double d2) {
     const double d = fmax(d1, d2);
-    double h = d <= 1e-15 ? fmax(1e-6, probe * 1e-3) : pow(0.01 / d, 1.0 / control.order);
+    double h = d <= 1e-15 ? fmax(shortest_probe(control), probe * 1e-3) : pow(0.01 / d, 1.0 / control.order);
     h = fmin(h, 100 * probe);
     return is_finite(h) && h > 0 ? fmin(h, control.longest) : probe;
 }

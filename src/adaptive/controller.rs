@@ -15,8 +15,9 @@ const SHORTER: f64 = 0.999;
 ///
 /// safety · r^{−(p+i+d)/m} · r₁^{(p+2d)/m} · r₂^{−d/m}.
 ///
-/// After an accepted step this factor is limited to \[1, `limits[1]`\], so an accepted step never makes the next one
-/// shorter.  After a rejected attempt it is limited to \[`limits[0]`, `safety`\], and is at most 0.999; it is `limits[0]` if
+/// After an accepted step this factor is limited to \[1, `limits[1]`\], so an accepted step does not make the next one
+/// shorter.  (Only after an error of exactly zero, where the state has come to rest in its precision, the next step is at
+/// most `safety` times as long as the last step whose error was at least 0.1.)  After a rejected attempt it is limited to \[`limits[0]`, `safety`\], and is at most 0.999; it is `limits[0]` if
 /// r is not finite, or if `safety` is smaller than `limits[0]`.  [`Adaptive`](crate::options::Adaptive) sets limits of the
 /// length itself.
 ///

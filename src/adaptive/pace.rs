@@ -7,7 +7,8 @@ use crate::stats::Stats;
 /// Attempts in a row whose error is not finite, after which a solve fails.
 const MOST_NON_FINITE: usize = 10;
 
-/// An error from which on the length of a step is determined by it: less lets the next step be half as long again.
+/// An error from which on it determines the length of the next step: with a smaller one, the next step may be one and a
+/// half times as long.
 const CONTROLS: f64 = 0.1;
 
 /// An attempt [t, t + h] that is to be made.
@@ -222,20 +223,19 @@ impl Pace {
         self.factor = self.factor.max(plain);
         self.lengths_before = self.lengths;
         self.lengths = with_length(self.lengths, length);
-        // An error of exactly zero after others: the state has come to rest in its precision.  It would stay there in steps
-        // of any length, but cotangents grow without bound in steps that are too long for a stiff field.
-        let next = match self.controlled.filter(|_| r == 0.0) {
-            Some(longest) => next.min(controller.safety * longest),
-            None => next,
-        };
-        if r >= CONTROLS {
-            self.controlled = Some(length);
-        }
         // A step that a target has shortened says nothing about the length that the problem wants.
         self.h = match length < attempt.wanted {
             true => next.max(attempt.wanted),
             false => next,
         };
+        // An error of exactly zero after others: the state has come to rest in its precision.  It would stay there in steps
+        // of any length, but cotangents grow without bound in steps that are too long for a stiff field.
+        if let Some(longest) = self.controlled.filter(|_| r == 0.0) {
+            self.h = self.h.min(controller.safety * longest);
+        }
+        if r >= CONTROLS {
+            self.controlled = Some(length);
+        }
         if r > 0.0 {
             self.before = [r, self.before[0]];
         }

@@ -68,18 +68,16 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for Form<'_, T, S, V> {
             Some(c) => c,
             None => [T::splat(s, T::of(1.0)); V],
         };
-        out.fill([T::zeros::<S>(); V]);
-        let n = out.len().max(1);
-        for (x, y) in x.chunks_exact(n).zip(y.chunks_exact(n)) {
-            for (out, (x, y)) in out.iter_mut().zip(x.iter().zip(y)) {
+        let (n, all) = (out.len(), x.len().min(y.len()));
+        for (k, out) in out.iter_mut().enumerate() {
+            let mut sum = [T::zeros::<S>(); V];
+            for at in (k..all).step_by(n) {
                 for v in 0..V {
-                    out[v] = T::mul_add(s, x[v], y[v], out[v]);
+                    sum[v] = T::mul_add(s, x[at][v], y[at][v], sum[v]);
                 }
             }
-        }
-        for out in out {
             for v in 0..V {
-                out[v] = T::times(s, c[v], out[v]);
+                out[v] = T::times(s, c[v], sum[v]);
             }
         }
     }
@@ -98,26 +96,16 @@ impl<T: Element, S: Simd, const V: usize> Kernel<S> for MinusForm<'_, T, S, V> {
     #[inline(always)]
     fn run(self, s: S) -> Self::Output {
         let (u, q) = (self.u.as_chunks::<V>().0, self.q.as_chunks::<V>().0);
-        let d = self.d.as_chunks::<V>().0;
-        let n = d.len().max(1);
+        let (d, all) = (self.d.as_chunks::<V>().0, u.len().min(q.len()));
+        let n = d.len();
         // In two parts, so that sums need not wait for each other.
         let mut sums = [[T::zeros::<S>(); V]; 2];
-        for (u, q) in u.chunks_exact(n).zip(q.chunks_exact(n)) {
-            let (d_twos, d_last) = d.as_chunks::<2>();
-            let (u_twos, u_last) = u.as_chunks::<2>();
-            let (q_twos, q_last) = q.as_chunks::<2>();
-            for (d, (u, q)) in d_twos.iter().zip(u_twos.iter().zip(q_twos)) {
-                for part in 0..2 {
-                    for v in 0..V {
-                        let product = T::times(s, u[part][v], q[part][v]);
-                        sums[part][v] = T::fnmadd(s, d[part][v], product, sums[part][v]);
-                    }
-                }
-            }
-            for (d, (u, q)) in d_last.iter().zip(u_last.iter().zip(q_last)) {
+        for (k, d) in d.iter().enumerate() {
+            let sum = &mut sums[k % 2];
+            for at in (k..all).step_by(n) {
                 for v in 0..V {
-                    let product = T::times(s, u[v], q[v]);
-                    sums[0][v] = T::fnmadd(s, d[v], product, sums[0][v]);
+                    let product = T::times(s, u[at][v], q[at][v]);
+                    sum[v] = T::fnmadd(s, d[v], product, sum[v]);
                 }
             }
         }

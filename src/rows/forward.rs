@@ -197,10 +197,7 @@ impl<T: Element> Integrate<'_, T> {
                 None => KeptEvaluations::new(selection, batch).map_err(anywhere)?,
             };
             for n in 0..steps {
-                if failure
-                    .as_ref()
-                    .is_some_and(|first: &Failure| first.at.0 < n)
-                {
+                if Failure::is_before(&failure, n) {
                     continue 'tiles;
                 }
                 let step = schedule.step(n);

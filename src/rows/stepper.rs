@@ -166,14 +166,12 @@ impl<'p, T: Element> Stepper<'p, T> {
                 is_repeated: true,
                 ..self.clock.at(steps, self.c[i])
             };
-            let k = &mut self.ks[i * self.size..][..self.size];
-            match is_last {
-                true => self.field.velocity(&at, slot, None),
-                false => {
-                    self.field.velocity(&at, slot, Some(&mut *k));
-                    round::<T>(self.on, self.plan, self.batch, k);
-                }
+            if is_last {
+                return self.field.velocity(&at, slot, None);
             }
+            let k = &mut self.ks[i * self.size..][..self.size];
+            self.field.velocity(&at, slot, Some(&mut *k));
+            round::<T>(self.on, self.plan, self.batch, k);
         }
     }
 

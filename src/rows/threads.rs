@@ -13,6 +13,11 @@ pub(super) struct Failure {
 }
 
 impl Failure {
+    /// Whether one that was found happened before this step.
+    pub(super) fn is_before(found: &Option<Self>, step: usize) -> bool {
+        found.as_ref().is_some_and(|found| found.at.0 < step)
+    }
+
     /// Keeps the one of both that is first in the order of the pass, of those at one time the one that is there.
     pub(super) fn first(found: &mut Option<Self>, next: Self) {
         if found.as_ref().is_none_or(|found| next.at < found.at) {

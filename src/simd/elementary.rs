@@ -27,14 +27,9 @@ fn polynomial_by_pairs<S: Simd, const N: usize>(s: S, x: S::f32s, c: [f32; N]) -
         [c] => s.splat_f32s(*c),
         _ => s.splat_f32s(0.0),
     };
-    for (i, pair) in pairs.iter().enumerate().rev() {
-        let [even, odd] = [s.splat_f32s(pair[0]), s.splat_f32s(pair[1])];
-        let pair = s.mul_add_e_f32s(odd, x, even);
-        let is_first = i + 1 == pairs.len() && last.is_empty();
-        sum = match is_first {
-            true => pair,
-            false => s.mul_add_e_f32s(sum, square, pair),
-        };
+    for [even, odd] in pairs.iter().rev() {
+        let pair = s.mul_add_e_f32s(s.splat_f32s(*odd), x, s.splat_f32s(*even));
+        sum = s.mul_add_e_f32s(sum, square, pair);
     }
     sum
 }

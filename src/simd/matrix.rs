@@ -6,7 +6,7 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::pieces::by_piece;
+use super::pieces::{by_piece, share};
 use super::product::{block, has_block};
 use super::transpose::transposed;
 use super::{enter, scalars, scalars_mut, unit, vectors, Element, Kernel};
@@ -74,13 +74,10 @@ pub(crate) fn product<T: Element>(
     }
     // Whole blocks of rows, which are worth a copy of b.
     let of_a_row = (a.columns * b.columns).max(1);
-    let rows = match a.rows.saturating_mul(of_a_row) <= ALONE {
-        true => a.rows,
-        false => (ALONE / 4 / of_a_row).max(16),
-    };
+    let rows = share(a.rows.saturating_mul(of_a_row), ALONE) / of_a_row;
     by_piece(
         &mut out,
-        rows.next_multiple_of(8) * b.columns,
+        rows.max(16).next_multiple_of(8) * b.columns,
         &|at, out| {
             let first = at / b.columns;
             unit.dispatch(RowBlock {

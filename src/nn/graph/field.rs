@@ -64,8 +64,8 @@ impl GcnField {
     pub fn from_layers(layers: Vec<Gcn>, activation: Activation) -> Result<Self> {
         let mut checked = Checked::new("GcnField::from_layers");
         for (l, layer) in layers.iter().enumerate() {
-            checked.weight(l, layer.weight(), 2, "a matrix (outputs, inputs)")?;
-            checked.bias(l, layer.bias(), layer.widths().1)?;
+            checked.weight(l, &layer.linear.weight, 2, "a matrix (outputs, inputs)")?;
+            checked.bias(l, &layer.bias, layer.widths().1)?;
         }
         let widths: Vec<_> = layers.iter().map(Gcn::widths).collect();
         let follows = widths.windows(2).all(|pair| pair[0].1 == pair[1].0);

@@ -62,14 +62,6 @@ impl Gcn {
         Arc::clone(&self.graph.pattern().pool)
     }
 
-    pub(super) fn weight(&self) -> &Tensor {
-        &self.linear.weight
-    }
-
-    pub(super) fn bias(&self) -> &Tensor {
-        &self.bias
-    }
-
     /// W and b.
     pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         [&self.linear.weight, &self.bias].into_iter()

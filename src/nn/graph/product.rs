@@ -254,17 +254,11 @@ impl<T: Element, V: Fn(usize) -> T> WithSimd for Lines<'_, T, V> {
             for out in eights {
                 line.add(s, &mut from, out);
             }
-            let (twos, one) = few.as_chunks_mut::<2>();
-            let (fours, two) = twos.as_chunks_mut::<2>();
+            let (fours, ones) = few.as_chunks_mut::<4>();
             for out in fours {
-                let mut four = [T::zeros::<S>(); 4];
-                line.add(s, &mut from, &mut four);
-                *out = [[four[0], four[1]], [four[2], four[3]]];
-            }
-            for out in two {
                 line.add(s, &mut from, out);
             }
-            if let [out] = one {
+            for out in ones {
                 line.add(s, &mut from, std::array::from_mut(out));
             }
             line.add_rest(from, rest);

@@ -18,9 +18,9 @@ pub(super) struct RowEvents {
     counts: Vec<usize>,
     pub(super) found: Vec<RowFound>,
     /// The pace before the attempt under way.
-    pub(super) before: Option<Box<Pace>>,
+    pub(super) before: Option<Pace>,
     /// A step that is taken again, with another end.
-    pub(super) again: Option<Box<Again>>,
+    pub(super) again: Option<Again>,
 }
 
 /// A step that was accepted and is taken again.
@@ -78,13 +78,13 @@ impl RowEvents {
         attempt: &Attempt,
         target: Option<f64>,
     ) -> Option<Again> {
-        match (self.again.take().map(|again| *again), self.before.take()) {
+        match (self.again.take(), self.before.take()) {
             (None, before) => {
                 let x = target.filter(|x| is_inner(*x))?;
                 Some(Again {
                     attempt: attempt.until(behind(attempt.t, attempt.h, x)),
                     whole: *attempt,
-                    judged: std::mem::replace(pace, *before?),
+                    judged: std::mem::replace(pace, before?),
                     is_cut: true,
                 })
             }
@@ -173,8 +173,7 @@ impl<T: Element> Group<'_, T> {
             .map(|(place, event)| (place.x, events[*event].terminal))
             .collect();
         let target = behind_which(&places, refines);
-        let again = of_row.retaken(&mut lane.pace, attempt, target);
-        of_row.again = again.map(Box::new);
+        of_row.again = of_row.retaken(&mut lane.pace, attempt, target);
         if of_row.again.is_some() {
             return Ok(None);
         }

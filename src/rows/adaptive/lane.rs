@@ -132,7 +132,7 @@ impl<T: Element> Lane<T> {
         if self.events.again.is_some() {
             return Ok(Verdict::Accepted);
         }
-        self.events.before = has_events.then(|| Box::new(self.pace.clone()));
+        self.events.before = has_events.then(|| self.pace.clone());
         self.pace.judge(control, attempt, r, plain)
     }
 

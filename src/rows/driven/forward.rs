@@ -144,10 +144,7 @@ impl<T: Element> Integrate<'_, T> {
                 returned(stepper.y(), &mut group.states);
             }
             for n in 0..steps {
-                if failure
-                    .as_ref()
-                    .is_some_and(|first: &Failure| first.at.0 < n)
-                {
+                if Failure::is_before(&failure, n) {
                     continue 'tiles;
                 }
                 trajectory.keep(n, stepper.carried()).map_err(anywhere)?;
