@@ -126,8 +126,9 @@ impl Adaptive {
 
     /// The shortest length that the controller chooses.  An attempt of this length is accepted even if its error, as
     /// long as it is finite, exceeds the tolerance; [`Stats::forced`](crate::metrics::Stats::forced) counts such steps.
-    /// Only steps that end at a given time, or just after an event, may be shorter.  The default is 0: then the solve fails with
-    /// [`StopReason::Underflow`](crate::error::StopReason::Underflow) when a step is too short to change the time.
+    /// Only steps that end at a given time, or just after an event, may be shorter.  The default is 0: then the solve
+    /// fails with [`StopReason::Underflow`](crate::error::StopReason::Underflow) when a step is too short to change the
+    /// time.
     #[must_use]
     pub fn min_step(self, h: f64) -> Self {
         Self {
@@ -197,8 +198,8 @@ impl Adaptive {
     ///
     /// computed for each row and each tensor of the state, where u is the unit roundoff of the compute precision and
     /// κ its smallest normal number.  Default: yes.  In f64 there is a floor only if the smallest relative tolerance is
-    /// below 1e-12.  Without the noise floor, the number of steps in low precision
-    /// grows like 1/rtol at small tolerances, and the error does not become smaller.
+    /// below 1e-12.  Without the noise floor, the number of steps in low precision grows like 1/rtol at small tolerances,
+    /// and the error does not become smaller.
     #[must_use]
     pub fn noise_floor(self, on: bool) -> Self {
         Self {

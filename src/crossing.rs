@@ -44,6 +44,8 @@ pub(crate) struct Place {
     pub(crate) speed: f64,
     /// The sign of the number before.
     pub(crate) before: f64,
+    /// The size of the number there, which is rounding; zero where it had another sign from the start of the step on.
+    pub(crate) residual: f64,
 }
 
 /// A number along a step: its value at a fraction of the step.
@@ -119,7 +121,12 @@ pub(crate) fn crossings(
         at = x;
     }
     let speed = largest / (ends[1] - ends[0]).abs();
-    let place = |(x, before)| Place { x, speed, before };
+    let place = |([x, residual], before): ([f64; 2], f64)| Place {
+        x,
+        speed,
+        before,
+        residual,
+    };
     Ok((roots.into_iter().map(place).collect(), before))
 }
 
@@ -140,19 +147,19 @@ pub(crate) fn in_order(
     last.is_some()
 }
 
-/// The root in [a, b], where g has `sign` at a and the value g_b at b, to four ulps of time: inverse quadratic
-/// interpolation where it is safe, otherwise bisection (Chandrupatla, Adv. Eng. Software 28, 1997).
+/// The root in [a, b], where g has `sign` at a and the value g_b at b, to four ulps of time, and [`Place::residual`]:
+/// inverse quadratic interpolation where it is safe, otherwise bisection (Chandrupatla, Adv. Eng. Software 28, 1997).
 fn root(
     g: &mut Along<'_>,
     [t, end]: [f64; 2],
     [a, b]: [f64; 2],
     sign: f64,
     g_b: f64,
-) -> Result<f64> {
+) -> Result<[f64; 2]> {
     let g_a = g(a)?;
     // The sign may be that of a point before: then the crossing is where the step begins.
     if g_b == 0.0 || g_a * sign <= 0.0 {
-        return Ok(if g_b == 0.0 { b } else { a });
+        return Ok([if g_b == 0.0 { b } else { a }, 0.0]);
     }
     let ulps = 4.0 * f64::EPSILON * t.abs().max(end.abs());
     let resolution = ulps.max(f64::MIN_POSITIVE) / (end - t).abs();
@@ -171,7 +178,7 @@ fn root(
         let best = if one.1.abs() < two.1.abs() { one } else { two };
         let least = resolution / (2.0 * (two.0 - one.0).abs());
         if best.1 == 0.0 || least > 0.5 {
-            return Ok(best.0);
+            return Ok([best.0, best.1.abs()]);
         }
         let xi = (one.0 - two.0) / (three.0 - two.0);
         let phi = (one.1 - two.1) / (three.1 - two.1);
@@ -270,8 +277,13 @@ mod tests {
     #[test]
     fn crossings_at_one_place_are_kept_as_far_as_to_the_first_that_ends_the_solve() {
         let at = |x: f64, event: usize| {
-            let (speed, before) = (1.0, 1.0);
-            (Place { x, speed, before }, event)
+            let place = Place {
+                x,
+                speed: 1.0,
+                before: 1.0,
+                residual: 0.0,
+            };
+            (place, event)
         };
         let mut all = vec![at(0.5, 0), at(0.5, 1), at(0.2, 2), at(0.6, 1), at(0.5, 3)];
         assert!(in_order(&mut all, |event| event == 0));

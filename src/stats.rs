@@ -31,8 +31,8 @@ pub struct Stats {
     /// The shortest and the longest adaptive step.
     pub step_range: Option<(f64, f64)>,
     /// The times at which adaptive steps begin or end, from the start of each solve to the end of its last step, which may
-    /// be after an event that ends the solve.  Filled only by a [`Recorder::tracing`], and not for solves in which every row has its own steps; see [`rows`](Self::rows) for
-    /// these.
+    /// be after an event that ends the solve.  Filled only by a [`Recorder::tracing`], and not for solves in which every
+    /// row has its own steps; see [`rows`](Self::rows) for these.
     pub step_times: Vec<f64>,
     /// The length of the first adaptive step of the last solve.  If every row has its own steps, this is the length
     /// of the first step of the first row.

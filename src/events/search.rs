@@ -165,7 +165,10 @@ impl<S: State> Observer for Search<'_, S> {
             self.together = left.map(|(place, event)| (*event, place.before)).collect();
         }
         let mut wanted = Wanted::default();
-        for (Place { x, speed, .. }, event) in found {
+        for (place, event) in found {
+            let Place {
+                x, speed, residual, ..
+            } = place;
             // States at one time: those of events come first.
             let before = others.iter().filter(|&&other| other < x).count();
             let (start, step) = (self.begun.unwrap_or(inside.step().t), inside.step());
@@ -173,7 +176,6 @@ impl<S: State> Observer for Search<'_, S> {
             // The root is found to four ulps of time, and the number changes by speed · h in the step.
             let of_time = 8.0 * f64::EPSILON * largest * speed;
             let of_state = inside.roundoff() * speed * (step.end - step.t).abs();
-            let residual = self.value(event, inside, x)?.abs();
             self.found.push(Crossing {
                 event,
                 t: inside.time(x),

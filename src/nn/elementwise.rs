@@ -144,63 +144,60 @@ impl<T: Element> WithSimd for ElementJob<'_, T> {
             of,
             out,
         } = self;
-        let lanes = T::lanes::<S>();
-        let whole = out.len() / lanes * lanes;
+        let whole = out.len() / T::lanes::<S>() * T::lanes::<S>();
         let (out, out_rest) = out.split_at_mut(whole);
-        let out = T::vectors_mut::<S>(out);
+        let (x, x_rest) = x.split_at(whole.min(x.len()));
+        let blocks = T::vectors_mut::<S>(out).chunks_mut(BLOCK);
+        let xs = T::vectors::<S>(x).chunks(BLOCK);
+        let mut spare = [T::zeros::<S>(); BLOCK];
         // What fills no vector, in one.
         let mut last = [[T::zeros::<S>(); 1]; 2];
-        let held = out_rest.len();
-        let load = |to: &mut [T::Vector<S>; 1], from: &[T]| {
-            scalars_mut::<T, S>(to)[..held].copy_from_slice(from);
+        let [z, d] = &mut last;
+        let rest = if x_rest.is_empty() {
+            &*out_rest
+        } else {
+            x_rest
         };
+        scalars_mut::<T, S>(z)[..rest.len()].copy_from_slice(rest);
         match of {
+            Of::Value => {
+                for (out, x) in blocks.zip(xs) {
+                    out.copy_from_slice(x);
+                    apply::<T, S>(s, activation, [out, &mut spare]);
+                }
+                apply::<T, S>(s, activation, [z, d]);
+                out_rest.copy_from_slice(&scalars::<T, S>(z)[..out_rest.len()]);
+            }
+            Of::Own => {
+                for out in blocks {
+                    apply::<T, S>(s, activation, [out, &mut spare]);
+                }
+                apply::<T, S>(s, activation, [z, d]);
+                out_rest.copy_from_slice(&scalars::<T, S>(z)[..out_rest.len()]);
+            }
             Of::Both(slope) => {
                 let (slope, slope_rest) = slope.split_at_mut(whole);
-                expand::<T, S>(s, activation, [out, T::vectors_mut::<S>(slope)]);
-                load(&mut last[0], out_rest);
-                let [z, d] = &mut last;
-                expand::<T, S>(s, activation, [z, d]);
-                out_rest.copy_from_slice(&scalars::<T, S>(&last[0])[..held]);
-                slope_rest.copy_from_slice(&scalars::<T, S>(&last[1])[..held]);
-            }
-            Of::Value | Of::Own => {
-                let mut unused = [T::zeros::<S>(); BLOCK];
-                if let Of::Value = of {
-                    let (x, x_rest) = x.split_at(whole);
-                    let blocks = T::vectors::<S>(x).chunks(BLOCK);
-                    for (out, x) in out.chunks_mut(BLOCK).zip(blocks) {
-                        out.copy_from_slice(x);
-                        apply::<T, S>(s, activation, [out, &mut unused]);
-                    }
-                    load(&mut last[0], x_rest);
-                } else {
-                    for out in out.chunks_mut(BLOCK) {
-                        apply::<T, S>(s, activation, [out, &mut unused]);
-                    }
-                    load(&mut last[0], out_rest);
+                let slopes = T::vectors_mut::<S>(slope).chunks_mut(BLOCK);
+                for (out, slope) in blocks.zip(slopes) {
+                    expand::<T, S>(s, activation, [out, slope]);
                 }
-                let [z, d] = &mut last;
-                apply::<T, S>(s, activation, [z, d]);
-                out_rest.copy_from_slice(&scalars::<T, S>(&last[0])[..held]);
+                expand::<T, S>(s, activation, [z, d]);
+                out_rest.copy_from_slice(&scalars::<T, S>(z)[..out_rest.len()]);
+                slope_rest.copy_from_slice(&scalars::<T, S>(d)[..slope_rest.len()]);
             }
             Of::Cotangent(g) => {
-                let ((x, x_rest), (g, g_rest)) = (x.split_at(whole), g.split_at(whole));
-                let mut values = [T::zeros::<S>(); BLOCK];
-                let xs = T::vectors::<S>(x).chunks(BLOCK);
+                let (g, g_rest) = g.split_at(whole);
                 let gs = T::vectors::<S>(g).chunks(BLOCK);
-                for (out, (x, g)) in out.chunks_mut(BLOCK).zip(xs.zip(gs)) {
-                    let z = &mut values[..x.len()];
+                for (out, (x, g)) in blocks.zip(xs.zip(gs)) {
+                    let z = &mut spare[..x.len()];
                     z.copy_from_slice(x);
                     expand::<T, S>(s, activation, [z, &mut *out]);
                     for (out, g) in out.iter_mut().zip(g) {
                         *out = T::times(s, *out, *g);
                     }
                 }
-                load(&mut last[0], x_rest);
-                let [z, d] = &mut last;
                 expand::<T, S>(s, activation, [z, d]);
-                let slopes = scalars::<T, S>(&last[1]);
+                let slopes = scalars::<T, S>(d);
                 for (out, (d, g)) in out_rest.iter_mut().zip(slopes.iter().zip(g_rest)) {
                     *out = *d * *g;
                 }

@@ -153,9 +153,7 @@ impl Recorded {
 
     /// Another step.
     pub(crate) fn push(&mut self, t: f64, h: f64, end: f64) -> Result<()> {
-        if self.keeps {
-            push("steps", &mut self.steps, (t, h))?;
-        }
+        keep(self.keeps, &mut self.steps, (t, h))?;
         self.count += 1;
         self.end = end;
         Ok(())
@@ -163,39 +161,26 @@ impl Recorded {
 
     /// The end so far is the user's time `given`.
     pub(crate) fn mark(&mut self, given: usize) -> Result<()> {
-        if !self.keeps {
-            return Ok(());
-        }
         let at = (self.count, Node::Between(given, 0.0));
-        push("steps", &mut self.given, at)
+        keep(self.keeps, &mut self.given, at)
     }
 
     /// An output is returned at the end so far.
     pub(crate) fn ret(&mut self, output: usize) -> Result<()> {
         self.outputs = self.outputs.max(output + 1);
-        if !self.keeps {
-            return Ok(());
-        }
-        push("steps", &mut self.returned, (self.count, output))
+        keep(self.keeps, &mut self.returned, (self.count, output))
     }
 
     /// An output is returned at a fraction x of the last step.
     pub(crate) fn save(&mut self, x: f64, output: usize, given: Option<usize>) -> Result<()> {
         self.outputs = self.outputs.max(output + 1);
-        if !self.keeps {
-            return Ok(());
-        }
-        let step = self.count - 1;
-        push(
-            "steps",
-            &mut self.inside,
-            Inside {
-                step,
-                output,
-                given,
-                x,
-            },
-        )
+        let inside = Inside {
+            step: self.count - 1,
+            output,
+            given,
+            x,
+        };
+        keep(self.keeps, &mut self.inside, inside)
     }
 
     /// The same steps, with states returned at these places, each a step and a fraction of it.
@@ -304,6 +289,14 @@ impl Recorded {
     pub(crate) fn is_joined(&self, n: usize) -> bool {
         let inner = n > 0 && n < self.len();
         self.joins && inner && self.breaks.binary_search(&n).is_err()
+    }
+}
+
+/// One more of many, where they are kept.
+fn keep<N>(keeps: bool, many: &mut Vec<N>, one: N) -> Result<()> {
+    match keeps {
+        true => push("steps", many, one),
+        false => Ok(()),
     }
 }
 
