@@ -210,12 +210,12 @@ fn run(args: &Args, device: &Device, report: &mut Report) -> Result<()> {
     let mut table = Table::new([
         "precision",
         "gradient",
-        "its error at first",
+        "error of the first gradient",
         "ms/update",
-        "∫ |x − γ|² ds, first",
+        "loss, first",
         "last",
-        "from the track to s = 1",
-        "|x| from 1 at s = 5",
+        "distance from the track up to s = 1",
+        "distance of |x| from 1 at s = 5",
     ]);
     for o in &all {
         let name = format!("{}, {}", o.dtype.name(), o.way.name());

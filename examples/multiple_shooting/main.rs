@@ -190,7 +190,13 @@ fn demands(report: &mut Report, all: &[Sweep], serial: f64, ended: [usize; 2]) {
 }
 
 fn print(dtype: Dtype, all: &[Sweep], serial: f64, ended: [usize; 2]) {
-    let mut table = Table::new(["method", "sweeps", "largest error", "ms", "speed-up over the serial solve"]);
+    let mut table = Table::new([
+        "method",
+        "sweeps",
+        "largest error",
+        "ms",
+        "speed-up over the serial solve",
+    ]);
     for s in all {
         table.row([
             s.method.to_owned(),
