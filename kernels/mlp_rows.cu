@@ -6,6 +6,8 @@
 // attempts, side by side.  What a row comes to does not depend on the other rows, nor on the block that takes it.
 #include "rows.cuh"
 
+constexpr int SUMS = 5; // of every lane over its features
+
 enum Phase : int {
     IDLE, // no row
     BEGINS, // its first velocity
@@ -195,7 +197,7 @@ __device__ void stage_state(const Net &net, const Method &method, const Lanes &l
 }
 
 // What the velocity k_i is to lanes that begin: the first one, or that after a probe.  All threads meet inside.
-__device__ void begin(const Net &net, const RowsSolve &solve, const Control &control, Lanes &lanes, Holder *holders, double (&sums)[4][WARPS][ROWS], int i, const float *y, float *k) {
+__device__ void begin(const Net &net, const RowsSolve &solve, const Control &control, Lanes &lanes, Holder *holders, double (&sums)[SUMS][WARPS][ROWS], int i, const float *y, float *k) {
     const int l = lane(), phase = lanes.phase[l];
     const unsigned long long row = lanes.row[l];
     double norms[2] = {0, 0};
@@ -251,15 +253,16 @@ __device__ void begin(const Net &net, const RowsSolve &solve, const Control &con
 }
 
 // Decides about the attempt of a lane, from the sums of its squared errors.  Of the first warp.
-__device__ void decide(const Net &net, const RowsSolve &solve, const Control &control, Lanes &lanes, Holder &my, const double (&sums)[4][WARPS][ROWS], unsigned evaluations) {
+__device__ void decide(const Net &net, const RowsSolve &solve, const Control &control, Lanes &lanes, Holder &my, const double (&sums)[SUMS][WARPS][ROWS], unsigned evaluations) {
     const int l = lane();
     bool accepted = false, inside = false, needs_last = false;
     unsigned jumps = 0;
     if (lanes.phase[l] == TRIES) {
         const double r = finite_norm(sqrt(over_warps(sums[2], l) / net.dim)), plain = finite_norm(sqrt(over_warps(sums[3], l) / net.dim));
+        const double stiffness = stiffness_of(over_warps(sums[0], l), over_warps(sums[1], l), over_warps(sums[4], l));
         const Attempt &attempt = my.attempt;
         my.evaluations += evaluations;
-        accepted = judge(control, attempt, r, plain, my.pace, my.stops);
+        accepted = judge(control, attempt, Measured{r, plain, stiffness}, my.pace, my.stops);
         my.rejected_last = !accepted;
         int phase = READY;
         if (!accepted) {
@@ -311,13 +314,14 @@ __device__ void decide(const Net &net, const RowsSolve &solve, const Control &co
     if (l == 0) lanes.inside = any_inside != 0, lanes.needs_last = any_last != 0;
 }
 
-// The end of an attempt into `next`, and its error relative to the tolerance into the sums, with the floor and without.
+// The end of an attempt into `next`, and relative to the tolerance into the sums: its error, with the floor and without, and
+// the differences of its stages.
 // All threads meet inside and after.
-__device__ void measure(const Net &net, const Method &method, const Control &control, const Lanes &lanes, double (&sums)[4][WARPS][ROWS], const float *y, float *next, const float *k, float *error) {
+__device__ void measure(const Net &net, const Method &method, const Control &control, const Lanes &lanes, double (&sums)[SUMS][WARPS][ROWS], const float *y, float *next, const float *k, float *error) {
     const int l = lane(), stride = net.dim * PITCH;
     const double h = lanes.h[l];
     const unsigned long long row = lanes.row[l];
-    double alpha = 0, beta = 0, floor = 0;
+    double alpha = 0, beta = 0;
     for (int f = warp(); f < net.dim; f += WARPS) {
         const int at = f * PITCH + l;
         next[at] = weighted(y[at], h, method.b, method.stages, k, stride, at);
@@ -326,13 +330,12 @@ __device__ void measure(const Net &net, const Method &method, const Control &con
         alpha += size * size;
         beta += speed < control.kappa ? control.kappa * control.kappa : speed * speed;
     }
-    if (control.noise > 0) {
-        sums[0][warp()][l] = alpha, sums[1][warp()][l] = beta;
-        __syncthreads();
-        alpha = sqrt(over_warps(sums[0], l) / net.dim), beta = sqrt(over_warps(sums[1], l) / net.dim);
-        floor = alpha * control.noise + beta * control.noise * fabs(h);
-    }
-    double floored = 0, plain = 0;
+    sums[0][warp()][l] = alpha, sums[1][warp()][l] = beta;
+    __syncthreads();
+    alpha = sqrt(over_warps(sums[0], l) / net.dim), beta = sqrt(over_warps(sums[1], l) / net.dim);
+    const double floor = alpha * control.noise + beta * control.noise * fabs(h);
+    const double rounding = alpha * control.roundoff + beta * control.roundoff * fabs(h);
+    double floored = 0, plain = 0, moved = 0, apart = 0, least = 0;
     if (lanes.phase[l] == TRIES) {
         for (int f = warp(); f < net.dim; f += WARPS) {
             const int at = f * PITCH + l;
@@ -342,8 +345,15 @@ __device__ void measure(const Net &net, const Method &method, const Control &con
             const double tolerance = atol + rtol * (a > b ? a : b);
             floored += squared_ratio(error[at], tolerance + floor, b);
             plain += squared_ratio(error[at], tolerance, b);
+            // What has no tolerance is not compared.
+            const double weight = tolerance + floor > 0 ? 1 / (tolerance + floor) : 0;
+            const double by = weighted(0, h, control.velocities, method.stages, k, stride, at) * weight;
+            const double from = weighted(0, h, control.states, method.stages, k, stride, at) * weight;
+            moved += by * by, apart += from * from, least += rounding * weight * (rounding * weight);
         }
     }
+    __syncthreads(); // all have read what was there before
+    sums[0][warp()][l] = moved, sums[1][warp()][l] = apart, sums[4][warp()][l] = least;
     sums[2][warp()][l] = floored, sums[3][warp()][l] = plain;
     __syncthreads();
 }
@@ -390,7 +400,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     __shared__ Lanes lanes;
     __shared__ Holder holders[ROWS];
     __shared__ Tally tally;
-    __shared__ double sums[4][WARPS][ROWS];
+    __shared__ double sums[SUMS][WARPS][ROWS];
     __shared__ Control control;
     load_control(*solve.control, control);
     __syncthreads();

@@ -23,7 +23,9 @@ struct Control {
     const float *rtols, *atols; // of every element instead, or nothing
     double noise, kappa; // u ‖b − b̂‖₂, 0 without a floor; and κ
     double roundoff; // u
+    double stable; // |h| times the largest rate is not more, or 0 without such a limit
     double estimate[MOST_STAGES]; // b − b̂
+    double states[MOST_STAGES], velocities[MOST_STAGES]; // Σ_i d_i a_ij, and d: of the differences of stages
     double interpolant[MOST_STAGES][DEGREE]; // coefficients of x, x², …
     const Target *targets;
     const double *points; // the user's times
@@ -50,6 +52,7 @@ struct Pace {
     double factor; // the largest error without a floor
     double shortest, longest, first; // accepted steps
     double controlled; // the length of the last one whose error has determined the next length, or 0
+    double rate; // the largest of the field, where an accepted step has last shown it, or 0
     int target; // the next one
     int non_finite, has_refused;
     unsigned accepted, rejected, forced, limited;
@@ -99,30 +102,47 @@ __device__ inline bool stands_still(const Attempt &attempt) {
     return static_cast<float>(attempt.t) == static_cast<float>(__dadd_rn(attempt.t, attempt.h));
 }
 
+// How much larger than its rounding a difference of stages must be; as in adaptive/measured.rs.
+constexpr double SEEN = 16;
+
+// What an attempt was measured to be; as in adaptive/measured.rs.
+struct Measured {
+    double r, plain;
+    double stiffness; // negative where it is not seen
+};
+
+// |h| times the largest rate, from the squares of h Σ d_i k_i and of Σ d_i Y_i and the rounding of a stage.
+__device__ inline double stiffness_of(double moved, double apart, double rounding) {
+    const double ratio = sqrt(moved / apart);
+    return apart > SEEN * SEEN * rounding && apart < INFINITY && is_finite(ratio) ? ratio : -1;
+}
+
 // An error from which on it determines the length of the next step; as in adaptive/pace.rs.
 constexpr double CONTROLS = 0.1;
 
 // What a length is multiplied with after an error r.
-__device__ inline double factor_of(const Control &control, double r, const double *before, bool accepted) {
+__device__ inline double factor_of(const Control &control, double r, const Pace &pace, bool accepted) {
     double factor = control.least;
     if (r == 0) {
         factor = control.most;
     } else if (is_finite(r)) {
-        const double p = control.p, i = control.i, d = control.d, m = control.order;
+        const bool first = pace.accepted == 0; // its length was only a guess
+        const double p = first ? 0 : control.p, i = first ? 1 : control.i, d = first ? 0 : control.d, m = control.order;
         factor = control.safety * pow(r, -(p + i + d) / m);
-        if (p + 2 * d != 0) factor *= pow(before[0], (p + 2 * d) / m);
-        if (d != 0) factor *= pow(before[1], -d / m);
+        if (p + 2 * d != 0) factor *= pow(pace.before[0], (p + 2 * d) / m);
+        if (d != 0) factor *= pow(pace.before[1], -d / m);
     }
     // What was rejected is tried again in a shorter step, even without any safety; as SHORTER in adaptive/controller.rs.
     const double shorter = fmax(fmin(control.safety, 0.999), control.least);
     return accepted ? clamped(factor, 1, fmax(control.most, 1.0)) : clamped(factor, control.least, shorter);
 }
 
-// Judges an attempt by its error r; `plain` is the error without a noise floor.
-__device__ inline bool judge(const Control &control, const Attempt &attempt, double r, double plain, Pace &pace, Reason &reason) {
+// Judges an attempt.
+__device__ inline bool judge(const Control &control, const Attempt &attempt, const Measured &measured, Pace &pace, Reason &reason) {
+    const double r = measured.r, plain = measured.plain;
     const bool accepted = r <= 1 || (attempt.forced && is_finite(r));
     const double length = fabs(attempt.h);
-    const double next = length * factor_of(control, r, pace.before, accepted);
+    const double next = length * factor_of(control, r, pace, accepted);
     if (!accepted) {
         pace.rejected += 1;
         pace.non_finite = is_finite(r) ? 0 : pace.non_finite + 1;
@@ -143,9 +163,15 @@ __device__ inline bool judge(const Control &control, const Attempt &attempt, dou
     pace.shortest = fmin(pace.shortest, length), pace.longest = fmax(pace.longest, length);
     // A step that a target has shortened says nothing about the length that the problem wants.
     pace.h = length < attempt.wanted ? fmax(next, attempt.wanted) : next;
-    // The state has come to rest: see adaptive/pace.rs.
-    if (r == 0 && pace.controlled > 0) pace.h = fmin(pace.h, control.safety * pace.controlled);
-    if (r >= CONTROLS) pace.controlled = length;
+    if (attempt.lands >= 0 && control.targets[attempt.lands].jumps) {
+        pace.controlled = pace.rate = 0; // nothing is known of the field behind it
+    } else {
+        if (measured.stiffness >= 0) pace.rate = measured.stiffness / length;
+        if (control.stable > 0 && pace.rate > 0) pace.h = fmin(pace.h, control.stable / pace.rate);
+        // The state has come to rest: see adaptive/pace.rs.
+        if (r == 0 && pace.controlled > 0) pace.h = fmin(pace.h, control.safety * pace.controlled);
+        if (r >= CONTROLS) pace.controlled = length;
+    }
     if (r > 0) pace.before[1] = pace.before[0], pace.before[0] = r;
     pace.t = attempt.end;
     pace.target += attempt.lands >= 0;

@@ -8,19 +8,24 @@
 //!
 //! where P, I and D are the coefficients of the controller, m is the order of the method, r₁ is the value of r in the
 //! last accepted step, and r₂ the value in the accepted step before it (Söderlind, "Digital filters in adaptive
-//! time-stepping", ACM Trans. Math. Software 29, 2003).
+//! time-stepping", ACM Trans. Math. Software 29, 2003).  Stability limits it besides: see `stability`.
 
 mod control;
 mod controller;
+mod measured;
 mod pace;
+mod stability;
 mod tolerance;
 
 use crate::error::{AdaptiveDefect, Error};
-pub(crate) use control::Control;
 #[cfg(feature = "cuda")]
 pub(crate) use control::Target;
+pub(crate) use control::{Control, Rounding};
 pub use controller::Controller;
+pub(crate) use measured::Measured;
 pub(crate) use pace::{Attempt, Halt, Pace, Verdict};
+#[cfg(feature = "cuda")]
+pub(crate) use stability::Stability;
 pub use tolerance::Tolerance;
 pub(crate) use tolerance::{ratio, OfLeaf};
 
@@ -35,6 +40,12 @@ pub(crate) use tolerance::{ratio, OfLeaf};
 /// the state.  Here y⁺ is the state at the end of the attempt, and φ is an upper bound of the part of err that
 /// rounding in compute precision causes; see [`noise_floor`](Self::noise_floor).  Gradients are those of the accepted
 /// steps; the step lengths are treated as constants.
+///
+/// Steps are also limited by the stability of the method.  The rate ρ of the fastest component is estimated in every
+/// accepted step, from the difference of two stages, and a step is not longer than `safety` x / ρ; here a component that
+/// decays at the rate ρ is damped in all steps of up to x / ρ (x is 3.3 for [`DOPRI5`](crate::tableau::DOPRI5), 2.5 for
+/// [`BOSH3`](crate::tableau::BOSH3)).  Longer steps may be accurate while such a component is at rest, but they multiply
+/// its cotangents, and with them the rounding errors of the gradient, by large factors.
 ///
 /// Tolerances have no default.  Relative tolerances down to 1e-12 can be reached in f64, and down to about 1e-6 in f32.
 /// The relative error of one evaluation of a field is about 5e-3 in bf16 and 5e-4 in f16.  Use an rtol of 1e-2 to 1e-3

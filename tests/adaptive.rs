@@ -1291,3 +1291,38 @@ fn a_dense_solution_without_a_step_is_its_start() {
         Err(Error::Adaptive(AdaptiveDefect::Outside { .. }))
     ));
 }
+
+#[test]
+fn a_stiff_state_that_has_come_to_rest_has_the_gradient_of_the_flow() {
+    // Eigenvalues -100, and -80 ± 30 i: after ten units of time, nothing is left of the start.
+    let matrices = [vec![-100.0], vec![-80.0, 30.0, -30.0, -80.0]];
+    for dtype in [DType::F32, DType::F64] {
+        for (method, matrix) in PAIRS
+            .iter()
+            .flat_map(|m| matrices.iter().map(move |a| (m, a)))
+        {
+            for rtol in [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7] {
+                let dim = if matrix.len() == 1 { 1 } else { 2 };
+                let tensor = |x: &[f64], shape: (usize, usize)| {
+                    let x = Tensor::from_slice(x, shape, &Device::Cpu).unwrap();
+                    x.to_dtype(dtype).unwrap()
+                };
+                let (a, rest) = (
+                    tensor(matrix, (dim, dim)),
+                    tensor(&[0.7, -0.3][..dim], (1, dim)),
+                );
+                let decay = move |_: &Time, y: &Tensor| y.broadcast_sub(&rest)?.matmul(&a);
+                let y0 = Var::from_tensor(&tensor(&[0.1, 1.9][..dim], (1, dim))).unwrap();
+                let options = options(method, Adaptive::new(rtol, rtol));
+                let ys = odeint(decay, y0.as_tensor(), &[0.0, 10.0], &options).unwrap();
+                let grads = ys.get(1).unwrap().sum_all().unwrap().backward().unwrap();
+                let largest = worst(values(grads.get(&y0).unwrap()));
+                let name = method.name();
+                assert!(
+                    largest < 1e-20,
+                    "{name} {dtype:?} {rtol:e} {dim}: {largest:e}"
+                );
+            }
+        }
+    }
+}

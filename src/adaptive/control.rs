@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Shape};
 
+use super::stability::Stability;
 use super::{out_of_range, Adaptive, Attempt, OfLeaf};
 use crate::error::{AdaptiveDefect, Error, Result};
 use crate::tableau::Tableau;
@@ -15,6 +16,18 @@ pub(crate) struct Target {
     pub(crate) given: Option<usize>,
     /// Whether the field jumps there.
     pub(crate) jumps: bool,
+}
+
+/// What rounding in compute precision makes of one tensor of the state: of a stage u (RMS|y| + |h| RMS(max(|k_1|, κ))), and of
+/// the error estimate `weight` times that.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Rounding {
+    /// u.
+    pub(crate) roundoff: f64,
+    /// κ.
+    pub(crate) least: f64,
+    /// ‖b − b̂‖₂; zero without a noise floor.
+    pub(crate) weight: f64,
 }
 
 /// Adaptive steps for one interval, validated.
@@ -34,6 +47,8 @@ pub(crate) struct Control {
     pub(crate) estimate: Vec<f64>,
     /// Whether that last stage was appended: then an attempt can do without it.
     pub(crate) appended: bool,
+    /// How long steps may be in a stiff field.
+    pub(crate) stability: Option<Stability>,
 }
 
 impl Control {
@@ -91,6 +106,7 @@ impl Control {
             order: method.order() as f64,
             estimate,
             appended: !method.is_fsal(),
+            stability: Stability::of(method),
         })
     }
 
@@ -100,6 +116,7 @@ impl Control {
             order,
             estimate,
             appended: false,
+            stability: None,
             ..self.clone()
         }
     }
@@ -122,20 +139,18 @@ impl Control {
         Ok([rtol, atol])
     }
 
-    /// u ‖b − b̂‖₂ and κ of every tensor of the state, from their u and κ, where there is a noise floor.
-    pub(crate) fn noise(&self, precisions: &[(f64, f64)]) -> Result<Option<Vec<(f64, f64)>>> {
-        if !self.options.noise_floor {
-            return Ok(None);
-        }
+    /// What rounding makes of every tensor of the state, from their u and κ.
+    pub(crate) fn roundings(&self, precisions: &[(f64, f64)]) -> Result<Vec<Rounding>> {
         let size = self.estimate_size();
         // In f64 a floor of 1e-17 would change the steps in their last digits only.
         let least = self.options.rtol.least()?;
-        let counts = |u: f64| u > 2f64.powi(-50) || least < 1e-12;
-        let noise = precisions.iter().map(|&(u, least)| match counts(u) {
-            true => (u * size, least),
-            false => (0.0, 0.0),
-        });
-        Ok(Some(noise.collect()))
+        let counts = |u: f64| self.options.noise_floor && (u > 2f64.powi(-50) || least < 1e-12);
+        let rounding = |&(roundoff, least): &(f64, f64)| Rounding {
+            roundoff,
+            least,
+            weight: if counts(roundoff) { size } else { 0.0 },
+        };
+        Ok(precisions.iter().map(rounding).collect())
     }
 
     /// ‖b − b̂‖₂.

@@ -15,11 +15,11 @@ const SHORTER: f64 = 0.999;
 ///
 /// safety · r^{−(p+i+d)/m} · r₁^{(p+2d)/m} · r₂^{−d/m}.
 ///
-/// After an accepted step this factor is limited to \[1, `limits[1]`\], so an accepted step does not make the next one
-/// shorter.  (Only after an error of exactly zero, where the state has come to rest in its precision, the next step is at
-/// most `safety` times as long as the last step whose error was at least 0.1.)  After a rejected attempt it is limited to \[`limits[0]`, `safety`\], and is at most 0.999; it is `limits[0]` if
-/// r is not finite, or if `safety` is smaller than `limits[0]`.  [`Adaptive`](crate::options::Adaptive) sets limits of the
-/// length itself.
+/// Until a step has been accepted, p, i and d are 0, 1 and 0: the first length is only a guess.  After an accepted step
+/// this factor is limited to \[1, `limits[1]`\], so the error of an accepted step does not make the next one shorter; the
+/// stability of the method may ([`Adaptive`](crate::options::Adaptive)).  After a rejected attempt it is limited to
+/// \[`limits[0]`, `safety`\], and is at most 0.999; it is `limits[0]` if r is not finite, or if `safety` is smaller than
+/// `limits[0]`.  [`Adaptive`](crate::options::Adaptive) sets limits of the length itself.
 ///
 /// A number that is out of its range is an error, [`AdaptiveDefect::Number`](crate::error::AdaptiveDefect::Number).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,9 +40,12 @@ pub struct Controller {
 
 impl Controller {
     /// Uses only the last error estimate.  This is suitable for smooth problems; most neural fields are smooth.
+    ///
+    /// With i = 1, the next error would be the tolerance exactly if r were proportional to hᵐ.  Since it is not, an i of less
+    /// than 1 leads to fewer rejected attempts and to smaller errors; torchdiffeq, diffrax and torchode use 1.
     pub const I: Self = Self {
         p: 0.0,
-        i: 1.0,
+        i: 0.8,
         d: 0.0,
         safety: 0.9,
         limits: [0.2, 10.0],
@@ -57,13 +60,16 @@ impl Controller {
     };
 
     /// What a length is multiplied with after an error r, in the order m of the method.
-    pub(super) fn factor(&self, r: f64, before: [f64; 2], m: f64, accepted: bool) -> f64 {
-        let Self { p, i, d, .. } = *self;
+    pub(super) fn factor(&self, r: f64, before: Option<[f64; 2]>, m: f64, accepted: bool) -> f64 {
+        let (p, i, d) = match before {
+            Some(_) => (self.p, self.i, self.d),
+            None => (0.0, 1.0, 0.0),
+        };
         let [least, most] = self.limits;
         let factor = match r {
             0.0 => most,
             r if r.is_finite() => {
-                let [r1, r2] = before;
+                let [r1, r2] = before.unwrap_or([1.0; 2]);
                 // x⁰ is 1 to the bit, and not worth its time.
                 let power = |x: f64, e: f64| if e == 0.0 { 1.0 } else { x.powf(e) };
                 let powers =

@@ -1,6 +1,6 @@
 //! The pace of one solve, or of one row: where it is, and how long its next attempt is.
 
-use super::Control;
+use super::{Control, Measured};
 use crate::error::StopReason;
 use crate::stats::Stats;
 
@@ -75,10 +75,12 @@ pub(crate) struct Pace {
     pub(crate) t: f64,
     /// The length of the next attempt, positive.
     pub(crate) h: f64,
-    /// r of the last two accepted steps.
-    before: [f64; 2],
+    /// r of the last two accepted steps, or 1; nothing before the first one.
+    before: Option<[f64; 2]>,
     /// The length of the last accepted step whose error has determined the length of the next one.
     controlled: Option<f64>,
+    /// The largest rate of the field, where an accepted step has last shown it.
+    rate: Option<f64>,
     /// The next target.
     target: usize,
     non_finite: usize,
@@ -103,8 +105,9 @@ impl Pace {
         Self {
             t: control.start,
             h,
-            before: [1.0; 2],
+            before: None,
             controlled: None,
+            rate: None,
             target: 0,
             non_finite: 0,
             refused: None,
@@ -190,14 +193,33 @@ impl Pace {
         self.lengths = with_length(self.lengths_before, (end - attempt.t).abs());
     }
 
-    /// Judges an attempt by its error r; `plain` is the error without a noise floor.
+    /// Limits the next length to one in which cotangents do not grow, after an accepted step of this length.
+    fn limit(&mut self, control: &Control, length: f64, measured: Measured) {
+        let safety = control.options.controller.safety;
+        if let Some(stiffness) = measured.stiffness {
+            self.rate = Some(stiffness / length);
+        }
+        if let (Some(rate), Some(stability)) = (self.rate, &control.stability) {
+            self.h = self.h.min(safety * stability.interval / rate);
+        }
+        // An error of exactly zero after others: the state has come to rest in its precision, perhaps before any rate was
+        // seen.  It would stay there in steps of any length.
+        if let Some(longest) = self.controlled.filter(|_| measured.r == 0.0) {
+            self.h = self.h.min(safety * longest);
+        }
+        if measured.r >= CONTROLS {
+            self.controlled = Some(length);
+        }
+    }
+
+    /// Judges an attempt.
     pub(crate) fn judge(
         &mut self,
         control: &Control,
         attempt: &Attempt,
-        r: f64,
-        plain: f64,
+        measured: Measured,
     ) -> Result<Verdict, Halt> {
+        let Measured { r, plain, .. } = measured;
         let controller = &control.options.controller;
         let accepted = r <= 1.0 || attempt.forced && r.is_finite();
         let length = attempt.h.abs();
@@ -228,17 +250,14 @@ impl Pace {
             true => next.max(attempt.wanted),
             false => next,
         };
-        // An error of exactly zero after others: the state has come to rest in its precision.  It would stay there in steps
-        // of any length, but cotangents grow without bound in steps that are too long for a stiff field.
-        if let Some(longest) = self.controlled.filter(|_| r == 0.0) {
-            self.h = self.h.min(controller.safety * longest);
+        if control.jumps_at(attempt) {
+            // Nothing is known of the field behind it.
+            (self.controlled, self.rate) = (None, None);
+        } else {
+            self.limit(control, length, measured);
         }
-        if r >= CONTROLS {
-            self.controlled = Some(length);
-        }
-        if r > 0.0 {
-            self.before = [r, self.before[0]];
-        }
+        let [r1, r2] = self.before.unwrap_or([1.0; 2]);
+        self.before = Some(if r > 0.0 { [r, r1] } else { [r1, r2] });
         self.t = attempt.end;
         self.target += usize::from(attempt.lands.is_some());
         Ok(Verdict::Accepted)
@@ -263,13 +282,55 @@ mod tests {
         Control::new(options, &DOPRI5, &grid, &[]).unwrap()
     }
 
+    /// An error that is the same without a floor, of a field whose rate is not seen.
+    fn plain(r: f64) -> Measured {
+        Measured {
+            r,
+            plain: r,
+            stiffness: None,
+        }
+    }
+
+    #[test]
+    fn steps_are_within_the_stability_of_the_method_for_the_rate_that_was_seen_last() {
+        let options = Adaptive::new(1e-3, 1e-3).jump_t([50.0]);
+        let control = control(&options, &[0.0, 100.0]);
+        let interval = control.stability.as_ref().unwrap().interval;
+        let mut pace = Pace::new(&control, 0.1);
+        let mut attempt = |rate: Option<f64>| {
+            let attempt = pace.attempt(&control).unwrap();
+            let measured = Measured {
+                stiffness: rate.map(|rate| rate * attempt.h),
+                ..plain(1e-9)
+            };
+            let verdict = pace.judge(&control, &attempt, measured);
+            assert_eq!(verdict, Ok(Verdict::Accepted));
+            (attempt, pace.h)
+        };
+        let longest = |rate: f64| 0.9 * interval / rate;
+        // It shortens steps, too, and holds while no rate is seen.
+        assert!((attempt(Some(20.0)).1 - longest(20.0)).abs() < 1e-12);
+        assert!((attempt(Some(40.0)).1 - longest(40.0)).abs() < 1e-12);
+        assert!((attempt(None).1 - longest(40.0)).abs() < 1e-12);
+        // What does not decay is not limited, and neither is what comes after a jump.
+        let (free, next) = attempt(Some(0.0));
+        assert_eq!(next, 10.0 * free.h);
+        attempt(Some(1.0));
+        while attempt(None).0.end < 50.0 {}
+        let (behind, next) = attempt(None);
+        assert_eq!(next, 10.0 * behind.h);
+    }
+
     #[test]
     fn steps_at_rest_are_not_longer_than_those_that_an_error_has_controlled() {
         let options = Adaptive::new(1e-3, 1e-3);
         let control = control(&options, &[0.0, 100.0]);
         let attempt = |pace: &mut Pace, r: f64| {
             let attempt = pace.attempt(&control).unwrap();
-            assert_eq!(pace.judge(&control, &attempt, r, r), Ok(Verdict::Accepted));
+            assert_eq!(
+                pace.judge(&control, &attempt, plain(r)),
+                Ok(Verdict::Accepted)
+            );
             attempt.h
         };
         let mut pace = Pace::new(&control, 0.1);
@@ -292,7 +353,7 @@ mod tests {
         while !pace.is_done(control) {
             let attempt = pace.attempt(control).unwrap();
             let r = r(attempt.h.abs());
-            if pace.judge(control, &attempt, r, r).unwrap() == Verdict::Accepted {
+            if pace.judge(control, &attempt, plain(r)).unwrap() == Verdict::Accepted {
                 taken.push(attempt);
             }
         }
@@ -336,7 +397,7 @@ mod tests {
                 // The second one is longer than the first, but for the cut.
                 pace.h = 0.25 * f64::from(n);
                 let attempt = pace.attempt(&control).unwrap();
-                pace.judge(&control, &attempt, 0.5, 0.5).unwrap();
+                pace.judge(&control, &attempt, plain(0.5)).unwrap();
                 if n == steps {
                     pace.cut(&attempt, attempt.t + 0.125);
                 }
@@ -368,15 +429,15 @@ mod tests {
         let mut pace = Pace::new(&control, 0.01);
         for r in [1e-6, 0.1] {
             let attempt = pace.attempt(&control).unwrap();
-            let verdict = pace.judge(&control, &attempt, r, r);
+            let verdict = pace.judge(&control, &attempt, plain(r));
             assert_eq!(verdict, Ok(Verdict::Accepted));
         }
         let refused = pace.attempt(&control).unwrap();
-        let verdict = pace.judge(&control, &refused, 2.0, 2.0);
+        let verdict = pace.judge(&control, &refused, plain(2.0));
         assert_eq!(verdict, Ok(Verdict::Rejected));
         let again = pace.attempt(&control).unwrap();
         assert_eq!(again.t, refused.t);
-        assert!(again.h <= 0.999 * refused.h && again.h > 0.9 * refused.h);
+        assert!(again.h < 0.9995 * refused.h && again.h > 0.9 * refused.h);
     }
 
     #[test]

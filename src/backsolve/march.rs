@@ -12,7 +12,7 @@ use super::quadrature::gauss;
 use super::stages::{Evaluated, Stages};
 use super::stops::cut;
 use crate::accumulator::Accumulator;
-use crate::adaptive::{Adaptive, Attempt, Control, Halt, Pace, Verdict};
+use crate::adaptive::{Adaptive, Attempt, Control, Halt, Measured, Pace, Verdict};
 use crate::error::{ContinuousDefect, Error, Result};
 use crate::gradient::{Continuous, Kind};
 use crate::ops;
@@ -275,7 +275,12 @@ impl<'m, 'a> March<'m, 'a> {
             let step = self.step(&attempt);
             let tried = self.attempt(&control, step, &floor)?;
             let [r, plain] = tried.norms;
-            let verdict = pace.judge(&control, &attempt, r, plain);
+            let measured = Measured {
+                r,
+                plain,
+                stiffness: None,
+            };
+            let verdict = pace.judge(&control, &attempt, measured);
             tracing::debug!(
                 t = attempt.t,
                 h = attempt.h,

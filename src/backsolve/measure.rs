@@ -3,11 +3,11 @@
 use candle_core::Tensor;
 
 use super::augmented::Augmented;
-use crate::adaptive::{Adaptive, Control, Norm, OfLeaf};
+use crate::adaptive::{Adaptive, Control, Measured, Norm, OfLeaf, Rounding};
 use crate::error::Result;
 use crate::gradient::{AdjointNorm, AdjointTolerance, Continuous, ErrorRatios};
 use crate::integrate::first_length;
-use crate::ops::ratio::{error_norms, row_rms, rows_of, Estimated};
+use crate::ops::ratio::{measured, row_rms, rows_of, Estimated};
 use crate::precision::{unit_roundoff, Roles};
 use crate::time::TimeGrid;
 
@@ -20,7 +20,7 @@ pub(super) struct Measure<'a> {
     rtol: Vec<OfLeaf>,
     atol: Vec<OfLeaf>,
     /// u ‖b − b̂‖₂ and κ by part, where there is a floor.
-    noise: Option<Vec<(f64, f64)>>,
+    roundings: Vec<Rounding>,
     /// u by part.
     roundoffs: Vec<f64>,
     /// Zeros of θ̄ and t̄, for a norm of the user's that reads them before they are part of the error.
@@ -85,7 +85,7 @@ impl<'a> Measure<'a> {
             .fold((0.0, 0.0), |a: (f64, f64), b| (a.0.max(b.0), a.1.max(b.1)));
         let sums = rtol.len() - parts[1];
         let precisions: Vec<_> = of_y.take(carried).chain(of_adjoint).collect();
-        let noise = [&precisions[..], &vec![of_sums; sums]].concat();
+        let all = [&precisions[..], &vec![of_sums; sums]].concat();
         let zeros = |p: &Tensor| Tensor::zeros(p.shape(), state, p.device());
         let mut zero_sums: Vec<Tensor> = vec![];
         if matches!(continuous.norm, AdjointNorm::Own(_)) && continuous.norm.reads_sums() {
@@ -103,7 +103,7 @@ impl<'a> Measure<'a> {
             norm: &continuous.norm,
             worst_row: adaptive.norm == Norm::WorstRow,
             parts,
-            noise: control.noise(&noise)?,
+            roundings: control.roundings(&all)?,
             roundoffs: (0..rtol.len()).map(roundoff).collect(),
             rtol,
             atol,
@@ -126,14 +126,15 @@ impl<'a> Measure<'a> {
     /// The floor of attempts from x with first velocity k; θ̄ and t̄ behind them are zero in x: of a sum only what is
     /// added to it is in its error.
     pub(super) fn floor(&self, x: &[Tensor], k: &[Tensor]) -> Result<Floor> {
-        let Some(noise) = &self.noise else {
+        if self.roundings.iter().all(|of| of.weight == 0.0) {
             return Ok(None);
+        }
+        let of = |((x, k), of): ((&Tensor, &Tensor), &Rounding)| {
+            let (alpha, beta) = (row_rms(x, 0.0)?, row_rms(k, of.least)?);
+            let u = of.roundoff * of.weight;
+            Ok(((alpha * u)?, (beta * u)?))
         };
-        let of = |((x, k), (u, least)): ((&Tensor, &Tensor), &(f64, f64))| {
-            let (alpha, beta) = (row_rms(x, 0.0)?, row_rms(k, *least)?);
-            Ok(((alpha * *u)?, (beta * *u)?))
-        };
-        let leaves = x.iter().zip(k).zip(noise).map(of);
+        let leaves = x.iter().zip(k).zip(&self.roundings).map(of);
         leaves.collect::<Result<_>>().map(Some)
     }
 
@@ -156,6 +157,7 @@ impl<'a> Measure<'a> {
                 rtol: &self.rtol[i],
                 atol: &self.atol[i],
                 floor,
+                apart: None,
             })
         };
         let parts = (0..error.len()).map(part).collect::<Result<Vec<_>>>()?;
@@ -172,15 +174,15 @@ impl<'a> Measure<'a> {
                 let (mut squares, mut count) = ([0.0; 2], 0);
                 for part in &parts {
                     let n = part.error.elem_count();
-                    let norms = error_norms(std::slice::from_ref(part), false)?;
+                    let norms = norms_of(std::slice::from_ref(part), false)?;
                     squares = std::array::from_fn(|i| squares[i] + n as f64 * norms[i].powi(2));
                     count += n;
                 }
                 Ok(squares.map(|square| (square / count.max(1) as f64).sqrt()))
             }
             AdjointNorm::Seminorm | AdjointNorm::Largest => {
-                let of_state = error_norms(state, self.worst_row)?;
-                let of_sums = error_norms_or_zero(sums)?;
+                let of_state = norms_of(state, self.worst_row)?;
+                let of_sums = norms_of(sums, false)?;
                 Ok(std::array::from_fn(|i| of_state[i].max(of_sums[i])))
             }
         }
@@ -243,9 +245,11 @@ impl<'a> Measure<'a> {
     }
 }
 
-fn error_norms_or_zero(parts: &[Estimated<'_>]) -> Result<[f64; 2]> {
-    match parts {
-        [] => Ok([0.0; 2]),
-        parts => error_norms(parts, false),
+/// The largest norm of these parts, with the floor and without; zero of none.
+fn norms_of(parts: &[Estimated<'_>], worst_row: bool) -> Result<[f64; 2]> {
+    if parts.is_empty() {
+        return Ok([0.0; 2]);
     }
+    let Measured { r, plain, .. } = measured(parts, worst_row)?;
+    Ok([r, plain])
 }

@@ -2,11 +2,11 @@
 
 use candle_core::Tensor;
 
-use super::estimate::{Estimate, Floor};
+use super::estimate::{Estimate, Measures, RoundedStages};
 use super::kept::{Kept, Last};
 use super::observe::{InStep, Observer};
 use super::Forward;
-use crate::adaptive::{Attempt, Control, Halt, Pace, Verdict};
+use crate::adaptive::{Attempt, Control, Halt, Measured, Pace, Verdict};
 use crate::crossing::{behind, behind_which, is_inner};
 use crate::error::{Error, Result, StopReason};
 use crate::field::Field;
@@ -46,7 +46,7 @@ struct AdaptivePass<'a> {
     y: Vec<Tensor>,
     /// The first velocity of the next attempt.
     k: Vec<Tensor>,
-    floor: Floor,
+    rounded: RoundedStages,
     /// Whether the field jumps at the start of the next attempt.
     jumps: bool,
     kept: Kept<'a>,
@@ -62,8 +62,7 @@ struct Tried {
     y: Vec<Tensor>,
     ks: Increments,
     error: Vec<Tensor>,
-    /// Relative to the tolerance, with the noise floor and without.
-    norms: [f64; 2],
+    measured: Measured,
 }
 
 /// A step as it is taken: what was tried, and where inside of it states are returned, with the user's time, if it is
@@ -88,10 +87,10 @@ impl<'a> AdaptivePass<'a> {
             control,
             field,
             kept: Kept::from((problem, control), (&y, roles), true, keep)?,
-            estimate: Estimate::new(problem, control)?,
+            estimate: Estimate::new(problem, control, field)?,
             pace: Pace::new(control, 0.0),
             k: vec![],
-            floor: None,
+            rounded: vec![],
             jumps: control.starts_at_jump,
             evaluations: 0,
             ends_at: None,
@@ -138,7 +137,7 @@ impl<'a> AdaptivePass<'a> {
                 });
             }
         }
-        self.floor = self.estimate.floor(&self.y, &self.k)?;
+        self.rounded = self.estimate.rounded(&self.y, &self.k)?;
         Ok(())
     }
 
@@ -167,9 +166,22 @@ impl<'a> AdaptivePass<'a> {
             let step = self.step(attempt.h, attempt.end, control.jumps_at(&attempt));
             let tried = self.attempt(step)?;
             self.kept.settle(control, &self.y, keep)?;
-            let [r, plain] = tried.norms;
-            let verdict = self.pace.judge(control, &attempt, r, plain);
-            tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
+            let measured = tried.measured;
+            let verdict = self.pace.judge(control, &attempt, measured);
+            let Measured {
+                r,
+                plain,
+                stiffness,
+            } = measured;
+            tracing::debug!(
+                t = attempt.t,
+                h = attempt.h,
+                r,
+                plain,
+                stiffness,
+                ?verdict,
+                "attempt"
+            );
             match verdict {
                 Ok(Verdict::Accepted) => {
                     last = None;
@@ -198,13 +210,27 @@ impl<'a> AdaptivePass<'a> {
         self.evaluations += stages - 1;
         let y = scheme.update(step.h, &self.y, &ks)?;
         let error = scheme.weighted(step.h, &self.control.estimate, &ks)?;
-        let ends = [self.y.as_slice(), &y];
-        let norms = self.estimate.norms(&error, ends, &self.floor, step.h)?;
+        let apart = match &self.control.stability {
+            Some(stability) => Some([
+                scheme.weighted(step.h, &stability.velocities, &ks)?,
+                scheme.weighted(step.h, &stability.states, &ks)?,
+            ]),
+            None => None,
+        };
+        let measures = Measures {
+            h: step.h,
+            error: &error,
+            y: [&self.y, &y],
+            apart: apart
+                .as_ref()
+                .map(|apart| apart.each_ref().map(Vec::as_slice)),
+        };
+        let measured = self.estimate.measured(&measures, &self.rounded)?;
         Ok(Tried {
             y,
             ks,
             error,
-            norms,
+            measured,
         })
     }
 
@@ -260,7 +286,7 @@ impl<'a> AdaptivePass<'a> {
             return self.start_anew(attempt.h.abs());
         }
         self.k = ks.pop().flatten().unwrap_or_default();
-        self.floor = self.estimate.floor(&self.y, &self.k)?;
+        self.rounded = self.estimate.rounded(&self.y, &self.k)?;
         Ok(())
     }
 
@@ -362,7 +388,7 @@ impl<'a> AdaptivePass<'a> {
             let ends = [self.y.as_slice(), &tried.y];
             Last {
                 h: attempt.h,
-                error: tried.norms[0],
+                error: tried.measured.r,
                 worst: self.estimate.worst(&tried.error, ends).ok().flatten(),
             }
         });

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::estimate::{Estimate, Floor};
+use super::estimate::{Estimate, Measures, RoundedStages};
 use super::kept::{Kept, Last};
 use super::Forward;
-use crate::adaptive::{Attempt, Control, Pace, Verdict};
+use crate::adaptive::{Attempt, Control, Measured, Pace, Rounding, Verdict};
 use crate::driven::{Attempted, Driven, Evaluated, NoiseType, Part};
 use crate::error::{Error, Result, SdeDefect, StopReason};
 use crate::field::Field;
@@ -47,14 +47,14 @@ pub(super) fn pass(
     let first = hundredth.min(control.longest()).max(finest);
     let mut pass = DrivenPass {
         kept: Kept::from(of, (&y, driven.carried_roles()), false, keep)?,
-        estimate: Estimate::new(problem, control)?,
+        estimate: Estimate::new(problem, control, field)?,
         pace: Pace::new(control, control.options.first_step.unwrap_or(first)),
         control,
         driven,
         field,
         y,
         start: vec![],
-        floor: None,
+        rounding: vec![],
         jumps: control.starts_at_jump,
         evaluations: 0,
     };
@@ -80,15 +80,15 @@ struct DrivenPass<'a> {
     y: Vec<Tensor>,
     /// The evaluations that the next attempt begins with; empty before the first from y.
     start: Vec<Evaluated<()>>,
-    /// Of attempts from y, by tensor.
-    floor: Option<Vec<FloorTerms>>,
+    /// Of attempts from y, by tensor; without a noise floor, nothing.
+    rounding: Vec<RoundingTerms>,
     /// Whether the field jumps at the start of the next attempt.
     jumps: bool,
     evaluations: usize,
 }
 
-/// An upper bound of what rounding makes of the error estimate of one tensor, by row: α + h β + √h γ.
-struct FloorTerms {
+/// An upper bound of what rounding makes of a stage of one tensor, by row: α + h β + √h γ.
+struct RoundingTerms {
     alpha: Tensor,
     beta: Tensor,
     /// Where the tensor has noise.
@@ -127,10 +127,16 @@ impl DrivenPass<'_> {
             self.kept.settle(control, &self.y, keep)?;
             let leaves = self.driven.leaves();
             let ends = [&self.y[..leaves], &tried.next[..leaves]];
-            let floor = self.floor_of(step.h)?;
-            let ([error, y, next], floor) = (by_row(&tried.error, ends)?, &floor);
-            let [r, plain] = self.estimate.norms(&error, [&y, &next], floor, step.h)?;
-            let verdict = self.pace.judge(control, &attempt, r, plain);
+            let [error, y, next] = by_row(&tried.error, ends)?;
+            let measures = Measures {
+                h: step.h,
+                error: &error,
+                y: [&y, &next],
+                apart: None,
+            };
+            let measured = self.estimate.measured(&measures, &self.rounded(step.h)?)?;
+            let verdict = self.pace.judge(control, &attempt, measured);
+            let Measured { r, plain, .. } = measured;
             tracing::debug!(t = attempt.t, h = attempt.h, r, plain, ?verdict, "attempt");
             match verdict {
                 Ok(Verdict::Accepted) => {
@@ -173,7 +179,7 @@ impl DrivenPass<'_> {
             let (field, y, start) = (self.field, &self.y, &self.start);
             self.evaluations += self.driven.check_commuting(field, [step, last], y, start)?;
         }
-        self.floor = self.floor_terms()?;
+        self.rounding = self.rounding_terms()?;
         Ok(())
     }
 
@@ -211,13 +217,14 @@ impl DrivenPass<'_> {
         Ok(())
     }
 
-    /// What rounding can make of the error estimates of attempts from here: as for an ordinary equation, with the
-    /// diffusion at the start times √h, the size of an increment.
-    fn floor_terms(&self) -> Result<Option<Vec<FloorTerms>>> {
-        let roundoffs = self.driven.roles.iter().map(|r| r.compute.roundoff());
-        let Some(sizes) = self.control.noise(&roundoffs.collect::<Vec<_>>())? else {
-            return Ok(None);
-        };
+    /// What rounding can make of stages of attempts from here: as for an ordinary equation, with the diffusion at the start
+    /// times √h, the size of an increment.
+    fn rounding_terms(&self) -> Result<Vec<RoundingTerms>> {
+        let precisions = self.driven.roles.iter().map(|r| r.compute.roundoff());
+        let roundings = self.control.roundings(&precisions.collect::<Vec<_>>())?;
+        if roundings.iter().all(|of| of.weight == 0.0) {
+            return Ok(vec![]);
+        }
         let value = |part, leaf: usize| {
             let mut of = self.start.iter().filter(|e| e.part == part);
             of.next().and_then(|e| e.value.get(leaf))
@@ -226,14 +233,15 @@ impl DrivenPass<'_> {
             NoiseType::General { channels } => channels as f64,
             _ => 1.0,
         };
-        let of_leaf = |(leaf, (u, least)): (usize, &(f64, f64))| -> Result<FloorTerms> {
+        let of_leaf = |(leaf, of): (usize, &Rounding)| -> Result<RoundingTerms> {
+            let (u, least) = (of.roundoff, of.least);
             let times = |c: f64, x: Option<&Tensor>| -> Result<Option<Tensor>> {
-                x.map(|x| Ok((row_rms(&rows_of(x)?, *least)? * c)?))
+                x.map(|x| Ok((row_rms(&rows_of(x)?, least)? * c)?))
                     .transpose()
             };
-            let alpha = (row_rms(&rows_of(&self.y[leaf])?, 0.0)? * *u)?;
-            let beta = times(*u, value(Part::Drift, leaf))?;
-            Ok(FloorTerms {
+            let alpha = (row_rms(&rows_of(&self.y[leaf])?, 0.0)? * u)?;
+            let beta = times(u, value(Part::Drift, leaf))?;
+            Ok(RoundingTerms {
                 beta: match beta {
                     Some(beta) => beta,
                     None => alpha.zeros_like()?,
@@ -242,23 +250,19 @@ impl DrivenPass<'_> {
                 gamma: times(u * channels.sqrt(), value(Part::Diffusion, leaf))?,
             })
         };
-        let all = sizes.iter().enumerate().map(of_leaf);
-        all.collect::<Result<_>>().map(Some)
+        roundings.iter().enumerate().map(of_leaf).collect()
     }
 
     /// The same for one length.
-    fn floor_of(&self, h: f64) -> Result<Floor> {
-        let of_leaf = |terms: &FloorTerms| -> Result<(Tensor, Tensor)> {
+    fn rounded(&self, h: f64) -> Result<RoundedStages> {
+        let of_leaf = |terms: &RoundingTerms| -> Result<(Tensor, Tensor)> {
             let alpha = match &terms.gamma {
                 Some(gamma) => (&terms.alpha + (gamma * h.sqrt())?)?,
                 None => terms.alpha.clone(),
             };
             Ok((alpha, terms.beta.clone()))
         };
-        let leaves = self.floor.as_ref();
-        leaves
-            .map(|leaves| leaves.iter().map(of_leaf).collect())
-            .transpose()
+        self.rounding.iter().map(of_leaf).collect()
     }
 
     fn stopped(&self, reason: StopReason, last: Option<(Attempt, Attempted, f64)>) -> Error {

@@ -1,11 +1,13 @@
-//! The error estimate of an attempt relative to the tolerance, and the noise floor: an upper bound of the part of the
-//! estimate that rounding causes.
+//! What an attempt is measured by: its error estimate relative to the tolerance, the noise floor, which is an upper bound of
+//! the part of the estimate that rounding causes, and how far its stages are apart.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Shape, Tensor};
 
-use crate::adaptive::{ratio, Control, Norm, OfLeaf};
+use crate::adaptive::{ratio, Control, Measured, Norm, OfLeaf, Rounding};
 use crate::error::{Result, Worst};
-use crate::ops::ratio::{error_norms, row_rms, rows_of, Estimated};
+use crate::field::Field;
+use crate::offer::Offered;
+use crate::ops::ratio::{measured, row_rms, rows_of, Apart, Estimated};
 use crate::problem::Problem;
 
 /// The tolerance of a solve.
@@ -13,17 +15,27 @@ pub(super) struct Estimate {
     rtol: Vec<OfLeaf>,
     atol: Vec<OfLeaf>,
     worst_row: bool,
-    /// u ‖b − b̂‖₂ and κ by leaf, where there is a floor.
-    noise: Option<Vec<(f64, f64)>>,
-    /// u by leaf.
-    roundoffs: Vec<f64>,
+    /// By leaf.
+    roundings: Vec<Rounding>,
+    /// How many tensors, the first ones, act on the velocity; the stages of the others are not compared.
+    acting: usize,
 }
 
-/// α and β of the floor α + |h| β, by leaf and row.
-pub(super) type Floor = Option<Vec<(Tensor, Tensor)>>;
+/// α and β of what rounding makes of a stage, α + |h| β, by leaf and row.
+pub(super) type RoundedStages = Vec<(Tensor, Tensor)>;
+
+/// What an attempt of length h is measured by.
+pub(super) struct Measures<'a> {
+    pub(super) h: f64,
+    pub(super) error: &'a [Tensor],
+    /// The state at both ends.
+    pub(super) y: [&'a [Tensor]; 2],
+    /// The differences of stages, h Σ d_i k_i and Σ d_i Y_i, where they are compared.
+    pub(super) apart: Option<[&'a [Tensor]; 2]>,
+}
 
 impl Estimate {
-    pub(super) fn new(problem: &Problem, control: &Control) -> Result<Self> {
+    pub(super) fn new(problem: &Problem, control: &Control, field: &Field<'_>) -> Result<Self> {
         let (shapes, state) = (problem.packing.shapes(), problem.state());
         let [rtol, atol] = control.tolerances(shapes, state, problem.device())?;
         let roles = problem.scheme.roles.iter();
@@ -32,50 +44,46 @@ impl Estimate {
             rtol,
             atol,
             worst_row: control.options.norm == Norm::WorstRow,
-            noise: control.noise(&precisions)?,
-            roundoffs: precisions.iter().map(|(u, _)| *u).collect(),
+            roundings: control.roundings(&precisions)?,
+            acting: acting(field, shapes),
         })
     }
 
-    /// The floor of attempts from y with first velocity k.
-    pub(super) fn floor(&self, y: &[Tensor], k: &[Tensor]) -> Result<Floor> {
-        let Some(noise) = &self.noise else {
-            return Ok(None);
+    /// What rounding makes of stages of attempts from y with first velocity k.
+    pub(super) fn rounded(&self, y: &[Tensor], k: &[Tensor]) -> Result<RoundedStages> {
+        let leaves = y.iter().zip(k).zip(&self.roundings);
+        let of_leaf = |((y, k), of): ((&Tensor, &Tensor), &Rounding)| {
+            let (alpha, beta) = (row_rms(y, 0.0)?, row_rms(k, of.least)?);
+            Ok(((alpha * of.roundoff)?, (beta * of.roundoff)?))
         };
-        let leaves = y.iter().zip(k).zip(noise);
-        let of_leaf = |((y, k), (u, least)): ((&Tensor, &Tensor), &(f64, f64))| {
-            let (alpha, beta) = (row_rms(y, 0.0)?, row_rms(k, *least)?);
-            Ok(((alpha * *u)?, (beta * *u)?))
-        };
-        leaves.map(of_leaf).collect::<Result<_>>().map(Some)
+        leaves.map(of_leaf).collect()
     }
 
-    /// The norms of an error relative to the tolerance at y and y⁺, with the floor and without.
-    pub(super) fn norms(
-        &self,
-        error: &[Tensor],
-        y: [&[Tensor]; 2],
-        floor: &Floor,
-        h: f64,
-    ) -> Result<[f64; 2]> {
+    /// What an attempt is measured to be, relative to the tolerance at both its ends.
+    pub(super) fn measured(&self, of: &Measures<'_>, rounded: &RoundedStages) -> Result<Measured> {
         let leaf = |leaf: usize| -> Result<Estimated<'_>> {
-            let floor = match floor {
-                Some(floor) => {
-                    let (alpha, beta) = &floor[leaf];
-                    Some((alpha + (beta * h.abs())?)?)
-                }
-                None => None,
-            };
+            let (mut floor, mut apart) = (None, None);
+            let weight = self.roundings[leaf].weight;
+            let rounding = |(alpha, beta): &(Tensor, Tensor)| alpha + (beta * of.h.abs())?;
+            if let Some(rounding) = rounded.get(leaf).map(rounding).transpose()? {
+                floor = (weight > 0.0).then(|| &rounding * weight).transpose()?;
+                let compared = of.apart.filter(|_| leaf < self.acting);
+                apart = compared.map(|stages| Apart {
+                    stages: stages.map(|x| &x[leaf]),
+                    rounding,
+                });
+            }
             Ok(Estimated {
-                error: &error[leaf],
-                y: y.map(|y| &y[leaf]),
+                error: &of.error[leaf],
+                y: of.y.map(|y| &y[leaf]),
                 rtol: &self.rtol[leaf],
                 atol: &self.atol[leaf],
                 floor,
+                apart,
             })
         };
-        let leaves = (0..error.len()).map(leaf).collect::<Result<Vec<_>>>()?;
-        error_norms(&leaves, self.worst_row)
+        let leaves = (0..of.error.len()).map(leaf).collect::<Result<Vec<_>>>()?;
+        measured(&leaves, self.worst_row)
     }
 
     /// As [`first_length`] in the norm of the tolerance.
@@ -86,8 +94,17 @@ impl Estimate {
         k: &[Tensor],
         probe: impl FnOnce(f64) -> Result<Vec<Tensor>>,
     ) -> Result<f64> {
-        let norm = |x: &[Tensor]| Ok(self.norms(x, [y, y], &None, 0.0)?[0]);
-        first_length(control, norm, (y, k, &self.roundoffs), probe)
+        let norm = |x: &[Tensor]| {
+            let of = Measures {
+                h: 0.0,
+                error: x,
+                y: [y, y],
+                apart: None,
+            };
+            Ok(self.measured(&of, &vec![])?.r)
+        };
+        let roundoffs: Vec<_> = self.roundings.iter().map(|of| of.roundoff).collect();
+        first_length(control, norm, (y, k, &roundoffs), probe)
     }
 
     /// The element whose error is largest.
@@ -116,6 +133,15 @@ impl Estimate {
             }
         }
         Ok(worst)
+    }
+}
+
+/// How many tensors of a state act on the velocity.  Of the library's fields with rows, which know it, only the first does.
+fn acting(field: &Field<'_>, shapes: &[Shape]) -> usize {
+    let rows = Offered::from(field.offer()).and_then(|offered| offered.rows);
+    match rows.and_then(|rows| rows.layout(shapes)) {
+        Some(_) => 1,
+        None => shapes.len(),
     }
 }
 

@@ -4,7 +4,7 @@
 use candle_core::{DType, Tensor, WithDType, D};
 
 use super::note_host_read;
-use crate::adaptive::OfLeaf;
+use crate::adaptive::{Measured, OfLeaf};
 use crate::error::Result;
 use crate::simd::pieces::by_piece;
 
@@ -17,6 +17,15 @@ pub(crate) struct Estimated<'a> {
     pub(crate) atol: &'a OfLeaf,
     /// What is added to the tolerance of each row; nothing where it is empty.
     pub(crate) floor: Option<Tensor>,
+    pub(crate) apart: Option<Apart<'a>>,
+}
+
+/// How far stages of an attempt are apart.
+pub(crate) struct Apart<'a> {
+    /// h Σ d_i k_i and Σ d_i Y_i.
+    pub(crate) stages: [&'a Tensor; 2],
+    /// What rounding makes of a stage, by row.
+    pub(crate) rounding: Tensor,
 }
 
 /// Rows and features of a row: a vector is one row.
@@ -46,16 +55,18 @@ pub(crate) fn row_rms(x: &Tensor, least: f64) -> Result<Tensor> {
 }
 
 /// The largest norm of the tensors, with the floor and without: the RMS of a tensor or, if `worst_row` says so, of a
-/// row.  Infinite where an error or a state is not finite.
-pub(crate) fn error_norms(all: &[Estimated<'_>], worst_row: bool) -> Result<[f64; 2]> {
+/// row.  Infinite where an error or a state is not finite.  The stiffness is that of all rows together.
+pub(crate) fn measured(all: &[Estimated<'_>], worst_row: bool) -> Result<Measured> {
     let on_cpu = all.iter().all(|e| e.error.device().is_cpu());
+    let mut apart = [0.0; 3];
     if on_cpu {
         let mut norms = [0.0f64; 2];
         for estimated in all {
-            let squares = match estimated.error.dtype() {
-                DType::F64 => squares::<f64>(estimated)?,
-                _ => squares::<f32>(estimated)?,
+            let (squares, distances) = match estimated.error.dtype() {
+                DType::F64 => (squares::<f64>(estimated)?, distances::<f64>(estimated)?),
+                _ => (squares::<f32>(estimated)?, distances::<f32>(estimated)?),
             };
+            apart = std::array::from_fn(|i| apart[i] + distances[i]);
             let (_, features) = rows_of(estimated.error);
             let (count, of_rows) = match worst_row {
                 true => (features, squares.iter().fold([0.0; 2], larger)),
@@ -68,16 +79,23 @@ pub(crate) fn error_norms(all: &[Estimated<'_>], worst_row: bool) -> Result<[f64
             };
             norms = larger(norms, &of_rows.map(|s| (s / count.max(1) as f64).sqrt()));
         }
-        return Ok(norms.map(finite));
+        return Ok(Measured::new(norms.map(finite), apart));
     }
     let each: Vec<_> = all
         .iter()
         .map(|e| chained(e, worst_row))
         .collect::<Result<_>>()?;
     note_host_read(all[0].error.device());
-    let norms = Tensor::stack(&each, 0)?.to_vec2::<f64>()?;
-    let norms = norms.iter().fold([0.0; 2], |a, b| larger(a, &[b[0], b[1]]));
-    Ok(norms.map(finite))
+    let leaves = Tensor::stack(&each, 0)?.to_vec2::<f64>()?;
+    let norms = leaves
+        .iter()
+        .fold([0.0; 2], |a, b| larger(a, &[b[0], b[1]]));
+    for leaf in &leaves {
+        for (sum, square) in apart.iter_mut().zip(&leaf[2..]) {
+            *sum += square;
+        }
+    }
+    Ok(Measured::new(norms.map(finite), apart))
 }
 
 /// The larger of each; NaN where one is.
@@ -94,14 +112,11 @@ fn finite(norm: f64) -> f64 {
     }
 }
 
-/// The squares of [`error_norms`], summed by row.
+/// The squares of the error, summed by row, with the floor and without.
 fn squares<T: Number>(estimated: &Estimated<'_>) -> Result<Vec<[f64; 2]>> {
     let (rows, features) = rows_of(estimated.error);
     let [y0, y1] = estimated.y;
-    let floor = match &estimated.floor {
-        Some(floor) => floor.to_vec1::<f64>()?,
-        None => vec![0.0; rows],
-    };
+    let floor = by_row(estimated.floor.as_ref(), rows)?;
     with(&[estimated.error, y0, y1], |operands: [&[T]; 3]| {
         let [error, y0, y1] = operands;
         tolerances(estimated.rtol, |rtol: Values<'_, T>| {
@@ -124,20 +139,75 @@ fn squares<T: Number>(estimated: &Estimated<'_>) -> Result<Vec<[f64; 2]>> {
                     }
                     sums
                 };
-                const SMALL: usize = 1 << 15;
-                let mut sums = vec![[0.0; 2]; rows];
-                by_piece(&mut sums, (SMALL / features.max(1)).max(1), &|at, sums| {
-                    for (i, sums) in (at..).zip(sums) {
-                        *sums = row(i);
-                    }
-                });
-                sums
+                sums_of_rows([rows, features], row)
             })
         })?
     })?
 }
 
-/// The same in candle's operations, reduced to two numbers on the device.
+/// Mean squares relative to the tolerance of the distances between stages, and of rounding.
+fn distances<T: Number>(estimated: &Estimated<'_>) -> Result<[f64; 3]> {
+    let Some(Apart { stages, rounding }) = &estimated.apart else {
+        return Ok([0.0; 3]);
+    };
+    let (rows, features) = rows_of(estimated.error);
+    let [y0, y1] = estimated.y;
+    let floor = by_row(estimated.floor.as_ref(), rows)?;
+    let rounding = by_row(Some(rounding), rows)?;
+    let sums = with(&[stages[0], stages[1], y0, y1], |operands: [&[T]; 4]| {
+        let [moved, apart, y0, y1] = operands;
+        tolerances(estimated.rtol, |rtol: Values<'_, T>| {
+            tolerances(estimated.atol, |atol: Values<'_, T>| {
+                let row = |row: usize| {
+                    let at = row * features;
+                    let mut sums = [0.0; 3];
+                    for i in at..at + features {
+                        let size = y0[i].wide().abs().max(y1[i].wide().abs());
+                        let scale = atol.get(i) + rtol.get(i) * size + floor[row];
+                        // What has no tolerance is not compared.
+                        let weight = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                        let of = [moved[i].wide(), apart[i].wide(), rounding[row]];
+                        for (sum, x) in sums.iter_mut().zip(of) {
+                            *sum += (x * weight) * (x * weight);
+                        }
+                    }
+                    sums
+                };
+                sums_of_rows([rows, features], row)
+            })
+        })?
+    })??;
+    let count = (rows * features).max(1) as f64;
+    let total = sums.iter().fold([0.0; 3], |a: [f64; 3], b| {
+        std::array::from_fn(|i| a[i] + b[i])
+    });
+    Ok(total.map(|sum| sum / count))
+}
+
+/// A number of every row; zero where there is none.
+fn by_row(numbers: Option<&Tensor>, rows: usize) -> Result<Vec<f64>> {
+    match numbers {
+        Some(numbers) => Ok(numbers.to_vec1::<f64>()?),
+        None => Ok(vec![0.0; rows]),
+    }
+}
+
+/// The sums of every row, on several threads if there are many numbers.
+fn sums_of_rows<const N: usize>(
+    [rows, features]: [usize; 2],
+    row: impl Fn(usize) -> [f64; N] + Sync,
+) -> Vec<[f64; N]> {
+    const SMALL: usize = 1 << 15;
+    let mut sums = vec![[0.0; N]; rows];
+    by_piece(&mut sums, (SMALL / features.max(1)).max(1), &|at, sums| {
+        for (i, sums) in (at..).zip(sums) {
+            *sums = row(i);
+        }
+    });
+    sums
+}
+
+/// The same in candle's operations, reduced to five numbers on the device.
 fn chained(estimated: &Estimated<'_>, worst_row: bool) -> Result<Tensor> {
     let (rows, features) = rows_of(estimated.error);
     let wide = |x: &Tensor| x.detach().reshape((rows, features))?.to_dtype(DType::F64);
@@ -157,6 +227,27 @@ fn chained(estimated: &Estimated<'_>, worst_row: bool) -> Result<Tensor> {
     // An error of zero needs no tolerance; a state that is not finite must be seen in any case.
     let bad = (&y1 * 0.0)?;
     let none = error.eq(0.0)?;
+    let distances = match &estimated.apart {
+        Some(Apart { stages, rounding }) => {
+            let rounding = floored
+                .zeros_like()?
+                .broadcast_add(&rounding.reshape((rows, 1))?)?;
+            let of = [wide(stages[0])?, wide(stages[1])?, rounding];
+            // What has no tolerance is not compared.
+            let is_scaled = floored.gt(0.0)?;
+            let mean = |x: &Tensor| {
+                let ratio = (x / &floored)?;
+                is_scaled
+                    .where_cond(&ratio, &ratio.zeros_like()?)?
+                    .sqr()?
+                    .mean_all()
+            };
+            of.iter()
+                .map(mean)
+                .collect::<candle_core::Result<Vec<_>>>()?
+        }
+        None => vec![Tensor::zeros((), DType::F64, plain.device())?; 3],
+    };
     let each = [floored, plain].map(|scale| -> candle_core::Result<Tensor> {
         let ratio = none.where_cond(&bad, &((&error / scale)? + &bad)?)?;
         match worst_row {
@@ -169,7 +260,10 @@ fn chained(estimated: &Estimated<'_>, worst_row: bool) -> Result<Tensor> {
         }
     });
     let [floored, plain] = each;
-    Ok(Tensor::stack(&[floored?, plain?], 0)?)
+    Ok(Tensor::stack(
+        &[&[floored?, plain?], &distances[..]].concat(),
+        0,
+    )?)
 }
 
 /// f32 or f64.

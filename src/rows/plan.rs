@@ -72,8 +72,14 @@ impl<'p> TilePlan<'p> {
             Some(driven) => driven.table().evaluations.len(),
             None => self.problem.scheme.dense_stages().len(),
         };
-        // Velocities of all stages, the state, the state after it and its error, and a cotangent.
-        let of_steps = (stages + 4) * self.layout.dim();
+        // Velocities of all stages, the state and the state after it, a cotangent, and what an attempt is measured by: its
+        // error and, where steps are adaptive, two differences of stages.
+        let measures = if self.problem.plan.known().is_some() {
+            1
+        } else {
+            3
+        };
+        let of_steps = (stages + 3 + measures) * self.layout.dim();
         let numbers = match self.problem.checkpoint {
             Checkpoint::Nothing => field.kept() + of_steps,
             _ => (stages + 1) * field.kept() + field.cotangents() + of_steps,

@@ -6,6 +6,7 @@ use super::lanewise::Lanewise;
 use super::tile::{At, Tiled};
 use super::trajectory::Snapshot;
 use super::{Failure, TilePlan};
+use crate::adaptive::Control;
 use crate::error::Error;
 use crate::precision::Low;
 use crate::schedule::Step;
@@ -30,7 +31,7 @@ pub(super) struct Stepper<'p, T: Element> {
     pub(super) clock: LaneClock<T>,
     /// h of all lanes, or of each.
     lengths: Vec<f64>,
-    /// h a_ij, row after row, h b_j, and h (b_j − b̂_j).
+    /// h a_ij, row after row, h b_j, and what attempts are measured by.
     coefficients: Coefficients<T>,
     /// k_j.
     pub(super) ks: Aligned<T>,
@@ -40,14 +41,15 @@ pub(super) struct Stepper<'p, T: Element> {
 
 impl<'p, T: Element> Stepper<'p, T> {
     pub(super) fn new(field: &'p dyn Tiled<T>, plan: &'p TilePlan<'p>) -> Self {
-        Self::estimating(field, plan, &[])
+        Self::estimating(field, plan, None)
     }
 
-    /// One that also forms the error estimate with these weights b − b̂.
+    /// One that also forms the sums of velocities that an attempt is measured by: with weights b − b̂, and with those of
+    /// the differences of stages.
     pub(super) fn estimating(
         field: &'p dyn Tiled<T>,
         plan: &'p TilePlan<'p>,
-        estimate: &[f64],
+        control: Option<&Control>,
     ) -> Self {
         let scheme = &plan.problem.scheme;
         let (tableau, batch) = (&scheme.tableau, field.batch());
@@ -65,7 +67,12 @@ impl<'p, T: Element> Stepper<'p, T> {
             .map(|i| terms(&tableau.a(i)[..i.min(tableau.a(i).len())]))
             .collect();
         rows.push(terms(tableau.b()));
-        rows.push(terms(estimate));
+        if let Some(control) = control {
+            rows.push(terms(&control.estimate));
+            let stability = control.stability.as_ref();
+            rows.push(stability.map_or(vec![], |of| terms(&of.velocities)));
+            rows.push(stability.map_or(vec![], |of| terms(&of.states)));
+        }
         Self {
             on: field.lanewise(),
             field,
@@ -260,19 +267,15 @@ impl<'p, T: Element> Stepper<'p, T> {
         add_carried::<T>(self.on, self.batch, self.size, y, b, &self.ks);
     }
 
-    /// y + h Σ b_i k_i, and the error estimate h Σ (b_i − b̂_i) k_i.
-    pub(super) fn finish(&self, y: &[T], after: &mut [T], error: &mut [T]) {
-        let e = self.c.len() + 1;
+    /// y + h Σ b_i k_i, the error estimate h Σ (b_i − b̂_i) k_i, and the differences h Σ d_i k_i and Σ d_i Y_i of stages.
+    pub(super) fn finish(&self, y: &[T], after: &mut [T], measures: &mut [Aligned<T>; 3]) {
         after.copy_from_slice(y);
         self.update(after);
-        error.fill(T::default());
-        add::<T>(
-            self.on,
-            self.batch,
-            error,
-            self.coefficients.row(e),
-            &self.ks,
-        );
+        for (sum, row) in measures.iter_mut().zip(self.c.len() + 1..) {
+            sum.fill(T::default());
+            let terms = self.coefficients.row(row);
+            add::<T>(self.on, self.batch, sum, terms, &self.ks);
+        }
     }
 
     /// b_i(x).

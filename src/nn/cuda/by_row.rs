@@ -92,14 +92,12 @@ fn in_numbers(problem: &Problem, control: &Control, y0: &Tensor) -> Result<Optio
     let (Some(rtol), Some(atol)) = (rtol.into_iter().next(), atol.into_iter().next()) else {
         return Ok(None);
     };
-    let noise = control.noise(&[compute.roundoff()])?;
     let of = ControlOf {
         control,
         tableau: &problem.scheme.tableau,
         points: problem.grid.points(),
         tolerances: [rtol, atol],
-        noise: noise.and_then(|noise| noise.first().copied()),
-        roundoff: compute.roundoff().0,
+        roundings: control.roundings(&[compute.roundoff()])?,
         returns_all: problem.output == Output::All,
     };
     DeviceControl::new(of, y0)

@@ -14,7 +14,7 @@ use crate::rows::lanes::LaneSteps;
 use crate::rows::stepper::Stepper;
 use crate::rows::Failure;
 use crate::schedule::Output;
-use crate::simd::Element;
+use crate::simd::{Aligned, Element};
 
 /// An attempt of a lane that was accepted.
 pub(super) struct Taken {
@@ -41,16 +41,16 @@ impl<T: Element> Group<'_, T> {
             stepper,
             y,
             after,
-            error,
+            measures,
             norms,
             ..
         } = self;
-        let attempt = attempted(stepper, [&*y, &*after, &*error]);
+        let attempt = attempted(stepper, [&*y, &*after], measures);
         stepper.on.measure(norms, attempt);
         let mut accepted = Vec::with_capacity(self.batch());
         let (mut needs_last, has_events) = (false, self.has_events());
         for at in 0..self.batch() {
-            let (r, plain) = (self.norms.r[at], self.norms.plain[at]);
+            let measured = self.norms.of(at);
             let Some(lane) = &mut self.lanes[at] else {
                 continue;
             };
@@ -59,7 +59,7 @@ impl<T: Element> Group<'_, T> {
             };
             lane.evaluations += evaluations;
             lane.phase = Phase::Ready;
-            match lane.judge(control, &attempt, [r, plain], has_events) {
+            match lane.judge(control, &attempt, measured, has_events) {
                 Ok(Verdict::Accepted) => {
                     lane.last = None;
                     let problem = self.pass.plan.problem;
@@ -80,9 +80,9 @@ impl<T: Element> Group<'_, T> {
                         met: None,
                     });
                 }
-                Ok(Verdict::Rejected) => lane.last = Some((attempt, r)),
+                Ok(Verdict::Rejected) => lane.last = Some((attempt, measured.r)),
                 Err(failure) => {
-                    lane.last = Some((attempt, r));
+                    lane.last = Some((attempt, measured.r));
                     self.stop(at, failure.reason(control))?;
                 }
             }
@@ -302,7 +302,7 @@ impl<T: Element> Group<'_, T> {
             let worst = lane.worst(
                 &self.norms,
                 at,
-                attempted(&self.stepper, [&*self.y, &*self.after, &*self.error]),
+                attempted(&self.stepper, [&*self.y, &*self.after], &self.measures),
             );
             let states = &self.states[states];
             let error = match (error, reason) {
@@ -343,16 +343,18 @@ impl<T: Element> Group<'_, T> {
     }
 }
 
-/// An attempt of all lanes, from tiles of y_n, y_{n+1} and the error.
+/// An attempt of all lanes, from tiles of y_n and y_{n+1} and what it is measured by.
 fn attempted<'t, T: Element>(
     stepper: &'t Stepper<'_, T>,
-    [y, next, error]: [&'t [T]; 3],
+    [y, next]: [&'t [T]; 2],
+    [error, moved, distance]: &'t [Aligned<T>; 3],
 ) -> Attempted<'t, T> {
     Attempted {
         y,
         next,
         k: (&stepper.ks[..stepper.size]),
         error,
+        apart: [moved, distance],
         lengths: stepper.lengths(),
     }
 }

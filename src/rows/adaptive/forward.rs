@@ -67,7 +67,8 @@ pub(super) struct Group<'a, T: Element> {
     pub(super) steps: Vec<Step>,
     pub(super) y: Aligned<T>,
     pub(super) after: Aligned<T>,
-    pub(super) error: Aligned<T>,
+    /// The error, and the differences of stages.
+    pub(super) measures: [Aligned<T>; 3],
     pub(super) slot: Aligned<T>,
     /// Of outputs inside the steps.
     pub(super) inside: LaneOutputs<T>,
@@ -85,7 +86,7 @@ pub(super) struct Group<'a, T: Element> {
 impl<'a, T: Element> Group<'a, T> {
     fn new(pass: IntegrateRows<'a, T>, rows: Range<usize>) -> Result<Self> {
         let IntegrateRows { plan, control, .. } = pass;
-        let mut stepper = Stepper::estimating(pass.field, plan, &control.estimate);
+        let mut stepper = Stepper::estimating(pass.field, plan, Some(control));
         stepper.clock.is_read = pass.reads_clock;
         let (size, batch) = (stepper.size, stepper.batch);
         let numbers = plan.problem.outputs().saturating_mul(plan.layout.dim());
@@ -96,7 +97,7 @@ impl<'a, T: Element> Group<'a, T> {
             steps: vec![],
             y: aligned(stepper.carried),
             after: aligned(stepper.carried),
-            error: aligned(size),
+            measures: std::array::from_fn(|_| aligned(size)),
             slot: stepper.slot(),
             inside: LaneOutputs::new(&stepper),
             row: vec![T::default(); stepper.carried / batch],
@@ -239,7 +240,7 @@ impl<'a, T: Element> Group<'a, T> {
         }
         if whole && self.busy().1 {
             self.stepper
-                .finish(&self.y, &mut self.after, &mut self.error);
+                .finish(&self.y, &mut self.after, &mut self.measures);
             self.judge(stages - 1)?;
         }
         Ok(())

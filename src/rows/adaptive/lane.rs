@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::events::RowEvents;
 use super::norms::{Attempted, Norms};
 use super::RowSolve;
-use crate::adaptive::{Attempt, Control, Halt, Pace, Verdict};
+use crate::adaptive::{Attempt, Control, Halt, Measured, Pace, Verdict};
 use crate::error::{Error, Result, StopReason, Stopped, Worst};
 use crate::problem::Problem;
 use crate::rows::trajectory::TileTrajectory;
@@ -126,14 +126,14 @@ impl<T: Element> Lane<T> {
         &mut self,
         control: &Control,
         attempt: &Attempt,
-        [r, plain]: [f64; 2],
+        measured: Measured,
         has_events: bool,
     ) -> std::result::Result<Verdict, Halt> {
         if self.events.again.is_some() {
             return Ok(Verdict::Accepted);
         }
         self.events.before = has_events.then(|| self.pace.clone());
-        self.pace.judge(control, attempt, r, plain)
+        self.pace.judge(control, attempt, measured)
     }
 
     /// The user's times that an attempt has passed before its end, whose states are to be returned.

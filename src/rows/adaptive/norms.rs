@@ -2,9 +2,11 @@
 //! row is formed in f64 in the order of the features, so that the sum depends neither on the other lanes nor on the
 //! number of lanes.
 
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 
-use crate::adaptive::{ratio, Control, OfLeaf};
+use crate::adaptive::{ratio, Control, Measured, OfLeaf, Rounding};
 use crate::error::{Result, Worst};
 use crate::problem::Problem;
 use crate::simd::Element;
@@ -14,10 +16,8 @@ use crate::state::RowLayout;
 pub(super) struct Tolerances {
     rtol: Vec<ToleranceNumbers>,
     atol: Vec<ToleranceNumbers>,
-    /// u ‖b − b̂‖₂ and κ by leaf, where there is a floor.
-    noise: Option<Vec<(f64, f64)>>,
-    /// u by leaf.
-    roundoffs: Vec<f64>,
+    /// By leaf.
+    roundings: Vec<Rounding>,
 }
 
 /// A tolerance of one leaf: one number, or one for each element of the batch.
@@ -53,19 +53,20 @@ impl Tolerances {
         Ok(Self {
             rtol: all(&rtol)?,
             atol: all(&atol)?,
-            noise: control.noise(&precisions)?,
-            roundoffs: precisions.iter().map(|(u, _)| *u).collect(),
+            roundings: control.roundings(&precisions)?,
         })
     }
 }
 
-/// An attempt of every lane: tiles `[feature][B]` of y_n, y_{n+1}, k_1 and the error, and the lengths.
+/// An attempt of every lane: tiles `[feature][B]` of y_n, y_{n+1}, k_1, the error, and the differences of stages h Σ d_i k_i
+/// and Σ d_i Y_i; and the lengths.
 #[derive(Clone, Copy)]
 pub(in crate::rows) struct Attempted<'a, T> {
     pub(super) y: &'a [T],
     pub(super) next: &'a [T],
     pub(super) k: &'a [T],
     pub(super) error: &'a [T],
+    pub(super) apart: [&'a [T]; 2],
     pub(super) lengths: &'a [f64],
 }
 
@@ -79,10 +80,14 @@ pub(in crate::rows) struct Norms<'a> {
     atol: Vec<f64>,
     /// By lane.
     sums: [Vec<f64>; 2],
+    /// What rounding makes of the stages of one leaf, and of their error.
+    rounding: Vec<f64>,
     floor: Vec<f64>,
-    /// Norms by lane, with the floor and without.
-    pub(super) r: Vec<f64>,
-    pub(super) plain: Vec<f64>,
+    /// Norms, with the floor and without.
+    r: Vec<f64>,
+    plain: Vec<f64>,
+    /// Mean squares of the differences of stages and of what rounding makes of a stage, relative to the tolerance.
+    apart: [Vec<f64>; 3],
 }
 
 impl<'a> Norms<'a> {
@@ -95,9 +100,11 @@ impl<'a> Norms<'a> {
             rtol: tile.clone(),
             atol: tile,
             sums: [lanes.clone(), lanes.clone()],
+            rounding: lanes.clone(),
             floor: lanes.clone(),
             r: lanes.clone(),
-            plain: lanes,
+            plain: lanes.clone(),
+            apart: std::array::from_fn(|_| lanes.clone()),
         }
     }
 
@@ -113,20 +120,29 @@ impl<'a> Norms<'a> {
         }
     }
 
+    /// What was measured of a lane.
+    pub(super) fn of(&self, lane: usize) -> Measured {
+        let apart = self.apart.each_ref().map(|squares| squares[lane]);
+        Measured::new([self.r[lane], self.plain[lane]], apart)
+    }
+
     /// The norms of an attempt of all lanes: the largest RMS of a leaf, infinite where a number is not finite.
     #[inline(always)]
     pub(in crate::rows) fn measure<T: Element>(&mut self, attempt: Attempted<'_, T>) {
         let (batch, mut at) = (self.batch, 0);
         self.r.fill(0.0);
         self.plain.fill(0.0);
+        self.apart.iter_mut().for_each(|squares| squares.fill(0.0));
         for (leaf, &features) in self.layout.features.iter().enumerate() {
             let tile = at..at + features * batch;
             at = tile.end;
-            let noise = self.of.noise.as_ref().map(|noise| noise[leaf]);
-            self.floor.fill(0.0);
-            if let Some((u, least)) = noise.filter(|(u, _)| *u > 0.0) {
-                let (y, k) = (&attempt.y[tile.clone()], &attempt.k[tile.clone()]);
-                self.raise(y, k, attempt.lengths, (u, least));
+            let (y, k) = (&attempt.y[tile.clone()], &attempt.k[tile.clone()]);
+            self.raise(y, k, attempt.lengths, self.of.roundings[leaf]);
+            // What follows the first leaf of a field in tiles does not act on it, such as integrals along the flow, and its
+            // stages may be anything.
+            if leaf == 0 {
+                let ends = [attempt.y, attempt.next].map(|y| &y[tile.clone()]);
+                self.compare(tile.clone(), ends, attempt.apart.map(|x| &x[tile.clone()]));
             }
             let [sums, plain] = &mut self.sums;
             sums.fill(0.0);
@@ -162,9 +178,47 @@ impl<'a> Norms<'a> {
         }
     }
 
-    /// The noise floor α + |h| β of one leaf.
+    /// Adds the mean squares of one leaf to those by which the stiffness is seen.
     #[inline(always)]
-    fn raise<T: Element>(&mut self, y: &[T], k: &[T], h: &[f64], (u, least): (f64, f64)) {
+    fn compare<T: Element>(&mut self, tile: Range<usize>, ends: [&[T]; 2], apart: [&[T]; 2]) {
+        let batch = self.batch;
+        let count = (tile.len() / batch).max(1) as f64;
+        let [moved, distance, rounding] = &mut self.apart;
+        let (moved, distance) = (&mut moved[..batch], &mut distance[..batch]);
+        let (rounding, of_stage) = (&mut rounding[..batch], &self.rounding[..batch]);
+        let floor = &self.floor[..batch];
+        let tolerances = self.rtol[tile.clone()].chunks_exact(batch);
+        let tolerances = tolerances.zip(self.atol[tile].chunks_exact(batch));
+        let states = ends[0].chunks_exact(batch).zip(ends[1].chunks_exact(batch));
+        let apart = apart[0]
+            .chunks_exact(batch)
+            .zip(apart[1].chunks_exact(batch));
+        for (((rtol, atol), (y, next)), (by, from)) in tolerances.zip(states).zip(apart) {
+            let (rtol, atol, y, next) =
+                (&rtol[..batch], &atol[..batch], &y[..batch], &next[..batch]);
+            let (by, from) = (&by[..batch], &from[..batch]);
+            for lane in 0..batch {
+                let (a, b) = (y[lane].wide().abs(), next[lane].wide().abs());
+                let scale = atol[lane] + rtol[lane] * if a > b { a } else { b } + floor[lane];
+                // What has no tolerance is not compared.
+                let weight = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                let (by, from) = (by[lane].wide() * weight, from[lane].wide() * weight);
+                let least = of_stage[lane] * weight;
+                moved[lane] += by * by / count;
+                distance[lane] += from * from / count;
+                rounding[lane] += least * least / count;
+            }
+        }
+    }
+
+    /// What rounding makes of the stages of one leaf, α + |h| β, and of their error.
+    #[inline(always)]
+    fn raise<T: Element>(&mut self, y: &[T], k: &[T], h: &[f64], of: Rounding) {
+        let Rounding {
+            roundoff,
+            least,
+            weight,
+        } = of;
         let batch = self.batch;
         let [alpha, beta] = &mut self.sums;
         let (alpha, beta) = (&mut alpha[..batch], &mut beta[..batch]);
@@ -182,7 +236,9 @@ impl<'a> Norms<'a> {
         let count = (y.len() / batch).max(1) as f64;
         for lane in 0..batch {
             let (alpha, beta) = ((alpha[lane] / count).sqrt(), (beta[lane] / count).sqrt());
-            self.floor[lane] = alpha * u + beta * u * h[lane].abs();
+            let (u, floor) = (roundoff, roundoff * weight);
+            self.rounding[lane] = alpha * u + beta * u * h[lane].abs();
+            self.floor[lane] = alpha * floor + beta * floor * h[lane].abs();
         }
     }
 
@@ -226,7 +282,7 @@ impl<'a> Norms<'a> {
         let difference = |leaf: usize, at: usize| {
             let (a, b) = (k[at].wide(), further[at].wide());
             let moved = T::of(b - a).wide().abs();
-            let noise = T::of(2.0 * self.of.roundoffs[leaf] * a.abs()).wide();
+            let noise = T::of(2.0 * self.of.roundings[leaf].roundoff * a.abs()).wide();
             T::of(moved - noise).wide().max(0.0)
         };
         let d2 = self.of_lane(lane, y, difference) / probe;

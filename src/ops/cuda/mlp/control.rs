@@ -5,7 +5,7 @@ use candle_core::{CudaDevice, Tensor};
 
 use super::super::launch::{device_of, pointer, Operand};
 use super::MOST_STAGES;
-use crate::adaptive::{Control, OfLeaf, OnFailure, Target};
+use crate::adaptive::{Control, OfLeaf, OnFailure, Rounding, Stability, Target};
 use crate::error::Result;
 use crate::tableau::Tableau;
 
@@ -35,7 +35,11 @@ pub(super) struct NetControl {
     noise: f64,
     kappa: f64,
     roundoff: f64,
+    /// 0 if steps are not limited by it.
+    stable: f64,
     estimate: [f64; MOST_STAGES],
+    states: [f64; MOST_STAGES],
+    velocities: [f64; MOST_STAGES],
     interpolant: [[f64; DEGREE]; MOST_STAGES],
     targets: u64,
     points: u64,
@@ -81,9 +85,8 @@ pub(crate) struct ControlOf<'a> {
     pub(crate) points: &'a [f64],
     /// rtol and atol.
     pub(crate) tolerances: [OfLeaf; 2],
-    /// u ‖b − b̂‖₂ and κ, where there is a floor, and u.
-    pub(crate) noise: Option<(f64, f64)>,
-    pub(crate) roundoff: f64,
+    /// Of the tensor.
+    pub(crate) roundings: Vec<Rounding>,
     /// Whether states are returned at all times, not at the last alone.
     pub(crate) returns_all: bool,
 }
@@ -97,7 +100,6 @@ impl DeviceControl {
         } = of;
         let options = &control.options;
         let mut interpolant = [[0.0; DEGREE]; MOST_STAGES];
-        let mut estimate = [0.0; MOST_STAGES];
         for (i, to) in interpolant.iter_mut().enumerate() {
             let row = tableau.interpolant_row(i);
             let Some(to) = to.get_mut(..row.len()) else {
@@ -105,10 +107,26 @@ impl DeviceControl {
             };
             to.copy_from_slice(row);
         }
-        let Some(to) = estimate.get_mut(..control.estimate.len()) else {
+        let weights = |of: &[f64]| -> Option<[f64; MOST_STAGES]> {
+            let mut to = [0.0; MOST_STAGES];
+            to.get_mut(..of.len())?.copy_from_slice(of);
+            Some(to)
+        };
+        let Stability {
+            interval,
+            states,
+            velocities,
+        } = control.stability.clone().unwrap_or_default();
+        let (Some(estimate), Some(states), Some(velocities)) = (
+            weights(&control.estimate),
+            weights(&states),
+            weights(&velocities),
+        ) else {
             return Ok(None);
         };
-        to.copy_from_slice(&control.estimate);
+        let Some(rounding) = of.roundings.first() else {
+            return Ok(None);
+        };
         let (Ok(target_count), Ok(point_count)) = (
             i32::try_from(control.targets.len()),
             i32::try_from(of.points.len()),
@@ -135,7 +153,6 @@ impl DeviceControl {
             Some(x) => Ok(Operand::new(x)?.pointer),
             None => Ok::<_, crate::Error>(0),
         };
-        let (noise, kappa) = of.noise.unwrap_or((0.0, 0.0));
         let controller = options.controller;
         let numbers = NetControl {
             start: control.start,
@@ -154,10 +171,13 @@ impl DeviceControl {
             atol: number(&of.tolerances[1]),
             rtols: address(&tolerances[0])?,
             atols: address(&tolerances[1])?,
-            noise,
-            kappa,
-            roundoff: of.roundoff,
+            noise: rounding.roundoff * rounding.weight,
+            kappa: rounding.least,
+            roundoff: rounding.roundoff,
+            stable: controller.safety * interval,
             estimate,
+            states,
+            velocities,
             interpolant,
             targets: pointer(&targets),
             points: pointer(&points),
