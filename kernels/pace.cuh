@@ -36,7 +36,7 @@ struct Control {
     int limited_is_error;
     int stops_all; // whether a row that stops is an error
     int starts_at_jump;
-    int unused;
+    int limits_stability; // whether steps are within the stability of the method
 };
 static_assert(sizeof(Control) % sizeof(uint64_t) == 0, "it is copied by words");
 
@@ -165,7 +165,7 @@ __device__ inline bool judge(const Control &control, const Attempt &attempt, con
     pace.h = length < attempt.wanted ? fmax(next, attempt.wanted) : next;
     if (attempt.lands >= 0 && control.targets[attempt.lands].jumps) {
         pace.controlled = pace.rate = 0; // nothing is known of the field behind it
-    } else {
+    } else if (control.limits_stability) {
         if (measured.stiffness >= 0) pace.rate = measured.stiffness / length;
         if (control.stable > 0 && pace.rate > 0) pace.h = fmin(pace.h, control.stable / pace.rate);
         // The state has come to rest: see adaptive/pace.rs.

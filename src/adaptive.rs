@@ -46,6 +46,7 @@ pub(crate) use tolerance::{ratio, OfLeaf};
 /// decays at the rate ρ is damped in all steps of up to x / ρ (x is 3.3 for [`DOPRI5`](crate::tableau::DOPRI5), 2.5 for
 /// [`BOSH3`](crate::tableau::BOSH3)).  Longer steps may be accurate while such a component is at rest, but they multiply
 /// its cotangents, and with them the rounding errors of the gradient, by large factors.
+/// [`stability_limit`](Self::stability_limit) turns this off.
 ///
 /// Tolerances have no default.  Relative tolerances down to 1e-12 can be reached in f64, and down to about 1e-6 in f32.
 /// The relative error of one evaluation of a field is about 5e-3 in bf16 and 5e-4 in f16.  Use an rtol of 1e-2 to 1e-3
@@ -85,6 +86,7 @@ pub struct Adaptive {
     pub(crate) jump_t: Vec<f64>,
     pub(crate) on_outputs: Option<bool>,
     pub(crate) noise_floor: bool,
+    pub(crate) stability_limit: bool,
     pub(crate) limited_is_error: bool,
     pub(crate) control: Option<StepControl>,
     pub(crate) on_failure: OnFailure,
@@ -106,6 +108,7 @@ impl Adaptive {
             jump_t: vec![],
             on_outputs: None,
             noise_floor: true,
+            stability_limit: true,
             limited_is_error: false,
             control: None,
             on_failure: OnFailure::default(),
@@ -215,6 +218,17 @@ impl Adaptive {
     pub fn noise_floor(self, on: bool) -> Self {
         Self {
             noise_floor: on,
+            ..self
+        }
+    }
+
+    /// Whether steps are within the stability of the method, so that components at rest do not spoil the gradient.  The
+    /// default is true.  Without it, a state that has come to rest in its precision may take longer steps: this is of use
+    /// if no gradient is needed.
+    #[must_use]
+    pub fn stability_limit(self, on: bool) -> Self {
+        Self {
+            stability_limit: on,
             ..self
         }
     }

@@ -1188,6 +1188,7 @@ fn variants() -> Vec<Adaptive> {
             ..Controller::I
         }),
         plain().noise_floor(false),
+        plain().stability_limit(false),
         Adaptive::new(0.0, 1e-3),
         Adaptive::new(1e-3, 0.0),
     ]

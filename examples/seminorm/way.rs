@@ -2,7 +2,8 @@
 
 use candle_diffeq::metrics::{BackwardAttempt, Recorder, Stats};
 use candle_diffeq::options::{
-    Adaptive, AdjointNorm, AdjointSolve, AdjointTolerance, Gradient, Output, StepControl, Steps,
+    Adaptive, AdjointNorm, AdjointSolve, AdjointTolerance, Controller, Gradient, Output,
+    StepControl, Steps,
 };
 use candle_diffeq::tableau::DOPRI5;
 use candle_diffeq::OdeOptions;
@@ -77,7 +78,13 @@ pub(crate) const ESTIMATE: f64 = 1.5;
 
 impl Pair {
     fn adaptive(self) -> Adaptive {
-        Adaptive::new(ESTIMATE * self.0, ESTIMATE * self.1).control(StepControl::Batch)
+        // torchdiffeq's controller.
+        let controller = Controller {
+            i: 1.0,
+            ..Controller::I
+        };
+        let adaptive = Adaptive::new(ESTIMATE * self.0, ESTIMATE * self.1);
+        adaptive.controller(controller).control(StepControl::Batch)
     }
 
     pub(crate) fn name(self) -> String {

@@ -106,7 +106,7 @@ impl Control {
             order: method.order() as f64,
             estimate,
             appended: !method.is_fsal(),
-            stability: Stability::of(method),
+            stability: Stability::of(method).filter(|_| options.stability_limit),
         })
     }
 

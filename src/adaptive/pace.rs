@@ -196,6 +196,9 @@ impl Pace {
     /// Limits the next length to one in which cotangents do not grow, after an accepted step of this length.
     fn limit(&mut self, control: &Control, length: f64, measured: Measured) {
         let safety = control.options.controller.safety;
+        if !control.options.stability_limit {
+            return;
+        }
         if let Some(stiffness) = measured.stiffness {
             self.rate = Some(stiffness / length);
         }
@@ -344,6 +347,19 @@ mod tests {
         let at_rest = pace.h;
         attempt(&mut pace, 0.0);
         assert_eq!(pace.h, at_rest);
+        // Unless gradients do not matter.
+        let control = self::control(&options.stability_limit(false), &[0.0, 100.0]);
+        let mut pace = Pace::new(&control, 0.1);
+        for (r, longer) in [(0.5, false), (0.0, true), (0.0, true)] {
+            let attempt = pace.attempt(&control).unwrap();
+            let measured = Measured {
+                stiffness: Some(1e6),
+                ..plain(r)
+            };
+            let verdict = pace.judge(&control, &attempt, measured);
+            assert_eq!(verdict, Ok(Verdict::Accepted));
+            assert_eq!(pace.h > 9.0 * attempt.h, longer);
+        }
     }
 
     /// All accepted attempts, where the error of a length is `r`.

@@ -51,7 +51,7 @@ pub(super) struct NetControl {
     limited_is_error: i32,
     stops_all: i32,
     starts_at_jump: i32,
-    unused: i32,
+    limits_stability: i32,
 }
 
 /// A time at which a step must end.
@@ -189,7 +189,7 @@ impl DeviceControl {
             limited_is_error: options.limited_is_error.into(),
             stops_all: (options.on_failure == OnFailure::Error).into(),
             starts_at_jump: control.starts_at_jump.into(),
-            unused: 0,
+            limits_stability: options.stability_limit.into(),
         };
         Ok(Some(Self {
             control: device.clone_htod(&[numbers])?,
